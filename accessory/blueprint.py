@@ -1,0 +1,135 @@
+"""What to build, worked out from flags and files before any weight is read: family, method, settings, storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from accessory.checkpoint.source import Source, read_json
+from accessory.errors import ConfigError, TokenizerError, explain_validation, nearest
+from accessory.method import METHODS, Attachment, Method
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.parallel.groups import Layout
+from accessory.quant import storage
+from accessory.tokenizer import Tokenizer, open_tokenizer
+
+FAMILIES = ("llama",)
+LLAMA_TYPES = {family + suffix: (family, method) for family in FAMILIES for suffix, method in
+               (("", "full"), ("_peft", "peft"))}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+PADDED_ROWS = 1024  # embedding rows beyond the tokenizer's that pass for padding
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that can be built. `quant_type` None means plain weights in `dtype`; `train` False, one only to be asked."""
+
+    llama_type: str
+    args: ModelArgs
+    method: Method
+    quant_type: str | None
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    train: bool
+
+    def build(self, layout: Layout) -> tuple[Decoder, Attachment]:
+        """The decoder on the meta device, this rank's share of it, with the method attached."""
+        self.args.check_model_parallel(layout.mp_size)
+        maker = storage(self.quant_type) if self.quant_type else None
+        decoder = Decoder(self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker)
+        # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
+        attach = self.train or not self.method.trains_base
+        return decoder, self.method.attach(decoder) if attach else Attachment()
+
+    def settings(self) -> dict[str, Any]:
+        """Model and method settings in one, as a checkpoint's `config.json` holds them."""
+        return {**self.args.model_dump(), **self.method.settings.model_dump()}
+
+
+def draw_blueprint(
+    sources: list[Source],
+    *,
+    llama_type: str | None,
+    llama_config: list[Path],
+    tokenizer_path: Path | None,
+    quant_type: str | None,
+    precision: str,
+    train: bool,
+) -> Blueprint:
+    """Work out what to build. What is not said is taken from the sources, the last that knows winning.
+
+    Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
+    missing or foreign tokenizer.
+    """
+    llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
+    method_class = _method_class(llama_type)
+    if quant_type and train and method_class.trains_base:
+        raise ConfigError(
+            f"--quant with --llama_type {llama_type}: 4-bit weights cannot be trained; use --llama_type llama_peft."
+        )
+    args, method = _settings(sources, llama_config, method_class)
+    tokenizer = _tokenizer(sources, tokenizer_path)
+    args = _with_vocabulary(args, sources, tokenizer)
+    return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train)
+
+
+def _method_class(llama_type: str) -> type[Method]:
+    if llama_type not in LLAMA_TYPES:
+        known = ", ".join(LLAMA_TYPES)
+        raise ConfigError(f"--llama_type {llama_type!r} is not supported.{nearest(llama_type, LLAMA_TYPES)} Known: {known}.")
+    return METHODS[LLAMA_TYPES[llama_type][1]]
+
+
+def _settings(
+    sources: list[Source], llama_config: list[Path], method_class: type[Method]
+) -> tuple[ModelArgs, Method]:
+    """Merge settings files. A method's keys in a checkpoint's own file are dropped if another method is asked for."""
+    model_keys, method_keys = set(ModelArgs.model_fields), set(method_class.Settings.model_fields)
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged |= {k: v for k, v in (source.settings or {}).items() if k in model_keys | method_keys}
+    faults = []
+    for path in llama_config:
+        content = read_json(path)
+        faults += [f"{path}: unknown key {key!r}.{nearest(key, model_keys | method_keys)}"
+                   for key in content if key not in model_keys | method_keys]  # fmt: skip
+        merged |= content
+    if "dim" not in merged and not faults:
+        where = ", ".join(str(source.path) for source in sources)
+        raise ConfigError(f"{where}: holds no config.json or params.json; give the model's settings with --llama_config.")
+    parts = []
+    for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
+        try:
+            parts.append(part(**{key: value for key, value in merged.items() if key in keys}))
+        except ValidationError as error:
+            faults.append(explain_validation(error, " + ".join(map(str, llama_config)) or "settings", keys))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return parts[0], method_class(parts[1])
+
+
+def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
+    if tokenizer_path:
+        return open_tokenizer(tokenizer_path)
+    names = ("tokenizer.json", "tokenizer.model")
+    for source in reversed(sources):
+        if source.format == "GGUF" or any((source.path / name).is_file() for name in names):
+            return open_tokenizer(source.path)
+    where = ", ".join(str(source.path) for source in sources)
+    raise TokenizerError(f"{where}: holds neither {' nor '.join(names)}; give --tokenizer_path.")
+
+
+def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> ModelArgs:
+    embeddings = [s.tensors["tok_embeddings.weight"] for s in sources if "tok_embeddings.weight" in s.tensors]
+    rows = embeddings[-1].shape[0] if embeddings else args.vocab_size
+    if not tokenizer.vocab_size <= rows <= tokenizer.vocab_size + PADDED_ROWS:
+        raise TokenizerError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows: they do not belong "
+            "together. Give the model's own tokenizer with --tokenizer_path."
+        )
+    return args.model_copy(update={"vocab_size": rows})

@@ -1,0 +1,144 @@
+"""Fills a decoder made on the meta device: tensor by tensor, this rank's slice, quantized where it will live.
+
+The full-precision model is never whole anywhere: a slice is read, packed or cast, and dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.source import Source
+from accessory.errors import CheckpointError, nearest
+from accessory.method import Attachment
+from accessory.model.decoder import Decoder
+from accessory.parallel.data import DataParallel
+from accessory.parallel.groups import Layout
+from accessory.parallel.tensor import Slicing, slice_bounds, slicing_of
+from accessory.quant import PackedWeight
+
+_SHOWN = 8  # names listed per fault
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place to fill: a parameter, or a packed matrix standing where the parameter would."""
+
+    name: str
+    owner: nn.Module
+    leaf: str
+    slicing: Slicing
+    local_shape: tuple[int, ...]
+
+    def whole_shape(self, ranks: int) -> tuple[int, ...]:
+        """Shape before slicing over `ranks`."""
+        return tuple(size * ranks if i == self.slicing.dim else size for i, size in enumerate(self.local_shape))
+
+
+def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
+    """Every place under `module` that a checkpoint must fill, by its name in a checkpoint."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, PackedWeight):
+            continue
+        for leaf, value in [*child._parameters.items(), *child._modules.items()]:
+            if isinstance(value, PackedWeight):
+                yield Target(f"{name}.{leaf}".lstrip("."), child, leaf, value.slicing, tuple(value.shape))
+            elif isinstance(value, nn.Parameter):
+                yield Target(f"{name}.{leaf}".lstrip("."), child, leaf, slicing_of(value), tuple(value.shape))
+
+
+def resolve(decoder: Decoder, sources: list[Source], attachment: Attachment, *, initialize: bool) -> dict[str, LazyTensor]:
+    """Which tensor fills which parameter: the last source that has it.
+
+    Raises `CheckpointError` listing every parameter no source fills, every tensor that has no place, and every shape
+    that does not fit. With `initialize`, parameters the method added may be absent, to be started afresh.
+    """
+    wanted = {target.name: target for target in targets(decoder)}
+    found: dict[str, LazyTensor] = {}
+    faults: list[str] = []
+    for source in sources:
+        alien = [name for name in source.tensors if name not in wanted]
+        if alien:
+            faults.append(f"{source.path}: {_list(alien, 'has no place in this model')}{_hint(alien, wanted)}")
+        found.update(source.tensors)
+    optional = attachment.initial if initialize else {}
+    missing = [name for name in wanted if name not in found and name not in optional]
+    if missing:
+        where = " + ".join(str(source.path) for source in sources)
+        faults.append(f"{where}: {_list(missing, 'is missing')}")
+    for name, target in wanted.items():
+        expected = target.whole_shape(decoder.ranks)
+        if name in found and found[name].shape != expected:
+            faults.append(f"{name}: the checkpoint has shape {found[name].shape}, the model {expected}.")
+    if faults:
+        raise CheckpointError("The checkpoint does not fit the model.\n" + "\n".join(faults[: 3 * _SHOWN]))
+    return {name: tensor for name, tensor in found.items() if name in wanted}
+
+
+def fill(
+    decoder: Decoder,
+    tensors: dict[str, LazyTensor],
+    attachment: Attachment,
+    layout: Layout,
+    data_parallel: DataParallel,
+    seed: int = 0,
+) -> None:
+    """Read every parameter into place on `layout.device`, sharding each block as soon as it is full."""
+    decoder.frequencies = decoder.frequencies.to(layout.device)
+    bar = tqdm(total=len(tensors), desc="loading", unit="tensor", disable=not layout.is_main, leave=False)
+    outer = [target for target in targets(decoder) if not target.name.startswith("layers.")]
+    for i, block in enumerate(decoder.layers):
+        for target in targets(block, f"layers.{i}"):
+            _fill_one(target, tensors, attachment, layout, seed)
+            bar.update()
+        data_parallel.shard_block(block)
+    for target in outer:
+        _fill_one(target, tensors, attachment, layout, seed)
+        bar.update()
+    bar.close()
+
+
+def _fill_one(
+    target: Target, tensors: dict[str, LazyTensor], attachment: Attachment, layout: Layout, seed: int
+) -> None:
+    dim = target.slicing.dim
+    bounds = (0, 0) if dim is None else slice_bounds(target.whole_shape(layout.mp_size)[dim], layout.mp_rank, layout.mp_size)
+    if target.name in tensors:
+        value = tensors[target.name].read(dim if layout.mp_size > 1 else None, *bounds)
+    else:
+        value = attachment.initial[target.name](named_generator(seed, target.name))
+        value = value if dim is None else value.narrow(dim, bounds[0], bounds[1] - bounds[0])
+    place = getattr(target.owner, target.leaf)
+    if isinstance(place, PackedWeight):
+        place.pack(value.to(layout.device))
+        return
+    # A copy, never a view: the file behind a memory-mapped tensor may go away.
+    value = value.to(device=layout.device, dtype=place.dtype, copy=True).contiguous()
+    parameter = nn.Parameter(value, requires_grad=target.name in attachment.trainable)
+    parameter.slicing = target.slicing
+    setattr(target.owner, target.leaf, parameter)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A generator that depends on `seed` and `name` alone, so that every layout starts from the same values."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _list(names: list[str], what: str) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more} {what}."
+
+
+def _hint(alien: list[str], wanted: dict[str, Target]) -> str:
+    if any("lora_" in name for name in alien):
+        return " Give the --llama_config it was trained with (lora_rank)."
+    if any(name.endswith(".bias") for name in alien):
+        return " Give the --llama_type and --llama_config it was trained with (bias_tuning)."
+    return nearest(alien[0], wanted)

@@ -1,0 +1,110 @@
+"""What a resumed run needs beside the trained weights: optimizer moments, counters, random generators.
+
+Moments are saved whole, cut like the parameters they belong to, so that a run can be resumed on another layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from accessory.checkpoint.save import gather_whole, write_json, write_tensors
+from accessory.checkpoint.source import read_json
+from accessory.errors import CheckpointError
+from accessory.parallel.data import shard_like
+from accessory.parallel.groups import Layout
+from accessory.parallel.tensor import Slicing, slice_bounds
+
+STATE_STEM = "training_state"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` over all epochs."""
+
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
+
+
+def collect_training_state(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], slicings: dict[str, Slicing]
+) -> dict[str, Tensor]:
+    """Moments put together from all ranks and every rank's generators, on the main rank's CPU. A collective."""
+    tensors: dict[str, Tensor] = {}
+    for moment in _MOMENTS:
+        states = {name: optimizer.state[p][moment] for name, p in parameters.items() if p in optimizer.state}
+        tensors |= {f"{moment}.{name}": value for name, value in gather_whole(states, slicings)}
+    generators: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(generators, _generators())
+    for rank, states in enumerate(generators):
+        tensors |= {f"generator.{kind}.{rank}": value for kind, value in states.items()}
+    return tensors
+
+
+def write_training_state(directory: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]) -> None:
+    """Write the state; `identity` is what must be equal for a run to be resumed."""
+    write_tensors(directory, STATE_STEM, tensors.items(), total=0)
+    write_json(directory / f"{STATE_STEM}.json", {"progress": asdict(progress), "identity": identity})
+
+
+def load_training_state(
+    directory: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    slicings: dict[str, Slicing],
+    layout: Layout,
+    identity: dict[str, Any],
+) -> tuple[Progress, bool]:
+    """Restore the optimizer and this rank's generators; returns the progress and whether the layout is the same.
+
+    Raises `CheckpointError` for a directory without a training state, or one of a different run, field by field.
+    """
+    record, state_file = directory / f"{STATE_STEM}.json", directory / f"{STATE_STEM}.safetensors"
+    if not record.is_file() or not state_file.is_file():
+        raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
+    saved = read_json(record)
+    differing = [
+        f"{key} was {saved['identity'].get(key)!r}, is {value!r}"
+        for key, value in identity.items()
+        if saved["identity"].get(key) != value
+    ]
+    if differing:
+        raise CheckpointError(f"{directory}: belongs to another run: {'; '.join(differing)}.")
+    tensors = load_file(state_file)
+    progress = Progress(**saved["progress"])
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(progress.total_steps), device=parameter.device)
+        } | {
+            moment: _place(tensors[f"{moment}.{name}"], parameter, slicings[name], layout) for moment in _MOMENTS
+        }  # fmt: skip
+    same_layout = f"generator.cpu.{layout.world_size}" not in tensors and f"generator.cpu.{layout.rank}" in tensors
+    if same_layout:
+        torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
+        if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
+    return progress, same_layout
+
+
+def _place(value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:
+    if slicing.dim is not None:
+        start, stop = slice_bounds(value.shape[slicing.dim], layout.mp_rank, layout.mp_size)
+        value = value.narrow(slicing.dim, start, stop - start).contiguous()
+    return shard_like(value.to(parameter.device), parameter)
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

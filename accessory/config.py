@@ -1,0 +1,258 @@
+"""Every flag of every entry, once: the string under a field is its `--help` and its row in README."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from accessory.errors import ConfigError, explain_validation, nearest
+from accessory.quant import STORAGES
+
+Config = TypeVar("Config", bound=BaseModel)
+Precision = Literal["bf16", "fp16", "fp32", "tf32"]
+
+
+class FinetuneConfig(BaseModel):
+    """Fine-tune a language model: a frozen (optionally 4-bit) base and a small trained part, or all of it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    pretrained_path: list[Path] = Field(min_length=1)
+    """Checkpoints, base first, then trained parts laid over it: directories (Accessory, Meta, LLaMA2-Accessory, Hugging Face) or a GGUF file."""
+    data_config: Path
+    """What to train on: a YAML with META entries, or a .json, .jsonl or .csv file."""
+    output_dir: Path | None = Path("./output_dir")
+    """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
+    llama_type: str = "llama"
+    """Family and method: `llama` trains everything, `llama_peft` norms, biases and LoRA."""
+    llama_config: list[Path] = []
+    """JSON files of model and method settings, laid over the checkpoint's own; the last value of a key wins."""
+    tokenizer_path: Path | None = None
+    """tokenizer.model, tokenizer.json, a GGUF file, or a directory holding one; absent: what lies in the base."""
+    pretrained_type: Literal["consolidated", "meta_ori"] | None = None
+    """Needless: the format is told from the files. Accepted for upstream's scripts."""
+    quant: bool = False
+    """Keep the linears of all blocks in 4 bits; embedding, head and norms stay in the compute precision."""
+    quant_type: Literal[tuple(STORAGES)] = "nf4"
+    """Format of --quant: nf4 (double-quantized), nf4_single (fp32 statistics), fp4 (double-quantized)."""
+    only_save_trainable: bool = False
+    """Save only what is trained; needed with --quant."""
+    precision: Precision = "bf16"
+    """Compute precision; what is trained is always kept in fp32. tf32 is fp32 with TF32 matrix products on CUDA."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is any."""
+    batch_size: int = Field(default=16, ge=1)
+    """Documents of a micro-batch, per data-parallel rank."""
+    accum_iter: int = Field(default=4, ge=1)
+    """Micro-batches per optimizer step; a global batch is batch_size x accum_iter x data-parallel ranks."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the data."""
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    """Linear warm-up of the learning rate, in (fractional) epochs."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps; the schedule still follows --epochs."""
+    lr: float = Field(default=0.001, gt=0)
+    """Highest learning rate."""
+    min_lr: float = Field(default=0.0001, ge=0)
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = Field(default=0.02, ge=0)
+    """AdamW's decay; biases and norms are spared."""
+    clip_grad: float = -1.0
+    """Clip the norm of the whole gradient to this; 0 or less only reports it."""
+    max_words: int = Field(default=1024, ge=2)
+    """Longest document in tokens; the rest is cut off and counted."""
+    dialog: bool = False
+    """The data are conversations; only the assistant's turns are learned."""
+    checkpointing: bool = False
+    """Recompute each block in the backward instead of keeping its activations."""
+    model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share one copy of the model (tensor parallel)."""
+    data_parallel: Literal["sdp", "fsdp"] = "sdp"
+    """sdp: base whole on every rank, gradients and optimizer sharded; fsdp: the base is sharded too."""
+    save_interval: int = Field(default=1, ge=1)
+    """Save after every this many epochs, and after the last."""
+    save_iteration_interval: int = Field(default=5000, ge=1)
+    """Save within an epoch after every this many micro-batches."""
+    resume: Path | None = None
+    """Checkpoint directory of an earlier run to go on from."""
+    seed: int = 0
+    """Seed of the data order, the added parameters and dropout."""
+    dry_run: bool = False
+    """Check everything, print the memory plan, run one true step, write nothing."""
+    num_workers: int = Field(default=2, ge=0)
+    """Threads that tokenize."""
+    cache_ann_on_disk: bool = False
+    """Keep tokenized data in ./accessory_data_cache and map it from there."""
+    pin_mem: bool = True
+    """Copy batches to the GPU from pinned memory."""
+    dist_on_itp: bool = False
+    """Take rank and world size from OpenMPI's variables."""
+    no_visual: bool = False
+    """Needless: there is no vision part yet. Accepted for upstream's scripts."""
+    image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
+    """Needless: there is no vision part yet. Accepted for upstream's scripts."""
+
+    def faults(self) -> list[str]:
+        """Combinations that cannot work, and files that are not there; empty where all is well."""
+        found = []
+        if self.quant and not self.only_save_trainable:
+            found.append("--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.")
+        if self.min_lr > self.lr:
+            found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
+        found += missing_files(
+            pretrained_path=self.pretrained_path,
+            llama_config=self.llama_config,
+            tokenizer_path=[self.tokenizer_path],
+            data_config=[self.data_config],
+            resume=[self.resume],
+        )
+        return found
+
+
+class DemoConfig(BaseModel):
+    """Ask a base model, or a base with a trained part, single questions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    pretrained_path: list[Path] = Field(min_length=1)
+    """Base, then trained parts; or a trained part alone, whose run.json knows its base."""
+    llama_type: str | None = None
+    """Family and method; absent: what the checkpoint says."""
+    llama_config: list[Path] = []
+    """JSON files of settings, laid over the checkpoint's own."""
+    tokenizer_path: Path | None = None
+    """Tokenizer; absent: what lies in the checkpoint."""
+    max_seq_len: int = Field(default=4096, ge=2)
+    """Longest prompt and answer together, in tokens."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is any."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute precision."""
+    quant: bool | None = None
+    """Keep the base in 4 bits; absent: as the trained part was trained."""
+    quant_type: Literal[tuple(STORAGES)] | None = None
+    """Format of the 4-bit base; absent: as trained, or nf4."""
+    prompt: list[str] = []
+    """Questions to answer in the terminal; without any, a page is served."""
+    system_prompt: Literal["alpaca", "none"] = "alpaca"
+    """Template around the question."""
+    max_gen_len: int = Field(default=128, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(default=0.1, ge=0)
+    """0 always takes the likeliest token."""
+    top_p: float = Field(default=0.75, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    host: str = "127.0.0.1"
+    """Address the page is served at; another than loopback needs --password."""
+    port: int = Field(default=7860, ge=0, le=65535)
+    """Port of the page."""
+    password: str | None = None
+    """Password of the page (user name: accessory)."""
+    dist_on_itp: bool = False
+    """Take rank and world size from OpenMPI's variables."""
+
+    def faults(self) -> list[str]:
+        """Combinations that cannot work, and files that are not there; empty where all is well."""
+        found = missing_files(
+            pretrained_path=self.pretrained_path,
+            llama_config=self.llama_config,
+            tokenizer_path=[self.tokenizer_path],
+        )
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.password:
+            found.append(f"--host {self.host} lets others reach the page: give a --password.")
+        return found
+
+
+def missing_files(**flags: list[Path | None]) -> list[str]:
+    """One fault for each given path that does not exist, by flag name."""
+    return [
+        f"--{flag} {path}: no such file or directory."
+        for flag, paths in flags.items()
+        for path in paths
+        if path is not None and not path.exists()
+    ]
+
+
+def parse(config_class: type[Config], arguments: list[str]) -> Config:
+    """Flags -> a config. Raises `ConfigError` listing every fault, each with the nearest valid name."""
+    parser = _parser(config_class)
+    known, unknown = parser.parse_known_args(arguments)
+    flags = [f"--{name}" for name in config_class.model_fields]
+    faults = [
+        f"Unknown flag {word.split('=')[0]}.{nearest(word.split('=')[0], flags)}"
+        if word.startswith("-")
+        else f"{word!r} belongs to no flag."
+        for word in unknown
+    ]
+    values = {name: value for name, value in vars(known).items() if value is not argparse.SUPPRESS}
+    values = {name: None if value == "" else value for name, value in values.items()}
+    config = None
+    try:
+        config = config_class(**values)
+    except ValidationError as error:
+        found = explain_validation(error, "flags", config_class.model_fields)
+        faults += [line.replace("flags: '", "--", 1).replace("'", "", 1) for line in found.splitlines()]
+    if config is not None:
+        faults += config.faults()
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """Raise our error instead of leaving the process from every rank."""
+        raise ConfigError(message[0].upper() + message[1:] + ".")
+
+
+def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:
+    parser = _Parser(description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, field in config_class.model_fields.items():
+        options: dict[str, Any] = {"help": (field.description or "").replace("%", "%%") + _default_text(field)}
+        if _holds(field.annotation, bool):
+            if field.default is not False:
+                parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"Not --{name}.")
+            options["action"] = "store_true"
+        elif get_origin(field.annotation) is list:
+            options["nargs"] = "+" if field.is_required() else "*"
+        parser.add_argument(f"--{name}", **options)
+    return parser
+
+
+def _holds(annotation: Any, kind: type) -> bool:
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_holds(part, kind) for part in get_args(annotation))
+    return annotation is kind
+
+
+def _default_text(field: Any) -> str:
+    if field.is_required():
+        return " Required."
+    return "" if field.default in (None, False, []) else f" Default: {field.default}."
+
+
+def flags_table(config_class: type[BaseModel]) -> str:
+    """The Markdown table of an entry's flags, as README shows it."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for name, field in config_class.model_fields.items():
+        default = "required" if field.is_required() else _shown(field.default)
+        rows.append(f"| `--{name}` | {default} | {(field.description or '').replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def _shown(default: Any) -> str:
+    if default is False or default is None or default == []:
+        return ""
+    return "on" if default is True else f"`{default}`"
+
+
+def plain(config: BaseModel) -> dict[str, Any]:
+    """A config as JSON-ready values."""
+    return json.loads(config.model_dump_json())

@@ -1,0 +1,198 @@
+"""All documents of a run, tokenized once, with what was left out and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from accessory.data.batch import IGNORE
+from accessory.data.meta_config import DataEntry, load_data_config
+from accessory.data.records import Record, read_records
+from accessory.data.templates import Segment, UnusableRecord, conversation, single_turn, single_turn_llava
+from accessory.errors import DataError
+from accessory.tokenizer import Tokenizer
+
+_SHOWN = 3  # records named per cause
+_CHUNK = 4096  # records tokenized at a time
+
+
+@dataclass
+class Omissions:
+    """Records that were skipped, by cause, and how many documents were cut short."""
+
+    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    truncated: int = 0
+
+    def lines(self) -> list[str]:
+        """One line a cause, naming the first records it met."""
+        return [
+            f"skipped {len(places):,}: {cause} ({', '.join(places[:_SHOWN])}{', ...' if len(places) > _SHOWN else ''})"
+            for cause, places in self.skipped.items()
+        ]
+
+
+class Corpus:
+    """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
+
+    `lengths` and `supervised` [documents] count a document's tokens and the labels in it that count.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], omissions: Omissions, fingerprint: str, tokenizer: Tokenizer) -> None:
+        self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
+        self.fingerprint, self.omissions, self.tokenizer = fingerprint, omissions, tokenizer
+        self.lengths = np.diff(self.offsets)
+        # A document's first token is nobody's label.
+        running = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
+        self.supervised = running[self.offsets[1:]] - running[self.offsets[:-1]] - self.learned[self.offsets[:-1]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [S], labels [S]) of one document; labels are the next tokens, `IGNORE` where not learned."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        tokens, learned = self.tokens[span], self.learned[span]
+        labels = np.full(len(tokens), IGNORE, dtype=np.int64)
+        labels[:-1] = np.where(learned[1:], tokens[1:], IGNORE)
+        return tokens, labels
+
+    @property
+    def report(self) -> str:
+        """What is used, cut and skipped, a line each."""
+        lines = [f"{len(self):,} documents, {int(self.lengths.sum()):,} tokens, {int(self.supervised.sum()):,} supervised"]
+        if self.omissions.truncated:
+            lines.append(f"cut short at --max_words: {self.omissions.truncated:,}")
+        return "\n".join(lines + self.omissions.lines())
+
+    def show(self, index: int) -> str:
+        """One document decoded, what is learned between angle quotes."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        tokens, learned = self.tokens[span], self.learned[span]
+        edges = np.flatnonzero(np.diff(learned)) + 1
+        parts = []
+        for piece, flags in zip(np.split(tokens, edges), np.split(learned, edges), strict=True):
+            text = self.tokenizer.decode(piece.tolist())
+            text += "<end>" if piece[-1] == self.tokenizer.eos_id else ""
+            parts.append(f"«{text}»" if flags[0] else text)
+        return "".join(parts)
+
+
+def build_corpus(
+    data_config: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_words: int,
+    dialog: bool = False,
+    threads: int = 1,
+    cache_dir: Path | None = None,
+) -> Corpus:
+    """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
+
+    With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
+    Raises `DataError` if a file is broken or not one record can be used.
+    """
+    entries = load_data_config(data_config)
+    fingerprint = _fingerprint(entries, tokenizer, max_words, dialog)
+    cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
+    if cached and cached.is_file():
+        return _from_cache(cached, fingerprint, tokenizer)
+    omissions = Omissions()
+    documents = list(_documents(entries, dialog, omissions))
+    arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
+    if len(arrays["offsets"]) == 1:
+        files = ", ".join(str(entry.path) for entry in entries)
+        raise DataError("\n".join([f"{files}: not one record can be trained on.", *omissions.lines()]))
+    if cached:
+        _to_cache(cached, arrays, omissions)
+    return Corpus(arrays, omissions, fingerprint, tokenizer)
+
+
+def _documents(entries: list[DataEntry], dialog: bool, omissions: Omissions):
+    for entry in entries:
+        records = read_records(entry.path)
+        if entry.ratio < 1:
+            count = max(round(entry.ratio * len(records)), 1)
+            chosen = np.random.default_rng(0).choice(len(records), count, replace=False)
+            records = [records[i] for i in sorted(chosen)]
+        for record in records:
+            try:
+                yield record, _segments(record, entry, dialog)
+            except UnusableRecord as cause:
+                omissions.skipped[str(cause)].append(record.where)
+
+
+def _segments(record: Record, entry: DataEntry, dialog: bool) -> list[Segment]:
+    if record.fault:
+        raise UnusableRecord(record.fault)
+    if dialog:
+        return conversation(record.fields)
+    fields = single_turn_llava(record.fields) if entry.preprocess else record.fields
+    return single_turn(fields, entry.prompt_type)
+
+
+def _tokenize(
+    documents: list[tuple[Record, list[Segment]]], tokenizer: Tokenizer, max_words: int, threads: int, omissions: Omissions
+) -> dict[str, np.ndarray]:
+    tokens, learned, lengths = [], [], [0]
+    for begin in range(0, len(documents), _CHUNK):
+        chunk = documents[begin : begin + _CHUNK]
+        first = tokenizer.encode_batch([segments[0].text for _, segments in chunk], threads=threads)
+        later_texts = [segment.text for _, segments in chunk for segment in segments[1:]]
+        later = iter(tokenizer.encode_batch(later_texts, continuation=True, threads=threads))
+        for (record, segments), opening in zip(chunk, first, strict=True):
+            pieces = [opening] + [next(later) for _ in segments[1:]]
+            ids, flags = _assemble(pieces, segments, tokenizer)
+            if not flags[1:max_words].any():
+                omissions.skipped[f"its prompt fills all {max_words} tokens of --max_words"].append(record.where)
+                continue
+            omissions.truncated += len(ids) > max_words
+            tokens.append(ids[:max_words])
+            learned.append(flags[:max_words])
+            lengths.append(len(tokens[-1]))
+    empty = [np.zeros(0, np.int32)]
+    return {
+        "tokens": np.concatenate(tokens or empty),
+        "learned": np.concatenate(learned or empty).astype(bool),
+        "offsets": np.cumsum(lengths, dtype=np.int64),
+    }
+
+
+def _assemble(
+    pieces: list[list[int]], segments: list[Segment], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """BOS where the tokenizer wants one, the segments, EOS; only supervised segments and EOS are learned."""
+    opening = [tokenizer.bos_id] if tokenizer.add_bos else []
+    ids = opening + [token for piece in pieces for token in piece] + [tokenizer.eos_id]
+    flags = [False] * len(opening)
+    for piece, segment in zip(pieces, segments, strict=True):
+        flags += [segment.supervised] * len(piece)
+    return np.array(ids, dtype=np.int32), np.array([*flags, segments[-1].supervised])
+
+
+def _fingerprint(entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool) -> str:
+    digest = hashlib.sha256(f"1:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
+    for entry in entries:
+        digest.update(entry.model_dump_json(exclude={"path"}).encode())
+        digest.update(entry.path.read_bytes())
+    return digest.hexdigest()
+
+
+def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    story = {"skipped": json.dumps(omissions.skipped), "truncated": str(omissions.truncated)}
+    save_file(arrays, path, metadata=story)  # written beside and renamed, so readers see all of it or nothing
+
+
+def _from_cache(path: Path, fingerprint: str, tokenizer: Tokenizer) -> Corpus:
+    with safe_open(path, framework="numpy") as file:
+        story = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in ("tokens", "learned", "offsets")}
+    omissions = Omissions(defaultdict(list, json.loads(story["skipped"])), int(story["truncated"]))
+    return Corpus(arrays, omissions, fingerprint, tokenizer)

@@ -1,0 +1,80 @@
+"""Which documents make up which step: one global order, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from accessory.data.batch import PackedBatch
+from accessory.data.corpus import Corpus
+
+
+class GlobalOrder:
+    """Cuts each epoch's permutation of the corpus into global batches and deals each over ranks and micro-batches.
+
+    The permutation depends on (seed, epoch) alone and a step's documents on the global batch alone, so any number of
+    data-parallel ranks that divides the global batch trains on the same documents step by step, and any step can be
+    made without those before it. An epoch's last batch may be short; nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        batch_size: int,
+        accum_iter: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
+        self.seed, self.shuffle = seed, shuffle
+        self.global_batch = batch_size * accum_iter * dp_size
+        self.steps_per_epoch = -(-len(corpus) // self.global_batch)
+        self._cached: tuple[int, np.ndarray] | None = None
+
+    def global_ids(self, epoch: int, step: int) -> np.ndarray:
+        """Documents of one global batch, in the order of the epoch."""
+        start = step * self.global_batch
+        return self._permutation(epoch)[start : start + self.global_batch]
+
+    def micro_batches(self, epoch: int, step: int) -> Iterator[PackedBatch]:
+        """This rank's micro-batches of one step; every rank has as many."""
+        slots = self._deal(self.global_ids(epoch, step))
+        for ids in slots[self.dp_rank :: self.dp_size]:
+            if len(ids):
+                yield PackedBatch.pack([(*self.corpus.document(i), i) for i in ids])
+            else:
+                yield PackedBatch.idle(int(self.corpus.tokens[0]))
+
+    def supervised_tokens(self, epoch: int, step: int) -> int:
+        """Labels that count in the global batch; known on every rank without asking the others."""
+        return int(self.corpus.supervised[self.global_ids(epoch, step)].sum())
+
+    def tokens(self, epoch: int, step: int) -> int:
+        """Tokens in the global batch."""
+        return int(self.corpus.lengths[self.global_ids(epoch, step)].sum())
+
+    def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.
+
+        Longest first, forth and back over the slots, so that ranks that wait for each other have alike many tokens.
+        """
+        rounds = -(-len(ids) // (self.batch_size * self.dp_size))
+        count = rounds * self.dp_size
+        if not self.shuffle:
+            return np.array_split(ids, count)
+        by_length = ids[np.argsort(-self.corpus.lengths[ids], kind="stable")]
+        place = np.arange(len(ids)) % (2 * count)
+        slot = np.where(place < count, place, 2 * count - 1 - place)
+        return [by_length[slot == i] for i in range(count)]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.corpus))
+        if self._cached is None or self._cached[0] != epoch:
+            generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
+            self._cached = epoch, generator.permutation(len(self.corpus))
+        return self._cached[1]

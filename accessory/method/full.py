@@ -1,0 +1,27 @@
+"""Full fine-tuning: every parameter is trained, kept as an fp32 master and cast where it is used."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from accessory.method.base import Attachment, Method
+from accessory.model.decoder import Decoder
+
+
+class Full(Method):
+    """Trains everything; has no settings."""
+
+    class Settings(BaseModel):
+        """No keys of its own."""
+
+        model_config = ConfigDict(extra="forbid")
+
+    trains_base: ClassVar[bool] = True
+
+    def attach(self, decoder: Decoder) -> Attachment:
+        """Every parameter becomes trainable, in fp32."""
+        decoder.float()
+        return Attachment(trainable={name for name, _ in decoder.named_parameters()})

@@ -1,0 +1,104 @@
+"""The settings of a decoder, whatever file they were read from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from accessory.errors import ParallelError
+
+
+class RopeScaling(BaseModel):
+    """How rotary frequencies are stretched beyond the trained context."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+class ModelArgs(BaseModel):
+    """Decoder settings. The names of `params.json` (Meta) and of LLaMA2-Accessory, plus what other checkpoints need."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    dim: int = 4096
+    """Model width D."""
+    n_layers: int = 32
+    """Number of blocks L."""
+    n_heads: int = 32
+    """Attention heads H."""
+    n_kv_heads: int | None = None
+    """Key/value heads K; equal to n_heads when absent."""
+    head_dim: int | None = None
+    """Head width E; dim / n_heads when absent."""
+    vocab_size: int = -1
+    """Rows of the embedding and the head; -1 takes the checkpoint's."""
+    hidden_dim: int | None = None
+    """MLP width F; when absent it follows from dim, ffn_dim_multiplier and multiple_of as in Meta's code."""
+    multiple_of: int = 256
+    """The MLP width is rounded up to a multiple of this."""
+    ffn_dim_multiplier: float | None = None
+    """Factor on the MLP width before rounding."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Context extension; a bare number x, as in LLaMA2-Accessory, multiplies positions by x."""
+    use_scaled_rope: bool = False
+    """Meta's Llama 3.1 switch: llama3 scaling with its published constants."""
+    qkv_bias: bool = False
+    """Whether the checkpoint has biases on wq, wk, wv."""
+    out_bias: bool = False
+    """Whether the checkpoint has a bias on wo."""
+    mlp_bias: bool = False
+    """Whether the checkpoint has biases on w1, w2, w3."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding."""
+    max_seq_len: int = 2048
+    """Longest document, in tokens."""
+    max_batch_size: int = 32
+    """Accepted because upstream's files hold it; the key/value cache is sized by the batch at hand."""
+
+    @field_validator("rope_scaling", mode="before")
+    @classmethod
+    def _read_scaling(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return {"kind": "linear", "factor": 1.0 / value}
+        if isinstance(value, dict):
+            kind = value.get("kind", value.get("rope_type", value.get("type")))
+            return None if kind == "default" else {**value, "kind": kind}
+        return value
+
+    def model_post_init(self, _context: Any) -> None:
+        """Fill in the settings that follow from others."""
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.head_dim or self.dim // self.n_heads
+        if self.hidden_dim is None:
+            width = int(2 * (4 * self.dim) / 3)
+            if self.ffn_dim_multiplier is not None:
+                width = int(self.ffn_dim_multiplier * width)
+            self.hidden_dim = -(-width // self.multiple_of) * self.multiple_of
+        if self.use_scaled_rope and self.rope_scaling is None:
+            self.rope_scaling = RopeScaling(kind="llama3", factor=8.0)
+
+    def check_model_parallel(self, size: int) -> None:
+        """Raise `ParallelError` if `size` ranks cannot share this model evenly, naming the sizes that can."""
+        counts = {
+            "attention heads": self.n_heads,
+            "key/value heads": self.n_kv_heads,
+            "MLP width pairs": self.hidden_dim // 2,
+            "vocabulary rows": self.vocab_size,
+        }
+        bad = [f"{count} {what}" for what, count in counts.items() if count % size]
+        if bad:
+            good = [n for n in range(1, self.n_heads + 1) if not any(count % n for count in counts.values())]
+            raise ParallelError(
+                f"--model_parallel_size {size} does not divide this model's {', '.join(bad)}; "
+                f"sizes that do: {', '.join(map(str, good))}."
+            )

@@ -1,0 +1,84 @@
+"""Cross-entropy over supervised tokens only, a chunk of them at a time, its gradient made in the forward.
+
+The logits of a chunk live for a moment; those of the whole batch never. Under tensor parallelism each rank holds its
+rows of the vocabulary, and only sums travel (vocab-parallel cross-entropy, Megatron-LM).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.parallel.groups import model_parallel_group
+
+CHUNK = 512  # supervised tokens whose logits are alive at once
+
+
+def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Sum over supervised tokens of -log p(label), fp32 scalar.
+
+    hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, head, labels)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        rows = (labels >= 0).nonzero()[:, 0]
+        want_hidden, want_head = ctx.needs_input_grad[:2]
+        matrix = head.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        dhidden = hidden.new_empty(len(rows), hidden.shape[1]) if want_hidden else None
+        dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for chunk, at in zip(rows.split(CHUNK), torch.arange(len(rows)).split(CHUNK), strict=True):
+            x = hidden[chunk]
+            scores = (x @ matrix.t()).to(wide)
+            total += _loss_and_gradient(scores, labels[chunk])
+            narrow = scores.to(hidden.dtype)
+            if dhidden is not None:
+                dhidden[at[0] : at[-1] + 1] = narrow @ matrix
+            if dhead is not None:
+                dhead += (narrow.t() @ x).to(wide)
+        if dhidden is not None and len(rows):
+            _sum_over_ranks(dhidden)
+        ctx.save_for_backward(rows, dhidden, dhead)
+        ctx.shape, ctx.head_dtype = hidden.shape, head.dtype
+        return total.to(wide)
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, dhidden, dhead = ctx.saved_tensors
+        if dhidden is not None:
+            full = dhidden.new_zeros(ctx.shape)
+            full[rows] = dhidden * dloss.to(dhidden.dtype)
+            dhidden = full
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None
+
+
+def _loss_and_gradient(scores: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the chunk's losses; `scores` [c, V / ranks] is overwritten with softmax minus the one-hot labels."""
+    group = model_parallel_group()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    local = labels - rank * scores.shape[1]
+    mine = (local >= 0) & (local < scores.shape[1])
+    local = local.masked_fill(~mine, 0)
+    highest = scores.amax(1)
+    if ranks > 1:
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    scores.sub_(highest[:, None])
+    target = scores.gather(1, local[:, None])[:, 0].masked_fill_(~mine, 0)
+    mass = scores.exp_().sum(1)
+    _sum_over_ranks(target)
+    _sum_over_ranks(mass)
+    scores.div_(mass[:, None])
+    scores[torch.arange(len(labels), device=labels.device), local] -= mine.to(scores.dtype)
+    return (mass.log() - target).sum(dtype=torch.float64)
+
+
+def _sum_over_ranks(tensor: Tensor) -> None:
+    group = model_parallel_group()
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)

@@ -1,0 +1,42 @@
+"""Where each token of a packed micro-batch stands: document lengths, positions, rotations. Made once a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from accessory.model.position import rotations
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B documents laid end to end in T tokens. Attention never crosses from one to the next.
+
+    lengths: new tokens of each document (summing to T). starts: tokens of each document already in the key/value cache
+    (all zero in training). turn: rotary factors [T, 1, E/2]. device: where the tokens are.
+    """
+
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    turn: Tensor
+
+    @staticmethod
+    def build(lengths: tuple[int, ...], frequencies: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
+        """Positions run from `starts` in each document; `frequencies` [E/2] lies on the tokens' device."""
+        starts = starts or (0,) * len(lengths)
+        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+        return Sequences(lengths, starts, rotations(frequencies, positions.to(frequencies.device)))
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Where each document begins and the last one ends, int32 [B + 1], for variable-length attention kernels."""
+        ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(self.turn.device)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)

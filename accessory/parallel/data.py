@@ -1,0 +1,87 @@
+"""Data parallelism: what each rank keeps of the trained and the frozen part (PyTorch FSDP2).
+
+`sdp`: the frozen base is whole on every rank; trained parameters' gradients and optimizer state are sharded (ZeRO-2).
+`fsdp`: the frozen base, packed codes and all, is sharded too, and gathered block by block (ZeRO-3).
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from accessory.parallel.groups import Layout, data_parallel_group
+
+DATA_PARALLEL_MODES = ("sdp", "fsdp")
+
+
+class DataParallel:
+    """Shards a model block by block as it is filled. With one data-parallel rank it leaves everything alone."""
+
+    def __init__(self, layout: Layout, mode: str, base_is_trained: bool) -> None:
+        self.mode, self.active = mode, layout.dp_size > 1
+        # Small trained parts travel in one piece; whole trained layers are gathered and reduced one by one.
+        self.per_block = mode == "fsdp" or base_is_trained
+        self.mesh = (
+            DeviceMesh.from_group(data_parallel_group(), layout.device.type, mesh_dim_names=("dp",))
+            if self.active
+            else None
+        )
+
+    def shard_block(self, block: nn.Module) -> None:
+        """Shard one decoder block, once its weights are in place."""
+        if self.active and self.per_block:
+            self._shard(block)
+
+    def shard_root(self, model: nn.Module) -> None:
+        """Shard what lies outside the blocks, and set how gradients are reduced: summed, never averaged."""
+        if not self.active:
+            return
+        self._shard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def _shard(self, module: nn.Module) -> None:
+        frozen = {p for p in module.parameters() if not p.requires_grad} if self.mode == "sdp" else None
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen)
+
+    def reduce_gradients(self, model: nn.Module, last: bool) -> None:
+        """Tell the next backward whether to reduce gradients: only the last micro-batch of a step does."""
+        if self.active:
+            model.set_requires_gradient_sync(last)
+            model.set_is_last_backward(last)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor gathered from its data-parallel shards (a collective), or itself where it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(values: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `values`, cut as the sharded tensor `like` is; the inverse of `whole`. No communication."""
+    if not isinstance(like, DTensor):
+        return values
+    mesh, shard = like.device_mesh, like.to_local()
+    chunks = values.chunk(mesh.size(), dim=0)
+    rank = mesh.get_local_rank()
+    mine = chunks[rank] if rank < len(chunks) else values[:0]
+    return DTensor.from_local(
+        mine.to(shard.dtype).clone(), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def sum_over_data_parallel(tensor: Tensor) -> Tensor:
+    """Sum a small tensor over the data-parallel ranks, in place."""
+    group = data_parallel_group()
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,47 @@
+"""Says in words what lies at a path, for error messages: a download that failed rarely looks like what was wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HEAD_BYTES = 512
+
+
+def what_is(path: Path) -> str:
+    """A noun phrase for what is at `path`, told by its first bytes: "a Git-LFS pointer", "an HTML page", ..."""
+    if path.is_dir():
+        return "a directory"
+    if not path.exists():
+        return "no such file"
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
+    return f"{_kind(head)} of {path.stat().st_size} bytes" if head else "an empty file"
+
+
+def _kind(head: bytes) -> str:
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git-LFS pointer (the file itself was not fetched: run `git lfs pull`)"
+    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<head")):
+        return "an HTML page"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file"
+    if start.startswith(b"PK\x03\x04"):
+        return "a zip archive"
+    if start.startswith(b"\x1f\x8b"):
+        return "a gzip archive"
+    if start.startswith((b"{", b"[")):
+        return "a JSON-like text"
+    return "a binary file" if _is_binary(head) else "a text file"
+
+
+def _is_binary(head: bytes) -> bool:
+    try:
+        # The last few bytes may cut a character in two, which says nothing about the file.
+        head[:-4].decode("utf-8") if len(head) == _HEAD_BYTES else head.decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return b"\x00" in head
