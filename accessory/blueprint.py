@@ -81,13 +81,13 @@ def draw_blueprint(
 def _method_class(llama_type: str) -> type[Method]:
     if llama_type not in LLAMA_TYPES:
         known = ", ".join(LLAMA_TYPES)
-        raise ConfigError(f"--llama_type {llama_type!r} is not supported.{nearest(llama_type, LLAMA_TYPES)} Known: {known}.")
+        raise ConfigError(
+            f"--llama_type {llama_type!r} is not supported.{nearest(llama_type, LLAMA_TYPES)} Known: {known}."
+        )
     return METHODS[LLAMA_TYPES[llama_type][1]]
 
 
-def _settings(
-    sources: list[Source], llama_config: list[Path], method_class: type[Method]
-) -> tuple[ModelArgs, Method]:
+def _settings(sources: list[Source], llama_config: list[Path], method_class: type[Method]) -> tuple[ModelArgs, Method]:
     """Merge settings files. A method's keys in a checkpoint's own file are dropped if another method is asked for."""
     model_keys, method_keys = set(ModelArgs.model_fields), set(method_class.Settings.model_fields)
     merged: dict[str, Any] = {}
@@ -101,7 +101,9 @@ def _settings(
         merged |= content
     if "dim" not in merged and not faults:
         where = ", ".join(str(source.path) for source in sources)
-        raise ConfigError(f"{where}: holds no config.json or params.json; give the model's settings with --llama_config.")
+        raise ConfigError(
+            f"{where}: holds no config.json or params.json; give the model's settings with --llama_config."
+        )
     parts = []
     for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
         try:

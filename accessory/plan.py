@@ -67,7 +67,11 @@ def memory_plan(
     rows = min(tokens, CHUNK)
     vocabulary = decoder.head_weight.shape[0]
     largest = max(
-        [m.weight.shape.numel() for m in decoder.modules() if isinstance(m, Linear) and isinstance(m.weight, PackedWeight)],
+        [
+            m.weight.shape.numel()
+            for m in decoder.modules()
+            if isinstance(m, Linear) and isinstance(m.weight, PackedWeight)
+        ],
         default=0,
     )
     return MemoryPlan(
@@ -93,7 +97,12 @@ def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int
     heads, kv_width = args.n_heads // ranks, args.n_kv_heads * args.head_dim // ranks
     q_width, f_width = heads * args.head_dim, args.hidden_dim // ranks
     per_token = width * (2 * args.dim + 2 * q_width + 2 * kv_width + 2 * f_width) + 4 * (2 + heads)
-    for inputs, size in ((("wq", "wk", "wv"), args.dim), (("wo",), q_width), (("w1", "w3"), args.dim), (("w2",), f_width)):
+    for inputs, size in (
+        (("wq", "wk", "wv"), args.dim),
+        (("wo",), q_width),
+        (("w1", "w3"), args.dim),
+        (("w2",), f_width),
+    ):
         keeping = [name for name in inputs if _keeps_input(name, attachment)]
         if keeping:
             per_token += width * size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +77,9 @@ class GgufTensor(LazyTensor):
         import gguf
 
         rows = self.tensor.data[start:stop] if dim == 0 else self.tensor.data
-        values = torch.from_numpy(gguf.dequantize(rows, self.tensor.tensor_type))
+        values = gguf.dequantize(rows, self.tensor.tensor_type)
+        # Unquantized types come back as the read-only map of the file itself.
+        values = torch.from_numpy(values if values.flags.writeable else values.copy())
         values = values.reshape(-1, *self.shape[1:])
         return values if dim in (None, 0) else values.narrow(dim, start, stop - start).contiguous()
 

@@ -53,7 +53,9 @@ def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
                 yield Target(f"{name}.{leaf}".lstrip("."), child, leaf, slicing_of(value), tuple(value.shape))
 
 
-def resolve(decoder: Decoder, sources: list[Source], attachment: Attachment, *, initialize: bool) -> dict[str, LazyTensor]:
+def resolve(
+    decoder: Decoder, sources: list[Source], attachment: Attachment, *, initialize: bool
+) -> dict[str, LazyTensor]:
     """Which tensor fills which parameter: the last source that has it.
 
     Raises `CheckpointError` listing every parameter no source fills, every tensor that has no place, and every shape
@@ -91,8 +93,9 @@ def fill(
 ) -> None:
     """Read every parameter into place on `layout.device`, sharding each block as soon as it is full."""
     decoder.frequencies = decoder.frequencies.to(layout.device)
-    bar = tqdm(total=len(tensors), desc="loading", unit="tensor", disable=not layout.is_main, leave=False)
-    outer = [target for target in targets(decoder) if not target.name.startswith("layers.")]
+    everything = list(targets(decoder))
+    outer = [target for target in everything if not target.name.startswith("layers.")]
+    bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=not layout.is_main, leave=False)
     for i, block in enumerate(decoder.layers):
         for target in targets(block, f"layers.{i}"):
             _fill_one(target, tensors, attachment, layout, seed)
@@ -108,7 +111,9 @@ def _fill_one(
     target: Target, tensors: dict[str, LazyTensor], attachment: Attachment, layout: Layout, seed: int
 ) -> None:
     dim = target.slicing.dim
-    bounds = (0, 0) if dim is None else slice_bounds(target.whole_shape(layout.mp_size)[dim], layout.mp_rank, layout.mp_size)
+    bounds = (
+        (0, 0) if dim is None else slice_bounds(target.whole_shape(layout.mp_size)[dim], layout.mp_rank, layout.mp_size)
+    )
     if target.name in tensors:
         value = tensors[target.name].read(dim if layout.mp_size > 1 else None, *bounds)
     else:

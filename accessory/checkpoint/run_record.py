@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from accessory.checkpoint.source import Source, open_source
 from accessory.errors import CheckpointError
 

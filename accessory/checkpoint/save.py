@@ -7,17 +7,22 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.errors import CheckpointError
+from accessory.parallel.agree import together
 from accessory.parallel.data import whole
 from accessory.parallel.tensor import Slicing, gather_slices
+from accessory.tokenizer import Tokenizer
 
+STATE_STEM = "training_state"
 SHARD_BYTES = 4 << 30  # host memory that writing a large model may take
 
 
@@ -40,29 +45,69 @@ def fresh_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         partial.rename(target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}); {free:,} bytes are free.") from error
+        raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_tensors(directory: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], total: int) -> None:
-    """Write safetensors files of at most `SHARD_BYTES` each: `stem.safetensors`, or numbered ones.
-
-    `total` is the bytes of all tensors, needed to number the files before the last is known.
-    """
+def write_tensors(directory: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write `stem.safetensors`, preceded by `stem-NNNNN.safetensors` of about `SHARD_BYTES` each for a large model."""
     pending: dict[str, Tensor] = {}
     held = written = 0
-    # A tensor that does not fit in what is left starts a new file, so there are at most twice as many as full ones.
-    numbered = total > SHARD_BYTES
     for name, tensor in tensors:
-        if numbered and pending and held + tensor.nbytes > SHARD_BYTES:
+        if pending and held + tensor.nbytes > SHARD_BYTES:
             save_file(pending, directory / f"{stem}-{written:05d}.safetensors")
             pending, held, written = {}, 0, written + 1
         pending[name] = tensor.contiguous()
         held += tensor.nbytes
-    save_file(pending, directory / (f"{stem}-{written:05d}.safetensors" if numbered else f"{stem}.safetensors"))
+    save_file(pending, directory / f"{stem}.safetensors")
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes `output_dir/NAME/`: weights, training state, the JSON `documents` by file name, and the tokenizer."""
+
+    output_dir: Path
+    stem: str
+    documents: dict[str, Any]
+    tokenizer: Tokenizer
+
+    def write(
+        self, name: str, weights: Iterator[tuple[str, Tensor]], state: dict[str, Tensor], state_record: dict[str, Any]
+    ) -> Path:
+        """A collective: every rank iterates `weights`, the main one writes; if it cannot, all raise `CheckpointError`."""
+        fault: list[CheckpointError] = []
+        if dist.get_rank() == 0:
+            try:
+                self._write(self.output_dir / name, weights, state, state_record)
+            except CheckpointError as error:
+                fault.append(error)
+        for _ in weights:  # the ranks that do not write, and what a failed write left over
+            pass
+        together(lambda: _raise_first(fault))
+        return self.output_dir / name
+
+    def _write(
+        self,
+        target: Path,
+        weights: Iterator[tuple[str, Tensor]],
+        state: dict[str, Tensor],
+        state_record: dict[str, Any],
+    ) -> None:
+        with fresh_directory(target) as directory:
+            write_tensors(directory, self.stem, weights)
+            write_tensors(directory, STATE_STEM, state.items())
+            write_json(directory / f"{STATE_STEM}.json", state_record)
+            for file_name, content in self.documents.items():
+                write_json(directory / file_name, content)
+            self.tokenizer.save(directory)
+
+
+def _raise_first(faults: list[CheckpointError]) -> None:
+    if faults:
+        raise faults[0]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,7 +116,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _sync_tree(directory: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
     for path in directory.iterdir():
+        path.chmod(0o666 & ~mask)  # safetensors leaves files that only their owner can read
         _sync(path)
     _sync(directory)
 

@@ -154,9 +154,7 @@ def _open_safetensors(files: list[Path], rename: Callable[[str], str | None]) ->
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: found {what_is(path)}; cannot be read as safetensors ({error})."
-            ) from error
+            raise CheckpointError(f"{path}: found {what_is(path)}; cannot be read as safetensors ({error}).") from error
         for key in file.keys():  # noqa: SIM118 - not a dictionary
             if name := rename(key):
                 tensors[name] = SafetensorsTensor(file, key, tuple(file.get_slice(key).get_shape()))

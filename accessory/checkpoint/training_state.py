@@ -14,14 +14,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from accessory.checkpoint.save import gather_whole, write_json, write_tensors
+from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.data import shard_like
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, slice_bounds
 
-STATE_STEM = "training_state"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,10 +50,9 @@ def collect_training_state(
     return tensors
 
 
-def write_training_state(directory: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]) -> None:
-    """Write the state; `identity` is what must be equal for a run to be resumed."""
-    write_tensors(directory, STATE_STEM, tensors.items(), total=0)
-    write_json(directory / f"{STATE_STEM}.json", {"progress": asdict(progress), "identity": identity})
+def state_record(progress: Progress, identity: dict[str, Any]) -> dict[str, Any]:
+    """The JSON beside the tensors; `identity` is what must be equal for a run to be resumed."""
+    return {"progress": asdict(progress), "identity": identity}
 
 
 def load_training_state(

@@ -44,7 +44,9 @@ class Corpus:
     `lengths` and `supervised` [documents] count a document's tokens and the labels in it that count.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], omissions: Omissions, fingerprint: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, arrays: dict[str, np.ndarray], omissions: Omissions, fingerprint: str, tokenizer: Tokenizer
+    ) -> None:
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
         self.fingerprint, self.omissions, self.tokenizer = fingerprint, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
@@ -66,7 +68,9 @@ class Corpus:
     @property
     def report(self) -> str:
         """What is used, cut and skipped, a line each."""
-        lines = [f"{len(self):,} documents, {int(self.lengths.sum()):,} tokens, {int(self.supervised.sum()):,} supervised"]
+        lines = [
+            f"{len(self):,} documents, {int(self.lengths.sum()):,} tokens, {int(self.supervised.sum()):,} supervised"
+        ]
         if self.omissions.truncated:
             lines.append(f"cut short at --max_words: {self.omissions.truncated:,}")
         return "\n".join(lines + self.omissions.lines())
@@ -138,7 +142,11 @@ def _segments(record: Record, entry: DataEntry, dialog: bool) -> list[Segment]:
 
 
 def _tokenize(
-    documents: list[tuple[Record, list[Segment]]], tokenizer: Tokenizer, max_words: int, threads: int, omissions: Omissions
+    documents: list[tuple[Record, list[Segment]]],
+    tokenizer: Tokenizer,
+    max_words: int,
+    threads: int,
+    omissions: Omissions,
 ) -> dict[str, np.ndarray]:
     tokens, learned, lengths = [], [], [0]
     for begin in range(0, len(documents), _CHUNK):
@@ -164,9 +172,7 @@ def _tokenize(
     }
 
 
-def _assemble(
-    pieces: list[list[int]], segments: list[Segment], tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
+def _assemble(pieces: list[list[int]], segments: list[Segment], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """BOS where the tokenizer wants one, the segments, EOS; only supervised segments and EOS are learned."""
     opening = [tokenizer.bos_id] if tokenizer.add_bos else []
     ids = opening + [token for piece in pieces for token in piece] + [tokenizer.eos_id]

@@ -69,7 +69,7 @@ def _find(path: Path, beside: Path) -> Path | None:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader
+        return _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
     except (yaml.YAMLError, RecursionError) as error:

@@ -58,7 +58,9 @@ def format_prompt(instruction: str, context: str = "", prompt_type: str = "alpac
     """The prompt of a template. Raises `ConfigError` for a template we do not have."""
     if prompt_type not in PROMPT_TYPES:
         known = ", ".join(PROMPT_TYPES)
-        raise ConfigError(f"prompt type {prompt_type!r} is unknown.{nearest(prompt_type, PROMPT_TYPES)} Known: {known}.")
+        raise ConfigError(
+            f"prompt type {prompt_type!r} is unknown.{nearest(prompt_type, PROMPT_TYPES)} Known: {known}."
+        )
     return PROMPT_TYPES[prompt_type](instruction, context)
 
 

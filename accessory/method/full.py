@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from accessory.method.base import Attachment, Method

@@ -134,4 +134,6 @@ def _zeros(*shape: int):
 
 
 def _truncated_normal(*shape: int, std: float = 0.02):
-    return lambda generator: nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)
+    return lambda generator: nn.init.trunc_normal_(
+        torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator
+    )

@@ -93,7 +93,5 @@ def _decode_batch(q: Tensor, cache: LayerCache, sequences: Sequences, grouped: b
     longest = max(sequences.starts) + 1
     mask = torch.arange(longest, device=q.device) < ends[:, None]
     keys, values = (t[:, :longest].transpose(1, 2) for t in (cache.keys, cache.values))
-    out = F.scaled_dot_product_attention(
-        q[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=grouped
-    )
+    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=grouped)
     return out[:, :, 0]

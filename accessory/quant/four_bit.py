@@ -6,13 +6,17 @@ operations; the packed tensors are ours, because its modules repack and re-cast 
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
 from accessory.quant.packed import PackedWeight
+
+# On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import bitsandbytes.functional as bnb  # noqa: E402
 
 BLOCK = 64  # weights that share one scale
 NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsandbytes

@@ -125,8 +125,8 @@ def _without_leading_space(proto: ModelProto) -> ModelProto:
 
 
 def _load(proto: ModelProto, source: str) -> sentencepiece.SentencePieceProcessor:
-    # The self-test samples were made before the changes above and would be refused.
-    proto.ClearField("self_test_data")
+    # Among them the model's self-test samples, which were made before the changes above and would be refused.
+    proto.DiscardUnknownFields()
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except (RuntimeError, ValueError) as error:

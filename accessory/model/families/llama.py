@@ -119,7 +119,9 @@ def args_from_gguf(fields: dict[str, Any], tensor_names: set[str], source: str) 
         known = ", ".join(GGUF_ARCHITECTURES)
         raise CheckpointError(f"{source}: architecture {kind!r} is not supported; known: {known}.")
     if "rope_freqs.weight" in tensor_names:
-        raise CheckpointError(f"{source}: this GGUF carries Llama 3 rope factors; give the Hugging Face directory instead.")
+        raise CheckpointError(
+            f"{source}: this GGUF carries Llama 3 rope factors; give the Hugging Face directory instead."
+        )
     get = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}.get
     heads = get("attention.head_count")
     return ModelArgs(

@@ -1,0 +1,14 @@
+"""Fine-tune: `torchrun accessory/main_finetune.py --help`. Also runs as a module, from inside accessory/, and by plain python."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a script: what Python put first on the path is this folder, not the one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.config import FinetuneConfig
+from accessory.entry import run_entry
+from accessory.finetune import finetune
+
+if __name__ == "__main__":
+    run_entry(FinetuneConfig, finetune)

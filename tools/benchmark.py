@@ -1,0 +1,127 @@
+"""Measure training:  python tools/benchmark.py train --model DIR --data FILE --steps 10 --batch_size 8 --method lora --quant
+
+Documents are taken in the file's order, so that another system can be given the same ones.
+"""
+
+from json import dumps
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import fire
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.blueprint import draw_blueprint
+from accessory.checkpoint.load import fill, resolve, targets
+from accessory.checkpoint.source import open_source
+from accessory.checkpoint.training_state import Progress
+from accessory.data.corpus import build_corpus
+from accessory.data.order import GlobalOrder
+from accessory.engine import Engine, Schedule
+from accessory.errors import AccessoryError, ConfigError
+from accessory.meta import MetaModel
+from accessory.method.peft import Peft
+from accessory.optim import LossScale, build_adamw
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+from accessory.report import Reporter
+
+METHODS = {
+    "lora": {"norm_tuning": False, "bias_tuning": False},
+    "normbias": {"norm_tuning": True, "bias_tuning": True, "lora_rank": -1},
+    "normbiaslora": {"norm_tuning": True, "bias_tuning": True},
+    "norm": {"norm_tuning": True, "bias_tuning": False, "lora_rank": -1},
+}
+UNTIMED_STEPS = 2
+
+
+def train(
+    model: str,
+    data: str,
+    steps: int = 10,
+    batch_size: int = 8,
+    method: str = "lora",
+    rank: int = 16,
+    quant: bool = False,
+    quant_type: str = "nf4",
+    max_words: int = 512,
+    lr: float = 2e-4,
+    checkpointing: bool = False,
+    precision: str = "bf16",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Train STEPS steps on the first STEPS x BATCH_SIZE records of DATA and print tokens/s, peak memory and losses."""
+    if method not in METHODS:
+        raise ConfigError(f"--method {method!r} is not one of {', '.join(METHODS)}.")
+    layout = groups.start(device)
+    engine = _engine(
+        layout, Path(model), Path(data), {"lora_rank": rank, **METHODS[method]}, quant_type if quant else None,
+        precision, batch_size, max_words, lr, checkpointing,
+    )  # fmt: skip
+    engine.model.train()
+    progress = Progress()
+    reports = [engine.step(progress) for _ in range(steps)]
+    timed = reports[UNTIMED_STEPS:]
+    seconds, tokens = sum(r.seconds for r in timed), sum(r.tokens for r in timed)
+    result = {
+        "system": "accessory",
+        "method": method,
+        "device": layout.device.type,
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "peak_bytes": reports[-1].peak_bytes,
+        "trainable": sum(p.numel() for p in engine.parameters.values()),
+        "losses": [round(r.loss, 4) for r in reports],
+    }
+    _show(result, json)
+    groups.stop()
+
+
+def _engine(layout, model, data, settings, quant_type, precision, batch_size, max_words, lr, checkpointing) -> Engine:
+    source = open_source(model)
+    blueprint = draw_blueprint(
+        [source], llama_type="llama_peft", llama_config=[], tokenizer_path=None, quant_type=quant_type,
+        precision=precision, train=True,
+    )  # fmt: skip
+    blueprint = replace(blueprint, method=Peft(Peft.Settings(**settings)))
+    decoder, attachment = blueprint.build(layout)
+    data_parallel = DataParallel(layout, "sdp", base_is_trained=False)
+    fill(decoder, resolve(decoder, [source], attachment, initialize=True), attachment, layout, data_parallel)
+    for block in decoder.layers:
+        block.recompute = checkpointing
+    parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
+    corpus = build_corpus(data, blueprint.tokenizer, max_words=max_words)
+    order = GlobalOrder(corpus, batch_size=batch_size, accum_iter=1, shuffle=False)
+    return Engine(
+        model=MetaModel(decoder, blueprint.tokenizer, max_words),
+        parameters=parameters,
+        slicings={target.name: target.slicing for target in targets(decoder)},
+        optimizer=build_adamw(parameters, lr, weight_decay=0.0),
+        order=order,
+        schedule=Schedule(1, order.steps_per_epoch, 0.0, lr, lr, 2.0, 1, 1),
+        data_parallel=data_parallel,
+        layout=layout,
+        reporter=Reporter(None, 0, 0, enabled=False),
+        save=lambda *_: None,
+        loss_scale=LossScale(precision == "fp16"),
+    )
+
+
+def _show(result: dict, as_json: bool) -> None:
+    if as_json:
+        print(dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:>14}  {value}")
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire({"train": train})
+    except AccessoryError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
