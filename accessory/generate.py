@@ -73,7 +73,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     else:
         probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
         # The token that crosses top_p stays: the nucleus is the smallest set that reaches it.
-        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        beyond[:, 0] = False  # even a top_p of 0 leaves the likeliest token
+        probabilities[beyond] = 0
         picked = torch.multinomial(probabilities, 1, generator=generator)
         tokens = order.gather(-1, picked)[:, 0]
     group = model_parallel_group()

@@ -67,13 +67,20 @@ class MetaModel(nn.Module):
     def stream_generate(
         self, prompt: str, *, max_gen_len: int = 512, temperature: float = 0.0, top_p: float = 0.95, seed: int = 0
     ) -> Iterator[str]:
-        """The answer so far, each time it grows by a token; half a character is held back until it is whole."""
+        """The answer so far, each time it grows by a token; half a character is held back until it is whole.
+
+        The last answer is `generate`'s, even where that ends in half a character.
+        """
         answer: list[int] = []
+        shown = text = ""
         for (token,) in self._steps([prompt], max_gen_len, temperature, top_p, seed):
             answer.append(token)
             text = self.tokenizer.decode(answer)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                shown = text
                 yield text
+        if text != shown:
+            yield text
 
     def _steps(
         self, prompts: list[str], max_gen_len: int, temperature: float, top_p: float, seed: int

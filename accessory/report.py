@@ -46,7 +46,7 @@ class Reporter:
         self.output_dir = output_dir if enabled else None
         self.started, self.first_step = time.monotonic(), first_step
         self.writer = SummaryWriter(str(output_dir)) if self.output_dir else None
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not enabled, dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if enabled else True, dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """Print above the progress bar, on the main rank."""

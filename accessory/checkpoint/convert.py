@@ -27,5 +27,5 @@ def write_base(
 
 
 def _cast(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tqdm(sorted(source.tensors.items()), desc="converting", unit="tensor"):
+    for name, tensor in tqdm(sorted(source.tensors.items()), desc="converting", unit="tensor", disable=None):
         yield name, tensor.read().to(dtype)

@@ -95,7 +95,7 @@ def fill(
     decoder.frequencies = decoder.frequencies.to(layout.device)
     everything = list(targets(decoder))
     outer = [target for target in everything if not target.name.startswith("layers.")]
-    bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=not layout.is_main, leave=False)
+    bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=None if layout.is_main else True, leave=False)
     for i, block in enumerate(decoder.layers):
         for target in targets(block, f"layers.{i}"):
             _fill_one(target, tensors, attachment, layout, seed)

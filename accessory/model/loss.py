@@ -33,13 +33,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden = hidden.new_empty(len(rows), hidden.shape[1]) if want_hidden else None
         dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for chunk, at in zip(rows.split(CHUNK), torch.arange(len(rows)).split(CHUNK), strict=True):
+        for begin in range(0, len(rows), CHUNK):
+            chunk = rows[begin : begin + CHUNK]
             x = hidden[chunk]
             scores = (x @ matrix.t()).to(wide)
             total += _loss_and_gradient(scores, labels[chunk])
             narrow = scores.to(hidden.dtype)
             if dhidden is not None:
-                dhidden[at[0] : at[-1] + 1] = narrow @ matrix
+                dhidden[begin : begin + CHUNK] = narrow @ matrix
             if dhead is not None:
                 dhead += (narrow.t() @ x).to(wide)
         if dhidden is not None and len(rows):
@@ -53,7 +54,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows, dhidden, dhead = ctx.saved_tensors
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)
-            full[rows] = dhidden * dloss.to(dhidden.dtype)
+            # In dloss's own width: one over the supervised tokens loses digits in bf16, fp16's loss scale overflows.
+            for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
+                full[at] = (part.to(dloss.dtype) * dloss).to(part.dtype)
             dhidden = full
         return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None
 

@@ -76,8 +76,15 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(device: str = "auto", model_parallel_size: int = 1, dist_on_itp: bool = False) -> Layout:
+def start(
+    device: str = "auto",
+    model_parallel_size: int = 1,
+    dist_on_itp: bool = False,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+) -> Layout:
     """Join the process group and lay model-parallel and data-parallel groups over it. Called once a process.
+
+    A rank that waits longer than `timeout` for the others gives up.
 
     Raises `ParallelError` where the device is missing or the world is not a multiple of `model_parallel_size`.
     """
@@ -91,7 +98,7 @@ def start(device: str = "auto", model_parallel_size: int = 1, dist_on_itp: bool 
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore()} if world_size == 1 else {}  # one process needs no port
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, **alone)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints from rank 0
             fairscale_groups.initialize_model_parallel(model_parallel_size)

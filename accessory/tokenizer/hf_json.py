@@ -19,7 +19,7 @@ _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
 class JsonTokenizer(Tokenizer):
-    """A pipeline of the `tokenizers` library; BOS and EOS come from the files beside it, since its own file has none."""
+    """A pipeline of the `tokenizers` library; its own file names no BOS and EOS, the files beside it do."""
 
     def __init__(self, definition: str, special: SpecialTokens, *, source: str = FILE_NAME) -> None:
         """`definition` is the text of a tokenizer.json; `source` is named in the TokenizerError of an unusable one."""
@@ -46,7 +46,7 @@ class JsonTokenizer(Tokenizer):
         self._silent = {self.bos_id, self.eos_id}
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False, threads: int = 1) -> list[list[int]]:
-        """See `Tokenizer.encode_batch`. The library shares its own thread pool, so `threads` > 1 only switches it on."""
+        """See `Tokenizer.encode_batch`. The library has a thread pool of its own, which `threads` > 1 switches on."""
         pipeline = self._continuing if continuation else self._main
         if threads > 1 and len(texts) > 1:
             return [found.ids for found in pipeline.encode_batch_fast(list(texts), add_special_tokens=False)]

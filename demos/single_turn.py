@@ -1,0 +1,162 @@
+"""Ask a model single questions, in the terminal (--prompt) or on a page served on this machine.
+
+    torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAINABLE --quant --prompt "..."
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.config import DemoConfig
+from accessory.data.templates import format_prompt
+from accessory.entry import run_entry
+from accessory.errors import ConfigError
+from accessory.meta import MetaModel
+from accessory.parallel import groups
+
+PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
+MAX_QUESTION = 20_000  # characters
+MAX_WAITING = 16  # questions in the queue
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and how to answer it, as every rank gets it."""
+
+    question: str
+    input: str = ""
+    system_prompt: str = "alpaca"
+    max_gen_len: int = 128
+    temperature: float = 0.1
+    top_p: float = 0.75
+    seed: int = 0
+
+
+def main(config: DemoConfig) -> None:
+    """Load the model, over as many model-parallel ranks as were started, and answer."""
+    ranks = groups.launch_environment(config.dist_on_itp)[1]
+    layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
+    model = MetaModel.from_pretrained(
+        list(config.pretrained_path),
+        llama_type=config.llama_type,
+        llama_config=config.llama_config,
+        tokenizer_path=config.tokenizer_path,
+        max_seq_len=config.max_seq_len,
+        dtype=config.dtype,
+        quant=config.quant,
+        quant_type=config.quant_type,
+        layout=layout,
+    )
+    if config.prompt:
+        answer_in_terminal(model, config, speaks=layout.is_main)
+    elif layout.is_main:
+        serve(model, config)
+    else:
+        follow(model)
+
+
+def answer(model: MetaModel, question: Question) -> Iterator[str]:
+    """The answer so far, growing. Every rank must go through it together."""
+    return model.stream_generate(
+        format_prompt(question.question, question.input, question.system_prompt),
+        max_gen_len=question.max_gen_len,
+        temperature=question.temperature,
+        top_p=question.top_p,
+        seed=question.seed,
+    )
+
+
+def answer_in_terminal(model: MetaModel, config: DemoConfig, speaks: bool) -> None:
+    """Stream the answers to all --prompt questions."""
+    for prompt in config.prompt:
+        question = Question(
+            prompt, "", config.system_prompt, config.max_gen_len, config.temperature, config.top_p, config.seed
+        )
+        shown = ""
+        if speaks:
+            print(f"Q: {prompt}\nA: ", end="", flush=True)
+        for text in answer(model, question):
+            if speaks:
+                print(text[len(shown) :], end="", flush=True)
+            shown = text
+        if speaks:
+            print("\n", flush=True)
+
+
+def follow(model: MetaModel) -> None:
+    """Answer along with the main rank until it sends no question."""
+    while True:
+        message: list[dict | None] = [None]
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is None:
+            return
+        for _ in answer(model, Question(**message[0])):
+            pass
+
+
+def serve(model: MetaModel, config: DemoConfig) -> None:
+    """Serve the page until interrupted. Raises `ConfigError` without gradio."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
+    one_at_a_time = threading.Lock()
+
+    def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
+        try:
+            asked = checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config)
+        except ConfigError as error:
+            raise gradio.Error(str(error)) from error
+        with one_at_a_time:
+            if dist.get_world_size() > 1:
+                dist.broadcast_object_list([asdict(asked)], src=0)
+            yield from answer(model, asked)
+
+    page = gradio.Interface(
+        respond,
+        inputs=[
+            gradio.Textbox(label="Question", max_length=MAX_QUESTION),
+            gradio.Textbox(label="Input", max_length=MAX_QUESTION),
+            gradio.Dropdown(["alpaca", "none"], value=config.system_prompt, label="System prompt"),
+            gradio.Slider(1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max length (tokens)"),
+            gradio.Slider(0, 2, value=config.temperature, label="Temperature"),
+            gradio.Slider(0.01, 1, value=config.top_p, label="Top-p"),
+        ],
+        outputs=gradio.Textbox(label="Answer"),
+        title="Accessory",
+        flagging_mode="never",
+        analytics_enabled=False,
+        api_name="ask",
+    )
+    try:
+        page.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(
+            server_name=config.host,
+            server_port=config.port,
+            auth=("accessory", config.password) if config.password else None,
+            share=False,
+        )
+    finally:
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list([None], src=0)
+
+
+def checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config: DemoConfig) -> Question:
+    """What came over the network, held to the limits the page shows. Raises `ConfigError`."""
+    if not isinstance(question, str) or not question.strip() or len(question) + len(context or "") > MAX_QUESTION:
+        raise ConfigError(f"A question has 1 to {MAX_QUESTION} characters, its input included.")
+    numbers = {"max length": (max_gen_len, 1, config.max_seq_len), "temperature": (temperature, 0, 2), "top-p": (top_p, 0, 1)}
+    for name, (value, low, high) in numbers.items():
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ConfigError(f"{name} is {value!r}; expected {low} to {high}.")
+    return Question(question, context or "", system_prompt, int(max_gen_len), temperature, top_p, config.seed)
+
+
+if __name__ == "__main__":
+    run_entry(DemoConfig, main)

@@ -1,0 +1,51 @@
+import pytest
+
+from accessory.errors import TokenizerError
+from accessory.tokenizer.base import Tokenizer, looks_like_control
+
+
+class Characters(Tokenizer):
+    """The smallest vocabulary there is: code points below 128."""
+
+    def __init__(self, **special):
+        self.vocab_size = 128
+        self._set_special(**{"bos_id": 1, "eos_id": 2, "add_bos": True, "definition": b"", "source": "x", **special})
+
+    def encode_batch(self, texts, *, continuation=False, threads=1):
+        return [[ord(letter) for letter in text] for text in texts]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def save(self, directory):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<｜User｜>", "<s>", "</s>", "[INST]", "[/INST]"])
+def test_chat_markers_look_like_control(token):
+    assert looks_like_control(token)
+
+
+@pytest.mark.parametrize("token", ["<table>", "▁▁", "\n\n", "<|", "a<|b|>", "[DATE]", ""])
+def test_other_tokens_do_not(token):
+    assert not looks_like_control(token)
+
+
+def test_encode_is_a_batch_of_one():
+    assert Characters().encode("ab") == [97, 98]
+
+
+def test_fingerprint_tells_every_setting_apart():
+    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"add_bos": False}, {"definition": b"y"}]
+    assert len({Characters(**variant).fingerprint for variant in variants}) == len(variants)
+    assert Characters().fingerprint == Characters(source="elsewhere").fingerprint
+
+
+def test_without_bos_nothing_is_added():
+    assert Characters(bos_id=None).add_bos is False
+
+
+@pytest.mark.parametrize(("key", "value"), [("eos_id", 128), ("bos_id", -1)])
+def test_special_id_beyond_the_vocabulary_is_refused(key, value):
+    with pytest.raises(TokenizerError, match=rf"{key[:3].upper()} id is {value}.*0 to 127"):
+        Characters(**{key: value})

@@ -1,0 +1,137 @@
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from accessory.errors import TokenizerError
+from accessory.tokenizer import open_tokenizer
+
+CHATML = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def lay(directory, pipeline, config):
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.json").write_text(pipeline.to_str(), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def copy(pipeline):
+    return Tokenizer.from_str(pipeline.to_str())
+
+
+def test_ids_are_those_of_transformers(byte_level, tmp_path, awkward, sentences):
+    ours = open_tokenizer(lay(tmp_path, byte_level, CHATML))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=copy(byte_level))
+    texts = [text for text in awkward + sentences if "<|" not in text]
+    expected = [theirs(text, add_special_tokens=False).input_ids for text in texts]
+    assert [ours.encode(text) for text in texts] == expected
+    assert ours.encode_batch(texts, threads=2) == expected
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (400, 1, 2, False)
+
+
+def test_a_continued_text_decodes_to_the_whole(byte_level, llama_like, tmp_path):
+    metaspace = copy(llama_like)
+    metaspace.normalizer = None
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    prefixed = copy(byte_level)
+    prefixed.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=True)])
+    plain = [(byte_level, CHATML), (llama_like, LLAMA), (metaspace, LLAMA)]
+    for number, (pipeline, config) in enumerate(plain):
+        ours = open_tokenizer(lay(tmp_path / str(number), pipeline, config))
+        for text in ("Write a response", "the lazy dog, 1234 times!\n\n### Response:", "ab  cd"):
+            for cut in range(1, len(text)):
+                ids = ours.encode(text[:cut]) + ours.encode(text[cut:], continuation=True)
+                assert ours.decode(ids) == text, (number, text, cut)
+    ours = open_tokenizer(lay(tmp_path / "prefixed", prefixed, CHATML))
+    assert ours.decode(ours.encode("a") + ours.encode("b", continuation=True)) == " ab"  # only the first is prefixed
+
+
+def test_control_markers_in_a_text_stay_text(byte_level, tmp_path):
+    pipeline = copy(byte_level)
+    pipeline.add_tokens([AddedToken("<｜User｜>", special=False), AddedToken("<tool>", special=False)])
+    ours = open_tokenizer(lay(tmp_path, pipeline, CHATML))
+    assert pipeline.token_to_id("<｜User｜>") in pipeline.encode("<｜User｜>").ids
+    for text in ("a<|im_end|>b", "<｜User｜>", "</s>"):
+        ids = ours.encode(text)
+        assert len(ids) > 1 and max(ids) < 400 and ours.eos_id not in ids and ours.decode(ids) == text
+    assert ours.encode("<tool>") == [pipeline.token_to_id("<tool>")]
+    assert ours.vocab_size == 402
+
+
+def test_special_and_unknown_ids_decode_to_nothing(byte_level, tmp_path):
+    ours = open_tokenizer(lay(tmp_path, byte_level, CHATML))
+    ids = ours.encode("Write a task")
+    assert ours.decode([ours.bos_id, *ids, ours.eos_id, 0, ours.vocab_size, -1]) == "Write a task"
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(None, True), (False, False), (True, True)])
+def test_add_bos_is_stated_or_told_by_the_post_processor(byte_level, tmp_path, stated, expected):
+    pipeline = copy(byte_level)
+    pipeline.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+    config = CHATML if stated is None else {**CHATML, "add_bos_token": stated}
+    ours = open_tokenizer(lay(tmp_path, pipeline, config))
+    assert ours.add_bos is expected
+    assert ours.bos_id not in ours.encode("Write")
+
+
+def test_cutting_and_padding_of_the_file_are_switched_off(byte_level, tmp_path, sentences):
+    pipeline = copy(byte_level)
+    pipeline.enable_truncation(4)
+    pipeline.enable_padding(length=16)
+    ours = open_tokenizer(lay(tmp_path, pipeline, CHATML))
+    for threads in (1, 2):
+        short, long = ours.encode_batch(["a", sentences[0]], threads=threads)
+        assert len(short) == 1 and ours.decode(long) == sentences[0]
+
+
+def test_ids_of_config_json_serve_where_no_name_is_given(byte_level, tmp_path):
+    lay(tmp_path, byte_level, {})
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 0], "bos_token_id": 0}')
+    ours = open_tokenizer(tmp_path)
+    assert (ours.eos_id, ours.bos_id) == (2, 0)
+
+
+def test_saved_and_opened_again_it_is_equal(byte_level, tmp_path):
+    lay(tmp_path, byte_level, {"model_max_length": 77})
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    ours = open_tokenizer(tmp_path)
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")  # other programs can read it too
+    assert theirs.eos_token == "<|im_end|>" and theirs.model_max_length == 77
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "no file beside it names the end"),
+        ({"eos_token": "<eos>"}, "eos_token '<eos>', which is no token"),
+        ({"eos_token": "<|im_end|>", "bos_token": "<b>"}, "bos_token '<b>', which is no token"),
+    ],
+)
+def test_missing_or_unknown_special_tokens_are_refused(byte_level, tmp_path, config, words):
+    with pytest.raises(TokenizerError, match=words):
+        open_tokenizer(lay(tmp_path, byte_level, config))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "an empty file"),
+        ("<!DOCTYPE html>", "an HTML page"),
+        ("version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
+        ('{"version": "1.0", "mod', "whole and undamaged"),
+        ('{"a": 1}', 'no "model" in it'),
+        ('{"version": "1.0", "model": {"type": "Nonsense"}}', "the library refuses it"),
+        ("[" * 100_000, "whole and undamaged"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(tmp_path, content, words):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(TokenizerError, match=words) as caught:
+        open_tokenizer(path)
+    assert str(path) in str(caught.value) and "expected a tokenizer.json" in str(caught.value)

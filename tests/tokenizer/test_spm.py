@@ -1,0 +1,129 @@
+import json
+
+import pytest
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from accessory.errors import TokenizerError
+from accessory.tokenizer import open_tokenizer
+
+
+def reference(model):
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def test_ids_are_those_of_sentencepiece(spm_file, spm_model, awkward, sentences):
+    ours, theirs = open_tokenizer(spm_file), reference(spm_model)
+    texts = [text for text in awkward + sentences if "<|" not in text]
+    assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
+    assert ours.encode_batch(texts, threads=2) == [theirs.encode(text) for text in texts]
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (420, 1, 2, True)
+
+
+def test_a_continued_text_decodes_to_the_whole(spm_file, awkward, sentences):
+    ours = open_tokenizer(spm_file)
+    for text in awkward + sentences:
+        for cut in range(1, len(text)):
+            ids = ours.encode(text[:cut]) + ours.encode(text[cut:], continuation=True)
+            assert ours.decode(ids) == text, (text, cut)
+
+
+def test_only_a_continuation_has_no_made_up_space(spm_file, spm_model):
+    ours, pieces = open_tokenizer(spm_file), reference(spm_model)
+    assert pieces.id_to_piece(ours.encode("task")[0]).startswith("▁")
+    assert not pieces.id_to_piece(ours.encode("task", continuation=True)[0]).startswith("▁")
+    assert ours.encode(" task", continuation=True) == ours.encode("task")
+
+
+def test_a_continuation_keeps_its_space_in_a_model_that_strips(tmp_path, train_sentencepiece):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(remove_extra_whitespaces=True))
+    ours = open_tokenizer(path)
+    assert ours.decode(ours.encode("quick") + ours.encode(" fox", continuation=True)) == "quick fox"
+
+
+def test_control_markers_in_a_text_stay_text(spm_file, spm_model):
+    ours, theirs = open_tokenizer(spm_file), reference(spm_model)
+    marker = theirs.piece_to_id("<|im_end|>")
+    assert marker in theirs.encode("a<|im_end|>b")  # the library alone would forge a turn
+    for text in ("a<|im_end|>b", "x</s>y<s>"):
+        ids = ours.encode(text)
+        assert not {marker, ours.bos_id, ours.eos_id} & set(ids)
+        assert ours.decode(ids) == text
+    assert theirs.piece_to_id("<tag>") in ours.encode("a<tag>b")  # a user-defined piece that is none of chat's
+
+
+def test_special_and_unknown_ids_decode_to_nothing(spm_file):
+    ours = open_tokenizer(spm_file)
+    ids = ours.encode("Write a task")
+    assert ours.decode([ours.bos_id, *ids, ours.eos_id, ours.vocab_size, -1]) == "Write a task"
+
+
+def test_saved_and_opened_again_it_is_equal(spm_file, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "chat_template": "{{ x }}"}))
+    ours = open_tokenizer(spm_file)
+    ours.save(tmp_path / "saved")
+    again = open_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == ours.fingerprint and again.add_bos is False
+    assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["chat_template"] == "{{ x }}"
+
+
+def test_names_beside_the_model_win(spm_file, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": None}))
+    ours = open_tokenizer(spm_file)
+    assert ours.encode("<|im_end|>") != [ours.eos_id]
+    assert reference(spm_file.read_bytes()).id_to_piece(ours.eos_id) == "<|im_end|>"
+    assert ours.bos_id is None and ours.add_bos is False
+
+
+def test_a_name_that_is_no_piece_is_refused(spm_file, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eot|>"}))
+    with pytest.raises(TokenizerError, match=r"eos_token '<\|eot\|>', which is no piece"):
+        open_tokenizer(spm_file)
+
+
+def test_a_model_without_eos_needs_config(tmp_path, train_sentencepiece):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(eos_id=-1, bos_id=-1))
+    with pytest.raises(TokenizerError, match="no end-of-document piece"):
+        open_tokenizer(path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    assert open_tokenizer(path).eos_id == 5
+
+
+def test_self_test_samples_do_not_stand_in_the_way(tmp_path, train_sentencepiece):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(self_test_sample_size=20, user_defined_symbols=["<|task|>"]))
+    ours = open_tokenizer(path)
+    assert ours.decode(ours.encode("Write a task")) == "Write a task"
+
+
+def test_save_refuses_a_directory_where_another_file_would_win(spm_file, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"holds a tokenizer.json"):
+        open_tokenizer(spm_file).save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html></html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
+        (bytes(range(256)), "a binary file"),
+        (ModelProto().SerializeToString() + b"\x12\x00", "sentencepiece model"),
+    ],
+)
+def test_what_is_no_model_is_named(tmp_path, content, words):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=words) as caught:
+        open_tokenizer(path)
+    assert str(path) in str(caught.value) and "expected a sentencepiece model" in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_cut_model_is_refused(spm_file, spm_model, share):
+    spm_file.write_bytes(spm_model[: int(len(spm_model) * share)])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+        open_tokenizer(spm_file)
