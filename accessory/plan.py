@@ -1,7 +1,7 @@
 """The memory plan of a rank: bytes of everything that lives at the worst moment of a training step, without weights.
 
 Parameters are counted on the model itself, made on the meta device; activations by what each block keeps for its
-backward (see `block_activation_bytes`).
+backward (see `activation_bytes`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from accessory.model.loss import CHUNK
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one rank. `activations` is what the forward keeps, `logits` one loss chunk, `buffers` one unpacked matrix."""
+    """Bytes on one rank. `activations`: kept by the forward; `logits`: a loss chunk; `buffers`: an unpacked matrix."""
 
     weights: int
     trainable: int
@@ -59,13 +61,9 @@ def memory_plan(
         else:
             weights += size // share if data_parallel == "fsdp" else size
     width = torch.finfo(decoder.dtype).bits // 8
-    block = block_activation_bytes(decoder, attachment, tokens)
-    kept_input = tokens * decoder.args.dim * width
-    layers = len(decoder.layers)
-    # Embedding output and head gradient are [T, D] each, beside what the blocks keep.
-    activations = (layers * kept_input + block if checkpointing else layers * block) + 2 * kept_input
-    rows = min(tokens, CHUNK)
-    vocabulary = decoder.head_weight.shape[0]
+    head = decoder.head_weight
+    # A wider head (an fp32 master) is cast whole for the products with it.
+    head_copy = head.numel() * width if head.dtype != decoder.dtype else 0
     largest = max(
         [
             m.weight.shape.numel()
@@ -79,47 +77,75 @@ def memory_plan(
         trainable=trainable // share,
         gradients=trainable,  # whole until they are reduced, whatever the optimizer keeps of them
         optimizer=2 * trainable // share,
-        activations=activations,
-        logits=rows * vocabulary * (4 + width),
+        activations=activation_bytes(decoder, attachment, tokens, checkpointing=checkpointing, device=layout.device),
+        logits=min(tokens, CHUNK) * len(head) * (4 + width) + head_copy,
         buffers=largest * width,
     )
 
 
-def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int) -> int:
+def activation_bytes(
+    decoder: Decoder, attachment: Attachment, tokens: int, *, checkpointing: bool, device: torch.device = CPU
+) -> int:
+    """Bytes the forward of `tokens` supervised tokens keeps for the backward, on this rank, parameters aside.
+
+    With checkpointing: every block's input, and what the one block being run again keeps. Without: what every block
+    keeps; the first norm keeps nothing where neither it nor the embedding below it is trained. On top of either the
+    final norm, the loss's gradient and row numbers, the shared rotations, and what training the embedding and the head
+    takes.
+    """
+    args, layers = decoder.args, len(decoder.layers)
+    x = tokens * args.dim * torch.finfo(decoder.dtype).bits // 8
+    norm = x + 4 * tokens
+    kept = block_activation_bytes(decoder, attachment, tokens, device)
+    trains_embedding = "tok_embeddings.weight" in attachment.trainable
+    if checkpointing:
+        kept += (layers - 1) * x
+    else:
+        first_is_needed = trains_embedding or "layers.0.attention_norm.weight" in attachment.trainable
+        kept = layers * kept - (0 if first_is_needed else norm)
+    kept += norm + x + tokens * (8 + 4 * args.head_dim)
+    if trains_embedding:
+        kept += 9 * tokens  # row numbers, and which of them are other ranks'
+    if ("tok_embeddings" if decoder.output is None else "output") + ".weight" in attachment.trainable:
+        kept += 4 * decoder.head_weight.numel()  # the head's gradient is made in the forward
+    return kept
+
+
+def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int, device: torch.device = CPU) -> int:
     """Bytes one block keeps for its backward, for `tokens` tokens, on this rank.
 
     Always: the inputs of both norms (D each) with a 4-byte scale a token, rotated q and attention's output (this rank's
-    heads), k and v, a 4-byte log-sum a head, and gate and up (F each). A linear with LoRA or a trained weight keeps its
-    input too; q, k, v share one, gate and up another.
+    heads), k and v (repeated for every query head on CUDA), a 4-byte log-sum a head, and gate and up (F each). Linears
+    with LoRA or a trained weight keep their input too: wq, wk, wv share one, w1 and w3 another, and wo's is kept
+    already. LoRA adds R a linear; its dropout a thinned input a linear, with a mask of bytes (on the CPU, of numbers).
     """
     args, ranks = decoder.args, decoder.ranks
     width = torch.finfo(decoder.dtype).bits // 8
-    heads, kv_width = args.n_heads // ranks, args.n_kv_heads * args.head_dim // ranks
-    q_width, f_width = heads * args.head_dim, args.hidden_dim // ranks
+    heads, kv_heads = args.n_heads // ranks, args.n_kv_heads // ranks
+    if device.type == "cuda":
+        kv_heads = heads
+    q_width, kv_width, f_width = heads * args.head_dim, kv_heads * args.head_dim, args.hidden_dim // ranks
     per_token = width * (2 * args.dim + 2 * q_width + 2 * kv_width + 2 * f_width) + 4 * (2 + heads)
-    for inputs, size in (
-        (("wq", "wk", "wv"), args.dim),
-        (("wo",), q_width),
-        (("w1", "w3"), args.dim),
-        (("w2",), f_width),
-    ):
-        keeping = [name for name in inputs if _keeps_input(name, attachment)]
-        if keeping:
+    for linears, size in ((("wq", "wk", "wv"), args.dim), (("w1", "w3"), args.dim), (("w2",), f_width)):
+        if any(_keeps_input(name, decoder, attachment) for name in linears):
             per_token += width * size
-    per_token += sum(width * args_rank for args_rank in _lora_ranks(decoder))
+    mask = 1 if device.type == "cuda" else width
+    for linear in _lora_linears(decoder):
+        per_token += width * linear.lora_a.weight.shape[0]
+        if linear.addition.dropout:
+            per_token += (width + mask) * linear.lora_a.weight.shape[1]
     return per_token * tokens
 
 
-def _keeps_input(linear: str, attachment: Attachment) -> bool:
-    return any(
-        name.startswith("layers.0.") and (f".{linear}.lora_a." in name or name.endswith(f".{linear}.weight"))
-        for name in attachment.trainable
-    )
+def _keeps_input(name: str, decoder: Decoder, attachment: Attachment) -> bool:
+    """Whether the linears called `name` keep the input they were given (LoRA's dropout keeps a thinned one instead)."""
+    linear = next(m for n, m in decoder.layers[0].named_modules() if n.endswith(f".{name}"))
+    trained = any(n.startswith("layers.0.") and n.endswith(f".{name}.weight") for n in attachment.trainable)
+    return trained or (linear in _lora_linears(decoder) and not linear.addition.dropout)
 
 
-def _lora_ranks(decoder: Decoder) -> list[int]:
-    linears = [m for m in decoder.layers[0].modules() if isinstance(m, Linear)]
-    return [m.lora_a.weight.shape[0] for m in linears if hasattr(m, "lora_a")]
+def _lora_linears(decoder: Decoder) -> list[Linear]:
+    return [m for m in decoder.layers[0].modules() if isinstance(m, Linear) and hasattr(m, "lora_a")]
 
 
 def parameter_counts(decoder: Decoder, attachment: Attachment) -> tuple[int, int]:

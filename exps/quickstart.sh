@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 OUT="$ROOT/output/quickstart"
 DEVICE="${DEVICE:-auto}"
-EPOCHS=8
+EPOCHS=4
 QUESTIONS=("What is Accessory?" "What does NF4 stand for?" "What is QST?")
 
 install

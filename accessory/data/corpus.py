@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from accessory.data.batch import IGNORE
@@ -78,13 +78,15 @@ class Corpus:
     def show(self, index: int) -> str:
         """One document decoded, what is learned between angle quotes."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        tokens, learned = self.tokens[span], self.learned[span]
-        edges = np.flatnonzero(np.diff(learned)) + 1
-        parts = []
-        for piece, flags in zip(np.split(tokens, edges), np.split(learned, edges), strict=True):
-            text = self.tokenizer.decode(piece.tolist())
-            text += "<end>" if piece[-1] == self.tokenizer.eos_id else ""
-            parts.append(f"«{text}»" if flags[0] else text)
+        tokens, learned = self.tokens[span].tolist(), self.learned[span]
+        edges = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
+        parts, begin, before = [], 0, ""
+        for end in edges:
+            # Decoded from the start each time: on its own, a piece would lose a space that it opens with.
+            text = self.tokenizer.decode(tokens[:end])
+            part = text[len(before) :] + ("<end>" if tokens[end - 1] == self.tokenizer.eos_id else "")
+            parts.append(f"«{part}»" if learned[begin] else part)
+            begin, before = end, text
         return "".join(parts)
 
 
@@ -105,8 +107,8 @@ def build_corpus(
     entries = load_data_config(data_config)
     fingerprint = _fingerprint(entries, tokenizer, max_words, dialog)
     cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
-    if cached and cached.is_file():
-        return _from_cache(cached, fingerprint, tokenizer)
+    if cached and (kept := _from_cache(cached, fingerprint, tokenizer)):
+        return kept
     omissions = Omissions()
     documents = list(_documents(entries, dialog, omissions))
     arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
@@ -122,7 +124,7 @@ def _documents(entries: list[DataEntry], dialog: bool, omissions: Omissions):
     for entry in entries:
         records = read_records(entry.path)
         if entry.ratio < 1:
-            count = max(round(entry.ratio * len(records)), 1)
+            count = min(max(round(entry.ratio * len(records)), 1), len(records))
             chosen = np.random.default_rng(0).choice(len(records), count, replace=False)
             records = [records[i] for i in sorted(chosen)]
         for record in records:
@@ -183,22 +185,34 @@ def _assemble(pieces: list[list[int]], segments: list[Segment], tokenizer: Token
 
 
 def _fingerprint(entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool) -> str:
-    digest = hashlib.sha256(f"1:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
+    digest = hashlib.sha256(f"2:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
     for entry in entries:
-        digest.update(entry.model_dump_json(exclude={"path"}).encode())
-        digest.update(entry.path.read_bytes())
+        try:
+            content = hashlib.sha256(entry.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"{entry.path}: cannot be read ({error.strerror}).") from error
+        digest.update(f"{entry.model_dump_json(exclude={'path'})}{entry.path.suffix}{content}".encode())
     return digest.hexdigest()
 
 
 def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     story = {"skipped": json.dumps(omissions.skipped), "truncated": str(omissions.truncated)}
-    save_file(arrays, path, metadata=story)  # written beside and renamed, so readers see all of it or nothing
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, path, metadata=story)  # written beside and renamed, so readers see all of it or nothing
+        path.chmod(0o644)  # the library lets nobody else read it
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
 
 
-def _from_cache(path: Path, fingerprint: str, tokenizer: Tokenizer) -> Corpus:
-    with safe_open(path, framework="numpy") as file:
-        story = file.metadata()
-        arrays = {name: file.get_tensor(name) for name in ("tokens", "learned", "offsets")}
-    omissions = Omissions(defaultdict(list, json.loads(story["skipped"])), int(story["truncated"]))
+def _from_cache(path: Path, fingerprint: str, tokenizer: Tokenizer) -> Corpus | None:
+    """The corpus kept at `path`, or None where there is none or it is damaged."""
+    try:
+        # As torch tensors, since the library maps those and copies NumPy's.
+        with safe_open(path, framework="pt") as file:
+            story = file.metadata()
+            arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets")}
+        omissions = Omissions(defaultdict(list, json.loads(story["skipped"])), int(story["truncated"]))
+    except (OSError, SafetensorError):
+        return None
     return Corpus(arrays, omissions, fingerprint, tokenizer)

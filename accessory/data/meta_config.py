@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from accessory.data.records import SUFFIXES
 from accessory.data.templates import PROMPT_TYPES
 from accessory.errors import DataError, explain_validation, nearest
+from accessory.tokenizer.sniff import what_is
 
 
 class DataEntry(BaseModel):
@@ -31,36 +32,51 @@ class DataEntry(BaseModel):
     root: str | None = None
     """Directory of images; accepted because upstream's files hold it."""
 
+    @field_validator("prompt_type", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        """Upstream spells the template without words `null`."""
+        return "none" if value is None else value
+
 
 def load_data_config(path: Path) -> list[DataEntry]:
     """The entries of a YAML, or one entry for a plain data file. Raises `DataError` listing all faults."""
     if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise DataError(f"{path}: found {what_is(path)}; expected a data file or a YAML with the key META.")
         return [DataEntry(path=path)]
     raw = _read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("META"), list) or not raw["META"]:
-        raise DataError(f"{path}: expected a list of data entries under the key META.")
+        found = f"the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else what_is(path)
+        raise DataError(f"{path}: found {found}; expected a list of data entries under the key META.")
     faults = [f"{path}: unknown key {key!r}.{nearest(str(key), ['META'])}" for key in raw if key != "META"]
     entries = []
     for number, item in enumerate(raw["META"]):
-        where = f"{path}: META[{number}]"
-        if isinstance(item, list) and len(item) == 2:  # the form before August 2023
-            item = {"path": item[0], "type": item[1]}
-        if not isinstance(item, dict):
-            faults.append(f"{where}: is {item!r}; expected keys and values.")
-            continue
         try:
-            entry = DataEntry(**{str(key): value for key, value in item.items()})
-        except ValidationError as error:
-            faults.append(explain_validation(error, where, DataEntry.model_fields))
-            continue
-        found = _find(entry.path, path.parent)
-        if found is None:
-            faults.append(f"{where}: path {entry.path} is neither in {path.parent.resolve()} nor in {Path.cwd()}.")
-        else:
-            entries.append(entry.model_copy(update={"path": found}))
+            entries.append(_entry(item, f"{path}: META[{number}]", path.parent))
+        except DataError as error:
+            faults.append(str(error))
     if faults:
         raise DataError("\n".join(faults))
     return entries
+
+
+def _entry(item: Any, where: str, beside: Path) -> DataEntry:
+    """One item of META, its path resolved. Raises `DataError`."""
+    if isinstance(item, list) and len(item) == 2:  # the form before August 2023
+        item = {"path": item[0], "type": item[1]}
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: is {item!r}; expected keys and values.")
+    try:
+        entry = DataEntry(**{str(key): value for key, value in item.items()})
+    except ValidationError as error:
+        raise DataError(explain_validation(error, where, DataEntry.model_fields)) from error
+    if entry.path.suffix not in SUFFIXES:
+        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(SUFFIXES)}.")
+    found = _find(entry.path, beside)
+    if found is None:
+        raise DataError(f"{where}: path {entry.path} is neither in {beside.resolve()} nor in {Path.cwd()}.")
+    return entry.model_copy(update={"path": found})
 
 
 def _find(path: Path, beside: Path) -> Path | None:
@@ -72,7 +88,7 @@ def _read_yaml(path: Path) -> Any:
         return _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2023-02-30
         raise DataError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
 
 

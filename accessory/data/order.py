@@ -8,6 +8,7 @@ import numpy as np
 
 from accessory.data.batch import PackedBatch
 from accessory.data.corpus import Corpus
+from accessory.errors import ConfigError
 
 
 class GlobalOrder:
@@ -29,6 +30,12 @@ class GlobalOrder:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
+        if batch_size < 1 or accum_iter < 1 or not 0 <= dp_rank < dp_size or seed < 0:
+            raise ConfigError(
+                f"batch_size {batch_size}, accum_iter {accum_iter}, data-parallel rank {dp_rank} of {dp_size}, "
+                f"seed {seed}: expected batch_size and accum_iter of 1 or more, a rank below the number of ranks, and "
+                "a seed of 0 or more."
+            )
         self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
         self.seed, self.shuffle = seed, shuffle
         self.global_batch = batch_size * accum_iter * dp_size
@@ -36,7 +43,9 @@ class GlobalOrder:
         self._cached: tuple[int, np.ndarray] | None = None
 
     def global_ids(self, epoch: int, step: int) -> np.ndarray:
-        """Documents of one global batch, in the order of the epoch."""
+        """Documents of one global batch, in the order of the epoch. Raises IndexError for a step beyond the epoch."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} is not among the {self.steps_per_epoch} of an epoch")
         start = step * self.global_batch
         return self._permutation(epoch)[start : start + self.global_batch]
 

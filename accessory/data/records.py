@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from accessory.errors import DataError
 from accessory.tokenizer.sniff import what_is
 
 SUFFIXES = (".json", ".jsonl", ".csv")
-_SPACE = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Record:
     def where(self) -> str:
         """`file:line`."""
         return f"{self.path}:{self.line}"
+
+
+def kind(value: Any) -> str:
+    """What a decoded JSON value is, in the words of JSON: "a list", "null", ..."""
+    return _KINDS.get(type(value), "a number")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -52,42 +59,62 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _read_list(text: str, path: Path) -> Iterator[Record]:
-    start = len(text) - len(text.lstrip())
+    start = _after_space(text, 0)
     if text[start : start + 1] != "[":
         raise DataError(f"{path}: found {what_is(path)}; expected a JSON list of objects.")
     newlines = [match.start() for match in re.finditer("\n", text)]
     decoder = _StrictDecoder()
-    at = _SPACE.match(text, start + 1).end()
-    while text[at : at + 1] != "]":
+    at = _after_space(text, start + 1)
+    more = text[at : at + 1] != "]"
+    while more:
         line = bisect.bisect_left(newlines, at) + 1
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{_fault_line(error, line)}: is not valid JSON ({_reason(error)}).") from error
         yield decoder.record(value, path, line)
-        at = _SPACE.match(text, end).end()
-        if "," not in text[end:at] and text[at : at + 1] != "]":
+        at = _after_space(text, end)
+        more = text[at : at + 1] == ","
+        if not more and text[at : at + 1] != "]":
             raise DataError(f"{path}:{bisect.bisect_left(newlines, end) + 1}: expected ',' or ']' after a record.")
+        at = _after_space(text, at + 1) if more else at
+    if _after_space(text, at + 1) != len(text):
+        line = bisect.bisect_left(newlines, at) + 1
+        raise DataError(f"{path}:{line}: goes on after the end of the list; expected one JSON list.")
+
+
+def _after_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()
 
 
 def _read_lines(text: str, path: Path) -> Iterator[Record]:
     decoder = _StrictDecoder()
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: a text may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             value = decoder.decode(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: is not valid JSON ({_reason(error)}).") from error
+            found = f"found {what_is(path)}, expected an object a line"
+            raise DataError(f"{path}:{number}: is not valid JSON ({_reason(error)}); {found}.") from error
         yield decoder.record(value, path, number)
 
 
 def _read_table(text: str, path: Path) -> Iterator[Record]:
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter="\t", strict=True)
+    rows = csv.reader(io.StringIO(text), delimiter="\t", strict=True)
     try:
+        header = next(rows, [])
+        if len(set(header)) != len(header) or len(header) < 2:
+            raise DataError(
+                f"{path}:1: the columns are {header}; expected two or more, separated by tabs, none of them twice."
+            )
+        line = rows.line_num + 1
         for row in rows:
-            fault = "has more or fewer columns than the header" if None in row or None in row.values() else None
-            yield Record({} if fault else dict(row), path, rows.line_num, fault)
+            fault = None if len(row) == len(header) else "has more or fewer columns than the header"
+            if row:
+                yield Record({} if fault else dict(zip(header, row, strict=True)), path, line, fault)
+            line = rows.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num}: is not a tab-separated table ({error}).") from error
 
@@ -113,7 +140,7 @@ class _StrictDecoder(json.JSONDecoder):
         """The record of a value just decoded, with whatever fault was met on the way."""
         fault, self.fault = self.fault, None
         if not isinstance(value, dict):
-            fault, value = f"is a {type(value).__name__}, not an object", {}
+            fault, value = f"is {kind(value)}, not an object", {}
         return Record(value, path, line, fault)
 
 
@@ -122,4 +149,6 @@ def _fault_line(error: Exception, default: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

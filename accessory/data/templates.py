@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accessory.data.records import kind
 from accessory.errors import ConfigError, nearest
 
 _ALPACA = (
@@ -65,17 +66,21 @@ def format_prompt(instruction: str, context: str = "", prompt_type: str = "alpac
 
 
 def single_turn(fields: dict[str, Any], prompt_type: str) -> list[Segment]:
-    """Segments of a record with `instruction`, `output` and perhaps `input`. Raises `UnusableRecord`."""
+    """Segments of a record with `instruction`, `output` and perhaps `input`; no prompt where the template has none.
+
+    Raises `UnusableRecord`.
+    """
     if fields.get("image"):
         raise UnusableRecord("has an image, and there is no vision part yet")
     instruction = "" if prompt_type == "caption" and "instruction" not in fields else _text(fields, "instruction")
     context = fields.get("input") or ""
     if not isinstance(context, str):
-        raise UnusableRecord(f"'input' is a {type(context).__name__}, expected text")
+        raise UnusableRecord(f"'input' is {kind(context)}, expected text")
     output = _text(fields, "output")
     if not output.strip():
         raise UnusableRecord("'output' is empty")
-    return [Segment(format_prompt(instruction, context, prompt_type), False), Segment(output, True)]
+    prompt = format_prompt(instruction, context, prompt_type)
+    return _encodable([Segment(prompt, False)] * bool(prompt) + [Segment(output, True)])
 
 
 def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +101,15 @@ def conversation(fields: dict[str, Any]) -> list[Segment]:
         segments.append(Segment(words + DIALOG_END, role == "Assistant"))
     if not any(segment.supervised for segment in segments):
         raise UnusableRecord("'conversations' has no turn of the assistant")
+    return _encodable(segments)
+
+
+def _encodable(segments: list[Segment]) -> list[Segment]:
+    try:
+        for segment in segments:
+            segment.text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRecord("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from error
     return segments
 
 
@@ -103,19 +117,26 @@ def _turns(fields: dict[str, Any]) -> list[tuple[str, str]]:
     turns = fields.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise UnusableRecord(f"has no list 'conversations'{_nearest_key(fields, 'conversations')}")
-    found = []
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
-            raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(_ROLES)}) and 'value'")
-        found.append((_ROLES[turn["from"]], turn["value"].replace("<image>", "").strip()))
+    found = [_turn(turn) for turn in turns]
+    if any(role != ("Human", "Assistant")[place % 2] for place, (role, _) in enumerate(found)):
+        raise UnusableRecord("'conversations' does not go from human to assistant and back, the human first")
+    if any(role == "Assistant" and not words for role, words in found):
+        raise UnusableRecord("'conversations' holds an empty answer")
     return found
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
+    if role is None or not isinstance(turn.get("value"), str):
+        raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(_ROLES)}) and 'value'")
+    return role, turn["value"].replace("<image>", "").strip()
 
 
 def _text(fields: dict[str, Any], key: str) -> str:
     if key not in fields:
         raise UnusableRecord(f"has no {key!r}{_nearest_key(fields, key)}")
     if not isinstance(fields[key], str):
-        raise UnusableRecord(f"{key!r} is a {type(fields[key]).__name__}, expected text")
+        raise UnusableRecord(f"{key!r} is {kind(fields[key])}, expected text")
     return fields[key]
 
 

@@ -27,7 +27,7 @@ def read_metadata(path: Path) -> dict[str, object]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             return _Walk(buffer).metadata()
-    except (OSError, ValueError, struct.error, KeyError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, struct.error, KeyError, RecursionError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; {expected} ({error}).") from error
 
 

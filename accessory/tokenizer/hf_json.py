@@ -15,6 +15,7 @@ from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import SpecialTokens, write_special_tokens
 
 FILE_NAME = "tokenizer.json"
+_NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
 _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
@@ -26,7 +27,7 @@ class JsonTokenizer(Tokenizer):
         pipeline = _parse(definition, source)
         # Cutting and padding are the corpus' business; some published files carry both.
         pipeline["truncation"] = pipeline["padding"] = None
-        _mark_control_tokens(pipeline, {special.bos, special.eos})
+        _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id})
         self._definition = definition
         self._config = special.config
         self._main = _load(pipeline, source)
@@ -99,11 +100,21 @@ def _parse(definition: str, source: str) -> dict:
     return pipeline
 
 
-def _mark_control_tokens(pipeline: dict, names: set[str | None]) -> None:
+def _mark_control_tokens(pipeline: dict, special: set[str | int | None]) -> None:
     """Make special, hence unmatched in text, every added token that is BOS, EOS or spelled like a control marker."""
     for token in pipeline.get("added_tokens") or ():
-        if token["content"] in names or looks_like_control(token["content"]):
+        if {token["content"], token["id"]} & special or looks_like_control(token["content"]):
             token["special"] = True
+    if pipeline["model"].get("type") == "Unigram":
+        _never_match_special(pipeline)
+
+
+def _never_match_special(pipeline: dict) -> None:
+    """Score special entries so low that a text is cut otherwise: a Unigram model looks for all entries alike."""
+    special = {token["content"] for token in pipeline.get("added_tokens") or () if token["special"]}
+    for entry in pipeline["model"].get("vocab") or ():
+        if entry[0] in special:
+            entry[1] = _NEVER
 
 
 def _without_leading_space(pipeline: dict) -> dict:

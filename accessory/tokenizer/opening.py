@@ -46,4 +46,7 @@ def _choose(directory: Path) -> Path:
     vocabularies = sorted(directory.glob("*.gguf"))
     if len(vocabularies) == 1:
         return vocabularies[0]
+    if vocabularies:
+        names = ", ".join(file.name for file in vocabularies)
+        raise TokenizerError(f"{directory}: found several .gguf files ({names}); expected the path of one of them.")
     raise TokenizerError(f"{directory}: found neither {hf_json.FILE_NAME} nor {spm.FILE_NAME}; {_EXPECTED}.")

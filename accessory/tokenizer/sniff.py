@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 _HEAD_BYTES = 512
@@ -40,8 +41,8 @@ def _kind(head: bytes) -> str:
 
 def _is_binary(head: bytes) -> bool:
     try:
-        # The last few bytes may cut a character in two, which says nothing about the file.
-        head[:-4].decode("utf-8") if len(head) == _HEAD_BYTES else head.decode("utf-8")
+        # Incrementally, since the end of the head may cut a character in two, which says nothing about the file.
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _HEAD_BYTES)
     except UnicodeDecodeError:
         return True
     return b"\x00" in head

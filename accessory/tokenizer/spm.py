@@ -42,7 +42,6 @@ class SentencePieceTokenizer(Tokenizer):
         add_bos = True if special.add_bos is None else special.add_bos
         self._set_special(bos_id=bos_id, eos_id=eos_id, add_bos=add_bos, definition=definition, source=source)
         _hide_control_pieces(proto, {bos_id, eos_id})
-        self._silent = _silent_ids(proto)
         self._processor = _load(proto, source)
         self._continuing = _load(_without_leading_space(proto), source)
 
@@ -53,7 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._silent])
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.model as it was read, and tokenizer_config.json."""
@@ -105,14 +104,11 @@ def _resolve(
 
 
 def _hide_control_pieces(proto: ModelProto, special_ids: set[int | None]) -> None:
-    """Turn user-defined control markers into control pieces, which text never matches. Ids stay as they are."""
+    """Make BOS, EOS and chat markers control pieces, which no text matches and which decode to none. Ids stay."""
     for index, piece in enumerate(proto.pieces):
-        if piece.type == _Piece.USER_DEFINED and (index in special_ids or looks_like_control(piece.piece)):
+        marker = piece.type == _Piece.USER_DEFINED and looks_like_control(piece.piece)
+        if marker or (index in special_ids and piece.type in (_Piece.NORMAL, _Piece.USER_DEFINED)):
             piece.type = _Piece.CONTROL
-
-
-def _silent_ids(proto: ModelProto) -> frozenset[int]:
-    return frozenset(index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.CONTROL)
 
 
 def _without_leading_space(proto: ModelProto) -> ModelProto:
@@ -125,8 +121,6 @@ def _without_leading_space(proto: ModelProto) -> ModelProto:
 
 
 def _load(proto: ModelProto, source: str) -> sentencepiece.SentencePieceProcessor:
-    # Among them the model's self-test samples, which were made before the changes above and would be refused.
-    proto.DiscardUnknownFields()
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except (RuntimeError, ValueError) as error:

@@ -1,3 +1,5 @@
+import struct
+
 import gguf
 import pytest
 
@@ -55,3 +57,11 @@ def test_a_damaged_count_is_no_order_for_memory(file):
     file.write_bytes(whole)
     with pytest.raises(TokenizerError, match="passes the end"):
         read_metadata(file)
+
+
+def test_lists_nested_without_end_are_refused(tmp_path):
+    path = tmp_path / "deep.gguf"
+    head = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"x", 9)
+    path.write_bytes(head + struct.pack("<IQ", 9, 1) * 100_000)
+    with pytest.raises(TokenizerError, match="expected a GGUF file"):
+        read_metadata(path)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from accessory.errors import TokenizerError
@@ -135,3 +135,24 @@ def test_what_is_no_tokenizer_is_named(tmp_path, content, words):
     with pytest.raises(TokenizerError, match=words) as caught:
         open_tokenizer(path)
     assert str(path) in str(caught.value) and "expected a tokenizer.json" in str(caught.value)
+
+
+def test_a_marker_that_only_config_json_numbers_stays_text(byte_level, tmp_path):
+    pipeline = copy(byte_level)
+    pipeline.add_tokens([AddedToken("<eot>", special=False)])
+    lay(tmp_path, pipeline, {})
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": pipeline.token_to_id("<eot>")}))
+    ours = open_tokenizer(tmp_path)
+    assert ours.eos_id in pipeline.encode("a<eot>").ids
+    assert ours.eos_id not in ours.encode("a<eot>") and ours.decode(ours.encode("a<eot>")) == "a<eot>"
+
+
+def test_unigram_does_not_find_markers_in_a_text(tmp_path):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -9.0) for letter in "▁a</s>")]
+    pipeline = Tokenizer(models.Unigram(pieces, unk_id=0))
+    pipeline.pre_tokenizer, pipeline.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pipeline.add_special_tokens(["<unk>", "</s>"])
+    ours = open_tokenizer(lay(tmp_path, pipeline, {"eos_token": "</s>"}))
+    assert ours.eos_id == 1 and 1 not in ours.encode("a</s>a") and ours.decode(ours.encode("a</s>a")) == "a</s>a"
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").encode("a</s>") == ours.encode("a</s>")

@@ -45,3 +45,10 @@ def test_another_suffix_is_refused(tmp_path):
     path.write_text("a\nb\n")
     with pytest.raises(TokenizerError, match=r"vocab.txt: found a text file of 4 bytes named '.txt'; expected"):
         open_tokenizer(path)
+
+
+def test_several_gguf_files_are_listed(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(TokenizerError, match=r"several .gguf files \(a.gguf, b.gguf\)"):
+        open_tokenizer(tmp_path)

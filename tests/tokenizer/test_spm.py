@@ -91,11 +91,13 @@ def test_a_model_without_eos_needs_config(tmp_path, train_sentencepiece):
     assert open_tokenizer(path).eos_id == 5
 
 
-def test_self_test_samples_do_not_stand_in_the_way(tmp_path, train_sentencepiece):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(train_sentencepiece(self_test_sample_size=20, user_defined_symbols=["<|task|>"]))
-    ours = open_tokenizer(path)
-    assert ours.decode(ours.encode("Write a task")) == "Write a task"
+def test_an_ordinary_piece_named_eos_is_never_found_in_a_text_nor_shown(spm_file, spm_model, tmp_path):
+    theirs = reference(spm_model)
+    piece = theirs.encode_as_pieces("task")[0]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": piece}))
+    ours, text = open_tokenizer(spm_file), piece.replace("▁", " ").strip()
+    assert theirs.encode(text) == [ours.eos_id] and ours.eos_id not in ours.encode(text)
+    assert ours.decode([*ours.encode(text), ours.eos_id]) == text
 
 
 def test_save_refuses_a_directory_where_another_file_would_win(spm_file, tmp_path):

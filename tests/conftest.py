@@ -1,0 +1,131 @@
+"""Tiny models and data that every test can make, and real processes to run them in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data_example" / "accessory_qa.json"
+VOCABULARY = 512
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Widths are multiples of 64 x 2, so that blocks of 64 weights commute with slicing over two ranks."""
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE of 512 tokens learned from the quickstart's data, as tokenizer.json and tokenizer_config.json."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    records = json.loads(DATA.read_text())
+    tokenizer.train_from_iterator((r["instruction"] + " " + r["output"] for r in records), trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_model(directory: Path, config: dict) -> None:
+    """Random weights of a Hugging Face LLaMA in fp32, larger than usual so that every part matters."""
+    generator = torch.Generator().manual_seed(0)
+    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, d)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+        mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+        shapes |= {f"{layer}self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{layer}mlp.{name}.weight": shape for name, shape in mlp.items()}
+        shapes |= {f"{layer}{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
+    weights = {
+        name: torch.randn(shape, generator=generator) * (0.1 if len(shape) == 2 else 0.2) + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory: LLaMA of 2 layers and width 128, random fp32 weights, its own tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny_base")
+    write_model(directory, TINY_CONFIG)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def lora_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A method's JSON: NormBiasLoRA of rank 4."""
+    path = tmp_path_factory.mktemp("config") / "lora.json"
+    path.write_text('{"lora_rank": 4, "lora_alpha": 8}')
+    return path
+
+
+def environment() -> dict[str, str]:
+    """What child processes see: no rank variables of an outer launcher, one thread each, no hub."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped and not name.startswith("SLURM_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run_python(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 240, **variables: str):
+    """Run this Python with `arguments`; returns the finished process with its text output."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run_ranks(ranks: int, *arguments: str | Path, **options):
+    """The same under torchrun with `ranks` processes."""
+    return run_python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments, **options)
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable:
+    """`run_python`."""
+    return run_python
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable:
+    """`run_ranks`."""
+    return run_ranks

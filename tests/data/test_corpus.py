@@ -1,0 +1,232 @@
+import io
+import multiprocessing
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from accessory.data.batch import IGNORE
+from accessory.data.corpus import build_corpus
+from accessory.data.templates import DIALOG_SYSTEM, format_prompt
+from accessory.errors import DataError
+from accessory.tokenizer import open_tokenizer
+
+GOOD = {"instruction": "q", "output": "ab"}
+
+
+def ids(text):
+    return [byte + 3 for byte in text.encode()]
+
+
+def make(path, tokenizer, **settings):
+    return build_corpus(path, tokenizer, **{"max_words": 4096, **settings})
+
+
+def same(one, other):
+    return one.fingerprint == other.fingerprint and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "learned", "offsets")
+    )
+
+
+def test_a_document_and_its_shifted_labels(write, tokenizer):
+    tokens, labels = make(write("x.json", [GOOD]), tokenizer).document(0)
+    prompt = [1, 259, *ids(format_prompt("q"))]
+    assert tokens.tolist() == [*prompt, *ids("ab"), 2]
+    assert labels.tolist() == [IGNORE] * (len(prompt) - 1) + [*ids("ab"), 2, IGNORE]
+
+
+def test_without_bos_nothing_opens_the_document(write, bare_tokenizer):
+    assert make(write("x.json", [GOOD]), bare_tokenizer).document(0)[0][0] == 259
+
+
+def test_labels_never_reach_into_the_next_document(write, tokenizer):
+    corpus = make(write("x.jsonl", [GOOD, {"instruction": "", "output": "é"}, GOOD]), tokenizer)
+    assert len(corpus) == 3
+    for index in range(3):
+        tokens, labels = corpus.document(index)
+        kept = labels[:-1] != IGNORE
+        assert labels[-1] == IGNORE and (labels[:-1][kept] == tokens[1:][kept]).all()
+        assert corpus.lengths[index] == len(tokens) == len(labels)
+        assert corpus.supervised[index] == (labels != IGNORE).sum() > 0
+
+
+def test_the_first_token_of_a_document_is_nobodys_label(write, bare_tokenizer):
+    write("x.json", [{"output": "ab"}])
+    corpus = make(write("c.yaml", "META: [{path: x.json, prompt_type: caption}]"), bare_tokenizer)
+    assert corpus.supervised[0] == (corpus.document(0)[1] != IGNORE).sum() == len(corpus.tokens) - 1
+
+
+def test_what_is_cut_loses_its_end_and_is_counted(write, tokenizer):
+    whole = make(write("x.json", [{"instruction": "q", "output": "a" * 50}]), tokenizer)
+    length = int(whole.lengths[0])
+    cut = make(write("x.json", [{"instruction": "q", "output": "a" * 50}]), tokenizer, max_words=length - 1)
+    assert cut.lengths.tolist() == [length - 1] and cut.supervised[0] == whole.supervised[0] - 1
+    assert (cut.tokens == whole.tokens[:-1]).all() and cut.tokens[-1] != tokenizer.eos_id
+    assert "--max_words: 1" in cut.report and "cut" not in whole.report
+
+
+def test_a_prompt_that_leaves_no_room_is_skipped(write, tokenizer):
+    prompt = 2 + len(format_prompt("q"))
+    path = write("x.json", [GOOD, {"instruction": "q" * 9, "output": "ab"}])
+    corpus = make(path, tokenizer, max_words=prompt + 1)
+    assert corpus.supervised.tolist() == [1] and f"{path}:1" in corpus.report
+    with pytest.raises(DataError, match="prompt fills"):
+        make(path, tokenizer, max_words=prompt)
+
+
+def test_skipped_records_are_counted_by_cause_with_their_first_lines(write, tokenizer):
+    bad = [{"instruction": "q"}] * 5 + [{"instruction": "q", "output": ""}, [1]]
+    path = write("x.jsonl", [GOOD, *bad, GOOD])
+    corpus = make(path, tokenizer)
+    assert len(corpus) == 2
+    assert f"skipped 5: has no 'output' ({path}:2, {path}:3, {path}:4, ...)" in corpus.report
+    assert f"skipped 1: 'output' is empty ({path}:7)" in corpus.report
+    assert f"({path}:8)" in corpus.report and corpus.report.startswith("2 documents")
+
+
+def test_no_usable_record_is_an_error_with_the_causes(write, tokenizer):
+    path = write("x.jsonl", [{"instruction": "q"}, {"output": "a"}])
+    with pytest.raises(DataError) as caught:
+        make(path, tokenizer)
+    assert f"no 'output' ({path}:1)" in str(caught.value) and f"no 'instruction' ({path}:2)" in str(caught.value)
+
+
+def test_only_what_the_assistant_says_is_learned(write, tokenizer):
+    turns = [
+        {"from": who, "value": words} for who, words in [("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")]
+    ]
+    corpus = make(write("x.json", [{"conversations": turns}]), tokenizer, dialog=True)
+    tokens, labels = corpus.document(0)
+    assert tokenizer.decode(tokens.tolist()).startswith(DIALOG_SYSTEM)
+    assert labels[labels != IGNORE].tolist() == [*ids("a\n###"), *ids("b\n###"), 2]
+
+
+def test_a_sample_shows_what_is_learned(write, tokenizer):
+    shown = make(write("x.json", [GOOD]), tokenizer).show(0)
+    assert shown.endswith("### Response:«ab<end>»") and shown.count("«") == 1
+
+
+def test_ratio_takes_the_same_share_every_time(write, tokenizer):
+    write("x.json", [{"instruction": f"{i}", "output": "a"} for i in range(100)])
+    quarter, again = (make(write("c.yaml", "META: [{path: x.json, ratio: 0.25}]"), tokenizer) for _ in range(2))
+    assert len(quarter) == 25 and same(quarter, again)
+    numbers = [int(quarter.show(i).split("### Instruction:\n")[1].split("\n")[0]) for i in range(25)]
+    assert numbers == sorted(set(numbers)) and numbers != list(range(25))
+
+
+def test_threads_and_place_change_nothing(write, tokenizer, tmp_path):
+    (tmp_path / "sub").mkdir()
+    one = make(write("x.json", [GOOD] * 9), tokenizer)
+    assert same(one, make(write("sub/y.json", [GOOD] * 9), tokenizer, threads=4))
+
+
+def test_fingerprint_tells_apart_what_makes_other_documents(write, tokenizer, other_tokenizer):
+    write("x.json", [GOOD])
+    prints = [make(write("x.json", [GOOD]), tokenizer).fingerprint]
+    prints += [make(write("x.json", [GOOD, GOOD]), tokenizer).fingerprint]
+    prints += [make(write("x.json", [GOOD]), other_tokenizer).fingerprint]
+    prints += [make(write("x.json", [GOOD]), tokenizer, max_words=999).fingerprint]
+    prints += [make(write("c.yaml", "META: [{path: x.json, prompt_type: none}]"), tokenizer).fingerprint]
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_cache_gives_back_the_same_without_tokenizing(write, tokenizer, tmp_path):
+    path, cache = write("x.jsonl", [GOOD, {"instruction": "q"}]), tmp_path / "deep/cache"
+    built = make(path, tokenizer, cache_dir=cache)
+    calls = tokenizer.calls
+    kept = make(path, tokenizer, cache_dir=cache)
+    assert tokenizer.calls == calls > 0
+    assert same(built, kept) and kept.report == built.report and kept.show(0) == built.show(0)
+    assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
+
+
+def _build_in_process(arguments):
+    path, tokenizer, cache = arguments
+    return build_corpus(path, tokenizer, max_words=4096, cache_dir=cache).tokens.tolist()
+
+
+def test_processes_may_build_at_once(write, tokenizer, tmp_path):
+    path = write("x.json", [GOOD] * 500)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(_build_in_process, [(path, tokenizer, tmp_path / "cache")] * 8, chunksize=1)
+    assert found == [make(path, tokenizer).tokens.tolist()] * 8
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_torn_cache_is_made_again(write, tokenizer, tmp_path):
+    path, cache = write("x.json", [GOOD]), tmp_path / "cache"
+    built = make(path, tokenizer, cache_dir=cache)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    assert same(built, make(path, tokenizer, cache_dir=cache))
+
+
+def test_a_cache_is_mapped_and_others_may_read_it(write, tokenizer, tmp_path):
+    path, cache = write("x.json", [GOOD] * 2000), tmp_path / "cache"
+    make(path, tokenizer, cache_dir=cache)
+    (file,) = cache.iterdir()
+    kept = make(path, tokenizer, cache_dir=cache)
+    assert file.stat().st_mode & 0o044
+    with open("/proc/self/maps") as maps:
+        assert len(kept) and any(str(file) in line for line in maps)
+
+
+def test_a_missing_data_file_is_a_data_error(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="absent"):
+        make(tmp_path / "absent.json", tokenizer)
+
+
+def test_an_unpaired_surrogate_costs_one_record(write, tokenizer):
+    path = write("x.json", [{"instruction": "q", "output": "\ud800"}, GOOD])
+    assert len(make(path, tokenizer)) == 1
+
+
+def test_an_answer_without_prompt_continues_nothing(write, tokenizer):
+    write("x.json", [{"output": "ab"}])
+    corpus = make(write("c.yaml", "META: [{path: x.json, prompt_type: caption}]"), tokenizer)
+    assert corpus.tokens[1:3].tolist() == tokenizer.encode("ab")[:2]
+    assert corpus.supervised[0] == len(tokenizer.encode("ab")) + 1
+
+
+def test_a_ratio_of_nothing_is_nothing(write, tokenizer):
+    write("x.json", [])
+    write("y.json", [GOOD])
+    path = write("c.yaml", "META: [{path: x.json, ratio: 0.5}, {path: y.json, ratio: 0.1}]")
+    assert len(make(path, tokenizer)) == 1
+
+
+def test_the_cache_of_one_format_does_not_serve_another(write, tokenizer, tmp_path):
+    line = '[{"instruction": "q", "output": "ab"}]'
+    make(write("x.json", line), tokenizer, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="is a list, not an object"):
+        make(write("x.jsonl", line), tokenizer, cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_named(write, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"plain.*cannot be kept"):
+        make(write("x.json", [GOOD]), tokenizer, cache_dir=write("plain", "a file") / "cache")
+
+
+def test_with_sentencepiece_a_sample_shows_every_space(write, tmp_path):
+    model = io.BytesIO()
+    sentences = [format_prompt("Name a colour."), "red and green are colours"] * 20
+    settings = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **settings)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = open_tokenizer(tmp_path)
+    corpus = make(write("x.json", [{"instruction": "Name a colour.", "output": " red 🙂"}]), tokenizer)
+    assert corpus.show(0) == f"{format_prompt('Name a colour.')}« red 🙂<end>»"
+    answer = tokenizer.encode(" red 🙂", continuation=True)
+    tokens, labels = corpus.document(0)
+    prompt = [1, *tokenizer.encode(format_prompt("Name a colour."))]
+    assert tokens.tolist() == [*prompt, *answer, 2]
+    assert labels[labels != IGNORE].tolist() == [*answer, 2]
+
+
+def test_no_record_is_lost_between_the_chunks_that_are_tokenized_together(write, tokenizer):
+    records = [{"instruction": "q", "output": f"{i:05}"} for i in range(9000)]
+    path = write("x.jsonl", [*records[:5000], {"output": "no question"}, *records[5000:]])
+    config = write("c.yaml", f"META: [{{path: {path.name}, prompt_type: none}}]")
+    corpus = make(config, tokenizer)
+    assert [tokenizer.decode(corpus.document(i)[0].tolist()) for i in range(9000)] == [f"q{i:05}" for i in range(9000)]

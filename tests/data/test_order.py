@@ -1,0 +1,136 @@
+import collections
+import math
+
+import numpy as np
+import pytest
+
+from accessory.data.order import GlobalOrder
+
+SIZES = [int(size) for size in np.random.default_rng(3).integers(1, 60, 23)]
+LAYOUTS = [(2, 4, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)]  # (batch_size, accum_iter, ranks), global batch 8
+
+
+def orders(corpus, layout, **settings):
+    batch_size, accum_iter, ranks = layout
+    shape = {"batch_size": batch_size, "accum_iter": accum_iter, "dp_size": ranks}
+    return [GlobalOrder(corpus, **shape, dp_rank=rank, **settings) for rank in range(ranks)]
+
+
+def trained(orders_of_ranks, epoch, step):
+    """Ids of the documents all ranks step on."""
+    return [
+        i for order in orders_of_ranks for batch in order.micro_batches(epoch, step) for i in batch.sample_ids if i >= 0
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_document_once_an_epoch_and_the_same_ones_each_step_on_any_layout(corpus_of, layout, shuffle):
+    corpus = corpus_of(SIZES)
+    ours, one = orders(corpus, layout, shuffle=shuffle), orders(corpus, (8, 1, 1), shuffle=shuffle)[0]
+    assert ours[0].steps_per_epoch == one.steps_per_epoch == 3
+    for epoch in range(2):
+        seen = []
+        for step in range(3):
+            ids = trained(ours, epoch, step)
+            assert sorted(ids) == sorted(one.global_ids(epoch, step).tolist())
+            seen += ids
+        assert sorted(seen) == list(range(len(SIZES)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_take_as_many_micro_steps_and_none_is_overfull(corpus_of, layout):
+    for documents in (1, 2, 3, 5, 8, 9, 15, 16):
+        for shuffle in (True, False):
+            ours = orders(corpus_of(SIZES[:documents]), layout, shuffle=shuffle)
+            for step in range(ours[0].steps_per_epoch):
+                batches = [list(order.micro_batches(0, step)) for order in ours]
+                left = min(documents - 8 * step, 8)
+                assert {len(own) for own in batches} == {math.ceil(left / (layout[0] * layout[2]))}
+                assert max(len(batch.lengths) for own in batches for batch in own) <= layout[0]
+
+
+def test_epochs_and_seeds_differ_and_repeat(corpus_of):
+    corpus = corpus_of(SIZES)
+
+    def order_of(seed, epoch):
+        order = orders(corpus, (2, 4, 1), seed=seed)[0]
+        return tuple(int(i) for step in range(3) for i in order.global_ids(epoch, step))
+
+    found = [order_of(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(found)) == 6 and order_of(1, 2) == found[-1]
+    order = orders(corpus, (2, 4, 1), seed=1)[0]
+    order.global_ids(0, 0)
+    assert order.global_ids(2, 1).tolist() == list(found[-1][8:16])  # from the middle, after another epoch
+
+
+def test_the_order_is_that_of_seed_and_epoch_alone(corpus_of):
+    order = orders(corpus_of(SIZES), (2, 4, 1), seed=7)[0]
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([7, 3])))
+    assert (
+        np.concatenate([order.global_ids(3, step) for step in range(3)]).tolist() == generator.permutation(23).tolist()
+    )
+
+
+def test_counts_of_the_global_batch_are_those_of_all_ranks_together(corpus_of):
+    ours = orders(corpus_of(SIZES), (1, 2, 4), seed=5)
+    for step in range(3):
+        batches = [batch for order in ours for batch in order.micro_batches(1, step)]
+        real = [batch for batch in batches if batch.supervised]
+        for order in ours:
+            assert order.supervised_tokens(1, step) == sum(batch.supervised for batch in batches)
+            assert order.tokens(1, step) == sum(len(batch.tokens) for batch in real)
+
+
+def test_ranks_without_a_document_idle(corpus_of):
+    batches = [next(iter(order.micro_batches(0, 0))) for order in orders(corpus_of([3]), (1, 2, 4))]
+    assert sorted(batch.supervised for batch in batches) == [0, 0, 0, 4]
+    assert sorted(len(batch.tokens) for batch in batches)[:3] == [1, 1, 1]
+
+
+def test_the_tokens_of_one_micro_step_are_alike_on_all_ranks(corpus_of):
+    corpus = corpus_of([int(size) for size in np.random.default_rng(0).lognormal(4, 1, 64)])
+
+    def waste(shuffle):
+        ours = orders(corpus, (4, 4, 4), shuffle=shuffle)
+        steps = zip(*(order.micro_batches(0, 0) for order in ours), strict=True)
+        return sum(
+            max(len(batch.tokens) for batch in step) * 4 - sum(len(batch.tokens) for batch in step) for step in steps
+        )
+
+    assert waste(True) < waste(False) / 3
+
+
+def test_documents_are_dealt_forth_and_back_by_length(corpus_of):
+    sizes = [10, 80, 30, 60, 50, 40, 70, 20]
+    ours = orders(corpus_of(sizes), (2, 2, 2))
+    slots = [[[sizes[i] for i in batch.sample_ids] for batch in order.micro_batches(0, 0)] for order in ours]
+    assert slots == [[[80, 10], [60, 30]], [[70, 20], [50, 40]]]
+
+
+def test_without_shuffling_the_order_of_the_file_stays(corpus_of):
+    order = orders(corpus_of(SIZES), (2, 4, 1), shuffle=False)[0]
+    found = [batch.sample_ids for step in range(3) for batch in order.micro_batches(4, step)]
+    assert [i for ids in found for i in ids] == list(range(23)) and found[0] == (0, 1)
+    assert collections.Counter(map(len, found)) == {2: 11, 1: 1}
+
+
+def test_batches_hold_the_documents_they_name(corpus_of):
+    corpus = corpus_of(SIZES)
+    for batch in orders(corpus, (2, 4, 1))[0].micro_batches(0, 0):
+        tokens = np.concatenate([corpus.document(i)[0] for i in batch.sample_ids])
+        labels = np.concatenate([corpus.document(i)[1] for i in batch.sample_ids])
+        assert batch.tokens.tolist() == tokens.tolist() and batch.labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("settings", [{"dp_rank": 2, "dp_size": 2}, {"seed": -1}, {"batch_size": 0}])
+def test_settings_that_cannot_be_are_refused_at_once(corpus_of, settings):
+    from accessory.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        GlobalOrder(corpus_of(SIZES), **{"batch_size": 1, "accum_iter": 1, **settings})
+
+
+def test_a_step_beyond_the_epoch_is_an_error(corpus_of):
+    with pytest.raises(IndexError):
+        list(orders(corpus_of(SIZES), (2, 4, 1))[0].micro_batches(0, 3))

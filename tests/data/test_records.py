@@ -1,0 +1,135 @@
+import json
+import random
+import time
+
+import pytest
+
+from accessory.data.records import read_records
+from accessory.errors import DataError
+
+RECORDS = [{"a": "é\u2028 \n"}, {"a": {"b": [1, "]"]}}, {}, {"a": "last"}]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 4])
+def test_a_list_is_read_as_json_reads_it_and_every_line_is_right(write, indent):
+    text = "\n\n" + json.dumps(RECORDS, indent=indent)
+    found = read_records(write("x.json", text))
+    assert [record.fields for record in found] == RECORDS
+    lines = text.split("\n")
+    for record in found:
+        assert lines[record.line - 1].lstrip(" [").startswith("{")
+    assert len({record.line for record in found}) == (1 if indent is None else len(RECORDS))
+
+
+def test_lines_are_numbered_with_the_blank_ones(write):
+    found = read_records(write("x.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\r\n{"a": 3}'))
+    assert [(record.fields["a"], record.line) for record in found] == [(1, 1), (2, 4), (3, 5)]
+    assert found[1].where.endswith("x.jsonl:4")
+
+
+def test_a_table_is_separated_by_tabs(write):
+    found = read_records(write("x.csv", 'instruction\toutput\na, b\t"c\td"\nonly one\n'))
+    assert found[0].fields == {"instruction": "a, b", "output": "c\td"} and found[0].line == 2
+    assert "columns" in found[1].fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"a": NaN}', "NaN"),
+        ('{"a": [-Infinity]}', "-Infinity"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' twice"),
+        ('{"a": {"c": 1, "c": 1}}', "'c' twice"),
+        ("[1]", "list"),
+        ('"text"', "a text"),
+        ("null", "null"),
+    ],
+)
+def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault):
+    good = '{"a": "NaN"}'
+    for name, content in (("x.json", f"[{good},\n{text},\n{good}]"), ("x.jsonl", f"{good}\n{text}\n{good}")):
+        before, bad, after = read_records(write(name, content))
+        assert fault in bad.fault and bad.line == 2
+        assert before.fault is None and after.fault is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", '[{"a": 1},\n{"a": }]', r"x\.json:2: is not valid JSON"),
+        ("x.json", '[{"a": 1},\n{"a": 1', r"x\.json:2: "),
+        ("x.json", '[{"a": 1}\n', r"x\.json:1: expected ',' or '\]'"),
+        ("x.json", '[{"a": 1}\n{"a": 2}]', r"x\.json:1: expected ','"),
+        ("x.json", '{"a": 1}', "found a JSON-like text.*expected a JSON list"),
+        ("x.json", "", "an empty file"),
+        ("x.json", "<!DOCTYPE html>", "an HTML page"),
+        ("x.json", "version https://git-lfs.github.com/spec/v1", "Git-LFS"),
+        ("x.jsonl", '{"a": 1}\n{"a": 1', r"x\.jsonl:2: is not valid JSON"),
+        ("x.jsonl", '{"a": ' + "[" * 100_000, r"x\.jsonl:1: .*nested too deeply"),
+        ("x.json", b'[{"a": "\xff"}]', "is not UTF-8"),
+        ("x.csv", 'a\tb\n"open', "tab-separated"),
+        ("x.txt", "words", "expected one of .json, .jsonl, .csv"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(write, name, content, words):
+    with pytest.raises(DataError, match=words):
+        read_records(write(name, content))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.json: cannot be read"):
+        read_records(tmp_path / "absent.json")
+
+
+def test_a_file_cut_anywhere_is_never_read_as_whole(write):
+    text = json.dumps(RECORDS, indent=1)
+    for size in random.Random(0).sample(range(len(text)), 40):
+        with pytest.raises(DataError):
+            read_records(write("x.json", text[:size]))
+
+
+def test_reading_is_linear(write):
+    path = write("x.json", json.dumps([{"a": "word " * 20, "b": ""}] * 30_000, indent=1))
+    start = time.perf_counter()
+    assert read_records(path)[-1].line == 30_000 * 4 - 2
+    assert time.perf_counter() - start < 5
+
+
+def test_a_line_separator_inside_a_string_ends_no_line(write):
+    path = write("x.jsonl", json.dumps(RECORDS[0], ensure_ascii=False) + "\n")
+    assert read_records(path)[0].fields == RECORDS[0]
+
+
+def test_a_line_separator_inside_a_cell_ends_no_row(write):
+    assert read_records(write("x.csv", "a\tb\nc\u2028d\te\n"))[0].fields == {"a": "c\u2028d", "b": "e"}
+
+
+def test_a_row_of_several_lines_starts_at_its_first(write):
+    assert [record.line for record in read_records(write("x.csv", 'a\tb\n"c\nd"\te\nf\tg\n'))] == [2, 4]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}][{"a": 2}]', '[{"a": 1},]', '[,{"a": 1}]', '[{"a": 1},,{"a": 2}]'])
+def test_what_is_no_json_list_is_refused(write, text):
+    with pytest.raises(DataError):
+        read_records(write("x.json", text))
+
+
+def test_a_pointer_in_place_of_lines_is_named(write):
+    with pytest.raises(DataError, match="Git-LFS"):
+        read_records(write("x.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"))
+
+
+def test_a_number_beyond_bounds_is_not_said_to_be_nested(write):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: is not valid JSON \(.*digits"):
+        read_records(write("x.jsonl", '{"a": ' + "1" * 5000 + "}"))
+
+
+@pytest.mark.parametrize("header", ["instruction,output", "a\ta\tb", ""])
+def test_a_header_must_have_columns_and_none_twice(write, header):
+    with pytest.raises(DataError, match=r"x\.csv:1: the columns are .*separated by tabs"):
+        read_records(write("x.csv", f"{header}\n1\t2\t3\n"))
+
+
+def test_blank_rows_of_a_table_count_as_lines(write):
+    found = read_records(write("x.csv", "a\tb\n\n1\t2\n3\n"))
+    assert [(record.line, record.fault is None) for record in found] == [(3, True), (4, False)]

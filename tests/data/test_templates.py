@@ -1,0 +1,139 @@
+import pytest
+
+from accessory.data.templates import (
+    DIALOG_SYSTEM,
+    UnusableRecord,
+    conversation,
+    format_prompt,
+    single_turn,
+    single_turn_llava,
+)
+from accessory.errors import ConfigError
+
+
+def turns(*pairs):
+    return {"conversations": [{"from": who, "value": words} for who, words in pairs]}
+
+
+def text(segments, supervised=None):
+    return "".join(s.text for s in segments if supervised is None or s.supervised is supervised)
+
+
+def test_alpaca_is_the_published_wording():
+    assert format_prompt("Add {x}.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd {x}.\n\n### Response:"
+    )
+    assert format_prompt("Add.", "1 {instruction}", "alpaca") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 {instruction}"
+        "\n\n### Response:"
+    )
+
+
+def test_the_words_of_a_template_inside_a_text_are_text():
+    assert "### Instruction:\nFill {input}.\n\n### Input:\n{instruction}\n" in format_prompt(
+        "Fill {input}.", "{instruction}"
+    )
+
+
+def test_the_other_templates():
+    assert format_prompt("q", "", "none") == "q"
+    assert format_prompt("q", "", "caption") == ""
+    assert "single word or phrase" in format_prompt("q", "", "shortqa") and format_prompt("q", "", "shortqa")[0] == "q"
+    assert format_prompt("q", "", "qg").startswith("Generate a question") and format_prompt("q", "", "qg")[-1] == "q"
+
+
+def test_an_unknown_template_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"'alpacca' is unknown\. Did you mean 'alpaca'"):
+        format_prompt("q", "", "alpacca")
+
+
+@pytest.mark.parametrize("context", [None, "", "numbers"])
+def test_only_the_answer_is_learned(context):
+    segments = single_turn({"instruction": "q", "input": context, "output": "a"}, "alpaca")
+    assert text(segments, False) == format_prompt("q", context or "") and text(segments, True) == "a"
+
+
+def test_a_caption_needs_no_instruction():
+    assert text(single_turn({"output": "a"}, "caption")) == "a"
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"instruction": "q"}, "has no 'output'"),
+        ({"instruction": "q", "outptu": "a"}, "no 'output'.*'outptu'"),
+        ({"instructions": "q", "output": "a"}, "no 'instruction'.*'instructions'"),
+        ({"instruction": "q", "output": " \n"}, "'output' is empty"),
+        ({"instruction": "q", "output": ["a"]}, "'output' is a list"),
+        ({"instruction": None, "output": "a"}, "'instruction' is null"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a number"),
+        ({"instruction": "q", "output": "a", "image": "x.jpg"}, "has an image"),
+    ],
+)
+def test_unusable_records_give_their_cause(fields, cause):
+    with pytest.raises(UnusableRecord, match=cause):
+        single_turn(fields, "alpaca")
+
+
+def test_llava_takes_the_first_question_and_answer():
+    fields = turns(("human", "<image>\nq"), ("gpt", "a"), ("human", "q2"), ("gpt", "a2"))
+    found = single_turn_llava({**fields, "image": "x.jpg"})
+    assert found == {"instruction": "q", "output": "a", "image": "x.jpg"}
+    with pytest.raises(UnusableRecord, match="fewer than two"):
+        single_turn_llava(turns(("human", "q")))
+
+
+def test_dialog_layout_and_what_is_learned_of_it():
+    segments = conversation(turns(("human", "q1"), ("gpt", "a1"), ("user", "q2"), ("assistant", "a2")))
+    assert text(segments) == (
+        f"{DIALOG_SYSTEM}\n\n### Human: q1\n### Assistant: a1\n### Human: q2\n### Assistant: a2\n###"
+    )
+    assert [s.text for s in segments if s.supervised] == ["a1\n###", "a2\n###"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"conversation": []}, "no list 'conversations'.*'conversation'"),
+        (turns(("human", "q")), "no turn of the assistant"),
+        (turns(("human", "q"), ("robot", "a")), "turn without 'from'"),
+        (turns(("human", "q"), ("gpt", 3)), "and 'value'"),
+        ({"conversations": ["q", "a"]}, "turn without 'from'"),
+        ({**turns(("human", "q"), ("gpt", "a")), "image": "x"}, "has an image"),
+    ],
+)
+def test_unusable_conversations_give_their_cause(fields, cause):
+    with pytest.raises(UnusableRecord, match=cause):
+        conversation(fields)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("gpt", "a"), ("human", "q")],
+        [("human", "q"), ("gpt", "")],
+        [("human", "q"), ("human", "q2"), ("gpt", "a")],
+    ],
+)
+def test_conversations_take_turns_and_answers_have_words(pairs):
+    with pytest.raises(UnusableRecord):
+        conversation(turns(*pairs))
+
+
+def test_an_unpaired_surrogate_is_a_cause():
+    with pytest.raises(UnusableRecord):
+        single_turn({"instruction": "q", "output": "\ud800"}, "alpaca")
+
+
+@pytest.mark.parametrize("who", [[], {}, None, 3])
+def test_a_speaker_that_is_no_text_is_a_cause(who):
+    with pytest.raises(UnusableRecord, match="turn without 'from'"):
+        single_turn_llava(turns((who, "q"), ("gpt", "a")))
+
+
+@pytest.mark.parametrize("pairs", [[("gpt", "a"), ("human", "q")], [("human", "q"), ("gpt", " ")]])
+def test_llava_never_learns_a_question_or_nothing(pairs):
+    with pytest.raises(UnusableRecord):
+        single_turn_llava(turns(*pairs))

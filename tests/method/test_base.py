@@ -1,0 +1,56 @@
+"""What every method promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accessory.method import METHODS, Attachment, Method
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+
+ARGS = ModelArgs(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=64)
+
+
+def test_attachments_share_nothing() -> None:
+    """Two fresh ones have their own sets."""
+    one, two = Attachment(), Attachment()
+    one.trainable.add("x")
+    assert two.trainable == set()
+    assert two.initial == {}
+
+
+def test_a_method_must_attach() -> None:
+    """The promise cannot be made empty-handed."""
+    with pytest.raises(TypeError, match="attach"):
+        Method(None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_attached_exists_on_meta(name: str) -> None:
+    """Whatever a method trains or adds is a parameter of the decoder, in fp32 and not yet in memory."""
+    decoder = Decoder(ARGS, dtype=torch.bfloat16)
+    before = {name for name, _ in decoder.named_parameters()}
+    method = METHODS[name]
+    attachment = method(method.Settings()).attach(decoder)
+    parameters = dict(decoder.named_parameters())
+    added = set(parameters) - before
+    assert attachment.trainable
+    assert attachment.trainable <= set(parameters)
+    assert set(attachment.initial) == added
+    for trained in attachment.trainable:
+        assert parameters[trained].dtype == torch.float32
+        assert parameters[trained].is_meta
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_initial_values_fit_the_parameters(name: str) -> None:
+    """Whole fp32 tensors of the parameters' shapes."""
+    decoder = Decoder(ARGS, dtype=torch.bfloat16)
+    method = METHODS[name]
+    attachment = method(method.Settings()).attach(decoder)
+    parameters = dict(decoder.named_parameters())
+    for added, make in attachment.initial.items():
+        value = make(torch.Generator().manual_seed(0))
+        assert value.dtype == torch.float32
+        assert value.shape == parameters[added].shape

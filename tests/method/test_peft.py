@@ -1,0 +1,315 @@
+"""Norm, bias and LoRA tuning: names, counts, arithmetic and starting values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from pydantic import ValidationError
+from torch import Tensor
+
+from accessory.checkpoint.load import fill, named_generator, resolve, targets
+from accessory.checkpoint.source import model_args_of, open_source
+from accessory.method import METHODS, Attachment
+from accessory.method.peft import LoraFactor, LowRank, Peft, _AddLowRank
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.model.sequences import Sequences
+from accessory.parallel.data import DataParallel
+from accessory.parallel.groups import Layout
+from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
+from accessory.plan import parameter_counts
+from accessory.quant import storage
+
+TINY = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
+LINEARS = {
+    "attention.wq": (32, 32), "attention.wk": (16, 32), "attention.wv": (16, 32), "attention.wo": (32, 32),
+    "feed_forward.w1": (48, 32), "feed_forward.w2": (32, 48), "feed_forward.w3": (48, 32),
+}  # fmt: skip
+"""Name -> (outputs, inputs) of TINY's linears."""
+NORMS = {"layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight"}
+BIASES = {f"layers.0.{name}.bias" for name in LINEARS}
+LLAMA2 = {
+    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
+            "ffn_dim_multiplier": 1.3},
+}  # fmt: skip
+
+
+def lora_names(linears) -> set[str]:
+    """Names of the factors of TINY's `linears`."""
+    return {f"layers.0.{name}.lora_{factor}.weight" for name in linears for factor in "ab"}
+
+
+def attached(args: ModelArgs = TINY, ranks: int = 1, quant: str | None = None, **settings):
+    """A bf16 decoder on meta with the method on it, and what was attached."""
+    decoder = Decoder(args, dtype=torch.bfloat16, ranks=ranks, storage=storage(quant) if quant else None)
+    return decoder, Peft(Peft.Settings(**settings)).attach(decoder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, NORMS | BIASES),
+        ({"lora_rank": 4}, NORMS | BIASES | lora_names(LINEARS)),
+        ({"bias_tuning": False}, NORMS),
+        ({"norm_tuning": False}, BIASES),
+        ({"norm_tuning": False, "bias_tuning": False, "lora_rank": 4, "lora_targets": ["wq", "w2"]},
+         lora_names(["attention.wq", "feed_forward.w2"])),
+        ({"norm_tuning": False, "bias_tuning": False, "lora_rank": 0}, set()),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_names_are_llama2_accessorys(settings: dict, names: set[str], quant: str | None) -> None:
+    """Every combination trains these and no others; all exist in the decoder, and what is new starts out somehow."""
+    decoder, attachment = attached(quant=quant, **settings)
+    assert attachment.trainable == names
+    assert names <= {name for name, _ in decoder.named_parameters()}
+    assert set(attachment.initial) == names - NORMS
+
+
+def test_shapes() -> None:
+    """A bias has the outputs, A [R, in], B [out, R], all fp32."""
+    decoder, _ = attached(lora_rank=4)
+    for name, (outputs, inputs) in LINEARS.items():
+        linear = decoder.get_submodule(f"layers.0.{name}")
+        assert tuple(linear.bias.shape) == (outputs,)
+        assert tuple(linear.lora_a.weight.shape) == (4, inputs)
+        assert tuple(linear.lora_b.weight.shape) == (outputs, 4)
+        assert {p.dtype for p in (linear.bias, linear.lora_a.weight, linear.lora_b.weight)} == {torch.float32}
+
+
+def test_slices_of_two_ranks() -> None:
+    """Column: B is cut, A's gradient is a share. Row: A is cut, B's gradient is a share and the bias whole."""
+    decoder, _ = attached(ranks=2, lora_rank=4)
+    column, row = decoder.layers[0].attention.wk, decoder.layers[0].feed_forward.w2
+    assert tuple(column.lora_a.weight.shape) == (4, 32)
+    assert tuple(column.lora_b.weight.shape) == (8, 4)
+    assert tuple(row.lora_a.weight.shape) == (4, 24)
+    assert tuple(row.lora_b.weight.shape) == (32, 4)
+    found = [slicing_of(p) for linear in (column, row) for p in (linear.lora_a.weight, linear.lora_b.weight)]
+    assert found == [Slicing(partial=True), Slicing(dim=0), Slicing(dim=1), Slicing(partial=True)]
+    assert slicing_of(column.bias) == Slicing(dim=0)
+    assert slicing_of(row.bias) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("size", "norm_bias", "with_lora"),
+    [("7B", 1_626_112, 41_603_072), ("13B", 2_544_640, 65_131_520), ("70B", 8_036_352, 215_130_112)],
+)
+@pytest.mark.parametrize(("quant", "ranks"), [(None, 1), ("nf4", 8)])
+def test_counts_of_llama2(size: str, norm_bias: int, with_lora: int, quant: str | None, ranks: int) -> None:
+    """Published trainable counts, whatever the storage and however many ranks share the model."""
+    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    totals = {"7B": 6_738_415_616, "13B": 13_015_864_320, "70B": 68_976_648_192}
+    decoder, attachment = attached(args, ranks, quant)
+    biases = norm_bias - (2 * args.n_layers + 1) * args.dim
+    assert parameter_counts(decoder, attachment) == (norm_bias, totals[size] + biases)
+    assert parameter_counts(*attached(args, ranks, quant, lora_rank=16))[0] == with_lora
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_low_rank_gradients(dtype: torch.dtype) -> None:
+    """Finite differences in float64, and the formula in both dtypes; the sum is made in place, so y is copied."""
+    generator = torch.Generator().manual_seed(0)
+    y, x, a, b = (
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+        for shape in ((3, 5), (3, 6), (2, 6), (5, 2))
+    )
+
+    def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return _AddLowRank.apply(y.clone(), x, a, b, 0.7)
+
+    torch.testing.assert_close(add(y, x, a, b), y + 0.7 * (x @ a.t()) @ b.t())
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(add, (y, x, a, b))
+
+
+def test_low_rank_in_bf16_is_close_to_float64() -> None:
+    """fp32 factors beside a bf16 base: fp32 gradients within 1 % of their norm."""
+    generator = torch.Generator().manual_seed(0)
+    y, x, dy = (torch.randn(40, n, generator=generator).bfloat16() for n in (48, 64, 48))
+    a, b = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((8, 64), (48, 8)))
+    leaf = x.clone().requires_grad_()
+    found = _AddLowRank.apply(y.clone(), leaf, a, b, 0.5)
+    found.backward(dy)
+    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    wanted = y.double() + 0.5 * (wide[0] @ wide[1].t()) @ wide[2].t()
+    wanted.backward(dy.double())
+    assert (a.grad.dtype, b.grad.dtype, leaf.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    for one, other in ((found, wanted), *zip((leaf.grad, a.grad, b.grad), (w.grad for w in wide), strict=True)):
+        assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+def lora_on_both(path: Path, layout: Layout, **settings) -> tuple[peft.PeftModel, Decoder]:
+    """A random transformers LLaMA with peft's LoRA, and our decoder with the same weights and factors (fp32)."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(path)
+    alpha = settings.get("lora_alpha") or settings["lora_rank"]
+    theirs = peft.get_peft_model(model, peft.LoraConfig(
+        r=settings["lora_rank"], lora_alpha=alpha,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])).eval()  # fmt: skip
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    source = open_source(path)
+    decoder = Decoder(model_args_of(source), dtype=torch.float32)
+    attachment = Peft(Peft.Settings(norm_tuning=False, bias_tuning=False, **settings)).attach(decoder)
+    tensors = resolve(decoder, [source], attachment, initialize=True)
+    attachment.initial.update(factors_of(theirs))
+    fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False))
+    return theirs, decoder.eval()
+
+
+OURS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
+        "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3", "down_proj": "feed_forward.w2"}  # fmt: skip
+HEADS = {"q_proj": 4, "k_proj": 2}
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of Hugging Face's channel halves -> Meta's neighbouring pairs."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def factors_of(model: peft.PeftModel, gradients: bool = False) -> dict:
+    """peft's factors (or their gradients) by our names, as the makers of initial values."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        parts = name.split(".")
+        layer, linear, factor = parts[parts.index("layers") + 1], parts[-4], parts[-3][-1].lower()
+        value = (parameter.grad if gradients else parameter).detach().clone()
+        if factor == "b" and linear in HEADS:
+            value = interleaved(value, HEADS[linear])
+        found[f"layers.{layer}.{OURS[linear]}.lora_{factor}.weight"] = lambda _generator, value=value: value
+    return found
+
+
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"lora_rank": 4, "lora_alpha": 10.0}])
+def test_lora_equals_pefts(tmp_path: Path, layout: Layout, settings: dict) -> None:
+    """Logits, and the gradient of every factor, with and without a scale."""
+    theirs, decoder = lora_on_both(tmp_path, layout, **settings)
+    ids = torch.randint(0, 64, (15,), generator=torch.Generator().manual_seed(1))
+    logits = decoder(ids, Sequences.build((15,), decoder.frequencies)) @ decoder.head_weight.t()
+    wanted = theirs(ids[None]).logits[0]
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), theirs.disable_adapter():
+        assert (theirs(ids[None]).logits[0] - wanted).abs().max() > 0.1  # LoRA does something
+    logits.square().sum().backward()
+    wanted.square().sum().backward()
+    gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+    expected = factors_of(theirs, gradients=True)
+    assert set(gradients) == set(expected)
+    for name, make in expected.items():
+        assert (gradients[name] - make(None)).norm() < 1e-4 * make(None).norm(), name
+
+
+def test_scale() -> None:
+    """alpha / R, or 1 where alpha is absent, as upstream."""
+    assert Peft.Settings(lora_rank=16).lora_scale == 1.0
+    assert Peft.Settings(lora_rank=16, lora_alpha=8.0).lora_scale == 0.5
+
+
+def low_rank(dropout: float) -> tuple[LowRank, LoraFactor]:
+    """x -> y + x B^T with A the identity, so that what was dropped shows."""
+    a, b = LoraFactor((6, 6), WHOLE), LoraFactor((6, 6), WHOLE)
+    a.weight, b.weight = (torch.nn.Parameter(torch.eye(6)) for _ in range(2))
+    return LowRank(a, b, 1.0, dropout), a
+
+
+def test_dropout_only_in_training() -> None:
+    """While training a quarter of LoRA's inputs is zero and the rest grown to keep the mean; asked, nothing is lost."""
+    torch.manual_seed(0)
+    addition, factor = low_rank(0.25)
+    x = torch.ones(1000, 6)
+    trained = addition(x, torch.zeros(1000, 6))
+    torch.testing.assert_close(trained.unique(), torch.tensor([0.0, 4 / 3]))
+    assert (trained == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    factor.eval()
+    assert torch.equal(addition(x, torch.zeros(1000, 6)), x)
+
+
+def test_dropout_setting_reaches_every_factor() -> None:
+    """And follows the decoder's mode."""
+    decoder, _ = attached(lora_rank=4, lora_dropout=0.1)
+    additions = [decoder.get_submodule(f"layers.0.{name}").addition for name in LINEARS]
+    assert all(addition.dropout == 0.1 and addition.a.training for addition in additions)
+    decoder.eval()
+    assert not any(addition.a.training for addition in additions)
+
+
+def test_starting_values() -> None:
+    """A is truncated normal of deviation 0.02, everything else zero: at first nothing is changed."""
+    args = ModelArgs(dim=256, n_layers=1, n_heads=4, hidden_dim=512, vocab_size=64)
+    _, attachment = attached(args, lora_rank=16)
+    for name, make in attachment.initial.items():
+        value = make(named_generator(0, name))
+        if ".lora_a." in name:
+            assert value.std().item() == pytest.approx(0.0176, rel=0.05)  # 0.02, cut at two deviations
+            assert value.abs().max() <= 0.04
+            assert value.mean().abs() < 0.001
+        else:
+            assert not value.any()
+
+
+def test_starting_values_depend_on_seed_and_name_alone() -> None:
+    """Not on the number of ranks, the layers around, the storage, or which linears have LoRA; but on both of these."""
+    name, other = "layers.0.attention.wq.lora_a.weight", "layers.0.attention.wk.lora_a.weight"
+    deep = TINY.model_copy(update={"n_layers": 3})
+    variants = [
+        attached(lora_rank=4), attached(deep, lora_rank=4), attached(ranks=2, lora_rank=4),
+        attached(quant="nf4", lora_rank=4, lora_targets=["wq"], bias_tuning=False),
+    ]  # fmt: skip
+    values = [attachment.initial[name](named_generator(7, name)) for _, attachment in variants]
+    assert all(torch.equal(value, values[0]) for value in values)
+    initial = variants[0][1].initial
+    assert not torch.equal(initial[name](named_generator(8, name)), values[0])
+    assert not torch.equal(initial[other](named_generator(7, other)), values[0])
+
+
+def test_filled_decoder_holds_the_starting_values(layout: Layout) -> None:
+    """What training starts from is what the attachment said, marked as trained; the base is frozen."""
+    decoder, attachment = attached(quant="nf4", lora_rank=4)
+    base = {
+        target.name: lambda generator, shape=target.whole_shape(1): torch.randn(shape, generator=generator)
+        for target in targets(decoder)
+    }
+    everything = Attachment(attachment.trainable, {**base, **attachment.initial})
+    fill(decoder, {}, everything, layout, DataParallel(layout, "sdp", base_is_trained=False), seed=3)
+    parameters = dict(decoder.named_parameters())
+    assert {name for name, p in parameters.items() if p.requires_grad} == attachment.trainable
+    for name, make in attachment.initial.items():
+        assert torch.equal(parameters[name], make(named_generator(3, name)))
+
+
+def test_a_checkpoints_own_bias_is_trained_from_where_it_is() -> None:
+    """It becomes an fp32 parameter and is not started afresh."""
+    args = TINY.model_copy(update={"qkv_bias": True})
+    decoder, attachment = attached(args)
+    assert "layers.0.attention.wq.bias" in attachment.trainable
+    assert "layers.0.attention.wq.bias" not in attachment.initial
+    assert decoder.layers[0].attention.wq.bias.dtype == torch.float32
+    assert "layers.0.attention.wo.bias" in attachment.initial
+
+
+@pytest.mark.parametrize("wrong", [{"lora_rnak": 4}, {"lora_dropout": 1.0}, {"lora_targets": ["wx"]}])
+def test_wrong_settings_are_refused(wrong: dict) -> None:
+    """Unknown keys, targets and impossible dropouts."""
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Peft.Settings(**wrong)
+
+
+def test_registered() -> None:
+    """`llama_peft` finds it; its base stays as it is."""
+    assert METHODS["peft"] is Peft
+    assert not Peft.trains_base

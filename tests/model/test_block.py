@@ -1,0 +1,75 @@
+"""The block, and its recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.model.args import ModelArgs
+from accessory.model.sequences import Sequences
+
+ARGS = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
+
+
+def run(block, frequencies: Tensor, *, lengths: tuple[int, ...] = (7, 5)) -> tuple[Tensor, Tensor, int]:
+    """(output, input's gradient, bytes saved other than parameters) of one pass over fixed input."""
+    x = torch.randn(sum(lengths), 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        store = tensor.untyped_storage()
+        if store.data_ptr() not in weights:
+            saved[store.data_ptr()] = store.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = block(x, Sequences.build(lengths, frequencies))
+    y.square().sum().backward()
+    return y.detach(), x.grad, sum(saved.values())
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_recomputing_changes_nothing_but_memory(random_decoder, quant: str | None) -> None:
+    """Same output and gradients, to the bit; only the input is kept."""
+    decoder = random_decoder(ARGS, quant=quant, trainable=("norm", "wv.weight") if not quant else ("norm",))
+    block = decoder.layers[0]
+    plain = run(block, decoder.frequencies)
+    gradients = [p.grad for p in block.parameters() if p.grad is not None]
+    block.zero_grad(set_to_none=True)
+    block.recompute = True
+    again = run(block, decoder.frequencies)
+    assert torch.equal(plain[0], again[0])
+    assert torch.equal(plain[1], again[1])
+    repeated = [p.grad for p in block.parameters() if p.grad is not None]
+    assert len(gradients) == (2 if quant else 3)
+    assert all(torch.equal(one, two) for one, two in zip(gradients, repeated, strict=True))
+    assert again[2] == 12 * 64 * 4
+    assert plain[2] > 5 * again[2]
+
+
+def test_block_is_two_residuals(random_decoder) -> None:
+    """x + attention(norm x), then + feed_forward(norm of that)."""
+    decoder = random_decoder(ARGS)
+    block, sequences = decoder.layers[0], Sequences.build((4, 2), decoder.frequencies)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    middle = x + block.attention(block.attention_norm(x), sequences)
+    wanted = middle + block.feed_forward(block.ffn_norm(middle))
+    torch.testing.assert_close(block(x, sequences), wanted)
+    assert (wanted - x).abs().max() > 0.1
+
+
+def test_asking_uses_the_cache_though_training_recomputes(random_decoder) -> None:
+    """In eval mode `recompute` stands aside, and the second half sees the first."""
+    decoder = random_decoder(ARGS).eval()
+    block = decoder.layers[0]
+    block.recompute = True
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    whole = block(x, Sequences.build((6,), decoder.frequencies))
+    (cache,) = decoder.new_cache(1, 6)
+    parts = [
+        block(x[:4], Sequences.build((4,), decoder.frequencies), cache),
+        block(x[4:], Sequences.build((2,), decoder.frequencies, (4,)), cache),
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)

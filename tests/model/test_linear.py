@@ -1,0 +1,131 @@
+"""The linear layer: its slices, its product, its bias, and what a method adds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.model.linear import Linear, _AddBias, _CastProduct, plain_product
+from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
+from accessory.quant import storage
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def filled(cut: str, *, bias: bool, quant: str | None = None) -> tuple[Linear, Tensor]:
+    """A layer 64 -> 32 with random weights, and the matrix it multiplies with."""
+    maker = storage(quant) if quant else None
+    linear = Linear(64, 32, cut=cut, ranks=1, bias=bias, dtype=torch.float32, storage=maker)
+    weight = random(32, 64, dtype=torch.float32)
+    if quant:
+        linear.weight.pack(weight)
+        weight = linear.weight.unpack(torch.float32)
+    else:
+        linear.weight = nn.Parameter(weight)
+    if bias:
+        linear.bias = nn.Parameter(random(32, seed=1, dtype=torch.float32))
+    return linear, weight
+
+
+@pytest.mark.parametrize(
+    ("cut", "weight", "bias", "weight_slicing", "bias_slicing"),
+    [
+        ("column", (8, 64), (8,), Slicing(dim=0), Slicing(dim=0)),
+        ("row", (32, 16), (32,), Slicing(dim=1), WHOLE),
+    ],
+)
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_slices_of_four_ranks(cut, weight, bias, weight_slicing, bias_slicing, quant) -> None:
+    """A column layer holds rows of W and of b, a row layer columns of W and the whole b."""
+    maker = storage(quant) if quant else None
+    linear = Linear(64, 32, cut=cut, ranks=4, bias=True, dtype=torch.bfloat16, storage=maker)
+    assert tuple(linear.weight.shape) == weight
+    assert tuple(linear.bias.shape) == bias
+    assert (linear.weight.slicing if quant else slicing_of(linear.weight)) == weight_slicing
+    assert slicing_of(linear.bias) == bias_slicing
+    assert all(parameter.is_meta for parameter in linear.parameters())
+
+
+@pytest.mark.parametrize("quant", [None, "nf4", "nf4_single", "fp4"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cut", ["column", "row"])
+def test_forward_is_a_linear(cut: str, bias: bool, quant: str | None) -> None:
+    """x W^T + b, whatever W is stored in."""
+    linear, weight = filled(cut, bias=bias, quant=quant)
+    x = random(5, 64, seed=2, dtype=torch.float32)
+    wanted = F.linear(x.double(), weight.double(), linear.bias.double() if bias else None)
+    torch.testing.assert_close(linear(x).double(), wanted, rtol=1e-5, atol=2e-5)
+
+
+def test_addition_sees_the_input_and_the_product_without_bias() -> None:
+    """What a method adds comes between the product and the bias."""
+    linear, weight = filled("row", bias=True)
+    x = random(5, 64, seed=2, dtype=torch.float32)
+    seen = {}
+
+    def add(given: Tensor, product: Tensor) -> Tensor:
+        seen.update(x=given, y=product.clone())
+        return product + 1
+
+    linear.addition = add
+    y = linear(x)
+    assert seen["x"] is x
+    torch.testing.assert_close(seen["y"], x @ weight.t())
+    torch.testing.assert_close(y, x @ weight.t() + 1 + linear.bias)
+
+
+def test_matching_dtypes_multiply_plainly() -> None:
+    """No cast where none is needed."""
+    x, weight = random(3, 8), random(4, 8, seed=1)
+    assert torch.equal(plain_product(x, weight), F.linear(x, weight))
+
+
+def test_cast_product_gradient() -> None:
+    """Finite differences in float64."""
+    x, weight = random(3, 5).requires_grad_(), random(4, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(_CastProduct.apply, (x, weight))
+
+
+def test_fp32_master_under_bf16() -> None:
+    """An fp32 weight is multiplied in bf16, keeps an fp32 gradient, and no narrow copy of it is saved."""
+    x = random(40, 64, dtype=torch.bfloat16).requires_grad_()
+    weight = random(32, 64, seed=1, dtype=torch.float32).requires_grad_()
+    dy = random(40, 32, seed=2, dtype=torch.bfloat16)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = plain_product(x, weight)
+    y.backward(dy)
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr()}
+    wide, narrow = x.detach().double(), weight.detach().bfloat16().double()
+    for found, wanted in (
+        (y, wide @ narrow.t()), (x.grad, dy.double() @ narrow), (weight.grad, dy.double().t() @ wide)
+    ):  # fmt: skip
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2**-8)
+
+
+def test_bias_gradient() -> None:
+    """Finite differences in float64; the sum is made in place, so the check hands over a copy."""
+    y, bias = random(3, 4).requires_grad_(), random(4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, b: _AddBias.apply(y.clone(), b), (y, bias))
+
+
+def test_bias_gradient_is_summed_in_fp32() -> None:
+    """4,097 ones: a bf16 sum would stop at 256 or round to 4,096."""
+    y = torch.zeros(4097, 2, dtype=torch.bfloat16)
+    bias = torch.zeros(2, requires_grad=True)
+    _AddBias.apply(y, bias).backward(torch.ones(4097, 2, dtype=torch.bfloat16))
+    assert bias.grad.tolist() == [4097.0, 4097.0]
+
+
+def test_a_frozen_bias_gets_no_gradient() -> None:
+    """A checkpoint's own bias that is not trained."""
+    linear, _ = filled("column", bias=True)
+    linear.bias.requires_grad_(False)
+    linear(random(2, 64, dtype=torch.float32).requires_grad_()).sum().backward()
+    assert linear.bias.grad is None

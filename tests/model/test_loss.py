@@ -1,0 +1,139 @@
+"""The chunked cross-entropy against torch's, in value, gradient and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from accessory.model.loss import CHUNK, cross_entropy_sum
+
+WIDTH, VOCABULARY = 16, 50
+
+
+def problem(tokens: int, dtype: torch.dtype = torch.float64, ignore_every: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden [T, 16], head [50, 16] and labels [T], every third of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    head = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+    if ignore_every:
+        labels[::ignore_every] = -100
+    return hidden, head, labels
+
+
+def gradients(function, hidden: Tensor, head: Tensor, labels: Tensor) -> list[Tensor]:
+    """Loss, and the gradients of 0.37 times the loss to hidden and head."""
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    loss = function(hidden, head, labels)
+    (0.37 * loss).backward()
+    return [loss.detach(), hidden.grad, head.grad]
+
+
+def by_torch(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The same sum with all logits at once."""
+    return F.cross_entropy(hidden @ head.t(), labels, reduction="sum", ignore_index=-100)
+
+
+@pytest.mark.parametrize("supervised", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
+def test_equals_torch_in_float64(supervised: int) -> None:
+    """Around the borders of chunks, with ignored tokens in between."""
+    hidden, head, labels = problem(supervised + 7, ignore_every=0)
+    labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[:7]] = -100
+    found = gradients(cross_entropy_sum, hidden, head, labels)
+    for one, other in zip(found, gradients(by_torch, hidden, head, labels), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert not found[1][labels < 0].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 0.002)]
+)
+def test_narrow_is_close_to_float64(dtype: torch.dtype, tolerance: float) -> None:
+    """Each result within a part of its norm; the loss is fp32, gradients have the dtype of what they belong to."""
+    hidden, head, labels = problem(700, dtype)
+    found = gradients(cross_entropy_sum, hidden, head, labels)
+    assert [t.dtype for t in found] == [torch.float32, dtype, dtype]
+    for one, other in zip(found, gradients(by_torch, hidden.double(), head.double(), labels), strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_fp32_master_head_under_bf16() -> None:
+    """The head's gradient keeps its fp32."""
+    hidden, head, labels = problem(700, torch.bfloat16)
+    hidden, master = hidden.requires_grad_(), head.float().requires_grad_()
+    cross_entropy_sum(hidden, master, labels).backward()
+    assert (hidden.grad.dtype, master.grad.dtype) == (torch.bfloat16, torch.float32)
+    wanted = gradients(by_torch, hidden.detach().double(), head.double(), labels)[2] / 0.37
+    assert (master.grad.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_nothing_supervised() -> None:
+    """Zero loss and zero gradients, as an idle rank's batch has them."""
+    hidden, head, _ = problem(3, torch.float32)
+    loss, dhidden, dhead = gradients(cross_entropy_sum, hidden, head, torch.full((3,), -100))
+    assert loss == 0
+    assert dhidden.shape == hidden.shape
+    assert dhead.shape == head.shape
+    assert not dhidden.any()
+    assert not dhead.any()
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    """And costs none: the head alone, or hidden alone."""
+    hidden, head, labels = problem(9)
+    hidden.requires_grad_()
+    cross_entropy_sum(hidden, head, labels).backward()
+    assert head.grad is None
+    wanted = gradients(by_torch, hidden.detach(), head, labels)[1] / 0.37
+    torch.testing.assert_close(hidden.grad, wanted)
+    head.requires_grad_()
+    cross_entropy_sum(hidden.detach(), head, labels).backward()
+    torch.testing.assert_close(head.grad, gradients(by_torch, hidden.detach(), head.detach(), labels)[2] / 0.37)
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    """The highest score is taken off first."""
+    hidden, head, labels = problem(20, torch.float32)
+    loss = cross_entropy_sum(1000 * hidden, head, labels)
+    torch.testing.assert_close(
+        loss.double(), by_torch(1000 * hidden.double(), head.double(), labels), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 2.0**17), (torch.bfloat16, 1 / 3)])
+def test_the_scale_of_the_loss_is_not_rounded(dtype: torch.dtype, scale: float) -> None:
+    """A scale beyond fp16's range, and one that bf16 would change, reach each gradient with only its own rounding."""
+    hidden, head, labels = problem(64, dtype)
+    hidden = hidden.requires_grad_()
+    (plain,) = torch.autograd.grad(cross_entropy_sum(hidden, head / 2**12, labels), hidden)
+    (scaled,) = torch.autograd.grad(cross_entropy_sum(hidden, head / 2**12, labels) * scale, hidden)
+    assert plain.any()
+    assert torch.equal(scaled, (plain.double() * scale).to(dtype))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements any tensor made under it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_logits_are_never_all_alive() -> None:
+    """No tensor in forward or backward is larger than one chunk's logits."""
+    hidden, head, labels = problem(4 * CHUNK, torch.float32, ignore_every=0)
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    with Largest() as largest:
+        cross_entropy_sum(hidden, head, labels).backward()
+    assert largest.numel == max(CHUNK * VOCABULARY, hidden.numel())
+    assert largest.numel < len(labels) * VOCABULARY

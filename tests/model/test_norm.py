@@ -1,0 +1,78 @@
+"""RMSNorm against torch's own, in value, gradient and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.model.norm import RMSNorm, _RMSNorm
+
+EPS = 1e-3  # large enough to show in the values
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def filled(weight: Tensor) -> RMSNorm:
+    """A norm with this weight."""
+    norm = RMSNorm(len(weight), EPS)
+    norm.weight = torch.nn.Parameter(weight.clone())
+    return norm
+
+
+def test_gradients_are_the_functions() -> None:
+    """Finite differences in float64, for input and weight."""
+    x, weight = random(3, 6).requires_grad_(), random(6, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, EPS), (x, weight))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+)
+def test_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
+    """Value and gradients against float64, to the rounding of the dtype; the weight and its gradient are fp32."""
+    x, dy = random(5, 64, dtype=dtype), random(5, 64, seed=2, dtype=dtype)
+    weight = 1 + random(64, seed=1, dtype=torch.float32)
+    norm, leaf = filled(weight), x.clone().requires_grad_()
+    y = norm(leaf)
+    y.backward(dy)
+    wide, wide_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = F.rms_norm(wide, (64,), wide_weight, EPS)
+    wanted.backward(dy.double())
+    assert (y.dtype, leaf.grad.dtype, norm.weight.grad.dtype) == (dtype, dtype, torch.float32)
+    torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(norm.weight.grad.double(), wide_weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_starts_on_meta_in_fp32() -> None:
+    """Whatever the model's dtype."""
+    weight = RMSNorm(8, EPS).weight
+    assert weight.is_meta
+    assert weight.dtype == torch.float32
+
+
+def test_keeps_its_input_and_one_number_a_token() -> None:
+    """No fp32 copy of a bf16 input waits for the backward."""
+    norm, x = filled(torch.ones(64)), random(5, 64, dtype=torch.bfloat16).requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        norm(x)
+    others = [t for t in saved if t.data_ptr() not in (x.data_ptr(), norm.weight.data_ptr())]
+    assert [(tuple(t.shape), t.dtype) for t in others] == [((5, 1), torch.float32)]
+
+
+def test_only_wanted_gradients() -> None:
+    """A frozen weight gets none; an input that needs none gets none."""
+    norm, x = filled(torch.ones(8)), random(2, 8, dtype=torch.float32).requires_grad_()
+    norm.weight.requires_grad_(False)
+    norm(x).sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is None
+    norm.weight.requires_grad_()
+    norm(x.detach()).sum().backward()
+    assert norm.weight.grad is not None

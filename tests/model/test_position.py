@@ -1,0 +1,110 @@
+"""Rotary embedding against transformers', and the rotation's gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from accessory.model.args import ModelArgs
+from accessory.model.position import rotary_frequencies, rotate, rotations
+
+SCALINGS = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def halves(x: Tensor) -> Tensor:
+    """Meta's neighbouring pairs -> Hugging Face's channel halves."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_equals_transformers(kind: str) -> None:
+    """Frequencies and rotated vectors of all scalings, after the change of layout, out to position 199."""
+    theta, width = 5000.0, 32
+    config = LlamaConfig(
+        hidden_size=2 * width, num_attention_heads=2, head_dim=width, max_position_embeddings=256,
+        rope_parameters={"rope_theta": theta, **SCALINGS[kind]},
+    )  # fmt: skip
+    theirs = LlamaRotaryEmbedding(config)
+    args = ModelArgs(dim=2 * width, n_heads=2, rope_theta=theta, rope_scaling=SCALINGS[kind])
+    frequencies = rotary_frequencies(args)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+
+    x, positions = random(200, 2, width), torch.arange(200)
+    cos, sin = theirs(x, positions[None])
+    wanted, _ = apply_rotary_pos_emb(halves(x).transpose(0, 1)[None], halves(x).transpose(0, 1)[None], cos, sin)
+    found = halves(rotate(x, rotations(frequencies, positions)))
+    torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=1e-5, atol=1e-4)
+
+
+def test_llama3_scaling_has_its_three_parts() -> None:
+    """Fast pairs stay, slow ones are divided by the factor, the edge between is monotone: not all the same branch."""
+    base = rotary_frequencies(ModelArgs(dim=64, n_heads=1))
+    ratio = rotary_frequencies(ModelArgs(dim=64, n_heads=1, rope_scaling=SCALINGS["llama3"])) / base
+    assert ratio[0] == 1
+    assert ratio[-1] == pytest.approx(1 / 8)
+    assert ((ratio > 0.13) & (ratio < 0.99)).any()
+    assert (ratio.diff() <= 0).all()
+
+
+def test_gradient_is_the_functions() -> None:
+    """Finite differences in float64."""
+    turn = rotations(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 3, 5]))
+    assert turn.dtype == torch.complex128
+    assert torch.autograd.gradcheck(lambda x: rotate(x, turn), (random(3, 2, 4, dtype=torch.float64).requires_grad_(),))
+
+
+def test_formula_of_one_pair() -> None:
+    """(1, 0) at position p turns to (cos p f, sin p f)."""
+    found = rotate(torch.tensor([[[1.0, 0.0]]]), rotations(torch.tensor([0.5]), torch.tensor([3])))
+    torch.testing.assert_close(found[0, 0], torch.tensor([math.cos(1.5), math.sin(1.5)]))
+
+
+def test_scores_depend_on_distance_alone() -> None:
+    """q at 9 against k at 4 equals q at 25 against k at 20."""
+    frequencies = rotary_frequencies(ModelArgs(dim=32, n_heads=1))
+    q, k = random(1, 1, 32), random(2, 1, 32)[1:]
+
+    def score(at_q: int, at_k: int) -> Tensor:
+        turned = (rotate(x, rotations(frequencies, torch.tensor([at]))) for x, at in ((q, at_q), (k, at_k)))
+        return torch.mul(*turned).sum()
+
+    torch.testing.assert_close(score(9, 4), score(25, 20))
+    assert (score(9, 4) - score(9, 5)).abs() > 1e-3
+
+
+def test_bf16_is_turned_in_fp32() -> None:
+    """A bf16 vector loses only its final rounding, at a far position too, both ways."""
+    frequencies = rotary_frequencies(ModelArgs(dim=32, n_heads=1))
+    turn = rotations(frequencies, torch.tensor([3999]))
+    x = random(1, 1, 32, dtype=torch.float32).bfloat16()
+    leaf = x.clone().requires_grad_()
+    y = rotate(leaf, turn)
+    y.backward(x)
+    torch.testing.assert_close(y, rotate(x.float(), turn).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(leaf.grad, rotate(x.float(), turn.conj()).bfloat16(), rtol=0, atol=0)
+
+
+def test_nothing_but_the_angles_is_kept() -> None:
+    """The rotation saves the shared factors and no vector."""
+    turn = rotations(torch.tensor([0.5]), torch.arange(4))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        rotate(random(4, 3, 2).requires_grad_(), turn)
+    assert [t.data_ptr() for t in saved] == [turn.data_ptr()]

@@ -1,0 +1,32 @@
+"""Where each token of a packed batch stands."""
+
+from __future__ import annotations
+
+import torch
+
+from accessory.model.position import rotations
+from accessory.model.sequences import Sequences
+
+FREQUENCIES = torch.tensor([1.0, 0.25, 0.0625])
+
+
+def test_positions_restart_in_each_document() -> None:
+    """Three documents of 2, 3 and 1 tokens."""
+    found = Sequences.build((2, 3, 1), FREQUENCIES)
+    assert found.starts == (0, 0, 0)
+    assert found.turn.shape == (6, 1, 3)
+    assert torch.equal(found.turn, rotations(FREQUENCIES, torch.tensor([0, 1, 0, 1, 2, 0])))
+
+
+def test_positions_go_on_from_the_cache() -> None:
+    """New tokens of documents that have 5 and 0 tokens already."""
+    found = Sequences.build((2, 1), FREQUENCIES, starts=(5, 0))
+    assert torch.equal(found.turn, rotations(FREQUENCIES, torch.tensor([5, 6, 0])))
+
+
+def test_offsets_and_longest() -> None:
+    """Cumulative ends, int32 as the variable-length kernels want them."""
+    found = Sequences.build((2, 3, 1), FREQUENCIES)
+    assert found.offsets.tolist() == [0, 2, 5, 6]
+    assert found.offsets.dtype == torch.int32
+    assert found.longest == 3

@@ -1,0 +1,123 @@
+"""NF4 and FP4 against bitsandbytes, bit by bit."""
+
+from __future__ import annotations
+
+import bitsandbytes
+import bitsandbytes.functional as reference
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.quant import storage
+from accessory.quant.four_bit import FourBitWeight
+
+FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
+"""Our name -> bitsandbytes' quant_type and compress_statistics."""
+SHAPES = [(64, 128), (5, 26), (512, 320)]  # whole blocks; a last block that is not full; several blocks of scales
+
+
+def matrix(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random weights of a model's size."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+
+def packed(name: str, weight: Tensor) -> FourBitWeight:
+    """`weight` in the storage format `name`."""
+    result = storage(name)(tuple(weight.shape))
+    result.pack(weight)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_and_statistics_are_bitsandbytes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Every stored byte, and every weight read back, equals bitsandbytes'."""
+    weight = matrix(shape, dtype)
+    quant_type, nested = FORMATS[name]
+    codes, state = reference.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=quant_type)
+    ours = packed(name, weight)
+    assert torch.equal(ours.codes, codes.flatten())
+    assert torch.equal(ours.scales, state.absmax)
+    if nested:
+        assert torch.equal(ours.nested_scales, state.state2.absmax)
+        assert torch.equal(ours.offset, state.offset.view(1))
+    else:
+        assert not hasattr(ours, "nested_scales")
+    assert torch.equal(ours.unpack(dtype), reference.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_is_kept_roughly(name: str) -> None:
+    """The mean error is that of four bits: some 10 % of a weight's standard deviation, whichever bytes say so."""
+    weight = matrix((512, 320))
+    error = (packed(name, weight).unpack(torch.float32) - weight).abs().mean() / weight.std()
+    assert 0.05 < error < 0.13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_product_is_linear4bit(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward equal `bitsandbytes.nn.Linear4bit` of the same weight."""
+    weight = matrix((192, 128))
+    quant_type, nested = FORMATS[name]
+    module = bitsandbytes.nn.Linear4bit(
+        128, 192, bias=False, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type
+    )
+    module.weight = bitsandbytes.nn.Params4bit(
+        weight.clone(), requires_grad=False, compress_statistics=nested, quant_type=quant_type
+    )
+    module = module.to("cpu").train()  # in eval mode its CPU path repacks the weight
+    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy = torch.randn(9, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    results = []
+    for product in (module, packed(name, weight)):
+        leaf = x.clone().requires_grad_()
+        y = product(leaf)
+        y.backward(dy)
+        results.append((y, leaf.grad))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-9}
+    for theirs, ours in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_bytes_per_weight() -> None:
+    """Double-quantized NF4 takes 0.5159 bytes a weight, single-level 0.5625."""
+    shape = (4096, 11008)
+    numel = shape[0] * shape[1]
+    assert storage("nf4")(shape).nbytes == numel // 2 + numel // 64 + 4 * numel // (64 * 256) + 4
+    assert storage("nf4")(shape).nbytes / numel == pytest.approx(0.5159, abs=5e-5)
+    assert storage("nf4_single")(shape).nbytes / numel == 0.5625
+
+
+def test_slicing_commutes_with_quantizing() -> None:
+    """Rows, and columns at multiples of a block, pack to slices of the whole's codes and scales (single-level)."""
+    weight = matrix((32, 256))
+    whole = packed("nf4_single", weight)
+    codes, scales = whole.codes.view(32, 128), whole.scales.view(32, 4)
+    rows, columns = packed("nf4_single", weight[8:16]), packed("nf4_single", weight[:, 64:192])
+    assert torch.equal(rows.codes.view(8, 128), codes[8:16])
+    assert torch.equal(rows.scales.view(8, 4), scales[8:16])
+    assert torch.equal(columns.codes.view(32, 64), codes[:, 32:96])
+    assert torch.equal(columns.scales.view(32, 2), scales[:, 1:3])
+
+
+def test_a_transposed_view_packs_as_its_copy() -> None:
+    """The values count, not how they lie in memory."""
+    weight = matrix((64, 128)).t()
+    assert torch.equal(packed("nf4", weight).unpack(torch.float32), packed("nf4", weight.clone()).unpack(torch.float32))
+    assert (packed("nf4", weight).unpack(torch.float32) - weight).abs().mean() < 0.13 * weight.std()
+
+
+def test_packing_again_replaces() -> None:
+    """A second matrix leaves nothing of the first."""
+    twice = packed("nf4", matrix((64, 128)))
+    twice.pack(-3 * matrix((64, 128)))
+    assert torch.equal(twice.unpack(torch.float32), packed("nf4", -3 * matrix((64, 128))).unpack(torch.float32))
+
+
+def test_odd_rows_are_refused() -> None:
+    """A row of an odd number of weights would share its last byte with the next."""
+    with pytest.raises(AssertionError, match="pairs of weights; got 63"):
+        storage("nf4")((4, 63))

@@ -1,0 +1,145 @@
+"""Whole runs: every layout trains the same model, saves what it trained, and goes on from what it saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accessory.meta import MetaModel
+from accessory.parallel import groups
+
+WORKER = Path(__file__).with_name("finetune_worker.py")
+STEPS = 10
+LAYOUTS = {
+    "one": (1, []),
+    "tp2": (2, ["--model_parallel_size", "2"]),
+    "sdp2": (2, ["--data_parallel", "sdp"]),
+    "fsdp2": (2, ["--data_parallel", "fsdp"]),
+    "tp2_sdp2": (4, ["--model_parallel_size", "2", "--data_parallel", "sdp"]),
+    "tp2_fsdp2": (4, ["--model_parallel_size", "2", "--data_parallel", "fsdp"]),
+}
+JOBS = {
+    "normbiaslora": ["--llama_type", "llama_peft"],
+    "nf4_single": ["--llama_type", "llama_peft", "--quant", "--quant_type", "nf4_single", "--only_save_trainable",
+                   "--checkpointing"],
+    "full": ["--llama_type", "llama"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base: Path, lora_config: Path, tmp_path_factory: pytest.TempPathFactory, torchrun) -> Path:
+    """Every job on every layout, at the same global batch of 16 documents: `runs/JOB/LAYOUT/`."""
+    root = tmp_path_factory.mktemp("runs")
+    for ranks in sorted({ranks for ranks, _ in LAYOUTS.values()}):
+        flags = [
+            flags_of(root / job / layout, tiny_base, lora_config, method, extra, ranks)
+            for layout, (count, extra) in LAYOUTS.items()
+            if count == ranks
+            for job, method in JOBS.items()
+        ]
+        (root / "flags.json").write_text(json.dumps(flags))
+        done = torchrun(ranks, WORKER, root / "flags.json")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root
+
+
+def flags_of(output: Path, base: Path, lora: Path, method: list[str], extra: list[str], ranks: int) -> list[str]:
+    """Flags of one run; the global batch is 16 whatever the layout."""
+    data_parallel = ranks // (2 if "--model_parallel_size" in extra else 1)
+    return [
+        *("--pretrained_path", str(base), "--output_dir", str(output), "--device", "cpu", "--precision", "fp32"),
+        *("--data_config", str(data_file()), "--max_words", "160", "--max_steps", str(STEPS), "--epochs", "2"),
+        *("--batch_size", str(8 // data_parallel), "--accum_iter", "2", "--warmup_epochs", "0.2", "--clip_grad", "1"),
+        *(["--llama_config", str(lora)] if "llama_peft" in method else []),
+        *method,
+        *extra,
+    ]
+
+
+def data_file() -> Path:
+    """The quickstart's 148 records: an epoch is 9 steps of 16 and a short one of 4, which some ranks sit out."""
+    return Path(__file__).resolve().parent.parent / "data_example" / "accessory_qa.json"
+
+
+def losses(run: Path) -> torch.Tensor:
+    """Loss of every step [steps], fp64."""
+    return torch.tensor([json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()])
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    """What the run saved last."""
+    (last,) = run.glob("epoch*/")
+    return load_file(next(iter([*last.glob("trainable*.safetensors"), *last.glob("model*.safetensors")])))
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_layouts_train_alike(runs: Path, job: str, layout: str) -> None:
+    reference, run = runs / job / "one", runs / job / layout
+    assert len(losses(run)) == STEPS
+    assert losses(reference)[-1] < losses(reference)[0]
+    torch.testing.assert_close(losses(run), losses(reference), rtol=1e-4, atol=0)
+    expected, actual = trained(reference), trained(run)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        error = (actual[name] - value).norm() / value.norm().clamp_min(1e-3)
+        assert error < 1e-3, (name, error)
+
+
+def test_trained_part_is_small_and_named_as_upstream(runs: Path) -> None:
+    names = trained(runs / "nf4_single" / "one").keys()
+    assert "layers.0.attention.wq.lora_a.weight" in names
+    assert "layers.1.feed_forward.w2.bias" in names
+    assert "norm.weight" in names
+    assert not any(name.endswith(("wq.weight", "codes")) for name in names)
+
+
+def test_checkpoint_directory_is_complete(runs: Path) -> None:
+    (directory,) = (runs / "nf4_single" / "tp2").glob("epoch*/")
+    present = {path.name for path in directory.iterdir()}
+    expected = {"trainable.safetensors", "training_state.safetensors", "training_state.json"}
+    assert expected | {"config.json", "meta.json", "run.json", "tokenizer.json"} <= present
+    run = json.loads((directory / "run.json").read_text())
+    assert run["quantization"] == "nf4_single"
+    assert run["arguments"]["quant"] is True
+    assert (runs / "nf4_single" / "tp2" / "loss.png").stat().st_size > 10_000
+    assert list((runs / "nf4_single" / "tp2").glob("events.out.tfevents.*"))
+
+
+def test_trainable_alone_finds_its_base(runs: Path, tiny_base: Path) -> None:
+    """`MetaModel.from_pretrained(TRAINABLE)` equals (BASE, TRAINABLE, --quant), and differs from the base."""
+    groups.start("cpu")
+    (directory,) = (runs / "nf4_single" / "one").glob("epoch*/")
+    tokens = torch.arange(40) % 500
+    alone = MetaModel.from_pretrained(directory, dtype="fp32").logits(tokens, (30, 10))
+    both = MetaModel.from_pretrained([tiny_base, directory], dtype="fp32", quant=True, quant_type="nf4_single")
+    assert torch.equal(alone, both.logits(tokens, (30, 10)))
+    base = MetaModel.from_pretrained(tiny_base, dtype="fp32").logits(tokens, (30, 10))
+    assert (alone - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_fsdp2"])
+def test_resume_is_exact(layout: str, tiny_base: Path, lora_config: Path, tmp_path: Path, torchrun) -> None:
+    """6 steps, and 3 + resume 3, give the same losses and weights with `==`, LoRA dropout included."""
+    lora = tmp_path / "dropout.json"
+    lora.write_text('{"lora_rank": 4, "lora_dropout": 0.2}')
+    ranks, extra = LAYOUTS[layout]
+    method = ["--llama_type", "llama_peft", "--quant", "--only_save_trainable"]
+
+    def flags(name: str, *more: str) -> list[str]:
+        return flags_of(tmp_path / name, tiny_base, lora, method, extra, ranks) + ["--max_steps", "6", *more]
+
+    first = flags("halves") + ["--max_steps", "3"]
+    second = flags("halves", "--resume", str(tmp_path / "halves" / "epoch0-iter3"))
+    for i, jobs in enumerate(([flags("whole"), first], [second])):
+        (tmp_path / f"{i}.json").write_text(json.dumps(jobs))
+        done = torchrun(ranks, WORKER, tmp_path / f"{i}.json")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert losses(tmp_path / "whole").tolist() == losses(tmp_path / "halves").tolist()
+    whole = load_file(tmp_path / "whole" / "epoch0-iter6" / "trainable.safetensors")
+    halves = load_file(tmp_path / "halves" / "epoch0-iter6" / "trainable.safetensors")
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())

@@ -1,0 +1,178 @@
+"""Decoding, token for token, against transformers on a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from accessory.checkpoint.load import fill, resolve
+from accessory.checkpoint.source import model_args_of, open_source
+from accessory.errors import ConfigError
+from accessory.generate import generate_tokens, next_token_logits, sample
+from accessory.method import Attachment
+from accessory.model.decoder import Decoder
+from accessory.model.sequences import Sequences
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+
+PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
+LENGTH = 15
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layout() -> Iterator[groups.Layout]:
+    """This process alone, on the CPU."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(layout: groups.Layout, tmp_path_factory) -> tuple[transformers.LlamaForCausalLM, Decoder]:
+    """A random transformers model and our decoder filled from its checkpoint, both fp32."""
+    path: Path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(path)
+    source = open_source(path)
+    decoder = Decoder(model_args_of(source), dtype=torch.float32)
+    tensors = resolve(decoder, [source], Attachment(), initialize=False)
+    fill(decoder, tensors, Attachment(), layout, DataParallel(layout, "sdp", base_is_trained=False))
+    return model, decoder.eval()
+
+
+@pytest.fixture
+def decoder(pair) -> Decoder:
+    """Ours alone."""
+    return pair[1]
+
+
+@pytest.fixture
+def greedy(pair) -> list[list[int]]:
+    """What transformers answers to each prompt, 15 tokens each."""
+    return [
+        pair[0].generate(
+            torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]  # fmt: skip
+
+
+def collect(decoder: Decoder, prompts: list[list[int]], **options) -> list[list[int]]:
+    """The answers of a batch; checks that an ended prompt stays ended."""
+    options = {"max_gen_len": LENGTH, "max_seq_len": 64, "stop_ids": set(), **options}
+    answers: list[list[int | None]] = [[] for _ in prompts]
+    for step in generate_tokens(decoder, prompts, **options):
+        for answer, token in zip(answers, step, strict=True):
+            answer.append(token)
+    ended = [[token for token in answer if token is not None] for answer in answers]
+    for answer, kept in zip(answers, ended, strict=True):
+        assert answer[: len(kept)] == kept
+    return ended
+
+
+def test_greedy_equals_transformers(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """A batch of unequal prompts over one cache, and each alone."""
+    assert collect(decoder, PROMPTS) == greedy
+    assert [collect(decoder, [prompt])[0] for prompt in PROMPTS] == greedy
+    assert len({token for answer in greedy for token in answer}) > 10  # not one token over and over
+
+
+def test_stop_token_ends_one_and_not_the_others(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """It is not yielded itself; the rest of the batch goes on as before."""
+    stop = greedy[0][3]
+    wanted = [answer[: answer.index(stop)] if stop in answer else answer for answer in greedy]
+    assert len(wanted[0]) <= 3
+    assert any(len(answer) == LENGTH for answer in wanted)
+    assert collect(decoder, PROMPTS, stop_ids={stop}) == wanted
+
+
+def test_stopping_at_once_yields_nothing(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """Where every first token is a stop token."""
+    assert collect(decoder, PROMPTS, stop_ids={answer[0] for answer in greedy}) == [[], [], []]
+
+
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_max_gen_len(decoder: Decoder, greedy: list[list[int]], length: int) -> None:
+    """No more new tokens than asked for."""
+    assert collect(decoder, PROMPTS, max_gen_len=length) == [answer[:length] for answer in greedy]
+
+
+def test_max_seq_len(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """Prompt and answer together; the longest prompt ends first and the others go on undisturbed."""
+    assert collect(decoder, PROMPTS, max_seq_len=9) == [greedy[0][:2], greedy[1][:8], greedy[2][:6]]
+
+
+@pytest.mark.parametrize(("prompt", "count"), [([], 0), ([1] * 9, 9)])
+def test_prompts_without_room_are_refused(decoder: Decoder, prompt: list[int], count: int) -> None:
+    """Before anything is computed."""
+    with pytest.raises(ConfigError, match=f"A prompt has {count} tokens; expected 1 to 8"):
+        collect(decoder, [[1], prompt], max_seq_len=9)
+
+
+def test_sampling_follows_its_generator(decoder: Decoder) -> None:
+    """The same seed gives the same answers, another one others."""
+    options = {"temperature": 1.0, "top_p": 0.95}
+    one, two, three = (
+        collect(decoder, PROMPTS, generator=torch.Generator().manual_seed(seed), **options) for seed in (1, 1, 2)
+    )
+    assert one == two
+    assert one != three
+
+
+def test_a_tiny_nucleus_is_greedy(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """top_p 0 leaves only the likeliest token, at any temperature."""
+    assert collect(decoder, PROMPTS, temperature=5.0, top_p=0.0) == greedy
+
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+def drawn(top_p: float, temperature: float = 1.0) -> torch.Tensor:
+    """Shares [5] of the tokens among 20,000 draws from PROBABILITIES."""
+    logits = PROBABILITIES.log().expand(20000, 5)
+    tokens = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    return tokens.bincount(minlength=5) / len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"),
+    [(0.0, [1]), (0.3, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]), (0.86, [0, 1, 3, 4]), (1.0, [0, 1, 2, 3, 4])],
+)
+def test_nucleus_is_the_smallest_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
+    """Only its tokens are drawn, in the proportions they had."""
+    shares = drawn(top_p)
+    wanted = torch.zeros(5)
+    wanted[nucleus] = PROBABILITIES[nucleus] / PROBABILITIES[nucleus].sum()
+    torch.testing.assert_close(shares, wanted, rtol=0, atol=0.015)
+    assert set(shares.nonzero()[:, 0].tolist()) == set(nucleus)
+
+
+def test_temperature_sharpens() -> None:
+    """At 0.5 probabilities are squared, before the nucleus is cut."""
+    wanted = PROBABILITIES.square() / PROBABILITIES.square().sum()
+    torch.testing.assert_close(drawn(1.0, 0.5), wanted, rtol=0, atol=0.015)
+    assert drawn(0.5, 0.5).nonzero()[:, 0].tolist() == [1]
+
+
+def test_temperature_zero_is_the_argmax() -> None:
+    """Without drawing."""
+    logits = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(logits, 0.0, 0.9, None), logits.argmax(-1))
+
+
+@torch.no_grad()
+def test_next_token_logits(pair) -> None:
+    """Whole and in fp32."""
+    model, decoder = pair
+    ids = torch.tensor(PROMPTS[0])
+    logits = next_token_logits(decoder, decoder(ids, Sequences.build((7,), decoder.frequencies)))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model(ids[None]).logits[0], rtol=0, atol=1e-4)

@@ -1,0 +1,207 @@
+"""MetaModel: published checkpoints in, logits, losses and text out, against transformers on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+
+from accessory.data.batch import PackedBatch
+from accessory.errors import AccessoryError, ConfigError
+from accessory.meta import MetaModel
+from accessory.parallel import groups
+from accessory.quant.four_bit import FourBitWeight
+
+BYTES = 256
+VOCABULARY = BYTES + 2  # every byte, then <s> and </s>
+BOS, EOS = BYTES, BYTES + 1
+TINY = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
+}  # fmt: skip
+FAMILY = {
+    "grouped": {},
+    "multi-head, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama3 rope": {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}},
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide heads": {"head_dim": 24},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layout() -> Iterator[groups.Layout]:
+    """This process alone, on the CPU."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer.json of single bytes with <s> and </s>, and the file that names them."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., transformers.PreTrainedModel]:
+    """Changes to the tiny config -> a random model, saved with its tokenizer in `tmp_path`."""
+
+    def make(kind: str = "Llama", seed: int = 0, **changes) -> transformers.PreTrainedModel:
+        torch.manual_seed(seed)
+        config = getattr(transformers, kind + "Config")(**{**TINY, **changes})
+        model = getattr(transformers, kind + "ForCausalLM")(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms start as ones and biases as zeros: make them count
+                torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+        model.save_pretrained(tmp_path)
+        write_tokenizer(tmp_path)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(checkpoint, tmp_path: Path) -> MetaModel:
+    """The first of the family, loaded in fp32."""
+    checkpoint()
+    return MetaModel.from_pretrained(tmp_path, dtype="fp32")
+
+
+def random_ids(*lengths: int) -> torch.Tensor:
+    """Ids of packed documents."""
+    return torch.randint(0, BYTES, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
+def test_logits_equal_transformers(checkpoint, tmp_path: Path, changes: dict) -> None:
+    """Two packed documents of every setting of the block, to 1e-4 in fp32."""
+    theirs = checkpoint(**changes)
+    ours = MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    ids = random_ids(40, 17)
+    found = ours.logits(ids, (40, 17))
+    wanted = torch.cat([theirs(part[None]).logits[0] for part in ids.split((40, 17))])
+    assert found.dtype == torch.float32
+    assert wanted.std() > 0.3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mistral_equals_transformers(checkpoint, tmp_path: Path) -> None:
+    """The same block under another name."""
+    theirs = checkpoint("Mistral", sliding_window=None, head_dim=16)
+    ids = random_ids(20)
+    found = MetaModel.from_pretrained(tmp_path, dtype="fp32").logits(ids, (20,))
+    torch.testing.assert_close(found, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
+
+
+def test_loss_is_the_sum_over_supervised_tokens(checkpoint, tmp_path: Path) -> None:
+    """Of a packed batch with masked prompts, against transformers' logits and torch's cross-entropy."""
+    theirs = checkpoint()
+    ours = MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    ids, lengths = random_ids(12, 9), (12, 9)
+    labels = torch.cat([torch.cat([part[1:], torch.tensor([-100])]) for part in ids.split(lengths)])
+    labels[:5] = -100
+    batch = PackedBatch(ids, labels, lengths, (0, 1))
+    with torch.no_grad():
+        logits = torch.cat([theirs(part[None]).logits[0] for part in ids.split(lengths)])
+        loss = ours(batch)
+    assert batch.supervised == 14
+    wanted = F.cross_entropy(logits.double(), labels, reduction="sum")
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_quantized_model_is_near_the_plain_one(checkpoint, tmp_path: Path) -> None:
+    """--quant packs every linear of the blocks and nothing else; logits stay correlated, and are not the same."""
+    checkpoint()
+    plain, packed = (MetaModel.from_pretrained(tmp_path, dtype="fp32", quant=quant) for quant in (None, True))
+    names = {name for name, m in packed.named_modules() if isinstance(m, FourBitWeight)}
+    assert len(names) == 2 * 7
+    assert all(name.startswith("llma.layers.") for name in names)
+    ids = random_ids(30)
+    one, two = plain.logits(ids, (30,)), packed.logits(ids, (30,))
+    assert 0.01 < (one - two).std() / one.std() < 0.5
+
+
+def test_asked_models_are_frozen(model: MetaModel) -> None:
+    """No gradients, no dropout."""
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dtype(checkpoint, tmp_path: Path) -> None:
+    """bf16 unless said otherwise; norms stay in fp32; an unknown path is an error of ours."""
+    checkpoint()
+    narrow = MetaModel.from_pretrained(tmp_path)
+    assert narrow.llma.layers[0].attention.wq.weight.dtype == torch.bfloat16
+    assert narrow.llma.norm.weight.dtype == torch.float32
+    with pytest.raises(AccessoryError, match="no such checkpoint"):
+        MetaModel.from_pretrained(tmp_path / "absent")
+
+
+def test_prompt_keeps_its_end(model: MetaModel) -> None:
+    """BOS, then what fits with room for one new token."""
+    assert model.prompt_tokens("ab") == [BOS, *model.tokenizer.encode("ab")]
+    model.max_seq_len = 6
+    assert model.prompt_tokens("abcdefgh") == [BOS, *model.tokenizer.encode("efgh")]
+
+
+@torch.no_grad()
+def test_generate_equals_transformers(checkpoint, tmp_path: Path) -> None:
+    """Greedy answers to prompts of unequal length, as text."""
+    theirs = checkpoint()
+    ours = MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    prompts = ["Hello", "Every byte is a token.", "x"]
+    answers = ours.generate(prompts, max_gen_len=12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = torch.tensor([ours.prompt_tokens(prompt)])
+        full = theirs.generate(start, max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
+        assert answer == ours.tokenizer.decode(full[0, start.shape[1] :].tolist())
+        assert answer
+
+
+def test_half_a_character_is_held_back(model: MetaModel) -> None:
+    """Each text is whole but the last, which is `generate`'s whatever it ends in, and none is shown twice."""
+    seen_half = False
+    for prompt in ("Hello", "What?", "1 2 3", "é"):
+        for length in (1, 2, 3, 10):
+            texts = list(model.stream_generate(prompt, max_gen_len=length))
+            (whole,) = model.generate([prompt], max_gen_len=length)
+            assert texts[-1] == whole
+            assert not any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in texts[:-1])
+            assert len(texts) <= length
+            seen_half |= whole.endswith("\N{REPLACEMENT CHARACTER}")
+    assert seen_half  # a random model of bytes ends in half a character now and then
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stream_is_generate(model: MetaModel, temperature: float) -> None:
+    """Greedy and sampled with the same seed; another seed samples something else."""
+    options = {"max_gen_len": 20, "temperature": temperature, "top_p": 0.9}
+    (whole,) = model.generate(["Hello"], seed=5, **options)
+    assert list(model.stream_generate("Hello", seed=5, **options))[-1] == whole
+    (other,) = model.generate(["Hello"], seed=6, **options)
+    assert (other == whole) == (temperature == 0)
+
+
+def test_empty_prompt_without_bos_is_refused(model: MetaModel) -> None:
+    """There is nothing to continue; with BOS there is."""
+    assert len(model.generate([""], max_gen_len=2)) == 1
+    model.tokenizer.add_bos = False
+    with pytest.raises(ConfigError, match="A prompt has 0 tokens"):
+        model.generate([""], max_gen_len=2)

@@ -1,0 +1,283 @@
+"""The memory plan against what a step really keeps, and against published sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.load import fill, targets
+from accessory.method import METHODS, Attachment
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.model.loss import CHUNK, cross_entropy_sum
+from accessory.model.sequences import Sequences
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+from accessory.parallel.groups import Layout
+from accessory.plan import block_activation_bytes, device_memory, memory_plan, parameter_counts
+from accessory.quant import storage
+
+SMALL = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
+TOKENS = 48
+NORM_BIAS: dict = {}
+NORM_BIAS_LORA = {"lora_rank": 8}
+LORA = {"lora_rank": 8, "norm_tuning": False, "bias_tuning": False}
+SETTINGS = {
+    "NormBias": NORM_BIAS,
+    "NormBiasLoRA": NORM_BIAS_LORA,
+    "LoRA": LORA,
+    "bias": {"norm_tuning": False},
+    "LoRA on wq and wv": {**LORA, "lora_targets": ["wq", "wv"]},
+    "LoRA with dropout": {**NORM_BIAS_LORA, "lora_dropout": 0.1},
+}
+LLAMA2 = {
+    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
+            "ffn_dim_multiplier": 1.3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layout() -> Iterator[Layout]:
+    """This process alone, on the CPU."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+def built(
+    args: ModelArgs, settings: dict, *, method: str = "peft", quant: str | None = "nf4"
+) -> tuple[Decoder, Attachment]:
+    """A bf16 decoder on meta with a method on it."""
+    decoder = Decoder(args, dtype=torch.bfloat16, storage=storage(quant) if quant else None)
+    return decoder, METHODS[method](METHODS[method].Settings(**settings)).attach(decoder)
+
+
+def filled(layout: Layout, settings: dict, **options) -> tuple[Decoder, Attachment]:
+    """The small decoder with random weights, in training mode."""
+    decoder, attachment = built(options.pop("args", SMALL), settings, **options)
+    initial = {
+        target.name: lambda generator, shape=target.whole_shape(1): torch.randn(shape, generator=generator) * 0.1
+        for target in targets(decoder)
+    }
+    fill(decoder, {}, Attachment(attachment.trainable, initial), layout, DataParallel(layout, "sdp", False))
+    return decoder.train(), attachment
+
+
+class Kept:
+    """Bytes of the distinct storages saved for backward while it is entered; parameters and `known` aside."""
+
+    def __init__(self, decoder: Decoder, *known: Tensor) -> None:
+        self.known = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *known)}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        store = tensor.untyped_storage()
+        if store.data_ptr() not in self.known:
+            self.storages[store.data_ptr()] = store  # held, so that no address is used twice
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self.hooks.__exit__(*failure)
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them together."""
+        return sum(store.nbytes() for store in self.storages.values())
+
+
+def step(decoder: Decoder, lengths: tuple[int, ...] = (TOKENS,)) -> tuple[Kept, Tensor, list[Tensor]]:
+    """What a forward over random, all supervised tokens keeps; the loss; each block's output."""
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(0, 96, (sum(lengths),), generator=generator) for _ in range(2))
+    outputs: list[Tensor] = []
+    with Kept(decoder) as kept:
+        sequences = Sequences.build(lengths, decoder.frequencies)
+        hidden = decoder(ids, sequences, on_block=lambda _i, x: outputs.append(x))
+        loss = cross_entropy_sum(hidden, decoder.head_weight, labels)
+    return kept, loss, outputs
+
+
+def planned(decoder: Decoder, attachment: Attachment, layout: Layout, checkpointing: bool = False, **more):
+    """The plan of the small step."""
+    options = {"tokens": TOKENS, "data_parallel": "sdp", **more}
+    return memory_plan(decoder, attachment, layout, checkpointing=checkpointing, **options)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_are_what_is_saved(layout: Layout, settings: dict, quant: str | None) -> None:
+    """To the byte, for one document: every tensor that autograd keeps is in the plan and nothing else is."""
+    decoder, attachment = filled(layout, settings, quant=quant)
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_on_the_meta_device(layout: Layout, settings: dict) -> None:
+    """A decoder that is not filled has the same plan."""
+    assert planned(*built(SMALL, settings), layout) == planned(*filled(layout, settings), layout)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_activations_of_full_training(layout: Layout, tied: bool) -> None:
+    """Inputs of all linears, the embedding's rows and the head's gradient come on top."""
+    args = SMALL.model_copy(update={"tie_word_embeddings": tied})
+    decoder, attachment = filled(layout, {}, args=args, method="full", quant=None)
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
+def test_several_documents(layout: Layout, settings: dict) -> None:
+    """On the CPU their attention outputs are joined into a copy, which wo keeps where it has LoRA: 7 % at this size."""
+    decoder, attachment = filled(layout, settings)
+    kept, _, _ = step(decoder, (10, 30, 8))
+    copies = SMALL.n_layers * TOKENS * 64 * 2 if "lora_rank" in settings else 0
+    assert kept.bytes == planned(decoder, attachment, layout).activations + copies
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_with_checkpointing(layout: Layout, settings: dict, quant: str | None) -> None:
+    """The blocks' inputs and the head's part, as saved, and beside them what one block run again keeps."""
+    decoder, attachment = filled(layout, settings, quant=quant)
+    for block in decoder.layers:
+        block.recompute = True
+    kept, loss, outputs = step(decoder)
+    loss.backward()
+    decoder.layers[1].recompute = False
+    x = outputs[0].detach().requires_grad_()
+    with Kept(decoder, x) as again:
+        decoder.layers[1](x, Sequences.build((TOKENS,), decoder.frequencies))
+    assert planned(decoder, attachment, layout, checkpointing=True).activations == kept.bytes + again.bytes
+    assert kept.bytes < planned(decoder, attachment, layout).activations / 4
+
+
+def test_cuda_keeps_repeated_keys_and_bytes_for_masks() -> None:
+    """Its kernel is given k and v for every query head; dropout's mask is one byte a value there."""
+    decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1})
+    on_cpu, on_cuda = (block_activation_bytes(decoder, attachment, 1, torch.device(d)) for d in ("cpu", "cuda"))
+    assert on_cuda - on_cpu == 2 * 2 * (64 - 32) - (4 * 64 + 2 * 64 + 160)
+
+
+P = {"7B": 6_476_005_376, "13B": 12_687_769_600, "70B": 68_451_041_280}  # weights of the blocks' linears
+EMBEDDING = {"7B": 131_072_000, "13B": 163_840_000, "70B": 262_144_000}  # and as many in the head
+NORMS = {"7B": 266_240, "13B": 414_720, "70B": 1_318_912}
+
+
+@pytest.mark.parametrize(
+    ("size", "quant", "gigabytes"),
+    [
+        ("7B", "nf4", 3.866), ("13B", "nf4", 7.201), ("70B", "nf4", 36.363),
+        ("7B", "nf4_single", 4.168), ("13B", "nf4_single", 7.793), ("70B", "nf4_single", 39.555),
+    ],
+)  # fmt: skip
+def test_frozen_weights_of_llama2(layout: Layout, size: str, quant: str, gigabytes: float) -> None:
+    """Published totals have norms in bf16 and no offsets; here norms are fp32 and each nested matrix has an offset."""
+    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    decoder, attachment = built(args, LORA, quant=quant)
+    weights = planned(decoder, attachment, layout).weights
+    linears = 7 * args.n_layers
+    if quant == "nf4":
+        packed = P[size] // 2 + P[size] // 64 + 4 * P[size] // (64 * 256)
+        extra = 2 * NORMS[size] + 4 * linears
+    else:
+        packed, extra = P[size] // 2 + 4 * P[size] // 64, 2 * NORMS[size]
+    assert weights == packed + 2 * 2 * EMBEDDING[size] + 2 * NORMS[size] + extra
+    assert (weights - extra) / 1e9 == pytest.approx(gigabytes, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "megabytes"), [("7B", 1_626_112, 26), ("13B", 2_544_640, 41), ("70B", 8_036_352, 129)]
+)
+def test_trained_part_of_llama2(layout: Layout, size: str, count: int, megabytes: int) -> None:
+    """NormBias: fp32 weights, gradients and two moments, the norms counted here and not among the frozen."""
+    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    plan = planned(*built(args, NORM_BIAS), layout)
+    assert (plan.trainable, plan.gradients, plan.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert round((plan.trainable + plan.gradients + plan.optimizer) / 1e6) == megabytes
+    assert planned(*built(args, LORA), layout).weights - plan.weights == 4 * NORMS[size]
+
+
+@pytest.mark.parametrize(("size", "megabytes"), [("7B", 90), ("13B", 142), ("70B", 470)])
+def test_buffer_is_the_largest_unpacked_matrix(layout: Layout, size: str, megabytes: int) -> None:
+    """In bf16; none where nothing is packed."""
+    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    assert round(planned(*built(args, NORM_BIAS), layout).buffers / 1e6) == megabytes
+    assert planned(*built(args, NORM_BIAS, quant=None), layout).buffers == 0
+
+
+def test_filled_bytes_are_the_planned(layout: Layout) -> None:
+    """Weights and trainables, against the storages of a filled decoder; gradients against those of a step."""
+    decoder, attachment = filled(layout, NORM_BIAS_LORA)
+    plan = planned(decoder, attachment, layout)
+    sizes = {True: 0, False: 0}
+    for parameter in decoder.parameters():
+        sizes[parameter.requires_grad] += parameter.untyped_storage().nbytes()
+    assert (plan.trainable, plan.weights) == (sizes[True], sizes[False])
+    step(decoder)[1].backward()
+    assert plan.gradients == sum(p.grad.untyped_storage().nbytes() for p in decoder.parameters() if p.requires_grad)
+
+
+def test_logits_are_one_chunk(layout: Layout) -> None:
+    """fp32 scores beside their narrow copy, of no more tokens than a chunk or the batch has; a master head is cast."""
+    decoder, attachment = built(SMALL, NORM_BIAS)
+    assert planned(decoder, attachment, layout, tokens=10 * CHUNK).logits == CHUNK * 96 * 6
+    assert planned(decoder, attachment, layout, tokens=10).logits == 10 * 96 * 6
+    full = built(SMALL, {}, method="full", quant=None)
+    assert planned(*full, layout, tokens=10).logits == 10 * 96 * 6 + 96 * 64 * 2
+
+
+def test_data_parallel_shares() -> None:
+    """sdp shares the optimizer, fsdp the frozen base too; gradients are whole until reduced."""
+    decoder, attachment = built(SMALL, NORM_BIAS)
+    alone, four = Layout(), Layout(world_size=4, dp_size=4)
+    one, sdp = planned(decoder, attachment, alone), planned(decoder, attachment, four)
+    fsdp = planned(decoder, attachment, four, data_parallel="fsdp")
+    assert sdp.weights == one.weights
+    assert (sdp.trainable, sdp.optimizer, sdp.gradients) == (one.trainable // 4, one.optimizer // 4, one.gradients)
+    assert fsdp.weights == pytest.approx(one.weights / 4, rel=0.01)
+
+
+def test_model_parallel_counts_are_the_whole_models() -> None:
+    """Over all ranks; what is cut counts once."""
+    args = SMALL.model_copy(update={"n_kv_heads": 4})
+    counts = []
+    for ranks in (1, 2, 4):
+        decoder = Decoder(args, dtype=torch.bfloat16, ranks=ranks, storage=storage("nf4"))
+        attachment = METHODS["peft"](METHODS["peft"].Settings(lora_rank=8)).attach(decoder)
+        counts.append(parameter_counts(decoder, attachment))
+    plain = built(args, NORM_BIAS_LORA, quant=None)
+    trained = sum(p.numel() for name, p in plain[0].named_parameters() if name in plain[1].trainable)
+    assert counts == [(trained, sum(p.numel() for p in plain[0].parameters()))] * 3
+
+
+def test_table(layout: Layout) -> None:
+    """Every part and the total, with its unit, against what there is."""
+    plan = planned(*built(SMALL, NORM_BIAS), layout)
+    assert plan.total == sum(
+        (plan.weights, plan.trainable, plan.gradients, plan.optimizer, plan.activations, plan.logits, plan.buffers)
+    )
+    lines = plan.table("a test", 80_000_000_000).splitlines()
+    assert lines[0] == "memory plan per rank: a test"
+    assert [line.split()[0] for line in lines[1:]] == [
+        "weights", "trainable", "gradients", "optimizer", "activations", "logits", "buffers", "total"
+    ]  # fmt: skip
+    assert lines[-1].endswith("GB of 80.0 GB")
+    assert plan.table("a test", None).endswith("GB")
+
+
+def test_device_memory() -> None:
+    """This machine has some."""
+    assert device_memory(torch.device("cpu")) > 1e8
