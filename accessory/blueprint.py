@@ -27,7 +27,7 @@ PADDED_ROWS = 1024  # embedding rows beyond the tokenizer's that pass for paddin
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model that can be built. `quant_type` None means plain weights in `dtype`; `train` False, one only to be asked."""
+    """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked."""
 
     llama_type: str
     args: ModelArgs
@@ -104,12 +104,13 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
         raise ConfigError(
             f"{where}: holds no config.json or params.json; give the model's settings with --llama_config."
         )
+    files = [str(source.path) for source in sources if source.settings] + [str(path) for path in llama_config]
     parts = []
     for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
         try:
             parts.append(part(**{key: value for key, value in merged.items() if key in keys}))
         except ValidationError as error:
-            faults.append(explain_validation(error, " + ".join(map(str, llama_config)) or "settings", keys))
+            faults.append(explain_validation(error, " + ".join(files), keys))
     if faults:
         raise ConfigError("\n".join(faults))
     return parts[0], method_class(parts[1])

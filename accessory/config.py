@@ -20,10 +20,10 @@ Precision = Literal["bf16", "fp16", "fp32", "tf32"]
 class FinetuneConfig(BaseModel):
     """Fine-tune a language model: a frozen (optionally 4-bit) base and a small trained part, or all of it."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     pretrained_path: list[Path] = Field(min_length=1)
-    """Checkpoints, base first, then trained parts laid over it: directories (Accessory, Meta, LLaMA2-Accessory, Hugging Face) or a GGUF file."""
+    """Base first, then trained parts: directories (Accessory, Meta, LLaMA2-Accessory, Hugging Face) or a GGUF file."""
     data_config: Path
     """What to train on: a YAML with META entries, or a .json, .jsonl or .csv file."""
     output_dir: Path | None = Path("./output_dir")
@@ -117,7 +117,7 @@ class FinetuneConfig(BaseModel):
 class DemoConfig(BaseModel):
     """Ask a base model, or a base with a trained part, single questions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     pretrained_path: list[Path] = Field(min_length=1)
     """Base, then trained parts; or a trained part alone, whose run.json knows its base."""
@@ -151,7 +151,7 @@ class DemoConfig(BaseModel):
     """Seed of the sampling."""
     host: str = "127.0.0.1"
     """Address the page is served at; another than loopback needs --password."""
-    port: int = Field(default=7860, ge=0, le=65535)
+    port: int = Field(default=7860, ge=1, le=65535)
     """Port of the page."""
     password: str | None = None
     """Password of the page (user name: accessory)."""
@@ -185,12 +185,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     parser = _parser(config_class)
     known, unknown = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in config_class.model_fields]
-    faults = [
-        f"Unknown flag {word.split('=')[0]}.{nearest(word.split('=')[0], flags)}"
-        if word.startswith("-")
-        else f"{word!r} belongs to no flag."
-        for word in unknown
-    ]
+    faults = _unknown_words(unknown, flags)
     values = {name: value for name, value in vars(known).items() if value is not argparse.SUPPRESS}
     values = {name: None if value == "" else value for name, value in values.items()}
     config = None
@@ -204,6 +199,19 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     if faults:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def _unknown_words(words: list[str], flags: list[str]) -> list[str]:
+    """One fault for each unknown flag, and for each word that follows none."""
+    faults, after_flag = [], False
+    for word in words:
+        if word.startswith("-"):
+            name = word.split("=")[0]
+            faults.append(f"Unknown flag {name}.{nearest(name, flags)}")
+            after_flag = True
+        elif not after_flag:
+            faults.append(f"{word!r} belongs to no flag.")
+    return faults
 
 
 class _Parser(argparse.ArgumentParser):

@@ -132,8 +132,8 @@ class Engine:
             return
         ids = self.order.global_ids(progress.epoch, progress.step).tolist()
         fault = TrainingError(
-            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}. Lower --lr, set --clip_grad, "
-            f"or look at the documents of this step: {ids[:16]}."
+            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}. "
+            f"Lower --lr, set --clip_grad, or look at the documents of this step: {ids[:16]}."
         )
         fault.common = True
         raise fault

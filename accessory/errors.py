@@ -1,4 +1,4 @@
-"""What a user can get wrong, said once and clearly. Everything raised on purpose in Accessory derives from `AccessoryError`."""
+"""What a user can get wrong, said once and clearly. Everything raised on purpose derives from `AccessoryError`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding: greedy or nucleus sampling (Holtzman et al. 2020) over a key/value cache, for a batch of prompts at once."""
+"""Decoding: greedy or nucleus sampling (Holtzman et al. 2020) over a key/value cache, a batch of prompts at once."""
 
 from __future__ import annotations
 

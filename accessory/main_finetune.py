@@ -1,4 +1,4 @@
-"""Fine-tune: `torchrun accessory/main_finetune.py --help`. Also runs as a module, from inside accessory/, and by plain python."""
+"""Fine-tune: `torchrun accessory/main_finetune.py --help`; also as a module, from inside accessory/, plain python."""
 
 import sys
 from pathlib import Path

@@ -70,7 +70,7 @@ def scale_gradients(parameters: dict[str, nn.Parameter], factor: float) -> None:
 
 
 class LossScale:
-    """Keeps fp16 gradients in range (Micikevicius et al. 2018): doubled after many good steps, halved after a bad one."""
+    """Keeps fp16 gradients in range (Micikevicius et al. 2018): doubled after many good steps, halved after a bad."""
 
     GROWTH_INTERVAL = 2000
 

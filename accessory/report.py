@@ -39,14 +39,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Reporter:
-    """Shows steps on the main rank and stays silent on the others. `output_dir` may be None: then nothing is written."""
+    """Shows steps on the main rank and stays silent on the others. Where `output_dir` is None, nothing is written.
+
+    What an earlier run showed in the same directory for steps after `first_step` no longer counts.
+    """
 
     def __init__(self, output_dir: Path | None, total_steps: int, first_step: int, enabled: bool) -> None:
         self.enabled, self.total_steps = enabled, total_steps
         self.output_dir = output_dir if enabled else None
         self.started, self.first_step = time.monotonic(), first_step
-        self.writer = SummaryWriter(str(output_dir)) if self.output_dir else None
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if enabled else True, dynamic_ncols=True)
+        self.writer = SummaryWriter(str(output_dir), purge_step=first_step + 1) if self.output_dir else None
+        silent = None if enabled else True
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """Print above the progress bar, on the main rank."""
@@ -70,9 +74,9 @@ class Reporter:
         left = (time.monotonic() - self.started) / max(done, 1) * (self.total_steps - report.step)
         return (
             f"step {report.step:6d}/{self.total_steps} {100 * report.step / self.total_steps:5.1f}% | "
-            f"loss {report.loss:8.4f} | lr {report.lr:.2e} | grad norm {report.grad_norm:8.3f} | "
+            f"loss {_in_8(report.loss, 4)} | lr {report.lr:.2e} | grad norm {_in_8(report.grad_norm, 3)} | "
             f"{report.tokens / report.seconds:8.0f} tok/s | peak {report.peak_bytes / 2**30:6.2f} GiB | "
-            f"ETA {int(left) // 3600:d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+            f"ETA {int(left) // 3600:4d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         )
 
     def _tensorboard(self, report: StepReport) -> None:
@@ -90,17 +94,40 @@ class Reporter:
             draw_loss_curve(self.output_dir / LOG_FILE, self.output_dir / CURVE_FILE)
 
 
+def _in_8(value: float, decimals: int) -> str:
+    """A number in 8 characters, in powers of ten where it would not fit otherwise."""
+    text = f"{value:8.{decimals}f}"
+    return text if len(text) <= 8 else f"{value:8.1e}"
+
+
+def read_losses(log: Path) -> dict[int, float]:
+    """Loss by step from a JSON log, in order.
+
+    Where a resumed run wrote a step again, what the earlier run wrote from there on is dropped. A line that a killed
+    run left unfinished is passed over.
+    """
+    losses: dict[int, float] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if losses and entry["step"] <= next(reversed(losses)):
+            losses = {step: loss for step, loss in losses.items() if step < entry["step"]}
+        losses[entry["step"]] = entry["loss"]
+    return losses
+
+
 def draw_loss_curve(log: Path, picture: Path) -> None:
-    """Draw loss over steps from a JSON log into a PNG. A resumed run's later entry for a step replaces the earlier."""
+    """Draw loss over steps from a JSON log into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    losses = {entry["step"]: entry["loss"] for entry in entries}
+    losses = read_losses(log)
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(sorted(losses), [losses[step] for step in sorted(losses)], linewidth=1.2)
+    axes.plot(losses.keys(), losses.values(), linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss per supervised token", title="training loss")
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -119,6 +119,12 @@ def run_ranks(ranks: int, *arguments: str | Path, **options):
     return run_python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments, **options)
 
 
+@pytest.fixture
+def clean_environment() -> dict[str, str]:
+    """`environment`."""
+    return environment()
+
+
 @pytest.fixture(scope="session")
 def python() -> Callable:
     """`run_python`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -48,6 +48,11 @@ def layout() -> Iterator[Layout]:
     groups.stop()
 
 
+def normal(shape: tuple[int, ...], deviation: float) -> Callable[[torch.Generator], Tensor]:
+    """A maker of starting values: random, of a mean of zero."""
+    return lambda generator: deviation * torch.randn(shape, generator=generator)
+
+
 def built(
     args: ModelArgs, settings: dict, *, method: str = "peft", quant: str | None = "nf4"
 ) -> tuple[Decoder, Attachment]:
@@ -59,10 +64,7 @@ def built(
 def filled(layout: Layout, settings: dict, **options) -> tuple[Decoder, Attachment]:
     """The small decoder with random weights, in training mode."""
     decoder, attachment = built(options.pop("args", SMALL), settings, **options)
-    initial = {
-        target.name: lambda generator, shape=target.whole_shape(1): torch.randn(shape, generator=generator) * 0.1
-        for target in targets(decoder)
-    }
+    initial = {target.name: normal(target.whole_shape(1), 0.1) for target in targets(decoder)}
     fill(decoder, {}, Attachment(attachment.trainable, initial), layout, DataParallel(layout, "sdp", False))
     return decoder.train(), attachment
 

@@ -1,15 +1,14 @@
-"""Measure training:  python tools/benchmark.py train --model DIR --data FILE --steps 10 --batch_size 8 --method lora --quant
+"""Measure training:  python tools/benchmark.py train --model DIR --data FILE --steps 10 --method lora --quant
 
 Documents are taken in the file's order, so that another system can be given the same ones.
 """
 
-from json import dumps
 import sys
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 
 import fire
-import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -56,11 +55,17 @@ def train(
     """Train STEPS steps on the first STEPS x BATCH_SIZE records of DATA and print tokens/s, peak memory and losses."""
     if method not in METHODS:
         raise ConfigError(f"--method {method!r} is not one of {', '.join(METHODS)}.")
+    if steps <= UNTIMED_STEPS:
+        raise ConfigError(f"--steps {steps}: the first {UNTIMED_STEPS} are not timed, so more are needed.")
     layout = groups.start(device)
     engine = _engine(
         layout, Path(model), Path(data), {"lora_rank": rank, **METHODS[method]}, quant_type if quant else None,
         precision, batch_size, max_words, lr, checkpointing,
     )  # fmt: skip
+    if steps > engine.schedule.steps_per_epoch:
+        raise ConfigError(
+            f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {batch_size}."
+        )
     engine.model.train()
     progress = Progress()
     reports = [engine.step(progress) for _ in range(steps)]

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from accessory.checkpoint.lazy import LazyTensor
-from accessory.checkpoint.source import Source
+from accessory.checkpoint.source import SHARDED_FORMATS, Source
 from accessory.errors import CheckpointError, nearest
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
@@ -63,21 +63,23 @@ def resolve(
     """
     wanted = {target.name: target for target in targets(decoder)}
     found: dict[str, LazyTensor] = {}
+    origin: dict[str, Source] = {}
     faults: list[str] = []
     for source in sources:
         alien = [name for name in source.tensors if name not in wanted]
         if alien:
-            faults.append(f"{source.path}: {_list(alien, 'has no place in this model')}{_hint(alien, wanted)}")
+            faults.append(f"{source.path}: {_list(alien, 'has', 'have')} no place in this model.{_hint(alien, wanted)}")
         found.update(source.tensors)
+        origin.update(dict.fromkeys(source.tensors, source))
     optional = attachment.initial if initialize else {}
     missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
         where = " + ".join(str(source.path) for source in sources)
-        faults.append(f"{where}: {_list(missing, 'is missing')}")
+        faults.append(f"{where}: {_list(missing, 'is', 'are')} missing.")
     for name, target in wanted.items():
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
-            faults.append(f"{name}: the checkpoint has shape {found[name].shape}, the model {expected}.")
+            faults.append(_misfit(origin[name], name, found[name].shape, expected))
     if faults:
         raise CheckpointError("The checkpoint does not fit the model.\n" + "\n".join(faults[: 3 * _SHOWN]))
     return {name: tensor for name, tensor in found.items() if name in wanted}
@@ -95,7 +97,8 @@ def fill(
     decoder.frequencies = decoder.frequencies.to(layout.device)
     everything = list(targets(decoder))
     outer = [target for target in everything if not target.name.startswith("layers.")]
-    bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=None if layout.is_main else True, leave=False)
+    silent = None if layout.is_main else True
+    bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=silent, leave=False)
     for i, block in enumerate(decoder.layers):
         for target in targets(block, f"layers.{i}"):
             _fill_one(target, tensors, attachment, layout, seed)
@@ -136,9 +139,19 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _list(names: list[str], what: str) -> str:
+def _list(names: list[str], singular: str, plural: str) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more} {what}."
+    return f"{', '.join(names[:_SHOWN])}{more} {plural if len(names) > 1 else singular}"
+
+
+def _misfit(source: Source, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    text = f"{source.path}: {name} has shape {found}, the model {expected}."
+    if "lora_" in name:
+        return text + _hint([name], {})
+    cut = [(a, b) for a, b in zip(found, expected, strict=False) if a != b]
+    if source.format in SHARDED_FORMATS and len(cut) == 1 and 0 < cut[0][0] < cut[0][1]:
+        text += f" Shards may be missing: found {', '.join(file.name for file in source.files)}."
+    return text
 
 
 def _hint(alien: list[str], wanted: dict[str, Target]) -> str:

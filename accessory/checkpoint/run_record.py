@@ -54,7 +54,7 @@ def _recorded_base(delta: Path, entry: dict[str, str]) -> Source:
     source = open_source(entry["path"])
     if source.fingerprint() != entry["fingerprint"]:
         raise CheckpointError(
-            f"{delta}: was trained on {entry['path']} with fingerprint {entry['fingerprint'][:12]}, but what lies there "
-            f"now has {source.fingerprint()[:12]}. To use it all the same: --pretrained_path BASE TRAINABLE."
+            f"{delta}: was trained on {entry['path']} with fingerprint {entry['fingerprint'][:12]}, but what lies "
+            f"there now has {source.fingerprint()[:12]}. To use it all the same: --pretrained_path BASE TRAINABLE."
         )
     return source

@@ -41,15 +41,29 @@ def fresh_directory(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _sync_tree(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        _replace(target, partial)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
         raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Put `partial` in the place of `target`, which is moved aside first: its removal may fail or be cut short."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    former = target.with_name(f".{target.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    target.rename(former)
+    try:
+        partial.rename(target)
+    except OSError:
+        former.rename(target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def write_tensors(directory: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -77,7 +91,7 @@ class CheckpointWriter:
     def write(
         self, name: str, weights: Iterator[tuple[str, Tensor]], state: dict[str, Tensor], state_record: dict[str, Any]
     ) -> Path:
-        """A collective: every rank iterates `weights`, the main one writes; if it cannot, all raise `CheckpointError`."""
+        """A collective: all ranks iterate `weights`, the main one writes; all raise `CheckpointError` if it cannot."""
         fault: list[CheckpointError] = []
         if dist.get_rank() == 0:
             try:

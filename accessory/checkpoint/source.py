@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from accessory.checkpoint.lazy import GgufTensor, InterleavedRows, LazyTensor, SafetensorsTensor
 from accessory.checkpoint.torch_files import open_torch_shards, torch_shards
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, explain_validation
 from accessory.model.args import ModelArgs
 from accessory.model.families import llama
 from accessory.tokenizer.sniff import what_is
 
 TRAINABLE_FILES = "trainable*.safetensors"
 MODEL_FILES = "model*.safetensors"
+SHARDED_FORMATS = ("Meta", "LLaMA2-Accessory")  # every file holds a slice of each matrix
 KNOWN_FORMATS = (
     "a directory with model.safetensors and meta.json (Accessory), trainable.safetensors (Accessory, a trained part), "
     "config.json and *.safetensors (Hugging Face), consolidated.NN.pth (Meta), "
@@ -108,18 +110,17 @@ def _open_ours(path: Path, files: list[Path], is_delta: bool) -> Source:
 def _open_torch(path: Path, shards: list[Path]) -> Source:
     tensors = open_torch_shards(shards)
     is_delta = "tok_embeddings.weight" not in tensors
-    name = "Meta" if shards[0].name.count("-of-") == 0 else "LLaMA2-Accessory"
+    name = SHARDED_FORMATS["-of-" in shards[0].name]
     return Source(path, name, shards, tensors, _settings(path), _llama_type(path), is_delta)
 
 
 def _open_hugging_face(path: Path) -> Source:
     config = read_json(path / "config.json")
-    args = llama.args_from_hf(config, str(path / "config.json"))
+    args = _args_of(path / "config.json", lambda: llama.args_from_hf(config, str(path / "config.json")))
     if "quantization_config" in config:
         raise CheckpointError(f"{path}: is already quantized; give the full-precision checkpoint and --quant instead.")
     index = path / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = [path / name for name in sorted(names) if Path(name).name == name]
+    files = [path / name for name in (_indexed_files(index) if index.is_file() else ["model.safetensors"])]
     if absent := [file.name for file in files if not file.is_file()]:
         present = ", ".join(sorted(p.name for p in path.iterdir())[:8])
         raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {present}.")
@@ -130,6 +131,27 @@ def _open_hugging_face(path: Path) -> Source:
         if heads := llama.interleaved_heads(name, args):
             tensors[name] = InterleavedRows(tensor, heads)
     return Source(path, "Hugging Face", files, tensors, settings=args.model_dump())
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Names of the files of a sharded checkpoint, in order; they lie beside the index, never elsewhere."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: holds no 'weight_map'; expected one that names each tensor's file.")
+    names = sorted({str(name) for name in weight_map.values()})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index}: names {', '.join(outside)}; expected files beside it.")
+    return names
+
+
+def _args_of(file: Path, read: Callable[[], ModelArgs]) -> ModelArgs:
+    """Settings read by `read`, whose complaints about what `file` says or lacks become one of ours."""
+    try:
+        return read()
+    except KeyError as error:
+        raise CheckpointError(f"{file}: {error} is missing; expected the model's settings.") from error
+    except ValidationError as error:
+        raise CheckpointError(explain_validation(error, str(file), ModelArgs.model_fields)) from error
 
 
 def _open_gguf(path: Path) -> Source:
@@ -143,9 +165,22 @@ def _open_gguf(path: Path) -> Source:
     tensors = {}
     for tensor in reader.tensors:
         if name := llama.from_gguf_name(tensor.name):
+            _check_gguf_type(path, tensor)
             tensors[name] = GgufTensor(tensor, tuple(int(size) for size in reversed(tensor.shape)))
-    args = llama.args_from_gguf(fields, {tensor.name for tensor in reader.tensors}, str(path))
+    names = {tensor.name for tensor in reader.tensors}
+    args = _args_of(path, lambda: llama.args_from_gguf(fields, names, str(path)))
     return Source(path, "GGUF", [path], tensors, settings=args.model_dump())
+
+
+def _check_gguf_type(path: Path, tensor: Any) -> None:
+    import gguf
+
+    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    if tensor.tensor_type not in plain and tensor.tensor_type not in gguf.quants._type_traits:
+        raise CheckpointError(
+            f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}, which cannot be read; "
+            "expected F32, F16, BF16, Q8_0, Q4_K or another of gguf's common types."
+        )
 
 
 def _open_safetensors(files: list[Path], rename: Callable[[str], str | None]) -> dict[str, LazyTensor]:

@@ -25,11 +25,13 @@ def torch_shards(directory: Path) -> list[Path]:
     found = {p: m for p in directory.glob("consolidated.*.pth") if (m := UPSTREAM_FILE.fullmatch(p.name))}
     found = found or {p: m for p in directory.glob("consolidated.*.pth") if (m := META_FILE.fullmatch(p.name))}
     shards = sorted(found, key=lambda p: int(found[p][1]))
+    present = f"found {', '.join(p.name for p in shards)}"
     ranks = [int(found[p][1]) for p in shards]
-    expected = int(found[shards[0]][2]) if shards and found[shards[0]].re is UPSTREAM_FILE else len(shards)
-    if ranks != list(range(expected)):
-        missing = sorted(set(range(max(expected, *ranks) + 1 if ranks else expected)) - set(ranks))
-        raise CheckpointError(f"{directory}: shards {missing} are missing; found {[p.name for p in shards]}.")
+    totals = {int(m[2]) for m in found.values() if m.re is UPSTREAM_FILE} or {max(ranks, default=-1) + 1}
+    if missing := sorted(set(range(max(totals))) - set(ranks)):
+        raise CheckpointError(f"{directory}: shards {missing} are missing; {present}.")
+    if len(totals) > 1 or len(ranks) > max(totals):
+        raise CheckpointError(f"{directory}: {present}; expected the shards of one checkpoint.")
     return shards
 
 
@@ -61,12 +63,18 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises a dozen unrelated types for a damaged file
+        details = str(error).splitlines()[0] if str(error) else "no details"
         raise CheckpointError(
             f"{path}: cannot be read as a PyTorch checkpoint of plain tensors: found {what_is(path)}. "
-            f"It may be truncated or hold more than tensors ({str(error).splitlines()[0] if str(error) else 'no details'})."
+            f"It may be truncated or hold more than tensors ({details})."
         ) from error
-    state = state.get("model", state)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected a dictionary of tensors.")
+    if isinstance(state, dict):
+        state = state.get("model", state)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected a dictionary of tensors.")
+    if alien := [
+        f"{name!r} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)
+    ]:
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, but found {', '.join(alien[:5])}.")
     named = ((llama.from_upstream_name(name), tensor) for name, tensor in state.items())
     return {name: tensor for name, tensor in named if name}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from accessory.errors import CheckpointError
 from accessory.parallel.data import shard_like
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, slice_bounds
+from accessory.tokenizer.sniff import what_is
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -43,6 +45,8 @@ def collect_training_state(
     for moment in _MOMENTS:
         states = {name: optimizer.state[p][moment] for name, p in parameters.items() if p in optimizer.state}
         tensors |= {f"{moment}.{name}": value for name, value in gather_whole(states, slicings)}
+    if counts := [optimizer.state[p]["step"] for p in parameters.values() if p in optimizer.state]:
+        tensors["step"] = counts[0].detach().cpu()  # fewer than the run's steps where fp16 skipped some
     generators: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(generators, _generators())
     for rank, states in enumerate(generators):
@@ -78,20 +82,33 @@ def load_training_state(
     ]
     if differing:
         raise CheckpointError(f"{directory}: belongs to another run: {'; '.join(differing)}.")
-    tensors = load_file(state_file)
+    tensors = _read(state_file, parameters)
     progress = Progress(**saved["progress"])
+    count = tensors.get("step", torch.tensor(float(progress.total_steps)))
     for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(progress.total_steps), device=parameter.device)
-        } | {
-            moment: _place(tensors[f"{moment}.{name}"], parameter, slicings[name], layout) for moment in _MOMENTS
-        }  # fmt: skip
+        moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
+        if moments:  # else the optimizer has not stepped yet
+            placed = {key: _place(value, parameter, slicings[name], layout) for key, value in moments.items()}
+            optimizer.state[parameter] = {"step": count.to(parameter.device, copy=True)} | placed
     same_layout = f"generator.cpu.{layout.world_size}" not in tensors and f"generator.cpu.{layout.rank}" in tensors
     if same_layout:
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
         if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
     return progress, same_layout
+
+
+def _read(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: found {what_is(file)}; cannot be read as safetensors ({error}).") from error
+    wanted = [f"{moment}.{name}" for moment in _MOMENTS for name in parameters]
+    if not any(name.startswith(_MOMENTS) for name in tensors):
+        return tensors
+    if missing := [name for name in wanted if name not in tensors]:
+        raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the moments of what is trained.")
+    return tensors
 
 
 def _place(value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:

@@ -97,8 +97,9 @@ def conversation(fields: dict[str, Any]) -> list[Segment]:
         raise UnusableRecord("has an image, and there is no vision part yet")
     segments = [Segment(DIALOG_SYSTEM + "\n", False)]
     for role, words in _turns(fields):
-        segments.append(Segment(f"\n### {role}: " if len(segments) == 1 else f" {role}: ", False))
-        segments.append(Segment(words + DIALOG_END, role == "Assistant"))
+        segments.append(Segment(f"\n### {role}:" if len(segments) == 1 else f" {role}:", False))
+        # The blank belongs to the words: vocabularies join it to the word that follows.
+        segments.append(Segment(f" {words}{DIALOG_END}", role == "Assistant"))
     if not any(segment.supervised for segment in segments):
         raise UnusableRecord("'conversations' has no turn of the assistant")
     return _encodable(segments)

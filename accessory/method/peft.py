@@ -32,9 +32,9 @@ class LoraFactor(nn.Module):
 class LowRank:
     """What LoRA adds to a linear's local product: y += scale * (dropout(x) A^T) B^T.
 
-    Under tensor parallelism it needs no communication of its own. Column: A is whole and B is cut with the rows of W, so
-    A's gradient is this rank's share. Row: A is cut with the columns of W and B is whole, the sum over ranks that the
-    base needs anyway completes the product, and B's gradient is this rank's share.
+    Under tensor parallelism it needs no communication of its own. Column: A is whole and B is cut with the rows of W,
+    so A's gradient is this rank's share. Row: A is cut with the columns of W and B is whole, the sum over ranks that
+    the base needs anyway completes the product, and B's gradient is this rank's share.
     """
 
     def __init__(self, a: LoraFactor, b: LoraFactor, scale: float, dropout: float) -> None:

@@ -56,7 +56,7 @@ class Linear(nn.Module):
         return Slicing(dim=0 if self.cut == "column" else 1)
 
     def add_bias(self, dtype: torch.dtype) -> None:
-        """Give the layer a bias in `dtype`: cut with the rows of W in a column layer, whole and added once in a row one."""
+        """Give the layer a bias in `dtype`: a column layer cuts it with the rows of W, a row layer adds it whole."""
         size = self.out_features // self.ranks if self.cut == "column" else self.out_features
         slicing = Slicing(dim=0) if self.cut == "column" else WHOLE
         self.bias = mark(nn.Parameter(torch.empty(size, dtype=dtype, device="meta")), slicing)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x [T, D] -> x / rms(x) * weight, computed in fp32 and returned in x's dtype. `weight` [D] is always kept in fp32."""
+    """x [T, D] -> x / rms(x) * weight, computed in fp32 and returned in x's dtype. `weight` [D] is always fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

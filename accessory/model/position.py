@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) in Meta's layout: neighbouring pairs of a head's channels rotate together."""
+"""Rotary position embedding (Su et al. 2021) in Meta's layout: neighbouring channels of a head rotate together."""
 
 from __future__ import annotations
 

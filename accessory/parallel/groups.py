@@ -1,4 +1,4 @@
-"""Process groups: who runs beside whom. Ranks of one model-parallel group are neighbours, as fairscale lays them out."""
+"""Process groups: who runs beside whom. Ranks of a model-parallel group are neighbours, as fairscale lays them out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accessory.errors import ParallelError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Layout:
     mp_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +65,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        return torch.device("cpu")
+        return CPU
     if name.split(":")[0] != "cuda":
         raise ParallelError(f"--device {name!r} is not one of auto, cpu, cuda.")
     if not torch.cuda.is_available():
@@ -90,10 +91,12 @@ def start(
     """
     rank, world_size, local_rank = launch_environment(dist_on_itp)
     if model_parallel_size < 1 or world_size % model_parallel_size:
-        raise ParallelError(
+        fault = ParallelError(
             f"--model_parallel_size {model_parallel_size} does not divide the {world_size} started processes; "
             f"sizes that do: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}."
         )
+        fault.common = True
+        raise fault
     where = choose_device(device, local_rank)
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"

@@ -1,8 +1,8 @@
 """Tensor parallelism: how one matrix, bias or embedding is cut over the ranks of a model-parallel group.
 
 A column-parallel matrix [N, K] is cut along N: every rank sees the whole input and makes its slice of the output. A
-row-parallel one is cut along K: every rank sees its slice of the input, and the partial outputs are summed. (Megatron-LM,
-Shoeybi et al. 2019, section 3; the communication is fairscale's.)
+row-parallel one is cut along K: every rank sees its slice of the input, and the partial outputs are summed.
+(Megatron-LM, Shoeybi et al. 2019, section 3; the communication is fairscale's.)
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_dialog_layout_and_what_is_learned_of_it():
     assert text(segments) == (
         f"{DIALOG_SYSTEM}\n\n### Human: q1\n### Assistant: a1\n### Human: q2\n### Assistant: a2\n###"
     )
-    assert [s.text for s in segments if s.supervised] == ["a1\n###", "a2\n###"]
+    assert [s.text for s in segments if s.supervised] == [" a1\n###", " a2\n###"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from accessory.checkpoint.load import fill, targets
 from accessory.method import METHODS, Attachment
@@ -18,6 +21,11 @@ from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import slicing_of
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64, qkv_bias=True)
+
+
+def normal(shape: tuple[int, ...], deviation: float) -> Callable[[torch.Generator], Tensor]:
+    """A maker of starting values: random, of a mean of zero."""
+    return lambda generator: deviation * torch.randn(shape, generator=generator)
 
 
 def attached(args: ModelArgs = ARGS) -> tuple[Decoder, Attachment]:
@@ -53,10 +61,7 @@ def test_bf16_gradients_are_close_to_fp32s(layout: Layout, tied: bool) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         decoder = Decoder(args, dtype=dtype)
         trainable = Full(Full.Settings()).attach(decoder).trainable
-        initial = {
-            target.name: lambda g, shape=target.whole_shape(1): 0.2 * torch.randn(shape, generator=g)
-            for target in targets(decoder)
-        }
+        initial = {target.name: normal(target.whole_shape(1), 0.2) for target in targets(decoder)}
         fill(decoder, {}, Attachment(trainable, initial), layout, DataParallel(layout, "sdp", base_is_trained=True))
         ids = torch.randint(0, 64, (30,), generator=torch.Generator().manual_seed(0))
         hidden = decoder(ids, Sequences.build((13, 17), decoder.frequencies))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -38,6 +39,11 @@ LLAMA2 = {
     "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
             "ffn_dim_multiplier": 1.3},
 }  # fmt: skip
+
+OURS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
+        "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3", "down_proj": "feed_forward.w2"}  # fmt: skip
+HEADS = {"q_proj": 4, "k_proj": 2}
+"""peft's linears -> ours, and the heads of those whose rows transformers permutes."""
 
 
 def lora_names(linears) -> set[str]:
@@ -155,9 +161,8 @@ def lora_on_both(path: Path, layout: Layout, **settings) -> tuple[peft.PeftModel
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(path)
     alpha = settings.get("lora_alpha") or settings["lora_rank"]
-    theirs = peft.get_peft_model(model, peft.LoraConfig(
-        r=settings["lora_rank"], lora_alpha=alpha,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])).eval()  # fmt: skip
+    adapter = peft.LoraConfig(r=settings["lora_rank"], lora_alpha=alpha, target_modules=list(OURS))
+    theirs = peft.get_peft_model(model, adapter).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -168,11 +173,6 @@ def lora_on_both(path: Path, layout: Layout, **settings) -> tuple[peft.PeftModel
     attachment.initial.update(factors_of(theirs))
     fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False))
     return theirs, decoder.eval()
-
-
-OURS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
-        "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3", "down_proj": "feed_forward.w2"}  # fmt: skip
-HEADS = {"q_proj": 4, "k_proj": 2}
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
@@ -277,13 +277,15 @@ def test_starting_values_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(initial[other](named_generator(7, other)), values[0])
 
 
+def normal(shape: tuple[int, ...], deviation: float) -> Callable[[torch.Generator], Tensor]:
+    """A maker of starting values: random, of a mean of zero."""
+    return lambda generator: deviation * torch.randn(shape, generator=generator)
+
+
 def test_filled_decoder_holds_the_starting_values(layout: Layout) -> None:
     """What training starts from is what the attachment said, marked as trained; the base is frozen."""
     decoder, attachment = attached(quant="nf4", lora_rank=4)
-    base = {
-        target.name: lambda generator, shape=target.whole_shape(1): torch.randn(shape, generator=generator)
-        for target in targets(decoder)
-    }
+    base = {target.name: normal(target.whole_shape(1), 1.0) for target in targets(decoder)}
     everything = Attachment(attachment.trainable, {**base, **attachment.initial})
     fill(decoder, {}, everything, layout, DataParallel(layout, "sdp", base_is_trained=False), seed=3)
     parameters = dict(decoder.named_parameters())

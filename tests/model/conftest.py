@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.source import model_args_of, open_source
@@ -31,6 +32,11 @@ TINY = {
 }
 
 
+def normal(shape: tuple[int, ...], deviation: float) -> Callable[[torch.Generator], Tensor]:
+    """A maker of starting values: random, of a mean of zero."""
+    return lambda generator: deviation * torch.randn(shape, generator=generator)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def layout() -> Iterator[Layout]:
     """This process alone, on the CPU."""
@@ -46,10 +52,7 @@ def random_decoder(layout: Layout) -> Callable[..., Decoder]:
         args: ModelArgs, dtype: torch.dtype = torch.float32, quant: str | None = None, trainable: tuple[str, ...] = ()
     ) -> Decoder:
         decoder = Decoder(args, dtype=dtype, storage=storage(quant) if quant else None)
-        initial = {
-            target.name: lambda generator, shape=target.whole_shape(1): torch.randn(shape, generator=generator) * 0.1
-            for target in targets(decoder)
-        }
+        initial = {target.name: normal(target.whole_shape(1), 0.1) for target in targets(decoder)}
         trained = {name for name in initial if any(part in name for part in trainable)}
         fill(decoder, {}, Attachment(trained, initial), layout, DataParallel(layout, "sdp", base_is_trained=False))
         return decoder.train()

@@ -101,5 +101,5 @@ def test_repr_shows_the_shape(packed: PackedWeight) -> None:
 
 def test_unknown_format_names_the_nearest() -> None:
     """A typing error in --quant_type is met with the right name."""
-    with pytest.raises(ConfigError, match="'nf44' is not a storage format. Did you mean 'nf4'"):
+    with pytest.raises(ConfigError, match=r"'nf44' is not a storage format\. Did you mean 'nf4'"):
         storage("nf44")

@@ -137,7 +137,7 @@ def test_settings_of_a_gguf() -> None:
                        rope_theta=5e5, max_seq_len=512)  # fmt: skip
     assert args == wanted
     assert llama.args_from_gguf(fields, {"token_embd.weight"}, "here.gguf").tie_word_embeddings
-    with pytest.raises(CheckpointError, match="here.gguf: architecture 'bloom' is not supported; known: llama"):
+    with pytest.raises(CheckpointError, match=r"here\.gguf: architecture 'bloom' is not supported; known: llama"):
         llama.args_from_gguf({**fields, "general.architecture": "bloom"}, set(), "here.gguf")
     with pytest.raises(CheckpointError, match="carries Llama 3 rope factors"):
         llama.args_from_gguf(fields, {"rope_freqs.weight"}, "here.gguf")

@@ -1,0 +1,139 @@
+"""`.pth` checkpoints: which files belong together, how they are cut, and what is refused unread."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from accessory.checkpoint.source import open_source
+from accessory.checkpoint.torch_files import open_torch_shards, torch_shards
+from accessory.errors import CheckpointError
+
+
+@pytest.mark.parametrize("name", ["meta2", "llama3_2", "upstream2"])
+def test_shards_make_the_whole(formats: dict[str, Path], weights, name: str) -> None:
+    """Every matrix is joined on the dimension on which Meta cut it; norms are taken once; rope.freqs is left."""
+    tensors = open_torch_shards(torch_shards(formats[name]))
+    assert tensors.keys() == weights.keys()
+    for key, weight in weights.items():
+        assert tensors[key].shape == weight.shape
+        assert torch.equal(tensors[key].read(), weight), key
+
+
+def test_trained_part_of_upstream(tmp_path: Path) -> None:
+    """Biases and LoRA factors cut as upstream's layers are: column ones with their rows, row ones whole or by columns."""
+    torch.manual_seed(0)
+    column, row = "layers.0.attention.wq", "layers.0.attention.wo"
+    whole = {
+        f"{column}.bias": (torch.randn(8), 0), f"{column}.lora_a.weight": (torch.randn(2, 8), None),
+        f"{column}.lora_b.weight": (torch.randn(8, 2), 0), f"{row}.bias": (torch.randn(8), None),
+        f"{row}.lora_a.weight": (torch.randn(2, 8), 1), f"{row}.lora_b.weight": (torch.randn(8, 2), None),
+        "norm.weight": (torch.randn(8), None),
+    }  # fmt: skip
+    for rank in range(2):
+        state = {f"llma.{k}": v if dim is None else v.chunk(2, dim)[rank].clone() for k, (v, dim) in whole.items()}
+        torch.save({"model": state}, tmp_path / f"consolidated.{rank:02d}-of-02.model.pth")
+    source = open_source(tmp_path)
+    assert source.is_delta and source.format == "LLaMA2-Accessory"
+    assert {name: tensor.shape for name, tensor in source.tensors.items()} == {
+        name: tuple(value.shape) for name, (value, _) in whole.items()
+    }
+    assert all(torch.equal(source.tensors[name].read(), value) for name, (value, _) in whole.items())
+
+
+def test_shards_are_in_rank_order(tmp_path: Path) -> None:
+    """By number, not by name; other files beside them are not theirs."""
+    for name in ("consolidated.10.pth", "consolidated.9.pth", *(f"consolidated.{i}.pth" for i in range(9)), "a.pth"):
+        (tmp_path / name).touch()
+    assert [path.name for path in torch_shards(tmp_path)] == [f"consolidated.{i}.pth" for i in range(11)]
+    assert torch_shards(tmp_path.parent) == []
+
+
+@pytest.mark.parametrize(("name", "gone"), [
+    ("meta2", "consolidated.00.pth"), ("upstream2", "consolidated.00-of-02.model.pth"),
+    ("upstream2", "consolidated.01-of-02.model.pth"),
+])  # fmt: skip
+def test_missing_shard(formats: dict[str, Path], copy, name: str, gone: str) -> None:
+    """The message says which are there and which number is not."""
+    directory = copy(formats[name])
+    (directory / gone).unlink()
+    left = next(iter(directory.glob("consolidated*"))).name
+    with pytest.raises(CheckpointError) as caught:
+        open_source(directory)
+    missing = int(gone.split(".")[1].split("-")[0])
+    assert str(caught.value) == f"{directory}: shards [{missing}] are missing; found {left}."
+
+
+def test_shards_of_two_checkpoints(formats: dict[str, Path], copy) -> None:
+    """Files cut for one and for two ranks in one directory."""
+    directory = copy(formats["upstream2"])
+    (directory / "consolidated.00-of-01.model.pth").touch()
+    with pytest.raises(CheckpointError, match=r"00-of-01.*01-of-02.*expected the shards of one checkpoint"):
+        open_source(directory)
+
+
+def test_tensor_missing_in_one_shard(formats: dict[str, Path], copy) -> None:
+    """Shards of different runs, or one written badly."""
+    directory = copy(formats["meta2"])
+    state = torch.load(directory / "consolidated.01.pth")
+    torch.save({k: v for k, v in state.items() if "wo" not in k}, directory / "consolidated.01.pth")
+    with pytest.raises(CheckpointError, match=r"not every shard holds layers\.0\.attention\.wo\.weight, layers\.1"):
+        open_source(directory)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, fake: tuple[str, bytes]) -> None:
+    """Downloads gone wrong are named for what they are."""
+    what, content = fake
+    (tmp_path / "consolidated.00.pth").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_source(tmp_path)
+    assert str(tmp_path / "consolidated.00.pth") in str(caught.value)
+    assert what in str(caught.value)
+    assert "expected" in str(caught.value).lower() or "PyTorch checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.9999])
+def test_truncated(formats: dict[str, Path], copy, kept: float) -> None:
+    """A download that stopped is noticed wherever it did."""
+    directory = copy(formats["meta1"])
+    path = directory / "consolidated.00.pth"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth.*truncated"):
+        open_source(directory)
+
+
+class Bomb:
+    """Unpickling this runs a command."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.00-of-01.model.pth"])
+def test_code_inside_is_never_run(tmp_path: Path, name: str) -> None:
+    """The file is refused by name, and the canary does not sing; PyTorch's own unsafe way would have let it."""
+    canary = tmp_path / "canary"
+    torch.save({"model": {"norm.weight": torch.ones(2), "x": Bomb(canary)}}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name}.*plain tensors"):
+        open_source(tmp_path)
+    assert not canary.exists()
+    torch.load(tmp_path / name, weights_only=False)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize(("content", "found"), [
+    ([torch.ones(2)], "holds a list"), (torch.ones(2), "holds a Tensor"), ({"model": [1]}, "holds a list"),
+    ({"epoch": 3, "norm.weight": torch.ones(2)}, r"found 'epoch' \(int\)"),
+])  # fmt: skip
+def test_other_contents(tmp_path: Path, content: object, found: str) -> None:
+    """Files of PyTorch that hold no model."""
+    torch.save(content, tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=rf"consolidated\.00\.pth.*{found}|consolidated\.00\.pth: {found}"):
+        open_source(tmp_path)

@@ -1,0 +1,197 @@
+"""What a resumed run goes on from: restored exactly, recut for another layout, refused for another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from accessory.checkpoint.save import write_json, write_tensors
+from accessory.checkpoint.training_state import (
+    Progress,
+    collect_training_state,
+    load_training_state,
+    state_record,
+)
+from accessory.errors import CheckpointError
+from accessory.optim import build_adamw
+from accessory.parallel.groups import Layout
+from accessory.parallel.tensor import Slicing
+
+SLICINGS = {"wq.weight": Slicing(dim=0), "wo.weight": Slicing(dim=1), "norm.weight": Slicing(partial=True)}
+IDENTITY = {
+    "llama_type": "llama_peft", "settings": {"lora_rank": 4, "lora_targets": ["wq", "wo"]}, "data": "ab12", "seed": 0,
+    "global_batch": 16, "quantization": None,
+}  # fmt: skip
+OTHER = {
+    "llama_type": "llama", "settings": {"lora_rank": 8, "lora_targets": ["wq", "wo"]}, "data": "cd34", "seed": 1,
+    "global_batch": 8, "quantization": "nf4",
+}  # fmt: skip
+PROGRESS = Progress(epoch=1, step=2, total_steps=7, loss_scale=1024.0, good_steps=3)
+
+
+def new_parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    """Three parameters of different shapes."""
+    torch.manual_seed(seed)
+    shapes = {"wq.weight": (8, 6), "wo.weight": (6, 8), "norm.weight": (6,)}
+    return {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+
+
+def step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step on random gradients."""
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def write(directory: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """As the checkpoint writer does."""
+    write_tensors(directory, "training_state", collect_training_state(optimizer, parameters, SLICINGS).items())
+    write_json(directory / "training_state.json", state_record(PROGRESS, IDENTITY))
+
+
+def load(directory: Path, parameters: dict[str, nn.Parameter], optimizer, layout: Layout | None = None, **changes):
+    """As a resumed run does."""
+    return load_training_state(directory, optimizer, parameters, SLICINGS, layout or Layout(), IDENTITY | changes)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    """Parameters and optimizer after three steps, whose state lies in tmp_path."""
+    parameters = new_parameters()
+    optimizer = build_adamw(parameters, 0.1, 0.1)
+    for _ in range(3):
+        step(parameters, optimizer)
+    write(tmp_path, parameters, optimizer)
+    return parameters, optimizer
+
+
+def test_a_resumed_run_goes_on_exactly(trained, tmp_path: Path) -> None:
+    """Moments, step count and random generator: the next steps draw and do the same, bit for bit."""
+    parameters, optimizer = trained
+    copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
+    for _ in range(2):
+        step(parameters, optimizer)
+    torch.manual_seed(99)
+    resumed = build_adamw(copies, 0.1, 0.1)
+    progress, same_layout = load(tmp_path, copies, resumed)
+    assert progress == PROGRESS
+    assert same_layout
+    for _ in range(2):
+        step(copies, resumed)
+    for name, parameter in parameters.items():
+        assert torch.equal(copies[name], parameter), name
+        ours, theirs = resumed.state[copies[name]], optimizer.state[parameter]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_step_count_is_the_optimizers(trained, tmp_path: Path) -> None:
+    """Not the run's, which counts steps that fp16 skipped; a state that does not tell it means the run's."""
+    parameters, _ = trained
+    optimizer = build_adamw(parameters, 0.1, 0.1)
+    load(tmp_path, parameters, optimizer)
+    assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
+    saved = load_file(tmp_path / "training_state.safetensors")
+    del saved["step"]
+    save_file(saved, tmp_path / "training_state.safetensors")
+    load(tmp_path, parameters, optimizer)
+    assert {state["step"].item() for state in optimizer.state.values()} == {7.0}
+
+
+def test_every_step_count_is_its_own(trained, tmp_path: Path) -> None:
+    """Parameters must not count on one shared tensor."""
+    parameters, _ = trained
+    optimizer = build_adamw(parameters, 0.1, 0.1)
+    load(tmp_path, parameters, optimizer)
+    step(parameters, optimizer)
+    assert {state["step"].item() for state in optimizer.state.values()} == {4.0}
+
+
+def test_moments_are_cut_for_another_layout(trained, tmp_path: Path) -> None:
+    """Each of two ranks takes its slice of what one saved, and is told that its generators are not restored."""
+    parameters, optimizer = trained
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    parts = []
+    for rank in range(2):
+        cut = {
+            name: nn.Parameter(p if SLICINGS[name].dim is None else p.chunk(2, SLICINGS[name].dim)[rank].clone())
+            for name, p in parameters.items()
+        }
+        resumed = build_adamw(cut, 0.1, 0.1)
+        _, same_layout = load(tmp_path, cut, resumed, Layout(rank=rank, world_size=2, mp_rank=rank, mp_size=2))
+        assert not same_layout
+        assert all(resumed.state[p]["exp_avg"].shape == p.shape for p in cut.values())
+        assert all(resumed.state[p]["exp_avg"].is_contiguous() for p in cut.values())
+        parts.append({name: resumed.state[p] for name, p in cut.items()})
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in parameters.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            values, dim = [part[name][moment] for part in parts], SLICINGS[name].dim
+            whole = values[0] if dim is None else torch.cat(values, dim)
+            assert torch.equal(whole, optimizer.state[parameter][moment]), name
+
+
+@pytest.mark.parametrize("field", IDENTITY)
+def test_another_run_is_refused(trained, tmp_path: Path, field: str) -> None:
+    """Field by field, with both values."""
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, *trained, **{field: OTHER[field]})
+    assert str(caught.value) == (
+        f"{tmp_path}: belongs to another run: {field} was {IDENTITY[field]!r}, is {OTHER[field]!r}."
+    )
+
+
+def test_all_differences_are_named(trained, tmp_path: Path) -> None:
+    """At once."""
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, *trained, **OTHER)
+    assert all(f"{field} was" in str(caught.value) for field in IDENTITY)
+
+
+@pytest.mark.parametrize("gone", ["training_state.json", "training_state.safetensors"])
+def test_missing_file(trained, tmp_path: Path, gone: str) -> None:
+    """A checkpoint that is only a model."""
+    (tmp_path / gone).unlink()
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: holds no training state.*expected training_state\.json"):
+        load(tmp_path, *trained)
+
+
+def test_damaged_files(trained, tmp_path: Path) -> None:
+    """Cut short, of another kind, and without a parameter's moments."""
+    path = tmp_path / "training_state.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    with pytest.raises(CheckpointError, match=r"training_state\.safetensors: found a binary file of .* as safetensors"):
+        load(tmp_path, *trained)
+    path.write_bytes(content)
+    saved = load_file(path)
+    del saved["exp_avg_sq.wo.weight"]
+    save_file(saved, path)
+    with pytest.raises(CheckpointError, match=r"training_state\.safetensors: exp_avg_sq\.wo\.weight is missing"):
+        load(tmp_path, *trained)
+    (tmp_path / "training_state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"training_state\.json: found a JSON-like text"):
+        load(tmp_path, *trained)
+
+
+def test_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
+    """fp16 may skip every step so far: there are no moments, and the resumed optimizer starts without."""
+    parameters = new_parameters()
+    write(tmp_path, parameters, build_adamw(parameters, 0.1, 0.1))
+    optimizer = build_adamw(parameters, 0.1, 0.1)
+    assert load(tmp_path, parameters, optimizer)[0] == PROGRESS
+    assert not optimizer.state
+    step(parameters, optimizer)
+
+
+def test_record_is_json(tmp_path: Path) -> None:
+    """And keeps its values."""
+    record = json.loads(json.dumps(state_record(PROGRESS, IDENTITY)))
+    assert Progress(**record["progress"]) == PROGRESS
+    assert record["identity"] == IDENTITY

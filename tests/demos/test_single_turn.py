@@ -1,0 +1,124 @@
+"""The demo answers in the terminal, over several ranks, and on a page."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from accessory.data.templates import format_prompt
+from accessory.meta import MetaModel
+from accessory.parallel import groups
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEMO = ROOT / "demos" / "single_turn.py"
+QUESTION = "What is QST?"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, lora_config: Path, tmp_path_factory: pytest.TempPathFactory, python) -> Path:
+    """A trained part of a 4-bit tiny base."""
+    output = tmp_path_factory.mktemp("trained")
+    done = python(
+        ROOT / "accessory" / "main_finetune.py", "--pretrained_path", tiny_base, "--llama_type", "llama_peft",
+        "--llama_config", lora_config, "--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu",
+        "--quant", "--only_save_trainable", "--max_words", "160", "--max_steps", "6", "--lr", "1e-2",
+        "--warmup_epochs", "0", "--output_dir", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return next(output.glob("epoch*"))
+
+
+@pytest.fixture(scope="module")
+def expected(trained: Path) -> str:
+    """The greedy answer, from the model in this process."""
+    groups.start("cpu")
+    model = MetaModel.from_pretrained(trained, max_seq_len=300)
+    return model.generate([format_prompt(QUESTION)], max_gen_len=12)[0]
+
+
+GREEDY = ("--device", "cpu", "--temperature", "0", "--max_gen_len", "12", "--max_seq_len", "300", "--prompt", QUESTION)
+
+
+def answer_in(output: str) -> str:
+    """What stands behind `A: `."""
+    return re.search(r"^A: (.*)\n\n\Z", output, re.DOTALL | re.MULTILINE)[1]
+
+
+def test_trained_part_alone(trained: Path, expected: str, python) -> None:
+    done = python(DEMO, "--pretrained_path", trained, *GREEDY)
+    assert done.returncode == 0, done.stderr
+    assert answer_in(done.stdout) == expected
+
+
+def test_base_and_trained_part(trained: Path, tiny_base: Path, expected: str, python) -> None:
+    done = python(DEMO, "--pretrained_path", tiny_base, trained, "--quant", *GREEDY)
+    assert answer_in(done.stdout) == expected
+
+
+def test_base_alone_answers_otherwise(tiny_base: Path, expected: str, python) -> None:
+    done = python(DEMO, "--pretrained_path", tiny_base, "--quant", *GREEDY)
+    assert done.returncode == 0, done.stderr
+    assert answer_in(done.stdout) != expected
+
+
+def test_two_ranks_give_one_answer(trained: Path, torchrun) -> None:
+    done = torchrun(2, DEMO, "--pretrained_path", trained, *GREEDY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("A: ") == 1
+    assert answer_in(done.stdout)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_page(ranks: int, trained: Path, expected: str, clean_environment) -> None:
+    """The page answers as the terminal does, holds its limits on the server, and binds loopback only."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [DEMO, "--pretrained_path", trained, "--device", "cpu", "--max_seq_len", "300", "--port", port]
+    page = subprocess.Popen(
+        [sys.executable, "-u", *launcher, *map(str, arguments)],
+        env=clean_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        client = Client(address_of(page), verbose=False)
+        ask = lambda *settings: client.predict(QUESTION, "", "alpaca", *settings, api_name="/ask")  # noqa: E731
+        answers = [ask(12, 0, 1), ask(12, 0, 1)]
+        assert answers[0] == answers[1]
+        assert ranks > 1 or answers[0] == expected
+        with pytest.raises((AppError, ValueError), match=r"300|max"):
+            ask(10**6, 0, 1)
+    finally:
+        page.terminate()
+        page.wait(timeout=30)
+
+
+def address_of(page: subprocess.Popen) -> str:
+    """The address the page prints once it is up; it must be loopback."""
+    deadline, said = time.monotonic() + 120, ""
+    while time.monotonic() < deadline:
+        line = page.stdout.readline()
+        said += line
+        if match := re.search(r"http://\S+", line):
+            assert match[0].startswith("http://127.0.0.1:"), match[0]
+            return match[0]
+        if page.poll() is not None:
+            break
+    raise AssertionError(said)
+
+
+def test_page_for_others_needs_a_password(trained: Path, python) -> None:
+    done = python(DEMO, "--pretrained_path", trained, "--host", "0.0.0.0")
+    assert done.returncode != 0
+    assert "--password" in done.stderr

@@ -1,0 +1,100 @@
+"""The entry starts in every way a user or a scheduler starts it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / "accessory" / "main_finetune.py"
+
+
+@pytest.fixture
+def flags(tiny_base: Path, tmp_path: Path) -> list[str]:
+    """A right call of two steps."""
+    return [
+        *("--pretrained_path", str(tiny_base), "--llama_type", "llama_peft", "--quant", "--only_save_trainable"),
+        *("--data_config", str(ROOT / "data_example" / "accessory_qa.json"), "--device", "cpu", "--max_words", "96"),
+        *("--batch_size", "4", "--accum_iter", "1", "--max_steps", "2", "--output_dir", str(tmp_path / "out")),
+    ]
+
+
+def check(done: subprocess.CompletedProcess, folder: Path) -> None:
+    """The run went through and left its checkpoint."""
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "out" / "epoch0-iter2" / "trainable.safetensors").is_file()
+    assert done.stdout.count("step      2/2 100.0%") == 1, done.stdout[-2000:]
+
+
+def test_plain_python(flags: list[str], tmp_path: Path, python) -> None:
+    done = python(MAIN, *flags)
+    check(done, tmp_path)
+    assert "trainable parameters: 2,688 of 428,672" in done.stdout
+    assert "What is Accessory?\n\n### Response:«Accessory is" in done.stdout
+
+
+def test_torchrun_from_inside_accessory(flags: list[str], tmp_path: Path, torchrun) -> None:
+    check(torchrun(2, "main_finetune.py", *flags, cwd=ROOT / "accessory"), tmp_path)
+
+
+def test_torchrun_module(flags: list[str], tmp_path: Path, torchrun) -> None:
+    check(torchrun(1, "-m", "accessory.main_finetune", *flags), tmp_path)
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "openmpi"])
+def test_scheduler_variables(launcher: str, flags: list[str], tmp_path: Path, clean_environment) -> None:
+    """Two processes started by hand with a scheduler's variables find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    names = {
+        "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    }[launcher]
+    extra = ["--dist_on_itp"] if launcher == "openmpi" else []
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(MAIN), *flags, *extra],
+            env=clean_environment | address | dict(zip(names, (str(rank), "2", str(rank)), strict=True)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    done = subprocess.CompletedProcess([], max(r.returncode for r in ranks), *map("".join, zip(*outputs, strict=True)))
+    check(done, tmp_path)
+    assert "on 2 x cpu: model parallel 1, data parallel 2" in done.stdout
+
+
+def test_dry_run_steps_once_and_writes_nothing(flags: list[str], tmp_path: Path, python) -> None:
+    done = python(MAIN, *flags, "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memory plan per rank" in done.stdout
+    assert "step      1/1 100.0%" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_saves_within_and_after_epochs(flags: list[str], tmp_path: Path, python) -> None:
+    more = ["--batch_size", "74", "--max_words", "256", "--epochs", "2", "--max_steps", "9"]
+    done = python(MAIN, *flags, *more, "--save_iteration_interval", "1")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").glob("epoch*")} == {"epoch0", "epoch1", "epoch0-iter1", "epoch1-iter1"}
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32", "bf16"])
+def test_precisions_learn(precision: str, flags: list[str], tmp_path: Path, python) -> None:
+    more = ["--precision", precision, "--max_steps", "8", "--lr", "5e-3", "--warmup_epochs", "0"]
+    done = python(MAIN, *flags, *more)
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.1, losses
