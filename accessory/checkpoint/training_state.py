@@ -19,7 +19,7 @@ from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.data import shard_like
-from accessory.parallel.groups import Layout
+from accessory.parallel.groups import Layout, model_parallel_group
 from accessory.parallel.tensor import Slicing, slice_bounds
 from accessory.tokenizer.sniff import what_is
 
@@ -51,6 +51,7 @@ def collect_training_state(
     dist.all_gather_object(generators, _generators())
     for rank, states in enumerate(generators):
         tensors |= {f"generator.{kind}.{rank}": value for kind, value in states.items()}
+    tensors["mp_size"] = torch.tensor(dist.get_world_size(model_parallel_group()))
     return tensors
 
 
@@ -90,7 +91,9 @@ def load_training_state(
         if moments:  # else the optimizer has not stepped yet
             placed = {key: _place(value, parameter, slicings[name], layout) for key, value in moments.items()}
             optimizer.state[parameter] = {"step": count.to(parameter.device, copy=True)} | placed
-    same_layout = f"generator.cpu.{layout.world_size}" not in tensors and f"generator.cpu.{layout.rank}" in tensors
+    ranks = sum(name.startswith("generator.cpu.") for name in tensors)
+    mp_size = int(tensors.get("mp_size", layout.mp_size))
+    same_layout = (ranks, mp_size) == (layout.world_size, layout.mp_size)
     if same_layout:
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
         if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:

@@ -1,0 +1,87 @@
+"""The launch scripts run from any directory with upstream's arguments, and the demo answers from what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = sorted((ROOT / "exps" / "finetune" / "sg").glob("*.sh"))
+DATA = ROOT / "data_example" / "accessory_qa.json"
+
+
+def run_script(script: Path, *arguments: str | Path, cwd: Path, environment: dict[str, str], ranks: int, output: Path):
+    """Run a script with this Python's torchrun."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    variables = {"PATH": path, "NPROC": str(ranks), "DEVICE": "cpu", "OUTPUT": str(output)}
+    command = ["bash", str(script), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Meta's params.json of the tiny base."""
+    path = tmp_path_factory.mktemp("params") / "params.json"
+    settings = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": -1}
+    path.write_text(json.dumps(settings | {"norm_eps": 1e-5}))
+    return path
+
+
+def test_there_are_the_four_scripts() -> None:
+    stem = "alpaca_llamaPeft_normBias"
+    assert {s.stem for s in SCRIPTS} == {stem, f"{stem}Lora", f"{stem}_QF", f"{stem}Lora_QF"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script_trains_with_upstreams_values(
+    script: Path, tiny_base: Path, params: Path, tmp_path: Path, clean_environment
+) -> None:
+    more = ("--data_config", DATA, "--max_steps", "1")
+    done = run_script(
+        script, tiny_base, params, tiny_base, *more,
+        cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder = tmp_path / "out" / "finetune" / "sg" / script.stem
+    used = json.loads((folder / "epoch0-iter1" / "run.json").read_text())["arguments"]
+    quantized = script.stem.endswith("_QF")
+    assert used["quant"] == used["only_save_trainable"] == quantized
+    names = ("epochs", "warmup_epochs", "batch_size", "accum_iter", "max_words", "lr", "min_lr", "clip_grad")
+    assert [used[name] for name in names] == [4, 1, 4, 2, 512, 5e-5, 5e-6, 2]
+    assert used["weight_decay"] == 0.02
+    assert used["checkpointing"]
+    settings = json.loads((folder / "epoch0-iter1" / "config.json").read_text())
+    assert settings["lora_rank"] == (16 if "Lora" in script.stem else -1)
+    assert settings["bias_tuning"]
+    assert settings["norm_tuning"]
+    assert "step      1/1" in (folder / "output.log").read_text()
+
+
+def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Path, clean_environment, torchrun) -> None:
+    script = next(s for s in SCRIPTS if s.stem == "alpaca_llamaPeft_normBias_QF")
+    more = ("--data_config", DATA, "--model_parallel_size", "2", "--max_steps", "2")
+    done = run_script(
+        script, tiny_base, params, tiny_base, *more,
+        cwd=tmp_path, environment=clean_environment, ranks=2, output=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (trained,) = (tmp_path / "finetune" / "sg" / script.stem).glob("epoch*")
+    asked = torchrun(
+        2, ROOT / "demos" / "single_turn.py", "--pretrained_path", tiny_base, trained, "--quant", "--device", "cpu",
+        "--max_gen_len", "5", "--prompt", "What is QST?",
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr[-2000:]
+    assert asked.stdout.startswith("Q: What is QST?\nA: ")
+
+
+def test_usage_without_arguments(tmp_path: Path, clean_environment) -> None:
+    done = run_script(SCRIPTS[0], cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path)
+    assert done.returncode != 0
+    assert "usage: bash alpaca_llamaPeft_normBias.sh BASE PARAMS_JSON TOKENIZER" in done.stderr

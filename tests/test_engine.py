@@ -1,0 +1,116 @@
+"""The loop: what a step computes, when it saves, and how it stops. Layouts and resuming are in test_finetune.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from accessory.checkpoint.training_state import Progress
+from accessory.data.corpus import build_corpus
+from accessory.data.order import GlobalOrder
+from accessory.engine import Engine, Schedule
+from accessory.errors import TrainingError
+from accessory.meta import MetaModel
+from accessory.optim import LossScale, build_adamw
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+from accessory.parallel.tensor import WHOLE
+from accessory.report import Reporter
+
+
+@pytest.fixture
+def engine(tiny_base: Path, tmp_path: Path) -> Engine:
+    """Trains the norms of the tiny model, plain SGD-like steps of 2 x 3 documents on 8 records."""
+    layout = groups.start("cpu")
+    model = MetaModel.from_pretrained(tiny_base, dtype="fp32")
+    parameters = {n: p.requires_grad_() for n, p in model.llma.named_parameters() if n.endswith("norm.weight")}
+    data = tmp_path / "data.json"
+    records = [{"instruction": "x" * n, "output": "answer " * n} for n in range(1, 9)]
+    data.write_text(json.dumps(records))
+    order = GlobalOrder(build_corpus(data, model.tokenizer, max_words=128), batch_size=3, accum_iter=2)
+    return Engine(
+        model=model,
+        parameters=parameters,
+        slicings=dict.fromkeys(parameters, WHOLE),
+        optimizer=build_adamw(parameters, 1e-3, 0.0),
+        order=order,
+        schedule=Schedule(2, order.steps_per_epoch, 0.0, 1e-3, 1e-3, -1.0, 1, 1),
+        data_parallel=DataParallel(layout, "sdp", base_is_trained=False),
+        layout=layout,
+        reporter=Reporter(None, 4, 0, enabled=False),
+        save=lambda *_: None,
+        loss_scale=LossScale(False),
+    )
+
+
+def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Engine) -> None:
+    """Not the mean of micro-batch means: the documents have very different lengths."""
+    total = count = 0
+    for i in engine.order.global_ids(0, 0):
+        tokens, labels = (torch.from_numpy(a.astype("int64")) for a in engine.order.corpus.document(i))
+        logits = engine.model.logits(tokens, (len(tokens),))
+        total += F.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels >= 0).sum())
+    report = engine.step(Progress())
+    assert report.supervised == count
+    assert report.loss == pytest.approx(total / count, rel=1e-6)
+
+
+def test_gradient_does_not_depend_on_accumulation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    for batch_size, accum_iter in ((6, 1), (3, 2), (1, 6)):
+        engine.order = GlobalOrder(engine.order.corpus, batch_size=batch_size, accum_iter=accum_iter)
+        engine.schedule = Schedule(2, 2, 0.0, 1e-12, 1e-12, -1.0, 1, 1)
+        norms.append(engine.step(Progress()).grad_norm)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+def test_clipping_bounds_the_update(engine: Engine) -> None:
+    seen = []
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, 0.1, 1, 1)
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]).norm().item())
+    )
+    report = engine.step(Progress())
+    assert report.grad_norm > 0.1
+    assert seen == pytest.approx([0.1], rel=1e-3)
+
+
+def test_saves_each_epoch_and_in_between(engine: Engine) -> None:
+    saved = []
+    engine.save = lambda progress, name: saved.append((name, progress.total_steps))
+    engine.train(Progress())
+    assert saved == [("epoch0-iter1", 1), ("epoch0", 2), ("epoch1-iter1", 3), ("epoch1", 4)]
+
+
+def test_a_run_cut_by_max_steps_is_saved_once(engine: Engine) -> None:
+    saved = []
+    engine.save = lambda progress, name: saved.append(name)
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 1, 100, max_steps=3)
+    engine.train(Progress())
+    assert saved == ["epoch0", "epoch1-iter1"]
+
+
+def test_stops_before_the_optimizer_when_not_finite(engine: Engine) -> None:
+    engine.model.llma.norm.weight.data[0] = math.nan
+    before = {name: p.detach().clone() for name, p in engine.parameters.items()}
+    with pytest.raises(TrainingError, match=r"Step 1: the loss is nan.*documents of this step: \[\d"):
+        engine.step(Progress())
+    for name, value in before.items():
+        torch.testing.assert_close(engine.parameters[name].data, value, equal_nan=True, rtol=0, atol=0)
+
+
+def test_fp16_skips_the_step_and_halves_the_scale(engine: Engine) -> None:
+    engine.loss_scale = LossScale(True)
+    engine.loss_scale.value = 1e38  # overflows any gradient
+    before = engine.model.llma.norm.weight.detach().clone()
+    progress = Progress()
+    engine.step(progress)
+    assert torch.equal(engine.model.llma.norm.weight, before)
+    assert engine.loss_scale.value == 5e37
+    assert progress.total_steps == 1
