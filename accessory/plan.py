@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 
 from accessory.checkpoint.load import targets
 from accessory.method import Attachment
@@ -52,14 +53,14 @@ def memory_plan(
     decoder: Decoder, attachment: Attachment, layout: Layout, *, tokens: int, checkpointing: bool, data_parallel: str
 ) -> MemoryPlan:
     """Plan for a micro-batch of `tokens`, all supervised, on a decoder that need not be filled."""
-    share = layout.dp_size
-    weights = trainable = 0
-    for name, parameter in decoder.named_parameters():
-        size = parameter.numel() * parameter.element_size()
-        if name in attachment.trainable:
-            trainable += size
-        else:
-            weights += size // share if data_parallel == "fsdp" else size
+    share, sharded = layout.dp_size, layout.dp_size > 1
+    trainable = _bytes(decoder, attachment, trained=True)
+    weights = _bytes(decoder, attachment, trained=False)
+    gathered = trainable if sharded else 0  # what is trained is put together on every rank while it is used
+    if sharded and data_parallel == "fsdp":
+        # A block at a time is put together, and the next one on its way.
+        weights = weights // share + 2 * _bytes(decoder.layers[0], attachment, trained=False, prefix="layers.0.")
+        gathered = 2 * trainable // len(decoder.layers)
     width = torch.finfo(decoder.dtype).bits // 8
     head = decoder.head_weight
     # A wider head (an fp32 master) is cast whole for the products with it.
@@ -74,12 +75,20 @@ def memory_plan(
     )
     return MemoryPlan(
         weights=weights,
-        trainable=trainable // share,
+        trainable=trainable // share + gathered,
         gradients=trainable,  # whole until they are reduced, whatever the optimizer keeps of them
         optimizer=2 * trainable // share,
         activations=activation_bytes(decoder, attachment, tokens, checkpointing=checkpointing, device=layout.device),
         logits=min(tokens, CHUNK) * len(head) * (4 + width) + head_copy,
         buffers=largest * width,
+    )
+
+
+def _bytes(module: nn.Module, attachment: Attachment, *, trained: bool, prefix: str = "") -> int:
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in module.named_parameters()
+        if (prefix + name in attachment.trainable) == trained
     )
 
 

@@ -48,6 +48,8 @@ class Reporter:
         self.enabled, self.total_steps = enabled, total_steps
         self.output_dir = output_dir if enabled else None
         self.started, self.first_step = time.monotonic(), first_step
+        if self.output_dir:
+            _end_last_line(self.output_dir / LOG_FILE)
         self.writer = SummaryWriter(str(output_dir), purge_step=first_step + 1) if self.output_dir else None
         silent = None if enabled else True
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
@@ -98,6 +100,13 @@ def _in_8(value: float, decimals: int) -> str:
     """A number in 8 characters, in powers of ten where it would not fit otherwise."""
     text = f"{value:8.{decimals}f}"
     return text if len(text) <= 8 else f"{value:8.1e}"
+
+
+def _end_last_line(log: Path) -> None:
+    """Finish the line that a killed run left unfinished, so that the next one is not appended to it."""
+    if log.is_file() and not log.read_bytes().endswith(b"\n"):
+        with log.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def read_losses(log: Path) -> dict[int, float]:

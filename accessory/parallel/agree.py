@@ -25,12 +25,13 @@ def together(work: Callable[[], Result]) -> Result:
     except AccessoryError as error:
         fault = error
     if dist.is_initialized() and dist.get_world_size() > 1:
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, str(fault) if fault else None)
-        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        faults: list[tuple[type[AccessoryError], str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, (type(fault), str(fault)) if fault else None)
+        failed = [rank for rank, found in enumerate(faults) if found is not None]
         if failed:
-            where = "" if len(failed) == len(messages) else f"[rank {failed[0]}] "
-            fault = (type(fault) if fault else AccessoryError)(where + str(messages[failed[0]]))
+            kind, message = faults[failed[0]]
+            where = "" if len(failed) == len(faults) else f"[rank {failed[0]}] "
+            fault = kind(where + message)
     if fault:
         fault.common = True
         raise fault

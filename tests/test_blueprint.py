@@ -1,0 +1,252 @@
+"""What to build: settings merged from files, types and combinations checked before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accessory.blueprint import Blueprint, draw_blueprint
+from accessory.checkpoint.source import open_source
+from accessory.errors import AccessoryError, ConfigError, TokenizerError
+from accessory.method.full import Full
+from accessory.method.peft import Peft
+from accessory.parallel.groups import Layout
+from accessory.quant import PackedWeight
+
+
+def draw(*paths: Path, **options) -> Blueprint:
+    """A blueprint of checkpoints, for training unless said otherwise."""
+    defaults = {
+        "llama_type": "llama_peft", "llama_config": [], "tokenizer_path": None, "quant_type": None, "precision": "bf16",
+        "train": True,
+    }  # fmt: skip
+    return draw_blueprint([open_source(path) for path in paths], **{**defaults, **options})
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., Path]:
+    """Keys -> a JSON file of them."""
+
+    def write(name: str = "settings.json", **keys: object) -> Path:
+        (tmp_path / name).write_text(json.dumps(keys))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def meta(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """params.json's keys (None: no such file) -> a directory as Meta's, with an embedding of 512 rows."""
+
+    def write(tokenizer: bool = True, **keys: object) -> Path:
+        directory = tmp_path / "meta"
+        directory.mkdir()
+        torch.save({"tok_embeddings.weight": torch.zeros(512, 64)}, directory / "consolidated.00.pth")
+        if keys:
+            (directory / "params.json").write_text(json.dumps(keys))
+        if tokenizer:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tiny_base / name, directory)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    """A trained part that says of which type and rank it is."""
+    directory = tmp_path / "part"
+    directory.mkdir()
+    save_file({"norm.weight": torch.ones(128)}, directory / "trainable.safetensors")
+    (directory / "meta.json").write_text('{"llama_type": "llama_peft"}')
+    (directory / "config.json").write_text('{"lora_rank": 8, "lora_alpha": 4, "max_seq_len": 99}')
+    return directory
+
+
+def test_settings_come_from_the_checkpoint(tiny_base: Path) -> None:
+    """Without any file of settings; the tokenizer too."""
+    blueprint = draw(tiny_base, precision="fp32")
+    args = blueprint.args
+    assert (args.dim, args.n_layers, args.n_kv_heads, args.hidden_dim, args.vocab_size) == (128, 2, 2, 256, 512)
+    assert blueprint.tokenizer.vocab_size == 512
+    assert isinstance(blueprint.method, Peft) and blueprint.dtype == torch.float32 and blueprint.train
+
+
+def test_last_value_of_a_key_wins(tiny_base: Path, settings) -> None:
+    """Over several files, model's and method's keys mixed, each file over the checkpoint's own."""
+    first = settings("a.json", lora_rank=4, lora_alpha=8, max_seq_len=64, norm_eps=0.5)
+    second = settings("b.json", lora_rank=16, max_seq_len=32)
+    blueprint = draw(tiny_base, llama_config=[first, second])
+    assert (blueprint.method.settings.lora_rank, blueprint.method.settings.lora_alpha) == (16, 8)
+    assert (blueprint.args.max_seq_len, blueprint.args.norm_eps, blueprint.args.dim) == (32, 0.5, 128)
+    assert draw(tiny_base, llama_config=[second, first]).method.settings.lora_rank == 4
+
+
+def test_trained_part_brings_its_settings(tiny_base: Path, part: Path, settings) -> None:
+    """Type and method's settings, over the base's; a given file and type over both."""
+    blueprint = draw(tiny_base, part, llama_type=None, train=False)
+    assert blueprint.llama_type == "llama_peft"
+    assert (blueprint.method.settings.lora_rank, blueprint.args.max_seq_len, blueprint.args.dim) == (8, 99, 128)
+    assert draw(tiny_base, part, llama_config=[settings(lora_rank=2)]).method.settings.lora_rank == 2
+    assert isinstance(draw(tiny_base, part, llama_type="llama").method, Full)
+    assert draw(tiny_base, llama_type=None).llama_type == "llama"
+
+
+def test_settings_are_what_a_checkpoint_holds(tiny_base: Path, settings, meta) -> None:
+    """`settings()` written beside a model gives the same blueprint again."""
+    blueprint = draw(tiny_base, llama_config=[settings(lora_rank=4, rope_scaling=0.25)])
+    again = draw(meta(**json.loads(json.dumps(blueprint.settings()))))
+    assert again.args == blueprint.args
+    assert again.method.settings == blueprint.method.settings
+
+
+def test_unknown_keys(tiny_base: Path, settings) -> None:
+    """All of all files, each with its file and the nearest name; a method's keys belong to that method."""
+    first, second = settings("a.json", lora_rnk=4, dimm=3), settings("b.json", zzz=1)
+    with pytest.raises(ConfigError) as caught:
+        draw(tiny_base, llama_config=[first, second])
+    assert str(caught.value).splitlines() == [
+        f"{first}: unknown key 'lora_rnk'. Did you mean 'lora_rank'?",
+        f"{first}: unknown key 'dimm'. Did you mean 'dim'?",
+        f"{second}: unknown key 'zzz'.",
+    ]
+    with pytest.raises(ConfigError, match=r"a\.json: unknown key 'lora_rank'\."):
+        draw(tiny_base, llama_type="llama", llama_config=[settings("a.json", lora_rank=4)])
+
+
+def test_bad_values(tiny_base: Path, settings, meta) -> None:
+    """Of model and method at once, with the files they may come from."""
+    path = settings(dim="wide", lora_dropout=2, lora_targets=["wq", "wz"])
+    with pytest.raises(ConfigError) as caught:
+        draw(tiny_base, llama_config=[path])
+    message = str(caught.value)
+    assert f"{tiny_base} + {path}: 'dim' is 'wide'" in message
+    assert "'lora_dropout' is 2: Input should be less than 1" in message and "'lora_targets.1' is 'wz'" in message
+    directory = meta(dim=64, n_heads="many")
+    with pytest.raises(ConfigError, match=f"{directory}: 'n_heads' is 'many'"):
+        draw(directory)
+
+
+def test_file_that_is_no_json(tiny_base: Path, tmp_path: Path) -> None:
+    """Named for what it is."""
+    (tmp_path / "a.json").write_text("lora_rank: 4")
+    with pytest.raises(AccessoryError, match=r"a\.json: found a text file of 12 bytes; expected a JSON object"):
+        draw(tiny_base, llama_config=[tmp_path / "a.json"])
+
+
+def test_unknown_type(tiny_base: Path) -> None:
+    """With the nearest one and all known."""
+    with pytest.raises(ConfigError) as caught:
+        draw(tiny_base, llama_type="lama_peft")
+    assert str(caught.value) == (
+        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft."
+    )
+
+
+def test_quantized_full_training_is_refused(tiny_base: Path) -> None:
+    """Weights of 4 bits have no gradient; but such a model may be asked, and then all its linears are packed."""
+    with pytest.raises(ConfigError) as caught:
+        draw(tiny_base, llama_type="llama", quant_type="nf4")
+    assert "--quant with --llama_type llama: 4-bit weights cannot be trained; use --llama_type llama_peft." in (
+        str(caught.value)
+    )
+    decoder, attachment = draw(tiny_base, llama_type="llama", quant_type="nf4", train=False).build(Layout())
+    packed = [name for name, module in decoder.named_modules() if isinstance(module, PackedWeight)]
+    assert len(packed) == 2 * 7
+    assert not attachment.trainable and not attachment.initial
+
+
+def test_what_is_built(tiny_base: Path, lora_config: Path) -> None:
+    """On the meta device: fp32 masters of what is trained, the rest in the compute precision; a rank's share."""
+    decoder, attachment = draw(tiny_base, llama_config=[lora_config]).build(Layout())
+    assert {p.device.type for p in decoder.parameters()} == {"meta"}
+    kinds = {name: p.dtype for name, p in decoder.named_parameters()}
+    assert all(kinds[name] == torch.float32 for name in attachment.trainable)
+    assert kinds["layers.0.attention.wq.weight"] == torch.bfloat16
+    assert "layers.0.attention.wq.lora_a.weight" in attachment.trainable
+    full, everything = draw(tiny_base, llama_type="llama").build(Layout())
+    assert everything.trainable == {name for name, _ in full.named_parameters()}
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    asked, nothing = draw(tiny_base, llama_type="llama", train=False).build(Layout())
+    assert not nothing.trainable and asked.head_weight.dtype == torch.bfloat16
+    half, _ = draw(tiny_base).build(Layout(world_size=2, mp_rank=1, mp_size=2))
+    assert half.layers[0].attention.wq.weight.shape == (64, 128)
+    with pytest.raises(AccessoryError, match="--model_parallel_size 3 does not divide this model's 4 attention heads"):
+        draw(tiny_base).build(Layout(world_size=3, mp_size=3))
+
+
+def test_missing_settings(meta, settings) -> None:
+    """A checkpoint without params.json needs them from a file."""
+    directory = meta()
+    with pytest.raises(ConfigError) as caught:
+        draw(directory)
+    assert f"{directory}: holds no config.json or params.json; give the model's settings with --llama_config." in (
+        str(caught.value)
+    )
+    keys = {"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": -1, "multiple_of": 32}
+    args = draw(directory, llama_config=[settings(**keys)]).args
+    assert (args.dim, args.hidden_dim, args.vocab_size) == (64, 192, 512)
+
+
+def test_missing_tokenizer(meta, tiny_base: Path) -> None:
+    """Named where it was looked for; --tokenizer_path mends it."""
+    directory = meta(tokenizer=False, dim=64)
+    with pytest.raises(TokenizerError) as caught:
+        draw(directory)
+    assert f"{directory}: holds neither tokenizer.json nor tokenizer.model; give --tokenizer_path." in str(caught.value)
+    assert draw(directory, tokenizer_path=tiny_base).tokenizer.vocab_size == 512
+    assert draw(directory, tokenizer_path=tiny_base / "tokenizer.json").tokenizer.vocab_size == 512
+
+
+@pytest.mark.parametrize("rows", [511, 512 + 1025])
+def test_foreign_vocabulary(meta, rows: int) -> None:
+    """A tokenizer with more tokens than the embedding has rows, or far fewer."""
+    directory = meta(dim=64)
+    torch.save({"tok_embeddings.weight": torch.zeros(rows, 64)}, directory / "consolidated.00.pth")
+    with pytest.raises(TokenizerError) as caught:
+        draw(directory)
+    assert f"The tokenizer has 512 tokens, the model's embedding {rows} rows" in str(caught.value)
+    assert "--tokenizer_path" in str(caught.value)
+
+
+def test_padded_vocabulary(meta) -> None:
+    """Rows beyond the tokenizer's are padding, and count for the model."""
+    directory = meta(dim=64)
+    torch.save({"tok_embeddings.weight": torch.zeros(576, 64)}, directory / "consolidated.00.pth")
+    assert draw(directory).args.vocab_size == 576
+
+
+def test_rope_scaling(meta, settings) -> None:
+    """A bare number multiplies positions, as upstream's does; Meta's switch means Llama 3.1's constants."""
+    directory = meta(dim=64, n_heads=4)
+    plain, _ = draw(directory).build(Layout())
+    stretched, _ = draw(directory, llama_config=[settings(rope_scaling=0.25)]).build(Layout())
+    torch.testing.assert_close(stretched.frequencies, plain.frequencies * 0.25)
+    scaled, _ = draw(directory, llama_config=[settings(use_scaled_rope=True, rope_theta=5e5)]).build(Layout())
+    torch.testing.assert_close(scaled.frequencies, llama3_frequencies(16, 5e5))
+    args = draw(directory, llama_config=[settings(rope_scaling={"rope_type": "linear", "factor": 4.0})]).args
+    assert (args.rope_scaling.kind, args.rope_scaling.factor) == ("linear", 4.0)
+    with pytest.raises(ConfigError, match=r"'rope_scaling\.kind' is 'yarn'"):
+        draw(directory, llama_config=[settings(rope_scaling={"rope_type": "yarn", "factor": 4.0})])
+
+
+def llama3_frequencies(width: int, theta: float) -> torch.Tensor:
+    """Meta's `apply_scaling` (llama-models, model.py), with its constants."""
+    scaled = []
+    for i in range(0, width, 2):
+        frequency = theta ** (-i / width)
+        wavelength = 2 * torch.pi / frequency
+        if wavelength < 8192 / 4:
+            scaled.append(frequency)
+        elif wavelength > 8192 / 1:
+            scaled.append(frequency / 8)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            scaled.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    return torch.tensor(scaled)

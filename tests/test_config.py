@@ -1,0 +1,188 @@
+"""Flags: upstream's all exist, are described, checked together, and the help and README's table show each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from accessory.config import DemoConfig, FinetuneConfig, flags_table, parse, plain
+from accessory.errors import ConfigError
+
+UPSTREAM = {
+    "batch_size": 16, "accum_iter": 4, "llama_type": "llama", "llama_config": [], "no_visual": False,
+    "tokenizer_path": None, "pretrained_path": None, "pretrained_type": None, "weight_decay": 0.02, "lr": 0.001,
+    "min_lr": 0.0001, "epochs": 3, "warmup_epochs": 1.0, "clip_grad": -1.0, "max_words": 1024, "dialog": False,
+    "data_config": None, "image_transform": "random_resized_crop", "cache_ann_on_disk": False,
+    "output_dir": Path("output_dir"), "save_interval": 1, "save_iteration_interval": 5000,
+    "only_save_trainable": False, "seed": 0, "resume": None, "num_workers": 2, "pin_mem": True, "dist_on_itp": False,
+    "model_parallel_size": 1, "data_parallel": "sdp", "precision": "bf16", "checkpointing": False, "quant": False,
+}  # fmt: skip
+"""LLaMA2-Accessory's flags of main_finetune.py and their defaults; ours differ on purpose for the paths (upstream's are
+placeholders) and --epochs (400 there)."""
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """The two flags that are always needed, with files that exist."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "data.json").touch()
+    return ["--pretrained_path", str(tmp_path / "base"), "--data_config", str(tmp_path / "data.json")]
+
+
+def refusal(arguments: list[str], kind: type[BaseModel] = FinetuneConfig) -> list[str]:
+    """Lines of the message against `arguments`."""
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, arguments)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_upstreams_flag_exists(paths: list[str], name: str) -> None:
+    """With its default."""
+    config = parse(FinetuneConfig, paths)
+    assert name in FinetuneConfig.model_fields
+    if name not in ("pretrained_path", "data_config"):
+        assert getattr(config, name) == UPSTREAM[name]
+
+
+@pytest.mark.parametrize("kind", [FinetuneConfig, DemoConfig])
+def test_every_flag_is_described(kind: type[BaseModel]) -> None:
+    """By a whole sentence, in one line of the help and one row of the table."""
+    table = flags_table(kind).splitlines()
+    assert len(table) == 2 + len(kind.model_fields)
+    for row, (name, field) in zip(table[2:], kind.model_fields.items(), strict=True):
+        assert len(field.description) > 10 and field.description.endswith("."), name
+        assert row.startswith(f"| `--{name}` | ") and row.count(" | ") == 2 and row.endswith(" |")
+        assert field.description.replace("|", "/") in row
+
+
+def test_table_shows_defaults() -> None:
+    """Required, on, a value in code, or nothing."""
+    cells = {row.split("`")[1]: row.split(" | ")[1] for row in flags_table(FinetuneConfig).splitlines()[2:]}
+    assert cells["--data_config"] == cells["--pretrained_path"] == "required"
+    assert (cells["--pin_mem"], cells["--quant"], cells["--resume"], cells["--llama_config"]) == ("on", "", "", "")
+    assert (cells["--lr"], cells["--seed"], cells["--output_dir"]) == ("`0.001`", "`0`", "`output_dir`")
+
+
+@pytest.mark.parametrize("kind", [FinetuneConfig, DemoConfig])
+def test_help_mentions_every_flag(kind: type[BaseModel], capsys: pytest.CaptureFixture[str]) -> None:
+    """And what it is for; asking for help is no fault."""
+    with pytest.raises(SystemExit) as caught:
+        parse(kind, ["--help"])
+    assert caught.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())  # lines are broken at spaces and hyphens
+    for name, field in kind.model_fields.items():
+        assert f"--{name}" in shown
+        assert "".join(field.description.split()) in shown, name
+    if kind is FinetuneConfig:
+        assert "--no_pin_mem" in shown and "Default:bf16." in shown and "Required." in shown
+
+
+def test_values_become_what_they_should(paths: list[str]) -> None:
+    """Numbers, switches, lists and paths."""
+    config = parse(FinetuneConfig, [
+        *paths, "--clip_grad", "0.5", "--lr", "2e-5", "--epochs", "4", "--no_pin_mem", "--quant",
+        "--only_save_trainable", "--max_steps", "7", "--min_lr=0",
+    ])  # fmt: skip
+    assert config.clip_grad == 0.5 and isinstance(config.clip_grad, float)
+    assert (config.lr, config.epochs, config.max_steps, config.min_lr) == (2e-5, 4, 7, 0.0)
+    assert config.pin_mem is False and config.quant is True
+    assert config.pretrained_path == [Path(paths[1])]
+    assert parse(FinetuneConfig, [*paths, "--pin_mem"]).pin_mem is True
+    assert parse(FinetuneConfig, [*paths, "--clip_grad", "-1"]).clip_grad == -1.0
+
+
+def test_empty_value_means_none(paths: list[str]) -> None:
+    """Upstream's way to save nothing."""
+    assert parse(FinetuneConfig, [*paths, "--output_dir", ""]).output_dir is None
+    assert parse(FinetuneConfig, [*paths, "--resume", ""]).resume is None
+
+
+def test_lists(paths: list[str], tmp_path: Path) -> None:
+    """Several files of a flag, none, and the last occurrence of a repeated flag."""
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).touch()
+    both = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert parse(FinetuneConfig, [*paths, "--llama_config", *both]).llama_config == [Path(path) for path in both]
+    assert parse(FinetuneConfig, [*paths, "--llama_config"]).llama_config == []
+    assert parse(FinetuneConfig, [*paths, "--seed", "1", "--seed", "2"]).seed == 2
+
+
+def test_unknown_flags(paths: list[str]) -> None:
+    """Each with the nearest name; its value is not complained about, nor is a prefix taken for the flag."""
+    assert refusal([*paths, "--epoch", "3", "--quantt", "--zzz=1"]) == [
+        "Unknown flag --epoch. Did you mean '--epochs'?",
+        "Unknown flag --quantt. Did you mean '--quant'?",
+        "Unknown flag --zzz.",
+    ]
+    assert refusal([*paths, "--batch", "3"]) == ["Unknown flag --batch. Did you mean '--batch_size'?"]
+    assert refusal(["stray", *paths]) == ["'stray' belongs to no flag."]
+
+
+def test_all_faults_at_once(paths: list[str]) -> None:
+    """Unknown flags, values out of range and of a wrong kind together."""
+    lines = refusal([*paths, "--lrr", "1", "--epochs", "0", "--lr", "fast", "--precision", "int8", "--quant_type", "nf5"])
+    assert lines[0] == "Unknown flag --lrr. Did you mean '--lr'?"
+    assert sorted(line.split()[0] for line in lines[1:]) == ["--epochs", "--lr", "--precision", "--quant_type"]
+    assert any(line.startswith("--precision is 'int8': Input should be 'bf16', 'fp16', 'fp32' or 'tf32'") for line in lines)
+    assert any(line.startswith("--epochs is '0': Input should be greater than or equal to 1") for line in lines)
+
+
+def test_required_flags() -> None:
+    """Both named."""
+    assert refusal([]) == ["--pretrained_path is required and missing.", "--data_config is required and missing."]
+    assert refusal(["--pretrained_path"]) == ["Argument --pretrained_path: expected at least one argument."]
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("batch_size", "0"), ("accum_iter", "0"), ("epochs", "0"), ("warmup_epochs", "-1"), ("lr", "0"), ("lr", "nan"),
+    ("lr", "inf"), ("clip_grad", "nan"), ("min_lr", "-1"), ("max_words", "1"), ("model_parallel_size", "0"),
+    ("data_parallel", "ddp"), ("save_interval", "0"), ("save_iteration_interval", "0"), ("num_workers", "-1"),
+    ("max_steps", "0"), ("device", "tpu"), ("pretrained_type", "hf"), ("weight_decay", "-0.1"), ("epochs", "1.5"),
+])  # fmt: skip
+def test_bad_values(paths: list[str], flag: str, value: str) -> None:
+    """Named with the flag and what was given."""
+    (line,) = refusal([*paths, f"--{flag}", value])
+    assert line.startswith(f"--{flag} is '{value}': ")
+
+
+def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
+    """Found after the values are right, and all at once too."""
+    gone = str(tmp_path / "gone")
+    lines = refusal([
+        *paths, "--quant", "--min_lr", "0.1", "--lr", "0.01", "--llama_config", gone, "--tokenizer_path", gone,
+        "--resume", gone,
+    ])  # fmt: skip
+    assert lines == [
+        "--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.",
+        "--min_lr 0.1 is above --lr 0.01.",
+        f"--llama_config {gone}: no such file or directory.",
+        f"--tokenizer_path {gone}: no such file or directory.",
+        f"--resume {gone}: no such file or directory.",
+    ]
+    assert refusal(["--pretrained_path", gone, "--data_config", gone]) == [
+        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone}: no such file or directory.",
+    ]  # fmt: skip
+
+
+def test_demo_flags(paths: list[str]) -> None:
+    """What is not said stays open; a page that others reach needs a password."""
+    config = parse(DemoConfig, paths[:2])
+    assert config.quant is None and config.llama_type is None
+    assert parse(DemoConfig, [*paths[:2], "--quant"]).quant is True
+    assert parse(DemoConfig, [*paths[:2], "--no_quant"]).quant is False
+    assert refusal([*paths[:2], "--host", "0.0.0.0"], DemoConfig) == [
+        "--host 0.0.0.0 lets others reach the page: give a --password."
+    ]
+    assert parse(DemoConfig, [*paths[:2], "--host", "0.0.0.0", "--password", "x"]).host == "0.0.0.0"
+
+
+def test_plain_is_json_and_comes_back(paths: list[str]) -> None:
+    """run.json holds every argument."""
+    config = parse(FinetuneConfig, [*paths, "--output_dir", "", "--lr", "3e-4"])
+    values = json.loads(json.dumps(plain(config)))
+    assert values.keys() == FinetuneConfig.model_fields.keys()
+    assert FinetuneConfig(**values) == config

@@ -1,0 +1,196 @@
+"""Schedule, groups, gradient norm, clipping and loss scale, against formulas and PyTorch's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from accessory.engine import Engine, Schedule
+from accessory.optim import (
+    BETAS,
+    LossScale,
+    build_adamw,
+    gradient_norm,
+    learning_rate,
+    scale_gradients,
+    sum_partial_gradients,
+)
+from accessory.parallel import groups
+from accessory.parallel.tensor import Slicing
+
+SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layout() -> Iterator[groups.Layout]:
+    """This process alone, on the CPU."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+@pytest.fixture
+def parameters() -> dict[str, nn.Parameter]:
+    """Four parameters with gradients."""
+    torch.manual_seed(0)
+    made = {name: nn.Parameter(torch.randn(4, 6)) for name in SLICINGS}
+    for parameter in made.values():
+        parameter.grad = torch.randn(4, 6)
+    return made
+
+
+def rate(epoch: float, **changes: float) -> float:
+    """The schedule of 10 epochs, 2 of them warm-up, from 1e-3 down to 1e-4."""
+    return learning_rate(epoch, **{"lr": 1e-3, "min_lr": 1e-4, "warmup_epochs": 2.0, "epochs": 10, **changes})
+
+
+def test_schedule_follows_the_formula() -> None:
+    """Linear, then half a cosine; checked at every hundredth of an epoch."""
+    for i in range(1001):
+        epoch = i / 100
+        expected = 1e-3 * epoch / 2 if epoch < 2 else 1e-4 + 9e-4 * (1 + math.cos(math.pi * (epoch - 2) / 8)) / 2
+        assert rate(epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedule_at_its_edges() -> None:
+    """Starts at 0, is highest where warm-up ends, lowest at the end and beyond."""
+    assert rate(0) == 0
+    assert rate(2) == 1e-3
+    assert rate(6) == pytest.approx(5.5e-4)
+    assert rate(10) == rate(11) == pytest.approx(1e-4)
+    assert rate(0, warmup_epochs=0.0) == 1e-3
+    assert rate(0.01, warmup_epochs=0.01) == 1e-3
+
+
+@pytest.mark.parametrize("warmup", [10.0, 20.0])
+def test_warmup_as_long_as_training(warmup: float) -> None:
+    """It only ever rises."""
+    rates = [rate(epoch, warmup_epochs=warmup) for epoch in range(11)]
+    assert rates == [pytest.approx(1e-3 * epoch / warmup) for epoch in range(11)]
+
+
+def test_constant_rate() -> None:
+    """min_lr equal to lr, no warm-up."""
+    assert {rate(epoch / 7, warmup_epochs=0.0, min_lr=1e-3) for epoch in range(80)} == {1e-3}
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    """As upstream: by the end of the name; a LoRA factor is decayed."""
+    names = {
+        "layers.0.attention.wq.weight": True, "layers.0.attention.wq.lora_a.weight": True,
+        "layers.0.attention.wq.bias": False, "layers.0.attention_norm.weight": False, "norm.weight": False,
+        "output.weight": True,
+    }  # fmt: skip
+    made = {name: nn.Parameter(torch.ones(2)) for name in names}
+    optimizer = build_adamw(made, 0.1, 0.02)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in made.items()} == {k: 0.02 if v else 0.0 for k, v in names.items()}
+    assert all(group["betas"] == BETAS == (0.9, 0.95) and group["lr"] == 0.1 for group in optimizer.param_groups)
+    assert len(build_adamw({"a.bias": nn.Parameter(torch.ones(2))}, 0.1, 0.1).param_groups) == 1
+
+
+def test_a_step_is_adamws() -> None:
+    """One step written out (Loshchilov & Hutter): decay, then the sign of the gradient times the rate."""
+    decayed, spared = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([2.0]))
+    optimizer = build_adamw({"a.weight": decayed, "a.bias": spared}, 0.1, 0.5)
+    decayed.grad, spared.grad = torch.tensor([3.0]), torch.tensor([-3.0])
+    optimizer.step()
+    assert decayed.item() == pytest.approx(2 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)
+    assert spared.item() == pytest.approx(2 + 0.1, rel=1e-6)
+
+
+def test_gradient_norm_is_that_of_the_whole(parameters: dict[str, nn.Parameter]) -> None:
+    """Sliced, partial and whole parameters each count once; one without a gradient does not."""
+    flat = torch.cat([p.grad.flatten() for p in parameters.values()])
+    torch.testing.assert_close(gradient_norm(parameters, SLICINGS), flat.norm())
+    parameters["a.weight"].grad = None
+    flat = torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None])
+    torch.testing.assert_close(gradient_norm(parameters, SLICINGS), flat.norm())
+    for parameter in parameters.values():
+        parameter.grad = None
+    assert gradient_norm(parameters, SLICINGS) == 0
+
+
+def test_gradient_norm_of_shards_and_overflow(parameters: dict[str, nn.Parameter]) -> None:
+    """A shard may be empty on a rank; what is not finite shows."""
+    parameters["d"].grad = torch.randn(4, 6)
+    parameters["empty"] = nn.Parameter(torch.zeros(0, 6))
+    parameters["empty"].grad = torch.zeros(0, 6)
+    assert gradient_norm(parameters, {**SLICINGS, "empty": Slicing()}).isfinite()
+    parameters["d"].grad[0, 0] = float("inf")
+    assert gradient_norm(parameters, {**SLICINGS, "empty": Slicing()}).isinf()
+
+
+def test_scaling_and_summing(parameters: dict[str, nn.Parameter]) -> None:
+    """In place; one rank has nothing to sum, and a missing gradient is no hindrance."""
+    before = {name: p.grad.clone() for name, p in parameters.items()}
+    parameters["d"].grad = None
+    sum_partial_gradients(parameters, SLICINGS)
+    scale_gradients(parameters, 0.5)
+    assert all(torch.equal(parameters[name].grad, before[name] * 0.5) for name in SLICINGS if name != "d")
+    scale_gradients(parameters, 1.0)
+    assert torch.equal(parameters["a.weight"].grad, before["a.weight"] * 0.5)
+
+
+class Sgd(torch.optim.SGD):
+    """Shows the gradients that a step was given; keeps them."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6, 0.0, -1.0])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], layout, clip: float, scale: float) -> None:
+    """The engine's update against `clip_grad_norm_`, under a loss scale as without."""
+    reference = [nn.Parameter(p.detach().clone()) for p in parameters.values()]
+    for theirs, ours in zip(reference, parameters.values(), strict=True):
+        theirs.grad = ours.grad.clone()
+        ours.grad.mul_(scale)
+    if clip > 0:
+        nn.utils.clip_grad_norm_(reference, clip)
+    schedule = Schedule(1, 1, 0.0, 0.1, 0.1, clip, 1, 1)
+    loss_scale = LossScale(scale != 1.0)
+    loss_scale.value = scale
+    engine = Engine(
+        model=None, parameters=parameters, slicings=SLICINGS, optimizer=Sgd(parameters.values(), lr=0.0), order=None,
+        schedule=schedule, data_parallel=None, layout=layout, reporter=None, save=None, loss_scale=loss_scale,
+    )  # fmt: skip
+    engine._update(gradient_norm(parameters, SLICINGS).item() / scale, lr=0.1)
+    for theirs, ours in zip(reference, parameters.values(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert engine.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_loss_scale_grows_and_backs_off() -> None:
+    """Doubled after 2000 good steps in a row, halved at once after a bad one, never below 1."""
+    scale = LossScale(enabled=True)
+    assert scale.value == 65536
+    for _ in range(1999):
+        scale.update(finite=True)
+    assert scale.value == 65536
+    scale.update(finite=True)
+    assert scale.value == 131072
+    for _ in range(1999):
+        scale.update(finite=True)
+    scale.update(finite=False)
+    assert (scale.value, scale.good_steps) == (65536, 0)
+    for _ in range(1999):
+        scale.update(finite=True)
+    assert scale.value == 65536
+    scale.update(finite=True)
+    assert scale.value == 131072
+    for _ in range(40):
+        scale.update(finite=False)
+    assert scale.value == 1
+
+
+def test_loss_scale_off() -> None:
+    """Always 1."""
+    scale = LossScale(enabled=False)
+    for finite in (True, False) * 1000:
+        scale.update(finite)
+    assert scale.value == 1

@@ -1,0 +1,148 @@
+"""What a run shows, read back by the programs that users look at it with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, peak_memory, read_losses
+
+REPORT = StepReport(
+    step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
+)
+
+
+def run(directory: Path | None, losses: list[float], first: int = 0, total: int = 10, enabled: bool = True) -> None:
+    """Report `losses` from after step `first` on."""
+    reporter = Reporter(directory, total, first, enabled=enabled)
+    for i, loss in enumerate(losses, start=first + 1):
+        reporter.step(replace(REPORT, step=i, loss=loss, lr=i / 1000))
+    reporter.close()
+
+
+def scalars(directory: Path, tag: str = "train/loss") -> dict[int, float]:
+    """What TensorBoard shows."""
+    events = EventAccumulator(str(directory), purge_orphaned_data=True)
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_line_has_a_fixed_width() -> None:
+    """From the first step to the last, for small and large values of everything."""
+    reporter = Reporter(None, 100_000, 0, enabled=True)
+    lines = [
+        reporter.line(replace(REPORT, **changes))
+        for changes in (
+            {}, {"step": 100_000}, {"loss": 12.0, "grad_norm": 0.001}, {"loss": 123456.7}, {"grad_norm": 1e7},
+            {"grad_norm": float("inf")}, {"tokens": 10_000_000, "seconds": 1.0}, {"peak_bytes": 139 << 30},
+            {"lr": 0.0}, {"lr": 3e-10}, {"seconds": 100.0, "tokens": 7},
+        )
+    ]  # fmt: skip
+    reporter.started -= 24 * 3600 * 7
+    lines += [reporter.line(replace(REPORT, step=step)) for step in (90_000, 99_000, 99_999)]
+    reporter.close()
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert len(lines[0]) < 160
+
+
+def test_line_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    """Step, share, loss, rate, norm, speed, memory and time left; printed as it is."""
+    reporter = Reporter(None, 4, 1, enabled=True)
+    reporter.started -= 7200
+    line = reporter.line(REPORT)
+    assert line.startswith("step      3/4  75.0% | loss   2.5000 | lr 1.00e-03 | grad norm    1.250 |     2000 tok/s")
+    assert line.endswith("| peak   3.00 GiB | ETA    1:00:00")  # two steps took two hours, one is left
+    reporter.step(REPORT)
+    reporter.close()
+    assert "loss   2.5000" in capsys.readouterr().out
+
+
+def test_log_and_tensorboard(tmp_path: Path) -> None:
+    """Every step with all of its numbers."""
+    losses = [3.0, 2.5, 2.25, 2.0]
+    run(tmp_path, losses)
+    entries = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert [entry["loss"] for entry in entries] == losses
+    assert entries[2] == asdict(replace(REPORT, step=3, loss=2.25, lr=0.003))
+    assert scalars(tmp_path) == dict(enumerate(losses, start=1))
+    assert scalars(tmp_path, "train/lr") == pytest.approx({i: i / 1000 for i in range(1, 5)})
+    assert scalars(tmp_path, "train/grad_norm")[1] == 1.25
+    assert scalars(tmp_path, "train/tokens_per_s")[1] == 2000
+    assert scalars(tmp_path, "train/peak_gib")[1] == 3
+
+
+def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
+    """A PNG of a size to look at, with something drawn; another loss gives another picture."""
+    run(tmp_path / "a", [3.0, 2.0, 1.0])
+    run(tmp_path / "b", [1.0, 2.0, 3.0])
+    pictures = [matplotlib.image.imread(tmp_path / name / CURVE_FILE, format="png") for name in "ab"]
+    assert all(picture.shape[:2] == (540, 960) for picture in pictures)
+    assert all(picture[..., :3].std() > 0.01 for picture in pictures)
+    assert (pictures[0] != pictures[1]).any()
+    assert 10_000 < (tmp_path / "a" / CURVE_FILE).stat().st_size < 500_000
+
+
+def test_resumed_run_replaces_what_came_after(tmp_path: Path) -> None:
+    """Steps 4 to 6 of the first run no longer count once a second one went on from step 3, in log and TensorBoard."""
+    run(tmp_path, [6.0, 5.0, 4.0, 9.0, 9.0, 9.0])
+    run(tmp_path, [3.0, 2.0], first=3)
+    expected = {1: 6.0, 2: 5.0, 3: 4.0, 4: 3.0, 5: 2.0}
+    assert read_losses(tmp_path / LOG_FILE) == expected
+    assert list(read_losses(tmp_path / LOG_FILE)) == sorted(expected)
+    assert scalars(tmp_path) == expected
+    assert len((tmp_path / LOG_FILE).read_text().splitlines()) == 8  # nothing is taken out of the log itself
+
+
+def test_fresh_run_in_a_used_directory(tmp_path: Path) -> None:
+    """Shows itself only."""
+    run(tmp_path, [6.0, 5.0, 4.0])
+    run(tmp_path, [3.0, 2.0])
+    assert read_losses(tmp_path / LOG_FILE) == scalars(tmp_path) == {1: 3.0, 2: 2.0}
+
+
+def test_log_of_a_killed_run(tmp_path: Path) -> None:
+    """An unfinished line is passed over, and the next run's is not spoilt by it."""
+    run(tmp_path, [6.0, 5.0])
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"step": 3, "lo')
+    run(tmp_path, [4.0, 3.0], first=2)
+    assert read_losses(tmp_path / LOG_FILE) == {1: 6.0, 2: 5.0, 3: 4.0, 4: 3.0}
+    draw_loss_curve(tmp_path / LOG_FILE, tmp_path / "again.png")
+    assert (tmp_path / "again.png").exists()
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They print and write nothing."""
+    run(tmp_path, [1.0, 2.0], enabled=False)
+    reporter = Reporter(tmp_path, 1, 0, enabled=False)
+    reporter.say("hello")
+    reporter.close()
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_without_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither events nor log."""
+    monkeypatch.chdir(tmp_path)
+    run(None, [1.0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_without_a_step(tmp_path: Path) -> None:
+    """A run that was over before it began closes all the same."""
+    run(tmp_path, [])
+    assert not (tmp_path / CURVE_FILE).exists()
+
+
+def test_peak_memory_counts_this_process() -> None:
+    """It grows by what is really touched."""
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(200 << 18)  # 200 MiB
+    assert before < peak_memory(torch.device("cpu"))
+    assert peak_memory(torch.device("cpu")) > block.nbytes
