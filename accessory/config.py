@@ -80,7 +80,7 @@ class FinetuneConfig(BaseModel):
     """Save within an epoch after every this many micro-batches."""
     resume: Path | None = None
     """Checkpoint directory of an earlier run to go on from."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the data order, the added parameters and dropout."""
     dry_run: bool = False
     """Check everything, print the memory plan, run one true step, write nothing."""

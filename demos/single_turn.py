@@ -1,6 +1,6 @@
 """Ask a model single questions, in the terminal (--prompt) or on a page served on this machine.
 
-    torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAINABLE --quant --prompt "..."
+torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAINABLE --quant --prompt "..."
 """
 
 import sys
@@ -151,7 +151,11 @@ def checked_question(question, context, system_prompt, max_gen_len, temperature,
     """What came over the network, held to the limits the page shows. Raises `ConfigError`."""
     if not isinstance(question, str) or not question.strip() or len(question) + len(context or "") > MAX_QUESTION:
         raise ConfigError(f"A question has 1 to {MAX_QUESTION} characters, its input included.")
-    numbers = {"max length": (max_gen_len, 1, config.max_seq_len), "temperature": (temperature, 0, 2), "top-p": (top_p, 0, 1)}
+    numbers = {
+        "max length": (max_gen_len, 1, config.max_seq_len),
+        "temperature": (temperature, 0, 2),
+        "top-p": (top_p, 0, 1),
+    }
     for name, (value, low, high) in numbers.items():
         if not isinstance(value, (int, float)) or not low <= value <= high:
             raise ConfigError(f"{name} is {value!r}; expected {low} to {high}.")

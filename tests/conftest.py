@@ -132,6 +132,19 @@ def python() -> Callable:
 
 
 @pytest.fixture(scope="session")
+def shell() -> Callable:
+    """Run a line of bash with this Python and its torchrun first on the path."""
+
+    def run(line: str, cwd: Path, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        settings = environment() | variables | {"PATH": path}
+        command = ["bash", "-c", line]
+        return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def torchrun() -> Callable:
     """`run_ranks`."""
     return run_ranks

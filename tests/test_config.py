@@ -124,10 +124,14 @@ def test_unknown_flags(paths: list[str]) -> None:
 
 def test_all_faults_at_once(paths: list[str]) -> None:
     """Unknown flags, values out of range and of a wrong kind together."""
-    lines = refusal([*paths, "--lrr", "1", "--epochs", "0", "--lr", "fast", "--precision", "int8", "--quant_type", "nf5"])
+    lines = refusal(
+        [*paths, "--lrr", "1", "--epochs", "0", "--lr", "fast", "--precision", "int8", "--quant_type", "nf5"]
+    )
     assert lines[0] == "Unknown flag --lrr. Did you mean '--lr'?"
     assert sorted(line.split()[0] for line in lines[1:]) == ["--epochs", "--lr", "--precision", "--quant_type"]
-    assert any(line.startswith("--precision is 'int8': Input should be 'bf16', 'fp16', 'fp32' or 'tf32'") for line in lines)
+    assert any(
+        line.startswith("--precision is 'int8': Input should be 'bf16', 'fp16', 'fp32' or 'tf32'") for line in lines
+    )
     assert any(line.startswith("--epochs is '0': Input should be greater than or equal to 1") for line in lines)
 
 

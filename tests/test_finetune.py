@@ -23,11 +23,31 @@ LAYOUTS = {
     "tp2_fsdp2": (4, ["--model_parallel_size", "2", "--data_parallel", "fsdp"]),
 }
 JOBS = {
-    "normbiaslora": ["--llama_type", "llama_peft"],
-    "nf4_single": ["--llama_type", "llama_peft", "--quant", "--quant_type", "nf4_single", "--only_save_trainable",
-                   "--checkpointing"],
-    "full": ["--llama_type", "llama"],
+    "full": ("everything, plain weights", ["--llama_type", "llama"]),
+    "normbiaslora": ("NormBiasLoRA beside plain weights", ["--llama_type", "llama_peft"]),
+    "nf4": (
+        "NormBiasLoRA beside NF4, double-quantized",
+        ["--llama_type", "llama_peft", "--quant", "--only_save_trainable"],
+    ),
+    "nf4_single": (
+        "NormBiasLoRA beside NF4 with fp32 statistics, `--checkpointing`",
+        ["--llama_type", "llama_peft", "--quant", "--quant_type", "nf4_single", "--only_save_trainable", "--checkpointing"],
+    ),
+    "fp4": (
+        "NormBiasLoRA beside FP4, double-quantized",
+        ["--llama_type", "llama_peft", "--quant", "--quant_type", "fp4", "--only_save_trainable"],
+    ),
 }  # fmt: skip
+NESTED, NESTED_NOISE = ("nf4", "fp4"), 0.01
+
+
+def support_table() -> str:
+    """The Markdown table of README: a row a job, a column a layout, each cell a run below."""
+    lines = ["| trained, storage | " + " | ".join(f"`{name}`" for name in LAYOUTS) + " |"]
+    lines.append("|---" * (len(LAYOUTS) + 1) + "|")
+    for name, (what, _) in JOBS.items():
+        lines.append(f"| `{name}`: {what} |" + " tested |" * len(LAYOUTS))
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +59,7 @@ def runs(tiny_base: Path, lora_config: Path, tmp_path_factory: pytest.TempPathFa
             flags_of(root / job / layout, tiny_base, lora_config, method, extra, ranks)
             for layout, (count, extra) in LAYOUTS.items()
             if count == ranks
-            for job, method in JOBS.items()
+            for job, (_, method) in JOBS.items()
         ]
         (root / "flags.json").write_text(json.dumps(flags))
         done = torchrun(ranks, WORKER, root / "flags.json")
@@ -82,6 +102,10 @@ def test_layouts_train_alike(runs: Path, job: str, layout: str) -> None:
     reference, run = runs / job / "one", runs / job / layout
     assert len(losses(run)) == STEPS
     assert losses(reference)[-1] < losses(reference)[0]
+    if job in NESTED and layout.startswith("tp2"):
+        # Scales of scales run over 256 blocks, which slices cut differently: another rounding of the same weights.
+        torch.testing.assert_close(losses(run), losses(reference), rtol=NESTED_NOISE, atol=0)
+        return
     torch.testing.assert_close(losses(run), losses(reference), rtol=1e-4, atol=0)
     expected, actual = trained(reference), trained(run)
     assert expected.keys() == actual.keys()

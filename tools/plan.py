@@ -23,7 +23,14 @@ from accessory.quant import storage
 SIZES = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
-    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+    "70B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "multiple_of": 4096,
+        "ffn_dim_multiplier": 1.3,
+    },
 }
 """LLaMA-2, vocabulary 32,000."""
 METHODS = {"normbias": {}, "normbiaslora": {"lora_rank": 16}}
@@ -42,7 +49,14 @@ def plan(
 ) -> None:
     """Print the memory plan of MODEL (7B, 13B, 70B, or a params.json) in training, per rank."""
     made, trained, total = _plan(
-        str(model), method, quant, seq * batch_size, checkpointing, model_parallel_size, data_parallel_size, data_parallel
+        str(model),
+        method,
+        quant,
+        seq * batch_size,
+        checkpointing,
+        model_parallel_size,
+        data_parallel_size,
+        data_parallel,
     )
     print(f"trainable parameters: {trained:,} of {total:,}")
     print(made.table(f"{model} {method}, {batch_size} x {seq} tokens", None))
@@ -63,7 +77,14 @@ def table(seq: int = 512) -> None:
 
 
 def _plan(
-    model: str, method: str, quant: bool, tokens: int, checkpointing: bool, ranks: int, replicas: int, data_parallel: str
+    model: str,
+    method: str,
+    quant: bool,
+    tokens: int,
+    checkpointing: bool,
+    ranks: int,
+    replicas: int,
+    data_parallel: str,
 ) -> tuple[MemoryPlan, int, int]:
     if method not in METHODS:
         raise ConfigError(f"--method {method!r} is unknown.{nearest(method, METHODS)} Known: {', '.join(METHODS)}.")

@@ -149,7 +149,7 @@ def formats(
     for name, names in (("ours", ["model"]), ("ours_sharded", ["model-00000", "model-00001", "model"])):
         (root / name).mkdir()
         for i, stem in enumerate(names):
-            part = dict(list(sorted(weights.items()))[i :: len(names)])
+            part = dict(sorted(weights.items())[i :: len(names)])
             save_file(part, root / name / f"{stem}.safetensors")
         (root / name / "config.json").write_text(json.dumps(META_SETTINGS))
         (root / name / "meta.json").write_text('{"llama_type": "llama"}')

@@ -84,8 +84,9 @@ def test_base_changed(base: Path, part: Path) -> None:
     (base / "model.safetensors").write_bytes(content)
     message = refusal(part)
     after = open_source(base).fingerprint()
-    assert f"{part}: was trained on {base} with fingerprint {before[:12]}, but what lies there now has {after[:12]}" in (
-        message
+    assert (
+        f"{part}: was trained on {base} with fingerprint {before[:12]}, but what lies there now has {after[:12]}"
+        in (message)
     )
     assert [source.path for source in with_base([base, part])] == [base, part]
 

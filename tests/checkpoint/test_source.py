@@ -110,7 +110,9 @@ def test_missing_hugging_face_shard(hf_sharded: Path, tiny_base: Path, copy) -> 
     directory = copy(hf_sharded)
     (directory / "model-00002-of-00003.safetensors").unlink()
     message = refusal(directory)
-    assert message.startswith(f"{directory}: model-00002-of-00003.safetensors is missing; found config.json, model-00001")
+    assert message.startswith(
+        f"{directory}: model-00002-of-00003.safetensors is missing; found config.json, model-00001"
+    )
     shutil.rmtree(directory)
     copy(tiny_base)
     (directory / "model.safetensors").unlink()

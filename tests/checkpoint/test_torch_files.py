@@ -24,7 +24,7 @@ def test_shards_make_the_whole(formats: dict[str, Path], weights, name: str) -> 
 
 
 def test_trained_part_of_upstream(tmp_path: Path) -> None:
-    """Biases and LoRA factors cut as upstream's layers are: column ones with their rows, row ones whole or by columns."""
+    """Biases and LoRA factors are cut as upstream cuts its layers: column ones with their rows, row ones by columns."""
     torch.manual_seed(0)
     column, row = "layers.0.attention.wq", "layers.0.attention.wo"
     whole = {

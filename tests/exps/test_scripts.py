@@ -20,9 +20,7 @@ def run_script(script: Path, *arguments: str | Path, cwd: Path, environment: dic
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     variables = {"PATH": path, "NPROC": str(ranks), "DEVICE": "cpu", "OUTPUT": str(output)}
     command = ["bash", str(script), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=200
-    )
+    return subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")

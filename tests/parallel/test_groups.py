@@ -22,7 +22,13 @@ def test_alone_without_a_launcher() -> None:
 
 
 def test_torchrun_comes_before_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_PROCID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -30,7 +36,13 @@ def test_torchrun_comes_before_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slurm_finds_its_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PROCID": "5", "NTASKS": "8", "LOCALID": "1", "LAUNCH_NODE_IPADDR": "10.0.0.1", "JOB_ID": "42"}.items():
+    for name, value in {
+        "PROCID": "5",
+        "NTASKS": "8",
+        "LOCALID": "1",
+        "LAUNCH_NODE_IPADDR": "10.0.0.1",
+        "JOB_ID": "42",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert groups.launch_environment() == (5, 8, 1)
     import os
