@@ -38,7 +38,7 @@ TINY_CONFIG = {
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE of 512 tokens learned from the quickstart's data, as tokenizer.json and tokenizer_config.json."""
+    """A byte-level BPE of 512 tokens learned from the quickstart's data: tokenizer.json, tokenizer_config.json."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -31,7 +31,8 @@ JOBS = {
     ),
     "nf4_single": (
         "NormBiasLoRA beside NF4 with fp32 statistics, `--checkpointing`",
-        ["--llama_type", "llama_peft", "--quant", "--quant_type", "nf4_single", "--only_save_trainable", "--checkpointing"],
+        ["--llama_type", "llama_peft", "--quant", "--quant_type", "nf4_single", "--only_save_trainable",
+         "--checkpointing"],
     ),
     "fp4": (
         "NormBiasLoRA beside FP4, double-quantized",
@@ -155,9 +156,9 @@ def test_resume_is_exact(layout: str, tiny_base: Path, lora_config: Path, tmp_pa
     method = ["--llama_type", "llama_peft", "--quant", "--only_save_trainable"]
 
     def flags(name: str, *more: str) -> list[str]:
-        return flags_of(tmp_path / name, tiny_base, lora, method, extra, ranks) + ["--max_steps", "6", *more]
+        return [*flags_of(tmp_path / name, tiny_base, lora, method, extra, ranks), "--max_steps", "6", *more]
 
-    first = flags("halves") + ["--max_steps", "3"]
+    first = flags("halves", "--max_steps", "3")
     second = flags("halves", "--resume", str(tmp_path / "halves" / "epoch0-iter3"))
     for i, jobs in enumerate(([flags("whole"), first], [second])):
         (tmp_path / f"{i}.json").write_text(json.dumps(jobs))

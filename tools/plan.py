@@ -63,7 +63,7 @@ def plan(
 
 
 def table(seq: int = 512) -> None:
-    """Print the Markdown table of README: 4-bit LLaMA-2 at one document of SEQ tokens, with and without checkpointing."""
+    """Print the Markdown table of README: LLaMA-2 in NF4 at one document of SEQ tokens."""
     print("| model | method | trainable parameters | weights | trainable | gradients | optimizer | activations | "
           "logits | buffers | total |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for size in SIZES:
