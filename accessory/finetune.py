@@ -38,8 +38,11 @@ from accessory.report import Reporter
 CACHE_DIR = Path("accessory_data_cache")
 
 
-def finetune(config: FinetuneConfig) -> None:
-    """Run one job from flags to the last checkpoint. Raises `AccessoryError`s, the same on every rank."""
+def finetune(config: FinetuneConfig) -> MetaModel:
+    """Run one job from flags to the last checkpoint; returns the trained model, sharded as it was in training.
+
+    Raises `AccessoryError`s, the same on every rank.
+    """
     layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
     torch.manual_seed(config.seed + layout.rank)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
@@ -87,6 +90,7 @@ def finetune(config: FinetuneConfig) -> None:
         engine.train(progress)
     finally:
         reporter.close()
+    return model
 
 
 def _open_sources(config: FinetuneConfig) -> list[Source]:

@@ -1,16 +1,37 @@
-"""Run under torchrun: fine-tunes once for each list of flags in a JSON file, in the same processes."""
+"""Run under torchrun: fine-tunes once for each list of flags in a JSON file, in the same processes.
+
+Where the model is whole on a model-parallel group, what was saved is loaded again and compared with what was trained.
+"""
 
 import json
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from fairscale.nn.model_parallel import destroy_model_parallel
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import FinetuneConfig, parse
 from accessory.finetune import finetune
+from accessory.meta import MetaModel
+from accessory.parallel import groups
+
+
+def check_reload(model: MetaModel, config: FinetuneConfig) -> None:
+    """What the checkpoint gives back answers bit for bit as the model that was trained."""
+    layout = groups.start(config.device, config.model_parallel_size)
+    (saved,) = config.output_dir.glob("epoch*")
+    again = MetaModel.from_pretrained(saved, dtype=config.precision, layout=layout)
+    tokens = torch.arange(48) * 7 % 500
+    assert torch.equal(model.eval().logits(tokens, (40, 8)), again.logits(tokens, (40, 8)))
+    print("reloaded bit for bit", flush=True)
+
 
 for flags in json.loads(Path(sys.argv[1]).read_text()):
-    finetune(parse(FinetuneConfig, flags))
+    config = parse(FinetuneConfig, flags)
+    model = finetune(config)
+    if dist.get_world_size() == config.model_parallel_size and config.resume is None:  # not sharded over data
+        check_reload(model, config)
     destroy_model_parallel()  # the next run may lay other groups over the same processes

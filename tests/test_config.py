@@ -145,7 +145,8 @@ def test_required_flags() -> None:
     ("batch_size", "0"), ("accum_iter", "0"), ("epochs", "0"), ("warmup_epochs", "-1"), ("lr", "0"), ("lr", "nan"),
     ("lr", "inf"), ("clip_grad", "nan"), ("min_lr", "-1"), ("max_words", "1"), ("model_parallel_size", "0"),
     ("data_parallel", "ddp"), ("save_interval", "0"), ("save_iteration_interval", "0"), ("num_workers", "-1"),
-    ("max_steps", "0"), ("device", "tpu"), ("pretrained_type", "hf"), ("weight_decay", "-0.1"), ("epochs", "1.5"),
+    ("max_steps", "0"), ("device", "tpu"), ("pretrained_type", "hf"), ("weight_decay", "-0.1"), ("seed", "-1"),
+    ("epochs", "1.5"),
 ])  # fmt: skip
 def test_bad_values(paths: list[str], flag: str, value: str) -> None:
     """Named with the flag and what was given."""

@@ -65,6 +65,8 @@ def runs(tiny_base: Path, lora_config: Path, tmp_path_factory: pytest.TempPathFa
         (root / "flags.json").write_text(json.dumps(flags))
         done = torchrun(ranks, WORKER, root / "flags.json")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        unsharded = [layout for layout in ("one", "tp2") if LAYOUTS[layout][0] == ranks]
+        assert done.stdout.count("reloaded bit for bit") == len(unsharded) * len(JOBS) * ranks
     return root
 
 

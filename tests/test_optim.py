@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,16 @@ def test_gradient_norm_of_shards_and_overflow(parameters: dict[str, nn.Parameter
     assert gradient_norm(parameters, {**SLICINGS, "empty": Slicing()}).isfinite()
     parameters["d"].grad[0, 0] = float("inf")
     assert gradient_norm(parameters, {**SLICINGS, "empty": Slicing()}).isinf()
+
+
+def test_gradient_norm_over_two_ranks(torchrun, tmp_path: Path) -> None:
+    """Cut over tensor-parallel and over data-parallel ranks, every value counts once, and both know the same norm."""
+    worker = Path(__file__).with_name("optim_worker.py")
+    done = torchrun(2, worker, tmp_path, PYTHONPATH=str(worker.parents[1]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    norms = [[float(number) for number in (tmp_path / f"norms.{rank}").read_text().split()] for rank in range(2)]
+    assert norms[0] == norms[1]
+    assert norms[0] == [pytest.approx(norms[0][0], rel=1e-6)] * 3
 
 
 def test_scaling_and_summing(parameters: dict[str, nn.Parameter]) -> None:

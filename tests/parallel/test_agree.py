@@ -1,0 +1,11 @@
+"""One rank's error becomes everyone's (checks in worker.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def test_two_ranks(torchrun) -> None:
+    done = torchrun(2, Path(__file__).with_name("worker.py"), "agree")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sorted(done.stdout.split()) == ["0", "1", "OK", "OK"]
