@@ -69,6 +69,8 @@ class ModelArgs(BaseModel):
     @classmethod
     def _read_scaling(cls, value: Any) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not value > 0:
+                raise ValueError("expected a number above 0, what positions are multiplied by")
             return {"kind": "linear", "factor": 1.0 / value}
         if isinstance(value, dict):
             kind = value.get("kind", value.get("rope_type", value.get("type")))

@@ -98,7 +98,7 @@ def test_only_what_the_assistant_says_is_learned(write, tokenizer):
     corpus = make(write("x.json", [{"conversations": turns}]), tokenizer, dialog=True)
     tokens, labels = corpus.document(0)
     assert tokenizer.decode(tokens.tolist()).startswith(DIALOG_SYSTEM)
-    assert labels[labels != IGNORE].tolist() == [*ids("a\n###"), *ids("b\n###"), 2]
+    assert labels[labels != IGNORE].tolist() == [*ids(" a\n###"), *ids(" b\n###"), 2]
 
 
 def test_a_sample_shows_what_is_learned(write, tokenizer):
