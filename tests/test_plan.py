@@ -242,14 +242,21 @@ def test_logits_are_one_chunk(layout: Layout) -> None:
 
 
 def test_data_parallel_shares() -> None:
-    """sdp shares the optimizer, fsdp the frozen base too; gradients are whole until reduced."""
+    """sdp shares the optimizer, fsdp the frozen base too; what is used is put together beside the shares."""
     decoder, attachment = built(SMALL, NORM_BIAS)
     alone, four = Layout(), Layout(world_size=4, dp_size=4)
     one, sdp = planned(decoder, attachment, alone), planned(decoder, attachment, four)
     fsdp = planned(decoder, attachment, four, data_parallel="fsdp")
     assert sdp.weights == one.weights
-    assert (sdp.trainable, sdp.optimizer, sdp.gradients) == (one.trainable // 4, one.optimizer // 4, one.gradients)
-    assert fsdp.weights == pytest.approx(one.weights / 4, rel=0.01)
+    assert (sdp.optimizer, sdp.gradients) == (one.optimizer // 4, one.gradients)
+    assert sdp.trainable == one.trainable // 4 + one.trainable
+    block = sum(
+        p.numel() * p.element_size()
+        for name, p in decoder.named_parameters()
+        if name.startswith("layers.0.") and name not in attachment.trainable
+    )
+    assert fsdp.weights == one.weights // 4 + 2 * block
+    assert fsdp.trainable == one.trainable // 4 + 2 * one.trainable // len(decoder.layers)
 
 
 def test_model_parallel_counts_are_the_whole_models() -> None:
