@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
+from accessory.errors import ConfigError
 from accessory.meta import MetaModel
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
@@ -46,6 +48,8 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
     torch.manual_seed(config.seed + layout.rank)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    output_dir = None if config.dry_run else config.output_dir
+    together(lambda: _prepare_output(output_dir, layout))
     sources = together(lambda: _open_sources(config))
     blueprint = together(lambda: _blueprint(config, sources))
     decoder, attachment = together(lambda: blueprint.build(layout))
@@ -59,7 +63,6 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     identity = _identity(config, blueprint, corpus, order)
     progress = _resume(config, optimizer, parameters, slicings, layout, identity)
     schedule = _schedule(config, order)
-    output_dir = None if config.dry_run else config.output_dir
     only_trainable = config.only_save_trainable and len(parameters) < len(slicings)
     writer = _writer(config, sources, blueprint, corpus, "trainable" if only_trainable else "model")
 
@@ -91,6 +94,18 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     finally:
         reporter.close()
     return model
+
+
+def _prepare_output(output_dir: Path | None, layout: Layout) -> None:
+    """Make the directory now, before hours are spent on what could then not be written."""
+    if output_dir is None or not layout.is_main:
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir}: cannot be written to ({error.strerror}).") from error
 
 
 def _open_sources(config: FinetuneConfig) -> list[Source]:

@@ -68,7 +68,7 @@ def next_token_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """logits [B, V] -> token ids [B]. The first rank of the group chooses, the others follow."""
-    if temperature <= 0:
+    if temperature < 1e-3:  # below it softmax overflows, and the likeliest token is all there is
         tokens = logits.argmax(-1)
     else:
         probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)

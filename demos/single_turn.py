@@ -15,7 +15,7 @@ import torch.distributed as dist
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import DemoConfig
-from accessory.data.templates import format_prompt
+from accessory.data.templates import PROMPT_TYPES, format_prompt
 from accessory.entry import run_entry
 from accessory.errors import ConfigError
 from accessory.meta import MetaModel
@@ -117,7 +117,13 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
         with one_at_a_time:
             if dist.get_world_size() > 1:
                 dist.broadcast_object_list([asdict(asked)], src=0)
-            yield from answer(model, asked)
+            stream = answer(model, asked)
+            try:
+                for text in stream:  # noqa: UP028 - `yield from` would close the stream along with this generator
+                    yield text
+            finally:
+                for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
+                    pass
 
     page = gradio.Interface(
         respond,
@@ -151,6 +157,12 @@ def checked_question(question, context, system_prompt, max_gen_len, temperature,
     """What came over the network, held to the limits the page shows. Raises `ConfigError`."""
     if not isinstance(question, str) or not question.strip() or len(question) + len(context or "") > MAX_QUESTION:
         raise ConfigError(f"A question has 1 to {MAX_QUESTION} characters, its input included.")
+    if system_prompt not in PROMPT_TYPES or not isinstance(context or "", str):
+        raise ConfigError(f"system prompt is {system_prompt!r}; expected alpaca or none, and text as input.")
+    try:
+        (question + (context or "")).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("The question holds half of a surrogate pair, which is no text.") from error
     numbers = {
         "max length": (max_gen_len, 1, config.max_seq_len),
         "temperature": (temperature, 0, 2),

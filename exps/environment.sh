@@ -11,7 +11,7 @@ install() {
     fi
     if [ ! -x "$VENV/bin/python" ]; then
         local python
-        python="$(command -v python3.11 || command -v python3)" || { echo "Python 3.10 or newer is needed." >&2; exit 1; }
+        python="$(command -v python3.11 || command -v python3)" || { echo "Python 3.11 or newer is needed." >&2; exit 1; }
         "$python" -m venv "$VENV"
     fi
     if ! (cd "$ROOT" && sha256sum --check --status "$stamp" 2>/dev/null); then

@@ -87,3 +87,27 @@ def test_wrong_call(name: str, ranks: int, calls, tiny_base, lora_config, tmp_pa
     assert said.count("Error: ") == 1, said[-2000:]
     assert "Traceback" not in said, said[-2000:]
     assert not list(tmp_path.glob("out/epoch*"))
+
+
+@pytest.mark.parametrize("bad", ["file", "nothing_to_train"])
+def test_found_before_anything_is_read(bad: str, tiny_base, tmp_path, python) -> None:
+    (tmp_path / "out").write_text("a file stands here")
+    none = tmp_path / "none.json"
+    none.write_text('{"norm_tuning": false, "bias_tuning": false}')
+    data = MAIN.parent.parent / "data_example" / "accessory_qa.json"
+    call = [
+        MAIN,
+        "--pretrained_path",
+        tiny_base,
+        "--llama_type",
+        "llama_peft",
+        "--data_config",
+        data,
+        "--device",
+        "cpu",
+    ]
+    call += {"file": ["--output_dir", tmp_path / "out"], "nothing_to_train": ["--llama_config", none, "--dry_run"]}[bad]
+    done = python(*call, timeout=60)
+    assert done.returncode == 1
+    assert {"file": "--output_dir", "nothing_to_train": "nothing would be trained"}[bad] in done.stderr
+    assert "Traceback" not in done.stderr

@@ -98,6 +98,8 @@ class CheckpointWriter:
                 self._write(self.output_dir / name, weights, state, state_record)
             except CheckpointError as error:
                 fault.append(error)
+            except Exception as error:  # the other ranks are waiting: whatever it was, all must hear of it
+                fault.append(CheckpointError(f"{self.output_dir / name}: cannot be written ({error!r})."))
         for _ in weights:  # the ranks that do not write, and what a failed write left over
             pass
         together(lambda: _raise_first(fault))
@@ -112,7 +114,7 @@ class CheckpointWriter:
     ) -> None:
         with fresh_directory(target) as directory:
             write_tensors(directory, self.stem, weights)
-            write_tensors(directory, STATE_STEM, state.items())
+            save_file(state, directory / f"{STATE_STEM}.safetensors")  # one file: it is read back as one
             write_json(directory / f"{STATE_STEM}.json", state_record)
             for file_name, content in self.documents.items():
                 write_json(directory / file_name, content)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from accessory.method.base import Attachment, Method
@@ -74,7 +74,7 @@ class Peft(Method):
     class Settings(BaseModel):
         """Keys of `--llama_config` that belong to this method."""
 
-        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
         norm_tuning: bool = True
         """Train the weights of all norms."""
@@ -88,6 +88,12 @@ class Peft(Method):
         """Dropout on LoRA's input while training."""
         lora_targets: list[Target] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
         """Linears that get LoRA."""
+
+        @model_validator(mode="after")
+        def _trains_something(self) -> Peft.Settings:
+            if not (self.norm_tuning or self.bias_tuning or (self.lora_rank > 0 and self.lora_targets)):
+                raise ValueError("nothing would be trained: set norm_tuning, bias_tuning, or lora_rank above 0")
+            return self
 
         @property
         def lora_scale(self) -> float:

@@ -66,7 +66,6 @@ def attached(args: ModelArgs = TINY, ranks: int = 1, quant: str | None = None, *
         ({"norm_tuning": False}, BIASES),
         ({"norm_tuning": False, "bias_tuning": False, "lora_rank": 4, "lora_targets": ["wq", "w2"]},
          lora_names(["attention.wq", "feed_forward.w2"])),
-        ({"norm_tuning": False, "bias_tuning": False, "lora_rank": 0}, set()),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("quant", [None, "nf4"])
@@ -315,3 +314,9 @@ def test_registered() -> None:
     """`llama_peft` finds it; its base stays as it is."""
     assert METHODS["peft"] is Peft
     assert not Peft.trains_base
+
+
+@pytest.mark.parametrize("more", [{"lora_rank": 0}, {"lora_rank": 4, "lora_targets": []}])
+def test_training_nothing_is_refused(more: dict) -> None:
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        Peft.Settings(norm_tuning=False, bias_tuning=False, **more)

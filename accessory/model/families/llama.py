@@ -124,6 +124,9 @@ def args_from_gguf(fields: dict[str, Any], tensor_names: set[str], source: str) 
         )
     get = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}.get
     heads = get("attention.head_count")
+    scaling = get("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise CheckpointError(f"{source}: rope scaling {scaling!r} is not supported; known: none, linear.")
     return ModelArgs(
         dim=get("embedding_length"),
         n_layers=get("block_count"),
@@ -134,6 +137,7 @@ def args_from_gguf(fields: dict[str, Any], tensor_names: set[str], source: str) 
         hidden_dim=get("feed_forward_length"),
         norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5),
         rope_theta=get("rope.freq_base", 10000.0),
+        rope_scaling={"kind": "linear", "factor": get("rope.scaling.factor", 1.0)} if scaling == "linear" else None,
         tie_word_embeddings="output.weight" not in tensor_names,
         max_seq_len=get("context_length", 2048),
     )
