@@ -39,7 +39,7 @@ JOBS = {
         ["--llama_type", "llama_peft", "--quant", "--quant_type", "fp4", "--only_save_trainable"],
     ),
 }  # fmt: skip
-NESTED, NESTED_NOISE = ("nf4", "fp4"), 0.01
+NESTED, NESTED_NOISE = ("nf4", "fp4"), 1e-3  # measured: 2.1e-4
 
 
 def support_table() -> str:
@@ -170,3 +170,24 @@ def test_resume_is_exact(layout: str, tiny_base: Path, lora_config: Path, tmp_pa
     whole = load_file(tmp_path / "whole" / "epoch0-iter6" / "trainable.safetensors")
     halves = load_file(tmp_path / "halves" / "epoch0-iter6" / "trainable.safetensors")
     assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+
+
+def test_resume_on_another_layout(tiny_base: Path, lora_config: Path, tmp_path: Path, torchrun) -> None:
+    """3 steps in one process, then 3 more over two: the losses of 6 steps in one process, to rounding."""
+    common = (tiny_base, lora_config, ["--llama_type", "llama_peft"])
+
+    def run(ranks: int, jobs: list[list[str]]) -> str:
+        (tmp_path / "flags.json").write_text(json.dumps(jobs))
+        done = torchrun(ranks, WORKER, tmp_path / "flags.json")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    whole = [*flags_of(tmp_path / "whole", *common, [], 1), "--max_steps", "6"]
+    half = [*flags_of(tmp_path / "half", *common, [], 1), "--max_steps", "3"]
+    run(1, [whole, half])
+    resume = ["--max_steps", "6", "--resume", str(tmp_path / "half" / "epoch0-iter3")]
+    names = ("tp2", "sdp2", "fsdp2")
+    said = run(2, [[*flags_of(tmp_path / name, *common, LAYOUTS[name][1], 2), *resume] for name in names])
+    assert said.count("another layout than before, so not bit for bit") == len(names)
+    for name in names:
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "whole")[3:], rtol=1e-5, atol=0)

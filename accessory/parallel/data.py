@@ -14,8 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from accessory.parallel.groups import Layout, data_parallel_group
 
-DATA_PARALLEL_MODES = ("sdp", "fsdp")
-
 
 class DataParallel:
     """Shards a model block by block as it is filled. With one data-parallel rank it leaves everything alone."""
