@@ -9,25 +9,30 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from accessory.checkpoint.lazy import PackedTensor
+from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import Source, read_json
 from accessory.errors import ConfigError, TokenizerError, explain_validation, nearest
 from accessory.method import METHODS, Attachment, Method
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
+from accessory.model.families import FAMILIES, architecture_of
 from accessory.parallel.groups import Layout
 from accessory.quant import storage
 from accessory.tokenizer import Tokenizer, open_tokenizer
 
-FAMILIES = ("llama",)
 LLAMA_TYPES = {family + suffix: (family, method) for family in FAMILIES for suffix, method in
                (("", "full"), ("_peft", "peft"))}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-PADDED_ROWS = 1024  # embedding rows beyond the tokenizer's that pass for padding
+SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the embedding's, that may belong together
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked."""
+    """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked.
+
+    plain: linears that stay plain in a base which was packed elsewhere. notes: what the user should hear.
+    """
 
     llama_type: str
     args: ModelArgs
@@ -36,12 +41,16 @@ class Blueprint:
     dtype: torch.dtype
     tokenizer: Tokenizer
     train: bool
+    plain: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def build(self, layout: Layout) -> tuple[Decoder, Attachment]:
         """The decoder on the meta device, this rank's share of it, with the method attached."""
         self.args.check_model_parallel(layout.mp_size)
         maker = storage(self.quant_type) if self.quant_type else None
         decoder = Decoder(self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker)
+        for name in self.plain:
+            decoder.get_submodule(name).keep_plain(self.dtype)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
         attach = self.train or not self.method.trains_base
         return decoder, self.method.attach(decoder) if attach else Attachment()
@@ -60,22 +69,62 @@ def draw_blueprint(
     quant_type: str | None,
     precision: str,
     train: bool,
+    quant: bool = False,
 ) -> Blueprint:
     """Work out what to build. What is not said is taken from the sources, the last that knows winning.
+
+    quant: keep the base in 4 bits; quant_type: in which format, nf4 where neither it nor a packed base says.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
     """
     llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
     method_class = _method_class(llama_type)
+    quant_type = _storage(sources, quant, quant_type)
     if quant_type and train and method_class.trains_base:
         raise ConfigError(
-            f"--quant with --llama_type {llama_type}: 4-bit weights cannot be trained; use --llama_type llama_peft."
+            f"--quant with --llama_type {llama_type}: 4-bit weights cannot be trained; use --llama_type "
+            f"{LLAMA_TYPES[llama_type][0]}_peft."
         )
     args, method = _settings(sources, llama_config, method_class)
+    _check_family(llama_type, args)
     tokenizer = _tokenizer(sources, tokenizer_path)
-    args = _with_vocabulary(args, sources, tokenizer)
-    return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train)
+    args, note = _with_vocabulary(args, sources, tokenizer)
+    plain = _plain_linears(sources)
+    return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note)
+
+
+def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | None:
+    """The storage format: what is asked for, unless the base is packed already; then that, which nothing may change."""
+    packed = next((s for s in sources if s.storage), None)
+    if packed is None:
+        return asked or ("nf4" if quant else None)
+    if asked and packed.storage not in (asked, f"{asked}_single"):
+        raise ConfigError(
+            f"--quant_type {asked}: {packed.path} is packed as {packed.storage} already, and packing it again would "
+            "lose more. Leave --quant_type out, or give the full-precision checkpoint."
+        )
+    return packed.storage
+
+
+def _check_family(llama_type: str, args: ModelArgs) -> None:
+    wanted, suffix = LLAMA_TYPES[llama_type][0], llama_type.partition("_")[2]
+    family = architecture_of(args.architecture, "architecture").family
+    if family != wanted:
+        right = family + (f"_{suffix}" if suffix else "")
+        raise ConfigError(
+            f"--llama_type {llama_type}: the checkpoint is a {args.architecture}, of the family {family}; "
+            f"use --llama_type {right}."
+        )
+
+
+def _plain_linears(sources: list[Source]) -> frozenset[str]:
+    """Names of the linears that whoever packed the base left plain."""
+    packed = next((s for s in sources if s.storage), None)
+    if packed is None:
+        return frozenset()
+    matrices = {name: tensor for name, tensor in packed.tensors.items() if BLOCK_LINEAR.fullmatch(name)}
+    return frozenset(name.removesuffix(".weight") for name, t in matrices.items() if not isinstance(t, PackedTensor))
 
 
 def _method_class(llama_type: str) -> type[Method]:
@@ -93,6 +142,8 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
     merged: dict[str, Any] = {}
     for source in sources:
         merged |= {k: v for k, v in (source.settings or {}).items() if k in model_keys | method_keys}
+    # Rows of a trained part can be put into the base's rotary layout; those of a packed base could not.
+    merged["rotary_layout"] = sources[0].rotary_layout
     faults = []
     for path in llama_config:
         content = read_json(path)
@@ -127,12 +178,20 @@ def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
     raise TokenizerError(f"{where}: holds neither {' nor '.join(names)}; give --tokenizer_path.")
 
 
-def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> ModelArgs:
+def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
     embeddings = [s.tensors["tok_embeddings.weight"] for s in sources if "tok_embeddings.weight" in s.tensors]
-    rows = embeddings[-1].shape[0] if embeddings else args.vocab_size
-    if not tokenizer.vocab_size <= rows <= tokenizer.vocab_size + PADDED_ROWS:
+    rows, tokens = embeddings[-1].shape[0] if embeddings else args.vocab_size, tokenizer.vocab_size
+    if abs(tokens - rows) > SLACK_ROWS:
         raise TokenizerError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows: they do not belong "
-            "together. Give the model's own tokenizer with --tokenizer_path."
+            f"The tokenizer has {tokens} tokens, the model's embedding {rows} rows: they do not belong together. Give "
+            "the model's own tokenizer with --tokenizer_path."
         )
-    return args.model_copy(update={"vocab_size": rows})
+    notes = ()
+    if tokens < rows:
+        notes = (f"the embedding has {rows:,} rows for {tokens:,} tokens: {rows - tokens} are padding",)
+    elif tokens > rows:
+        notes = (
+            f"the tokenizer has {tokens - rows} tokens more than the embedding's {rows:,} rows: each gets a row that "
+            "starts as the mean of those",
+        )
+    return args.model_copy(update={"vocab_size": max(rows, tokens)}), notes

@@ -38,8 +38,8 @@ class FinetuneConfig(BaseModel):
     """Needless: the format is told from the files. Accepted for upstream's scripts."""
     quant: bool = False
     """Keep the linears of all blocks in 4 bits; embedding, head and norms stay in the compute precision."""
-    quant_type: Literal[tuple(STORAGES)] = "nf4"
-    """Format of --quant: nf4 (double-quantized), nf4_single (fp32 statistics), fp4 (double-quantized)."""
+    quant_type: Literal[tuple(STORAGES)] | None = None
+    """Format of --quant: nf4, fp4 (double-quantized), nf4_single, fp4_single (fp32 statistics); absent: nf4."""
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
     precision: Precision = "bf16"
@@ -139,8 +139,8 @@ class DemoConfig(BaseModel):
     """Format of the 4-bit base; absent: as trained, or nf4."""
     prompt: list[str] = []
     """Questions to answer in the terminal; without any, a page is served."""
-    system_prompt: Literal["alpaca", "none"] = "alpaca"
-    """Template around the question."""
+    system_prompt: Literal["alpaca", "none", "chat"] = "alpaca"
+    """Template around the question; `chat` is the checkpoint's own chat template."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.1, ge=0)

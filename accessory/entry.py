@@ -34,6 +34,16 @@ def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> Non
         groups.stop()
 
 
+def run_tool(main: Callable[[], object]) -> None:
+    """Run a command of `tools/`; what the user can mend becomes one line and a status of 1."""
+    try:
+        main()
+    except AccessoryError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    finally:
+        groups.stop()
+
+
 def _leave(error: AccessoryError, common: bool, status: int) -> None:
     """Print the message once: by the main rank if all ranks share it, else by the rank that has it."""
     rank = dist.get_rank() if dist.is_initialized() else _launched_rank()

@@ -11,9 +11,10 @@ from torch import nn
 
 from accessory.blueprint import Blueprint, draw_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
+from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import RUN_FILE, run_record, with_base
 from accessory.checkpoint.save import CheckpointWriter, gather_whole
-from accessory.checkpoint.source import Source, open_source
+from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import (
     Progress,
     collect_training_state,
@@ -114,15 +115,22 @@ def _open_sources(config: FinetuneConfig) -> list[Source]:
 
 
 def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
-    return draw_blueprint(
+    blueprint = draw_blueprint(
         sources,
         llama_type=config.llama_type,
         llama_config=config.llama_config,
         tokenizer_path=config.tokenizer_path,
+        quant=config.quant,
         quant_type=config.quant_type if config.quant else None,
         precision=config.precision,
         train=True,
     )
+    if blueprint.quant_type and not config.only_save_trainable:
+        raise ConfigError(
+            f"The base is packed as {blueprint.quant_type}, which is never written with the trained part: give "
+            "--only_save_trainable."
+        )
+    return blueprint
 
 
 def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Corpus:
@@ -180,12 +188,14 @@ def _announce(
     corpus: Corpus,
 ) -> None:
     trained, total = parameter_counts(decoder, attachment)
-    stored = f"{config.quant_type} in the blocks, {config.precision} elsewhere" if config.quant else config.precision
+    packed = blueprint.quant_type
+    stored = f"{packed} in the blocks, {config.precision} elsewhere" if packed else config.precision
     _say(
         layout,
         f"{blueprint.llama_type} on {layout.world_size} x {layout.device.type}: model parallel {layout.mp_size}, data "
         f"parallel {layout.dp_size} ({config.data_parallel}); weights in {stored}\n"
         f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.3f} %)"
+        + "".join(f"\n{note}" for note in blueprint.notes)
         + (f"\n--pretrained_type {config.pretrained_type} is needless: formats are told from the files"
            if config.pretrained_type else ""),
     )  # fmt: skip
@@ -206,7 +216,7 @@ def _identity(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus, orde
         "data": corpus.fingerprint,
         "seed": config.seed,
         "global_batch": order.global_batch,
-        "quantization": config.quant_type if config.quant else None,
+        "quantization": blueprint.quant_type,
     }
 
 
@@ -246,11 +256,10 @@ def _writer(
     config: FinetuneConfig, sources: list[Source], blueprint: Blueprint, corpus: Corpus, stem: str
 ) -> CheckpointWriter:
     base = [source for source in sources if source.path != config.resume]
-    quantization = config.quant_type if config.quant else None
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
-        RUN_FILE: run_record(plain(config), base, quantization, corpus.fingerprint),
+        RUN_FILE: run_record(plain(config), base, blueprint.quant_type, corpus.fingerprint),
     }
     return CheckpointWriter(config.output_dir, stem, documents, blueprint.tokenizer)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from accessory.errors import ConfigError
 from accessory.model.decoder import Decoder
-from accessory.model.sequences import Sequences
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
 
@@ -29,10 +28,12 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Yield, a step at a time, the next token id of each prompt; None once a prompt has ended.
 
-    A prompt ends after one of `stop_ids` (which is not yielded), `max_gen_len` new tokens, or `max_seq_len` in all.
+    A prompt ends after one of `stop_ids` (which is not yielded), `max_gen_len` new tokens, or `max_seq_len` in all (or
+    as many as the model has positions for).
     Temperature 0 is greedy. All model-parallel ranks must call with the same arguments; they get the same tokens.
     Raises `ConfigError` for a prompt that is empty or leaves no room.
     """
+    max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)
     for prompt in prompts:
         if not 0 < len(prompt) < max_seq_len:
             raise ConfigError(f"A prompt has {len(prompt)} tokens; expected 1 to {max_seq_len - 1} (--max_seq_len).")
@@ -44,7 +45,7 @@ def generate_tokens(
     alive = [room > 0 for room in rooms]
     produced = 0
     while any(alive):
-        hidden = decoder(tokens, Sequences.build(lengths, decoder.frequencies, starts), cache)
+        hidden = decoder(tokens, decoder.sequences(lengths, starts), cache)
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         tokens = sample(next_token_logits(decoder, hidden[ends]), temperature, top_p, generator)
         produced += 1
@@ -61,9 +62,9 @@ def generate_tokens(
 
 
 def next_token_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
-    """hidden [B, D] -> logits of the whole vocabulary [B, V], fp32, equal on all model-parallel ranks."""
+    """hidden [B, embedding_dim] -> logits of the whole vocabulary [B, V], fp32, equal on all model-parallel ranks."""
     logits = hidden @ decoder.head_weight.to(hidden.dtype).t()
-    return gather_from_model_parallel_region(logits).float()
+    return gather_from_model_parallel_region(logits)[:, : decoder.args.vocab_size].float()
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

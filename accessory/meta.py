@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,14 @@ from accessory.data.batch import PackedBatch
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
-from accessory.model.sequences import Sequences
 from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text, or messages of `role` and `content` for the checkpoint's chat template."""
 
 
 class MetaModel(nn.Module):
@@ -28,28 +30,34 @@ class MetaModel(nn.Module):
 
     def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int) -> None:
         super().__init__()
-        self.llma, self.tokenizer, self.max_seq_len = llma, tokenizer, max_seq_len
+        self.llma, self.tokenizer = llma, tokenizer
+        self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
-        hidden = self.llma(batch.tokens, Sequences.build(batch.lengths, self.llma.frequencies))
-        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels)
+        hidden = self.llma(batch.tokens, self.llma.sequences(batch.lengths))
+        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Packed token ids [T] of documents of `lengths` -> logits [T, V] fp32. For measuring: it holds them all."""
-        hidden = self.llma(tokens, Sequences.build(lengths, self.llma.frequencies))
+        hidden = self.llma(tokens, self.llma.sequences(lengths))
         return next_token_logits(self.llma, hidden)
 
-    def prompt_tokens(self, prompt: str) -> list[int]:
-        """A prompt as training laid it out: BOS where the tokenizer wants one, then the text; its end is kept."""
-        start = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+    def prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """A prompt as training laid it out; its end is kept where it is too long.
+
+        A text stands behind what opens the tokenizer's documents; messages are laid out by the checkpoint's template.
+        """
+        if not isinstance(prompt, str):
+            return self.tokenizer.chat_ids(prompt)[-max(self.max_seq_len - 1, 1) :]
+        start = list(self.tokenizer.opening)
         room = max(self.max_seq_len - 1 - len(start), 1)
         return start + self.tokenizer.encode(prompt)[-room:]
 
     def generate(
         self,
-        prompts: list[str],
+        prompts: list[Prompt],
         *,
         max_gen_len: int = 512,
         temperature: float = 0.0,
@@ -65,7 +73,7 @@ class MetaModel(nn.Module):
         return [self.tokenizer.decode(answer) for answer in answers]
 
     def stream_generate(
-        self, prompt: str, *, max_gen_len: int = 512, temperature: float = 0.0, top_p: float = 0.95, seed: int = 0
+        self, prompt: Prompt, *, max_gen_len: int = 512, temperature: float = 0.0, top_p: float = 0.95, seed: int = 0
     ) -> Iterator[str]:
         """The answer so far, each time it grows by a token; half a character is held back until it is whole.
 
@@ -83,14 +91,15 @@ class MetaModel(nn.Module):
             yield text
 
     def _steps(
-        self, prompts: list[str], max_gen_len: int, temperature: float, top_p: float, seed: int
+        self, prompts: list[Prompt], max_gen_len: int, temperature: float, top_p: float, seed: int
     ) -> Iterator[list[int | None]]:
+        chats = not all(isinstance(prompt, str) for prompt in prompts)
         return generate_tokens(
             self.llma,
             [self.prompt_tokens(prompt) for prompt in prompts],
             max_gen_len=max_gen_len,
             max_seq_len=self.max_seq_len,
-            stop_ids={self.tokenizer.eos_id},
+            stop_ids=self.tokenizer.chat.stop_ids if chats else self.tokenizer.stop_ids,
             temperature=temperature,
             top_p=top_p,
             generator=torch.Generator(self.llma.frequencies.device).manual_seed(seed),
@@ -118,13 +127,14 @@ class MetaModel(nn.Module):
         layout = layout or groups.start("cpu")
         sources = together(lambda: with_base(paths))
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
-        wanted = (quant_type or recorded or "nf4") if (quant or (quant is None and recorded)) else None
+        wanted = (quant_type or recorded) if (quant or (quant is None and recorded)) else None
         blueprint = together(
             lambda: draw_blueprint(
                 sources,
                 llama_type=llama_type,
                 llama_config=llama_config or [],
                 tokenizer_path=tokenizer_path,
+                quant=bool(quant),
                 quant_type=wanted,
                 precision=dtype,
                 train=False,

@@ -16,6 +16,7 @@ from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK
+from accessory.model.position import LEAN_WIDTH
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
 
@@ -98,59 +99,130 @@ def activation_bytes(
     """Bytes the forward of `tokens` supervised tokens keeps for the backward, on this rank, parameters aside.
 
     With checkpointing: every block's input, and what the one block being run again keeps. Without: what every block
-    keeps; the first norm keeps nothing where neither it nor the embedding below it is trained. On top of either the
-    final norm, the loss's gradient and row numbers, the shared rotations, and what training the embedding and the head
-    takes.
+    keeps; norms of the first block's input keep nothing where neither they nor anything below is trained. On top of
+    either: what stands before the blocks and behind them, the loss's gradient and row numbers, the shared rotations,
+    the mask of a sliding window on the CPU, and what training the head takes.
     """
     args, layers = decoder.args, len(decoder.layers)
-    x = tokens * args.dim * torch.finfo(decoder.dtype).bits // 8
-    norm = x + 4 * tokens
+    width = torch.finfo(decoder.dtype).bits // 8
+    x = tokens * args.dim * width
     kept = block_activation_bytes(decoder, attachment, tokens, device)
-    trains_embedding = "tok_embeddings.weight" in attachment.trainable
     if checkpointing:
-        kept += (layers - 1) * x
+        # A block's input is among what it keeps, unless its norms stand behind and nothing else wants it.
+        inside = args.norm_placement != "after" or any(
+            _keeps_input(name, decoder, attachment) for name in ("wq", "wk", "wv")
+        )
+        kept += (layers - inside) * x
     else:
-        first_is_needed = trains_embedding or "layers.0.attention_norm.weight" in attachment.trainable
-        kept = layers * kept - (0 if first_is_needed else norm)
-    kept += norm + x + tokens * (8 + 4 * args.head_dim)
-    if trains_embedding:
-        kept += 9 * tokens  # row numbers, and which of them are other ranks'
+        kept = layers * kept - _needless_in_first_block(decoder, attachment, tokens)
+    kept += _entrance_bytes(decoder, attachment, tokens) + _exit_bytes(decoder, attachment, tokens)
+    kept += tokens * (8 + (4 * args.rotary_dim if args.position == "rotary" else 0))
+    if _is_banded(decoder, tokens, device):
+        kept += width * args.sliding_window * (2 * args.sliding_window - 1)
     if ("tok_embeddings" if decoder.output is None else "output") + ".weight" in attachment.trainable:
         kept += 4 * decoder.head_weight.numel()  # the head's gradient is made in the forward
+    return kept
+
+
+def _norm_bytes(decoder: Decoder, tokens: int, *, inputs: int = 1, norms: int = 1) -> int:
+    """What `norms` norms keep of `inputs` different inputs: those, and the inverse deviation and perhaps the mean."""
+    width, numbers = torch.finfo(decoder.dtype).bits // 8, 2 if decoder.args.norm == "layer" else 1
+    return tokens * (inputs * width * decoder.args.dim + norms * 4 * numbers)
+
+
+_ENTRANCE = ("tok_embeddings.", "project_in.", "pos_embeddings.", "tok_norm.")
+
+
+def _needless_in_first_block(decoder: Decoder, attachment: Attachment, tokens: int) -> int:
+    """What the first block does not keep because its input needs no gradient."""
+    args = decoder.args
+    if args.norm_placement == "after" or _trains(_ENTRANCE, attachment):
+        return 0
+    readers = ("attention_norm", "ffn_norm") if args.parallel_residual else ("attention_norm",)
+    if any(f"layers.0.{norm}.weight" in attachment.trainable for norm in readers):
+        return 0
+    width, needless = torch.finfo(decoder.dtype).bits // 8, _norm_bytes(decoder, tokens, norms=len(readers))
+    if args.parallel_residual and not _trains("layers.0.feed_forward.", attachment):
+        needless += tokens * width * args.hidden_dim // decoder.ranks * (2 if args.gated else 1)
+    if args.qk_norm:
+        for letter, heads in (("q", args.n_heads), ("k", args.n_kv_heads)):
+            if not _trains((f"layers.0.attention.w{letter}.", f"layers.0.attention.{letter}_norm."), attachment):
+                needless += tokens * (width * args.head_dim + 4) * heads // decoder.ranks
+    return needless
+
+
+def _trains(prefix: str | tuple[str, ...], attachment: Attachment) -> bool:
+    return any(name.startswith(prefix) for name in attachment.trainable)
+
+
+def _entrance_bytes(decoder: Decoder, attachment: Attachment, tokens: int) -> int:
+    """What embedding, projection, positions and norm before the blocks keep, if any of them is trained."""
+    trained = {name.split(".")[0] for name in attachment.trainable}
+    kept = 0
+    if "tok_embeddings" in trained:
+        kept += 9 * tokens  # row numbers, and which of them are other ranks'
+    if "pos_embeddings" in trained:
+        kept += 8 * tokens
+    if "project_in" in trained:
+        kept += tokens * decoder.args.embedding_dim * torch.finfo(decoder.dtype).bits // 8
+    if decoder.tok_norm is not None and _trains(_ENTRANCE, attachment):
+        kept += _norm_bytes(decoder, tokens)
+    return kept
+
+
+def _exit_bytes(decoder: Decoder, attachment: Attachment, tokens: int) -> int:
+    """What norm and projection behind the blocks keep, and the loss's gradient."""
+    args, width = decoder.args, torch.finfo(decoder.dtype).bits // 8
+    kept = tokens * args.embedding_dim * width
+    if args.final_norm:
+        kept += _norm_bytes(decoder, tokens)
+    if "project_out.weight" in attachment.trainable:
+        kept += tokens * args.dim * width
     return kept
 
 
 def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int, device: torch.device = CPU) -> int:
     """Bytes one block keeps for its backward, for `tokens` tokens, on this rank.
 
-    Always: the inputs of both norms (D each) with a 4-byte scale a token, rotated q and attention's output (this rank's
-    heads), k and v (repeated for every query head on CUDA), a 4-byte log-sum a head, and gate and up (F each). Linears
-    with LoRA or a trained weight keep their input too: wq, wk, wv share one, w1 and w3 another, and wo's is kept
-    already. LoRA adds R a linear; its dropout a thinned input a linear, with a mask of bytes (on the CPU, of numbers).
+    Always: the inputs of its norms (D each; one where the block is parallel) with a number or two a token, q and
+    attention's output (this rank's heads), k and v (repeated for every query head on CUDA), a 4-byte log-sum a head,
+    and what the activation reads (F, twice where it gates) or, of ReLU, makes. ALiBi widens heads; norms of q and k
+    keep these as they were before. Linears with LoRA or a trained weight keep their input too: wq, wk, wv share one,
+    w1 and w3 another, and wo's is kept already unless attention's output was put together or cut. LoRA adds R a linear.
     """
     args, ranks = decoder.args, decoder.ranks
     width = torch.finfo(decoder.dtype).bits // 8
-    heads, kv_heads = args.n_heads // ranks, args.n_kv_heads // ranks
-    if device.type == "cuda":
-        kv_heads = heads
-    q_width, kv_width, f_width = heads * args.head_dim, kv_heads * args.head_dim, args.hidden_dim // ranks
-    per_token = width * (2 * args.dim + 2 * q_width + 2 * kv_width + 2 * f_width) + 4 * (2 + heads)
-    for linears, size in ((("wq", "wk", "wv"), args.dim), (("w1", "w3"), args.dim), (("w2",), f_width)):
+    heads, kv_heads, f_width = args.n_heads // ranks, args.n_kv_heads // ranks, args.hidden_dim // ranks
+    kept_kv_heads = heads if device.type == "cuda" else kv_heads
+    head = args.head_dim + (LEAN_WIDTH if args.position == "alibi" else 0)
+    per_token = width * 2 * head * (heads + kept_kv_heads) + 4 * heads
+    if args.qk_norm:
+        per_token += (width * args.head_dim + 4) * (heads + kv_heads)
+    per_token += width * f_width * (2 if args.gated else 1)
+    shared = [(("wq", "wk", "wv"), args.dim), (("w1", "w3"), args.dim)]
+    if args.gated or args.activation != "relu":
+        shared.append((("w2",), f_width))
+    if args.position == "alibi" or _is_banded(decoder, tokens, device):
+        shared.append((("wo",), heads * args.head_dim))
+    for linears, size in shared:
         if any(_keeps_input(name, decoder, attachment) for name in linears):
             per_token += width * size
-    mask = 1 if device.type == "cuda" else width
-    for linear in _lora_linears(decoder):
-        per_token += width * linear.lora_a.weight.shape[0]
-        if linear.addition.dropout:
-            per_token += (width + mask) * linear.lora_a.weight.shape[1]
-    return per_token * tokens
+    per_token += width * sum(linear.lora_a.weight.shape[0] for linear in _lora_linears(decoder))
+    norms = 4 if args.norm_placement == "both" else 2
+    return per_token * tokens + _norm_bytes(decoder, tokens, inputs=norms - args.parallel_residual, norms=norms)
+
+
+def _is_banded(decoder: Decoder, tokens: int, device: torch.device) -> bool:
+    """Whether some block attends to a document of `tokens` piece by piece, its window being shorter."""
+    windows = {decoder.args.window(layer) for layer in range(len(decoder.layers))} - {None}
+    return device.type == "cpu" and any(window < tokens for window in windows)
 
 
 def _keeps_input(name: str, decoder: Decoder, attachment: Attachment) -> bool:
-    """Whether the linears called `name` keep the input they were given (LoRA's dropout keeps a thinned one instead)."""
-    linear = next(m for n, m in decoder.layers[0].named_modules() if n.endswith(f".{name}"))
+    """Whether a linear called `name` is there and keeps the input it was given."""
+    linear = next((m for n, m in decoder.layers[0].named_modules() if n.endswith(f".{name}")), None)
     trained = any(n.startswith("layers.0.") and n.endswith(f".{name}.weight") for n in attachment.trainable)
-    return trained or (linear in _lora_linears(decoder) and not linear.addition.dropout)
+    return trained or linear in _lora_linears(decoder)
 
 
 def _lora_linears(decoder: Decoder) -> list[Linear]:

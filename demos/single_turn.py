@@ -15,10 +15,10 @@ import torch.distributed as dist
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import DemoConfig
-from accessory.data.templates import PROMPT_TYPES, format_prompt
+from accessory.data.templates import CHAT, format_prompt, question_messages
 from accessory.entry import run_entry
 from accessory.errors import ConfigError
-from accessory.meta import MetaModel
+from accessory.meta import MetaModel, Prompt
 from accessory.parallel import groups
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
@@ -54,6 +54,8 @@ def main(config: DemoConfig) -> None:
         quant_type=config.quant_type,
         layout=layout,
     )
+    if config.system_prompt == CHAT:
+        _ = model.tokenizer.chat  # says what is missing before anybody asks
     if config.prompt:
         answer_in_terminal(model, config, speaks=layout.is_main)
     elif layout.is_main:
@@ -65,12 +67,19 @@ def main(config: DemoConfig) -> None:
 def answer(model: MetaModel, question: Question) -> Iterator[str]:
     """The answer so far, growing. Every rank must go through it together."""
     return model.stream_generate(
-        format_prompt(question.question, question.input, question.system_prompt),
+        prompt_of(question),
         max_gen_len=question.max_gen_len,
         temperature=question.temperature,
         top_p=question.top_p,
         seed=question.seed,
     )
+
+
+def prompt_of(question: Question) -> Prompt:
+    """The question with its template around it, or as a message for the checkpoint's own."""
+    if question.system_prompt == CHAT:
+        return question_messages(question.question, question.input)
+    return format_prompt(question.question, question.input, question.system_prompt)
 
 
 def answer_in_terminal(model: MetaModel, config: DemoConfig, speaks: bool) -> None:
@@ -108,10 +117,11 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     except ImportError as error:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
     one_at_a_time = threading.Lock()
+    offered = ("alpaca", "none") if model.tokenizer.chat_template is None else ("alpaca", "none", CHAT)
 
     def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
         try:
-            asked = checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config)
+            asked = checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config, offered)
         except ConfigError as error:
             raise gradio.Error(str(error)) from error
         with one_at_a_time:
@@ -130,7 +140,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
         inputs=[
             gradio.Textbox(label="Question", max_length=MAX_QUESTION),
             gradio.Textbox(label="Input", max_length=MAX_QUESTION),
-            gradio.Dropdown(["alpaca", "none"], value=config.system_prompt, label="System prompt"),
+            gradio.Dropdown(list(offered), value=config.system_prompt, label="System prompt"),
             gradio.Slider(1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max length (tokens)"),
             gradio.Slider(0, 2, value=config.temperature, label="Temperature"),
             gradio.Slider(0.01, 1, value=config.top_p, label="Top-p"),
@@ -153,12 +163,14 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
             dist.broadcast_object_list([None], src=0)
 
 
-def checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config: DemoConfig) -> Question:
+def checked_question(
+    question, context, system_prompt, max_gen_len, temperature, top_p, config: DemoConfig, offered: tuple[str, ...]
+) -> Question:
     """What came over the network, held to the limits the page shows. Raises `ConfigError`."""
     if not isinstance(question, str) or not question.strip() or len(question) + len(context or "") > MAX_QUESTION:
         raise ConfigError(f"A question has 1 to {MAX_QUESTION} characters, its input included.")
-    if system_prompt not in PROMPT_TYPES or not isinstance(context or "", str):
-        raise ConfigError(f"system prompt is {system_prompt!r}; expected alpaca or none, and text as input.")
+    if system_prompt not in offered or not isinstance(context or "", str):
+        raise ConfigError(f"system prompt is {system_prompt!r}; expected one of {', '.join(offered)}; input is text.")
     try:
         (question + (context or "")).encode()
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from accessory.blueprint import Blueprint, draw_blueprint
-from accessory.checkpoint.source import open_source
+from accessory.checkpoint.opening import open_source
 from accessory.errors import AccessoryError, ConfigError, TokenizerError
 from accessory.method.full import Full
 from accessory.method.peft import Peft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 import transformers
 
 from accessory.checkpoint.load import fill, resolve
-from accessory.checkpoint.source import model_args_of, open_source
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import model_args_of
 from accessory.errors import ConfigError
 from accessory.generate import generate_tokens, next_token_logits, sample
 from accessory.method import Attachment
+from accessory.model.args import ModelArgs, RopeScaling
 from accessory.model.decoder import Decoder
 from accessory.model.sequences import Sequences
 from accessory.parallel import groups
@@ -176,3 +179,21 @@ def test_next_token_logits(pair) -> None:
     logits = next_token_logits(decoder, decoder(ids, Sequences.build((7,), decoder.frequencies)))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, model(ids[None]).logits[0], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padded_rows_of_the_head_are_cut_off(layout: groups.Layout) -> None:
+    """Rows beyond the vocabulary are nobody's token, however likely."""
+    decoder = Decoder(ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=5), dtype=torch.float32)
+    decoder.output.weight = torch.nn.Parameter(torch.cat([torch.zeros(5, 8), torch.ones(1, 8)]))
+    assert next_token_logits(decoder, torch.ones(2, 8)).shape == (2, 5)
+
+
+def test_the_models_own_positions_bound_a_document(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """As a smaller max_seq_len would: answers end there, and longer prompts are refused."""
+    bounded = copy.copy(decoder)
+    scaling = RopeScaling(kind="dynamic", factor=2.0)
+    bounded.args = decoder.args.model_copy(update={"rope_scaling": scaling, "max_seq_len": 9})
+    assert collect(bounded, PROMPTS) == [greedy[0][:2], greedy[1][:8], greedy[2][:6]]
+    with pytest.raises(ConfigError, match="A prompt has 9 tokens; expected 1 to 8"):
+        collect(bounded, [[1] * 9])

@@ -202,6 +202,6 @@ def test_stream_is_generate(model: MetaModel, temperature: float) -> None:
 def test_empty_prompt_without_bos_is_refused(model: MetaModel) -> None:
     """There is nothing to continue; with BOS there is."""
     assert len(model.generate([""], max_gen_len=2)) == 1
-    model.tokenizer.add_bos = False
+    model.tokenizer.opening = ()
     with pytest.raises(ConfigError, match="A prompt has 0 tokens"):
         model.generate([""], max_gen_len=2)

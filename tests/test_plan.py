@@ -33,6 +33,26 @@ SETTINGS = {
     "LoRA on wq and wv": {**LORA, "lora_targets": ["wq", "wv"]},
     "LoRA with dropout": {**NORM_BIAS_LORA, "lora_dropout": 0.1},
 }
+LAYER = {"norm": "layer"}
+PLAIN = {"gated": False, "activation": "gelu"}
+SHAPES = {
+    "OPT": LAYER | PLAIN | {"activation": "relu", "position": "learned", "position_offset": 2},
+    "OPT-350m": LAYER
+    | PLAIN
+    | {
+        "activation": "relu",
+        "position": "learned",
+        "norm_placement": "after",
+        "final_norm": False,
+        "embedding_dim": 32,
+    },
+    "BLOOM": LAYER | PLAIN | {"position": "alibi", "embedding_norm": True, "n_kv_heads": 4},
+    "GPT-NeoX": LAYER | PLAIN | {"parallel_residual": True, "rotary_dim": 4, "rotary_layout": "halves"},
+    "GLM-4": {"norm_placement": "both", "rotary_dim": 8},
+    "Qwen 3": {"qk_norm": True, "rotary_layout": "halves", "tie_word_embeddings": True},
+    "Mistral": {"sliding_window": 10},
+}
+"""What the small model has to be for its blocks to be another model's."""
 LLAMA2 = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
@@ -102,9 +122,9 @@ def step(decoder: Decoder, lengths: tuple[int, ...] = (TOKENS,)) -> tuple[Kept, 
     ids, labels = (torch.randint(0, 96, (sum(lengths),), generator=generator) for _ in range(2))
     outputs: list[Tensor] = []
     with Kept(decoder) as kept:
-        sequences = Sequences.build(lengths, decoder.frequencies)
+        sequences = decoder.sequences(lengths)
         hidden = decoder(ids, sequences, on_block=lambda _i, x: outputs.append(x))
-        loss = cross_entropy_sum(hidden, decoder.head_weight, labels)
+        loss = cross_entropy_sum(hidden, decoder.head_weight, labels, decoder.args.vocab_size)
     return kept, loss, outputs
 
 
@@ -166,11 +186,41 @@ def test_activations_with_checkpointing(layout: Layout, settings: dict, quant: s
     assert kept.bytes < planned(decoder, attachment, layout).activations / 4
 
 
-def test_cuda_keeps_repeated_keys_and_bytes_for_masks() -> None:
-    """Its kernel is given k and v for every query head; dropout's mask is one byte a value there."""
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), "full"], ids=[*SETTINGS, "full"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_activations_of_other_blocks(layout: Layout, shape: dict, settings: dict | str) -> None:
+    """To the byte again, with every kind of position, norm, activation and residual."""
+    args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **shape})
+    full = {"method": "full", "quant": None, "settings": {}}
+    decoder, attachment = filled(layout, args=args, **(full if settings == "full" else {"settings": settings}))
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
+@pytest.mark.parametrize("name", ["OPT-350m", "BLOOM", "GPT-NeoX", "GLM-4", "Qwen 3"])
+def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: dict) -> None:
+    """As `test_activations_with_checkpointing`."""
+    args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **SHAPES[name]})
+    decoder, attachment = filled(layout, settings, args=args)
+    for block in decoder.layers:
+        block.recompute = True
+    kept, loss, outputs = step(decoder)
+    loss.backward()
+    decoder.layers[1].recompute = False
+    sequences, x = decoder.sequences((TOKENS,)), outputs[0].detach().requires_grad_()
+    with Kept(decoder, x) as again:
+        decoder.layers[1](x, sequences)
+    found = planned(decoder, attachment, layout, checkpointing=True).activations
+    assert found == kept.bytes + again.bytes
+
+
+def test_cuda_keeps_repeated_keys() -> None:
+    """Its kernel is given k and v for every query head."""
     decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1})
     on_cpu, on_cuda = (block_activation_bytes(decoder, attachment, 1, torch.device(d)) for d in ("cpu", "cuda"))
-    assert on_cuda - on_cpu == 2 * 2 * (64 - 32) - (4 * 64 + 2 * 64 + 160)
+    assert on_cuda - on_cpu == 2 * 2 * (64 - 32)
 
 
 P = {"7B": 6_476_005_376, "13B": 12_687_769_600, "70B": 68_451_041_280}  # weights of the blocks' linears

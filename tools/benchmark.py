@@ -8,18 +8,19 @@ from dataclasses import replace
 from json import dumps
 from pathlib import Path
 
-import fire
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import fire
 
 from accessory.blueprint import draw_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
-from accessory.checkpoint.source import open_source
+from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.training_state import Progress
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
-from accessory.errors import AccessoryError, ConfigError
+from accessory.entry import run_tool
+from accessory.errors import ConfigError
 from accessory.meta import MetaModel
 from accessory.method.peft import Peft
 from accessory.optim import LossScale, build_adamw
@@ -126,7 +127,4 @@ def _show(result: dict, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire({"train": train})
-    except AccessoryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_tool(lambda: fire.Fire({"train": train}))

@@ -1,45 +1,62 @@
-"""Read any checkpoint into Accessory's layout:  python tools/convert.py SOURCE TARGET [--dtype bf16|fp16|fp32]"""
+"""Write a checkpoint as another format:
+
+python tools/convert.py SOURCE TARGET --to hf|gguf|meta|upstream|accessory      a whole model
+python tools/convert.py TRAINED TARGET --to peft                                a trained part, for peft
+"""
 
 import sys
 from pathlib import Path
 
-import fire
-import torch
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from accessory.blueprint import DTYPES, draw_blueprint
-from accessory.checkpoint.convert import write_base
-from accessory.checkpoint.load import resolve
-from accessory.checkpoint.source import open_source
-from accessory.errors import AccessoryError, ConfigError
-from accessory.parallel.groups import Layout
+import fire
+
+from accessory.entry import run_tool
+from accessory.errors import ConfigError
+from accessory.export import Destination, convert, export_adapter
 
 
-def convert(source: str, target: str, dtype: str = "bf16", llama_config: str = "", tokenizer_path: str = "") -> None:
-    """Write the checkpoint SOURCE as a new Accessory directory TARGET (Meta's row order, one dtype, tokenizer too)."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    opened = open_source(str(source))
-    blueprint = draw_blueprint(
-        [opened],
-        llama_type="llama",
-        llama_config=[Path(llama_config)] if llama_config else [],
-        tokenizer_path=Path(tokenizer_path) if tokenizer_path else None,
-        quant_type=None,
-        precision=dtype,
-        train=False,
-    )
-    decoder, attachment = blueprint.build(Layout())
-    resolve(decoder, [opened], attachment, initialize=False)  # refuses what is not a whole model
-    write_base(opened, blueprint.args.model_dump(), blueprint.tokenizer, Path(str(target)), DTYPES[dtype])
-    print(
-        f"{opened.format} {source} -> {target} ({torch.finfo(DTYPES[dtype]).bits} bits, {len(opened.tensors)} tensors)"
-    )
+def main(
+    source: str,
+    target: str,
+    to: str = "accessory",
+    dtype: str = "bf16",
+    gguf_type: str = "f16",
+    model_parallel_size: int = 1,
+    architecture: str = "",
+    llama_config: str = "",
+    tokenizer_path: str = "",
+    drop_biases: bool = False,
+) -> None:
+    """Convert SOURCE into the new TARGET.
+
+    Args:
+        source: any checkpoint that --pretrained_path takes.
+        target: what to write: a new directory, or for gguf a new file.
+        to: accessory, hf, gguf, meta, upstream (LLaMA2-Accessory), or peft for a trained part.
+        dtype: of plain weights: bf16, fp16 or fp32.
+        gguf_type: of a GGUF file's matrices: f16, bf16, f32 or q8_0.
+        model_parallel_size: shards of a meta or upstream checkpoint.
+        architecture: model type to write it as, such as llama for an InternLM; absent: its own.
+        llama_config: a JSON file of settings for a source that has none.
+        tokenizer_path: a tokenizer for a source that has none.
+        drop_biases: with --to peft, leave out biases the base has no place for.
+    """
+    if to == "peft":
+        export_adapter([Path(str(source))], Path(str(target)), drop_biases=drop_biases)
+    elif drop_biases:
+        raise ConfigError("--drop_biases goes with --to peft, or with tools/merge.py.")
+    else:
+        destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
+        convert(
+            [Path(str(source))],
+            Path(str(target)),
+            destination,
+            llama_config=[Path(str(llama_config))] if llama_config else [],
+            tokenizer_path=Path(str(tokenizer_path)) if tokenizer_path else None,
+        )
+    print(f"{source} -> {target} ({to})")
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(convert)
-    except AccessoryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_tool(lambda: fire.Fire(main))

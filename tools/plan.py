@@ -7,12 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import fire
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from accessory.errors import AccessoryError, ConfigError, nearest
+from accessory.entry import run_tool
+from accessory.errors import ConfigError, nearest
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
@@ -109,7 +110,4 @@ def _args(model: str) -> ModelArgs:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire({"plan": plan, "table": table} if sys.argv[1:2] in (["table"], ["plan"]) else plan)
-    except AccessoryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_tool(lambda: fire.Fire({"plan": plan, "table": table} if sys.argv[1:2] in (["table"], ["plan"]) else plan))

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from accessory.errors import CheckpointError
+from accessory.quant.four_bit import BLOCK, NESTED_BLOCK, FourBitWeight, PackedState, slice_packed
+
 
 class LazyTensor(ABC):
-    """A named tensor in some file. `shape` is the whole tensor's."""
+    """A named tensor in some file. `shape` is the whole tensor's, `dtype` what its file says, in that file's words."""
 
     shape: tuple[int, ...]
+    dtype: str
 
     @abstractmethod
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor on the CPU, or its range [start, stop) along `dim`; memory is this result's, give or take."""
+
+    def select(self, rows: Tensor) -> LazyTensor:
+        """The tensor whose i-th row is this one's row `rows[i]` (int64)."""
+        return SelectedRows(self, rows)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class SafetensorsTensor(LazyTensor):
     file: Any  # safetensors.safe_open
     key: str
     shape: tuple[int, ...]
+    dtype: str
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read the range by mmap."""
@@ -35,12 +45,34 @@ class SafetensorsTensor(LazyTensor):
         return self.file.get_slice(self.key)[(slice(None),) * dim + (slice(start, stop),)]
 
 
+@dataclass(frozen=True)
+class HeldTensor(LazyTensor):
+    """A tensor that is in memory, or mapped there."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The value's."""
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The value's."""
+        return str(self.value.dtype).removeprefix("torch.")
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The value or a copy of the range."""
+        return self.value if dim is None else self.value.narrow(dim, start, stop - start).contiguous()
+
+
 class ShardedTensor(LazyTensor):
     """A tensor that other software cut over several files along `shard_dim` (None: every file holds the whole)."""
 
     def __init__(self, shards: list[Tensor], shard_dim: int | None) -> None:
         self.shards = shards if shard_dim is not None else shards[:1]
         self.shard_dim = shard_dim
+        self.dtype = str(shards[0].dtype).removeprefix("torch.")
         shape = list(shards[0].shape)
         if shard_dim is not None:
             shape[shard_dim] = sum(shard.shape[shard_dim] for shard in shards)
@@ -66,38 +98,188 @@ class ShardedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class GgufTensor(LazyTensor):
-    """A block-quantized or plain tensor of a GGUF file, dequantized to fp32 when read."""
-
-    tensor: Any  # gguf.ReaderTensor
-    shape: tuple[int, ...]
-
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Dequantize the rows asked for; a range of columns needs the whole rows first."""
-        import gguf
-
-        rows = self.tensor.data[start:stop] if dim == 0 else self.tensor.data
-        values = gguf.dequantize(rows, self.tensor.tensor_type)
-        # Unquantized types come back as the read-only map of the file itself.
-        values = torch.from_numpy(values if values.flags.writeable else values.copy())
-        values = values.reshape(-1, *self.shape[1:])
-        return values if dim in (None, 0) else values.narrow(dim, start, stop - start).contiguous()
-
-
-@dataclass(frozen=True)
-class InterleavedRows(LazyTensor):
-    """Rows of a Hugging Face wq or wk, put back from channel halves to Meta's neighbouring pairs, head by head."""
+class SelectedRows(LazyTensor):
+    """Some rows of another tensor, in an order of their own."""
 
     inner: LazyTensor
-    heads: int
+    rows: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Unchanged by the permutation."""
-        return self.inner.shape
+        """As many rows as selected."""
+        return (len(self.rows), *self.inner.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """The other tensor's."""
+        return self.inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Read the range (whole heads, where it is a range of rows) and permute within each head."""
+        """Read no rows above the first or below the last that is wanted."""
+        rows = self.rows[start:stop] if dim == 0 else self.rows
+        first, last = int(rows.min()), int(rows.max())
+        if dim in (None, 0):
+            values = self.inner.read(0, first, last + 1)
+            return values if _ascending(rows) else values[rows - first]
         values = self.inner.read(dim, start, stop)
-        width = self.inner.shape[0] // self.heads
-        return values.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
+        return values[rows]
+
+    def select(self, rows: Tensor) -> LazyTensor:
+        """Selecting twice is selecting once."""
+        return SelectedRows(self.inner, self.rows[rows])
+
+
+def _ascending(rows: Tensor) -> bool:
+    return bool((rows.diff() == 1).all())
+
+
+@dataclass(frozen=True)
+class StackedRows(LazyTensor):
+    """Several tensors put into one, the i-th row of `parts[j]` at row `rows[j][i]`."""
+
+    parts: tuple[LazyTensor, ...]
+    rows: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All rows together."""
+        return (sum(len(rows) for rows in self.rows), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """The first part's."""
+        return self.parts[0].dtype
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Put the whole together; a range is cut out of it."""
+        first = self.parts[0].read()
+        whole = first.new_empty(self.shape)
+        whole[self.rows[0]] = first
+        for part, rows in zip(self.parts[1:], self.rows[1:], strict=True):
+            whole[rows] = part.read().to(whole.dtype)
+        return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
+
+
+@dataclass(frozen=True)
+class PackedTensor(LazyTensor):
+    """A matrix [N, K] that its file holds in 4 bits, as `FourBitWeight` does; `parts` are that class's tensors.
+
+    read: dequantizes to fp32. read_packed: the codes and statistics themselves, which lose nothing.
+    """
+
+    parts: dict[str, LazyTensor]
+    quant_type: str
+    shape: tuple[int, int]
+    name: str
+    rows: Tensor | None = None
+
+    @staticmethod
+    def of(parts: dict[str, LazyTensor], quant_type: str, shape: tuple[int, int], name: str) -> PackedTensor:
+        """The whole matrix called `name`. Raises `CheckpointError` for parts whose sizes do not make its shape."""
+        blocks = -(-prod(shape) // BLOCK)
+        expected = {
+            "codes": prod(shape) // 2,
+            "scales": blocks,
+            "nested_scales": -(-blocks // NESTED_BLOCK),
+            "offset": 1,
+        }
+        for part, tensor in parts.items():
+            found = prod(tensor.shape)
+            if part == "codes":  # bytes, which some files keep under a wider type
+                found *= {"BF16": 2, "F16": 2, "F32": 4, "bfloat16": 2, "float16": 2, "float32": 4}.get(tensor.dtype, 1)
+            if found != expected[part]:
+                raise CheckpointError(f"{name} of shape {shape} has {found} {part}; expected {expected[part]}.")
+        return PackedTensor(parts, quant_type, shape, name)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the statistics are quantized too."""
+        return "nested_scales" in self.parts
+
+    @property
+    def dtype(self) -> str:
+        """The storage format's name."""
+        return self.quant_type if self.nested else f"{self.quant_type}_single"
+
+    def read_packed(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedState:
+        """The packed tensors of the matrix or of a range of it, codes byte for byte those of the file."""
+        state = {name: part.read().reshape(-1) for name, part in self.parts.items()}
+        state["codes"] = state["codes"].view(torch.uint8)  # some files keep the bytes under another type
+        whole = (2 * state["codes"].numel() // self.shape[1], self.shape[1])
+        return slice_packed(state, whole, name=self.name, rows=self.rows, dim=dim, start=start, stop=stop)
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Dequantize to fp32."""
+        shape = list(self.shape)
+        if dim is not None:
+            shape[dim] = stop - start
+        packed = FourBitWeight(tuple(shape), quant_type=self.quant_type, nested=self.nested)
+        packed.adopt(self.read_packed(dim, start, stop))
+        return packed.unpack(torch.float32)
+
+    def select(self, rows: Tensor) -> LazyTensor:
+        """The same matrix, with some of its rows."""
+        chosen = rows if self.rows is None else self.rows[rows]
+        return replace(self, rows=chosen, shape=(len(rows), self.shape[1]))
+
+
+@dataclass(frozen=True)
+class GrownRows(LazyTensor):
+    """An embedding with rows for tokens added to its vocabulary: each starts as the mean of those there are."""
+
+    inner: LazyTensor
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`count` rows."""
+        return (self.count, *self.inner.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """The other tensor's."""
+        return self.inner.dtype
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The mean takes the whole; a range is cut out of it."""
+        values = self.inner.read()
+        mean = values.float().mean(0, keepdim=True).to(values.dtype)
+        grown = torch.cat([values, mean.expand(self.count - len(values), -1)])
+        return grown if dim is None else grown.narrow(dim, start, stop - start).contiguous()
+
+
+@dataclass(frozen=True)
+class ZeroTensor(LazyTensor):
+    """Zeros, where a file leaves out what changes nothing."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Zeros of the range's shape."""
+        shape = list(self.shape)
+        if dim is not None:
+            shape[dim] = stop - start
+        return torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class SummedTensor(LazyTensor):
+    """A tensor and what another file adds to it, summed in fp32."""
+
+    first: LazyTensor
+    second: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Both have it."""
+        return self.first.shape
+
+    @property
+    def dtype(self) -> str:
+        """The first one's."""
+        return self.first.dtype
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Read both ranges, and add."""
+        return self.first.read(dim, start, stop).float() + self.second.read(dim, start, stop).float()

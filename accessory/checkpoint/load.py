@@ -13,17 +13,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from accessory.checkpoint.lazy import LazyTensor
-from accessory.checkpoint.source import SHARDED_FORMATS, Source
+from accessory.checkpoint.lazy import GrownRows, LazyTensor, PackedTensor, SummedTensor
+from accessory.checkpoint.naming import in_rotary_layout
+from accessory.checkpoint.source import Source
 from accessory.errors import CheckpointError, nearest
 from accessory.method import Attachment
+from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from accessory.parallel.tensor import Slicing, slice_bounds, slicing_of
+from accessory.parallel.tensor import Slicing, own_slice, pad_slice, padded_bounds, slicing_of
 from accessory.quant import PackedWeight
 
 _SHOWN = 8  # names listed per fault
+VOCABULARY_MATRICES = ("tok_embeddings.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Target:
 
     def whole_shape(self, ranks: int) -> tuple[int, ...]:
         """Shape before slicing over `ranks`."""
-        return tuple(size * ranks if i == self.slicing.dim else size for i, size in enumerate(self.local_shape))
+        return self.slicing.whole_shape(self.local_shape, ranks)
 
 
 def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
@@ -53,6 +56,30 @@ def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
                 yield Target(f"{name}.{leaf}".lstrip("."), child, leaf, slicing_of(value), tuple(value.shape))
 
 
+def overlay(sources: list[Source], args: ModelArgs) -> tuple[dict[str, LazyTensor], dict[str, Source]]:
+    """(tensors by our names, which source each came from): the last source that has one, in `args`' rotary layout.
+
+    Differences are added to what lies below them; an embedding of fewer rows than the vocabulary grows.
+    Raises `CheckpointError` for a difference to nothing.
+    """
+    found: dict[str, LazyTensor] = {}
+    origin: dict[str, Source] = {}
+    for source in sources:
+        tensors = in_rotary_layout(source.tensors, args, source.rotary_layout, args.rotary_layout)
+        if source.is_difference:
+            if absent := [name for name in tensors if name not in found]:
+                raise CheckpointError(
+                    f"{source.path}: adds to {_list(absent, 'which is', 'which are')} in no checkpoint before it."
+                )
+            tensors = {name: SummedTensor(found[name], tensor) for name, tensor in tensors.items()}
+        found |= tensors
+        origin |= dict.fromkeys(tensors, source)
+    for name in VOCABULARY_MATRICES:
+        if name in found and found[name].shape[0] < args.vocab_size:
+            found[name] = GrownRows(found[name], args.vocab_size)
+    return found, origin
+
+
 def resolve(
     decoder: Decoder, sources: list[Source], attachment: Attachment, *, initialize: bool
 ) -> dict[str, LazyTensor]:
@@ -62,15 +89,12 @@ def resolve(
     that does not fit. With `initialize`, parameters the method added may be absent, to be started afresh.
     """
     wanted = {target.name: target for target in targets(decoder)}
-    found: dict[str, LazyTensor] = {}
-    origin: dict[str, Source] = {}
     faults: list[str] = []
     for source in sources:
         alien = [name for name in source.tensors if name not in wanted]
         if alien:
             faults.append(f"{source.path}: {_list(alien, 'has', 'have')} no place in this model.{_hint(alien, wanted)}")
-        found.update(source.tensors)
-        origin.update(dict.fromkeys(source.tensors, source))
+    found, origin = overlay(sources, decoder.args)
     optional = attachment.initial if initialize else {}
     missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
@@ -113,24 +137,36 @@ def fill(
 def _fill_one(
     target: Target, tensors: dict[str, LazyTensor], attachment: Attachment, layout: Layout, seed: int
 ) -> None:
-    dim = target.slicing.dim
-    bounds = (
-        (0, 0) if dim is None else slice_bounds(target.whole_shape(layout.mp_size)[dim], layout.mp_rank, layout.mp_size)
-    )
-    if target.name in tensors:
-        value = tensors[target.name].read(dim if layout.mp_size > 1 else None, *bounds)
-    else:
+    place, span = getattr(target.owner, target.leaf), _span(target, layout)
+    tensor = tensors.get(target.name)
+    # Copies, never views: the file behind a memory-mapped tensor may go away.
+    if isinstance(place, PackedWeight) and isinstance(tensor, PackedTensor):
+        state = tensor.read_packed(*span)
+        place.adopt({name: part.to(layout.device, copy=True) for name, part in state.items()})
+        return
+    if tensor is None:
         value = attachment.initial[target.name](named_generator(seed, target.name))
-        value = value if dim is None else value.narrow(dim, bounds[0], bounds[1] - bounds[0])
-    place = getattr(target.owner, target.leaf)
+        value = own_slice(value, target.slicing, layout.mp_rank, layout.mp_size)
+    else:
+        value = tensor.read(*span)
+        if span[0] is not None:
+            value = pad_slice(value, span[0], target.local_shape[span[0]])
     if isinstance(place, PackedWeight):
         place.pack(value.to(layout.device))
         return
-    # A copy, never a view: the file behind a memory-mapped tensor may go away.
     value = value.to(device=layout.device, dtype=place.dtype, copy=True).contiguous()
     parameter = nn.Parameter(value, requires_grad=target.name in attachment.trainable)
     parameter.slicing = target.slicing
     setattr(target.owner, target.leaf, parameter)
+
+
+def _span(target: Target, layout: Layout) -> tuple[int | None, int, int]:
+    """(dimension, start, stop) of this rank's slice; no dimension where it holds the whole."""
+    dim = target.slicing.dim
+    if dim is None or layout.mp_size == 1:
+        return None, 0, 0
+    size = target.whole_shape(layout.mp_size)[dim]
+    return dim, *padded_bounds(size, layout.mp_rank, layout.mp_size)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -149,7 +185,7 @@ def _misfit(source: Source, name: str, found: tuple[int, ...], expected: tuple[i
     if "lora_" in name:
         return text + _hint([name], {})
     cut = [(a, b) for a, b in zip(found, expected, strict=False) if a != b]
-    if source.format in SHARDED_FORMATS and len(cut) == 1 and 0 < cut[0][0] < cut[0][1]:
+    if source.is_sharded and len(cut) == 1 and 0 < cut[0][0] < cut[0][1]:
         text += f" Shards may be missing: found {', '.join(file.name for file in source.files)}."
     return text
 

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accessory.checkpoint.source import Source, open_source
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import Source
 from accessory.errors import CheckpointError
 
 RUN_FILE = "run.json"
@@ -33,25 +34,32 @@ def with_base(paths: list[str | Path]) -> list[Source]:
 
     Raises `CheckpointError` if the base is unknown, gone, or no longer the one the part was trained on.
     """
-    sources = [open_source(path) for path in paths]
+    sources: list[Source] = []
+    for path in paths:
+        sources.append(open_source(path, sources[0] if sources else None))
     first = sources[0]
     if not first.is_delta:
         return sources
+    if first.base:
+        return [open_source(first.base), *sources]
     if not first.run:
         raise CheckpointError(
             f"{first.path}: holds only a trained part and no {RUN_FILE} that names its base; "
             "give the base first: --pretrained_path BASE TRAINABLE."
         )
-    return [_recorded_base(first.path, entry) for entry in first.run["base"]] + sources
+    recorded: list[Source] = []
+    for entry in first.run["base"]:
+        recorded.append(_recorded_base(first.path, entry, recorded[0] if recorded else None))
+    return recorded + sources
 
 
-def _recorded_base(delta: Path, entry: dict[str, str]) -> Source:
+def _recorded_base(delta: Path, entry: dict[str, str], base: Source | None) -> Source:
     if not Path(entry["path"]).exists():
         raise CheckpointError(
             f"{delta}: was trained on the base {entry['path']}, which is not there. "
             "Bring it back, or give its new place: --pretrained_path BASE TRAINABLE."
         )
-    source = open_source(entry["path"])
+    source = open_source(entry["path"], base)
     if source.fingerprint() != entry["fingerprint"]:
         raise CheckpointError(
             f"{delta}: was trained on {entry['path']} with fingerprint {entry['fingerprint'][:12]}, but what lies "

@@ -29,7 +29,11 @@ SHARD_BYTES = 4 << 30  # host memory that writing a large model may take
 def gather_whole(tensors: dict[str, Tensor], slicings: dict[str, Slicing]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor put together from all ranks' parts, on the CPU, one at a time. A collective: all ranks iterate."""
     for name in sorted(tensors):
-        yield name, gather_slices(whole(tensors[name].detach()), slicings[name].dim).cpu()
+        slicing = slicings[name]
+        gathered = gather_slices(whole(tensors[name].detach()), slicing.dim)
+        if slicing.whole is not None:  # the last slices were padded
+            gathered = gathered.narrow(slicing.dim, 0, slicing.whole)
+        yield name, gathered.cpu()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.data import shard_like
 from accessory.parallel.groups import Layout, model_parallel_group
-from accessory.parallel.tensor import Slicing, slice_bounds
+from accessory.parallel.tensor import Slicing, own_slice
 from accessory.tokenizer.sniff import what_is
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -115,9 +115,7 @@ def _read(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _place(value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:
-    if slicing.dim is not None:
-        start, stop = slice_bounds(value.shape[slicing.dim], layout.mp_rank, layout.mp_size)
-        value = value.narrow(slicing.dim, start, stop - start).contiguous()
+    value = own_slice(value, slicing, layout.mp_rank, layout.mp_size).contiguous()
     return shard_like(value.to(parameter.device), parameter)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,17 @@ from safetensors.numpy import save_file
 from accessory.data.batch import IGNORE
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.records import Record, read_records
-from accessory.data.templates import Segment, UnusableRecord, conversation, single_turn, single_turn_llava
-from accessory.errors import DataError
+from accessory.data.templates import (
+    CHAT,
+    Segment,
+    UnusableRecord,
+    conversation,
+    conversation_messages,
+    single_turn,
+    single_turn_llava,
+    single_turn_messages,
+)
+from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import Tokenizer
 
 _SHOWN = 3  # records named per cause
@@ -80,11 +90,14 @@ class Corpus:
         span = slice(self.offsets[index], self.offsets[index + 1])
         tokens, learned = self.tokens[span].tolist(), self.learned[span]
         edges = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
+        own_end = {self.tokenizer.eos_id}
+        # An answer laid out by a chat template ends with a control token of it.
+        ends = own_end | self.tokenizer.control_tokens().keys()
         parts, begin, before = [], 0, ""
         for end in edges:
             # Decoded from the start each time: on its own, a piece would lose a space that it opens with.
             text = self.tokenizer.decode(tokens[:end])
-            part = text[len(before) :] + ("<end>" if tokens[end - 1] == self.tokenizer.eos_id else "")
+            part = text[len(before) :] + ("<end>" if tokens[end - 1] in (ends if learned[begin] else own_end) else "")
             parts.append(f"«{part}»" if learned[begin] else part)
             begin, before = end, text
         return "".join(parts)
@@ -102,15 +115,18 @@ def build_corpus(
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
-    Raises `DataError` if a file is broken or not one record can be used.
+    Raises `DataError` if a file is broken or not one record can be used, `TokenizerError` if an entry asks for a chat
+    template and the tokenizer has none that can be learned from.
     """
     entries = load_data_config(data_config)
+    if any(entry.prompt_type == CHAT for entry in entries):
+        _ = tokenizer.chat.stop_ids  # works out how the template ends an answer, before any file is read
     fingerprint = _fingerprint(entries, tokenizer, max_words, dialog)
     cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
     if cached and (kept := _from_cache(cached, fingerprint, tokenizer)):
         return kept
     omissions = Omissions()
-    documents = list(_documents(entries, dialog, omissions))
+    documents = list(_documents(entries, tokenizer, dialog, omissions))
     arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
         files = ", ".join(str(entry.path) for entry in entries)
@@ -120,7 +136,7 @@ def build_corpus(
     return Corpus(arrays, omissions, fingerprint, tokenizer)
 
 
-def _documents(entries: list[DataEntry], dialog: bool, omissions: Omissions):
+def _documents(entries: list[DataEntry], tokenizer: Tokenizer, dialog: bool, omissions: Omissions):
     for entry in entries:
         records = read_records(entry.path)
         if entry.ratio < 1:
@@ -129,18 +145,27 @@ def _documents(entries: list[DataEntry], dialog: bool, omissions: Omissions):
             records = [records[i] for i in sorted(chosen)]
         for record in records:
             try:
-                yield record, _segments(record, entry, dialog)
+                yield record, _segments(record, entry, tokenizer, dialog)
             except UnusableRecord as cause:
                 omissions.skipped[str(cause)].append(record.where)
 
 
-def _segments(record: Record, entry: DataEntry, dialog: bool) -> list[Segment]:
+def _segments(record: Record, entry: DataEntry, tokenizer: Tokenizer, dialog: bool) -> list[Segment]:
     if record.fault:
         raise UnusableRecord(record.fault)
-    if dialog:
-        return conversation(record.fields)
-    fields = single_turn_llava(record.fields) if entry.preprocess else record.fields
-    return single_turn(fields, entry.prompt_type)
+    fields = single_turn_llava(record.fields) if entry.preprocess and not dialog else record.fields
+    if entry.prompt_type == CHAT:
+        return _by_chat_template(
+            conversation_messages(fields) if dialog else single_turn_messages(fields), record, tokenizer
+        )
+    return conversation(fields) if dialog else single_turn(fields, entry.prompt_type)
+
+
+def _by_chat_template(messages: list[dict[str, str]], record: Record, tokenizer: Tokenizer) -> list[Segment]:
+    try:
+        return [Segment("", learned, tuple(ids)) for ids, learned in tokenizer.chat.learnable(messages)]
+    except TokenizerError as error:
+        raise TokenizerError(f"{record.where}: {error}") from error
 
 
 def _tokenize(
@@ -153,12 +178,16 @@ def _tokenize(
     tokens, learned, lengths = [], [], [0]
     for begin in range(0, len(documents), _CHUNK):
         chunk = documents[begin : begin + _CHUNK]
-        first = tokenizer.encode_batch([segments[0].text for _, segments in chunk], threads=threads)
-        later_texts = [segment.text for _, segments in chunk for segment in segments[1:]]
+        texts = [segments for _, segments in chunk if segments[0].ids is None]
+        first = iter(tokenizer.encode_batch([segments[0].text for segments in texts], threads=threads))
+        later_texts = [segment.text for segments in texts for segment in segments[1:]]
         later = iter(tokenizer.encode_batch(later_texts, continuation=True, threads=threads))
-        for (record, segments), opening in zip(chunk, first, strict=True):
-            pieces = [opening] + [next(later) for _ in segments[1:]]
-            ids, flags = _assemble(pieces, segments, tokenizer)
+        for record, segments in chunk:
+            if segments[0].ids is None:
+                pieces = [next(first)] + [next(later) for _ in segments[1:]]
+                ids, flags = _assemble(pieces, segments, tokenizer)
+            else:
+                ids, flags = _joined([segment.ids for segment in segments], segments)
             if not flags[1:max_words].any():
                 omissions.skipped[f"its prompt fills all {max_words} tokens of --max_words"].append(record.where)
                 continue
@@ -175,17 +204,24 @@ def _tokenize(
 
 
 def _assemble(pieces: list[list[int]], segments: list[Segment], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """BOS where the tokenizer wants one, the segments, EOS; only supervised segments and EOS are learned."""
-    opening = [tokenizer.bos_id] if tokenizer.add_bos else []
-    ids = opening + [token for piece in pieces for token in piece] + [tokenizer.eos_id]
-    flags = [False] * len(opening)
-    for piece, segment in zip(pieces, segments, strict=True):
-        flags += [segment.supervised] * len(piece)
-    return np.array(ids, dtype=np.int32), np.array([*flags, segments[-1].supervised])
+    """What opens the tokenizer's documents, the segments, EOS; only supervised segments and EOS are learned."""
+    ids, flags = _joined(pieces, segments)
+    opening = np.array(tokenizer.opening, dtype=np.int32)
+    ids = np.concatenate((opening, ids, np.array([tokenizer.eos_id], dtype=np.int32)))
+    return ids, np.concatenate((np.zeros(len(opening), dtype=bool), flags, [segments[-1].supervised]))
+
+
+def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all segments, and which of them are learned."""
+    ids = [token for piece in pieces for token in piece]
+    flags = np.repeat([segment.supervised for segment in segments], [len(piece) for piece in pieces])
+    return np.array(ids, dtype=np.int32), flags
 
 
 def _fingerprint(entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool) -> str:
-    digest = hashlib.sha256(f"2:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
+    digest = hashlib.sha256(f"3:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
+    if any(entry.prompt_type == CHAT for entry in entries):
+        digest.update(str(tokenizer.chat_template).encode())
     for entry in entries:
         try:
             content = hashlib.sha256(entry.path.read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from accessory.data.records import SUFFIXES
-from accessory.data.templates import PROMPT_TYPES
+from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import DataError, explain_validation, nearest
 from accessory.tokenizer.sniff import what_is
 
@@ -23,8 +23,8 @@ class DataEntry(BaseModel):
     """The data file; a relative one is looked for beside the YAML, then in the current directory."""
     type: str = "text"
     """A name for the group of data."""
-    prompt_type: Literal[tuple(PROMPT_TYPES)] = "alpaca"
-    """Template of the prompt."""
+    prompt_type: Literal[(*PROMPT_TYPES, CHAT)] = "alpaca"
+    """Template of the prompt; `chat` is the checkpoint's own, for conversations (--dialog) too."""
     preprocess: Literal["single_turn_llava"] | None = None
     """Turns records of another shape into instruction and output first."""
     ratio: float = Field(default=1.0, gt=0, le=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ PROMPT_TYPES: dict[str, Callable[[str, str], str]] = {
     "none": lambda instruction, _: instruction,
 }
 """Name of a template -> function of (instruction, input) giving the prompt."""
+CHAT = "chat"
+"""Name of the template that the checkpoint brings along: conversations are laid out by it, no prompt of ours around."""
 
 DIALOG_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -45,10 +47,14 @@ _ROLES = {"human": "Human", "user": "Human", "gpt": "Assistant", "assistant": "A
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a document; `supervised` says whether its tokens are learned."""
+    """A stretch of a document; `supervised` says whether its tokens are learned.
+
+    `ids` are there where a chat template made the document, its opening and end included; `text` is empty then.
+    """
 
     text: str
     supervised: bool
+    ids: tuple[int, ...] | None = None
 
 
 class UnusableRecord(Exception):
@@ -70,6 +76,26 @@ def single_turn(fields: dict[str, Any], prompt_type: str) -> list[Segment]:
 
     Raises `UnusableRecord`.
     """
+    instruction, context, output = _question_and_answer(fields, prompt_type)
+    prompt = format_prompt(instruction, context, prompt_type)
+    segments = [Segment(prompt, False)] * bool(prompt) + [Segment(output, True)]
+    _check_text(segment.text for segment in segments)
+    return segments
+
+
+def single_turn_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of such a record, for a chat template. Raises `UnusableRecord`."""
+    instruction, context, output = _question_and_answer(fields, CHAT)
+    _check_text([instruction, context, output])
+    return [*question_messages(instruction, context), {"role": "assistant", "content": output}]
+
+
+def question_messages(instruction: str, context: str = "") -> list[dict[str, str]]:
+    """A question, its input below it, as the one message of a conversation that waits for its answer."""
+    return [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
+
+
+def _question_and_answer(fields: dict[str, Any], prompt_type: str) -> tuple[str, str, str]:
     if fields.get("image"):
         raise UnusableRecord("has an image, and there is no vision part yet")
     instruction = "" if prompt_type == "caption" and "instruction" not in fields else _text(fields, "instruction")
@@ -79,8 +105,7 @@ def single_turn(fields: dict[str, Any], prompt_type: str) -> list[Segment]:
     output = _text(fields, "output")
     if not output.strip():
         raise UnusableRecord("'output' is empty")
-    prompt = format_prompt(instruction, context, prompt_type)
-    return _encodable([Segment(prompt, False)] * bool(prompt) + [Segment(output, True)])
+    return instruction, context, output
 
 
 def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
@@ -93,25 +118,40 @@ def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(fields: dict[str, Any]) -> list[Segment]:
     """Segments of a conversation, upstream's layout conv_v1_2; the assistant's words and their end are learned."""
-    if fields.get("image"):
-        raise UnusableRecord("has an image, and there is no vision part yet")
+    turns = _dialog(fields)
     segments = [Segment(DIALOG_SYSTEM + "\n", False)]
-    for role, words in _turns(fields):
+    for role, words in turns:
         segments.append(Segment(f"\n### {role}:" if len(segments) == 1 else f" {role}:", False))
         # The blank belongs to the words: vocabularies join it to the word that follows.
         segments.append(Segment(f" {words}{DIALOG_END}", role == "Assistant"))
-    if not any(segment.supervised for segment in segments):
+    _check_text(segment.text for segment in segments)
+    return segments
+
+
+def conversation_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a conversation, for a chat template. Raises `UnusableRecord`."""
+    turns = _dialog(fields)
+    _check_text(words for _, words in turns)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[role], "content": words} for role, words in turns]
+
+
+def _dialog(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """Turns of which at least one can be learned."""
+    if fields.get("image"):
+        raise UnusableRecord("has an image, and there is no vision part yet")
+    turns = _turns(fields)
+    if len(turns) < 2:  # the human speaks first
         raise UnusableRecord("'conversations' has no turn of the assistant")
-    return _encodable(segments)
+    return turns
 
 
-def _encodable(segments: list[Segment]) -> list[Segment]:
+def _check_text(texts: Iterable[str]) -> None:
     try:
-        for segment in segments:
-            segment.text.encode()
+        for text in texts:
+            text.encode()
     except UnicodeEncodeError as error:
         raise UnusableRecord("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from error
-    return segments
 
 
 def _turns(fields: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,11 +10,11 @@ from accessory.errors import ParallelError
 
 
 class RopeScaling(BaseModel):
-    """How rotary frequencies are stretched beyond the trained context."""
+    """How rotary frequencies are stretched beyond the trained context. `dynamic` changes nothing within it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "dynamic"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -26,6 +26,8 @@ class ModelArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+    architecture: str = "llama"
+    """What the model is called elsewhere (Hugging Face's `model_type`); decides how other files name its weights."""
     dim: int = 4096
     """Model width D."""
     n_layers: int = 32
@@ -38,14 +40,44 @@ class ModelArgs(BaseModel):
     """Head width E; dim / n_heads when absent."""
     vocab_size: int = -1
     """Rows of the embedding and the head; -1 takes the checkpoint's."""
+    embedding_dim: int | None = None
+    """Width of the embedding and the head where it is not dim; a projection leads in and another out (OPT-350m)."""
     hidden_dim: int | None = None
     """MLP width F; when absent it follows from dim, ffn_dim_multiplier and multiple_of as in Meta's code."""
     multiple_of: int = 256
     """The MLP width is rounded up to a multiple of this."""
     ffn_dim_multiplier: float | None = None
     """Factor on the MLP width before rounding."""
+    gated: bool = True
+    """Whether the MLP is w2(act(w1 x) * w3 x); otherwise it is w2(act(w1 x)), without a w3."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    """act of the MLP."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias."""
     norm_eps: float = 1e-5
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
+    norm_placement: Literal["before", "after", "both"] = "before"
+    """Norms before each layer, after its residual sum (OPT-350m), or before it and on its output (GLM-4)."""
+    final_norm: bool = True
+    """Whether a norm follows the last block."""
+    embedding_norm: bool = False
+    """Whether a norm follows the embedding (BLOOM)."""
+    qk_norm: bool = False
+    """Whether RMSNorm is applied to each head's query and key before they are rotated (Qwen3)."""
+    parallel_residual: bool = False
+    """Whether attention and MLP read the same input and are added together (GPT-NeoX)."""
+    position: Literal["rotary", "learned", "alibi"] = "rotary"
+    """How a token's place enters: rotated queries and keys, a learned embedding, or attention biased by distance."""
+    position_offset: int = 0
+    """Row of the learned position embedding that belongs to position 0 (OPT: 2)."""
+    rotary_layout: Literal["pairs", "halves"] = "pairs"
+    """Channels of a head that rotate together: neighbours (Meta, GLM), or i and i + rotary_dim / 2 (Hugging Face)."""
+    rotary_dim: int | None = None
+    """Channels of a head that are rotated, the first ones; head_dim when absent."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself included; all before it when absent."""
+    sliding_layers: list[int] | None = None
+    """Blocks that the window applies to; all when absent."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
@@ -61,7 +93,7 @@ class ModelArgs(BaseModel):
     tie_word_embeddings: bool = False
     """Whether the head is the embedding."""
     max_seq_len: int = 2048
-    """Longest document, in tokens."""
+    """Longest document the model was made for, in tokens; a bound for learned positions and dynamic scaling."""
     max_batch_size: int = 32
     """Accepted because upstream's files hold it; the key/value cache is sized by the batch at hand."""
 
@@ -81,6 +113,8 @@ class ModelArgs(BaseModel):
         """Fill in the settings that follow from others."""
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
+        self.rotary_dim = self.rotary_dim or self.head_dim
+        self.embedding_dim = self.embedding_dim or self.dim
         if self.hidden_dim is None:
             width = int(2 * (4 * self.dim) / 3)
             if self.ffn_dim_multiplier is not None:
@@ -89,13 +123,23 @@ class ModelArgs(BaseModel):
         if self.use_scaled_rope and self.rope_scaling is None:
             self.rope_scaling = RopeScaling(kind="llama3", factor=8.0)
 
+    @property
+    def longest_document(self) -> int | None:
+        """Tokens beyond which the model has no positions, or none that mean what they did; None where it has no end."""
+        dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
+        bounded = self.position == "learned" or (self.position == "rotary" and dynamic)
+        return self.max_seq_len if bounded else None
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that block `layer` attends to; None for all."""
+        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
+
     def check_model_parallel(self, size: int) -> None:
         """Raise `ParallelError` if `size` ranks cannot share this model evenly, naming the sizes that can."""
         counts = {
             "attention heads": self.n_heads,
             "key/value heads": self.n_kv_heads,
             "MLP width pairs": self.hidden_dim // 2,
-            "vocabulary rows": self.vocab_size,
         }
         bad = [f"{count} {what}" for what, count in counts.items() if count % size]
         if bad:

@@ -9,89 +9,151 @@ from torch import Tensor, nn
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.linear import Linear
-from accessory.model.position import rotate
+from accessory.model.norm import RMSNorm
+from accessory.model.position import lean, rotate
 from accessory.model.sequences import Sequences
-from accessory.parallel.tensor import copy_to_model_parallel_region
+from accessory.parallel.tensor import Slicing, copy_to_model_parallel_region, mark
 
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E)) v with H query and K key/value heads; this rank holds its share of both."""
 
-    def __init__(self, args: ModelArgs, ranks: int, **linear) -> None:
+    def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
         super().__init__()
-        self.head_dim = args.head_dim
+        self.head_dim, self.position, self.layout = args.head_dim, args.position, args.rotary_layout
+        self.window = args.window(layer)
         q_width, kv_width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
         column = {"cut": "column", "ranks": ranks, "bias": args.qkv_bias, **linear}
         self.wq = Linear(args.dim, q_width, **column)
         self.wk = Linear(args.dim, kv_width, **column)
         self.wv = Linear(args.dim, kv_width, **column)
         self.wo = Linear(q_width, args.dim, cut="row", ranks=ranks, bias=args.out_bias, **linear)
+        self.q_norm = _head_norm(args) if args.qk_norm else None
+        self.k_norm = _head_norm(args) if args.qk_norm else None
 
     def forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
         x = copy_to_model_parallel_region(x)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, sequences.turn), rotate(k, sequences.turn)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        scale = None
+        if self.position == "rotary":
+            q, k = rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
+        elif self.position == "alibi":
+            q, k, v = lean(q, k, v, sequences.lean)
+            scale = self.head_dim**-0.5
         if cache is None:
-            out = attend(q, k, v, sequences)
+            out = attend(q, k, v, sequences, self.window, scale)
         else:
             cache.store(k, v, sequences)
-            out = attend_cached(q, cache, sequences)
-        return self.wo(out.flatten(1))
+            out = attend_cached(q, cache, sequences, self.window, scale)
+        return self.wo(out[..., : self.head_dim].flatten(1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+def _head_norm(args: ModelArgs) -> RMSNorm:
+    """A norm over each head's E channels, shared by all heads: its gradient on a rank comes from that rank's heads."""
+    norm = RMSNorm(args.head_dim, args.norm_eps)
+    mark(norm.weight, Slicing(partial=True))
+    return norm
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None = None, scale: float | None = None
+) -> Tensor:
     """Causal attention inside each document: q [T, H, E], k and v [T, K, E] -> [T, H, E].
 
+    window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
     On CUDA in half precision one variable-length flash kernel does all documents; elsewhere each gets its own call.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _attend_varlen(q, k, v, sequences)
+        return _attend_varlen(q, k, v, sequences, window, scale)
     parts = [
-        _causal(*(t.transpose(0, 1)[None] for t in document))[0].transpose(0, 1)
+        _document(*(t.transpose(0, 1)[None] for t in document), sequences, window, scale)[0].transpose(0, 1)
         for document in zip(*(t.split(sequences.lengths) for t in (q, k, v)), strict=True)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def _document(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, scale: float | None) -> Tensor:
+    """One document alone: q [1, H, S, E], k and v [1, K, S, E] -> [1, H, S, E]."""
+    if window is None or q.shape[2] <= window:
+        return _causal(q, k, v, scale)
+    # `window` queries at a time against the keys they can see: no more work than there is to do, and one small mask.
+    band = sequences.band(window, q.dtype)
+    parts = [_causal(*(t[:, :, :window] for t in (q, k, v)), scale)]
+    for begin in range(window, q.shape[2], window):
+        first, end = begin - window + 1, min(begin + window, q.shape[2])
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end],
+                attn_mask=band[: end - begin, : end - first], scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )  # fmt: skip
+    return torch.cat(parts, 2)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )  # fmt: skip
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, scale: float | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # the kernel's own grouping flag came after torch 2.11
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     offsets, longest = sequences.offsets, sequences.longest
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
+    before = -1 if window is None else window - 1
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(before, 0))
 
 
-def attend_cached(q: Tensor, cache: LayerCache, sequences: Sequences) -> Tensor:
+def attend_cached(
+    q: Tensor, cache: LayerCache, sequences: Sequences, window: int | None = None, scale: float | None = None
+) -> Tensor:
     """New queries q [T, H, E] against everything their documents have in the cache, causally -> [T, H, E]."""
-    grouped = q.shape[1] != cache.keys.shape[2]
-    if sequences.longest == 1 and len(sequences.lengths) > 1:  # one decoding step of a batch
-        return _decode_batch(q, cache, sequences, grouped)
+    if len(sequences.lengths) > 1 and set(sequences.lengths) == {1}:  # one decoding step of a batch
+        return _decode_batch(q, cache, sequences, window, scale)
     parts = []
     for i, part in enumerate(q.split(sequences.lengths)):
         start, end = sequences.starts[i], sequences.starts[i] + sequences.lengths[i]
-        keys, values = (t[i, :end].transpose(0, 1)[None] for t in (cache.keys, cache.values))
-        mask = None
-        if start and len(part) > 1:
-            mask = torch.ones(len(part), end, dtype=torch.bool, device=q.device).tril(start)
-        out = F.scaled_dot_product_attention(
-            part.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=not start and len(part) > 1,
-            enable_gqa=grouped,
-        )  # fmt: skip
+        first = 0 if window is None else max(start - window + 1, 0)
+        queries = part.transpose(0, 1)[None]
+        keys, values = (t[i, first:end].transpose(0, 1)[None] for t in (cache.keys, cache.values))
+        if start == 0:
+            out = _document(queries, keys, values, sequences, window, scale)
+        else:
+            out = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=_seen(len(part), end - first, window, q.device), scale=scale,
+                enable_gqa=queries.shape[1] != keys.shape[1],
+            )  # fmt: skip
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
 
-def _decode_batch(q: Tensor, cache: LayerCache, sequences: Sequences, grouped: bool) -> Tensor:
-    ends = torch.tensor(sequences.starts, device=q.device) + 1
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which of `keys` keys each of the `queries` last tokens sees, bool [queries, keys]; None where one sees all."""
+    if queries <= 1:
+        return None
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if window is None else seen.triu(keys - queries - window + 1)
+
+
+def _decode_batch(
+    q: Tensor, cache: LayerCache, sequences: Sequences, window: int | None, scale: float | None
+) -> Tensor:
+    ends = torch.tensor(sequences.starts, device=q.device)[:, None] + 1
     longest = max(sequences.starts) + 1
-    mask = torch.arange(longest, device=q.device) < ends[:, None]
+    places = torch.arange(longest, device=q.device)
+    mask = places < ends
+    if window is not None:
+        mask &= places >= ends - window
     keys, values = (t[:, :longest].transpose(1, 2) for t in (cache.keys, cache.values))
-    out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask[:, None, None], enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        q[:, :, None], keys, values, attn_mask=mask[:, None, None], scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
+    )
     return out[:, :, 0]

@@ -1,4 +1,4 @@
-"""One decoder block: attention and feed-forward, each behind a norm and beside a residual."""
+"""One decoder block: attention and feed-forward, each beside a norm and a residual."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import LayerCache
 from accessory.model.feed_forward import FeedForward
-from accessory.model.norm import RMSNorm
+from accessory.model.norm import make_norm
 from accessory.model.sequences import Sequences
 
 
 class Block(nn.Module):
-    """x [T, D] -> [T, D]. `recompute` keeps only x for the backward and runs the block again there."""
+    """x [T, D] -> x + its attention, then + its feed-forward [T, D]; `args.norm_placement` says where norms stand.
 
-    def __init__(self, args: ModelArgs, ranks: int, **linear) -> None:
+    before: on what attention and feed-forward read. after: on the sums. both: on what they read and on what they add.
+    `args.parallel_residual`: feed-forward reads x rather than the sum with attention.
+    `recompute` keeps only x for the backward and runs the block again there.
+    """
+
+    def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
         super().__init__()
-        self.attention = Attention(args, ranks, **linear)
+        self.attention = Attention(args, layer, ranks, **linear)
         self.feed_forward = FeedForward(args, ranks, **linear)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = make_norm(args, args.dim)
+        self.ffn_norm = make_norm(args, args.dim)
+        self.placement, self.parallel = args.norm_placement, args.parallel_residual
+        if self.placement == "both":
+            self.attention_post_norm = make_norm(args, args.dim)
+            self.ffn_post_norm = make_norm(args, args.dim)
         self.recompute = False
 
     def forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
@@ -31,5 +40,14 @@ class Block(nn.Module):
         return self._forward(x, sequences, cache)
 
     def _forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), sequences, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        if self.placement == "after":
+            x = self.attention_norm(x + self.attention(x, sequences, cache))
+            return self.ffn_norm(x + self.feed_forward(x))
+        attended = self.attention(self.attention_norm(x), sequences, cache)
+        if self.placement == "both":
+            attended = self.attention_post_norm(attended)
+        middle = x + attended
+        fed = self.feed_forward(self.ffn_norm(x if self.parallel else middle))
+        if self.placement == "both":
+            fed = self.ffn_post_norm(fed)
+        return middle + fed

@@ -9,7 +9,7 @@ from accessory.model.sequences import Sequences
 
 
 class LayerCache:
-    """Keys and values of one layer, each [B, longest document, K / ranks, E]."""
+    """Keys and values of one layer, each [B, longest document, K / ranks, E] (with ALiBi's channels where it leans)."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)

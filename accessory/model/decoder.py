@@ -8,24 +8,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.errors import ConfigError
 from accessory.model.args import ModelArgs
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
-from accessory.model.norm import RMSNorm
-from accessory.model.position import rotary_frequencies
+from accessory.model.linear import plain_product
+from accessory.model.norm import make_norm
+from accessory.model.position import LEAN_WIDTH, alibi_slopes, lean_channels, rotary_frequencies
 from accessory.model.sequences import Sequences
-from accessory.parallel.tensor import Slicing, mark, reduce_from_model_parallel_region, slice_bounds
+from accessory.parallel.tensor import (
+    WHOLE,
+    Slicing,
+    mark,
+    padded_bounds,
+    reduce_from_model_parallel_region,
+    slice_bounds,
+)
 from accessory.quant import PackedWeight
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the embedding [V, D] shared out over the ranks: each looks up its own, and the results are summed."""
+    """Rows of the embedding [V, D] shared out over the ranks: each looks up its own, and the results are summed.
+
+    Every rank has as many rows; where the ranks do not divide V, the last ones are nobody's.
+    """
 
     def __init__(self, vocab_size: int, dim: int, *, rank: int, ranks: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.start, self.stop = slice_bounds(vocab_size, rank, ranks)
-        shape = (self.stop - self.start, dim)
-        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), Slicing(dim=0))
+        self.start, self.stop = padded_bounds(vocab_size, rank, ranks)
+        self.weight = _vocabulary_rows(vocab_size, dim, ranks, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, D] in the weight's dtype."""
@@ -35,16 +46,47 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Rows of the output matrix [V, D] shared out over the ranks; the loss and generation multiply with it."""
+    """Rows of the output matrix [V, D] shared out as the embedding's; the loss and generation multiply with it."""
 
     def __init__(self, vocab_size: int, dim: int, *, ranks: int, dtype: torch.dtype) -> None:
         super().__init__()
-        shape = (vocab_size // ranks, dim)
-        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), Slicing(dim=0))
+        self.weight = _vocabulary_rows(vocab_size, dim, ranks, dtype)
+
+
+def _vocabulary_rows(vocab_size: int, dim: int, ranks: int, dtype: torch.dtype) -> nn.Parameter:
+    shape = (-(-vocab_size // ranks), dim)
+    return mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), Slicing(dim=0, whole=vocab_size))
+
+
+class PositionEmbedding(nn.Module):
+    """A learned row for each position, whole on every rank; position 0 has row `offset`."""
+
+    def __init__(self, positions: int, dim: int, *, offset: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.offset = offset
+        shape = (positions + offset, dim)
+        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), WHOLE)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions [T] -> [T, D] in the weight's dtype."""
+        return F.embedding(positions + self.offset, self.weight)
+
+
+class Projection(nn.Module):
+    """A plain matrix between the embedding's width and the model's, whole on every rank."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        shape = (out_features, in_features)
+        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), WHOLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in] -> x W^T [T, out] in x's dtype."""
+        return plain_product(x, self.weight)
 
 
 class Decoder(nn.Module):
-    """A LLaMA-style decoder, made on the meta device and filled by `accessory.checkpoint`.
+    """A decoder of the shape that `args` says, made on the meta device and filled by `accessory.checkpoint`.
 
     Open at both ends: it takes token ids or embeddings, and hands each block's output to `on_block`.
     """
@@ -59,17 +101,50 @@ class Decoder(nn.Module):
         storage: Callable[[tuple[int, int]], PackedWeight] | None = None,
     ) -> None:
         super().__init__()
-        self.args, self.dtype, self.ranks = args, dtype, ranks
-        self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim, rank=rank, ranks=ranks, dtype=dtype)
-        self.layers = nn.ModuleList(Block(args, ranks, dtype=dtype, storage=storage) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tie_word_embeddings else Head(args.vocab_size, args.dim, ranks=ranks, dtype=dtype)
+        self.args, self.dtype, self.rank, self.ranks = args, dtype, rank, ranks
+        vocabulary = {"vocab_size": args.vocab_size, "dim": args.embedding_dim, "ranks": ranks, "dtype": dtype}
+        self.tok_embeddings = VocabParallelEmbedding(rank=rank, **vocabulary)
+        self._make_entrance()
+        self.layers = nn.ModuleList(Block(args, i, ranks, dtype=dtype, storage=storage) for i in range(args.n_layers))
+        self.norm = make_norm(args, args.dim) if args.final_norm else None
+        narrow = args.embedding_dim != args.dim
+        self.project_out = Projection(args.dim, args.embedding_dim, dtype) if narrow else None
+        self.output = None if args.tie_word_embeddings else Head(**vocabulary)
         self.register_buffer("frequencies", rotary_frequencies(args), persistent=False)
+
+    def _make_entrance(self) -> None:
+        """What stands between the embedding and the first block."""
+        args, dtype = self.args, self.dtype
+        narrow, learned = args.embedding_dim != args.dim, args.position == "learned"
+        self.project_in = Projection(args.embedding_dim, args.dim, dtype) if narrow else None
+        self.pos_embeddings = (
+            PositionEmbedding(args.max_seq_len, args.dim, offset=args.position_offset, dtype=dtype) if learned else None
+        )
+        self.tok_norm = make_norm(args, args.dim) if args.embedding_norm else None
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output matrix [V / ranks, D]."""
+        """This rank's rows of the output matrix [V / ranks, embedding_dim]; those from V on are padding."""
         return (self.output or self.tok_embeddings).weight
+
+    def sequences(self, lengths: tuple[int, ...], starts: tuple[int, ...] | None = None) -> Sequences:
+        """Where the tokens of documents of `lengths` stand, behind `starts` tokens that are in the cache already.
+
+        Raises `ConfigError` for a document that is longer than the model's positions reach.
+        """
+        made = Sequences.build(lengths, self.frequencies, starts)
+        longest = max(start + length for start, length in zip(made.starts, lengths, strict=True))
+        limit = self.args.longest_document
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"A document has {longest} tokens; this model has positions for {limit}. Give --max_words {limit} (for "
+                f"training) or --max_seq_len {limit} (for asking), or less."
+            )
+        if self.args.position != "alibi":
+            return made
+        mine = slice(*slice_bounds(self.args.n_heads, self.rank, self.ranks))
+        slopes = alibi_slopes(self.args.n_heads)[mine].to(self.frequencies.device)
+        return made.leaning(lean_channels(slopes, made.positions, self.args.head_dim, self.dtype))
 
     def forward(
         self,
@@ -78,16 +153,29 @@ class Decoder(nn.Module):
         cache: list[LayerCache] | None = None,
         on_block: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Token ids [T] or embeddings [T, D] -> the last block's normalized output [T, D]."""
+        """Token ids [T] or their embeddings [T, embedding_dim] -> what the head multiplies [T, embedding_dim].
+
+        That is the last block's output, normalized and led back to the embedding's width.
+        """
         x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
-        x = x.to(self.dtype)
+        x = self._enter(x.to(self.dtype), sequences)
         for i, block in enumerate(self.layers):
             x = block(x, sequences, cache[i] if cache else None)
             if on_block:
                 on_block(i, x)
-        return self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def _enter(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """Embeddings [T, embedding_dim] -> the first block's input [T, D]."""
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.pos_embeddings is not None:
+            x = x + self.pos_embeddings(sequences.positions).to(x.dtype)
+        return x if self.tok_norm is None else self.tok_norm(x)
 
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens."""
-        shape = (documents, longest, self.args.n_kv_heads // self.ranks, self.args.head_dim)
+        width = self.args.head_dim + (LEAN_WIDTH if self.args.position == "alibi" else 0)
+        shape = (documents, longest, self.args.n_kv_heads // self.ranks, width)
         return [LayerCache(shape, self.dtype, self.frequencies.device) for _ in self.layers]

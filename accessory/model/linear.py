@@ -55,6 +55,12 @@ class Linear(nn.Module):
         """How W is cut."""
         return Slicing(dim=0 if self.cut == "column" else 1)
 
+    def keep_plain(self, dtype: torch.dtype) -> None:
+        """Hold W as plain numbers of `dtype`, whatever the storage of the others."""
+        shape = tuple(self.weight.shape)
+        del self.weight
+        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), self.weight_slicing)
+
     def add_bias(self, dtype: torch.dtype) -> None:
         """Give the layer a bias in `dtype`: a column layer cuts it with the rows of W, a row layer adds it whole."""
         size = self.out_features // self.ranks if self.cut == "column" else self.out_features

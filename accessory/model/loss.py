@@ -15,17 +15,18 @@ from accessory.parallel.groups import model_parallel_group
 CHUNK = 512  # supervised tokens whose logits are alive at once
 
 
-def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
     """Sum over supervised tokens of -log p(label), fp32 scalar.
 
-    hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised.
+    hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. Of all ranks' rows
+    together those from `vocab_size` on are padding: they take no part. Absent, there are none.
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, labels)
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
         rows = (labels >= 0).nonzero()[:, 0]
         want_hidden, want_head = ctx.needs_input_grad[:2]
         matrix = head.to(hidden.dtype)
@@ -37,6 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = rows[begin : begin + CHUNK]
             x = hidden[chunk]
             scores = (x @ matrix.t()).to(wide)
+            _leave_out_padding(scores, vocab_size)
             total += _loss_and_gradient(scores, labels[chunk])
             narrow = scores.to(hidden.dtype)
             if dhidden is not None:
@@ -50,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, dhidden, dhead = ctx.saved_tensors
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)
@@ -58,7 +60,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
                 full[at] = (part.to(dloss.dtype) * dloss).to(part.dtype)
             dhidden = full
-        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None
+
+
+def _leave_out_padding(scores: Tensor, vocab_size: int | None) -> None:
+    """Give the rows from `vocab_size` on no probability: `scores` [c, V / ranks] is changed."""
+    if vocab_size is not None:
+        before = dist.get_rank(model_parallel_group()) * scores.shape[1]
+        scores[:, max(vocab_size - before, 0) :] = -torch.inf
 
 
 def _loss_and_gradient(scores: Tensor, labels: Tensor) -> Tensor:

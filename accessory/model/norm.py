@@ -1,22 +1,45 @@
-"""RMSNorm (Zhang & Sennrich 2019), saving its input and one number a token for the backward."""
+"""RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), saving their input and a number or two a token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from accessory.model.args import ModelArgs
 
-class RMSNorm(nn.Module):
-    """x [T, D] -> x / rms(x) * weight, computed in fp32 and returned in x's dtype. `weight` [D] is always fp32."""
+
+class Norm(nn.Module):
+    """x [..., D] -> x normalized over D, computed in fp32 and returned in x's dtype. `weight` [D] is always fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32, device="meta"))
 
+
+class RMSNorm(Norm):
+    """x / rms(x) * weight."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension."""
         return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class LayerNorm(Norm):
+    """(x - mean(x)) / deviation(x) * weight + bias; `bias` [D] is fp32 too."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(args: ModelArgs, dim: int) -> Norm:
+    """The kind of norm that the settings ask for, over `dim` channels."""
+    return (LayerNorm if args.norm == "layer" else RMSNorm)(dim, args.norm_eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -34,8 +57,34 @@ class _RMSNorm(torch.autograd.Function):
         dy = dy.to(scale.dtype)
         dx = dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (dy * unit).sum(0).to(weight.dtype)
+            dweight = (dy * unit).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             dunit = dy * weight
             dx = dunit.sub_(unit.mul_((dunit * unit).mean(-1, keepdim=True))).mul_(scale).to(x.dtype)
         return dx, dweight, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """torch's own kernels on a wide copy of x that is dropped again: they would keep it, and want one dtype on CUDA."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale, shift = weight.to(wide.dtype), bias.to(wide.dtype)
+        y, mean, inverse = torch.native_layer_norm(wide, weight.shape, scale, shift, eps)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, bias, mean, inverse = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            dy.to(mean.dtype), x.to(mean.dtype), weight.shape, mean, inverse,
+            weight.to(mean.dtype), bias.to(mean.dtype), ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return (
+            dx.to(x.dtype) if ctx.needs_input_grad[0] else None,
+            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            dbias.to(bias.dtype) if ctx.needs_input_grad[2] else None,
+            None,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -16,27 +16,50 @@ class Sequences:
     """B documents laid end to end in T tokens. Attention never crosses from one to the next.
 
     lengths: new tokens of each document (summing to T). starts: tokens of each document already in the key/value cache
-    (all zero in training). turn: rotary factors [T, 1, E/2]. device: where the tokens are.
+    (all zero in training). positions: of each token in its document [T], on the tokens' device. turn: rotary factors
+    [T, 1, rotary_dim / 2]. lean: ALiBi's channels (`lean_channels`), or None.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
+    positions: Tensor
     turn: Tensor
+    lean: tuple[Tensor, Tensor] | None = None
+    _bands: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def build(lengths: tuple[int, ...], frequencies: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
-        """Positions run from `starts` in each document; `frequencies` [E/2] lies on the tokens' device."""
+        """Positions run from `starts` in each document; `frequencies` [rotary_dim / 2] lies on the tokens' device."""
         starts = starts or (0,) * len(lengths)
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-        return Sequences(lengths, starts, rotations(frequencies, positions.to(frequencies.device)))
+        positions = positions.to(frequencies.device)
+        return Sequences(lengths, starts, positions, rotations(frequencies, positions))
+
+    def leaning(self, channels: tuple[Tensor, Tensor]) -> Sequences:
+        """The same with ALiBi's channels."""
+        return replace(self, lean=channels)
 
     @cached_property
     def offsets(self) -> Tensor:
         """Where each document begins and the last one ends, int32 [B + 1], for variable-length attention kernels."""
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(self.turn.device)
+        return ends.to(self.positions.device)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(self.lengths)
+
+    def band(self, window: int, dtype: torch.dtype) -> Tensor:
+        """What `window` queries in a row add to their scores of the 2 window - 1 keys up to the last of them.
+
+        Zero for the `window` keys that end with a query's own, else minus infinity. Made once for all layers, because
+        each keeps it for its backward.
+        """
+        if (window, dtype) not in self._bands:
+            seen = torch.ones(window, 2 * window - 1, dtype=torch.bool, device=self.positions.device)
+            seen = seen.tril(window - 1).triu()
+            self._bands[window, dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+                ~seen, -torch.inf
+            )
+        return self._bands[window, dtype]

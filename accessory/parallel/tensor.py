@@ -27,10 +27,19 @@ class Slicing:
 
     dim: the dimension along which ranks hold slices, or None where every rank holds the whole.
     partial: every rank holds the whole, but its gradient is only this rank's share and must be summed over the group.
+    whole: size of the whole along `dim` where the ranks need not divide it; the last slices are padded with zeros.
     """
 
     dim: int | None = None
     partial: bool = False
+    whole: int | None = None
+
+    def whole_shape(self, local: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+        """Shape of the whole parameter, from that of a rank's slice."""
+        if self.dim is None:
+            return local
+        size = local[self.dim] * ranks if self.whole is None else self.whole
+        return (*local[: self.dim], size, *local[self.dim + 1 :])
 
 
 WHOLE = Slicing()
@@ -55,6 +64,29 @@ def slice_bounds(size: int, rank: int, ranks: int) -> tuple[int, int]:
     return rank * step, (rank + 1) * step
 
 
+def padded_bounds(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The half-open range of `rank` when `size` is cut into slices of which the last ones may have less in them."""
+    step = -(-size // ranks)
+    return min(rank * step, size), min((rank + 1) * step, size)
+
+
+def pad_slice(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor lengthened to `size` along `dim` with zeros; itself where it is as long."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])], dim)
+
+
+def own_slice(tensor: Tensor, slicing: Slicing, rank: int, ranks: int) -> Tensor:
+    """What `rank` holds of a whole tensor; itself where nothing is cut."""
+    if slicing.dim is None:
+        return tensor
+    size = tensor.shape[slicing.dim]
+    start, stop = slice_bounds(size, rank, ranks) if slicing.whole is None else padded_bounds(size, rank, ranks)
+    return pad_slice(tensor.narrow(slicing.dim, start, stop - start), slicing.dim, -(-size // ranks))
+
+
 def gather_slices(tensor: Tensor, dim: int | None) -> Tensor:
     """The whole tensor from every rank's slice along `dim` (itself where `dim` is None). A collective; no gradient."""
     group = model_parallel_group()
@@ -72,6 +104,9 @@ __all__ = [
     "gather_from_model_parallel_region",
     "gather_slices",
     "mark",
+    "own_slice",
+    "pad_slice",
+    "padded_bounds",
     "reduce_from_model_parallel_region",
     "slice_bounds",
     "slicing_of",

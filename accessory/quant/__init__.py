@@ -13,6 +13,7 @@ STORAGES: dict[str, Callable[[tuple[int, int]], PackedWeight]] = {
     "nf4": partial(FourBitWeight, quant_type="nf4", nested=True),
     "nf4_single": partial(FourBitWeight, quant_type="nf4", nested=False),
     "fp4": partial(FourBitWeight, quant_type="fp4", nested=True),
+    "fp4_single": partial(FourBitWeight, quant_type="fp4", nested=False),
 }
 """Name given to `--quant_type` -> a function making an empty packed matrix of a shape [N, K]."""
 

@@ -12,12 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from accessory.errors import CheckpointError
 from accessory.quant.packed import PackedWeight
 
 # On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 
+PackedState = dict[str, Tensor]
+"""`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""
 BLOCK = 64  # weights that share one scale
 NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsandbytes
 
@@ -26,6 +29,11 @@ NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsand
 def nested_codebook(device: torch.device) -> Tensor:
     """The 256 values [256] fp32 an 8-bit scale can take; shared by every weight on `device`."""
     return bnb.create_dynamic_map().to(device)
+
+
+def codebook_of(quant_type: str) -> Tensor:
+    """The 16 values [16] fp32 that a 4-bit code of "nf4" or "fp4" stands for, before scaling."""
+    return bnb.get_4bit_type(quant_type, device="cpu")
 
 
 class FourBitWeight(PackedWeight):
@@ -60,18 +68,96 @@ class FourBitWeight(PackedWeight):
             self.nested_scales = _frozen(state.state2.absmax)
             self.offset = _frozen(state.offset.view(1))
 
+    def adopt(self, state: PackedState) -> None:
+        """Take codes and statistics as they are; those of a slice may be single-level though the rest are nested."""
+        self.nested = "nested_scales" in state
+        for name in ("codes", "scales", "nested_scales", "offset"):
+            self._parameters.pop(name, None)
+            if name in state:
+                setattr(self, name, _frozen(state[name]))
+
+    def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What bitsandbytes stores of such a matrix, by what it appends to the weight's name; unpacks to `dtype`."""
+        state = _quant_state(self, dtype).as_dict(packed=True)
+        return {"": self.codes.data.view(-1, 1)} | {f".{key}": value for key, value in state.items()}
+
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Dequantize to [N, K] in `dtype`."""
-        scales = self.scales
-        if self.nested:
-            codebook = nested_codebook(scales.device)
-            scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
-                scales, self.nested_scales, codebook, NESTED_BLOCK, torch.float32
-            ).add_(self.offset)
+        scales = plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             self.codes.view(-1, 1), scales, BLOCK, self.quant_type, self.shape, dtype
         )
+
+
+def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
+    nested = None
+    if matrix.nested:
+        code = nested_codebook(matrix.scales.device)
+        nested = bnb.QuantState(
+            absmax=matrix.nested_scales.data, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
+    return bnb.QuantState(
+        absmax=matrix.scales.data,
+        shape=matrix.shape,
+        code=codebook_of(matrix.quant_type),
+        blocksize=BLOCK,
+        quant_type=matrix.quant_type,
+        dtype=dtype,
+        offset=matrix.offset.data[0] if matrix.nested else None,
+        state2=nested,
+    )
+
+
+def plain_scales(scales: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
+    """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
+    codebook = nested_codebook(scales.device)
+    return torch.ops.bitsandbytes.dequantize_blockwise.default(
+        scales, nested_scales, codebook, NESTED_BLOCK, torch.float32
+    ).add_(offset)
+
+
+def slice_packed(
+    state: PackedState,
+    shape: tuple[int, int],
+    *,
+    name: str,
+    rows: Tensor | None = None,
+    dim: int | None = None,
+    start: int = 0,
+    stop: int = 0,
+) -> PackedState:
+    """The packed form of some rows of a packed matrix [N, K], and of the range [start, stop) along `dim` of those.
+
+    Codes are copied byte for byte. Scales of scales are kept where their groups of 256 blocks stay whole; elsewhere the
+    fp32 scales they stand for are, which multiply to the same numbers. Raises `CheckpointError` where the cut would go
+    through blocks of 64.
+    """
+    if rows is None and dim is None:
+        return state
+    n, k = shape
+    taken = torch.arange(n) if rows is None else rows
+    taken = taken[start:stop] if dim == 0 else taken
+    columns = (start, stop) if dim == 1 else (0, k)
+    if k % BLOCK or columns[0] % BLOCK or columns[1] % BLOCK:
+        raise CheckpointError(
+            f"{name}: its {k} columns are packed in blocks of {BLOCK} that cannot be cut at {columns[0]}:{columns[1]}; "
+            "choose another --model_parallel_size, or give the full-precision checkpoint."
+        )
+    per_row, first = k // BLOCK, int(taken[0])
+    straight = columns == (0, k) and bool((taken.diff() == 1).all())
+    aligned = first * per_row % NESTED_BLOCK == 0
+    codes = state["codes"].view(n, k // 2)[taken, columns[0] // 2 : columns[1] // 2].reshape(-1)
+    if "nested_scales" in state and straight and aligned:
+        blocks = slice(first * per_row, (first + len(taken)) * per_row)
+        groups = slice(blocks.start // NESTED_BLOCK, -(-blocks.stop // NESTED_BLOCK))
+        scales = {"scales": state["scales"][blocks], "nested_scales": state["nested_scales"][groups]}
+        return {"codes": codes, **scales, "offset": state["offset"]}
+    scales = state["scales"]
+    if "nested_scales" in state:
+        scales = plain_scales(scales, state["nested_scales"], state["offset"])
+    cut = scales.view(n, per_row)[taken, columns[0] // BLOCK : columns[1] // BLOCK]
+    return {"codes": codes, "scales": cut.reshape(-1)}
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -24,6 +24,10 @@ class PackedWeight(nn.Module, ABC):
         """Fill the codes and statistics from `weight` [N, K] in any float dtype, on the device where it lies."""
 
     @abstractmethod
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Take codes and statistics, by parameter name, that were packed before."""
+
+    @abstractmethod
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`, as the codes and statistics say."""
 

@@ -1,6 +1,7 @@
 """Text to token ids and back, whatever file the vocabulary comes in."""
 
+from accessory.tokenizer.added import with_added_tokens
 from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.opening import open_tokenizer
+from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
-__all__ = ["Tokenizer", "open_tokenizer"]
+__all__ = ["Tokenizer", "holds_tokenizer", "open_tokenizer", "with_added_tokens"]

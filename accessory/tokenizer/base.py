@@ -6,14 +6,21 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from accessory.errors import TokenizerError
+from accessory.tokenizer.chat import Chat, default_template
+from accessory.tokenizer.special import Added
 
 # Vocabularies often list chat markers as ordinary user-defined tokens. Text of a data set that spells such a marker
 # would then forge a turn, so whatever looks like one is never matched in text.
 _CONTROL = re.compile(r"<[|｜].+[|｜]>|</?s>|\[/?INST\]")
+
+Place = Literal["start", "behind_control", "continued"]
+"""Where a stretch of a chat stands: first, behind a control token, or where other text ended."""
 
 
 def looks_like_control(token: str) -> bool:
@@ -26,16 +33,22 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: number of ids the model must have rows for (highest id + 1).
-        bos_id: id that opens a document, or None where the vocabulary has none.
+        bos_id: id of the BOS token, or None where the vocabulary has none.
         eos_id: id that ends a document.
-        add_bos: whether a document starts with `bos_id`.
+        opening: ids that every document starts with: none, BOS, or for GLM `[gMASK]` and `<sop>`.
+        stop_ids: ids that end an answer; `eos_id` is one of them.
+        chat_template: the checkpoint's Jinja template of a conversation, or None.
+        source: the file it was read from, for messages.
         fingerprint: sha256 (hex) of everything that defines the tokenizer; equal fingerprints encode equally.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int
-    add_bos: bool
+    opening: tuple[int, ...]
+    stop_ids: frozenset[int]
+    chat_template: str | None = None
+    source: str
     fingerprint: str
 
     @abstractmethod
@@ -58,14 +71,63 @@ class Tokenizer(ABC):
         """Ids of one text; see `encode_batch`."""
         return self.encode_batch([text], continuation=continuation)[0]
 
-    def _set_special(self, *, bos_id: int | None, eos_id: int, add_bos: bool, definition: bytes, source: str) -> None:
-        """Set the special ids and the fingerprint, after a check that they fit the vocabulary (`vocab_size` is set)."""
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat template at work. Raises TokenizerError where the checkpoint has none, or one that is no Jinja."""
+        return Chat(self)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation as the checkpoint's template lays it out; see `Chat.ids`."""
+        return self.chat.ids(messages, add_generation_prompt)
+
+    def control_tokens(self) -> dict[int, Added]:
+        """The tokens that a chat template writes as markers, by id."""
+        return {}
+
+    def special_names(self) -> dict[str, str]:
+        """The special tokens a chat template may ask for: `bos_token`, `eos_token` and others there are."""
+        return {}
+
+    def encode_stretch(self, text: str, place: Place) -> list[int]:
+        """Ids of text between the control tokens of a chat, as the library of the vocabulary would cut it there."""
+        return self.encode(text, continuation=place != "start")
+
+    def _set_special(
+        self,
+        *,
+        bos_id: int | None,
+        eos_id: int,
+        definition: bytes,
+        source: str,
+        opening: tuple[int, ...] = (),
+        stop_ids: Iterable[int] = (),
+        config: Mapping[str, object] | None = None,
+    ) -> None:
+        """Set the special ids, the template (of `config`) and the fingerprint. `vocab_size` is set already.
+
+        Raises TokenizerError for a BOS or EOS that the vocabulary does not reach. Such `stop_ids` are left out: a
+        config.json may speak of the model's padded rows.
+        """
         for name, token_id in (("BOS", bos_id), ("EOS", eos_id)):
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise TokenizerError(
                     f"{source}: the {name} id is {token_id}; expected an id of the vocabulary, 0 to "
                     f"{self.vocab_size - 1}."
                 )
-        self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos and bos_id is not None
-        settings = json.dumps([type(self).__name__, self.bos_id, self.eos_id, self.add_bos])
+        self.bos_id, self.eos_id, self.opening = bos_id, eos_id, opening
+        self.stop_ids = frozenset({eos_id, *(token_id for token_id in stop_ids if 0 <= token_id < self.vocab_size)})
+        self.source, self.chat_template = source, default_template(config or {}, source)
+        settings = json.dumps([type(self).__name__, bos_id, eos_id, opening, sorted(self.stop_ids)])
         self.fingerprint = hashlib.sha256(definition + settings.encode()).hexdigest()
+
+    @property
+    def _ordered_stop_ids(self) -> tuple[int, ...]:
+        """The stop ids as files list them: EOS first."""
+        return (self.eos_id, *sorted(self.stop_ids - {self.eos_id}))
+
+
+def document_opening(usual: tuple[int, ...], bos_id: int | None, add_bos: bool | None) -> tuple[int, ...]:
+    """What opens a document: the family's `usual` ids, BOS put in or left out where a file states it (`add_bos`)."""
+    if add_bos is None or bos_id is None or (bos_id in usual) == add_bos:
+        return usual
+    return (bos_id, *usual) if add_bos else tuple(token_id for token_id in usual if token_id != bos_id)

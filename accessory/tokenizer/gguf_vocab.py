@@ -7,15 +7,15 @@ from enum import IntEnum
 from pathlib import Path
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Pipeline
+from tokenizers import AddedToken, decoders, processors
 
 from accessory.errors import TokenizerError, nearest
 from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.cutting import CUTTINGS
 from accessory.tokenizer.gguf_metadata import read_metadata
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.special import SpecialTokens
-from accessory.tokenizer.spm import SentencePieceTokenizer
+from accessory.tokenizer.spm import CHATGLM_CLASS, CHATGLM_OPENING, SentencePieceTokenizer
 
 
 class TokenType(IntEnum):
@@ -27,47 +27,6 @@ class TokenType(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
-
-
-# How each named pre-tokenizer cuts text before merging. `{digits}` is all that tells Llama 3 and Qwen 2 apart.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _single_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    cut = pre_tokenizers.Split(Regex(_SPLIT.format(digits=digits)), "isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    return _split("{1,3}")
-
-
-def _qwen2() -> pre_tokenizers.PreTokenizer:
-    return _split("")
-
-
-_PRE_TOKENIZERS = {
-    "default": _gpt2,
-    "gpt-2": _gpt2,
-    "smollm": _single_digits,
-    "starcoder": _single_digits,
-    "llama-bpe": _llama3,
-    "llama3": _llama3,
-    "llama-v3": _llama3,
-    "qwen2": _qwen2,
-}
-_LLAMA3 = {"llama-bpe", "llama3", "llama-v3"}
 
 
 def open_gguf(path: Path) -> Tokenizer:
@@ -92,28 +51,28 @@ def open_gguf(path: Path) -> Tokenizer:
 def _byte_level(values: dict[str, object], source: str) -> JsonTokenizer:
     tokens, types = _tokens_and_types(values, source)
     pre = values.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
+    if pre not in CUTTINGS:
         raise TokenizerError(
-            f"{source}: tokenizer.ggml.pre is {pre!r}; expected one of {', '.join(sorted(_PRE_TOKENIZERS))}."
-            f"{nearest(str(pre), _PRE_TOKENIZERS)} Give --tokenizer_path the model's tokenizer.json."
+            f"{source}: tokenizer.ggml.pre is {pre!r}; expected one of {', '.join(sorted(CUTTINGS))}."
+            f"{nearest(str(pre), CUTTINGS)} Give --tokenizer_path the model's tokenizer.json."
         )
+    way = CUTTINGS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(values, "tokenizer.ggml.merges", source)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     _check_merges(merges, vocabulary, source)
-    # Llama 3 takes a word that is a token whole, even where no chain of merges leads to it.
-    pipeline = Pipeline(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3))
-    if pre == "qwen2":
-        pipeline.normalizer = normalizers.NFC()
-    pipeline.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    pipeline = way.pipeline(vocabulary, merges)
     pipeline.decoder = decoders.ByteLevel()
     pipeline.add_tokens(_added_tokens(tokens, types))
-    special = _special_tokens(values, tokens, add_bos=pre in _LLAMA3, source=source)
+    if way.opening and set(way.opening) <= vocabulary.keys():
+        ids = [(name, vocabulary[name]) for name in way.opening]
+        pipeline.post_processor = processors.TemplateProcessing(f"{' '.join(way.opening)} $A", None, ids)
+    special = _special_tokens(values, tokens, add_bos=way.add_bos, source=source)
     return JsonTokenizer(json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False), special, source=source)
 
 
 def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
-    """Control tokens as special, user-defined ones as matched in text before anything else is cut."""
-    added = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    """Control and unused tokens as special, user-defined ones as matched in text before anything else is cut."""
+    added = {TokenType.CONTROL: True, TokenType.UNUSED: True, TokenType.USER_DEFINED: False}
     return [
         AddedToken(token, special=added[kind], normalized=False)
         for token, kind in zip(tokens, types, strict=True)
@@ -127,6 +86,9 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise TokenizerError(f"{source}: tokenizer.ggml.scores is missing or short; expected {len(tokens)} scores.")
     special = _special_tokens(values, tokens, add_bos=True, source=source)
+    controls = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL}
+    if set(CHATGLM_OPENING) <= controls:
+        special.config["tokenizer_class"] = CHATGLM_CLASS
     proto = ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         proto.pieces.add(piece=token, score=score, type=kind)
@@ -136,6 +98,9 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
     normalizer.add_dummy_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
     normalizer.remove_extra_whitespaces = bool(values.get("tokenizer.ggml.remove_extra_whitespaces", False))
     normalizer.escape_whitespaces = True
+    # An array of bytes, signed in some files.
+    charsmap = values.get("tokenizer.ggml.precompiled_charsmap") or []
+    normalizer.precompiled_charsmap = bytes(value & 0xFF for value in charsmap)
     return SentencePieceTokenizer(proto.SerializeToString(deterministic=True), special, source=source)
 
 
@@ -178,17 +143,21 @@ def _check_merges(merges: list[tuple[str, ...]], vocabulary: dict[str, int], sou
 
 def _special_tokens(values: dict[str, object], tokens: list[str], *, add_bos: bool, source: str) -> SpecialTokens:
     """BOS and EOS by name; `add_bos` holds where the file does not say. The chat template is kept for saving."""
-    names = {}
-    for name in ("bos", "eos"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        token_id = values.get(key)
-        if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < len(tokens)):
-            raise TokenizerError(f"{source}: {key} is {token_id!r}; expected an id from 0 to {len(tokens) - 1}.")
-        names[name] = None if token_id is None else tokens[token_id]
+    ids = {name: _special_id(values, name, len(tokens), source) for name in ("bos", "eos", "eot", "eom")}
+    names = {name: None if ids[name] is None else tokens[ids[name]] for name in ("bos", "eos")}
     template = values.get("tokenizer.chat_template")
     return SpecialTokens(
         **names,
         no_bos=names["bos"] is None,
         add_bos=bool(values.get("tokenizer.ggml.add_bos_token", add_bos)),
+        stop_ids=tuple(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None),
         config={"chat_template": template} if isinstance(template, str) else {},
     )
+
+
+def _special_id(values: dict[str, object], name: str, tokens: int, source: str) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    token_id = values.get(key)
+    if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < tokens):
+        raise TokenizerError(f"{source}: {key} is {token_id!r}; expected an id from 0 to {tokens - 1}.")
+    return token_id

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import tokenizers
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer, looks_like_control
+from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import what_is
-from accessory.tokenizer.special import SpecialTokens, write_special_tokens
+from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
 
 FILE_NAME = "tokenizer.json"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
@@ -20,17 +23,14 @@ _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
 class JsonTokenizer(Tokenizer):
-    """A pipeline of the `tokenizers` library; its own file names no BOS and EOS, the files beside it do."""
+    """A pipeline of the `tokenizers` library; its own file names no BOS and EOS, the files beside it (`special`) do."""
 
     def __init__(self, definition: str, special: SpecialTokens, *, source: str = FILE_NAME) -> None:
         """`definition` is the text of a tokenizer.json; `source` is named in the TokenizerError of an unusable one."""
-        pipeline = _parse(definition, source)
-        # Cutting and padding are the corpus' business; some published files carry both.
-        pipeline["truncation"] = pipeline["padding"] = None
-        _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id})
-        self._definition = definition
-        self._config = special.config
+        self._definition, self.special, self.source = definition, special, source
+        pipeline = self.pipeline()
         self._main = _load(pipeline, source)
+        self._check_added()
         continuing = _without_leading_space(pipeline)
         self._continuing = self._main if continuing == pipeline else _load(continuing, source)
         self.vocab_size = max(self._main.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -41,10 +41,28 @@ class JsonTokenizer(Tokenizer):
                 "tokenizer_config.json or 'eos_token_id' in config.json."
             )
         bos_id = None if special.no_bos else self._resolve("bos_token", special.bos, special.bos_id, source)
-        add_bos = self._adds_bos(bos_id) if special.add_bos is None else special.add_bos
-        self._set_special(bos_id=bos_id, eos_id=eos_id, add_bos=add_bos, definition=definition.encode(), source=source)
+        added = json.dumps(sorted((token_id, astuple(token)) for token_id, token in self._added.items()))
+        self._set_special(
+            bos_id=bos_id,
+            eos_id=eos_id,
+            opening=document_opening(self._usual_opening(eos_id), bos_id, special.add_bos),
+            stop_ids=special.stop_ids,
+            definition=definition.encode() + added.encode(),
+            source=source,
+            config=special.config,
+        )
         # An id that only config.json knows may name a token which the pipeline holds for plain text.
         self._silent = {self.bos_id, self.eos_id}
+
+    def pipeline(self) -> dict:
+        """The tokenizer.json it works with, parsed: added tokens are in it, and control tokens are special."""
+        pipeline = _parse(self._definition, self.source)
+        # Cutting and padding are the corpus' business; some published files carry both.
+        pipeline["truncation"] = pipeline["padding"] = None
+        special = self.special
+        self._added = _add_missing(pipeline, special.added)
+        _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id})
+        return pipeline
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False, threads: int = 1) -> list[list[int]]:
         """See `Tokenizer.encode_batch`. The library has a thread pool of its own, which `threads` > 1 switches on."""
@@ -58,14 +76,58 @@ class JsonTokenizer(Tokenizer):
         known = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._silent]
         return self._main.decode(known, skip_special_tokens=True)
 
+    def control_tokens(self) -> dict[int, Added]:
+        """See `Tokenizer.control_tokens`: the special ones among the added tokens."""
+        flags = {token_id: token for token_id, token in self._main.get_added_tokens_decoder().items() if token.special}
+        return {
+            token_id: Added(token.content, lstrip=token.lstrip, rstrip=token.rstrip)
+            for token_id, token in flags.items()
+        }
+
+    def has_token(self, name: str) -> bool:
+        """Whether a token is spelled so."""
+        return self._main.token_to_id(name) is not None
+
+    def with_special(self, special: SpecialTokens) -> JsonTokenizer:
+        """The same vocabulary with other special tokens."""
+        return JsonTokenizer(self._definition, special, source=self.source)
+
+    def special_names(self) -> dict[str, str]:
+        """See `Tokenizer.special_names`."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        own = {key: self._main.id_to_token(token_id) for key, token_id in ids.items() if token_id is not None}
+        return {**further_names(self.special.config), **own}
+
+    def encode_stretch(self, text: str, place: Place) -> list[int]:
+        """See `Tokenizer.encode_stretch`. A space for the first word of a text is only made up for the first stretch.
+
+        Other steps that make one up do so for every stretch.
+        """
+        if place == "behind_control":
+            return self._behind_control.encode(text, add_special_tokens=False).ids
+        return self.encode(text, continuation=place == "continued")
+
+    @cached_property
+    def _behind_control(self) -> tokenizers.Tokenizer:
+        pipeline = self.pipeline()
+        without = _strip_prefix_steps(pipeline.get("pre_tokenizer"), only_first=True)
+        if without == pipeline.get("pre_tokenizer"):
+            return self._main
+        return _load({**pipeline, "pre_tokenizer": without}, self.source)
+
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json as it was read, and tokenizer_config.json."""
+        """Write tokenizer.json as it was read, tokenizer_config.json, and the ids that end an answer."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FILE_NAME).write_text(self._definition, encoding="utf-8", newline="")
-        bos = None if self.bos_id is None else self._main.id_to_token(self.bos_id)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
-        eos = self._main.id_to_token(self.eos_id)
-        write_special_tokens(directory, config, bos=bos, eos=eos, add_bos=self.add_bos)
+        write_special_tokens(
+            directory,
+            {"tokenizer_class": "PreTrainedTokenizerFast", **self.special.config},
+            bos=None if self.bos_id is None else self._main.id_to_token(self.bos_id),
+            eos=self._main.id_to_token(self.eos_id),
+            add_bos=self.bos_id in self.opening,
+            stop_ids=self._ordered_stop_ids,
+            added=self._added,
+        )
 
     def _resolve(self, key: str, name: str | None, token_id: int | None, source: str) -> int | None:
         found = self._main.token_to_id(name) if name is not None else token_id
@@ -75,9 +137,24 @@ class JsonTokenizer(Tokenizer):
             raise TokenizerError(f"{source}: config.json gives {key} the id {found}, which is no token of it.")
         return found
 
-    def _adds_bos(self, bos_id: int | None) -> bool:
-        """Whether the pipeline's post-processor puts BOS before a text."""
-        return bos_id is not None and self._main.encode("", add_special_tokens=True).ids[:1] == [bos_id]
+    def _check_added(self) -> None:
+        """The library gives the next free id to a token it adds, whatever id was asked for."""
+        for token_id, token in self._added.items():
+            found = self._main.token_to_id(token.content)
+            if found != token_id:
+                raise TokenizerError(
+                    f"{self.source}: a file beside it gives the added token {token.content!r} the id {token_id}, "
+                    f"where this vocabulary has {found}; expected ids that go on where it ends."
+                )
+
+    def _usual_opening(self, eos_id: int) -> tuple[int, ...]:
+        """What the pipeline's post-processor puts before a text."""
+        found = self._main.encode("a", add_special_tokens=True)
+        made_up = list(takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True)))
+        ids = [token_id for token_id, _ in made_up]
+        if len(ids) == len(found.ids) and ids[-1:] == [eos_id]:  # a vocabulary without "a": EOS follows at once
+            ids.pop()
+        return tuple(ids)
 
 
 def open_json(path: Path, special: SpecialTokens) -> JsonTokenizer:
@@ -98,6 +175,18 @@ def _parse(definition: str, source: str) -> dict:
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("model"), dict):
         raise TokenizerError(f'{source}: found {found} with no "model" in it; {_EXPECTED}.')
     return pipeline
+
+
+def _add_missing(pipeline: dict, added: dict[int, Added]) -> dict[int, Added]:
+    """Add to the pipeline the tokens which only a file beside it lists, and return those."""
+    listed = pipeline.get("added_tokens") or []
+    known = {token["content"] for token in listed}
+    missing = {token_id: token for token_id, token in sorted(added.items()) if token.content not in known}
+    flags = {"single_word": False, "normalized": False}
+    pipeline["added_tokens"] = listed + [
+        {"id": token_id, **asdict(token), **flags} for token_id, token in missing.items()
+    ]
+    return missing
 
 
 def _mark_control_tokens(pipeline: dict, special: set[str | int | None]) -> None:
@@ -125,18 +214,21 @@ def _without_leading_space(pipeline: dict) -> dict:
     return {**continuing, "model": pipeline["model"]}
 
 
-def _strip_prefix_steps(step: dict | None) -> dict | None:
+def _strip_prefix_steps(step: dict | None, *, only_first: bool = False) -> dict | None:
+    """A step without what makes up a leading space; `only_first`: only where it is for the first word of a text."""
     kind = (step or {}).get("type")
     if kind == "Sequence":
         key = "normalizers" if "normalizers" in step else "pretokenizers"
-        kept = [inner for inner in map(_strip_prefix_steps, step[key]) if inner is not None]
-        return {**step, key: kept}
-    if kind == "Prepend":
-        return None
-    if kind == "Metaspace":
+        kept = [_strip_prefix_steps(inner, only_first=only_first) for inner in step[key]]
+        return {**step, key: [inner for inner in kept if inner is not None]}
+    if kind == "Metaspace" and (not only_first or step.get("prepend_scheme") == "first"):
         # Older files say add_prefix_space, which the library refuses when it disagrees with prepend_scheme.
         without = {key: value for key, value in step.items() if key != "add_prefix_space"}
         return {**without, "prepend_scheme": "never"}
+    if only_first:
+        return step
+    if kind == "Prepend":
+        return None
     if kind == "ByteLevel":
         return {**step, "add_prefix_space": False}
     return step

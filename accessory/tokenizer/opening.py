@@ -5,24 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import hf_json, spm
+from accessory.tokenizer import bpe_files, hf_json, spm
 from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.bpe_files import open_bpe_files
 from accessory.tokenizer.gguf_vocab import open_gguf
 from accessory.tokenizer.hf_json import open_json
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import read_special_tokens
 from accessory.tokenizer.spm import open_sentencepiece
 
-_EXPECTED = "expected a .model (sentencepiece), .json (tokenizers) or .gguf file, or a directory that holds one"
+_EXPECTED = (
+    "expected a .model (sentencepiece), .json (tokenizers, or vocab.json with merges.txt) or .gguf file, or a "
+    "directory that holds one"
+)
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a `.model`, `.json` or `.gguf` file, or a directory with tokenizer.model or .json.
+    """The tokenizer at `path`: a `.model`, `.json` or `.gguf` file, or a directory that holds one.
 
-    BOS, EOS and whether a document starts with BOS are taken from tokenizer_config.json, special_tokens_map.json,
-    generation_config.json and config.json of the same directory where they say so. A directory that holds both kinds
-    is read from tokenizer.json if tokenizer_config.json lies beside it.
-    Raises TokenizerError naming the file, what was found there and what was expected.
+    vocab.json with merges.txt beside it is one, too. BOS, EOS, added tokens and whether a document starts with BOS are
+    taken from tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json and config.json
+    of the same directory where they say so. A directory that holds both kinds is read from tokenizer.json if
+    tokenizer_config.json lies beside it. Raises TokenizerError naming the file, what was found there and what was
+    expected.
     """
     path = Path(path)
     file = _choose(path) if path.is_dir() else path
@@ -30,6 +35,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{file}: found {what_is(file)}; {_EXPECTED}.")
     if file.suffix == ".gguf":
         return open_gguf(file)
+    if file.name in bpe_files.FILE_NAMES:
+        return open_bpe_files(file.parent, read_special_tokens(file.parent))
     if file.suffix == ".json":
         return open_json(file, read_special_tokens(file.parent))
     if file.suffix == ".model":
@@ -37,12 +44,15 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     raise TokenizerError(f"{file}: found {what_is(file)} named {file.suffix or 'without suffix'!r}; {_EXPECTED}.")
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether `open_tokenizer(directory)` has a file to read there, GGUF files aside."""
+    return _own_file(directory) is not None
+
+
 def _choose(directory: Path) -> Path:
-    pipeline, model = directory / hf_json.FILE_NAME, directory / spm.FILE_NAME
-    if pipeline.is_file() and ((directory / "tokenizer_config.json").is_file() or not model.is_file()):
-        return pipeline
-    if model.is_file():
-        return model
+    own = _own_file(directory)
+    if own is not None:
+        return own
     vocabularies = sorted(directory.glob("*.gguf"))
     if len(vocabularies) == 1:
         return vocabularies[0]
@@ -50,3 +60,14 @@ def _choose(directory: Path) -> Path:
         names = ", ".join(file.name for file in vocabularies)
         raise TokenizerError(f"{directory}: found several .gguf files ({names}); expected the path of one of them.")
     raise TokenizerError(f"{directory}: found neither {hf_json.FILE_NAME} nor {spm.FILE_NAME}; {_EXPECTED}.")
+
+
+def _own_file(directory: Path) -> Path | None:
+    """The vocabulary that is read of a directory, or None."""
+    pipeline, model = directory / hf_json.FILE_NAME, directory / spm.FILE_NAME
+    if pipeline.is_file() and ((directory / "tokenizer_config.json").is_file() or not model.is_file()):
+        return pipeline
+    if model.is_file():
+        return model
+    parts = [directory / name for name in bpe_files.FILE_NAMES]
+    return parts[0] if all(part.is_file() for part in parts) else None

@@ -1,16 +1,34 @@
-"""BOS and EOS as the small JSON files beside a vocabulary state them."""
+"""What the small files beside a vocabulary state: BOS, EOS, added tokens, the chat template."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.sniff import what_is
 
 NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 NUMBERING_FILES = ("generation_config.json", "config.json")
+TEMPLATE_FILE = "chat_template.jinja"
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token beside the vocabulary proper. Special ones are never matched in text and decode to none.
+
+    `lstrip` and `rstrip` let a match swallow the blanks before or after it.
+    """
+
+    content: str
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 @dataclass(frozen=True)
@@ -22,7 +40,10 @@ class SpecialTokens:
         bos_id, eos_id: the token's id; the first one where a file lists several.
         no_bos: a file states that there is no BOS ("bos_token": null).
         add_bos: whether a document starts with BOS.
-        config: the content of tokenizer_config.json, kept so that saving loses nothing of it.
+        stop_ids: all ids that end an answer, as generation_config.json or config.json lists them.
+        added: tokens with the ids they have, or shall have, in the vocabulary.
+        named: names of all special tokens (BOS, EOS, unknown, padding, additional ones), given without an id.
+        config: the content of tokenizer_config.json, chat template included, kept so that saving loses nothing of it.
     """
 
     bos: str | None = None
@@ -31,6 +52,9 @@ class SpecialTokens:
     eos_id: int | None = None
     no_bos: bool = False
     add_bos: bool | None = None
+    stop_ids: tuple[int, ...] = ()
+    added: dict[int, Added] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
     config: dict = field(default_factory=dict)
 
 
@@ -39,32 +63,61 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 
     Raises TokenizerError for a file that is not a JSON object or that gives a value of another type.
     """
-    naming = [(directory / name, _read_object(directory / name)) for name in NAMING_FILES]
-    numbering = [(directory / name, _read_object(directory / name)) for name in NUMBERING_FILES]
+    naming = [(directory / name, read_object(directory / name)) for name in NAMING_FILES]
+    numbering = [(directory / name, read_object(directory / name)) for name in NUMBERING_FILES]
     config_path, config = naming[0]
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool | None):
         raise TokenizerError(f"{config_path}: 'add_bos_token' is {add_bos!r}; expected true or false.")
+    stop_ids = _first(numbering, "eos_token_id", _numbers) or ()
     return SpecialTokens(
         bos=_first(naming, "bos_token", _name),
         eos=_first(naming, "eos_token", _name),
-        bos_id=_first(numbering, "bos_token_id", _number),
-        eos_id=_first(numbering, "eos_token_id", _number),
+        bos_id=(_first(numbering, "bos_token_id", _numbers) or (None,))[0],
+        eos_id=(stop_ids or (None,))[0],
         no_bos="bos_token" in config and config["bos_token"] is None,
         add_bos=add_bos,
-        config=config,
+        stop_ids=stop_ids,
+        added=_added(directory, config),
+        named=_named(naming),
+        config=_with_template(directory, config),
     )
 
 
-def write_special_tokens(directory: Path, config: dict, *, bos: str | None, eos: str, add_bos: bool) -> None:
-    """Write tokenizer_config.json: `config` with the three settings resolved, so that no other file is needed."""
+def write_special_tokens(
+    directory: Path,
+    config: dict,
+    *,
+    bos: str | None,
+    eos: str,
+    add_bos: bool,
+    stop_ids: tuple[int, ...],
+    added: dict[int, Added] | None = None,
+) -> None:
+    """Write tokenizer_config.json: `config` with the settings resolved, so that no other file is needed.
+
+    Where several ids end an answer, generation_config.json lists `stop_ids`, as it does for transformers. `added` are
+    the tokens that the vocabulary's own file does not hold.
+    """
     stated = {**config, "bos_token": bos, "eos_token": eos, "add_bos_token": add_bos}
-    text = json.dumps(stated, ensure_ascii=False, indent=2) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    if added:
+        listed = {str(token_id): _plain(token) for token_id, token in sorted(added.items())}
+        stated["added_tokens_decoder"] = {**listed, **(config.get("added_tokens_decoder") or {})}
+    _write(directory / NAMING_FILES[0], stated)
+    if len(stop_ids) > 1:
+        path = directory / NUMBERING_FILES[0]
+        _write(path, {**read_object(path), "eos_token_id": list(stop_ids)})
 
 
-def _read_object(path: Path) -> dict:
-    """The JSON object in `path`, {} where there is no such file."""
+def further_names(config: dict) -> dict[str, str]:
+    """The special tokens a tokenizer_config.json names, by key; values of another shape are left out."""
+    stated = {key: config.get(key) for key in _NAMED}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in stated.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in `path`, {} where there is no such file. Raises TokenizerError for anything else."""
     if not path.is_file():
         return {}
     try:
@@ -76,7 +129,62 @@ def _read_object(path: Path) -> dict:
     return content
 
 
-def _first(files: list[tuple[Path, dict]], key: str, convert):
+def _plain(token: Added) -> dict:
+    flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": False, "single_word": False}
+    return {"content": token.content, "special": token.special, **flags}
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _added(directory: Path, config: dict) -> dict[int, Added]:
+    """Tokens of added_tokens.json, and over them those of tokenizer_config.json, which says more of each."""
+    plain, path = read_object(directory / "added_tokens.json"), directory / NAMING_FILES[0]
+    found = {}
+    for content, token_id in plain.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not content:
+            raise TokenizerError(f"{directory / 'added_tokens.json'}: {content!r} is {token_id!r}; expected an id.")
+        # The file does not tell special tokens; transformers holds all of them for special when it reads it.
+        found[token_id] = Added(content)
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError(f"{path}: 'added_tokens_decoder' is a {type(decoder).__name__}; expected an object.")
+    return found | {_id(path, key): _token(path, key, value) for key, value in decoder.items()}
+
+
+def _id(path: Path, key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        raise TokenizerError(f"{path}: 'added_tokens_decoder' has the key {key!r}; expected ids.")
+    return int(key)
+
+
+def _token(path: Path, key: str, value: object) -> Added:
+    content = value.get("content") if isinstance(value, dict) else None
+    if not isinstance(content, str) or not content:
+        raise TokenizerError(f"{path}: token {key} of 'added_tokens_decoder' is {value!r}; expected 'content' in it.")
+    return Added(content, *(bool(value.get(name)) for name in ("special", "lstrip", "rstrip")))
+
+
+def _named(naming: list[tuple[Path, dict]]) -> tuple[str, ...]:
+    """Names of all special tokens that have one, each once."""
+    found = [name for key in _NAMED if (name := _first(naming, key, _name)) is not None]
+    found += _first(naming, "additional_special_tokens", _names) or ()
+    return tuple(dict.fromkeys(found))
+
+
+def _with_template(directory: Path, config: dict) -> dict:
+    """The configuration with the template of chat_template.jinja in it, which takes precedence where there is one."""
+    path = directory / TEMPLATE_FILE
+    if not path.is_file():
+        return config
+    try:
+        return {**config, "chat_template": path.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: found {what_is(path)}; expected a Jinja template ({error}).") from error
+
+
+def _first(files: list[tuple[Path, dict]], key: str, convert: Callable[[Path, str, object], _Found]) -> _Found | None:
     """`convert` of the first stated value of `key`."""
     stated = ((path, content[key]) for path, content in files if content.get(key) is not None)
     return next((convert(path, key, value) for path, value in stated), None)
@@ -89,8 +197,14 @@ def _name(path: Path, key: str, value: object) -> str:
     return text
 
 
-def _number(path: Path, key: str, value: object) -> int:
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, int) or isinstance(first, bool):
+def _names(path: Path, key: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TokenizerError(f"{path}: {key!r} is {value!r}; expected a list of tokens.")
+    return tuple(_name(path, key, item) for item in value)
+
+
+def _numbers(path: Path, key: str, value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) and value else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise TokenizerError(f"{path}: {key!r} is {value!r}; expected a token id or a list of them.")
-    return first
+    return tuple(dict.fromkeys(values))

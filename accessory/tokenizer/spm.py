@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import sentencepiece
@@ -10,24 +13,35 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer, looks_like_control
+from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import what_is
-from accessory.tokenizer.special import SpecialTokens, write_special_tokens
+from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
 
 FILE_NAME = "tokenizer.model"
+CHATGLM_CLASS = "ChatGLMTokenizer"
+CHATGLM_OPENING = ("[gMASK]", "sop")
+_CHATGLM_TOKENS = (
+    "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"
+)  # fmt: skip
+_WIDEST_GAP = 1024  # ids that a list of added tokens may leave out
 _EXPECTED = "expected a sentencepiece model"
 _Piece = ModelProto.SentencePiece
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, with BOS, EOS and unknown as the model states them unless `special` says otherwise."""
+    """A sentencepiece model, with BOS, EOS and unknown as the model states them unless `special` says otherwise.
+
+    `proto` is the model it works with: added tokens are pieces of it, and control tokens are control pieces. `special`
+    is what the files beside it state.
+    """
 
     def __init__(self, definition: bytes, special: SpecialTokens | None = None, *, source: str = FILE_NAME) -> None:
         """`definition` is a serialized ModelProto; `source` is named in the TokenizerError of an unusable one."""
         special = special or SpecialTokens()
         proto = _parse(definition, source)
-        self._definition = definition
-        self._config = special.config
+        self._definition, self.special = definition, special
+        self._added = _all_added(special, proto)
+        add_pieces(proto, self._added, source)
         self._pieces = [piece.piece for piece in proto.pieces]
         self.vocab_size = len(self._pieces)
         stated_bos, stated_eos = proto.trainer_spec.bos_id, proto.trainer_spec.eos_id
@@ -39,9 +53,19 @@ class SentencePieceTokenizer(Tokenizer):
                 "'eos_token' in tokenizer_config.json or 'eos_token_id' in config.json."
             )
         bos_id = None if special.no_bos else _resolve(ids, "bos_token", special.bos, stated_bos, special.bos_id, source)
-        add_bos = True if special.add_bos is None else special.add_bos
-        self._set_special(bos_id=bos_id, eos_id=eos_id, add_bos=add_bos, definition=definition, source=source)
+        added = json.dumps(sorted((token_id, astuple(token)) for token_id, token in self._added.items()))
+        self._set_special(
+            bos_id=bos_id,
+            eos_id=eos_id,
+            opening=document_opening(_usual_opening(special, ids, bos_id), bos_id, special.add_bos),
+            stop_ids=special.stop_ids,
+            definition=definition + added.encode(),
+            source=source,
+            config=special.config,
+        )
         _hide_control_pieces(proto, {bos_id, eos_id})
+        self.proto = proto
+        self._silent = {index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNUSED}
         self._processor = _load(proto, source)
         self._continuing = _load(_without_leading_space(proto), source)
 
@@ -52,16 +76,51 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._silent])
+
+    def control_tokens(self) -> dict[int, Added]:
+        """See `Tokenizer.control_tokens`: the control pieces."""
+        flags = {token_id: (token.lstrip, token.rstrip) for token_id, token in self._added.items()}
+        return {
+            index: Added(piece.piece, True, *flags.get(index, ()))
+            for index, piece in enumerate(self.proto.pieces)
+            if piece.type == _Piece.CONTROL
+        }
+
+    def has_token(self, name: str) -> bool:
+        """Whether a token is spelled so."""
+        return name in self._pieces
+
+    def with_special(self, special: SpecialTokens) -> SentencePieceTokenizer:
+        """The same vocabulary with other special tokens."""
+        return SentencePieceTokenizer(self._definition, special, source=self.source)
+
+    def special_names(self) -> dict[str, str]:
+        """See `Tokenizer.special_names`."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        own = {key: self._pieces[token_id] for key, token_id in ids.items() if token_id is not None}
+        return {**further_names(self.special.config), **own}
+
+    def encode_stretch(self, text: str, place: Place) -> list[int]:
+        """See `Tokenizer.encode_stretch`. Behind a control token only `"legacy": true` makes up a space."""
+        continued = place == "continued" or (place == "behind_control" and not self.special.config.get("legacy"))
+        return self.encode(text, continuation=continued)
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.model as it was read, and tokenizer_config.json."""
+        """Write tokenizer.model as it was read, tokenizer_config.json, and the ids that end an answer."""
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / "tokenizer.json").exists():
             raise TokenizerError(f"{directory} holds a tokenizer.json, which would be read in place of {FILE_NAME}.")
         (directory / FILE_NAME).write_bytes(self._definition)
-        bos = None if self.bos_id is None else self._pieces[self.bos_id]
-        write_special_tokens(directory, self._config, bos=bos, eos=self._pieces[self.eos_id], add_bos=self.add_bos)
+        write_special_tokens(
+            directory,
+            self.special.config,
+            bos=None if self.bos_id is None else self._pieces[self.bos_id],
+            eos=self._pieces[self.eos_id],
+            add_bos=self.bos_id in self.opening,
+            stop_ids=self._ordered_stop_ids,
+            added=self._added,
+        )
 
 
 def open_sentencepiece(path: Path, special: SpecialTokens) -> SentencePieceTokenizer:
@@ -86,6 +145,46 @@ def _parse(definition: bytes, source: str) -> ModelProto:
     if len(unknown) != 1 or not all(piece.piece for piece in proto.pieces):
         raise refusal
     return proto
+
+
+def _all_added(special: SpecialTokens, proto: ModelProto) -> dict[int, Added]:
+    """The added tokens that files list, and those that ChatGLM's own code, which is not run here, puts behind them."""
+    if special.config.get("tokenizer_class") != CHATGLM_CLASS:
+        return special.added
+    first = len(proto.pieces)
+    if any(piece.piece == CHATGLM_OPENING[0] for piece in proto.pieces):  # a GGUF file lists them among its own
+        return special.added
+    return special.added | {first + place: Added(content) for place, content in enumerate(_CHATGLM_TOKENS)}
+
+
+def _usual_opening(special: SpecialTokens, ids: dict[str, int], bos_id: int | None) -> tuple[int, ...]:
+    if special.config.get("tokenizer_class") == CHATGLM_CLASS:
+        return tuple(ids[name] for name in CHATGLM_OPENING)
+    return () if bos_id is None else (bos_id,)
+
+
+def add_pieces(proto: ModelProto, added: dict[int, Added], source: str) -> None:
+    """Make every added token a piece at its id: special ones control pieces, others such as are matched in text.
+
+    An added token takes over a piece that stands at its id; ids between the last piece and it become unused pieces.
+    Raises TokenizerError for an id too far off, or a token that two ids would have.
+    """
+    for token_id, token in sorted(added.items()):
+        if token_id >= len(proto.pieces) + _WIDEST_GAP:
+            raise TokenizerError(
+                f"{source}: a file beside it gives the added token {token.content!r} the id {token_id}; expected ids "
+                f"that go on from the {len(proto.pieces)} pieces of the model."
+            )
+        while len(proto.pieces) <= token_id:
+            proto.pieces.add(piece=f"[UNUSED{len(proto.pieces)}]", score=0.0, type=_Piece.UNUSED)
+        piece = proto.pieces[token_id]
+        if piece.type not in (_Piece.UNKNOWN, _Piece.BYTE):
+            # Text has its blanks replaced before pieces are looked for.
+            piece.piece = token.content if token.special else token.content.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+            piece.type = _Piece.CONTROL if token.special or piece.type == _Piece.CONTROL else _Piece.USER_DEFINED
+    names = Counter(piece.piece for piece in proto.pieces)
+    if twice := next((token for token in added.values() if names[token.content] > 1), None):
+        raise TokenizerError(f"{source}: the added token {twice.content!r} has two ids; expected one.")
 
 
 def _resolve(

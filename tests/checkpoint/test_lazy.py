@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.checkpoint.lazy import InterleavedRows, LazyTensor, ShardedTensor
-from accessory.checkpoint.source import open_source
+from accessory.checkpoint.opening import open_source
 
 RANGES = [(0, 1), (3, 97), (64, 128), (0, 128)]
 

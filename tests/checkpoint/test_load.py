@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.checkpoint.load import fill, named_generator, resolve, targets
-from accessory.checkpoint.source import Source, model_args_of, open_source
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import Source, model_args_of
 from accessory.errors import CheckpointError
 from accessory.meta import MetaModel
 from accessory.method import METHODS, Attachment

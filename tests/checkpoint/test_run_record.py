@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from accessory.checkpoint.run_record import run_record, with_base
-from accessory.checkpoint.source import open_source
+from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError
 
 

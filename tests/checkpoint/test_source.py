@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from accessory.checkpoint.source import model_args_of, open_source, read_json
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import model_args_of, read_json
 from accessory.errors import CheckpointError
 
 NAMES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from accessory.checkpoint.source import open_source
-from accessory.checkpoint.torch_files import open_torch_shards, torch_shards
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.formats.torch_shards import open_torch_shards, torch_shards
 from accessory.errors import CheckpointError
 
 

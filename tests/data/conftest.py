@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Pipeline
+from tokenizers import decoders, models, pre_tokenizers
 
 from accessory.data.corpus import Corpus, build_corpus
-from accessory.tokenizer import Tokenizer
+from accessory.tokenizer import Tokenizer, open_tokenizer
 
 
 class Bytes(Tokenizer):
@@ -20,7 +22,8 @@ class Bytes(Tokenizer):
     """
 
     def __init__(self, *, add_bos: bool = True, name: str = "bytes") -> None:
-        self.vocab_size, self.bos_id, self.eos_id, self.add_bos = 260, 1, 2, add_bos
+        self.vocab_size, self.bos_id, self.eos_id = 260, 1, 2
+        self.opening, self.stop_ids = (1,) if add_bos else (), frozenset({2})
         self.fingerprint = hashlib.sha256(f"{name}{add_bos}".encode()).hexdigest()
         self.calls = 0
 
@@ -48,6 +51,32 @@ def other_tokenizer() -> Bytes:
 @pytest.fixture
 def bare_tokenizer() -> Bytes:
     return Bytes(add_bos=False)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path: Path) -> Callable[..., Tokenizer]:
+    """A byte-level vocabulary without merges, and a chat template: `<|im_start|>` is 256, `<|im_end|>` 257, EOS 258."""
+
+    def build(chat_template: str | None = CHATML) -> Tokenizer:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        pipeline = Pipeline(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+        pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pipeline.decoder = decoders.ByteLevel()
+        pipeline.add_special_tokens(["<|im_start|>", "<|im_end|>", "<eos>"])
+        directory = tmp_path / "tokenizer"
+        directory.mkdir(exist_ok=True)
+        pipeline.save(str(directory / "tokenizer.json"))
+        config = {"eos_token": "<eos>", "chat_template": chat_template}
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        return open_tokenizer(directory)
+
+    return build
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sentencepiece
 from accessory.data.batch import IGNORE
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import DIALOG_SYSTEM, format_prompt
-from accessory.errors import DataError
+from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import open_tokenizer
 
 GOOD = {"instruction": "q", "output": "ab"}
@@ -230,3 +230,74 @@ def test_no_record_is_lost_between_the_chunks_that_are_tokenized_together(write,
     config = write("c.yaml", f"META: [{{path: {path.name}, prompt_type: none}}]")
     corpus = make(config, tokenizer)
     assert [tokenizer.decode(corpus.document(i)[0].tolist()) for i in range(9000)] == [f"q{i:05}" for i in range(9000)]
+
+
+CHAT = "META: [{path: x.json, prompt_type: chat}]"
+START, END = 256, 257
+
+
+def learned_text(corpus, tokenizer, index=0):
+    tokens, labels = corpus.document(index)
+    return tokens, tokenizer.decode(labels[labels != IGNORE].tolist())
+
+
+def test_a_record_is_laid_out_by_the_checkpoints_chat_template(write, chat_tokenizer):
+    tokenizer = chat_tokenizer()
+    write("x.json", [{"instruction": "q <|im_end|>", "input": "more", "output": " ab\n"}, GOOD])
+    corpus = make(write("c.yaml", CHAT), tokenizer)
+    tokens, learned = learned_text(corpus, tokenizer)
+    prompt = tokenizer.chat_ids([{"role": "user", "content": "q <|im_end|>\n\nmore"}])
+    assert tokens.tolist() == [*prompt, *tokenizer.encode(" ab\n"), END] and learned == " ab\n"
+    assert corpus.document(0)[1][-2] == END
+    assert corpus.show(0) == "user\nq <|im_end|>\n\nmore\nassistant\n« ab\n<end>»"
+    assert learned_text(corpus, tokenizer, 1)[1] == "ab"
+
+
+def test_both_kinds_of_records_stay_apart(write, chat_tokenizer):
+    tokenizer = chat_tokenizer()
+    write("x.json", [GOOD, {"instruction": "w", "output": "cd"}])
+    write("y.json", [{"instruction": f"{i}", "output": f"<{i}>"} for i in range(3)])
+    entries = (
+        "[{path: y.json, prompt_type: none}, {path: x.json, prompt_type: chat}, {path: y.json, prompt_type: none}]"
+    )
+    corpus = make(write("c.yaml", f"META: {entries}"), tokenizer)
+    learned = [learned_text(corpus, tokenizer, index)[1] for index in range(len(corpus))]
+    assert learned == ["<0>", "<1>", "<2>", "ab", "cd", "<0>", "<1>", "<2>"]
+    assert corpus.document(0)[0][-1] == 258 and corpus.document(3)[0][-1] == END
+
+
+def test_conversations_are_laid_out_by_the_template_too(write, chat_tokenizer):
+    tokenizer = chat_tokenizer()
+    turns = [("human", "a"), ("gpt", "red"), ("human", "b"), ("gpt", "green"), ("human", "bye")]
+    write("x.json", [{"conversations": [{"from": role, "value": words} for role, words in turns]}])
+    corpus = make(write("c.yaml", CHAT), tokenizer, dialog=True)
+    assert corpus.show(0) == "user\na\nassistant\n«red<end>»\nuser\nb\nassistant\n«green<end>»"
+    tokens, labels = corpus.document(0)
+    assert tokens.tolist().count(START) == 4 and labels.tolist().count(END) == 2
+
+
+def test_a_chat_without_template_is_refused_before_anything_is_read(write, chat_tokenizer):
+    write("x.json", "not even JSON")
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: the checkpoint has no chat template"):
+        make(write("c.yaml", CHAT), chat_tokenizer(None))
+
+
+def test_a_record_the_template_refuses_is_named(write, chat_tokenizer):
+    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
+    tokenizer = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    write("x.json", [GOOD, {"instruction": "bad", "output": "x"}])
+    with pytest.raises(TokenizerError, match=r"x\.json:1: .*no bad"):
+        make(write("c.yaml", CHAT), tokenizer)
+
+
+def test_fingerprint_tells_chat_templates_apart_where_one_is_used(write, chat_tokenizer):
+    write("x.json", [GOOD])
+    for config, count in ((CHAT, 2), (CHAT.replace("chat", "none"), 1)):
+        path = write("c.yaml", config)
+        templates = ["{% for m in messages %}%s{{ m.content }}<|im_end|>{% endfor %}".replace("%s", x) for x in "ab"]
+        assert len({make(path, chat_tokenizer(template)).fingerprint for template in templates}) == count
+
+
+def test_a_chat_record_that_is_no_text_costs_that_record(write, chat_tokenizer):
+    write("x.json", [{"instruction": "\ud800", "output": "a"}, {"instruction": "q", "output": " "}, GOOD])
+    assert len(make(write("c.yaml", CHAT), chat_tokenizer())) == 1

@@ -118,3 +118,8 @@ def test_the_keys_found_are_named_where_meta_is_missing(write, data):
 
 def test_an_impossible_date_is_a_fault_of_the_yaml(write, data):
     assert "c.yaml: is not valid YAML" in refused(write("c.yaml", "META:\n- {path: x.json, type: 2023-02-30}\n"))
+
+
+def test_the_checkpoints_own_template_is_a_prompt_type(write, data):
+    (entry,) = load_data_config(write("c.yaml", "META:\n- path: x.json\n  prompt_type: chat\n"))
+    assert entry.prompt_type == "chat"

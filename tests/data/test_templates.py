@@ -4,9 +4,12 @@ from accessory.data.templates import (
     DIALOG_SYSTEM,
     UnusableRecord,
     conversation,
+    conversation_messages,
     format_prompt,
+    question_messages,
     single_turn,
     single_turn_llava,
+    single_turn_messages,
 )
 from accessory.errors import ConfigError
 
@@ -137,3 +140,35 @@ def test_a_speaker_that_is_no_text_is_a_cause(who):
 def test_llava_never_learns_a_question_or_nothing(pairs):
     with pytest.raises(UnusableRecord):
         single_turn_llava(turns(*pairs))
+
+
+def test_a_record_as_messages():
+    fields = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assistant = {"role": "assistant", "content": "3"}
+    assert single_turn_messages(fields) == [{"role": "user", "content": "Add.\n\n1 2"}, assistant]
+    assert single_turn_messages({**fields, "input": ""}) == [{"role": "user", "content": "Add."}, assistant]
+    assert question_messages("Add.", "1 2") == single_turn_messages(fields)[:1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"instruction": 1}, {"output": ""}, {"image": "x"}, {"input": 1}, {"output": "\ud800"}]
+)
+def test_what_is_no_record_is_none_as_messages_either(wrong):
+    with pytest.raises(UnusableRecord):
+        single_turn_messages({"instruction": "q", "output": "a", **wrong})
+
+
+def test_a_conversation_as_messages():
+    assert conversation_messages(turns(("human", "q"), ("gpt", "a"))) == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    surrogate = turns(("human", "\ud800"), ("gpt", "a"))
+    for wrong in (
+        surrogate,
+        turns(("human", "q")),
+        turns(("gpt", "a")),
+        {**turns(("human", "q"), ("gpt", "a")), "image": "x"},
+    ):
+        with pytest.raises(UnusableRecord):
+            conversation_messages(wrong)

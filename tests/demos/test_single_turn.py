@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from accessory import meta
 from accessory.data.templates import format_prompt
 from accessory.meta import MetaModel
 from accessory.parallel import groups
@@ -116,6 +118,51 @@ def address_of(page: subprocess.Popen) -> str:
         if page.poll() is not None:
             break
     raise AssertionError(said)
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def with_template(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base's tokenizer with a chat template, by which `<s>` ends a turn."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    config = json.loads((tiny_base / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHATML}))
+    return directory
+
+
+def test_a_question_through_the_checkpoints_own_template(tiny_base: Path, with_template: Path, python) -> None:
+    model = MetaModel.from_pretrained(tiny_base, tokenizer_path=with_template, max_seq_len=300)
+    messages = [{"role": "user", "content": QUESTION}]
+    expected = model.generate([messages], max_gen_len=12)[0]
+    assert expected != model.generate([QUESTION], max_gen_len=12)[0]
+    chat = ("--tokenizer_path", with_template, "--system_prompt", "chat")
+    done = python(DEMO, "--pretrained_path", tiny_base, *chat, *GREEDY)
+    assert done.returncode == 0, done.stderr
+    assert answer_in(done.stdout) == expected
+
+
+def test_messages_end_where_the_template_ends_an_answer(tiny_base: Path, with_template: Path, monkeypatch) -> None:
+    stops = []
+    monkeypatch.setattr(meta, "generate_tokens", lambda *_, stop_ids, **__: stops.append(set(stop_ids)) or iter(()))
+    model = MetaModel.from_pretrained(tiny_base, tokenizer_path=with_template, max_seq_len=30)
+    messages = [{"role": "user", "content": QUESTION}]
+    ids = model.tokenizer.chat_ids(messages)
+    assert model.prompt_tokens(messages) == ids[-29:] and ids[0] == model.tokenizer.bos_id
+    model.generate([QUESTION])
+    model.generate([messages])
+    assert stops == [{model.tokenizer.eos_id}, {model.tokenizer.eos_id, model.tokenizer.bos_id}]
+
+
+def test_without_a_template_chat_is_refused(tiny_base: Path, python) -> None:
+    done = python(DEMO, "--pretrained_path", tiny_base, "--system_prompt", "chat", *GREEDY)
+    assert done.returncode != 0
+    assert "tokenizer.json: the checkpoint has no chat template" in done.stderr
 
 
 def test_page_for_others_needs_a_password(trained: Path, python) -> None:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from accessory.checkpoint.load import fill, named_generator, resolve, targets
-from accessory.checkpoint.source import model_args_of, open_source
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import model_args_of
 from accessory.method import METHODS, Attachment
 from accessory.method.peft import LoraFactor, LowRank, Peft, _AddLowRank
 from accessory.model.args import ModelArgs
@@ -42,8 +43,7 @@ LLAMA2 = {
 
 OURS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
         "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3", "down_proj": "feed_forward.w2"}  # fmt: skip
-HEADS = {"q_proj": 4, "k_proj": 2}
-"""peft's linears -> ours, and the heads of those whose rows transformers permutes."""
+"""peft's linears -> ours."""
 
 
 def lora_names(linears) -> set[str]:
@@ -75,6 +75,24 @@ def test_names_are_llama2_accessorys(settings: dict, names: set[str], quant: str
     assert attachment.trainable == names
     assert names <= {name for name, _ in decoder.named_parameters()}
     assert set(attachment.initial) == names - NORMS
+
+
+def test_norms_of_every_kind_are_tuned() -> None:
+    """LayerNorms with their biases, those of heads, those behind, and the embedding's."""
+    more = {"norm": "layer", "norm_placement": "both", "qk_norm": True, "embedding_norm": True, "gated": False}
+    decoder, attachment = attached(TINY.model_copy(update=more), bias_tuning=False)
+    blocks = {f"layers.0.{name}norm" for name in ("attention_", "attention_post_", "ffn_", "ffn_post_")}
+    both = {f"{norm}.{leaf}" for norm in blocks | {"norm", "tok_norm"} for leaf in ("weight", "bias")}
+    assert attachment.trainable == both | {f"layers.0.attention.{letter}_norm.weight" for letter in "qk"}
+    assert attachment.trainable <= {name for name, _ in decoder.named_parameters()}
+
+
+def test_target_that_a_model_has_not() -> None:
+    """w3 of a model whose feed-forward does not gate: nothing matches, and the rest is as ever."""
+    _, attachment = attached(
+        TINY.model_copy(update={"gated": False}), lora_rank=4, norm_tuning=False, bias_tuning=False
+    )
+    assert attachment.trainable == lora_names(set(LINEARS) - {"feed_forward.w3"})
 
 
 def test_shapes() -> None:
@@ -174,11 +192,6 @@ def lora_on_both(path: Path, layout: Layout, **settings) -> tuple[peft.PeftModel
     return theirs, decoder.eval()
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows of Hugging Face's channel halves -> Meta's neighbouring pairs."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
 def factors_of(model: peft.PeftModel, gradients: bool = False) -> dict:
     """peft's factors (or their gradients) by our names, as the makers of initial values."""
     found = {}
@@ -188,8 +201,6 @@ def factors_of(model: peft.PeftModel, gradients: bool = False) -> dict:
         parts = name.split(".")
         layer, linear, factor = parts[parts.index("layers") + 1], parts[-4], parts[-3][-1].lower()
         value = (parameter.grad if gradients else parameter).detach().clone()
-        if factor == "b" and linear in HEADS:
-            value = interleaved(value, HEADS[linear])
         found[f"layers.{layer}.{OURS[linear]}.lora_{factor}.weight"] = lambda _generator, value=value: value
     return found
 
@@ -238,10 +249,40 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(addition(x, torch.zeros(1000, 6)), x)
 
 
+def test_dropout_is_in_the_gradients_too() -> None:
+    """What was dropped forward is dropped backward, as autograd has it with the mask that the seed gives."""
+    generator = torch.Generator().manual_seed(0)
+    y, x, a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((30, 5), (30, 6), (2, 6), (5, 2))
+    )
+    assert torch.autograd.gradcheck(lambda y, *rest: _AddLowRank.apply(y.clone(), *rest, 0.7, 0.25, 3), (y, x, a, b))
+    one, same, other = (_AddLowRank.apply(y.clone(), x, a, b, 0.7, 0.25, seed) for seed in (3, 3, 4))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_dropout_keeps_no_mask() -> None:
+    """Linears that share an input keep it once, dropout or not."""
+    addition, _ = low_rank(0.25)
+    x, saved = torch.ones(100, 6).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        addition(x, torch.zeros(100, 6))
+    assert [t.data_ptr() == x.data_ptr() for t in saved if t.shape == (100, 6)] == [True, False]  # x and x A^T
+
+
+def test_dropout_of_two_ranks(torchrun) -> None:
+    """Columns drop the same values of the same input, rows each their own (checks in dropout_worker.py)."""
+    done = torchrun(2, Path(__file__).with_name("dropout_worker.py"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("OK") == 2
+
+
 def test_dropout_setting_reaches_every_factor() -> None:
-    """And follows the decoder's mode."""
+    """With the cut of its linear, and follows the decoder's mode."""
     decoder, _ = attached(lora_rank=4, lora_dropout=0.1)
     additions = [decoder.get_submodule(f"layers.0.{name}").addition for name in LINEARS]
+    assert [addition.cut for addition in additions] == ["column"] * 3 + ["row", "column", "row", "column"]
     assert all(addition.dropout == 0.1 and addition.a.training for addition in additions)
     decoder.eval()
     assert not any(addition.a.training for addition in additions)

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 
 from accessory.checkpoint.load import fill, resolve, targets
-from accessory.checkpoint.source import model_args_of, open_source
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import model_args_of
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder

@@ -100,7 +100,6 @@ def test_sizes_that_divide_pass() -> None:
         ({"n_heads": 6}, 4, "6 attention heads"),
         ({"n_kv_heads": 2}, 4, "2 key/value heads"),
         ({"hidden_dim": 36}, 4, "18 MLP width pairs"),
-        ({"vocab_size": 98}, 4, "98 vocabulary rows"),
     ],
 )
 def test_sizes_that_do_not_divide_are_named(changes: dict, size: int, fault: str) -> None:

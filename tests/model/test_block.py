@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from accessory.model.args import ModelArgs
+from accessory.model.norm import Norm
 from accessory.model.sequences import Sequences
 
 ARGS = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
@@ -73,3 +74,38 @@ def test_asking_uses_the_cache_though_training_recomputes(random_decoder) -> Non
         block(x[4:], Sequences.build((2,), decoder.frequencies, (4,)), cache),
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def placed(block, placement: str, parallel: bool, x: Tensor, sequences: Sequences) -> Tensor:
+    """The block written out."""
+    if placement == "after":
+        x = block.attention_norm(x + block.attention(x, sequences))
+        return block.ffn_norm(x + block.feed_forward(x))
+    attended = block.attention(block.attention_norm(x), sequences)
+    if placement == "both":
+        attended = block.attention_post_norm(attended)
+    fed = block.feed_forward(block.ffn_norm(x if parallel else x + attended))
+    return x + attended + (block.ffn_post_norm(fed) if placement == "both" else fed)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize(
+    ("placement", "parallel", "norms"), [("before", True, 2), ("after", False, 2), ("both", False, 4)]
+)
+def test_placement_of_norms_and_residuals(
+    random_decoder, placement: str, parallel: bool, norms: int, norm: str
+) -> None:
+    """Each is itself, and none is another."""
+    settings = {"norm_placement": placement, "parallel_residual": parallel, "norm": norm}
+    decoder = random_decoder(ARGS.model_copy(update=settings))
+    block, sequences = decoder.layers[0], decoder.sequences((4, 2))
+    for module in block.modules():
+        if isinstance(module, Norm):
+            module.weight.data += 1
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    found = block(x, sequences)
+    torch.testing.assert_close(found, placed(block, placement, parallel, x, sequences))
+    assert sum(isinstance(module, Norm) for module in block.modules()) == norms
+    if placement != "both":
+        other = placed(block, "before", not parallel, x, sequences)
+        assert (found - other).abs().max() > 0.01

@@ -7,9 +7,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from accessory.errors import ConfigError
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder, VocabParallelEmbedding
-from accessory.model.sequences import Sequences
+from accessory.model.norm import LayerNorm
+from accessory.parallel.tensor import slicing_of
 
 ARGS = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
 LENGTHS = (9, 1, 14)
@@ -22,7 +24,7 @@ def tokens(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Tensor:
 
 def run(decoder: Decoder, ids: Tensor, lengths: tuple[int, ...], **more) -> Tensor:
     """Normalized hidden states [T, D]."""
-    return decoder(ids, Sequences.build(lengths, decoder.frequencies), **more)
+    return decoder(ids, decoder.sequences(lengths), **more)
 
 
 @torch.no_grad()
@@ -85,37 +87,137 @@ def test_block_outputs_are_handed_out(random_decoder) -> None:
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
+OTHERS = {
+    "llama": {},
+    "halves of a part": {"rotary_layout": "halves", "rotary_dim": 8},
+    "window": {"sliding_window": 3, "sliding_layers": [0, 2]},
+    "alibi": {"position": "alibi", "norm": "layer", "embedding_norm": True, "n_heads": 6, "head_dim": 16},
+    "learned": {"position": "learned", "position_offset": 2, "max_seq_len": 20, "norm": "layer", "gated": False},
+    "narrow": {"position": "learned", "embedding_dim": 24, "final_norm": False, "norm_placement": "after"},
+    "parallel": {"parallel_residual": True, "norm": "layer", "activation": "gelu"},
+    "norms": {"qk_norm": True, "norm_placement": "both"},
+}
+
+
+def other(name: str) -> ModelArgs:
+    """ARGS changed to one of OTHERS."""
+    return ModelArgs(**{**ARGS.model_dump(), "rotary_dim": None, "embedding_dim": None, **OTHERS[name]})
+
+
 @torch.no_grad()
-def test_cache_equals_one_pass(random_decoder) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_cache_equals_one_pass(random_decoder, name: str) -> None:
     """Prompts of unequal length, then single steps, against the whole documents at once."""
-    decoder = random_decoder(ARGS).eval()
+    args = other(name)
+    decoder = random_decoder(args).eval()
     ids = tokens((7, 5)).split((7, 5))
     whole = run(decoder, torch.cat(ids), (7, 5)).split((7, 5))
     cache = decoder.new_cache(2, 7)
-    assert cache[0].keys.shape == (2, 7, 2, 16)
+    assert cache[0].keys.shape == (2, 7, 2, 24 if name == "alibi" else 16)
     first = run(decoder, torch.cat([ids[0][:5], ids[1][:3]]), (5, 3), cache=cache).split((5, 3))
     parts = [[part] for part in first]
     for step in range(2):
         starts = (5 + step, 3 + step)
         new = torch.stack([document[start] for document, start in zip(ids, starts, strict=True)])
-        hidden = decoder(new, Sequences.build((1, 1), decoder.frequencies, starts), cache)
+        hidden = decoder(new, decoder.sequences((1, 1), starts), cache)
         for part, row in zip(parts, hidden, strict=True):
             part.append(row[None])
     for part, wanted in zip(parts, whole, strict=True):
         torch.testing.assert_close(torch.cat(part), wanted, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_documents_are_apart_and_ordered(random_decoder, name: str) -> None:
+    """Packing equals separate runs, and another order of the first tokens changes the last one's state."""
+    decoder, ids = random_decoder(other(name)).eval(), tokens()
+    found = run(decoder, ids, LENGTHS)
+    separate = torch.cat([run(decoder, part, (len(part),)) for part in ids.split(LENGTHS)])
+    torch.testing.assert_close(found, separate, rtol=1e-4, atol=1e-5)
+    swapped = torch.cat([ids[[1, 0]], ids[2:]])
+    assert (run(decoder, swapped, LENGTHS)[8] - found[8]).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_learned_positions_are_added(random_decoder) -> None:
+    """Row position + offset of a matrix of max_seq_len + offset rows, restarting in each document."""
+    decoder, seen = random_decoder(other("learned")), []
+    assert decoder.pos_embeddings.weight.shape == (22, 64)
+    decoder.layers[0].register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    ids = tokens((3, 2))
+    run(decoder, ids, (3, 2))
+    wanted = decoder.tok_embeddings.weight[ids] + decoder.pos_embeddings.weight[[2, 3, 4, 2, 3]]
+    assert torch.equal(seen[0], wanted)
+    assert decoder.frequencies.numel() == 0
+
+
+@torch.no_grad()
+def test_narrow_embedding_is_led_in_and_out(random_decoder) -> None:
+    """Projected before positions are added, and after the last block; no norm follows it."""
+    decoder, seen = random_decoder(other("narrow")), []
+    assert decoder.norm is None
+    assert (decoder.project_in.weight.shape, decoder.project_out.weight.shape) == ((64, 24), (24, 64))
+    assert decoder.tok_embeddings.weight.shape == decoder.output.weight.shape == (96, 24)
+    decoder.layers[0].register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    ids = tokens((3, 2))
+    hidden = run(decoder, ids, (3, 2), on_block=lambda _i, x: seen.append(x))
+    entered = decoder.tok_embeddings.weight[ids] @ decoder.project_in.weight.t()
+    torch.testing.assert_close(seen[0], entered + decoder.pos_embeddings.weight[[0, 1, 2, 0, 1]])
+    torch.testing.assert_close(hidden, seen[-1] @ decoder.project_out.weight.t())
+
+
+@torch.no_grad()
+def test_embedding_norm(random_decoder) -> None:
+    """Between the embedding and the first block."""
+    decoder, seen = random_decoder(other("alibi")), []
+    assert isinstance(decoder.tok_norm, LayerNorm)
+    decoder.layers[0].register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    run(decoder, tokens((5,)), (5,))
+    assert torch.equal(seen[0], decoder.tok_norm(decoder.tok_embeddings(tokens((5,)))))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"position": "learned"}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}],
+    ids=["learned", "dynamic"],
+)
+def test_documents_beyond_the_last_position_are_refused(random_decoder, changes: dict) -> None:
+    """With the length, the limit and the flags; what is in the cache counts."""
+    decoder = Decoder(ModelArgs(**{**ARGS.model_dump(), "max_seq_len": 20, **changes}), dtype=torch.float32)
+    decoder.sequences((3, 20))
+    decoder.sequences((1, 1), (19, 4))
+    for lengths, starts in (((3, 21), None), ((1, 1), (4, 20))):
+        with pytest.raises(ConfigError, match=r"21 tokens.* for 20\. .*--max_words 20 .*--max_seq_len 20"):
+            decoder.sequences(lengths, starts)
+    Decoder(ARGS.model_copy(update={"max_seq_len": 20}), dtype=torch.float32).sequences((500,))
+
+
+def test_heads_of_a_rank_have_their_own_slopes() -> None:
+    """Rank 1 of 2 has the last three of six."""
+    whole = Decoder(other("alibi"), dtype=torch.float32).sequences((4,)).lean
+    half = Decoder(other("alibi"), dtype=torch.float32, rank=1, ranks=2).sequences((4,)).lean
+    assert torch.equal(half[0], whole[0][3:])
+    assert torch.equal(half[1], whole[1])
+
+
+def test_rows_of_a_vocabulary_that_does_not_divide() -> None:
+    """Four ranks of 10 rows each have 3, the last one of them 1 that counts."""
+    embeddings = [VocabParallelEmbedding(10, 4, rank=rank, ranks=4, dtype=torch.float32) for rank in range(4)]
+    assert [(e.start, e.stop) for e in embeddings] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert {e.weight.shape for e in embeddings} == {(3, 4)}
+    assert slicing_of(embeddings[0].weight).whole_shape((3, 4), 4) == (10, 4)
+
+
 def test_gradients_equal_transformers(pair) -> None:
-    """Of norms, projections and embedding, after the rows of wq are put back in Hugging Face's order."""
+    """Of norms, projections and embedding; rows of wq stand in Hugging Face's order, halves of a head apart."""
     model, decoder = pair(num_hidden_layers=1)
     decoder.requires_grad_().train()
     ids = tokens((12,))
     (run(decoder, ids, (12,)) @ decoder.head_weight.t()).square().sum().backward()
     model(ids[None]).logits.square().sum().backward()
     theirs, ours = model.model.layers[0], decoder.layers[0]
-    wq = ours.attention.wq.weight.grad.unflatten(0, (4, 8, 2)).transpose(1, 2).flatten(0, 2)
     for found, wanted in (
-        (wq, theirs.self_attn.q_proj.weight.grad),
+        (ours.attention.wq.weight.grad, theirs.self_attn.q_proj.weight.grad),
         (ours.attention.wo.weight.grad, theirs.self_attn.o_proj.weight.grad),
         (ours.feed_forward.w1.weight.grad, theirs.mlp.gate_proj.weight.grad),
         (ours.attention_norm.weight.grad, theirs.input_layernorm.weight.grad),

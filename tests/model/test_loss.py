@@ -137,3 +137,15 @@ def test_logits_are_never_all_alive() -> None:
         cross_entropy_sum(hidden, head, labels).backward()
     assert largest.numel == max(CHUNK * VOCABULARY, hidden.numel())
     assert largest.numel < len(labels) * VOCABULARY
+
+
+def test_padded_rows_of_the_head_take_no_part() -> None:
+    """However large they are: the loss and all gradients are those of the rows before, and their own are zero."""
+    hidden, head, labels = problem(40)
+    padded = torch.cat([head, 100 * torch.ones(3, WIDTH, dtype=head.dtype)])
+    found = gradients(lambda *given: cross_entropy_sum(*given, VOCABULARY), hidden, padded, labels)
+    wanted = gradients(by_torch, hidden, head, labels)
+    assert not found[2][VOCABULARY:].any()
+    found[2] = found[2][:VOCABULARY]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Rotary embedding against transformers', and the rotation's gradient."""
+"""Rotary embedding against transformers' and formulas, in both layouts, and ALiBi's slopes and channels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from accessory.model import position
 from accessory.model.args import ModelArgs
-from accessory.model.position import rotary_frequencies, rotate, rotations
+from accessory.model.position import alibi_slopes, lean, lean_channels, rotary_frequencies, rotate, rotations
 
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -108,3 +109,96 @@ def test_nothing_but_the_angles_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rotate(random(4, 3, 2).requires_grad_(), turn)
     assert [t.data_ptr() for t in saved] == [turn.data_ptr()]
+
+
+def turned(x: Tensor, frequencies: Tensor, positions: list[int], layout: str) -> Tensor:
+    """The rotation of x [T, heads, E] written out, a token and a pair of channels at a time."""
+    out, half = x.clone(), len(frequencies)
+    for token, at in enumerate(positions):
+        for i, frequency in enumerate(frequencies.tolist()):
+            a, b = (2 * i, 2 * i + 1) if layout == "pairs" else (i, i + half)
+            cosine, sine = math.cos(at * frequency), math.sin(at * frequency)
+            out[token, :, a] = x[token, :, a] * cosine - x[token, :, b] * sine
+            out[token, :, b] = x[token, :, b] * cosine + x[token, :, a] * sine
+    return out
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+@pytest.mark.parametrize("layout", ["pairs", "halves"])
+def test_layouts_and_partial_rotation(layout: str, rotary_dim: int) -> None:
+    """Value against the formula, and gradient by finite differences, in float64; what is not rotated passes through."""
+    positions = [0, 1, 7]
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.02][: rotary_dim // 2], dtype=torch.float64)
+    turn, x = rotations(frequencies, torch.tensor(positions)), random(3, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(rotate(x, turn, layout), turned(x, frequencies, positions, layout))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, turn, layout), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["pairs", "halves"])
+def test_turning_piece_by_piece_changes_nothing(monkeypatch, layout: str, dtype: torch.dtype) -> None:
+    """Pieces of three tokens, the last of them shorter."""
+    turn, x = rotations(torch.tensor([1.0, 0.3]), torch.arange(11)), random(11, 2, 8).to(dtype)
+    whole = rotate(x, turn, layout)
+    monkeypatch.setattr(position, "_CHUNK", 3 * 2 * 8)
+    assert torch.equal(rotate(x, turn, layout), whole)
+
+
+def test_halves_in_bf16_are_turned_in_fp32() -> None:
+    """Only the final rounding is lost, both ways."""
+    turn = rotations(rotary_frequencies(ModelArgs(dim=32, n_heads=1)), torch.tensor([3999]))
+    x = random(1, 1, 32).bfloat16()
+    leaf = x.clone().requires_grad_()
+    y = rotate(leaf, turn, "halves")
+    y.backward(x)
+    torch.testing.assert_close(y, rotate(x.float(), turn, "halves").bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(leaf.grad, rotate(x.float(), turn.conj(), "halves").bfloat16(), rtol=0, atol=0)
+
+
+def test_frequencies_of_a_part_of_a_head() -> None:
+    """The exponents run over what is rotated; a model that is not rotary has none; dynamic scaling waits its turn."""
+    found = rotary_frequencies(ModelArgs(dim=64, n_heads=1, rotary_dim=8))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    assert rotary_frequencies(ModelArgs(dim=64, n_heads=1, position="alibi")).numel() == 0
+    dynamic = ModelArgs(dim=64, n_heads=1, rotary_dim=8, rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert torch.equal(rotary_frequencies(dynamic), found)
+
+
+def papers_slopes(heads: int) -> list[float]:
+    """Press et al. 2022, as their own code has it."""
+    if math.log2(heads).is_integer():
+        start = 2 ** (-(2 ** -(math.log2(heads) - 3)))
+        return [start * start**i for i in range(heads)]
+    below = 2 ** math.floor(math.log2(heads))
+    return papers_slopes(below) + papers_slopes(2 * below)[0::2][: heads - below]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 12, 16, 25, 32, 40, 112])
+def test_alibi_slopes(heads: int) -> None:
+    """Powers of two, and what falls between them."""
+    wanted = torch.tensor(papers_slopes(heads), dtype=torch.float64)
+    torch.testing.assert_close(alibi_slopes(heads), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2**-22), (torch.float16, 2**-20), (torch.float32, 1e-7)]
+)
+def test_lean_channels_lose_nothing(dtype: torch.dtype, tolerance: float) -> None:
+    """Summed exactly they are slope x position x sqrt(E), at the end of a long document and in a narrow dtype too."""
+    slopes, positions = alibi_slopes(40), torch.tensor([0, 1, 255, 256, 2047, 40_001, 65_535])
+    query, key = lean_channels(slopes, positions, 96, dtype)
+    assert query.dtype == key.dtype == dtype
+    found = torch.einsum("hc,tc->th", query.double(), key[:, 0].double())
+    wanted = positions[:, None] * slopes * math.sqrt(96)
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
+
+
+def test_leaning_leaves_the_heads_as_they_are() -> None:
+    """Channels come behind; values get zeros."""
+    channels = lean_channels(alibi_slopes(4), torch.arange(3), 16, torch.float32)
+    q, k, v = random(3, 4, 16), random(3, 2, 16), random(3, 2, 16)
+    wide = lean(q, k, v, channels)
+    for narrow, wider in zip((q, k, v), wide, strict=True):
+        assert torch.equal(wider[..., :16], narrow)
+    assert not wide[2][..., 16:].any()
+    assert wide[0].shape[-1] % 8 == 0

@@ -1,7 +1,7 @@
 import pytest
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer, looks_like_control
+from accessory.tokenizer.base import Tokenizer, document_opening, looks_like_control
 
 
 class Characters(Tokenizer):
@@ -9,7 +9,7 @@ class Characters(Tokenizer):
 
     def __init__(self, **special):
         self.vocab_size = 128
-        self._set_special(**{"bos_id": 1, "eos_id": 2, "add_bos": True, "definition": b"", "source": "x", **special})
+        self._set_special(**{"bos_id": 1, "eos_id": 2, "opening": (1,), "definition": b"", "source": "x", **special})
 
     def encode_batch(self, texts, *, continuation=False, threads=1):
         return [[ord(letter) for letter in text] for text in texts]
@@ -36,13 +36,29 @@ def test_encode_is_a_batch_of_one():
 
 
 def test_fingerprint_tells_every_setting_apart():
-    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"add_bos": False}, {"definition": b"y"}]
+    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"opening": ()}, {"stop_ids": [5]}, {"definition": b"y"}]
     assert len({Characters(**variant).fingerprint for variant in variants}) == len(variants)
     assert Characters().fingerprint == Characters(source="elsewhere").fingerprint
 
 
-def test_without_bos_nothing_is_added():
-    assert Characters(bos_id=None).add_bos is False
+def test_every_stop_id_within_the_vocabulary_counts_and_eos_always():
+    assert Characters(stop_ids=[2, 5, 128, -1]).stop_ids == {2, 5}
+    assert Characters().stop_ids == {2}
+
+
+@pytest.mark.parametrize(
+    ("usual", "bos_id", "stated", "expected"),
+    [
+        ((1,), 1, None, (1,)),
+        ((1,), 1, False, ()),
+        ((), 1, True, (1,)),
+        ((7, 8), 1, False, (7, 8)),
+        ((7, 8), None, True, (7, 8)),
+        ((7, 1), 1, True, (7, 1)),
+    ],
+)
+def test_bos_is_put_in_or_left_out_where_a_file_says_so(usual, bos_id, stated, expected):
+    assert document_opening(usual, bos_id, stated) == expected
 
 
 @pytest.mark.parametrize(("key", "value"), [("eos_id", 128), ("bos_id", -1)])

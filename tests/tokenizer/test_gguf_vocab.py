@@ -70,6 +70,9 @@ REFERENCES = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), cut_like(GPT2)]),
     "llama-bpe": cut_like(LLAMA3),
     "qwen2": cut_like(LLAMA3.replace("{1,3}", "")),
+    "olmo": cut_like(GPT2),
+    "glm4": cut_like(LLAMA3),
+    "bloom": cut_like(r" ?[^(\s|[.,!?…。，、।۔،])]+"),
 }
 
 
@@ -107,7 +110,9 @@ def test_llama3_takes_a_whole_token_without_merges(byte_level, tmp_path):
 )
 def test_add_bos(byte_level, tmp_path, pre, stated, expected):
     settings = {} if stated is None else {"add_bos_token": stated}
-    assert open_tokenizer(write_byte_level(tmp_path / "v.gguf", byte_level, pre, **settings)).add_bos is expected
+    assert open_tokenizer(write_byte_level(tmp_path / "v.gguf", byte_level, pre, **settings)).opening == (
+        (1,) if expected else ()
+    )
 
 
 def test_control_tokens_in_a_text_stay_text(byte_level, tmp_path):
@@ -136,14 +141,14 @@ def test_sentencepiece_ids_are_those_of_the_model_it_was_written_from(spm_model,
     path = write(tmp_path / "v.gguf", "llama", pieces, types, scores=scores, **settings)
     ours = open_tokenizer(path)
     assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (420, 1, 2, True)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (420, 1, 2, (1,))
     ours.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
 
 
 def test_an_unknown_cutting_is_refused_with_those_known(byte_level, tmp_path):
     path = write_byte_level(tmp_path / "v.gguf", byte_level, "smolm")
-    with pytest.raises(TokenizerError, match=r"'smolm'; expected one of default, .*qwen2.*Did you mean 'smollm'"):
+    with pytest.raises(TokenizerError, match=r"'smolm'; expected one of bloom, .*qwen2.*Did you mean 'smollm'"):
         open_tokenizer(path)
 
 
@@ -186,4 +191,19 @@ def test_smollm2_against_transformers(texts):
     assert [ours.encode(text) for text in alike] == [theirs(text, add_special_tokens=False).input_ids for text in alike]
     theirs.backend_tokenizer.pre_tokenizer = REFERENCES["smollm"]
     assert [ours.encode(text) for text in texts] == [theirs(text, add_special_tokens=False).input_ids for text in texts]
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (49152, 1, 2, False)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (49152, 1, 2, ())
+
+
+def test_further_ids_that_end_an_answer(byte_level, spm_model, tmp_path):
+    path = write_byte_level(tmp_path / "v.gguf", byte_level, "gpt-2", eot_token_id=5, eom_token_id=6)
+    ours = open_tokenizer(path)
+    assert ours.stop_ids == {2, 5, 6}
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    pieces, scores, types = zip(
+        *((p.piece, p.score, p.type) for p in ModelProto.FromString(spm_model).pieces), strict=True
+    )
+    path = write(tmp_path / "s.gguf", "llama", pieces, types, scores=scores, eos_token_id=2, eot_token_id=9)
+    assert open_tokenizer(path).stop_ids == {2, 9}
+    with pytest.raises(TokenizerError, match="eot_token_id is 400; expected an id from 0 to 399"):
+        open_tokenizer(write_byte_level(tmp_path / "w.gguf", byte_level, "gpt-2", eot_token_id=400))

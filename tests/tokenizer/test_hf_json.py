@@ -29,7 +29,7 @@ def test_ids_are_those_of_transformers(byte_level, tmp_path, awkward, sentences)
     expected = [theirs(text, add_special_tokens=False).input_ids for text in texts]
     assert [ours.encode(text) for text in texts] == expected
     assert ours.encode_batch(texts, threads=2) == expected
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (400, 1, 2, False)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (400, 1, 2, ())
 
 
 def test_a_continued_text_decodes_to_the_whole(byte_level, llama_like, tmp_path):
@@ -73,7 +73,7 @@ def test_add_bos_is_stated_or_told_by_the_post_processor(byte_level, tmp_path, s
     pipeline.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
     config = CHATML if stated is None else {**CHATML, "add_bos_token": stated}
     ours = open_tokenizer(lay(tmp_path, pipeline, config))
-    assert ours.add_bos is expected
+    assert ours.opening == ((1,) if expected else ())
     assert ours.bos_id not in ours.encode("Write")
 
 
@@ -156,3 +156,49 @@ def test_unigram_does_not_find_markers_in_a_text(tmp_path):
     assert ours.eos_id == 1 and 1 not in ours.encode("a</s>a") and ours.decode(ours.encode("a</s>a")) == "a</s>a"
     ours.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").encode("a</s>") == ours.encode("a</s>")
+
+
+def test_a_document_opens_as_the_post_processor_says(byte_level, tmp_path):
+    pipeline = copy(byte_level)
+    pipeline.add_special_tokens(["[gMASK]", "<sop>"])
+    ids = [("[gMASK]", 400), ("<sop>", 401), ("<|im_end|>", 2)]
+    pipeline.post_processor = processors.TemplateProcessing("[gMASK] <sop> $A <|im_end|>", None, ids)
+    ours = open_tokenizer(lay(tmp_path / "a", pipeline, {"eos_token": "<|im_end|>"}))
+    assert ours.opening == (400, 401)
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").opening == (400, 401)
+
+
+def test_end_and_beginning_are_told_apart_where_the_text_is_unknown(tmp_path):
+    pipeline = Tokenizer(models.BPE({"<b>": 0, "<e>": 1, "x": 2}, []))
+    pipeline.add_special_tokens(["<b>", "<e>"])
+    pipeline.post_processor = processors.TemplateProcessing("<b> $A <e>", None, [("<b>", 0), ("<e>", 1)])
+    ours = open_tokenizer(lay(tmp_path, pipeline, {"bos_token": "<b>", "eos_token": "<e>"}))
+    assert ours.opening == (0,)
+
+
+def test_tokens_that_only_the_config_adds(byte_level, tmp_path, sentences):
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    more = {"400": {"content": "<a>", "special": True, "rstrip": True}, "401": {"content": "<b>", "special": False}}
+    ours = open_tokenizer(lay(tmp_path, byte_level, {**names, "added_tokens_decoder": more}))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.vocab_size == len(theirs) == 402
+    assert ours.encode("a<b>c") == theirs("a<b>c", add_special_tokens=False).input_ids
+    assert 400 not in ours.encode("x<a>") and ours.decode([400]) == "" and ours.control_tokens()[400].rstrip
+    assert 401 not in ours.control_tokens()
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    lay(tmp_path, byte_level, {**names, "added_tokens_decoder": {"400": more["400"]}})
+    assert open_tokenizer(tmp_path).fingerprint != ours.fingerprint
+    lay(tmp_path, byte_level, {**names, "added_tokens_decoder": {"399": more["400"]}})
+    with pytest.raises(TokenizerError, match="'<a>' the id 399, where this vocabulary has 400"):
+        open_tokenizer(tmp_path)
+
+
+def test_all_ids_that_end_an_answer(byte_level, tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [0, 1]}')
+    ours = open_tokenizer(lay(tmp_path, byte_level, CHATML))
+    assert ours.eos_id == 2 and ours.stop_ids == {0, 1, 2}
+    ours.save(tmp_path / "saved")
+    again = open_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == ours.fingerprint and again.stop_ids == ours.stop_ids

@@ -1,7 +1,7 @@
 import pytest
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer
+from accessory.tokenizer import holds_tokenizer, open_tokenizer
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
@@ -52,3 +52,20 @@ def test_several_gguf_files_are_listed(tmp_path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(TokenizerError, match=r"several .gguf files \(a.gguf, b.gguf\)"):
         open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer.model"}, True),
+        ({"tokenizer.json"}, True),
+        ({"vocab.json", "merges.txt"}, True),
+        ({"vocab.json"}, False),
+        ({"v.gguf"}, False),
+        (set(), False),
+    ],
+)
+def test_whether_a_directory_holds_a_tokenizer(tmp_path, files, expected):
+    for name in files:
+        (tmp_path / name).touch()
+    assert holds_tokenizer(tmp_path) is expected

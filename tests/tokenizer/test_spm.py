@@ -17,7 +17,7 @@ def test_ids_are_those_of_sentencepiece(spm_file, spm_model, awkward, sentences)
     texts = [text for text in awkward + sentences if "<|" not in text]
     assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
     assert ours.encode_batch(texts, threads=2) == [theirs.encode(text) for text in texts]
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (420, 1, 2, True)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (420, 1, 2, (1,))
 
 
 def test_a_continued_text_decodes_to_the_whole(spm_file, awkward, sentences):
@@ -64,7 +64,7 @@ def test_saved_and_opened_again_it_is_equal(spm_file, tmp_path):
     ours = open_tokenizer(spm_file)
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
-    assert again.fingerprint == ours.fingerprint and again.add_bos is False
+    assert again.fingerprint == ours.fingerprint and again.opening == ()
     assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["chat_template"] == "{{ x }}"
 
 
@@ -73,7 +73,7 @@ def test_names_beside_the_model_win(spm_file, tmp_path):
     ours = open_tokenizer(spm_file)
     assert ours.encode("<|im_end|>") != [ours.eos_id]
     assert reference(spm_file.read_bytes()).id_to_piece(ours.eos_id) == "<|im_end|>"
-    assert ours.bos_id is None and ours.add_bos is False
+    assert ours.bos_id is None and ours.opening == ()
 
 
 def test_a_name_that_is_no_piece_is_refused(spm_file, tmp_path):
@@ -129,3 +129,90 @@ def test_a_cut_model_is_refused(spm_file, spm_model, share):
     spm_file.write_bytes(spm_model[: int(len(spm_model) * share)])
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
         open_tokenizer(spm_file)
+
+
+def decoder(**tokens):
+    return {"added_tokens_decoder": {str(i[1:]): {"content": c, "special": s} for i, (c, s) in tokens.items()}}
+
+
+@pytest.mark.parametrize("file", ["added_tokens", "tokenizer_config"])
+def test_added_tokens_count_and_are_never_found_in_a_text(spm_file, spm_model, tmp_path, file):
+    content = {"[PAD]": 420} if file == "added_tokens" else decoder(_420=("[PAD]", True))
+    (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    ours = open_tokenizer(spm_file)
+    assert ours.vocab_size == 421 and ours.decode([420]) == ""
+    assert ours.encode("a[PAD]b") == reference(spm_model).encode("a[PAD]b")
+    ours.save(tmp_path / "saved")
+    again = open_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == ours.fingerprint and again.vocab_size == 421
+    (tmp_path / f"{file}.json").unlink()
+    assert open_tokenizer(spm_file).fingerprint != ours.fingerprint
+
+
+def test_an_added_token_that_is_not_special_is_found(spm_file, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(decoder(_421=("two words", False), _5=("<0x>", True))))
+    ours = open_tokenizer(spm_file)
+    assert ours.vocab_size == 422 and 421 in ours.encode("a two words b") and ours.decode([421]) == "two words"
+    assert ours.decode([420]) == ""  # the id left out
+
+
+def test_an_added_token_takes_over_the_piece_at_its_id(spm_file, spm_model, tmp_path):
+    theirs = reference(spm_model)
+    piece = theirs.encode("task")[0]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(decoder(**{f"_{piece}": ("<|plugin|>", True)})))
+    ours = open_tokenizer(spm_file)
+    assert ours.vocab_size == 420 and piece not in ours.encode("task") and ours.decode(ours.encode("task")) == "task"
+    assert ours.control_tokens()[piece].content == "<|plugin|>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ({"_9000000": ("<a>", True)}, r"'<a>' the id 9000000; expected ids that go on from the 420 pieces"),
+        ({"_420": ("</s>", True)}, r"'</s>' has two ids"),
+        ({"_420": ("<a>", True), "_421": ("<a>", True)}, r"'<a>' has two ids"),
+    ],
+)
+def test_added_tokens_that_cannot_be_are_refused(spm_file, tmp_path, tokens, words):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(decoder(**tokens)))
+    with pytest.raises(TokenizerError, match=words):
+        open_tokenizer(spm_file)
+
+
+GLM_TOKENS = [
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "sop",
+    "eop",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
+
+
+@pytest.mark.parametrize("listed", [{}, decoder(_421=("[gMASK]", False), _423=("sop", False))])
+def test_chatglms_tokens_follow_the_pieces_and_open_its_documents(spm_file, spm_model, tmp_path, listed):
+    config = {"tokenizer_class": "ChatGLMTokenizer", **listed}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = open_tokenizer(spm_file)
+    found = {i: token.content for i, token in ours.control_tokens().items() if i >= 420}
+    assert found == dict(enumerate(GLM_TOKENS, start=420))
+    assert ours.opening == (421, 423) and ours.vocab_size == 429
+    for text in ("philosophy [gMASK]sop<|user|>", "sop"):
+        assert ours.encode(text) == reference(spm_model).encode(text)
+    assert ours.decode([421, 423, 426, *ours.encode("a task")]) == "a task"
+    ours.save(tmp_path / "saved")
+    again = open_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == ours.fingerprint and again.opening == ours.opening
+
+
+def test_all_ids_that_end_an_answer_survive_saving(spm_file, tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [7]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 9, 4000], "temperature": 1}')
+    ours = open_tokenizer(spm_file)
+    assert ours.stop_ids == {2, 9} and ours.eos_id == 2
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text()) == {"eos_token_id": [2, 9]}

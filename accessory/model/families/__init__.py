@@ -1,0 +1,38 @@
+"""The model types we know, by the name Hugging Face's config.json and ModelArgs' `architecture` give them."""
+
+from __future__ import annotations
+
+from accessory.errors import CheckpointError, nearest
+from accessory.model.families import baichuan, bloom, glm, internlm, llama, neox, opt, qwen
+from accessory.model.families.architecture import Architecture
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for module in (llama, qwen, baichuan, internlm, opt, bloom, neox, glm)
+    for architecture in module.ARCHITECTURES
+}
+FAMILIES = tuple(dict.fromkeys(architecture.family for architecture in ARCHITECTURES.values()))
+"""First parts of --llama_type."""
+
+
+def architecture_of(name: object, source: str) -> Architecture:
+    """The model type called `name` in `source`. Raises `CheckpointError` listing those we know."""
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(
+            f"{source}: model_type {name!r} is not supported.{nearest(str(name), ARCHITECTURES)} Known: {known}."
+        )
+    return ARCHITECTURES[name]
+
+
+def architecture_of_gguf(name: object, source: str) -> Architecture:
+    """The model type behind GGUF's `general.architecture`. Raises `CheckpointError` listing those we know."""
+    known = {a.gguf.architecture: a for a in reversed(ARCHITECTURES.values()) if a.gguf}
+    if name not in known:
+        raise CheckpointError(
+            f"{source}: architecture {name!r} is not supported.{nearest(str(name), known)} Known: {', '.join(known)}."
+        )
+    return known[name]
+
+
+__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "architecture_of", "architecture_of_gguf"]

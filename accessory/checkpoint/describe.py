@@ -1,0 +1,61 @@
+"""What a checkpoint is, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+
+from accessory.checkpoint.source import Source
+from accessory.model.args import ModelArgs
+from accessory.model.families import ARCHITECTURES
+
+
+def describe(source: Source, *, every_tensor: bool = False) -> str:
+    """Lines of "name  value" on a source; with `every_tensor` one more for each tensor, by our names."""
+    size = sum(file.stat().st_size for file in source.files)
+    lines = {
+        "path": str(source.path),
+        "format": source.format,
+        "files": f"{len(source.files)} ({size / 1e9:.3f} GB)",
+        "tensors": f"{len(source.tensors):,}",
+        "parameters": f"{sum(prod(tensor.shape) for tensor in source.tensors.values()):,}",
+        "types": _types(source),
+        "quantization": source.storage or _recorded(source) or "none",
+    }
+    if source.llama_type:
+        lines["llama_type"] = source.llama_type
+    lines |= _settings(source.settings or {})
+    if source.run:
+        lines["trained on"] = ", ".join(f"{entry['path']} ({entry['format']})" for entry in source.run["base"])
+    width = max(map(len, lines))
+    text = [f"{name:<{width}}  {value}" for name, value in lines.items()]
+    if every_tensor:
+        text += [f"{name}  {tensor.dtype}  {list(tensor.shape)}" for name, tensor in source.tensors.items()]
+    return "\n".join(text)
+
+
+def _types(source: Source) -> str:
+    counts = Counter(tensor.dtype for tensor in source.tensors.values())
+    return ", ".join(f"{name} x {count}" for name, count in counts.most_common())
+
+
+def _recorded(source: Source) -> str | None:
+    quantization = source.run["quantization"] if source.run else None
+    return f"its base was trained on as {quantization}" if quantization else None
+
+
+def _settings(settings: dict) -> dict[str, str]:
+    """The settings worth a look, defaults left out."""
+    known = {key: value for key, value in settings.items() if key in ModelArgs.model_fields}
+    other = {key: value for key, value in settings.items() if key not in known}
+    lines = {}
+    if known:
+        architecture = ARCHITECTURES.get(known.get("architecture", "llama"))
+        lines["family"] = f"{architecture.family} ({architecture.name})" if architecture else str(known["architecture"])
+    defaults = {name: field.default for name, field in ModelArgs.model_fields.items()}
+    shown = {key: value for key, value in known.items() if key != "architecture" and value != defaults[key]}
+    if shown:
+        lines["settings"] = ", ".join(f"{key} {value}" for key, value in shown.items())
+    if other:
+        lines["method"] = ", ".join(f"{key} {value}" for key, value in other.items())
+    return lines

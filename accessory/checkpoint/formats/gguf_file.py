@@ -1,0 +1,486 @@
+"""GGUF files, as llama.cpp reads and writes them: every type that the `gguf` package can dequantize, four to write."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor
+from accessory.checkpoint.naming import Tensors, ours_from_theirs, theirs_from_ours
+from accessory.checkpoint.source import Source, settings_read_by
+from accessory.checkpoint.whole import WholeModel, progress
+from accessory.errors import CheckpointError, nearest
+from accessory.model.args import ModelArgs, RopeScaling
+from accessory.model.families import ARCHITECTURES, Architecture, architecture_of_gguf
+from accessory.model.families.architecture import ACTIVATIONS, Fused, inexpressible
+from accessory.model.families.llama import BIASES
+from accessory.model.position import rotary_frequencies
+from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+from accessory.tokenizer.gguf_metadata import _Walk
+from accessory.tokenizer.sniff import what_is
+
+FileType = Literal["f32", "f16", "bf16", "q8_0"]
+_WRITTEN = {
+    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+_PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_SIZES = {
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "hidden_dim": "feed_forward_length",
+    "max_seq_len": "context_length",
+    "rotary_dim": "rope.dimension_count",
+}
+"""Our setting -> GGUF's key, behind the name of the architecture."""
+_OPTIONAL = ("n_kv_heads", "head_dim", "rotary_dim", "max_seq_len")
+_EPSILON = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+_NEVER = {"expert_count": "a mixture of experts", "attention.scale": "a scale of attention of its own"}
+"""Keys of what no model of ours does, where they are not zero."""
+_EMBEDDING, _FACTORS = "token_embd.weight", "rope_freqs.weight"
+_PUBLISHED_FACTORS = (8.0, 32.0)  # Llama 3.1 and 3.2
+_MOST_DIMENSIONS = 4
+_LONGEST_CONTEXT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class GgufTensor(LazyTensor):
+    """A tensor of a memory-mapped GGUF file, its bytes as [rows, bytes of a row] (uint8).
+
+    Blocks come back as fp32; F32, F16 and BF16 as they are, sharing the file's memory.
+    """
+
+    data: np.ndarray
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """GGUF's name of the type."""
+        return self.kind.name
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Dequantize the rows asked for; a range of columns needs the whole rows first."""
+        by_rows = dim == 0 and len(self.shape) > 1
+        depth = math.prod(self.shape[1:-1])
+        values = _values(self.data[start * depth : stop * depth] if by_rows else self.data, self.kind)
+        values = values.reshape(-1, *self.shape[1:])
+        return values if dim is None or by_rows else values.narrow(dim, start, stop - start).contiguous()
+
+
+def _values(rows: np.ndarray, kind: Kind) -> Tensor:
+    if kind not in _PLAIN:
+        return torch.from_numpy(gguf.dequantize(rows, kind))
+    dtype = _PLAIN[kind]
+    if rows.ctypes.data % dtype.itemsize:  # a file may align its tensors to single bytes
+        rows = rows.copy()
+    return torch.from_numpy(rows).view(dtype)
+
+
+def open_gguf_file(path: Path) -> Source:
+    """Open a GGUF file. Raises `CheckpointError` for what is none, is cut short, or holds what cannot be computed."""
+    fields, theirs = _read(path)
+    architecture = architecture_of_gguf(fields.get("general.architecture"), str(path))
+    args = _args_of(fields, theirs, architecture, path)
+    tensors = ours_from_theirs(theirs, architecture.gguf.names, args, str(path))
+    return Source(path, "GGUF", [path], tensors, settings=args.model_dump(), llama_type=architecture.family)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file says of one tensor. shape: as torch has it. start: bytes from the beginning of the tensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+
+
+class _Header(_Walk):
+    """Metadata, followed by the list of tensors."""
+
+    def entries(self) -> list[_Entry]:
+        (count,) = struct.unpack_from("<Q", self._buffer, 8)
+        return [self._entry() for _ in range(count)]
+
+    def _entry(self) -> _Entry:
+        name = self._string()
+        (dimensions,) = self._unpack("<I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = self._unpack(f"<{dimensions}Q")
+        return _Entry(name, shape[::-1], *self._unpack("<IQ"))
+
+    def data_start(self, alignment: object) -> int:
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its alignment is {alignment!r}")
+        return -(-self._at // alignment) * alignment
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """(metadata, tensors by the names of the file); no tensor passes the end of the file."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+            header = _Header(buffer)
+            fields, entries = header.metadata(), header.entries()
+            start = header.data_start(fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
+    except (OSError, ValueError, struct.error, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: found {what_is(path)}; expected a GGUF file (version 2 or 3), whole and undamaged ({error})."
+        ) from error
+    _check_whole(fields, entries, path)
+    # Copy-on-write, for torch knows no read-only memory.
+    content = np.asarray(np.memmap(path, mode="c"))[start:]
+    return fields, {entry.name: _tensor(entry, content, path) for entry in entries}
+
+
+def _check_whole(fields: dict[str, Any], entries: list[_Entry], path: Path) -> None:
+    parts = fields.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(f"{path}: is one of {parts} parts; expected one file (`llama-gguf-split --merge`).")
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path}: holds {twice} twice.")
+
+
+def _tensor(entry: _Entry, content: np.ndarray, path: Path) -> GgufTensor:
+    kind = _kind(entry, path)
+    block, width = gguf.GGML_QUANT_SIZES[kind]
+    if 0 in entry.shape or entry.shape[-1] % block:
+        raise CheckpointError(
+            f"{path}: {entry.name} has shape {entry.shape}; expected rows of {kind.name} in blocks of {block}."
+        )
+    row = entry.shape[-1] // block * width
+    size = math.prod(entry.shape[:-1]) * row
+    if entry.start + size > len(content):
+        raise CheckpointError(
+            f"{path}: is cut short or damaged: {entry.name} takes {size:,} bytes from {entry.start:,} on, but "
+            f"{len(content):,} bytes of tensors are there (found {what_is(path)})."
+        )
+    return GgufTensor(content[entry.start : entry.start + size].reshape(-1, row), kind, entry.shape)
+
+
+def _kind(entry: _Entry, path: Path) -> Kind:
+    known = entry.kind in Kind.__members__.values()
+    if known and _can_be_read(Kind(entry.kind)):
+        return Kind(entry.kind)
+    name = Kind(entry.kind).name if known else f"type {entry.kind}"
+    raise CheckpointError(
+        f"{path}: {entry.name} is stored as {name}, which cannot be read; expected F32, F16, BF16, Q8_0, Q4_K or "
+        "another of gguf's common types."
+    )
+
+
+@cache
+def _can_be_read(kind: Kind) -> bool:
+    if kind in _PLAIN:
+        return True
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture, path: Path) -> ModelArgs:
+    """The settings that metadata and tensors tell. Raises `CheckpointError`."""
+    prefix = f"{architecture.gguf.architecture}."
+    stated = {key.removeprefix(prefix): _one(value) for key, value in fields.items() if key.startswith(prefix)}
+    if _EMBEDDING not in theirs:
+        raise CheckpointError(f"{path}: {_EMBEDDING} is missing; expected a language model.")
+    for key, meaning in _NEVER.items():
+        if stated.get(key):
+            raise CheckpointError(f"{path}: {prefix}{key} is {stated[key]!r}: {meaning} is not supported.")
+    values = _sizes(stated, theirs, prefix, path) | _told_by_tensors(theirs, architecture)
+    values["architecture"] = architecture.name
+    if "activation" in architecture.keys:
+        values["activation"] = ACTIVATIONS[architecture.defaults["activation"]]
+    if "parallel_residual" in architecture.keys:
+        values["parallel_residual"] = stated.get("use_parallel_residual", architecture.defaults["parallel_residual"])
+    values |= dict(architecture.fixed) | {"rotary_layout": architecture.gguf.rotary_layout}
+    if values["n_layers"] == architecture.gguf.alibi_blocks:
+        values["position"] = "alibi"
+    values["norm_eps"] = _positive(stated, _EPSILON[values.get("norm", "rms")], None, prefix, path)
+    if values.get("position", "rotary") == "rotary":
+        values["rope_theta"] = _positive(stated, "rope.freq_base", 10000.0, prefix, path)
+        values["rope_scaling"] = _linear_scaling(stated, prefix, path)
+    args = settings_read_by(lambda: ModelArgs(**values), path)
+    _check_heads(args, stated, theirs, path)
+    return _with_factors(args, theirs, path)
+
+
+def _one(value: Any) -> Any:
+    """A value that is stated for each block alike, once."""
+    return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value
+
+
+def _sizes(stated: dict[str, Any], theirs: Tensors, prefix: str, path: Path) -> dict[str, Any]:
+    """Sizes, none of which passes what the tensors hold: a damaged one must not be taken for an order of memory."""
+    widest = max(max(tensor.shape) for tensor in theirs.values())
+    most = {"n_layers": len(theirs), "max_seq_len": _LONGEST_CONTEXT}
+    values = {}
+    for name, key in _SIZES.items():
+        if key not in stated and name in _OPTIONAL:
+            continue
+        if key not in stated:
+            raise CheckpointError(f"{path}: {prefix}{key} is missing; expected the model's settings.")
+        value, limit = stated[key], most.get(name, widest)
+        if type(value) is not int or not 1 <= value <= limit:
+            raise CheckpointError(f"{path}: {prefix}{key} is {value!r}; its tensors allow 1 to {limit}.")
+        values[name] = value
+    return values
+
+
+def _told_by_tensors(theirs: Tensors, architecture: Architecture) -> dict[str, Any]:
+    biased, modules = set(), set()
+    for name in theirs:
+        found = architecture.gguf.names.ours(name)
+        if found:
+            parts = found[0].parts if isinstance(found[0], Fused) else (found[0],)
+            modules.update(parts)
+            biased.update(part.rsplit(".", 1)[-1] for part in parts if found[1] == "bias")
+    return {
+        "vocab_size": theirs[_EMBEDDING].shape[0],
+        "tie_word_embeddings": "output" not in modules,
+        "qkv_bias": "wq" in biased,
+        "out_bias": "wo" in biased,
+        "mlp_bias": "w2" in biased,
+    }
+
+
+def _positive(stated: dict[str, Any], key: str, default: float | None, prefix: str, path: Path) -> float:
+    value = stated.get(key, default)
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise CheckpointError(f"{path}: {prefix}{key} is {value!r}; expected a number above 0.")
+    return _decimal(value)
+
+
+def _decimal(value: float) -> float:
+    """The number with the fewest digits that the file's 32 bits stand for: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _linear_scaling(stated: dict[str, Any], prefix: str, path: Path) -> dict[str, Any] | None:
+    kind = stated.get("rope.scaling.type", "linear")
+    key = "rope.scaling.factor" if "rope.scaling.factor" in stated else "rope.scale_linear"
+    if kind not in ("none", "linear"):
+        raise CheckpointError(f"{path}: rope scaling {kind!r} is not supported; known: none, linear, llama3.")
+    if kind == "none" or not stated.get(key):
+        return None
+    factor = _positive(stated, key, None, prefix, path)
+    return {"kind": "linear", "factor": factor} if factor != 1 else None
+
+
+def _check_heads(args: ModelArgs, stated: dict[str, Any], theirs: Tensors, path: Path) -> None:
+    widest = max(max(tensor.shape) for tensor in theirs.values())
+    odd = args.position == "rotary" and args.rotary_dim % 2
+    faults = {
+        f"{args.n_heads} heads of {args.head_dim} channels pass all tensors": args.n_heads * args.head_dim > widest,
+        f"{args.n_heads} heads cannot share {args.n_kv_heads} key/value heads": args.n_heads % args.n_kv_heads,
+        f"{args.rotary_dim} of {args.head_dim} channels cannot rotate": odd or args.rotary_dim > args.head_dim,
+        "keys and values of different widths are not supported": (
+            stated.get("attention.value_length", args.head_dim) != args.head_dim
+        ),
+    }
+    if found := [fault for fault, is_so in faults.items() if is_so]:
+        raise CheckpointError(f"{path}: its settings do not make a model: {'; '.join(found)}.")
+
+
+def _with_factors(args: ModelArgs, theirs: Tensors, path: Path) -> ModelArgs:
+    """`args` with the scaling whose factors on the wavelengths are in the file: only Llama 3's is ever there."""
+    if _FACTORS not in theirs:
+        return args
+    factors = theirs[_FACTORS].read().float()
+    expected = f"expected those of Llama 3's scaling, {args.rotary_dim // 2} numbers (factor 8 or 32)"
+    if args.position != "rotary" or args.rope_scaling or factors.shape != (args.rotary_dim // 2,):
+        raise CheckpointError(f"{path}: {_FACTORS} of shape {tuple(factors.shape)} does not fit; {expected}.")
+    if torch.equal(factors, torch.ones_like(factors)):
+        return args
+    for factor in (*_PUBLISHED_FACTORS, _decimal(round(float(factors.max()), 3))):
+        scaled = args.model_copy(update={"rope_scaling": RopeScaling(kind="llama3", factor=factor)})
+        if torch.allclose(factors, _factors(scaled), rtol=1e-4):
+            return scaled
+    raise CheckpointError(
+        f"{path}: {_FACTORS} runs from {factors.min():g} to {factors.max():g} in a way that is not known; {expected}."
+    )
+
+
+def _factors(args: ModelArgs) -> Tensor:
+    """How much longer each wavelength is than without scaling, fp32 [rotary_dim / 2]."""
+    return rotary_frequencies(args.model_copy(update={"rope_scaling": None})) / rotary_frequencies(args)
+
+
+def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
+    """Write a model as the new file `target`, tensor by tensor.
+
+    Vectors are written as F32, as llama.cpp wants them, matrices as `file_type`; under q8_0, which packs 32 values of
+    a row at a time, matrices of another width as F16. The file appears under its name when it is complete.
+    Raises `CheckpointError` for a model that the format has no place for, and `TokenizerError` for a tokenizer.
+    """
+    if file_type not in _WRITTEN:
+        raise CheckpointError(
+            f"A GGUF file of type {file_type!r} cannot be written.{nearest(str(file_type), _WRITTEN)} "
+            f"Known: {', '.join(_WRITTEN)}."
+        )
+    if target.exists():
+        raise CheckpointError(f"{target}: found {what_is(target)} there; expected a new file.")
+    architecture = ARCHITECTURES[model.args.architecture]
+    if architecture.gguf is None:
+        known = ", ".join(name for name, its in ARCHITECTURES.items() if its.gguf)
+        raise CheckpointError(
+            f"GGUF has no form for {architecture.name}; write another format, or give the --architecture of one that "
+            f"computes the same: {known}."
+        )
+    model = model.in_layout(architecture.gguf.rotary_layout)
+    args = _within_context(model.args)
+    theirs = theirs_from_ours(model.tensors, architecture.gguf.names, args)
+    if architecture.gguf.rope_factors and args.rope_scaling and args.rope_scaling.kind == "llama3":
+        theirs = {_FACTORS: HeldTensor(_factors(args)), **theirs}
+    fields = _fields(args, architecture)
+    _check_nothing_lost(args, fields, theirs, architecture, target)
+    vocabulary = vocabulary_fields(model.tokenizer, args.vocab_size)
+    with _fresh_file(target) as partial:
+        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
+
+
+def _within_context(args: ModelArgs) -> ModelArgs:
+    """The same settings without what changes nothing within the model's context, for which GGUF has no words."""
+    update: dict[str, Any] = {}
+    if args.rope_scaling and args.rope_scaling.kind == "dynamic":
+        update["rope_scaling"] = None
+    if args.sliding_window and args.sliding_window >= args.max_seq_len:
+        update |= {"sliding_window": None, "sliding_layers": None}
+    return args.model_copy(update=update)
+
+
+def _fields(args: ModelArgs, architecture: Architecture) -> dict[str, Any]:
+    stated = {key: getattr(args, name) for name, key in _SIZES.items()}
+    stated |= {
+        "vocab_size": args.vocab_size,
+        "attention.value_length": args.head_dim,
+        _EPSILON[args.norm]: float(args.norm_eps),
+    }
+    if args.position == "rotary":
+        stated["rope.freq_base"] = float(args.rope_theta)
+        if args.rope_scaling and args.rope_scaling.kind == "linear":
+            stated |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(args.rope_scaling.factor)}
+    else:
+        del stated["rope.dimension_count"]
+    if "parallel_residual" in architecture.keys:
+        stated["use_parallel_residual"] = args.parallel_residual
+    return {f"{architecture.gguf.architecture}.{key}": value for key, value in stated.items()}
+
+
+def _check_nothing_lost(
+    args: ModelArgs, fields: dict[str, Any], theirs: Tensors, architecture: Architecture, target: Path
+) -> None:
+    """Raise `CheckpointError` naming the settings that a reader of the file would not find."""
+    if _EMBEDDING not in theirs:
+        raise CheckpointError(f"{target}: cannot be written: the model has no embedding.")
+    reread = _args_of(fields, theirs, architecture, target)
+    rounded = {"norm_eps": _decimal(args.norm_eps), "rope_theta": _decimal(args.rope_theta)}
+    if args.rope_scaling:
+        rounded["rope_scaling"] = args.rope_scaling.model_copy(update={"factor": _decimal(args.rope_scaling.factor)})
+    lost = architecture.lost(_comparable(args.model_copy(update=rounded)), _comparable(reread))
+    lost += [bias for bias in BIASES if getattr(args, bias) and bias not in architecture.gguf.biases]
+    if lost:
+        place = f"{target}: a GGUF file of architecture {architecture.gguf.architecture}"
+        raise inexpressible(place, lost, args)
+
+
+def _comparable(args: ModelArgs) -> ModelArgs:
+    """Without the settings that say nothing of this model: those of a rotation where nothing rotates."""
+    still = {"rope_theta": 10000.0, "rope_scaling": None, "rotary_dim": args.head_dim}
+    return args if args.position == "rotary" else args.model_copy(update=still)
+
+
+@contextmanager
+def _fresh_file(target: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `target` once everything is on disk, removed on failure."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        partial.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
+        raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
+    finally:
+        with suppress(OSError):  # there is none where it could not be made, or where it has been renamed
+            partial.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(
+    path: Path, name: str, architecture: Architecture, fields: Mapping[str, Any], theirs: Tensors, file_type: FileType
+) -> None:
+    kind, label = _WRITTEN[file_type]
+    writer = gguf.GGUFWriter(path, architecture.gguf.architecture)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(label)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in fields.items():
+            if isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                add_fields(writer, {key: value})
+        kinds = {name: _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
+        for name, tensor in theirs.items():
+            size = math.prod(tensor.shape) * gguf.GGML_QUANT_SIZES[kinds[name]][1]
+            size //= gguf.GGML_QUANT_SIZES[kinds[name]][0]
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in progress(theirs, "writing GGUF"):
+            writer.write_tensor_data(_encoded(name, tensor.read(), kinds[name]))
+    finally:
+        writer.close()
+
+
+def _stored_as(shape: tuple[int, ...], wanted: Kind) -> Kind:
+    if len(shape) == 1:
+        return Kind.F32
+    return Kind.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _encoded(name: str, value: Tensor, kind: Kind) -> np.ndarray:
+    """`value` as the bytes of `kind`, in any dtype."""
+    if kind not in _PLAIN:
+        return gguf.quantize(value.float().contiguous().numpy(), kind)
+    plain = value.to(_PLAIN[kind]).contiguous()
+    if kind == Kind.F16 and not plain.isfinite().all():
+        raise CheckpointError(f"{name} has values that do not fit into F16; write f32 or bf16.")
+    return plain.view(torch.uint8).numpy()

@@ -1,0 +1,64 @@
+"""Hugging Face directories: config.json and safetensors or .bin files, plain or packed by bitsandbytes in 4 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accessory.checkpoint.formats.bitsandbytes import packed_by_bitsandbytes
+from accessory.checkpoint.formats.torch_shards import load_torch_file
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor
+from accessory.checkpoint.naming import ours_from_theirs
+from accessory.checkpoint.source import Source, open_safetensors, read_json, settings_read_by
+from accessory.errors import CheckpointError
+from accessory.model.families import architecture_of
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def open_hugging_face(path: Path) -> Source:
+    """Open a directory whose config.json names a model type. Raises `CheckpointError`."""
+    file = path / "config.json"
+    config = read_json(file)
+    architecture = architecture_of(config["model_type"], str(file))
+    args = settings_read_by(lambda: architecture.read(config, str(file)), file)
+    files = _weight_files(path)
+    theirs = _open_files(files)
+    if quantization := config.get("quantization_config"):
+        theirs = packed_by_bitsandbytes(theirs, quantization, path)
+    tensors = ours_from_theirs(theirs, architecture.names, args, str(path))
+    return Source(path, "Hugging Face", files, tensors, settings=args.model_dump(), llama_type=architecture.family)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for index in INDEXES:
+        if (path / index).is_file():
+            files = [path / name for name in _indexed_files(path / index)]
+            if absent := [file.name for file in files if not file.is_file()]:
+                raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {_present(path)}.")
+            return files
+    for single in SINGLES:
+        if (path / single).is_file():
+            return [path / single]
+    raise CheckpointError(f"{path}: {' or '.join(SINGLES)} is missing; found {_present(path)}.")
+
+
+def _present(path: Path) -> str:
+    return ", ".join(sorted(p.name for p in path.iterdir())[:8])
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Names of the files of a sharded checkpoint, in order; they lie beside the index, never elsewhere."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: holds no 'weight_map'; expected one that names each tensor's file.")
+    names = sorted({str(name) for name in weight_map.values()})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index}: names {', '.join(outside)}; expected files beside it.")
+    return names
+
+
+def _open_files(files: list[Path]) -> dict[str, LazyTensor]:
+    if files[0].suffix != ".bin":
+        return open_safetensors(files)
+    return {name: HeldTensor(tensor) for file in files for name, tensor in load_torch_file(file).items()}

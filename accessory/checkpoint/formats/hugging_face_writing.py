@@ -1,0 +1,120 @@
+"""Writes Hugging Face directories that transformers loads, plain or packed in bitsandbytes' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from accessory.checkpoint.formats.bitsandbytes import quantization_config
+from accessory.checkpoint.formats.hugging_face import INDEXES, SINGLES
+from accessory.checkpoint.lazy import LazyTensor, PackedTensor, StackedRows
+from accessory.checkpoint.naming import BLOCK_LINEAR, theirs_from_ours
+from accessory.checkpoint.save import SHARD_BYTES, fresh_directory, write_json
+from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
+from accessory.errors import CheckpointError
+from accessory.model.families import Architecture, architecture_of
+from accessory.model.families.architecture import Fused
+from accessory.quant import storage
+from accessory.quant.four_bit import FourBitWeight
+
+
+def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None = None) -> None:
+    """Write a directory that transformers loads, if it knows the model type: plain in `dtype`, or packed.
+
+    With `quant_type` the linears of all blocks are packed in bitsandbytes' layout. Tensor by tensor, whole or not at
+    all. Raises `CheckpointError` where the model type cannot express the settings or lacks a place for a tensor.
+    """
+    refuse_existing(target)
+    architecture = architecture_of(model.args.architecture, str(target))
+    model = model.in_layout(architecture.fixed.get("rotary_layout", "halves"))
+    config = architecture.write(model.args) | _token_ids(model)
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    theirs = theirs_from_ours(model.tensors, architecture.names, model.args)
+    _refuse_repacking(theirs)
+    packed = quant_type or next((t.dtype for t in theirs.values() if isinstance(t, PackedTensor)), None)
+    if packed:
+        config["quantization_config"] = quantization_config(packed, dtype)
+    with fresh_directory(target) as directory:
+        _write_shards(directory, _written(theirs, architecture, dtype, quant_type))
+        write_json(directory / "config.json", config)
+        model.tokenizer.save(directory)
+
+
+def _token_ids(model: WholeModel) -> dict[str, Any]:
+    tokenizer = model.tokenizer
+    stops = sorted(tokenizer.stop_ids, key=lambda i: i != tokenizer.eos_id)
+    # Without one of its own, transformers takes the padding id of the published model, which a small one may lack.
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+    return ids | {"pad_token_id": tokenizer.eos_id}
+
+
+def _refuse_repacking(theirs: dict[str, LazyTensor]) -> None:
+    """A packed matrix goes out as it came in; one of theirs made of several packed ones of ours cannot."""
+    stacked = [
+        name for name, t in theirs.items() if isinstance(t, StackedRows) and isinstance(t.parts[0], PackedTensor)
+    ]
+    selected = [name for name, t in theirs.items() if isinstance(t, PackedTensor) and t.rows is not None]
+    if stacked or selected:
+        raise CheckpointError(
+            f"{', '.join((stacked + selected)[:4])}: packed rows cannot be laid out anew without loss. Quantize the "
+            "full-precision checkpoint into this format instead (tools/quantize.py BASE TARGET --to hf)."
+        )
+
+
+def _written(
+    theirs: dict[str, LazyTensor], architecture: Architecture, dtype: torch.dtype, quant_type: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in progress(theirs, "packing" if quant_type else "writing"):
+        matrix = None
+        if isinstance(tensor, PackedTensor):
+            matrix = FourBitWeight(tensor.shape, quant_type=tensor.quant_type, nested=tensor.nested)
+            matrix.adopt(tensor.read_packed())
+        elif quant_type and _is_block_linear(name, architecture):
+            matrix = storage(quant_type)(tensor.shape)
+            matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type
+        if matrix is None:
+            yield name, read_as(tensor, dtype)
+        else:
+            yield from ((f"{name}{suffix}", value) for suffix, value in matrix.as_bitsandbytes(dtype).items())
+
+
+def _is_block_linear(name: str, architecture: Architecture) -> bool:
+    found = architecture.names.ours(name)
+    if found is None:
+        return False
+    our = found[0].parts[0] if isinstance(found[0], Fused) else found[0]
+    return BLOCK_LINEAR.fullmatch(f"{our}.{found[1]}") is not None
+
+
+def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Files of about `SHARD_BYTES`, named and indexed as transformers does once their number is known."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and held + tensor.nbytes > SHARD_BYTES:
+            flush()
+            held = 0
+        pending[name] = tensor.contiguous()
+        held, total = held + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "0.part").rename(directory / SINGLES[0])
+        return
+    where = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{i}.part").rename(directory / file)
+        where |= dict.fromkeys(names, file)
+    write_json(directory / INDEXES[0], {"metadata": {"total_size": total}, "weight_map": where})

@@ -1,0 +1,98 @@
+"""Accessory's own directories: a base, plain or packed, or a trained part; our names, Meta's settings, safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.lazy import LazyTensor, PackedTensor
+from accessory.checkpoint.naming import BLOCK_LINEAR
+from accessory.checkpoint.save import fresh_directory, write_json, write_tensors
+from accessory.checkpoint.source import Source, open_safetensors, read_json, stated_llama_type, stated_settings
+from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
+from accessory.errors import CheckpointError
+from accessory.model.families import architecture_of
+from accessory.quant import STORAGES, storage
+
+TRAINABLE_FILES = "trainable*.safetensors"
+MODEL_FILES = "model*.safetensors"
+PACKED_PARTS = ("codes", "scales", "nested_scales", "offset")
+
+
+def open_own(path: Path) -> Source | None:
+    """Open a directory of ours; None for one that is not."""
+    for pattern, is_delta in ((TRAINABLE_FILES, True), (MODEL_FILES, False)):
+        if files := sorted(path.glob(pattern)):
+            return _open(path, files, is_delta)
+    return None
+
+
+def _open(path: Path, files: list[Path], is_delta: bool) -> Source:
+    run, meta = path / "run.json", path / "meta.json"
+    tensors = open_safetensors(files)
+    packing = read_json(meta).get("packed") if meta.is_file() else None
+    return Source(
+        path,
+        "Accessory (trained part)" if is_delta else f"Accessory{' (packed)' if packing else ''}",
+        files,
+        _with_packed(tensors, packing, meta) if packing else tensors,
+        settings=stated_settings(path),
+        llama_type=stated_llama_type(path),
+        is_delta=is_delta,
+        run=read_json(run) if run.is_file() else None,
+    )
+
+
+def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) -> dict[str, LazyTensor]:
+    """Put the parts of each packed matrix together; `packing` is meta.json's name -> {quant_type, shape}."""
+    if not isinstance(packing, dict):
+        raise CheckpointError(f"{meta}: 'packed' is {packing!r}; expected an object of matrices.")
+    found = dict(tensors)
+    for name, entry in packing.items():
+        parts = {part: found.pop(f"{name}.{part}") for part in PACKED_PARTS if f"{name}.{part}" in found}
+        try:
+            shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+            quant_type = {"nf4": "nf4", "fp4": "fp4"}[entry["quant_type"]]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
+        if "codes" not in parts or "scales" not in parts:
+            raise CheckpointError(f"{meta.parent}: {name} is packed, but its codes or scales are missing.")
+        found[name] = PackedTensor.of(parts, quant_type, shape, f"{meta.parent}: {name}")
+    return found
+
+
+def write_own(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None = None) -> None:
+    """Write a base: plain weights in `dtype`, or with the linears of all blocks packed as `quant_type`.
+
+    Matrices that are packed already stay as they are. Tensor by tensor, whole or not at all; raises `CheckpointError`.
+    """
+    refuse_existing(target)
+    packed: dict[str, Any] = {}
+    with fresh_directory(target) as directory:
+        write_tensors(directory, "model", _written(model, dtype, quant_type, packed))
+        write_json(directory / "config.json", model.args.model_dump())
+        meta = {"llama_type": architecture_of(model.args.architecture, str(target)).family}
+        write_json(directory / "meta.json", meta | ({"packed": packed} if packed else {}))
+        model.tokenizer.save(directory)
+
+
+def _written(
+    model: WholeModel, dtype: torch.dtype, quant_type: str | None, packed: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in progress(model.tensors, "packing" if quant_type else "writing"):
+        if isinstance(tensor, PackedTensor):
+            state, kind = tensor.read_packed(), tensor.quant_type
+        elif quant_type and BLOCK_LINEAR.fullmatch(name):
+            matrix = storage(quant_type)(tensor.shape)
+            matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type
+            state, kind = dict(matrix.named_parameters()), STORAGES[quant_type].keywords["quant_type"]
+        else:
+            yield name, read_as(tensor, dtype)
+            continue
+        packed[name] = {"quant_type": kind, "shape": list(tensor.shape)}
+        for part, value in state.items():
+            yield f"{name}.{part}", value.detach()

@@ -1,0 +1,233 @@
+"""PEFT LoRA directories: adapter_config.json beside adapter_model.safetensors or .bin, read as a trained part."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accessory.checkpoint.formats import hugging_face
+from accessory.checkpoint.formats.peft_config import (
+    CONFIG_FILE,
+    MERGE_FIRST,
+    SUPPORTED,
+    AdapterConfig,
+    read_adapter_config,
+)
+from accessory.checkpoint.formats.peft_factors import Factors, no_factors
+from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
+from accessory.checkpoint.formats.torch_shards import load_torch_file
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor, SafetensorsTensor, ZeroTensor
+from accessory.checkpoint.naming import Tensors, ours_from_theirs
+from accessory.checkpoint.source import Source, model_args_of, open_safetensors
+from accessory.errors import CheckpointError
+from accessory.model.args import ModelArgs
+from accessory.model.families import Architecture, architecture_of
+
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PARTS_KEY = "accessory_parts"
+"""Entry of the safetensors header, written by `peft_writing`: their module, without its block's number -> which linears
+of ours share its rank out in equal parts, first to last. PEFT passes over it, and leaves it out of what it saves."""
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_SHOWN = 8  # names listed per fault
+
+
+def open_adapter(path: Path, base: Source | None) -> Source:
+    """Open a PEFT directory as a trained part on `base`, or on the local directory that its config names.
+
+    The tensors are in the rotary layout of the Hugging Face model. Raises `CheckpointError` for what is not plain LoRA,
+    norms and biases, for names that the base's architecture lacks, and for shapes that do not fit it.
+    """
+    config = read_adapter_config(path / CONFIG_FILE)
+    named = None if base else _named_base(path, config)
+    base = base or hugging_face.open_hugging_face(named)
+    args = model_args_of(base)
+    if args is None:
+        raise CheckpointError(
+            f"{path}: an adapter's names are told by its base, but {base.path} holds no config.json or params.json."
+        )
+    architecture = architecture_of(args.architecture, str(base.path))
+    file = _weight_file(path)
+    adapter = _Adapter(path, config, args, architecture, places_of(args, architecture.names), _parts_in(file))
+    adapter.sort(_open_weights(file))
+    adapter.check()
+    tensors, settings = adapter.as_ours()
+    llama_type = f"{architecture.family}_peft"
+    files = [file, path / CONFIG_FILE]  # the scale stands in the config: both make the fingerprint
+    return Source(path, "PEFT adapter", files, tensors, settings, llama_type, is_delta=True, base=named)
+
+
+def _named_base(path: Path, config: AdapterConfig) -> Path:
+    named = config.base_model_name_or_path
+    if named and (Path(named) / "config.json").is_file():
+        return Path(named)
+    said = f"its base {named!r} is no directory here" if named else f"its {CONFIG_FILE} names no base"
+    raise CheckpointError(f"{path}: {said}; give BASE first: --pretrained_path BASE {path}.")
+
+
+def _weight_file(path: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+    present = ", ".join(sorted(p.name for p in path.iterdir())[:_SHOWN])
+    raise CheckpointError(f"{path}: {' or '.join(WEIGHT_FILES)} is missing; found {present}.")
+
+
+def _open_weights(file: Path) -> dict[str, LazyTensor]:
+    if file.suffix == ".bin":
+        return {name: HeldTensor(tensor) for name, tensor in load_torch_file(file).items()}
+    return open_safetensors([file])
+
+
+def _parts_in(file: Path) -> dict[str, list[str]]:
+    """What our own export says of its fused modules; nothing in anybody else's file."""
+    if file.suffix == ".bin":
+        return {}
+    tensor = next(iter(open_safetensors([file]).values()), None)
+    header = (tensor.file.metadata() or {}) if isinstance(tensor, SafetensorsTensor) else {}
+    return json.loads(header.get(PARTS_KEY, "{}"))
+
+
+@dataclass
+class _Adapter:
+    """The tensors of a file, sorted by what they are. `factors`: their linear -> A and B; `plain`: norms and biases."""
+
+    path: Path
+    config: AdapterConfig
+    args: ModelArgs
+    architecture: Architecture
+    places: Places
+    parts: dict[str, list[str]]
+    factors: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
+    plain: Tensors = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+    def sort(self, tensors: dict[str, LazyTensor]) -> None:
+        """Put every tensor where it belongs, or among the refused."""
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX)
+            if found := _FACTOR.fullmatch(name):
+                linear = self._linear(found[1])
+                if linear is None:
+                    self.refused.append(key)
+                else:
+                    self.factors.setdefault(linear.name, {})[found[2]] = tensor
+            elif ".original_module." not in name:  # the base's own values, which PEFT saves beside trained biases
+                self._sort_plain(key, _WRAPPER.sub("", name), tensor)
+
+    def _sort_plain(self, key: str, name: str, tensor: LazyTensor) -> None:
+        names = self.architecture.names
+        ours = ours_from_theirs({name: tensor}, names, self.args, str(self.path))
+        if ours and all(our in self.places.norms or self._is_bias(our) for our in ours):
+            self.plain |= ours
+        elif not names.is_needless(name):
+            self.refused.append(key)
+
+    def _is_bias(self, name: str) -> bool:
+        return name.endswith(".bias") and name.removesuffix(".bias") in self.places.linears
+
+    def _linear(self, module: str) -> TheirLinear | None:
+        """Their linear by a name that may lack the prefix which some models' files leave out."""
+        theirs, prefix = self.places.theirs, self.architecture.names.prefix
+        return theirs.get(module) or theirs.get(f"{prefix}{module}")
+
+    def check(self) -> None:
+        """Raise `CheckpointError` for refused tensors, for more or fewer than the config says, and for wrong shapes."""
+        if self.refused:
+            one_a_kind = {without_number(key): key for key in reversed(self.refused)}
+            raise CheckpointError(
+                f"{self.path}: {_some(sorted(one_a_kind.values()))} cannot be read onto a base of type "
+                f"{self.args.architecture} with {self.args.n_layers} blocks. "
+                f"{SUPPORTED} If the adapter is for another base, give that; or else: {MERGE_FIRST}"
+            )
+        if unknown := self.config.unknown_targets(self.places.theirs):
+            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in self.places.theirs))
+            raise CheckpointError(
+                f"{self.path}: target_modules {_some(unknown)}: a base of type {self.args.architecture} has no such "
+                f"linears in its blocks; it has {known}."
+            )
+        covered = {name for name in self.places.theirs if self.config.covers(name)}
+        if stray := sorted(self.factors.keys() - covered):
+            raise CheckpointError(f"{self.path}: holds LoRA for {_some(stray)}, which {CONFIG_FILE} does not name.")
+        absent = [f"{PREFIX}{name}.lora_{side}.weight" for name in covered for side in "AB"
+                  if side not in self.factors.get(name, {})]  # fmt: skip
+        if absent:
+            raise CheckpointError(f"{self.path}: {_some(sorted(absent))} is missing, though {CONFIG_FILE} names it.")
+        if misfits := self._misfits():
+            raise CheckpointError(
+                f"{self.path}: this is an adapter of another rank or base.\n" + "\n".join(misfits[:_SHOWN])
+            )
+
+    def _misfits(self) -> list[str]:
+        wanted: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        for name, sides in self.factors.items():
+            linear, rank = self.places.theirs[name], self.config.rank_of(name)
+            shapes = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
+            wanted += [(f"{name}.lora_{side}.weight", sides[side].shape, shapes[side]) for side in "AB"]
+        for name, tensor in self.plain.items():
+            linear = self.places.linears.get(name.removesuffix(".bias"))
+            wanted.append((name, tensor.shape, (linear[0] if linear else self.places.norms[name],)))
+        return [f"{name} has shape {found}; {CONFIG_FILE} and the base ask for {expected}."
+                for name, found, expected in wanted if found != expected]  # fmt: skip
+
+    def as_ours(self) -> tuple[Tensors, dict[str, Any]]:
+        """(tensors by our names, settings in the method's terms): one rank and one scale for all."""
+        found = self._our_factors()
+        rank = max((factors.rank for factors in found.values()), default=-1)
+        scale = max((factors.scale for factors in found.values()), key=abs, default=1.0)
+        kinds = {name.rsplit(".", 1)[-1] for name in found}
+        tensors = dict(self.plain)
+        for name, shape in self.places.linears.items():
+            if name.rsplit(".", 1)[-1] in kinds:
+                factors = found.get(name) or no_factors(shape, rank, scale)
+                factors = factors.fitted(rank, scale)
+                tensors |= {f"{name}.lora_a.weight": factors.a, f"{name}.lora_b.weight": factors.b}
+        biases = any(f"{name}.bias" in self.plain for name in self.places.linears)
+        if biases:
+            for name in self.places.linears.keys() - self.places.biased:
+                tensors.setdefault(f"{name}.bias", ZeroTensor(self.places.linears[name][:1]))
+        return tensors, self._settings(rank, scale, kinds, biases)
+
+    def _our_factors(self) -> dict[str, Factors]:
+        """Our linear -> its factors, at the file's rank and scale."""
+        found: dict[str, Factors] = {}
+        for name, sides in self.factors.items():
+            linear = self.places.theirs[name]
+            whole = Factors(sides["A"], sides["B"], self.config.scale_of(name))
+            shared = self.parts.get(without_number(name))
+            for part, rows in zip(linear.parts, linear.rows, strict=True):
+                kind = part.rsplit(".", 1)[-1]
+                if shared is None:
+                    found[part] = whole if len(linear.parts) == 1 else whole.rows(rows)
+                elif kind in shared:
+                    its = whole if len(linear.parts) == 1 else whole.rows(rows)
+                    found[part] = its.block(shared.index(kind), len(shared)) if len(shared) > 1 else its
+        return found
+
+    def _settings(self, rank: int, scale: float, kinds: set[str], biases: bool) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "lora_rank": rank,
+            "lora_dropout": self.config.lora_dropout,
+            "norm_tuning": bool(self.plain.keys() & self.places.norms.keys()),
+            "bias_tuning": biases,
+            "architecture": self.args.architecture,
+            "rotary_layout": self.architecture.fixed.get("rotary_layout", self.args.rotary_layout),
+        }
+        if kinds:
+            # Dividing by the rank and multiplying again may have cost the last bits of a plain number.
+            settings["lora_alpha"] = float(f"{scale * rank:.12g}")
+            settings["lora_targets"] = sorted(kinds)
+        return settings
+
+
+def without_number(name: str) -> str:
+    """A module's name without its block's number."""
+    return re.sub(r"\.\d+\.", ".", name)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

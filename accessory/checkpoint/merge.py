@@ -1,0 +1,118 @@
+"""Adds a trained part to its base: LoRA into the matrices, biases and norms in their places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors
+from accessory.errors import CheckpointError
+from accessory.method.peft import Peft
+from accessory.model.args import ModelArgs
+from accessory.quant import storage
+
+_QKV, _OUT, _MLP = ("wq", "wk", "wv"), ("wo",), ("w1", "w2", "w3")
+
+
+@dataclass(frozen=True)
+class RepackedTensor(LazyTensor):
+    """A matrix as packing it leaves it: what was trained on, in plain numbers."""
+
+    inner: LazyTensor
+    quant_type: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Unchanged."""
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        """The inner tensor's."""
+        return self.inner.dtype
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Packs the whole, whose blocks do not end where slices do; a range is cut out of it. fp32."""
+        matrix = storage(self.quant_type)(self.shape)
+        matrix.pack(self.inner.read())
+        values = matrix.unpack(torch.float32)
+        return values if dim is None else values.narrow(dim, start, stop - start).contiguous()
+
+
+@dataclass(frozen=True)
+class MergedTensor(LazyTensor):
+    """W + scale B A in fp32, with W [N, K], A [R, K] and B [N, R]."""
+
+    weight: LazyTensor
+    a: LazyTensor
+    b: LazyTensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """W's."""
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> str:
+        """W's."""
+        return self.weight.dtype
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """A range of rows needs those of B alone, one of columns those of A."""
+        a = self.a.read(1, start, stop) if dim == 1 else self.a.read()
+        b = self.b.read(0, start, stop) if dim == 0 else self.b.read()
+        weight = self.weight.read(dim, start, stop).to(torch.float32, copy=True)
+        return weight.addmm_(b.float(), a.float(), alpha=self.scale)
+
+
+def repacked(tensors: Tensors, quant_type: str) -> Tensors:
+    """The base as it was in training: every matrix of the blocks packed and unpacked again."""
+    return {
+        name: RepackedTensor(tensor, quant_type) if BLOCK_LINEAR.fullmatch(name) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def merged(
+    tensors: Tensors, args: ModelArgs, settings: Peft.Settings, *, drop_biases: bool
+) -> tuple[ModelArgs, Tensors]:
+    """(settings, tensors) of the whole model, from base and trained part laid over each other in `tensors`.
+
+    With `drop_biases`, biases that training added are left out. Raises `CheckpointError` for half a LoRA.
+    """
+    kept: Tensors = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        if leaf == "bias" and drop_biases and not _base_has_bias(module, args):
+            continue
+        a, b = tensors.get(f"{module}.lora_a.weight"), tensors.get(f"{module}.lora_b.weight")
+        if leaf == "weight" and (a or b):
+            if not (a and b):
+                raise CheckpointError(f"{module}: has only one of lora_a and lora_b.")
+            tensor = MergedTensor(tensor, a, b, settings.lora_scale)
+        kept[name] = tensor
+    return args.model_copy(update=_bias_switches(kept)), kept
+
+
+def _base_has_bias(module: str, args: ModelArgs) -> bool:
+    leaf = module.rsplit(".", 1)[-1]
+    if leaf in _QKV + _OUT + _MLP:
+        return {_QKV: args.qkv_bias, _OUT: args.out_bias, _MLP: args.mlp_bias}[
+            next(group for group in (_QKV, _OUT, _MLP) if leaf in group)
+        ]
+    return True  # a norm's
+
+
+def _bias_switches(tensors: Tensors) -> dict[str, bool]:
+    biased = {name.split(".")[-2] for name in tensors if name.endswith(".bias") and name.startswith("layers.")}
+    return {
+        "qkv_bias": not biased.isdisjoint(_QKV),
+        "out_bias": not biased.isdisjoint(_OUT),
+        "mlp_bias": not biased.isdisjoint(_MLP),
+    }

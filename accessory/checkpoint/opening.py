@@ -1,0 +1,46 @@
+"""Finds out what a user gave as `--pretrained_path` and opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, torch_shards
+from accessory.checkpoint.source import Source, read_json
+from accessory.errors import CheckpointError
+from accessory.tokenizer.sniff import what_is
+
+KNOWN_FORMATS = (
+    "a directory with model.safetensors and meta.json (Accessory), trainable.safetensors (Accessory, a trained part), "
+    "config.json and *.safetensors or *.bin (Hugging Face), adapter_config.json (PEFT), consolidated.NN.pth (Meta), "
+    "consolidated.NN-of-MM.model.pth (LLaMA2-Accessory), a .gguf file, or a .bin file of llama2.c"
+)
+
+
+def open_source(path: str | Path, base: Source | None = None) -> Source:
+    """Open one checkpoint directory or file; `base` is the one before it, which an adapter's names are told by.
+
+    Raises `CheckpointError` saying what was found and what is known.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint. Expected {KNOWN_FORMATS}.")
+    if path.is_file():
+        return _open_file(path)
+    if (path / peft_adapter.CONFIG_FILE).is_file():
+        return peft_adapter.open_adapter(path, base)
+    if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
+        return hugging_face.open_hugging_face(path)
+    if opened := own.open_own(path):
+        return opened
+    if opened := torch_shards.open_shards(path):
+        return opened
+    present = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise CheckpointError(f"{path}: found {present}. Expected {KNOWN_FORMATS}.")
+
+
+def _open_file(path: Path) -> Source:
+    if path.suffix == ".gguf":
+        return gguf_file.open_gguf_file(path)
+    if path.suffix == ".bin" and llama2c.is_llama2c(path):
+        return llama2c.open_llama2c(path)
+    raise CheckpointError(f"{path}: found {what_is(path)}. Expected {KNOWN_FORMATS}.")

@@ -1,0 +1,188 @@
+"""Checkpoints made of checkpoints: converted, merged with what was trained on them, quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
+from accessory.checkpoint.formats.gguf_file import write_gguf
+from accessory.checkpoint.formats.hugging_face_writing import write_hugging_face
+from accessory.checkpoint.formats.own import write_own
+from accessory.checkpoint.formats.peft_writing import write_adapter
+from accessory.checkpoint.formats.torch_writing import write_torch_shards
+from accessory.checkpoint.load import overlay, resolve
+from accessory.checkpoint.merge import merged, repacked
+from accessory.checkpoint.run_record import with_base
+from accessory.checkpoint.source import Source, model_args_of
+from accessory.checkpoint.whole import WholeModel
+from accessory.errors import CheckpointError, ConfigError, nearest
+from accessory.meta import MetaModel
+from accessory.method.peft import Peft
+from accessory.model.families import architecture_of
+from accessory.parallel import groups
+from accessory.parallel.groups import Layout
+
+FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
+PROBE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nExplain in a few sentences why the sky looks blue during the day and red at sunset.\n\n"
+    "### Response:Sunlight holds all colours. Air scatters short waves more than long ones, so that blue light reaches "
+    "the eye from all over the sky; in the evening the light comes a longer way, and mostly red is left of it."
+)
+PROBE_TOKENS = 256  # whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Destination:
+    """How to write a model.
+
+    to: one of `FORMATS`. dtype: of plain weights. gguf_type: f32, f16, bf16 or q8_0. ranks: shards of a .pth
+    checkpoint. architecture: the model type to write it as, where that is not its own. quant_type: pack the linears.
+    """
+
+    to: str = "accessory"
+    dtype: str = "bf16"
+    gguf_type: str = "f16"
+    ranks: int = 1
+    architecture: str | None = None
+    quant_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (("to", self.to, FORMATS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise ConfigError(
+                    f"--{flag} {value!r} is unknown.{nearest(str(value), known)} Known: {', '.join(known)}."
+                )
+        if self.quant_type and self.to not in ("accessory", "hf"):
+            raise ConfigError(f"--to {self.to}: packed weights are written as accessory or hf.")
+
+    def write(self, model: WholeModel, target: Path) -> None:
+        """Write `model` to `target`, which must not be there yet. Raises `CheckpointError`."""
+        if self.architecture:
+            architecture_of(self.architecture, "--architecture")
+            model = replace(model, args=model.args.model_copy(update={"architecture": self.architecture}))
+        dtype = DTYPES[self.dtype]
+        if self.to == "accessory":
+            write_own(model, target, dtype, self.quant_type)
+        elif self.to == "hf":
+            write_hugging_face(model, target, dtype, self.quant_type)
+        elif self.to == "gguf":
+            write_gguf(model, target, self.gguf_type)
+        else:
+            write_torch_shards(model, target, dtype, self.to, self.ranks)
+
+
+@dataclass(frozen=True)
+class LogitError:
+    """How far a written model is from another, over the logits of a probe text [T, V]."""
+
+    largest: float
+    mean: float
+    moved: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.largest:.4f} at most and {self.mean:.5f} on average over {self.tokens} probe "
+            f"tokens; the likeliest next token is another at {self.moved} of them"
+        )
+
+
+def open_whole(
+    paths: list[Path], llama_config: list[Path] | None = None, tokenizer_path: Path | None = None
+) -> tuple[WholeModel, list[Source], Blueprint]:
+    """Base and, where given, trained parts, as they lie; checked to be a complete model that fits together."""
+    sources = with_base(list(paths))
+    blueprint = draw_blueprint(
+        sources,
+        llama_type=None,
+        llama_config=llama_config or [],
+        tokenizer_path=tokenizer_path,
+        quant_type=None,
+        precision="bf16",
+        train=False,
+    )
+    decoder, attachment = blueprint.build(Layout())
+    resolve(decoder, sources, attachment, initialize=False)  # refuses what is not a whole model
+    tensors, _ = overlay(sources, blueprint.args)
+    return WholeModel(blueprint.args, tensors, blueprint.tokenizer), sources, blueprint
+
+
+def convert(paths: list[Path], target: Path, destination: Destination, **reading) -> WholeModel:
+    """Write a base as another format; returns what was written."""
+    model, sources, _ = open_whole(paths, **reading)
+    if any(source.is_delta and not source.is_difference for source in sources):
+        raise CheckpointError(f"{paths[-1]}: is a trained part; merge it (tools/merge.py), or write it with --to peft.")
+    destination.write(model, target)
+    return model
+
+
+def merge(paths: list[Path], target: Path, destination: Destination, *, base: str, drop_biases: bool) -> list[Source]:
+    """Write base and trained part as one model; returns the sources.
+
+    base "full" adds to the weights as they are in the base's files, "dequantized" to what 4 bits left of them, which is
+    what training saw. Raises `CheckpointError`.
+    """
+    model, sources, blueprint = open_whole(paths)
+    if not isinstance(blueprint.method, Peft):
+        raise CheckpointError(f"{paths[-1]}: nothing to merge: its llama_type is {blueprint.llama_type}.")
+    quantization = trained_quantization(sources)
+    tensors = model.tensors
+    if base == "dequantized":
+        if quantization is None:
+            raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base dequantized.")
+        if not any(source.storage for source in sources):
+            tensors = repacked(tensors, quantization)
+    elif base != "full":
+        raise ConfigError(f"--base {base!r} is neither full nor dequantized.")
+    elif any(source.storage for source in sources):
+        raise CheckpointError(
+            f"{sources[0].path}: is a quantized base: its full weights are gone. Give --base dequantized."
+        )
+    args, tensors = merged(tensors, model.args, blueprint.method.settings, drop_biases=drop_biases)
+    destination.write(WholeModel(args, tensors, model.tokenizer), target)
+    return sources
+
+
+def export_adapter(paths: list[Path], target: Path, *, drop_biases: bool) -> None:
+    """Write a trained part as a PEFT adapter of its base. Raises `CheckpointError`."""
+    _, sources, blueprint = open_whole(paths)
+    deltas = [source for source in sources if source.is_delta]
+    if len(deltas) != 1 or len(sources) != 2 or not isinstance(blueprint.method, Peft):
+        found = ", ".join(f"{source.path} ({source.format})" for source in sources)
+        raise CheckpointError(f"Expected one base and one trained part to write an adapter of; found {found}.")
+    write_adapter(
+        deltas[0],
+        model_args_of(sources[0]),
+        blueprint.method.settings,
+        target,
+        base_path=str(sources[0].path.resolve()),
+        drop_biases=drop_biases,
+    )
+
+
+def trained_quantization(sources: list[Source]) -> str | None:
+    """The storage format that the trained part was trained beside; None for plain weights."""
+    packed = next((source.storage for source in sources if source.storage), None)
+    return packed or next((source.run["quantization"] for source in reversed(sources) if source.run), None)
+
+
+def logit_error(trained: list[Path], written: Path, probe: str, precision: str = "bf16") -> LogitError:
+    """Compare the model as trained with what was written, both loaded from their files, one after the other."""
+    layout = groups.start("cpu")
+    tokens, first = _probe_logits(trained, probe, precision, layout)
+    _, second = _probe_logits([written], probe, precision, layout)
+    shared = min(first.shape[1], second.shape[1])  # one of them may pad its vocabulary
+    first, second = first[:, :shared], second[:, :shared]
+    difference = (first - second).abs()
+    moved = int((first.argmax(-1) != second.argmax(-1)).sum())
+    return LogitError(float(difference.max()), float(difference.mean()), moved, tokens)
+
+
+def _probe_logits(paths: list[Path], probe: str, precision: str, layout: Layout) -> tuple[int, torch.Tensor]:
+    model = MetaModel.from_pretrained(list(paths), dtype=precision, layout=layout)
+    tokens = torch.tensor([*model.tokenizer.opening, *model.tokenizer.encode(probe)][:PROBE_TOKENS])
+    return len(tokens), model.logits(tokens, (len(tokens),))

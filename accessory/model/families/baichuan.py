@@ -1,0 +1,56 @@
+"""Baichuan 7B (rotary) and 13B (ALiBi): LLaMA's block with q, k and v in one matrix."""
+
+from __future__ import annotations
+
+from accessory.errors import CheckpointError
+from accessory.model.args import ModelArgs
+from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
+from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, KEYS, NAMES
+
+_SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_NAMES = Names(
+    outer=NAMES.outer,
+    block=NAMES.block,
+    inner={
+        "self_attn.W_pack": Fused(("attention.wq", "attention.wk", "attention.wv")),
+        **{their: our for their, our in NAMES.inner.items() if their not in _SEPARATE},
+    },
+)
+_BAICHUAN2_VOCABULARY = 125696
+
+
+class _Baichuan(Architecture):
+    """One model type for two kinds of position: only the 7B's files state a number of positions."""
+
+    def read(self, config: Config, source: str) -> ModelArgs:
+        """See `Architecture.read`."""
+        if config.get("vocab_size") == _BAICHUAN2_VOCABULARY:
+            raise CheckpointError(
+                f"{source}: this is Baichuan 2, whose head is normalized anew at each step; that is not supported. "
+                "Baichuan 1 is."
+            )
+        args = super().read(config, source)
+        if "max_position_embeddings" in config:
+            return args
+        return args.model_copy(update={"position": "alibi"})
+
+    def write(self, args: ModelArgs) -> Config:
+        """See `Architecture.write`."""
+        config = super().write(args.model_copy(update={"position": "rotary"}))
+        if args.position == "alibi":
+            config["model_max_length"] = config.pop("max_position_embeddings")
+        return config
+
+
+ARCHITECTURES = (
+    _Baichuan(
+        name="baichuan",
+        family="llama",
+        class_name="BaichuanForCausalLM",
+        names=_NAMES,
+        keys={**KEYS, "max_seq_len": "max_position_embeddings|model_max_length"},
+        defaults=DEFAULTS,
+        fixed=HALVES,
+        gguf=Gguf("baichuan", "pairs", GGUF_NAMES, alibi_blocks=40),
+    ),
+)

@@ -1,0 +1,128 @@
+"""GLM-4 9B (`glm`), GLM-4 0414 (`glm4`, with norms on both sides of a layer) and ChatGLM2 and 3 (`chatglm`).
+
+Half of each head rotates, neighbouring channels together; gate and up are one matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from accessory.model.args import ModelArgs
+from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names, Rope
+from accessory.model.families.llama import DEFAULTS, GGUF_QKV, KEYS, NAMES
+
+_QKV = Fused(("attention.wq", "attention.wk", "attention.wv"))
+_GATE_UP = Fused(("feed_forward.w1", "feed_forward.w3"))
+_INNER = {
+    **{their: our for their, our in NAMES.inner.items() if not their.startswith("mlp.")},
+    "mlp.gate_up_proj": _GATE_UP,
+    "mlp.down_proj": "feed_forward.w2",
+}
+_SANDWICH = {"post_self_attn_layernorm": "attention_post_norm", "post_mlp_layernorm": "ffn_post_norm"}
+_PAIRS = {"rotary_layout": "pairs"}
+_KEYS = KEYS | {"qkv_bias": "attention_bias"}
+_GGUF_INNER = {
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_up": _GATE_UP,
+    "ffn_down": "feed_forward.w2",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+    **GGUF_QKV,
+}
+_GGUF_NAMES = Names(
+    outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
+    block="blk.{}.",
+    inner=_GGUF_INNER,
+    needless=r"rope_freqs\.weight",
+)
+_GLM_GGUF = Gguf("chatglm", "pairs", _GGUF_NAMES)
+_GLM4_NORMS = {"post_attention_norm": "attention_post_norm", "post_ffw_norm": "ffn_post_norm"}
+_ROPE = Rope(share=0.5)
+
+
+class _ChatGlm(Architecture):
+    """Its own words for everything; the base of the rotation is a ratio to 10,000."""
+
+    def read(self, config: Config, source: str) -> ModelArgs:
+        """See `Architecture.read`."""
+        theta = {"rope_theta": 10000.0 * config.get("rope_ratio", 1.0)}
+        return super().read({**config, **theta}, source)
+
+    def write(self, args: ModelArgs) -> Config:
+        """See `Architecture.write`."""
+        config = super().write(args)
+        config["rope_ratio"] = config.pop("rope_theta") / 10000.0
+        return config
+
+
+ARCHITECTURES = (
+    Architecture(
+        name="glm",
+        family="glm",
+        class_name="GlmForCausalLM",
+        names=replace(NAMES, inner=_INNER),
+        keys=_KEYS,
+        defaults=DEFAULTS | {"qkv_bias": True, "norm_eps": 1.5625e-07},
+        fixed=_PAIRS,
+        rope=_ROPE,
+        gguf=_GLM_GGUF,
+    ),
+    Architecture(
+        name="glm4",
+        family="glm",
+        class_name="Glm4ForCausalLM",
+        names=replace(NAMES, inner={**_INNER, **_SANDWICH}),
+        keys=_KEYS,
+        defaults=DEFAULTS | {"qkv_bias": True, "norm_eps": 1.5625e-07},
+        fixed=_PAIRS | {"norm_placement": "both"},
+        rope=_ROPE,
+        gguf=Gguf("glm4", "pairs", replace(_GGUF_NAMES, inner={**_GGUF_INNER, **_GLM4_NORMS})),
+    ),
+    _ChatGlm(
+        name="chatglm",
+        family="glm",
+        class_name="ChatGLMForConditionalGeneration",
+        names=Names(
+            outer={
+                "transformer.embedding.word_embeddings": "tok_embeddings",
+                "transformer.encoder.final_layernorm": "norm",
+                "transformer.output_layer": "output",
+            },
+            block="transformer.encoder.layers.{}.",
+            inner={
+                "self_attention.query_key_value": _QKV,
+                "self_attention.dense": "attention.wo",
+                "mlp.dense_h_to_4h": _GATE_UP,
+                "mlp.dense_4h_to_h": "feed_forward.w2",
+                "input_layernorm": "attention_norm",
+                "post_attention_layernorm": "ffn_norm",
+            },
+        ),
+        keys={
+            "dim": "hidden_size",
+            "n_layers": "num_layers",
+            "n_heads": "num_attention_heads",
+            "n_kv_heads": "multi_query_group_num",
+            "head_dim": "kv_channels",
+            "vocab_size": "padded_vocab_size",
+            "hidden_dim": "ffn_hidden_size",
+            "norm_eps": "layernorm_epsilon",
+            "qkv_bias": "add_qkv_bias",
+            "max_seq_len": "seq_length",
+        },
+        defaults={"norm_eps": 1e-5, "qkv_bias": False, "max_seq_len": 2048},
+        fixed=_PAIRS,
+        required={
+            "multi_query_attention": True,
+            "rmsnorm": True,
+            "add_bias_linear": False,
+            "apply_residual_connection_post_layernorm": False,
+            "post_layer_norm": True,
+        },
+        rope=_ROPE,
+        gguf=_GLM_GGUF,
+    ),
+)

@@ -1,0 +1,139 @@
+"""A tokenizer as the fields of a GGUF file; `gguf_vocab.open_gguf` is the way back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
+from tokenizers.pre_tokenizers import ByteLevel
+
+from accessory.errors import TokenizerError
+from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.cutting import CUTTINGS, name_of_cutting
+from accessory.tokenizer.gguf_vocab import TokenType
+from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.spm import CHATGLM_OPENING, SentencePieceTokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_KEY = "tokenizer.ggml."
+_HINT = "Write the model in another format, or give another form of its tokenizer."
+Value = str | bool | int | bytes | list[str] | list[int] | list[float]
+
+
+def vocabulary_fields(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
+    """The `tokenizer.*` fields by which a GGUF file of an embedding with `rows` rows tells its tokenizer.
+
+    Rows beyond the vocabulary are listed as unused tokens `[PAD<id>]`. Of the ids that end an answer the format has
+    room for EOS and two more; the highest others are left out.
+    Raises TokenizerError for a tokenizer that the format has no words for, and for fewer rows than tokens.
+    """
+    if rows < tokenizer.vocab_size:
+        raise TokenizerError(f"The model has {rows} embedding rows; expected {tokenizer.vocab_size} or more.")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        fields = _sentencepiece(tokenizer, rows)
+    elif isinstance(tokenizer, JsonTokenizer):
+        fields = _byte_level(tokenizer, rows)
+    else:
+        raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written to GGUF. {_HINT}")
+    return fields | _special_fields(tokenizer)
+
+
+def add_fields(writer: GGUFWriter, fields: dict[str, Value]) -> None:
+    """Hand fields to a `gguf.GGUFWriter`, each as the type the format has for it."""
+    for key, value in fields.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value:  # the library refuses an empty array
+            writer.add_array(key, value)
+
+
+def _special_fields(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict[str, Value]:
+    fields: dict[str, Value] = {
+        f"{_KEY}eos_token_id": tokenizer.eos_id,
+        f"{_KEY}add_bos_token": tokenizer.bos_id in tokenizer.opening,
+    }
+    if tokenizer.bos_id is not None:
+        fields[f"{_KEY}bos_token_id"] = tokenizer.bos_id
+    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    fields |= {f"{_KEY}{name}_token_id": token_id for name, token_id in zip(("eot", "eom"), others, strict=False)}
+    if tokenizer.chat_template is not None:
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    return fields
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Value]:
+    proto, source = tokenizer.proto, tokenizer.source
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != TrainerSpec.BPE or trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        raise TokenizerError(
+            f"{source}: is not a sentencepiece model of merges (BPE) with blanks before words, which is all that GGUF "
+            f"has words for. {_HINT}"
+        )
+    names = [piece.piece for piece in proto.pieces]
+    _check_opening(tokenizer, CHATGLM_OPENING, names)
+    types = [int(piece.type) for piece in proto.pieces]
+    return {
+        f"{_KEY}model": "llama",
+        f"{_KEY}pre": "default",
+        **_tokens(dict(enumerate(names)), dict(enumerate(types)), rows),
+        f"{_KEY}scores": [float(piece.score) for piece in proto.pieces] + [0.0] * (rows - len(names)),
+        f"{_KEY}add_space_prefix": normalizer.add_dummy_prefix,
+        f"{_KEY}remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+        f"{_KEY}precompiled_charsmap": normalizer.precompiled_charsmap,
+        f"{_KEY}unknown_token_id": types.index(TokenType.UNKNOWN),
+    }
+
+
+def _byte_level(tokenizer: JsonTokenizer, rows: int) -> dict[str, Value]:
+    pipeline, source = tokenizer.pipeline(), tokenizer.source
+    model = pipeline["model"]
+    names = {token_id: token for token, token_id in model["vocab"].items()} if model.get("type") == "BPE" else {}
+    types = dict.fromkeys(names, TokenType.NORMAL)
+    for token in pipeline["added_tokens"]:
+        names[token["id"]] = token["content"]
+        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    opening = tuple(names.get(token_id, "") for token_id in tokenizer.opening)
+    pre = name_of_cutting(pipeline, opening) if model.get("type") == "BPE" and not _odd(model) else None
+    if pre is None:
+        raise TokenizerError(
+            f"{source}: cuts text in a way that GGUF has no name for; expected a byte-level BPE that cuts like one of "
+            f"{', '.join(sorted(CUTTINGS))}. {_HINT}"
+        )
+    _check_opening(tokenizer, CUTTINGS[pre].opening, names)
+    for token_id in (tokenizer.stop_ids | {tokenizer.bos_id}) & names.keys():
+        types[token_id] = TokenType.CONTROL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return {
+        f"{_KEY}model": "gpt2",
+        f"{_KEY}pre": pre,
+        **_tokens(names, types, rows),
+        f"{_KEY}merges": merges,
+    }
+
+
+def _odd(model: dict) -> bool:
+    """Whether a BPE model does what no GGUF file asks for, or lacks a byte, so that some text is unknown to it."""
+    settings = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+    return any(model.get(name) for name in settings) or not set(ByteLevel.alphabet()) <= model["vocab"].keys()
+
+
+def _check_opening(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple[str, ...], names) -> None:
+    """A document opens with nothing, BOS, or what goes without saying for the family."""
+    opening = tokenizer.opening
+    if opening not in ((), (tokenizer.bos_id,)) and tuple(names[token_id] for token_id in opening) != known:
+        found = ", ".join(repr(names[token_id]) for token_id in opening)
+        raise TokenizerError(f"{tokenizer.source}: documents open with {found}, for which GGUF has no words. {_HINT}")
+
+
+def _tokens(names: dict[int, str], types: dict[int, int], rows: int) -> dict[str, Value]:
+    """Tokens and their types, ids without a token being padding."""
+    return {
+        f"{_KEY}tokens": [names.get(row, f"[PAD{row}]") for row in range(rows)],
+        f"{_KEY}token_type": [int(types.get(row, TokenType.UNUSED)) for row in range(rows)],
+    }

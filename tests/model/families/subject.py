@@ -1,0 +1,67 @@
+"""What is measured of a checkpoint, in a process of its own or one of several: logits, greedy answers, training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.load import fill, resolve, targets
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import model_args_of
+from accessory.generate import generate_tokens, next_token_logits
+from accessory.method import METHODS, Attachment
+from accessory.model.decoder import Decoder
+from accessory.model.loss import cross_entropy_sum
+from accessory.optim import build_adamw, sum_partial_gradients
+from accessory.parallel.data import DataParallel
+from accessory.parallel.groups import Layout
+from accessory.quant import storage
+
+LENGTHS = (19, 1, 12)
+IDS = torch.arange(sum(LENGTHS)) * 37 % 97
+PROMPTS = ([5, 96, 33, 2, 60, 41, 8, 77, 13], [88, 3, 50])
+ANSWER = 10
+STEPS, RATE = 6, 5e-3
+
+
+def read_decoder(directory: Path, layout: Layout, *, train: bool = False) -> tuple[Decoder, Attachment]:
+    """This rank's decoder in fp32, plain, or packed in NF4 with NormBiasLoRA beside it."""
+    source = open_source(directory)
+    maker = storage("nf4") if train else None
+    decoder = Decoder(
+        model_args_of(source), dtype=torch.float32, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
+    )
+    peft = METHODS["peft"]
+    attachment = peft(peft.Settings(lora_rank=4)).attach(decoder) if train else Attachment()
+    tensors = resolve(decoder, [source], attachment, initialize=train)
+    fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False))
+    return decoder.train(train), attachment
+
+
+def measure(directory: Path, layout: Layout) -> dict[str, Tensor]:
+    """`logits` [T, V] of packed documents, `answers` [ANSWER, 2] to a batch of prompts, `losses` [STEPS] of training."""
+    decoder, _ = read_decoder(directory, layout)
+    with torch.no_grad():
+        logits = next_token_logits(decoder, decoder(IDS, decoder.sequences(LENGTHS)))
+    steps = generate_tokens(decoder, list(PROMPTS), max_gen_len=ANSWER, max_seq_len=64, stop_ids=set())
+    return {"logits": logits, "answers": torch.tensor(list(steps)), "losses": train(directory, layout)}
+
+
+def train(directory: Path, layout: Layout) -> Tensor:
+    """Mean loss of a repeated batch before each step of AdamW, fp32 [STEPS]."""
+    decoder, _ = read_decoder(directory, layout, train=True)
+    parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    slicings = {target.name: target.slicing for target in targets(decoder)}
+    optimizer = build_adamw(parameters, RATE, 0.0)
+    losses = []
+    for _ in range(STEPS):
+        hidden = decoder(IDS, decoder.sequences(LENGTHS))
+        loss = cross_entropy_sum(hidden, decoder.head_weight, IDS.roll(-1), decoder.args.vocab_size) / len(IDS)
+        optimizer.zero_grad()
+        loss.backward()
+        sum_partial_gradients(parameters, slicings)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)

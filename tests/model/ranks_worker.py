@@ -1,0 +1,84 @@
+"""Run alone or under torchrun with a file's name: rank 0 writes there what every kind of decoder computes.
+
+Loss, gradients (put together from the ranks), logits and greedy answers, in fp32, with a vocabulary of 97 rows.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from accessory.checkpoint.lazy import HeldTensor
+from accessory.checkpoint.load import fill, named_generator, targets
+from accessory.checkpoint.save import gather_whole
+from accessory.checkpoint.training_state import _place
+from accessory.generate import generate_tokens, next_token_logits
+from accessory.method import METHODS, Attachment
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.model.loss import cross_entropy_sum
+from accessory.optim import gradient_norm, sum_partial_gradients
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+
+SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
+LAYER = {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
+SHAPES = {
+    "llama": {},
+    "mistral": {"sliding_window": 3, "tie_word_embeddings": True},
+    "qwen3": {"qk_norm": True, "rotary_layout": "halves"},
+    "opt": LAYER | {"position": "learned", "gated": False, "activation": "relu", "embedding_dim": 24,
+                    "norm_placement": "after", "final_norm": False, "tie_word_embeddings": True},
+    "bloom": LAYER | {"position": "alibi", "gated": False, "activation": "gelu_tanh", "embedding_norm": True},
+    "neox": LAYER | {"parallel_residual": True, "gated": False, "activation": "gelu", "rotary_dim": 4},
+    "glm4": {"norm_placement": "both", "rotary_dim": 4},
+}  # fmt: skip
+LENGTHS = (9, 1, 6)
+
+
+def initial(name: str, shape: tuple[int, ...]):
+    """A maker of values: norms near one, so that they count."""
+    return lambda generator: 0.2 * torch.randn(shape, generator=generator) + ("norm" in name)
+
+
+def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.Tensor]:
+    """One decoder, one micro-batch, one batch of answers."""
+    decoder = Decoder(ModelArgs(**SMALL | shape), dtype=torch.float32, rank=layout.mp_rank, ranks=layout.mp_size)
+    settings = {"lora_rank": 4} if method == "peft" else {}
+    attachment = METHODS[method](METHODS[method].Settings(**settings)).attach(decoder)
+    makers = {t.name: initial(t.name, t.whole_shape(layout.mp_size)) for t in targets(decoder)}
+    slicings = {target.name: target.slicing for target in targets(decoder)}
+    held = {name: HeldTensor(make(named_generator(0, name))) for name, make in makers.items()}
+    tensors = held if method == "full" else {}  # as from a checkpoint, or as a method starts them
+    fill(decoder, tensors, Attachment(attachment.trainable, makers), layout, DataParallel(layout, "sdp", False))
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(0, 97, (sum(LENGTHS),), generator=generator) for _ in range(2))
+    ids[0] = labels[3] = 96  # the last row is somebody's
+    hidden = decoder.train()(ids, decoder.sequences(LENGTHS))
+    loss = cross_entropy_sum(hidden, decoder.head_weight, labels, 97)
+    loss.backward()
+    parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    sum_partial_gradients(parameters, slicings)
+    found = {"loss": loss.detach(), "norm": gradient_norm(parameters, slicings)}
+    gradients = dict(gather_whole({name: p.grad for name, p in parameters.items()}, slicings))
+    for name, whole in gradients.items():  # what a resumed run does with whole moments gives every rank its part again
+        assert torch.equal(_place(whole, parameters[name], slicings[name], layout), parameters[name].grad), name
+    found |= {f"gradient {name}": value.clone() for name, value in gradients.items()}
+    found |= {name: value.clone() for name, value in gather_whole(dict(decoder.named_parameters()), slicings)}
+    with torch.no_grad():
+        found["logits"] = next_token_logits(decoder, hidden)
+    prompts = [[5, 96, 33, 2, 60], [9], [77, 3, 50]]
+    steps = generate_tokens(decoder.eval(), prompts, max_gen_len=8, max_seq_len=32, stop_ids=set())
+    found["answers"] = torch.tensor(list(steps))
+    return {name: value.detach() for name, value in found.items()}
+
+
+layout = groups.start("cpu", model_parallel_size=int(sys.argv[2]))
+everything = {
+    f"{name} {method}": results(shape, method, layout) for name, shape in SHAPES.items() for method in ("full", "peft")
+}
+if layout.is_main:
+    torch.save(everything, sys.argv[1])
+groups.stop()
