@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ from pydantic import ValidationError
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import Source, read_json
-from accessory.errors import ConfigError, TokenizerError, explain_validation, nearest
+from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.method import METHODS, Attachment, Method
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import FAMILIES, architecture_of
 from accessory.parallel.groups import Layout
 from accessory.quant import storage
-from accessory.tokenizer import Tokenizer, open_tokenizer
+from accessory.tokenizer import Tokenizer, holds_tokenizer, open_tokenizer, with_added_tokens
 
 LLAMA_TYPES = {family + suffix: (family, method) for family in FAMILIES for suffix, method in
                (("", "full"), ("_peft", "peft"))}  # fmt: skip
@@ -70,10 +72,12 @@ def draw_blueprint(
     precision: str,
     train: bool,
     quant: bool = False,
+    new_tokens: Sequence[str] = (),
 ) -> Blueprint:
     """Work out what to build. What is not said is taken from the sources, the last that knows winning.
 
     quant: keep the base in 4 bits; quant_type: in which format, nf4 where neither it nor a packed base says.
+    new_tokens: special tokens to add to the vocabulary.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
@@ -88,8 +92,12 @@ def draw_blueprint(
         )
     args, method = _settings(sources, llama_config, method_class)
     _check_family(llama_type, args)
+    _check_blocks(args, sources)
     tokenizer = _tokenizer(sources, tokenizer_path)
+    tokenizer = with_added_tokens(tokenizer, new_tokens) if new_tokens else tokenizer
     args, note = _with_vocabulary(args, sources, tokenizer)
+    if args.vocab_size > _embedding_rows(sources, args) and train and not method.trains_vocabulary:
+        note += ("nothing trains those rows: set vocabulary_tuning in --llama_config to have them learned",)
     plain = _plain_linears(sources)
     return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note)
 
@@ -116,6 +124,15 @@ def _check_family(llama_type: str, args: ModelArgs) -> None:
             f"--llama_type {llama_type}: the checkpoint is a {args.architecture}, of the family {family}; "
             f"use --llama_type {right}."
         )
+
+
+def _check_blocks(args: ModelArgs, sources: list[Source]) -> None:
+    """Compared before a model of that many blocks is made."""
+    whole = [source for source in sources if not source.is_delta]
+    numbers = {int(m[1]) for source in whole for name in source.tensors if (m := re.match(r"layers\.(\d+)\.", name))}
+    if whole and args.n_layers != len(numbers):
+        where = ", ".join(str(source.path) for source in whole)
+        raise CheckpointError(f"{where}: its settings say {args.n_layers} blocks, its files hold {len(numbers)}.")
 
 
 def _plain_linears(sources: list[Source]) -> frozenset[str]:
@@ -170,17 +187,15 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
 def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
     if tokenizer_path:
         return open_tokenizer(tokenizer_path)
-    names = ("tokenizer.json", "tokenizer.model")
     for source in reversed(sources):
-        if source.format == "GGUF" or any((source.path / name).is_file() for name in names):
+        if source.format == "GGUF" or holds_tokenizer(source.path):
             return open_tokenizer(source.path)
     where = ", ".join(str(source.path) for source in sources)
-    raise TokenizerError(f"{where}: holds neither {' nor '.join(names)}; give --tokenizer_path.")
+    raise TokenizerError(f"{where}: holds no tokenizer (tokenizer.json, tokenizer.model, ...); give --tokenizer_path.")
 
 
 def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
-    embeddings = [s.tensors["tok_embeddings.weight"] for s in sources if "tok_embeddings.weight" in s.tensors]
-    rows, tokens = embeddings[-1].shape[0] if embeddings else args.vocab_size, tokenizer.vocab_size
+    rows, tokens = _embedding_rows(sources, args), tokenizer.vocab_size
     if abs(tokens - rows) > SLACK_ROWS:
         raise TokenizerError(
             f"The tokenizer has {tokens} tokens, the model's embedding {rows} rows: they do not belong together. Give "
@@ -195,3 +210,8 @@ def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenize
             "starts as the mean of those",
         )
     return args.model_copy(update={"vocab_size": max(rows, tokens)}), notes
+
+
+def _embedding_rows(sources: list[Source], args: ModelArgs) -> int:
+    embeddings = [s.tensors["tok_embeddings.weight"] for s in sources if "tok_embeddings.weight" in s.tensors]
+    return embeddings[-1].shape[0] if embeddings else args.vocab_size

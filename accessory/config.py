@@ -23,17 +23,19 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     pretrained_path: list[Path] = Field(min_length=1)
-    """Base first, then trained parts: directories (Accessory, Meta, LLaMA2-Accessory, Hugging Face) or a GGUF file."""
+    """Base first, then trained parts, in any format of README's table."""
     data_config: Path
     """What to train on: a YAML with META entries, or a .json, .jsonl or .csv file."""
     output_dir: Path | None = Path("./output_dir")
     """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
     llama_type: str = "llama"
-    """Family and method: `llama` trains everything, `llama_peft` norms, biases and LoRA."""
+    """Family (llama, opt, bloom, neox, glm) and method: alone all is trained; with `_peft` norms, biases and LoRA."""
     llama_config: list[Path] = []
     """JSON files of model and method settings, laid over the checkpoint's own; the last value of a key wins."""
     tokenizer_path: Path | None = None
     """tokenizer.model, tokenizer.json, a GGUF file, or a directory holding one; absent: what lies in the base."""
+    new_tokens: list[str] = []
+    """Special tokens to add to the vocabulary; their rows start as the mean of the others."""
     pretrained_type: Literal["consolidated", "meta_ori"] | None = None
     """Needless: the format is told from the files. Accepted for upstream's scripts."""
     quant: bool = False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import fire
 import torch.distributed as dist
 from pydantic import BaseModel
 
@@ -42,6 +44,20 @@ def run_tool(main: Callable[[], object]) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     finally:
         groups.stop()
+
+
+def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
+    """`main` with the command line's arguments, for `run_tool`; a flag it does not know leaves with status 2.
+
+    fire itself would say so after `main` has run without the flag.
+    """
+
+    def call() -> object:
+        calls: list[tuple[tuple, dict]] = []
+        fire.Fire(functools.wraps(main)(lambda *args, **kwargs: calls.append((args, kwargs))))
+        return [main(*args, **kwargs) for args, kwargs in calls]
+
+    return call
 
 
 def _leave(error: AccessoryError, common: bool, status: int) -> None:

@@ -14,7 +14,7 @@ from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.load import overlay, resolve
-from accessory.checkpoint.merge import merged, repacked
+from accessory.checkpoint.merge import merged, repacked, unpacked
 from accessory.checkpoint.run_record import with_base
 from accessory.checkpoint.source import Source, model_args_of
 from accessory.checkpoint.whole import WholeModel
@@ -56,11 +56,15 @@ class Destination:
                 raise ConfigError(
                     f"--{flag} {value!r} is unknown.{nearest(str(value), known)} Known: {', '.join(known)}."
                 )
+        if not (isinstance(self.ranks, int) and self.ranks > 0):
+            raise ConfigError(f"--model_parallel_size {self.ranks!r} is not a number of shards.")
         if self.quant_type and self.to not in ("accessory", "hf"):
             raise ConfigError(f"--to {self.to}: packed weights are written as accessory or hf.")
 
     def write(self, model: WholeModel, target: Path) -> None:
         """Write `model` to `target`, which must not be there yet. Raises `CheckpointError`."""
+        if self.to == "gguf" and target.suffix != ".gguf":
+            raise ConfigError(f"{target}: a GGUF file is told by its name; give one that ends in .gguf.")
         if self.architecture:
             architecture_of(self.architecture, "--architecture")
             model = replace(model, args=model.args.model_copy(update={"architecture": self.architecture}))
@@ -111,11 +115,22 @@ def open_whole(
     return WholeModel(blueprint.args, tensors, blueprint.tokenizer), sources, blueprint
 
 
-def convert(paths: list[Path], target: Path, destination: Destination, **reading) -> WholeModel:
-    """Write a base as another format; returns what was written."""
-    model, sources, _ = open_whole(paths, **reading)
+def open_base(paths: list[Path], **reading) -> tuple[WholeModel, list[Source]]:
+    """`open_whole` of what is all base. Raises `CheckpointError` where biases or LoRA stand beside it."""
+    model, sources, blueprint = open_whole(paths, **reading)
     if any(source.is_delta and not source.is_difference for source in sources):
         raise CheckpointError(f"{paths[-1]}: is a trained part; merge it (tools/merge.py), or write it with --to peft.")
+    if isinstance(blueprint.method, Peft):
+        raise CheckpointError(
+            f"{paths[-1]}: holds what was trained beside its base (it is a {blueprint.llama_type}); merge it "
+            "(tools/merge.py)."
+        )
+    return model, sources
+
+
+def convert(paths: list[Path], target: Path, destination: Destination, **reading) -> WholeModel:
+    """Write a base as another format; returns what was written. Raises `CheckpointError`."""
+    model, _ = open_base(paths, **reading)
     destination.write(model, target)
     return model
 
@@ -134,8 +149,8 @@ def merge(paths: list[Path], target: Path, destination: Destination, *, base: st
     if base == "dequantized":
         if quantization is None:
             raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base dequantized.")
-        if not any(source.storage for source in sources):
-            tensors = repacked(tensors, quantization)
+        packed = any(source.storage for source in sources)
+        tensors = unpacked(tensors) if packed else repacked(tensors, quantization)
     elif base != "full":
         raise ConfigError(f"--base {base!r} is neither full nor dequantized.")
     elif any(source.storage for source in sources):
@@ -171,7 +186,11 @@ def trained_quantization(sources: list[Source]) -> str | None:
 
 
 def logit_error(trained: list[Path], written: Path, probe: str, precision: str = "bf16") -> LogitError:
-    """Compare the model as trained with what was written, both loaded from their files, one after the other."""
+    """Compare the model as trained with what was written, both loaded from their files, one after the other.
+
+    The probe is cut where it is longer than `PROBE_TOKENS` or than the model's documents. Raises `ConfigError`.
+    """
+    check_precision(precision)
     layout = groups.start("cpu")
     tokens, first = _probe_logits(trained, probe, precision, layout)
     _, second = _probe_logits([written], probe, precision, layout)
@@ -182,7 +201,18 @@ def logit_error(trained: list[Path], written: Path, probe: str, precision: str =
     return LogitError(float(difference.max()), float(difference.mean()), moved, tokens)
 
 
+def check_precision(precision: str) -> None:
+    """Raise `ConfigError` for a precision we do not know."""
+    if precision not in DTYPES:
+        raise ConfigError(
+            f"--precision {precision!r} is unknown.{nearest(str(precision), DTYPES)} Known: {', '.join(DTYPES)}."
+        )
+
+
 def _probe_logits(paths: list[Path], probe: str, precision: str, layout: Layout) -> tuple[int, torch.Tensor]:
     model = MetaModel.from_pretrained(list(paths), dtype=precision, layout=layout)
-    tokens = torch.tensor([*model.tokenizer.opening, *model.tokenizer.encode(probe)][:PROBE_TOKENS])
+    length = min(PROBE_TOKENS, model.max_seq_len)
+    tokens = torch.tensor([*model.tokenizer.opening, *model.tokenizer.encode(probe)][:length], dtype=torch.int64)
+    if not len(tokens):
+        raise ConfigError("--probe '' has no tokens to compare the logits of.")
     return len(tokens), model.logits(tokens, (len(tokens),))

@@ -47,7 +47,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     Raises `AccessoryError`s, the same on every rank.
     """
     layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
-    torch.manual_seed(config.seed + layout.rank)
+    torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     output_dir = None if config.dry_run else config.output_dir
     together(lambda: _prepare_output(output_dir, layout))
@@ -124,6 +124,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
         quant_type=config.quant_type if config.quant else None,
         precision=config.precision,
         train=True,
+        new_tokens=config.new_tokens,
     )
     if blueprint.quant_type and not config.only_save_trainable:
         raise ConfigError(

@@ -9,9 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
-
-from accessory.entry import run_tool
+from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError
 from accessory.export import Destination, convert, export_adapter
 
@@ -59,4 +57,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire(main))
+    run_tool(from_command_line(main))

@@ -5,11 +5,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
-
 from accessory.checkpoint.describe import describe
 from accessory.checkpoint.opening import open_source
-from accessory.entry import run_tool
+from accessory.entry import from_command_line, run_tool
 
 
 def main(path: str, tensors: bool = False, base: str = "") -> None:
@@ -25,4 +23,4 @@ def main(path: str, tensors: bool = False, base: str = "") -> None:
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire(main))
+    run_tool(from_command_line(main))

@@ -8,10 +8,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
-
-from accessory.entry import run_tool
-from accessory.export import PROBE, Destination, logit_error, merge
+from accessory.entry import from_command_line, run_tool
+from accessory.export import PROBE, Destination, check_precision, logit_error, merge
 
 
 def main(
@@ -43,6 +41,7 @@ def main(
         precision: of that comparison.
     """
     paths = [Path(part) for part in (trained if isinstance(trained, (tuple, list)) else str(trained).split(","))]
+    check_precision(precision)
     destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
     merge(paths, Path(str(target)), destination, base=base, drop_biases=drop_biases)
     print(f"{' + '.join(map(str, paths))} -> {target} ({to}, base {base})")
@@ -50,4 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire(main))
+    run_tool(from_command_line(main))

@@ -8,11 +8,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
-
-from accessory.entry import run_tool
+from accessory.entry import from_command_line, run_tool
 from accessory.errors import CheckpointError
-from accessory.export import Destination, open_whole
+from accessory.export import Destination, open_base
 from accessory.quant import storage
 
 
@@ -28,7 +26,7 @@ def main(base: str, target: str, quant_type: str = "nf4", to: str = "accessory",
     """
     storage(quant_type)
     destination = Destination(to, dtype, quant_type=quant_type)
-    model, sources, _ = open_whole([Path(str(base))])
+    model, sources = open_base([Path(str(base))])
     if packed := next((source.storage for source in sources if source.storage), None):
         raise CheckpointError(f"{base}: is packed as {packed} already; packing it again would lose more.")
     destination.write(model, Path(str(target)))
@@ -36,4 +34,4 @@ def main(base: str, target: str, quant_type: str = "nf4", to: str = "accessory",
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire(main))
+    run_tool(from_command_line(main))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,9 +19,9 @@ from accessory.checkpoint.lazy import ZeroTensor
 from accessory.checkpoint.load import named_generator, targets
 from accessory.checkpoint.naming import theirs_from_ours
 from accessory.checkpoint.save import fresh_directory
-from accessory.checkpoint.source import read_json
+from accessory.checkpoint.source import read_json, settings_read_by
 from accessory.checkpoint.whole import refuse_existing
-from accessory.entry import run_tool
+from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError
 from accessory.model.decoder import Decoder
 from accessory.model.families import architecture_of
@@ -56,7 +55,7 @@ def main(target: str, shape: str = "tinyllama", dtype: str = "fp16", seed: int =
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     config = SHAPES.get(str(shape)) or read_json(Path(str(shape)))
     architecture = architecture_of(config.get("model_type"), str(shape))
-    args = architecture.read(config, str(shape))
+    args = settings_read_by(lambda: architecture.read(config, str(shape)), Path(str(shape)))
     decoder = Decoder(args, dtype=DTYPES[dtype])
     empty = {place.name: ZeroTensor(place.whole_shape(1)) for place in targets(decoder)}
     theirs = theirs_from_ours(empty, architecture.names, args)
@@ -85,4 +84,4 @@ def _write_byte_tokenizer(directory: Path, size: int) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire(main))
+    run_tool(from_command_line(main))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.lazy import LazyTensor, PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors
 from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
@@ -43,6 +43,31 @@ class RepackedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
+class UnpackedTensor(LazyTensor):
+    """A matrix that its file holds packed, in plain numbers: a writer must not take it for one to be kept packed."""
+
+    inner: PackedTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Unchanged."""
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        """That of what is read."""
+        return "float32"
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Dequantize to fp32."""
+        return self.inner.read(dim, start, stop)
+
+    def select(self, rows: Tensor) -> LazyTensor:
+        """Rows of the packed matrix."""
+        return UnpackedTensor(self.inner.select(rows))
+
+
+@dataclass(frozen=True)
 class MergedTensor(LazyTensor):
     """W + scale B A in fp32, with W [N, K], A [R, K] and B [N, R]."""
 
@@ -74,6 +99,13 @@ def repacked(tensors: Tensors, quant_type: str) -> Tensors:
     return {
         name: RepackedTensor(tensor, quant_type) if BLOCK_LINEAR.fullmatch(name) else tensor
         for name, tensor in tensors.items()
+    }
+
+
+def unpacked(tensors: Tensors) -> Tensors:
+    """A packed base in plain numbers."""
+    return {
+        name: UnpackedTensor(tensor) if isinstance(tensor, PackedTensor) else tensor for name, tensor in tensors.items()
     }
 
 

@@ -31,6 +31,11 @@ class Method(ABC):
     Settings: ClassVar[type[BaseModel]]
     trains_base: ClassVar[bool]  # then the base must be plain: packed weights have no gradient
 
+    @property
+    def trains_vocabulary(self) -> bool:
+        """Whether the rows of the embedding are learned."""
+        return self.trains_base
+
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
 

@@ -1,7 +1,7 @@
 """Norm tuning, bias tuning and LoRA (Hu et al. 2021), in any combination, beside a frozen base.
 
 The keys and the parameter names are LLaMA2-Accessory's. NormBias is `norm_tuning` and `bias_tuning` without LoRA;
-NormBiasLoRA adds `lora_rank`. Embedding and head are never touched.
+NormBiasLoRA adds `lora_rank`. Embedding and head are touched by `vocabulary_tuning` alone.
 """
 
 from __future__ import annotations
@@ -113,10 +113,13 @@ class Peft(Method):
         """Dropout on LoRA's input while training."""
         lora_targets: list[Target] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
         """Linears that get LoRA."""
+        vocabulary_tuning: bool = False
+        """Train embedding and head whole, as tokens added to the vocabulary need."""
 
         @model_validator(mode="after")
         def _trains_something(self) -> Peft.Settings:
-            if not (self.norm_tuning or self.bias_tuning or (self.lora_rank > 0 and self.lora_targets)):
+            others = self.norm_tuning or self.bias_tuning or self.vocabulary_tuning
+            if not (others or (self.lora_rank > 0 and self.lora_targets)):
                 raise ValueError("nothing would be trained: set norm_tuning, bias_tuning, or lora_rank above 0")
             return self
 
@@ -127,9 +130,16 @@ class Peft(Method):
 
     trains_base: ClassVar[bool] = False
 
+    @property
+    def trains_vocabulary(self) -> bool:
+        """Only where it is asked for."""
+        return self.settings.vocabulary_tuning
+
     def attach(self, decoder: Decoder) -> Attachment:
         """Add biases and LoRA factors; choose norms, biases and factors as the settings say."""
         attachment = Attachment()
+        if self.settings.vocabulary_tuning:
+            self._choose_vocabulary(decoder, attachment)
         for name, module in decoder.named_modules():
             if isinstance(module, Norm) and self.settings.norm_tuning:
                 attachment.trainable |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
@@ -139,6 +149,13 @@ class Peft(Method):
                 if self.settings.lora_rank > 0 and name.rsplit(".", 1)[-1] in self.settings.lora_targets:
                     self._attach_lora(name, module, attachment)
         return attachment
+
+    @staticmethod
+    def _choose_vocabulary(decoder: Decoder, attachment: Attachment) -> None:
+        for name in ("tok_embeddings", "output"):
+            if (module := getattr(decoder, name)) is not None:
+                module.float()
+                attachment.trainable.add(f"{name}.weight")
 
     def _attach_bias(self, name: str, linear: Linear, attachment: Attachment) -> None:
         if linear.bias is None:

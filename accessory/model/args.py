@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from accessory.errors import ParallelError
+
+# Far beyond any model, and near enough that a file which says more is refused before anything of that size is made.
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Count = Annotated[int, Field(ge=1, le=1 << 12)]
 
 
 class RopeScaling(BaseModel):
@@ -15,7 +19,7 @@ class RopeScaling(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     kind: Literal["linear", "llama3", "dynamic"]
-    factor: float
+    factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
@@ -28,23 +32,23 @@ class ModelArgs(BaseModel):
 
     architecture: str = "llama"
     """What the model is called elsewhere (Hugging Face's `model_type`); decides how other files name its weights."""
-    dim: int = 4096
+    dim: Size = 4096
     """Model width D."""
-    n_layers: int = 32
+    n_layers: Count = 32
     """Number of blocks L."""
-    n_heads: int = 32
+    n_heads: Count = 32
     """Attention heads H."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Count | None = None
     """Key/value heads K; equal to n_heads when absent."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """Head width E; dim / n_heads when absent."""
-    vocab_size: int = -1
+    vocab_size: Annotated[int, Field(ge=-1, le=1 << 24)] = -1
     """Rows of the embedding and the head; -1 takes the checkpoint's."""
-    embedding_dim: int | None = None
+    embedding_dim: Size | None = None
     """Width of the embedding and the head where it is not dim; a projection leads in and another out (OPT-350m)."""
-    hidden_dim: int | None = None
+    hidden_dim: Size | None = None
     """MLP width F; when absent it follows from dim, ffn_dim_multiplier and multiple_of as in Meta's code."""
-    multiple_of: int = 256
+    multiple_of: Size = 256
     """The MLP width is rounded up to a multiple of this."""
     ffn_dim_multiplier: float | None = None
     """Factor on the MLP width before rounding."""
@@ -54,7 +58,7 @@ class ModelArgs(BaseModel):
     """act of the MLP."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm, or LayerNorm with a bias."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
     """Epsilon of the norms."""
     norm_placement: Literal["before", "after", "both"] = "before"
     """Norms before each layer, after its residual sum (OPT-350m), or before it and on its output (GLM-4)."""
@@ -68,17 +72,17 @@ class ModelArgs(BaseModel):
     """Whether attention and MLP read the same input and are added together (GPT-NeoX)."""
     position: Literal["rotary", "learned", "alibi"] = "rotary"
     """How a token's place enters: rotated queries and keys, a learned embedding, or attention biased by distance."""
-    position_offset: int = 0
+    position_offset: Annotated[int, Field(ge=0, le=1 << 12)] = 0
     """Row of the learned position embedding that belongs to position 0 (OPT: 2)."""
     rotary_layout: Literal["pairs", "halves"] = "pairs"
     """Channels of a head that rotate together: neighbours (Meta, GLM), or i and i + rotary_dim / 2 (Hugging Face)."""
-    rotary_dim: int | None = None
+    rotary_dim: Size | None = None
     """Channels of a head that are rotated, the first ones; head_dim when absent."""
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     """Tokens that a token attends to, itself included; all before it when absent."""
     sliding_layers: list[int] | None = None
     """Blocks that the window applies to; all when absent."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Context extension; a bare number x, as in LLaMA2-Accessory, multiplies positions by x."""
@@ -92,7 +96,7 @@ class ModelArgs(BaseModel):
     """Whether the checkpoint has biases on w1, w2, w3."""
     tie_word_embeddings: bool = False
     """Whether the head is the embedding."""
-    max_seq_len: int = 2048
+    max_seq_len: Annotated[int, Field(ge=1, le=1 << 30)] = 2048
     """Longest document the model was made for, in tokens; a bound for learned positions and dynamic scaling."""
     max_batch_size: int = 32
     """Accepted because upstream's files hold it; the key/value cache is sized by the batch at hand."""
@@ -122,6 +126,14 @@ class ModelArgs(BaseModel):
             self.hidden_dim = -(-width // self.multiple_of) * self.multiple_of
         if self.use_scaled_rope and self.rope_scaling is None:
             self.rope_scaling = RopeScaling(kind="llama3", factor=8.0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelArgs:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} attention heads cannot share {self.n_kv_heads} key/value heads")
+        if self.position == "rotary" and (self.rotary_dim > self.head_dim or self.rotary_dim % 2):
+            raise ValueError(f"{self.rotary_dim} of {self.head_dim} channels of a head cannot be rotated in pairs")
+        return self
 
     @property
     def longest_document(self) -> int | None:

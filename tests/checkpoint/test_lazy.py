@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accessory.checkpoint.lazy import InterleavedRows, LazyTensor, ShardedTensor
+from accessory.checkpoint.lazy import LazyTensor, ShardedTensor
 from accessory.checkpoint.opening import open_source
 
 RANGES = [(0, 1), (3, 97), (64, 128), (0, 128)]

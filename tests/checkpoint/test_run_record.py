@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from accessory.checkpoint.run_record import run_record, with_base
 from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.run_record import run_record, with_base
 from accessory.errors import CheckpointError
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accessory.checkpoint import save
-from accessory.checkpoint.save import CheckpointWriter, fresh_directory, gather_whole, write_json, write_tensors
 from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.save import CheckpointWriter, fresh_directory, gather_whole, write_json, write_tensors
 from accessory.errors import CheckpointError
 from accessory.parallel.tensor import Slicing
 from accessory.tokenizer import open_tokenizer

@@ -175,8 +175,8 @@ def _tensor(entry: _Entry, content: np.ndarray, path: Path) -> GgufTensor:
     size = math.prod(entry.shape[:-1]) * row
     if entry.start + size > len(content):
         raise CheckpointError(
-            f"{path}: is cut short or damaged: {entry.name} takes {size:,} bytes from {entry.start:,} on, but "
-            f"{len(content):,} bytes of tensors are there (found {what_is(path)})."
+            f"{path}: found {what_is(path)}, cut short or damaged: {entry.name} takes {size:,} bytes "
+            f"from {entry.start:,} on, but {len(content):,} bytes of tensors are there."
         )
     return GgufTensor(content[entry.start : entry.start + size].reshape(-1, row), kind, entry.shape)
 

@@ -53,14 +53,16 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
         raise CheckpointError(f"{meta}: 'packed' is {packing!r}; expected an object of matrices.")
     found = dict(tensors)
     for name, entry in packing.items():
-        parts = {part: found.pop(f"{name}.{part}") for part in PACKED_PARTS if f"{name}.{part}" in found}
+        scales = found.get(f"{name}.scales")
+        wanted = PACKED_PARTS if scales is not None and scales.dtype == "U8" else PACKED_PARTS[:2]
+        parts = {part: found.pop(f"{name}.{part}", None) for part in wanted}
         try:
             shape = (int(entry["shape"][0]), int(entry["shape"][1]))
             quant_type = {"nf4": "nf4", "fp4": "fp4"}[entry["quant_type"]]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
-        if "codes" not in parts or "scales" not in parts:
-            raise CheckpointError(f"{meta.parent}: {name} is packed, but its codes or scales are missing.")
+        if absent := [part for part, tensor in parts.items() if tensor is None]:
+            raise CheckpointError(f"{meta.parent}: {name} is packed, but its {', '.join(absent)} is missing.")
         found[name] = PackedTensor.of(parts, quant_type, shape, f"{meta.parent}: {name}")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,8 @@ def meta_settings(args: ModelArgs, flavour: Flavour) -> dict[str, Any]:
         "n_kv_heads": args.n_kv_heads,
         "vocab_size": args.vocab_size,
         "multiple_of": multiple,
-        "ffn_dim_multiplier": args.hidden_dim / width,  # rounded down by its user, then up to the multiple
+        # Rounded down by its user, then up to the multiple; a quotient a hair too small would lose one.
+        "ffn_dim_multiplier": math.nextafter(args.hidden_dim / width, math.inf),
         "norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
     }

@@ -87,11 +87,14 @@ def _numbered(our: str | Fused, number: str) -> str | Fused:
 
 @dataclass(frozen=True)
 class Rope:
-    """How a model type spells rotary settings: its key of the base, of the rotated share of a head, and defaults."""
+    """How a model type spells rotary settings: its key of the base, of the rotated share of a head, and defaults.
+
+    share_key: None where the share is part of the model's code, which reads none.
+    """
 
     theta_key: str = "rope_theta"
     theta: float = 10000.0
-    share_key: str = "partial_rotary_factor"
+    share_key: str | None = None
     share: float = 1.0
 
 
@@ -142,7 +145,8 @@ class Architecture:
                 raise CheckpointError(f"{source}: {key} {config[key]!r} is not supported; expected {wanted!r}.")
         values = {"architecture": self.name} | self._by_key(config, source) | dict(self.fixed)
         if self.rope and values.get("position", "rotary") == "rotary":
-            values |= self._rope(config, values, source)
+            width = ModelArgs(**values).head_dim  # values of a wrong kind are complained about here
+            values |= self._rope(config, width, source)
         if self.sliding != "none":
             values |= self._window(config)
         return ModelArgs(**values)
@@ -166,15 +170,16 @@ class Architecture:
             values["activation"] = ACTIVATIONS[values["activation"]]
         return values
 
-    def _rope(self, config: Config, values: Config, source: str) -> Config:
+    def _rope(self, config: Config, width: int, source: str) -> Config:
         stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
         scaling = {**stated, **(config.get("rope_scaling") or {})}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         known = ("default", *RopeScaling.model_fields["kind"].annotation.__args__)
         if kind not in known:
             raise CheckpointError(f"{source}: rope scaling {kind!r} is not supported; known: {', '.join(known)}.")
-        share = config.get(self.rope.share_key, stated.get("partial_rotary_factor", self.rope.share))
-        width = values.get("head_dim") or values["dim"] // values["n_heads"]
+        share = self.rope.share
+        if self.rope.share_key:
+            share = config.get(self.rope.share_key, stated.get("partial_rotary_factor", share))
         return {
             "rope_theta": config.get(self.rope.theta_key, stated.get("rope_theta", self.rope.theta)),
             "rope_scaling": scaling if kind != "default" else None,
@@ -182,11 +187,12 @@ class Architecture:
         }
 
     def _window(self, config: Config) -> Config:
-        window, layers = config.get("sliding_window"), None
+        # Silence means Mistral 0.1's window, and that no layer of Qwen below the 28th has one, as in transformers.
+        window, layers = config.get("sliding_window", 4096), None
         if self.sliding == "switched":
             if not config.get("use_sliding_window"):
                 return {}
-            layers = list(range(config.get("max_window_layers", 0), config["num_hidden_layers"]))
+            layers = list(range(config.get("max_window_layers", 28), config["num_hidden_layers"]))
         if config.get("layer_types"):
             layers = [i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"]
         return {"sliding_window": window, "sliding_layers": layers} if window else {}
@@ -213,7 +219,7 @@ class Architecture:
 
     def _written_rope(self, args: ModelArgs) -> Config:
         written: Config = {self.rope.theta_key: args.rope_theta}
-        if args.rotary_dim != args.head_dim or self.rope.share != 1.0:
+        if self.rope.share_key:
             written[self.rope.share_key] = args.rotary_dim / args.head_dim
         if args.rope_scaling:
             scaling = args.rope_scaling.model_dump()

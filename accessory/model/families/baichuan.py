@@ -5,7 +5,7 @@ from __future__ import annotations
 from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
-from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, KEYS, NAMES
+from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, NAMES, UNGROUPED_KEYS
 
 _SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _NAMES = Names(
@@ -48,7 +48,7 @@ ARCHITECTURES = (
         family="llama",
         class_name="BaichuanForCausalLM",
         names=_NAMES,
-        keys={**KEYS, "max_seq_len": "max_position_embeddings|model_max_length"},
+        keys={**UNGROUPED_KEYS, "max_seq_len": "max_position_embeddings|model_max_length"},
         defaults=DEFAULTS,
         fixed=HALVES,
         gguf=Gguf("baichuan", "pairs", GGUF_NAMES, alibi_blocks=40),

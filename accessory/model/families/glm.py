@@ -40,7 +40,7 @@ _GGUF_NAMES = Names(
 )
 _GLM_GGUF = Gguf("chatglm", "pairs", _GGUF_NAMES)
 _GLM4_NORMS = {"post_attention_norm": "attention_post_norm", "post_ffw_norm": "ffn_post_norm"}
-_ROPE = Rope(share=0.5)
+_ROPE = Rope(share_key="partial_rotary_factor", share=0.5)
 
 
 class _ChatGlm(Architecture):
@@ -51,11 +51,9 @@ class _ChatGlm(Architecture):
         theta = {"rope_theta": 10000.0 * config.get("rope_ratio", 1.0)}
         return super().read({**config, **theta}, source)
 
-    def write(self, args: ModelArgs) -> Config:
-        """See `Architecture.write`."""
-        config = super().write(args)
-        config["rope_ratio"] = config.pop("rope_theta") / 10000.0
-        return config
+    def _written_rope(self, args: ModelArgs) -> Config:
+        written = super()._written_rope(args)
+        return written | {"rope_ratio": written.pop("rope_theta") / 10000.0}
 
 
 ARCHITECTURES = (
@@ -122,7 +120,7 @@ ARCHITECTURES = (
             "apply_residual_connection_post_layernorm": False,
             "post_layer_norm": True,
         },
-        rope=_ROPE,
+        rope=Rope(share=0.5),
         gguf=_GLM_GGUF,
     ),
 )

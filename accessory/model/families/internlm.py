@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from accessory.model.families.architecture import Architecture, Fused, Gguf, Names, Rope
-from accessory.model.families.llama import BIASES, DEFAULTS, GGUF, GGUF_NAMES, HALVES, KEYS, NAMES, NO_BIASES
+from accessory.model.families.llama import (
+    BIASES,
+    DEFAULTS,
+    GGUF,
+    GGUF_NAMES,
+    HALVES,
+    KEYS,
+    NAMES,
+    NO_BIASES,
+    UNGROUPED_KEYS,
+)
 
 _NAMES_2 = Names(
     outer={"model.tok_embeddings": "tok_embeddings", "model.norm": "norm", "output": "output"},
@@ -25,7 +35,7 @@ ARCHITECTURES = (
         family="llama",
         class_name="InternLMForCausalLM",
         names=NAMES,
-        keys=KEYS | {"qkv_bias": "bias", "out_bias": "bias"},
+        keys=UNGROUPED_KEYS | {"qkv_bias": "bias", "out_bias": "bias"},
         defaults=DEFAULTS | {"qkv_bias": True, "out_bias": True},
         fixed=HALVES,
         gguf=GGUF,

@@ -51,6 +51,8 @@ KEYS = {
     "tie_word_embeddings": "tie_word_embeddings",
     "max_seq_len": "max_position_embeddings",
 }
+UNGROUPED_KEYS = {ours: theirs for ours, theirs in KEYS.items() if ours not in ("n_kv_heads", "head_dim")}
+"""Of a model whose code knows neither groups of heads nor heads of another width than dim / n_heads."""
 DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "max_seq_len": 2048}
 BIASES = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 NO_BIASES = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from accessory.checkpoint.formats.peft_adapter import open_adapter
 from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.lazy import HeldTensor
+from accessory.checkpoint.naming import in_rotary_layout
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source, model_args_of
 from accessory.errors import CheckpointError
@@ -29,7 +30,7 @@ from accessory.model.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[3]
 VOCABULARY = 512
-TOLERANCE = 1e-5  # of the largest logit, fp32; measured: at most 1.3e-6
+TOLERANCE = 1e-5  # of the largest logit, fp32; measured: at most 1.2e-6
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64,
@@ -55,6 +56,8 @@ LINEARS = {
 }
 LINEARS |= {"qwen2": LINEARS["llama"], "qwen3": LINEARS["llama"]}
 NORMS = {"llama": ["input_layernorm", "post_attention_layernorm", "norm"]}
+NF4_TOLERANCE = {"fp32": 1e-5, "bf16": 0.06}
+"""Of the largest logit. Measured: 7.6e-7 in fp32; in bf16 0.031, where the base alone differs by 0.022 already."""
 TOKENS = torch.randint(2, VOCABULARY, (24,), generator=torch.Generator().manual_seed(1))
 
 
@@ -81,7 +84,7 @@ def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def theirs(base: Path, **options: Any) -> nn.Module:
     """The base as transformers loads it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(base, **{"dtype": torch.float32, **options})
 
 
 def logits_of(model: nn.Module) -> Tensor:
@@ -170,7 +173,8 @@ def test_files_of_older_versions(base_of, tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     config = json.loads((adapter / "adapter_config.json").read_text())
     kept = ("peft_type", "r", "lora_alpha", "target_modules", "bias", "fan_in_fan_out", "enable_lora")
-    (adapter / "adapter_config.json").write_text(json.dumps({key: config.get(key) for key in kept}))
+    unsaid = {"rank_pattern": None, "use_rslora": None, "merge_weights": False}
+    (adapter / "adapter_config.json").write_text(json.dumps({key: config.get(key) for key in kept} | unsaid))
     assert distance(ours(base, adapter), expected) < TOLERANCE
 
 
@@ -192,6 +196,35 @@ def test_settings_and_fingerprint(base_of, tmp_path: Path) -> None:
     before = source.fingerprint()
     change(adapter, lora_alpha=7)
     assert open_adapter(adapter, base).fingerprint() != before
+
+
+def test_a_range_is_cut_out_of_the_whole(base_of, tmp_path: Path) -> None:
+    """As ranks that share the matrices read them: of factors that are padded, scaled, stacked in one, or absent."""
+    base = open_source(base_of("bloom"))
+    padded, _ = made_by_peft(
+        base.path,
+        tmp_path / "padded",
+        rank_pattern={"query_key_value": 2, "0.mlp.*": 3},
+        target_modules=r".*(query_key_value|0\.mlp.*h)",
+    )
+    blocks = exported(base.path, tmp_path / "blocks", trained_here(base.path, tmp_path / "delta", **LORA_AND_NORMS))
+    for adapter in (padded, blocks):
+        for name, tensor in open_adapter(adapter, base).tensors.items():
+            whole = tensor.read()
+            assert tensor.shape == whole.shape, name
+            for dim, size in enumerate(whole.shape):
+                for start, stop in ((0, size), (1, 2), (size // 2, size)):
+                    found = tensor.read(dim, start, stop)
+                    assert torch.equal(found, whole.narrow(dim, start, stop - start)), (name, dim, start)
+
+
+def test_a_config_of_the_user_overrides_the_adapter(adapter: Path, base_of, tmp_path: Path) -> None:
+    base, config = base_of("llama"), tmp_path / "lora.json"
+    config.write_text('{"lora_alpha": 0}')
+    assert distance(ours(base, adapter, llama_config=[config]), logits_of(theirs(base).eval())) < TOLERANCE
+    config.write_text('{"lora_rank": 8}')
+    with pytest.raises(CheckpointError, match=r"lora_a.weight has shape \(4, 64\), the model \(8, 64\).*lora_rank"):
+        ours(base, adapter, llama_config=[config])
 
 
 # --- refusals ---
@@ -372,8 +405,6 @@ def test_biases_go_out(name: str, rank: int, base_of, tmp_path: Path) -> None:
 
 def test_rows_in_metas_layout_go_out_in_theirs(base_of, tmp_path: Path) -> None:
     """The same trained part, its rows of q and k laid out for a base of Meta's."""
-    from accessory.checkpoint.naming import in_rotary_layout
-
     base = base_of("qwen2")
     source, settings = trained_here(base, tmp_path / "delta", **LORA_AND_NORMS)
     args = model_args_of(open_source(base))
@@ -390,7 +421,7 @@ def test_rows_in_metas_layout_go_out_in_theirs(base_of, tmp_path: Path) -> None:
 def test_biases_without_a_place(base_of, tmp_path: Path) -> None:
     base = base_of("qwen2")  # has biases on q, k and v
     delta = trained_here(base, tmp_path / "delta", lora_rank=2)
-    with pytest.raises(CheckpointError, match="no bias on .*attention.wo.*feed_forward.w1.*--drop_biases"):
+    with pytest.raises(CheckpointError, match=r"no bias on .*attention.wo.*feed_forward.w1.*--drop_biases"):
         exported(base, tmp_path / "adapter", delta)
     assert not (tmp_path / "adapter").exists()
     adapter = exported(base, tmp_path / "adapter", delta, drop_biases=True)
@@ -410,12 +441,12 @@ def test_what_cannot_go_out(base_of, tmp_path: Path) -> None:
     base = base_of("llama")
     source, settings = trained_here(base, tmp_path / "delta", **LORA_AND_NORMS)
     extra = replace(source, tensors={**source.tensors, "tok_embeddings.weight": HeldTensor(torch.ones(2, 2))})
-    with pytest.raises(CheckpointError, match="tok_embeddings.weight is no LoRA factor"):
+    with pytest.raises(CheckpointError, match=r"tok_embeddings.weight is no LoRA factor"):
         exported(base, tmp_path / "a", (extra, settings))
     with pytest.raises(CheckpointError, match=r"wq.lora_a.weight has shape \(3, 64\), expected \(8, 64\)"):
         exported(base, tmp_path / "b", (source, settings.model_copy(update={"lora_rank": 8})))
     half = {name: t for name, t in source.tensors.items() if not name.endswith("1.attention.wo.lora_b.weight")}
-    with pytest.raises(CheckpointError, match="layers.1.attention.wo.lora_b.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"layers.1.attention.wo.lora_b.weight is missing"):
         exported(base, tmp_path / "c", (replace(source, tensors=half), settings))
     with pytest.raises(CheckpointError, match="new or empty directory"):
         exported(base, source.path, (source, settings))
@@ -434,51 +465,50 @@ def test_what_peft_saves_again_is_read_as_it_stands(base_of, tmp_path: Path) -> 
     assert distance(ours(base, tmp_path / "again"), ours(base, delta[0].path)) < TOLERANCE
 
 
-def packed_by_bitsandbytes(base: Path, dtype: torch.dtype) -> nn.Module:
+def packed_by_bitsandbytes(base: Path, dtype: torch.dtype, nested: bool) -> nn.Module:
     """The base in NF4 as transformers and bitsandbytes load it. In train mode: eval mode repacks it on a CPU."""
     packing = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, quantization_config=packing, device_map="cpu"
-    )
-    return model.train()
+    return theirs(base, dtype=dtype, quantization_config=packing, device_map="cpu").train()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_beside_an_nf4_base(name: str, precision: str, base_of, tmp_path: Path) -> None:
-    """bitsandbytes and PEFT against our packed weights and factors: the same codes, so only rounding is between them."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+@pytest.mark.parametrize("precision", NF4_TOLERANCE)
+@pytest.mark.parametrize(("name", "storage"), [("llama", "nf4"), ("gpt_neox", "nf4_single")])
+def test_beside_an_nf4_base(name: str, storage: str, precision: str, base_of, tmp_path: Path) -> None:
+    """bitsandbytes and PEFT against our packed weights and factors: the same codes, so only rounding is between them.
+
+    With doubly quantized statistics that holds only where no matrix of theirs is several of ours: they share groups.
+    """
     base = shutil.copytree(base_of(name), tmp_path / "base")
-    theirs(base).to(torch.bfloat16).save_pretrained(base)  # what is packed must not be rounded first on one side only
+    theirs(base, dtype=torch.bfloat16).save_pretrained(base)  # what is packed must not be rounded first on one side
     delta = trained_here(base, tmp_path / "delta", **LORA_AND_NORMS)
     adapter = exported(base, tmp_path / "adapter", delta)
-    packed = {"dtype": precision, "quant": True, "quant_type": "nf4"}
-    model = packed_by_bitsandbytes(base, dtype)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = packed_by_bitsandbytes(base, dtype, storage == "nf4")
     alone = logits_of(model)
-    print(name, precision, "alone", distance(ours(base, **packed), alone), mean(ours(base, **packed), alone))
-    model = peft.PeftModel.from_pretrained(model, adapter).train()
-    found = logits_of(model)
-    print("moved", distance(alone, found))
-    print("with", distance(ours(base, delta[0].path, **packed), found), distance(ours(base, adapter, **packed), found), mean(ours(base, adapter, **packed), found))
-    print({p.dtype for n,p in model.named_parameters() if "modules_to_save" in n})
-
-
-def mean(a,b): return float((a-b).pow(2).mean().sqrt()/b.pow(2).mean().sqrt())
+    expected = logits_of(peft.PeftModel.from_pretrained(model, adapter).train())
+    assert distance(alone, expected) > 0.3
+    for part in (delta[0].path, adapter):
+        found = ours(base, part, dtype=precision, quant=True, quant_type=storage)
+        assert distance(found, expected) < NF4_TOLERANCE[precision]
 
 
 def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, python) -> None:
     """Base and adapter give everything: rank, targets, family; what it leaves behind needs neither flag."""
-    settings = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "modules_to_save": NORMS["llama"]}
+    settings = {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "modules_to_save": NORMS["llama"],
+    }
     adapter, _ = made_by_peft(tiny_base, tmp_path / "adapter", **settings)
     change(adapter, base_model_name_or_path="nobody/nothing")
     flags = [
         *("--pretrained_path", tiny_base, adapter, "--llama_type", "llama_peft", "--only_save_trainable"),
-        *("--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu", "--max_words", "64"),
+        *("--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu", "--max_words", "96"),
         *("--batch_size", "4", "--accum_iter", "1", "--max_steps", "2", "--precision", "fp32"),
         *("--lr", "1e-6", "--min_lr", "0", "--output_dir", tmp_path / "out"),
     ]

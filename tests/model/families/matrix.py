@@ -1,7 +1,7 @@
-"""Every family and variant as a tiny random checkpoint beside what computes it elsewhere; README's table is made of it.
+"""Every family and variant as a tiny random checkpoint beside what computes it elsewhere; README's table is of these.
 
-Where transformers knows the model type, it writes the checkpoint and is the reference. Where it does not, the checkpoint
-is written here by the rules of the model's own repository, and the reference is the model that it unpacks to.
+Where transformers knows the model type, it writes the checkpoint and is the reference. Where it does not, the
+checkpoint is written here by the rules of the model's own repository, and the reference is the model it unpacks to.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 """Widths are multiples of 64 x 2, so that blocks of 64 weights commute with slicing over two ranks."""
-GATED = SIZES | {"intermediate_size": 256, "initializer_range": 0.1}
+GATED = SIZES | {"intermediate_size": 256, "initializer_range": 0.2}
 GROUPED = GATED | {"num_key_value_heads": 2}
-OPT = SIZES | {"ffn_dim": 256, "init_std": 0.1, "pad_token_id": 1}
+OPT = SIZES | {"ffn_dim": 256, "init_std": 0.2, "pad_token_id": 1}
 GLM = GROUPED | {"head_dim": 32, "pad_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-5}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -80,7 +80,7 @@ def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrain
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
     return model
 
 
@@ -136,7 +136,7 @@ def baichuan_7b(directory: Path) -> Reference:
 
 def baichuan_13b(directory: Path) -> AlibiLlama:
     """ALiBi, with a number of heads that is no power of two, as the 13B's 40 is none."""
-    model = random_llama(hidden_size=384, num_attention_heads=12, num_key_value_heads=12)
+    model = random_llama(hidden_size=384, num_attention_heads=12, num_key_value_heads=12, initializer_range=0.1)
     config = baichuan_config(model_max_length=64, hidden_size=384, num_attention_heads=12)
     store(directory, packed_qkv(model.state_dict()), config)
     return AlibiLlama(model.state_dict(), heads=12, eps=1e-6)
@@ -222,7 +222,7 @@ def chatglm(directory: Path) -> Reference:
 
 
 WINDOW = {"sliding_window": 6}
-BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
 CASES = {
     "llama": Case("llama", "llama", "LLaMA 1, Llama 2", known("llama", **GATED)),
     "llama3": Case("llama", "llama", "Llama 3, 3.1", known("llama", **GROUPED, rope_parameters=LLAMA3)),
@@ -232,7 +232,7 @@ CASES = {
     ),
     "mistral": Case("llama", "mistral", "Mistral 7B 0.1 (window)", known("mistral", **GROUPED, **WINDOW)),
     "mistral_whole": Case(
-        "llama", "mistral", "Mistral 7B 0.2, 0.3", known("mistral", **GROUPED, sliding_window=None, head_dim=16)
+        "llama", "mistral", "Mistral 7B 0.2, 0.3", known("mistral", **GROUPED, sliding_window=None, head_dim=64)
     ),
     "qwen2": Case("llama", "qwen2", "Qwen 1.5, 2, 2.5", known("qwen2", **GROUPED, tie_word_embeddings=True)),
     "qwen2_window": Case(
@@ -249,7 +249,10 @@ CASES = {
     "internlm3": Case("llama", "internlm3", "InternLM 3", known("internlm3", **GROUPED, head_dim=32)),
     "opt": Case("opt", "opt", "OPT", known("opt", **OPT, word_embed_proj_dim=128)),
     "opt_350m": Case(
-        "opt", "opt", "OPT 350M (norms after)", known("opt", **OPT, word_embed_proj_dim=64, do_layer_norm_before=False)
+        "opt",
+        "opt",
+        "OPT 350M (norms after)",
+        known("opt", **{**OPT, "init_std": 0.25}, word_embed_proj_dim=64, do_layer_norm_before=False),
     ),
     "bloom": Case("bloom", "bloom", "BLOOM, BLOOMZ", known("bloom", **BLOOM)),
     "neox": Case("neox", "gpt_neox", "GPT-NeoX, Pythia", known("gpt_neox", **GATED)),

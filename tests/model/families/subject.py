@@ -22,7 +22,7 @@ from accessory.quant import storage
 LENGTHS = (19, 1, 12)
 IDS = torch.arange(sum(LENGTHS)) * 37 % 97
 PROMPTS = ([5, 96, 33, 2, 60, 41, 8, 77, 13], [88, 3, 50])
-ANSWER = 10
+ANSWER = 12
 STEPS, RATE = 6, 5e-3
 
 
@@ -41,7 +41,7 @@ def read_decoder(directory: Path, layout: Layout, *, train: bool = False) -> tup
 
 
 def measure(directory: Path, layout: Layout) -> dict[str, Tensor]:
-    """`logits` [T, V] of packed documents, `answers` [ANSWER, 2] to a batch of prompts, `losses` [STEPS] of training."""
+    """`logits` [T, V] of packed documents, `answers` [ANSWER, 2] to a batch of prompts, `losses` [STEPS] of steps."""
     decoder, _ = read_decoder(directory, layout)
     with torch.no_grad():
         logits = next_token_logits(decoder, decoder(IDS, decoder.sequences(LENGTHS)))

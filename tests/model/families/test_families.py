@@ -42,7 +42,7 @@ def on_two_ranks(checkpoints, torchrun, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def expected(checkpoints) -> dict[str, tuple[Tensor, list[list[int]]]]:
-    """Name of a case -> the reference's logits [T, V], and its answers, each document and prompt in a call of its own."""
+    """Name of a case -> the reference's logits [T, V] and its answers: a call for each document and prompt."""
     _, references = checkpoints
     return {
         name: (
@@ -67,7 +67,7 @@ def test_logits(name: str, on_one_rank, on_two_ranks, expected, record_property)
 def test_greedy_answers(name: str, on_one_rank, on_two_ranks, expected) -> None:
     """Token for token, through the key/value cache, of prompts of unequal length in one batch."""
     answers = expected[name][1]
-    assert len({tuple(answer) for answer in answers}) == len(answers)
+    assert answers[0] != answers[1] and len({token for answer in answers for token in answer}) > 3
     for found in (on_one_rank[name]["answers"], on_two_ranks[name]["answers"]):
         assert found.t().tolist() == answers
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.formats.torch_shards import open_torch_shards, torch_shards
+from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError
 
 

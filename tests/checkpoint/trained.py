@@ -1,0 +1,53 @@
+"""Trained parts as a run leaves them, with random values in the place of training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from accessory.checkpoint.load import named_generator, targets
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.run_record import run_record
+from accessory.checkpoint.source import model_args_of
+from accessory.method.peft import Peft
+from accessory.model.decoder import Decoder
+
+
+def write_trained(base: Path, directory: Path, quantization: str | None = None, **settings: Any) -> Path:
+    """A trained part of `base` in the new `directory`: NormBiasLoRA of rank 4 unless `settings` say otherwise.
+
+    Every trained tensor is random and large enough to matter; run.json says the base was trained on as `quantization`.
+    """
+    source = open_source(base)
+    args = model_args_of(source)
+    method = Peft(Peft.Settings(**{"lora_rank": 4, "lora_alpha": 6, **settings}))
+    decoder = Decoder(args, dtype=torch.float32)
+    trainable = method.attach(decoder).trainable
+    values = {
+        place.name: _value(place.name, place.local_shape) for place in targets(decoder) if place.name in trainable
+    }
+    directory.mkdir(parents=True)
+    save_file({name: _value(name, shape) for name, shape in shapes.items()}, directory / "trainable.safetensors")
+    documents = {
+        "config.json": args.model_dump() | method.settings.model_dump(),
+        "meta.json": {"llama_type": f"{source.llama_type}_peft"},
+        "run.json": run_record({}, [source], quantization, "") | {"started": "2024-02-03T04:05:06+0000"},
+    }
+    for name, content in documents.items():
+        (directory / name).write_text(json.dumps(content))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, directory)
+    return directory
+
+
+def _value(name: str, shape: tuple[int, ...]) -> Tensor:
+    spread = torch.randn(shape, generator=named_generator(1, name))
+    if len(shape) == 2:
+        return 0.1 * spread
+    return 0.2 * spread + (0.0 if name.endswith(".bias") else 1.0)
