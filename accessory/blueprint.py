@@ -130,7 +130,7 @@ def _check_blocks(args: ModelArgs, sources: list[Source]) -> None:
     """Compared before a model of that many blocks is made."""
     whole = [source for source in sources if not source.is_delta]
     numbers = {int(m[1]) for source in whole for name in source.tensors if (m := re.match(r"layers\.(\d+)\.", name))}
-    if whole and args.n_layers != len(numbers):
+    if numbers and args.n_layers != len(numbers):
         where = ", ".join(str(source.path) for source in whole)
         raise CheckpointError(f"{where}: its settings say {args.n_layers} blocks, its files hold {len(numbers)}.")
 

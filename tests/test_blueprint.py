@@ -42,12 +42,14 @@ def settings(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def meta(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
-    """params.json's keys (None: no such file) -> a directory as Meta's, with an embedding of 512 rows."""
+    """params.json's keys (none: no such file) -> a directory as Meta's: an embedding, and a norm for each block."""
 
-    def write(tokenizer: bool = True, **keys: object) -> Path:
+    def write(tokenizer: bool = True, rows: int = 512, blocks: int | None = None, **keys: object) -> Path:
         directory = tmp_path / "meta"
         directory.mkdir()
-        torch.save({"tok_embeddings.weight": torch.zeros(512, 64)}, directory / "consolidated.00.pth")
+        count = keys.get("n_layers", 32) if blocks is None else blocks
+        state = {f"layers.{i}.attention_norm.weight": torch.zeros(64) for i in range(count)}
+        torch.save(state | {"tok_embeddings.weight": torch.zeros(rows, 64)}, directory / "consolidated.00.pth")
         if keys:
             (directory / "params.json").write_text(json.dumps(keys))
         if tokenizer:
@@ -145,7 +147,8 @@ def test_unknown_type(tiny_base: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="lama_peft")
     assert str(caught.value) == (
-        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft."
+        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, opt, opt_peft, "
+        "bloom, bloom_peft, neox, neox_peft, glm, glm_peft."
     )
 
 
@@ -183,7 +186,7 @@ def test_what_is_built(tiny_base: Path, lora_config: Path) -> None:
 
 def test_missing_settings(meta, settings) -> None:
     """A checkpoint without params.json needs them from a file."""
-    directory = meta()
+    directory = meta(blocks=1)
     with pytest.raises(ConfigError) as caught:
         draw(directory)
     assert f"{directory}: holds no config.json or params.json; give the model's settings with --llama_config." in (
@@ -199,16 +202,18 @@ def test_missing_tokenizer(meta, tiny_base: Path) -> None:
     directory = meta(tokenizer=False, dim=64)
     with pytest.raises(TokenizerError) as caught:
         draw(directory)
-    assert f"{directory}: holds neither tokenizer.json nor tokenizer.model; give --tokenizer_path." in str(caught.value)
+    assert f"{directory}: holds no tokenizer (tokenizer.json, tokenizer.model, ...); give --tokenizer_path." in (
+        str(caught.value)
+    )
     assert draw(directory, tokenizer_path=tiny_base).tokenizer.vocab_size == 512
     assert draw(directory, tokenizer_path=tiny_base / "tokenizer.json").tokenizer.vocab_size == 512
 
 
-@pytest.mark.parametrize("rows", [511, 512 + 1025])
-def test_foreign_vocabulary(meta, rows: int) -> None:
-    """A tokenizer with more tokens than the embedding has rows, or far fewer."""
-    directory = meta(dim=64)
-    torch.save({"tok_embeddings.weight": torch.zeros(rows, 64)}, directory / "consolidated.00.pth")
+@pytest.mark.parametrize("rows", [512 - 480, 512 + 1025])
+def test_foreign_vocabulary(meta, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """A tokenizer with far more tokens than the embedding has rows, or far fewer."""
+    monkeypatch.setattr("accessory.blueprint.SLACK_ROWS", 1024 if rows > 512 else 479)
+    directory = meta(dim=64, rows=rows)
     with pytest.raises(TokenizerError) as caught:
         draw(directory)
     assert f"The tokenizer has 512 tokens, the model's embedding {rows} rows" in str(caught.value)
@@ -217,9 +222,9 @@ def test_foreign_vocabulary(meta, rows: int) -> None:
 
 def test_padded_vocabulary(meta) -> None:
     """Rows beyond the tokenizer's are padding, and count for the model."""
-    directory = meta(dim=64)
-    torch.save({"tok_embeddings.weight": torch.zeros(576, 64)}, directory / "consolidated.00.pth")
-    assert draw(directory).args.vocab_size == 576
+    blueprint = draw(meta(dim=64, rows=576))
+    assert blueprint.args.vocab_size == 576
+    assert blueprint.notes == ("the embedding has 576 rows for 512 tokens: 64 are padding",)
 
 
 def test_rope_scaling(meta, settings) -> None:
@@ -250,3 +255,27 @@ def llama3_frequencies(width: int, theta: float) -> torch.Tensor:
             smooth = (8192 / wavelength - 1) / (4 - 1)
             scaled.append((1 - smooth) * frequency / 8 + smooth * frequency)
     return torch.tensor(scaled)
+
+
+def test_more_tokens_than_rows(meta) -> None:
+    """A tokenizer that was given a few tokens makes the embedding grow, and says so."""
+    blueprint = draw(meta(dim=64, rows=510))
+    assert blueprint.args.vocab_size == 512
+    assert blueprint.notes[0].startswith("the tokenizer has 2 tokens more than the embedding's 510 rows")
+
+
+def test_another_family(tiny_base: Path) -> None:
+    """The right type is told, with the method that was asked for."""
+    for asked, right in (("opt_peft", "llama_peft"), ("glm", "llama")):
+        with pytest.raises(ConfigError) as caught:
+            draw(tiny_base, llama_type=asked)
+        assert str(caught.value) == (
+            f"--llama_type {asked}: the checkpoint is a llama, of the family llama; use --llama_type {right}."
+        )
+
+
+def test_blocks_that_are_not_there(meta) -> None:
+    """Settings and files of two different models."""
+    directory = meta(dim=64, n_layers=4, blocks=3)
+    with pytest.raises(AccessoryError, match=f"{directory}: its settings say 4 blocks, its files hold 3"):
+        draw(directory)

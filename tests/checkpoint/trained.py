@@ -29,9 +29,7 @@ def write_trained(base: Path, directory: Path, quantization: str | None = None, 
     method = Peft(Peft.Settings(**{"lora_rank": 4, "lora_alpha": 6, **settings}))
     decoder = Decoder(args, dtype=torch.float32)
     trainable = method.attach(decoder).trainable
-    values = {
-        place.name: _value(place.name, place.local_shape) for place in targets(decoder) if place.name in trainable
-    }
+    shapes = {place.name: place.local_shape for place in targets(decoder) if place.name in trainable}
     directory.mkdir(parents=True)
     save_file({name: _value(name, shape) for name, shape in shapes.items()}, directory / "trainable.safetensors")
     documents = {

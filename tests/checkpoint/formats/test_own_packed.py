@@ -179,7 +179,7 @@ def flags(base: Path, output: Path, **more: object) -> FinetuneConfig:
     """One step of NormBias on the example data."""
     return FinetuneConfig(
         pretrained_path=[base], data_config=DATA, output_dir=output, llama_type="llama_peft", device="cpu",
-        max_words=64, batch_size=2, accum_iter=1, max_steps=1, num_workers=0, **more,
+        max_words=96, batch_size=2, accum_iter=1, max_steps=1, num_workers=0, **more,
     )  # fmt: skip
 
 

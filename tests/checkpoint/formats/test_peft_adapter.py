@@ -379,6 +379,7 @@ def test_what_we_trained_computes_the_same_in_peft(name: str, targets, base_of, 
     assert back.settings["lora_targets"] == sorted(delta[1].lora_targets if name in ("llama", "qwen2", "qwen3", "glm")
                                                    or targets else set(delta[1].lora_targets) - {"w3"})  # fmt: skip
     assert (back.settings["lora_rank"], back.settings["lora_alpha"]) == (3, 5.0)
+    assert (back.settings["norm_tuning"], back.settings["bias_tuning"]) == (True, False)
 
 
 def assert_equal_tensors(found: Source, expected: Source) -> None:
@@ -396,11 +397,14 @@ def test_biases_go_out(name: str, rank: int, base_of, tmp_path: Path) -> None:
     base = base_of(name)
     delta = trained_here(base, tmp_path / "delta", lora_rank=rank, lora_targets=["wq", "wk", "w2"])
     adapter = exported(base, tmp_path / "adapter", delta)
-    found = logits_of(peft.PeftModel.from_pretrained(theirs(base), adapter).eval())
+    model = peft.PeftModel.from_pretrained(theirs(base), adapter).eval()
+    found = logits_of(model)
     assert distance(found, ours(base, delta[0].path)) < TOLERANCE
     back = open_adapter(adapter, open_source(base))
     assert_equal_tensors(back, delta[0])
     assert distance(ours(base, adapter), found) < TOLERANCE
+    model.save_pretrained(tmp_path / "again")  # PEFT knows that they are part of it
+    assert distance(ours(base, tmp_path / "again"), found) < TOLERANCE
 
 
 def test_rows_in_metas_layout_go_out_in_theirs(base_of, tmp_path: Path) -> None:

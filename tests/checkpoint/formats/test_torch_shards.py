@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from accessory.checkpoint.formats.torch_shards import open_torch_shards, torch_shards
+from accessory.checkpoint.formats.torch_shards import META_FILE, UPSTREAM_FILE, open_torch_shards, torch_shards
+from accessory.checkpoint.load import overlay
+from accessory.checkpoint.naming import in_rotary_layout
 from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import model_args_of
 from accessory.errors import CheckpointError
 
 
 @pytest.mark.parametrize("name", ["meta2", "llama3_2", "upstream2"])
 def test_shards_make_the_whole(formats: dict[str, Path], weights, name: str) -> None:
     """Every matrix is joined on the dimension on which Meta cut it; norms are taken once; rope.freqs is left."""
-    tensors = open_torch_shards(torch_shards(formats[name]))
+    pattern = UPSTREAM_FILE if name == "upstream2" else META_FILE
+    tensors = open_torch_shards(torch_shards(formats[name], pattern))
     assert tensors.keys() == weights.keys()
     for key, weight in weights.items():
         assert tensors[key].shape == weight.shape
@@ -37,7 +41,7 @@ def test_trained_part_of_upstream(tmp_path: Path) -> None:
         state = {f"llma.{k}": v if dim is None else v.chunk(2, dim)[rank].clone() for k, (v, dim) in whole.items()}
         torch.save({"model": state}, tmp_path / f"consolidated.{rank:02d}-of-02.model.pth")
     source = open_source(tmp_path)
-    assert source.is_delta and source.format == "LLaMA2-Accessory"
+    assert source.is_delta and not source.is_difference and source.format == "LLaMA2-Accessory"
     assert {name: tensor.shape for name, tensor in source.tensors.items()} == {
         name: tuple(value.shape) for name, (value, _) in whole.items()
     }
@@ -48,8 +52,8 @@ def test_shards_are_in_rank_order(tmp_path: Path) -> None:
     """By number, not by name; other files beside them are not theirs."""
     for name in ("consolidated.10.pth", "consolidated.9.pth", *(f"consolidated.{i}.pth" for i in range(9)), "a.pth"):
         (tmp_path / name).touch()
-    assert [path.name for path in torch_shards(tmp_path)] == [f"consolidated.{i}.pth" for i in range(11)]
-    assert torch_shards(tmp_path.parent) == []
+    assert [path.name for path in torch_shards(tmp_path, META_FILE)] == [f"consolidated.{i}.pth" for i in range(11)]
+    assert torch_shards(tmp_path, UPSTREAM_FILE) == torch_shards(tmp_path.parent, META_FILE) == []
 
 
 @pytest.mark.parametrize(("name", "gone"), [
@@ -137,3 +141,45 @@ def test_other_contents(tmp_path: Path, content: object, found: str) -> None:
     torch.save(content, tmp_path / "consolidated.00.pth")
     with pytest.raises(CheckpointError, match=rf"consolidated\.00\.pth.*{found}|consolidated\.00\.pth: {found}"):
         open_source(tmp_path)
+
+
+def write_difference(directory: Path, base: dict[str, torch.Tensor], ranks: int) -> dict[str, torch.Tensor]:
+    """A full fine-tuning as LLaMA2-Accessory stores it: what was added to each weight, cut over ranks; returns it."""
+    torch.manual_seed(1)
+    added = {name: 0.01 * torch.randn(weight.shape) for name, weight in base.items()}
+    cuts = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
+    for rank in range(ranks):
+        state = {}
+        for name, value in added.items():
+            dim = cuts.get(name.split(".")[-2])
+            state[f"llma.{name}"] = value if dim is None else value.chunk(ranks, dim)[rank].clone()
+        torch.save({"model": state}, directory / f"consolidated.{rank:02d}-of-{ranks:02d}.model-diff.pth")
+    return added
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["meta2", "upstream1", "hf"])
+def test_differences_are_added(formats: dict[str, Path], weights, tmp_path: Path, name: str, ranks: int) -> None:
+    """To the base before them, whatever its format and row order: each value and each rank's slice of it."""
+    added = write_difference(tmp_path, weights, ranks)
+    base, difference = open_source(formats[name]), open_source(tmp_path)
+    assert difference.is_difference and difference.is_delta
+    assert difference.format == "LLaMA2-Accessory (difference)"
+    args = model_args_of(base)
+    found, origin = overlay([base, difference], args)
+    pairs = in_rotary_layout(found, args, args.rotary_layout, "pairs")
+    assert pairs.keys() == weights.keys()
+    for key, weight in weights.items():
+        assert torch.equal(pairs[key].read(), weight + added[key]), key
+        assert origin[key] is difference
+    row = found["layers.1.attention.wo.weight"]
+    assert torch.equal(row.read(1, 64, 128), row.read()[:, 64:])
+
+
+def test_a_difference_to_nothing_is_refused(formats: dict[str, Path], weights, tmp_path: Path) -> None:
+    """Without a base before it, or behind its base the wrong way round."""
+    write_difference(tmp_path, weights, 1)
+    base, difference = open_source(formats["meta1"]), open_source(tmp_path)
+    for sources in ([difference], [difference, base]):
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: adds to .* which are in no checkpoint before it"):
+            overlay(sources, model_args_of(base))

@@ -1,0 +1,90 @@
+"""tools/merge.py as a process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from accessory.meta import MetaModel
+from tests.checkpoint.trained import write_trained
+
+TOKENS = torch.arange(40) * 7 % 500
+
+
+@pytest.fixture(scope="module")
+def part(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on the tiny model in NF4."""
+    return write_trained(tiny_base, tmp_path_factory.mktemp("trained") / "part", "nf4")
+
+
+def test_merged_model_and_its_error(python, part: Path, tmp_path: Path) -> None:
+    """What was trained on is merged into; the second line says that what was written is what was trained."""
+    target = tmp_path / "out"
+    arguments = ("--to", "hf", "--base", "dequantized", "--dtype", "fp32", "--precision", "fp32")
+    done = python("tools/merge.py", part, target, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = done.stdout.splitlines()
+    assert first == f"{part} -> {target} (hf, base dequantized)"
+    found = re.fullmatch(
+        r"against the model as trained: logits differ by (\S+) at most and (\S+) on average over (\d+) probe tokens; "
+        r"the likeliest next token is another at 0 of them",
+        second,
+    )
+    assert found and float(found[1]) < 1e-3 and float(found[2]) < 1e-4 and int(found[3]) > 100
+    expected = MetaModel.from_pretrained(part, dtype="fp32").logits(TOKENS, (40,))
+    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with torch.no_grad():
+        assert (model(TOKENS[None]).logits[0] - expected).abs().max() < 1e-4
+
+
+def test_full_base_is_further_away(called, tiny_base: Path, part: Path, tmp_path: Path) -> None:
+    """By default it is added to the weights in full precision, which training did not see; BASE,TRAINED is taken."""
+    target = tmp_path / "out.gguf"
+    done = called("tools/merge.py", f"{tiny_base},{part}", target, "--to", "gguf", "--probe", "What is this?")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = done.stdout.splitlines()
+    assert first == f"{tiny_base} + {part} -> {target} (gguf, base full)"
+    assert 0.05 < float(re.search(r"differ by (\S+)", second)[1]) < 3
+    assert target.is_file()
+
+
+def test_user_error(python, part: Path, tmp_path: Path) -> None:
+    """One line, status 1, nothing written; so is every other, without a process of its own."""
+    done = python("tools/merge.py", part, tmp_path / "out", "--to", "meta")
+    check_refusal(done, "CheckpointError: A params.json of meta cannot express this model's qkv_bias True", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "gguff"), "ConfigError: --to 'gguff' is unknown. Did you mean 'gguf'?"),
+        (("--dtype", "fp33"), "ConfigError: --dtype 'fp33' is unknown. Did you mean 'fp32'?"),
+        (("--precision", "bf61"), "ConfigError: --precision 'bf61' is unknown. Did you mean 'bf16'?"),
+        (("--base", "half"), "ConfigError: --base 'half' is neither full nor dequantized."),
+    ],
+)
+def test_user_errors(called, part: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    """The nearest is named."""
+    check_refusal(called("tools/merge.py", part, tmp_path / "out", *arguments), message, tmp_path)
+
+
+def check_refusal(done: subprocess.CompletedProcess, message: str, directory: Path) -> None:
+    """One line that begins with `message`, status 1, an empty directory."""
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert not list(directory.iterdir())
+
+
+def test_help(called) -> None:
+    """Every argument with what it does."""
+    done = called("tools/merge.py", "--help")
+    assert done.returncode == 0
+    text = done.stdout + done.stderr
+    for word in ("TRAINED", "TARGET", "--to", "--base", "--dtype", "--drop_biases", "--probe", "--precision"):
+        assert word in text, word
+    assert "leave out the biases that training added" in text

@@ -1,0 +1,55 @@
+"""tools/quantize.py as a process: packing once instead of at every start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from accessory.checkpoint.opening import open_source
+from accessory.meta import MetaModel
+from tests.checkpoint.trained import write_trained
+
+TOKENS = torch.arange(40) * 7 % 500
+
+
+def test_packed_base(python, called, tiny_base: Path, tmp_path: Path) -> None:
+    """What is written loads without a flag as what packing at load gives; packing it again is refused."""
+    target = tmp_path / "packed"
+    done = python("tools/quantize.py", tiny_base, target, "--quant_type", "nf4_single", "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"{tiny_base} -> {target} (nf4_single, accessory)\n"
+    assert open_source(target).storage == "nf4_single"
+    found = MetaModel.from_pretrained(target, dtype="fp32").logits(TOKENS, (40,))
+    expected = MetaModel.from_pretrained(tiny_base, dtype="fp32", quant=True, quant_type="nf4_single")
+    assert torch.equal(found, expected.logits(TOKENS, (40,)))
+    refused = called("tools/quantize.py", target, tmp_path / "again")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"CheckpointError: {target}: is packed as nf4_single already; ")
+    assert not (tmp_path / "again").exists()
+
+
+def test_bitsandbytes_layout(called, tiny_base: Path, tmp_path: Path) -> None:
+    """Embedding, head and norms are bf16 unless told."""
+    done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--to", "hf")
+    assert done.returncode == 0, done.stderr[-3000:]
+    source = open_source(tmp_path / "out")
+    assert (source.format, source.storage) == ("Hugging Face", "nf4")
+    assert source.tensors["output.weight"].dtype == "BF16"
+
+
+def test_unknown_format(python, tiny_base: Path, tmp_path: Path) -> None:
+    """The nearest is named in a line; status 1, nothing written."""
+    done = python("tools/quantize.py", tiny_base, tmp_path / "out", "--quant_type", "nf5")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("ConfigError: --quant_type 'nf5' is not a storage format. Did you mean 'nf4'?")
+    assert not list(tmp_path.iterdir())
+
+
+def test_trained_part_is_no_base(called, tiny_base: Path, tmp_path: Path) -> None:
+    """Its base would be packed with LoRA beside it, under settings that know of none."""
+    part = write_trained(tiny_base, tmp_path / "part")
+    done = called("tools/quantize.py", part, tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"CheckpointError: {part}: is a trained part; merge it (tools/merge.py)")
+    assert not (tmp_path / "out").exists()
