@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
-from accessory.checkpoint.formats.gguf_file import write_gguf
+from accessory.checkpoint.formats.gguf_writing import write_gguf
 from accessory.checkpoint.formats.hugging_face_writing import write_hugging_face
 from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.formats.peft_writing import write_adapter

@@ -147,8 +147,8 @@ def test_unknown_type(tiny_base: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="lama_peft")
     assert str(caught.value) == (
-        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, opt, opt_peft, "
-        "bloom, bloom_peft, neox, neox_peft, glm, glm_peft."
+        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, opt, "
+        "opt_peft, bloom, bloom_peft, neox, neox_peft, glm, glm_peft."
     )
 
 

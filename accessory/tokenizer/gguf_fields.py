@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
-from tokenizers.pre_tokenizers import ByteLevel
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
@@ -118,9 +117,9 @@ def _byte_level(tokenizer: JsonTokenizer, rows: int) -> dict[str, Value]:
 
 
 def _odd(model: dict) -> bool:
-    """Whether a BPE model does what no GGUF file asks for, or lacks a byte, so that some text is unknown to it."""
+    """Whether a BPE model does what no GGUF file asks for."""
     settings = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
-    return any(model.get(name) for name in settings) or not set(ByteLevel.alphabet()) <= model["vocab"].keys()
+    return any(model.get(name) for name in settings)
 
 
 def _check_opening(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple[str, ...], names) -> None:

@@ -26,12 +26,12 @@ def read_metadata(path: Path) -> dict[str, object]:
     expected = "expected a GGUF file (version 2 or 3), whole and undamaged"
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            return _Walk(buffer).metadata()
+            return MetadataWalk(buffer).metadata()
     except (OSError, ValueError, struct.error, KeyError, RecursionError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; {expected} ({error}).") from error
 
 
-class _Walk:
+class MetadataWalk:
     """A position in the bytes of the file, moved on by each read."""
 
     def __init__(self, buffer: mmap.mmap) -> None:

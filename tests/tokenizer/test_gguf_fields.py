@@ -1,9 +1,7 @@
 import json
-from pathlib import Path
 
 import gguf
 import pytest
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from accessory.errors import TokenizerError
@@ -11,7 +9,6 @@ from accessory.tokenizer import open_tokenizer, with_added_tokens
 from accessory.tokenizer.cutting import CUTTINGS, name_of_cutting
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 
-MISTRAL = Path(__file__).parents[3] / "shared/tokenizers/mistral-v1.tokenizer.model"
 CHATML = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ x }}"}
 
 
@@ -118,12 +115,13 @@ def test_an_opening_without_words_is_refused(byte_level, tmp_path):
         vocabulary_fields(lay(tmp_path, pipeline, CHATML), 400)
 
 
-def test_a_vocabulary_that_lacks_a_byte_is_refused(byte_level, tmp_path):
+def test_a_vocabulary_that_lacks_a_byte_comes_back(byte_level, tmp_path):
+    """SmolLM2's lacks 21; what it cannot encode it drops, before and after."""
     made = json.loads(byte_level.to_str())
     del made["model"]["vocab"]["z"]
     made["model"]["merges"] = [merge for merge in made["model"]["merges"] if "z" not in "".join(merge)]
-    with pytest.raises(TokenizerError, match="expected a byte-level BPE"):
-        vocabulary_fields(lay(tmp_path, Tokenizer.from_str(json.dumps(made)), CHATML), 400)
+    ours = lay(tmp_path, Tokenizer.from_str(json.dumps(made)), CHATML)
+    alike(ours, through_gguf(ours, tmp_path / "lacking.gguf", 400), ["a zebra", "zz", "plain"])
 
 
 def test_pipelines_that_are_not_byte_level_are_refused(llama_like, tmp_path):
@@ -169,11 +167,3 @@ def test_a_unigram_model_is_refused(train_sentencepiece, tmp_path):
 def test_fewer_rows_than_tokens_are_refused(spm_file):
     with pytest.raises(TokenizerError, match="419 embedding rows; expected 420"):
         vocabulary_fields(open_tokenizer(spm_file), 419)
-
-
-@pytest.mark.skipif(not MISTRAL.is_file(), reason="Mistral's published tokenizer.model is not on this machine")
-def test_mistrals_vocabulary_comes_back(tmp_path, awkward, sentences):
-    ours = open_tokenizer(MISTRAL)
-    proto = ModelProto.FromString(MISTRAL.read_bytes())
-    assert ours.vocab_size == len(proto.pieces) == 32000
-    alike(ours, through_gguf(ours, tmp_path / "v.gguf", 32064), awkward + sentences)

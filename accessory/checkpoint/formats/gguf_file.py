@@ -1,18 +1,14 @@
-"""GGUF files, as llama.cpp reads and writes them: every type that the `gguf` package can dequantize, four to write."""
+"""Reads GGUF files, as llama.cpp and what is built on it use them: every type that the `gguf` package dequantizes."""
 
 from __future__ import annotations
 
 import math
 import mmap
-import os
-import shutil
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,29 +16,19 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from accessory.checkpoint.lazy import HeldTensor, LazyTensor
-from accessory.checkpoint.naming import Tensors, ours_from_theirs, theirs_from_ours
+from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, settings_read_by
-from accessory.checkpoint.whole import WholeModel, progress
-from accessory.errors import CheckpointError, nearest
+from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs, RopeScaling
-from accessory.model.families import ARCHITECTURES, Architecture, architecture_of_gguf
-from accessory.model.families.architecture import ACTIVATIONS, Fused, inexpressible
-from accessory.model.families.llama import BIASES
+from accessory.model.families import Architecture, architecture_of_gguf
+from accessory.model.families.architecture import ACTIVATIONS, Fused
 from accessory.model.position import rotary_frequencies
-from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
-from accessory.tokenizer.gguf_metadata import _Walk
+from accessory.tokenizer.gguf_metadata import MetadataWalk
 from accessory.tokenizer.sniff import what_is
 
-FileType = Literal["f32", "f16", "bf16", "q8_0"]
-_WRITTEN = {
-    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
-_PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-_SIZES = {
+PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+SIZES = {
     "dim": "embedding_length",
     "n_layers": "block_count",
     "n_heads": "attention.head_count",
@@ -54,10 +40,10 @@ _SIZES = {
 }
 """Our setting -> GGUF's key, behind the name of the architecture."""
 _OPTIONAL = ("n_kv_heads", "head_dim", "rotary_dim", "max_seq_len")
-_EPSILON = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+EPSILON = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 _NEVER = {"expert_count": "a mixture of experts", "attention.scale": "a scale of attention of its own"}
 """Keys of what no model of ours does, where they are not zero."""
-_EMBEDDING, _FACTORS = "token_embd.weight", "rope_freqs.weight"
+EMBEDDING, FACTORS = "token_embd.weight", "rope_freqs.weight"
 _PUBLISHED_FACTORS = (8.0, 32.0)  # Llama 3.1 and 3.2
 _MOST_DIMENSIONS = 4
 _LONGEST_CONTEXT = 2**31 - 1
@@ -89,9 +75,9 @@ class GgufTensor(LazyTensor):
 
 
 def _values(rows: np.ndarray, kind: Kind) -> Tensor:
-    if kind not in _PLAIN:
+    if kind not in PLAIN:
         return torch.from_numpy(gguf.dequantize(rows, kind))
-    dtype = _PLAIN[kind]
+    dtype = PLAIN[kind]
     if rows.ctypes.data % dtype.itemsize:  # a file may align its tensors to single bytes
         rows = rows.copy()
     return torch.from_numpy(rows).view(dtype)
@@ -101,7 +87,7 @@ def open_gguf_file(path: Path) -> Source:
     """Open a GGUF file. Raises `CheckpointError` for what is none, is cut short, or holds what cannot be computed."""
     fields, theirs = _read(path)
     architecture = architecture_of_gguf(fields.get("general.architecture"), str(path))
-    args = _args_of(fields, theirs, architecture, path)
+    args = args_of(fields, theirs, architecture, path)
     tensors = ours_from_theirs(theirs, architecture.gguf.names, args, str(path))
     return Source(path, "GGUF", [path], tensors, settings=args.model_dump(), llama_type=architecture.family)
 
@@ -116,7 +102,7 @@ class _Entry:
     start: int
 
 
-class _Header(_Walk):
+class _Header(MetadataWalk):
     """Metadata, followed by the list of tensors."""
 
     def entries(self) -> list[_Entry]:
@@ -194,7 +180,7 @@ def _kind(entry: _Entry, path: Path) -> Kind:
 
 @cache
 def _can_be_read(kind: Kind) -> bool:
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return True
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -203,12 +189,12 @@ def _can_be_read(kind: Kind) -> bool:
     return True
 
 
-def _args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture, path: Path) -> ModelArgs:
+def args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture, path: Path) -> ModelArgs:
     """The settings that metadata and tensors tell. Raises `CheckpointError`."""
     prefix = f"{architecture.gguf.architecture}."
     stated = {key.removeprefix(prefix): _one(value) for key, value in fields.items() if key.startswith(prefix)}
-    if _EMBEDDING not in theirs:
-        raise CheckpointError(f"{path}: {_EMBEDDING} is missing; expected a language model.")
+    if EMBEDDING not in theirs:
+        raise CheckpointError(f"{path}: {EMBEDDING} is missing; expected a language model.")
     for key, meaning in _NEVER.items():
         if stated.get(key):
             raise CheckpointError(f"{path}: {prefix}{key} is {stated[key]!r}: {meaning} is not supported.")
@@ -221,7 +207,7 @@ def _args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture
     values |= dict(architecture.fixed) | {"rotary_layout": architecture.gguf.rotary_layout}
     if values["n_layers"] == architecture.gguf.alibi_blocks:
         values["position"] = "alibi"
-    values["norm_eps"] = _positive(stated, _EPSILON[values.get("norm", "rms")], None, prefix, path)
+    values["norm_eps"] = _positive(stated, EPSILON[values.get("norm", "rms")], None, prefix, path)
     if values.get("position", "rotary") == "rotary":
         values["rope_theta"] = _positive(stated, "rope.freq_base", 10000.0, prefix, path)
         values["rope_scaling"] = _linear_scaling(stated, prefix, path)
@@ -240,7 +226,7 @@ def _sizes(stated: dict[str, Any], theirs: Tensors, prefix: str, path: Path) -> 
     widest = max(max(tensor.shape) for tensor in theirs.values())
     most = {"n_layers": len(theirs), "max_seq_len": _LONGEST_CONTEXT}
     values = {}
-    for name, key in _SIZES.items():
+    for name, key in SIZES.items():
         if key not in stated and name in _OPTIONAL:
             continue
         if key not in stated:
@@ -261,7 +247,7 @@ def _told_by_tensors(theirs: Tensors, architecture: Architecture) -> dict[str, A
             modules.update(parts)
             biased.update(part.rsplit(".", 1)[-1] for part in parts if found[1] == "bias")
     return {
-        "vocab_size": theirs[_EMBEDDING].shape[0],
+        "vocab_size": theirs[EMBEDDING].shape[0],
         "tie_word_embeddings": "output" not in modules,
         "qkv_bias": "wq" in biased,
         "out_bias": "wo" in biased,
@@ -273,10 +259,10 @@ def _positive(stated: dict[str, Any], key: str, default: float | None, prefix: s
     value = stated.get(key, default)
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise CheckpointError(f"{path}: {prefix}{key} is {value!r}; expected a number above 0.")
-    return _decimal(value)
+    return as_float32(value)
 
 
-def _decimal(value: float) -> float:
+def as_float32(value: float) -> float:
     """The number with the fewest digits that the file's 32 bits stand for: 1e-5, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
@@ -295,186 +281,30 @@ def _linear_scaling(stated: dict[str, Any], prefix: str, path: Path) -> dict[str
 def _check_heads(args: ModelArgs, stated: dict[str, Any], theirs: Tensors, path: Path) -> None:
     if args.n_heads * args.head_dim > max(max(tensor.shape) for tensor in theirs.values()):
         raise CheckpointError(f"{path}: {args.n_heads} heads of {args.head_dim} channels are more than any tensor has.")
-    if stated.get("attention.value_length", args.head_dim) != args.head_dim:
-        raise CheckpointError(
-            f"{path}: keys of {args.head_dim} channels and values of {stated['attention.value_length']} are not supported."
-        )
+    width = stated.get("attention.value_length", args.head_dim)
+    if width != args.head_dim:
+        raise CheckpointError(f"{path}: keys of {args.head_dim} channels and values of {width} are not supported.")
 
 
 def _with_factors(args: ModelArgs, theirs: Tensors, path: Path) -> ModelArgs:
     """`args` with the scaling whose factors on the wavelengths are in the file: only Llama 3's is ever there."""
-    if _FACTORS not in theirs:
+    if FACTORS not in theirs:
         return args
-    factors = theirs[_FACTORS].read().float()
+    factors = theirs[FACTORS].read().float()
     expected = f"expected those of Llama 3's scaling, {args.rotary_dim // 2} numbers (factor 8 or 32)"
     if args.position != "rotary" or args.rope_scaling or factors.shape != (args.rotary_dim // 2,):
-        raise CheckpointError(f"{path}: {_FACTORS} of shape {tuple(factors.shape)} does not fit; {expected}.")
+        raise CheckpointError(f"{path}: {FACTORS} of shape {tuple(factors.shape)} does not fit; {expected}.")
     if torch.equal(factors, torch.ones_like(factors)):
         return args
-    for factor in (*_PUBLISHED_FACTORS, _decimal(round(float(factors.max()), 3))):
+    for factor in (*_PUBLISHED_FACTORS, as_float32(round(float(factors.max()), 3))):
         scaled = args.model_copy(update={"rope_scaling": RopeScaling(kind="llama3", factor=factor)})
-        if torch.allclose(factors, _factors(scaled), rtol=1e-4):
+        if torch.allclose(factors, wavelength_factors(scaled), rtol=1e-4):
             return scaled
     raise CheckpointError(
-        f"{path}: {_FACTORS} runs from {factors.min():g} to {factors.max():g} in a way that is not known; {expected}."
+        f"{path}: {FACTORS} runs from {factors.min():g} to {factors.max():g} in a way that is not known; {expected}."
     )
 
 
-def _factors(args: ModelArgs) -> Tensor:
+def wavelength_factors(args: ModelArgs) -> Tensor:
     """How much longer each wavelength is than without scaling, fp32 [rotary_dim / 2]."""
     return rotary_frequencies(args.model_copy(update={"rope_scaling": None})) / rotary_frequencies(args)
-
-
-def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
-    """Write a model as the new file `target`, tensor by tensor.
-
-    Vectors are written as F32, as llama.cpp wants them, matrices as `file_type`; under q8_0, which packs 32 values of
-    a row at a time, matrices of another width as F16. The file appears under its name when it is complete.
-    Raises `CheckpointError` for a model that the format has no place for, and `TokenizerError` for a tokenizer.
-    """
-    if file_type not in _WRITTEN:
-        raise CheckpointError(
-            f"A GGUF file of type {file_type!r} cannot be written.{nearest(str(file_type), _WRITTEN)} "
-            f"Known: {', '.join(_WRITTEN)}."
-        )
-    if target.exists():
-        raise CheckpointError(f"{target}: found {what_is(target)} there; expected a new file.")
-    architecture = ARCHITECTURES[model.args.architecture]
-    if architecture.gguf is None:
-        known = ", ".join(name for name, its in ARCHITECTURES.items() if its.gguf)
-        raise CheckpointError(
-            f"GGUF has no form for {architecture.name}; write another format, or give the --architecture of one that "
-            f"computes the same: {known}."
-        )
-    model = model.in_layout(architecture.gguf.rotary_layout)
-    args = _within_context(model.args)
-    theirs = theirs_from_ours(model.tensors, architecture.gguf.names, args)
-    if architecture.gguf.rope_factors and args.rope_scaling and args.rope_scaling.kind == "llama3":
-        theirs = {_FACTORS: HeldTensor(_factors(args)), **theirs}
-    fields = _fields(args, architecture)
-    _check_nothing_lost(args, fields, theirs, architecture, target)
-    vocabulary = vocabulary_fields(model.tokenizer, args.vocab_size)
-    with _fresh_file(target) as partial:
-        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
-
-
-def _within_context(args: ModelArgs) -> ModelArgs:
-    """The same settings without what changes nothing within the model's context, for which GGUF has no words."""
-    update: dict[str, Any] = {}
-    if args.rope_scaling and args.rope_scaling.kind == "dynamic":
-        update["rope_scaling"] = None
-    if args.sliding_window and args.sliding_window >= args.max_seq_len:
-        update |= {"sliding_window": None, "sliding_layers": None}
-    return args.model_copy(update=update)
-
-
-def _fields(args: ModelArgs, architecture: Architecture) -> dict[str, Any]:
-    stated = {key: getattr(args, name) for name, key in _SIZES.items()}
-    stated |= {
-        "vocab_size": args.vocab_size,
-        "attention.value_length": args.head_dim,
-        _EPSILON[args.norm]: float(args.norm_eps),
-    }
-    if args.position == "rotary":
-        stated["rope.freq_base"] = float(args.rope_theta)
-        if args.rope_scaling and args.rope_scaling.kind == "linear":
-            stated |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(args.rope_scaling.factor)}
-    else:
-        del stated["rope.dimension_count"]
-    if "parallel_residual" in architecture.keys:
-        stated["use_parallel_residual"] = args.parallel_residual
-    return {f"{architecture.gguf.architecture}.{key}": value for key, value in stated.items()}
-
-
-def _check_nothing_lost(
-    args: ModelArgs, fields: dict[str, Any], theirs: Tensors, architecture: Architecture, target: Path
-) -> None:
-    """Raise `CheckpointError` naming the settings that a reader of the file would not find."""
-    if _EMBEDDING not in theirs:
-        raise CheckpointError(f"{target}: cannot be written: the model has no embedding.")
-    reread = _args_of(fields, theirs, architecture, target)
-    rounded = {"norm_eps": _decimal(args.norm_eps), "rope_theta": _decimal(args.rope_theta)}
-    if args.rope_scaling:
-        rounded["rope_scaling"] = args.rope_scaling.model_copy(update={"factor": _decimal(args.rope_scaling.factor)})
-    lost = architecture.lost(_comparable(args.model_copy(update=rounded)), _comparable(reread))
-    lost += [bias for bias in BIASES if getattr(args, bias) and bias not in architecture.gguf.biases]
-    if lost:
-        place = f"{target}: a GGUF file of architecture {architecture.gguf.architecture}"
-        raise inexpressible(place, lost, args)
-
-
-def _comparable(args: ModelArgs) -> ModelArgs:
-    """Without the settings that say nothing of this model: those of a rotation where nothing rotates."""
-    still = {"rope_theta": 10000.0, "rope_scaling": None, "rotary_dim": args.head_dim}
-    return args if args.position == "rotary" else args.model_copy(update=still)
-
-
-@contextmanager
-def _fresh_file(target: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `target` once everything is on disk, removed on failure."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _sync(partial)
-        partial.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-        raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
-    finally:
-        with suppress(OSError):  # there is none where it could not be made, or where it has been renamed
-            partial.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(
-    path: Path, name: str, architecture: Architecture, fields: Mapping[str, Any], theirs: Tensors, file_type: FileType
-) -> None:
-    kind, label = _WRITTEN[file_type]
-    writer = gguf.GGUFWriter(path, architecture.gguf.architecture)
-    try:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name)
-        writer.add_file_type(label)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in fields.items():
-            if isinstance(value, float):
-                writer.add_float32(key, value)
-            else:
-                add_fields(writer, {key: value})
-        kinds = {name: _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
-        for name, tensor in theirs.items():
-            size = math.prod(tensor.shape) * gguf.GGML_QUANT_SIZES[kinds[name]][1]
-            size //= gguf.GGML_QUANT_SIZES[kinds[name]][0]
-            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in progress(theirs, "writing GGUF"):
-            writer.write_tensor_data(_encoded(name, tensor.read(), kinds[name]))
-    finally:
-        writer.close()
-
-
-def _stored_as(shape: tuple[int, ...], wanted: Kind) -> Kind:
-    if len(shape) == 1:
-        return Kind.F32
-    return Kind.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
-
-
-def _encoded(name: str, value: Tensor, kind: Kind) -> np.ndarray:
-    """`value` as the bytes of `kind`, in any dtype."""
-    if kind not in _PLAIN:
-        return gguf.quantize(value.float().contiguous().numpy(), kind)
-    plain = value.to(_PLAIN[kind]).contiguous()
-    if kind == Kind.F16 and not plain.isfinite().all():
-        raise CheckpointError(f"{name} has values that do not fit into F16; write f32 or bf16.")
-    return plain.view(torch.uint8).numpy()

@@ -19,7 +19,8 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from accessory.checkpoint.formats.gguf_file import GgufTensor, open_gguf_file, write_gguf
+from accessory.checkpoint.formats.gguf_file import GgufTensor, open_gguf_file
+from accessory.checkpoint.formats.gguf_writing import write_gguf
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.naming import in_rotary_layout
@@ -184,6 +185,9 @@ def test_llama_3_factors(tmp_path: Path, make, layers: int, head_dim: int, theta
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}["rope_freqs.weight"]
     np.testing.assert_allclose(stored.data, expected, rtol=1e-4)
     assert model_args_of(open_gguf_file(tmp_path / "model.gguf")).rope_scaling == scaling
+    if head_dim == 16:
+        path = write_raw(tmp_path / "theirs.gguf", tensors={"rope_freqs.weight": np.float32(expected)})
+        assert model_args_of(open_gguf_file(path)).rope_scaling == scaling
 
 
 def test_other_factors_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""Writes GGUF files, for llama.cpp and what is built on it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from accessory.checkpoint.formats.gguf_file import (
+    EMBEDDING,
+    EPSILON,
+    FACTORS,
+    PLAIN,
+    SIZES,
+    args_of,
+    as_float32,
+    wavelength_factors,
+)
+from accessory.checkpoint.lazy import HeldTensor
+from accessory.checkpoint.naming import Tensors, theirs_from_ours
+from accessory.checkpoint.whole import WholeModel, progress
+from accessory.errors import CheckpointError, nearest
+from accessory.model.args import ModelArgs
+from accessory.model.families import ARCHITECTURES, Architecture
+from accessory.model.families.architecture import inexpressible
+from accessory.model.families.llama import BIASES
+from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+from accessory.tokenizer.sniff import what_is
+
+FileType = Literal["f32", "f16", "bf16", "q8_0"]
+_WRITTEN = {
+    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
+    """Write a model as the new file `target`, tensor by tensor.
+
+    Vectors are written as F32, as llama.cpp wants them, matrices as `file_type`; under q8_0, which packs 32 values of
+    a row at a time, matrices of another width as F16. The file appears under its name when it is complete.
+    Raises `CheckpointError` for a model that the format has no place for, and `TokenizerError` for a tokenizer.
+    """
+    if file_type not in _WRITTEN:
+        raise CheckpointError(
+            f"A GGUF file of type {file_type!r} cannot be written.{nearest(str(file_type), _WRITTEN)} "
+            f"Known: {', '.join(_WRITTEN)}."
+        )
+    if target.exists():
+        raise CheckpointError(f"{target}: found {what_is(target)} there; expected a new file.")
+    architecture = ARCHITECTURES[model.args.architecture]
+    if architecture.gguf is None:
+        known = ", ".join(name for name, its in ARCHITECTURES.items() if its.gguf)
+        raise CheckpointError(
+            f"GGUF has no form for {architecture.name}; write another format, or give the --architecture of one that "
+            f"computes the same: {known}."
+        )
+    model = model.in_layout(architecture.gguf.rotary_layout)
+    args = _within_context(model.args)
+    theirs = theirs_from_ours(model.tensors, architecture.gguf.names, args)
+    if architecture.gguf.rope_factors and args.rope_scaling and args.rope_scaling.kind == "llama3":
+        theirs = {FACTORS: HeldTensor(wavelength_factors(args)), **theirs}
+    fields = _fields(args, architecture)
+    _check_nothing_lost(args, fields, theirs, architecture, target)
+    vocabulary = vocabulary_fields(model.tokenizer, args.vocab_size)
+    with _fresh_file(target) as partial:
+        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
+
+
+def _within_context(args: ModelArgs) -> ModelArgs:
+    """The same settings without what changes nothing within the model's context, for which GGUF has no words."""
+    update: dict[str, Any] = {}
+    if args.rope_scaling and args.rope_scaling.kind == "dynamic":
+        update["rope_scaling"] = None
+    if args.sliding_window and args.sliding_window >= args.max_seq_len:
+        update |= {"sliding_window": None, "sliding_layers": None}
+    return args.model_copy(update=update)
+
+
+def _fields(args: ModelArgs, architecture: Architecture) -> dict[str, Any]:
+    stated = {key: getattr(args, name) for name, key in SIZES.items()}
+    stated |= {
+        "vocab_size": args.vocab_size,
+        "attention.value_length": args.head_dim,
+        EPSILON[args.norm]: float(args.norm_eps),
+    }
+    if args.position == "rotary":
+        stated["rope.freq_base"] = float(args.rope_theta)
+        if args.rope_scaling and args.rope_scaling.kind == "linear":
+            stated |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(args.rope_scaling.factor)}
+    else:
+        del stated["rope.dimension_count"]
+    if "parallel_residual" in architecture.keys:
+        stated["use_parallel_residual"] = args.parallel_residual
+    return {f"{architecture.gguf.architecture}.{key}": value for key, value in stated.items()}
+
+
+def _check_nothing_lost(
+    args: ModelArgs, fields: dict[str, Any], theirs: Tensors, architecture: Architecture, target: Path
+) -> None:
+    """Raise `CheckpointError` naming the settings that a reader of the file would not find."""
+    if EMBEDDING not in theirs:
+        raise CheckpointError(f"{target}: cannot be written: the model has no embedding.")
+    reread = args_of(fields, theirs, architecture, target)
+    rounded = {"norm_eps": as_float32(args.norm_eps), "rope_theta": as_float32(args.rope_theta)}
+    if args.rope_scaling:
+        rounded["rope_scaling"] = args.rope_scaling.model_copy(update={"factor": as_float32(args.rope_scaling.factor)})
+    lost = architecture.lost(_comparable(args.model_copy(update=rounded)), _comparable(reread))
+    lost += [bias for bias in BIASES if getattr(args, bias) and bias not in architecture.gguf.biases]
+    if lost:
+        place = f"{target}: a GGUF file of architecture {architecture.gguf.architecture}"
+        raise inexpressible(place, lost, args)
+
+
+def _comparable(args: ModelArgs) -> ModelArgs:
+    """Without the settings that say nothing of this model: those of a rotation where nothing rotates."""
+    still = {"rope_theta": 10000.0, "rope_scaling": None, "rotary_dim": args.head_dim}
+    return args if args.position == "rotary" else args.model_copy(update=still)
+
+
+@contextmanager
+def _fresh_file(target: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `target` once everything is on disk, removed on failure."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        partial.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
+        raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
+    finally:
+        with suppress(OSError):  # there is none where it could not be made, or where it has been renamed
+            partial.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(
+    path: Path, name: str, architecture: Architecture, fields: Mapping[str, Any], theirs: Tensors, file_type: FileType
+) -> None:
+    kind, label = _WRITTEN[file_type]
+    writer = gguf.GGUFWriter(path, architecture.gguf.architecture)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(label)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in fields.items():
+            if isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                add_fields(writer, {key: value})
+        kinds = {name: _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
+        for name, tensor in theirs.items():
+            size = math.prod(tensor.shape) * gguf.GGML_QUANT_SIZES[kinds[name]][1]
+            size //= gguf.GGML_QUANT_SIZES[kinds[name]][0]
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in progress(theirs, "writing GGUF"):
+            writer.write_tensor_data(_encoded(name, tensor.read(), kinds[name]))
+    finally:
+        writer.close()
+
+
+def _stored_as(shape: tuple[int, ...], wanted: Kind) -> Kind:
+    if len(shape) == 1:
+        return Kind.F32
+    return Kind.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _encoded(name: str, value: Tensor, kind: Kind) -> np.ndarray:
+    """`value` as the bytes of `kind`, in any dtype."""
+    if kind not in PLAIN:
+        return gguf.quantize(value.float().contiguous().numpy(), kind)
+    plain = value.to(PLAIN[kind]).contiguous()
+    if kind == Kind.F16 and not plain.isfinite().all():
+        raise CheckpointError(f"{name} has values that do not fit into F16; write f32 or bf16.")
+    return plain.view(torch.uint8).numpy()
