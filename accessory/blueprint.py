@@ -196,7 +196,9 @@ def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
 
 def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
     rows, tokens = _embedding_rows(sources, args), tokenizer.vocab_size
-    if abs(tokens - rows) > SLACK_ROWS:
+    # Special tokens put behind a vocabulary are the model's in the making; others are another model's.
+    foreign = set(range(rows, tokens)) - tokenizer.control_tokens().keys()
+    if abs(tokens - rows) > SLACK_ROWS or foreign:
         raise TokenizerError(
             f"The tokenizer has {tokens} tokens, the model's embedding {rows} rows: they do not belong together. Give "
             "the model's own tokenizer with --tokenizer_path."

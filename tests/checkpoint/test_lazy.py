@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,42 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor, ShardedTensor
+from accessory.checkpoint.lazy import (
+    GrownRows,
+    HeldTensor,
+    LazyTensor,
+    SelectedRows,
+    ShardedTensor,
+    StackedRows,
+    SummedTensor,
+    ZeroTensor,
+)
 from accessory.checkpoint.opening import open_source
 
 RANGES = [(0, 1), (3, 97), (64, 128), (0, 128)]
 
 
-class Known(LazyTensor):
-    """A tensor in memory."""
+class Counted(LazyTensor):
+    """A tensor in memory that writes down which ranges are read."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.shape = values, tuple(values.shape)
+        self.values, self.shape, self.dtype = values, tuple(values.shape), "float32"
+        self.reads: list[tuple[int | None, int, int]] = []
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The range."""
+        self.reads.append((dim, start, stop))
         return self.values if dim is None else self.values.narrow(dim, start, stop - start)
+
+
+def check_every_range(tensor: LazyTensor, whole: Tensor) -> None:
+    """Shape, whole and every range of every dimension."""
+    assert tensor.shape == tuple(whole.shape)
+    assert torch.equal(tensor.read(), whole)
+    for dim, size in enumerate(whole.shape):
+        for start in range(size):
+            for stop in range(start + 1, size + 1):
+                assert torch.equal(tensor.read(dim, start, stop), whole.narrow(dim, start, stop - start)), (dim, start)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -40,71 +61,91 @@ def test_range_is_the_wholes(formats: dict[str, Path], weights, format_name: str
 
 @pytest.mark.parametrize("shard_dim", [0, 1])
 def test_sharded_over_uneven_edges(shard_dim: int) -> None:
-    """Every range of every dimension of a matrix in three files."""
+    """A matrix in three files."""
     whole = torch.arange(54.0).view(6, 9)
-    sharded = ShardedTensor(list(whole.chunk(3, shard_dim)), shard_dim)
-    assert sharded.shape == (6, 9)
-    assert torch.equal(sharded.read(), whole)
-    for dim, size in enumerate(sharded.shape):
-        for start in range(size):
-            for stop in range(start + 1, size + 1):
-                assert torch.equal(sharded.read(dim, start, stop), whole.narrow(dim, start, stop - start))
+    check_every_range(ShardedTensor(list(whole.chunk(3, shard_dim)), shard_dim), whole)
 
 
 def test_whole_in_every_shard_is_read_once() -> None:
     """Norms and row biases: the first shard's copy is the tensor."""
-    norm = ShardedTensor([torch.ones(4), torch.zeros(4)], None)
-    assert norm.shape == (4,)
-    assert torch.equal(norm.read(), torch.ones(4))
+    check_every_range(ShardedTensor([torch.ones(4), torch.zeros(4)], None), torch.ones(4))
 
 
-def test_interleaved_rows_undo_transformers_permutation() -> None:
-    """transformers' own formula there (`permute` of its LLaMA conversion), ours back; weights, biases, and slices."""
-    heads, width, columns = 4, 8, 6
-    meta = torch.arange(float(heads * width * columns)).view(heads * width, columns)
-    theirs = meta.view(heads, width // 2, 2, columns).transpose(1, 2).reshape(heads * width, columns)
-    assert not torch.equal(theirs, meta)
-    ours = InterleavedRows(Known(theirs), heads)
-    assert ours.shape == (32, 6)
-    assert torch.equal(ours.read(), meta)
-    assert torch.equal(ours.read(0, 16, 32), meta[16:])
-    assert torch.equal(ours.read(1, 2, 5), meta[:, 2:5])
-    assert torch.equal(InterleavedRows(Known(theirs[:, 0]), heads).read(), meta[:, 0])
+def test_held() -> None:
+    """A range is a copy, so that the memory behind it may go."""
+    whole = torch.arange(12.0).view(3, 4)
+    held = HeldTensor(whole)
+    check_every_range(held, whole)
+    assert held.dtype == "float32"
+    assert held.read(1, 1, 3).is_contiguous()
 
 
-def decode_q8_0(blocks: bytes) -> list[float]:
-    """32 weights in 34 bytes: a half-precision scale, then signed bytes (ggml's block_q8_0)."""
-    return [scale * code for scale, *codes in struct.iter_unpack("<e32b", blocks) for code in codes]
+ROWS = [[5, 0, 3, 3, 1], [2, 3, 4], [4], [0, 4, 1, 5, 2, 3]]
 
 
-def decode_q4_1(blocks: bytes) -> list[float]:
-    """32 weights in 20 bytes: scale, minimum, 16 low nibbles, then 16 high ones (ggml's block_q4_1)."""
-    return [
-        scale * code + least
-        for scale, least, codes in struct.iter_unpack("<ee16s", blocks)
-        for code in [*(byte & 15 for byte in codes), *(byte >> 4 for byte in codes)]
-    ]
+@pytest.mark.parametrize("rows", ROWS)
+def test_selected_rows(rows: list[int]) -> None:
+    """In any order, of matrices and of vectors; selecting of what was selected."""
+    whole = torch.arange(24.0).view(6, 4)
+    chosen = torch.tensor(rows)
+    check_every_range(SelectedRows(HeldTensor(whole), chosen), whole[chosen])
+    check_every_range(SelectedRows(HeldTensor(whole[:, 0]), chosen), whole[chosen, 0])
+    again = torch.tensor([0] if len(rows) == 1 else [1, 0])
+    twice = HeldTensor(whole).select(chosen).select(again)
+    assert isinstance(twice.inner, HeldTensor)
+    check_every_range(twice, whole[chosen][again])
 
 
-@pytest.mark.parametrize(("kind", "decode", "error"), [("Q8_0", decode_q8_0, 0.01), ("Q4_1", decode_q4_1, 0.1)])
-def test_gguf_blocks(tmp_path: Path, weights, write_gguf, kind: str, decode, error: float) -> None:
-    """Quantized blocks decode to what their definition says, whole, by rows, and by columns."""
-    tensor = open_source(write_gguf(tmp_path / "a.gguf", weights, kind)).tensors["layers.0.feed_forward.w1.weight"]
-    expected = torch.tensor(decode(tensor.tensor.data.tobytes())).view(256, 128)
-    found = tensor.read()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    original = weights["layers.0.feed_forward.w1.weight"]
-    assert 0 < (found - original).norm() / original.norm() < error
-    assert torch.equal(tensor.read(0, 5, 200), found[5:200])
-    assert torch.equal(tensor.read(1, 32, 96), found[:, 32:96])
+def test_selected_rows_read_no_more_than_lies_between() -> None:
+    """Of a large file only the span from the first to the last of the wanted rows."""
+    inner = Counted(torch.arange(40.0).view(10, 4))
+    selected = SelectedRows(inner, torch.tensor([9, 2, 4, 3, 8]))
+    selected.read(0, 1, 4)
+    assert inner.reads == [(0, 2, 5)]
 
 
-def test_gguf_half_precision(tmp_path: Path, weights, write_gguf) -> None:
-    """F16 is read exactly, and does not lend out the file's read-only memory."""
-    tensors = open_source(write_gguf(tmp_path / "a.gguf", weights, "F16")).tensors
-    for name, weight in weights.items():
-        assert torch.equal(tensors[name].read().float(), weight.half().float() if weight.dim() == 2 else weight)
-    tensors["norm.weight"].read().zero_()
+def test_stacked_rows() -> None:
+    """Two matrices whose rows alternate, and one below the other."""
+    first, second = torch.arange(8.0).view(4, 2), -torch.arange(1.0, 5.0).view(2, 2)
+    places = torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])
+    wanted = torch.stack([first[0], first[1], second[0], first[2], first[3], second[1]])
+    check_every_range(StackedRows((HeldTensor(first), HeldTensor(second)), places), wanted)
+    below = torch.arange(4), torch.arange(4, 6)
+    check_every_range(StackedRows((HeldTensor(first), HeldTensor(second)), below), torch.cat([first, second]))
+
+
+def test_stacked_rows_undo_selected_ones() -> None:
+    """What was taken apart goes together again."""
+    whole = torch.arange(24.0).view(6, 4)
+    rows = torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])
+    parts = tuple(HeldTensor(whole).select(its) for its in rows)
+    check_every_range(StackedRows(parts, rows), whole)
+
+
+def test_grown_rows() -> None:
+    """Rows of added tokens start as the mean of those there were, computed in fp32."""
+    whole = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])
+    mean = torch.tensor([[3.0, 3.0]])
+    check_every_range(GrownRows(HeldTensor(whole), 5), torch.cat([whole, mean, mean]))
+    narrow = torch.full((4000, 1), 1.001, dtype=torch.bfloat16)
+    grown = GrownRows(HeldTensor(narrow), 4001).read()
+    assert grown.dtype == torch.bfloat16 and torch.equal(grown[-1], narrow[0])
+
+
+def test_zeros() -> None:
+    """Where a file leaves out what changes nothing."""
+    check_every_range(ZeroTensor((3, 4)), torch.zeros(3, 4))
+
+
+def test_summed() -> None:
+    """In fp32, however narrow the files are: a difference smaller than bf16's last place still counts."""
+    first, second = torch.arange(12.0).view(3, 4), 0.25 * torch.ones(3, 4)
+    check_every_range(SummedTensor(HeldTensor(first), HeldTensor(second)), first + 0.25)
+    narrow = SummedTensor(HeldTensor(torch.full((2,), 256.0).bfloat16()), HeldTensor(torch.full((2,), 0.5).bfloat16()))
+    assert narrow.read().tolist() == [256.5, 256.5]
+    base, change = Counted(first), Counted(second)
+    SummedTensor(base, change).read(1, 1, 3)
+    assert base.reads == change.reads == [(1, 1, 3)]
 
 
 def resident() -> int:

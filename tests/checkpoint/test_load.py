@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.checkpoint.load import fill, named_generator, resolve, targets
+from accessory.checkpoint.naming import in_rotary_layout
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source, model_args_of
 from accessory.errors import CheckpointError
@@ -244,3 +245,47 @@ def test_pretrained_model_reports_misfit(formats: dict[str, Path], copy) -> None
     (directory / "params.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"w1\.weight has shape \(256, 128\), the model \(512, 128\)"):
         MetaModel.from_pretrained(directory)
+
+
+PART = {"wq": (128, 128), "wk": (64, 128), "wv": (64, 128), "wo": (128, 128)}
+
+
+def part_of(base: Path, target: Path) -> Path:
+    """A trained part as a run on `base` saves it: norms, biases and LoRA, with all its settings."""
+    generator = torch.Generator().manual_seed(5)
+    target.mkdir()
+    state = {"norm.weight": 1 + 0.2 * torch.randn(128, generator=generator)}
+    for i in range(2):
+        for name, (rows, columns) in PART.items():
+            prefix = f"layers.{i}.attention.{name}"
+            state[f"{prefix}.bias"] = 0.3 * torch.randn(rows, generator=generator)
+            state[f"{prefix}.lora_a.weight"] = 0.2 * torch.randn(4, columns, generator=generator)
+            state[f"{prefix}.lora_b.weight"] = 0.2 * torch.randn(rows, 4, generator=generator)
+        for name, rows in (("w1", 256), ("w2", 128), ("w3", 256)):
+            state[f"layers.{i}.feed_forward.{name}.bias"] = 0.3 * torch.randn(rows, generator=generator)
+        for name in ("attention_norm", "ffn_norm"):
+            state[f"layers.{i}.{name}.weight"] = 1 + 0.2 * torch.randn(128, generator=generator)
+    settings = model_args_of(open_source(base)).model_dump() | {"vocab_size": VOCABULARY, "lora_rank": 4}
+    save_file(state, target / "trainable.safetensors")
+    (target / "config.json").write_text(json.dumps(settings | {"lora_targets": list(PART)}))
+    (target / "meta.json").write_text('{"llama_type": "llama_peft"}')
+    return target
+
+
+@pytest.mark.parametrize(("trained_on", "used_on"), [("meta1", "hf"), ("hf", "meta1"), ("hf", "ours")])
+def test_trained_part_on_a_base_of_another_row_order(
+    formats: dict[str, Path], tiny_base: Path, tmp_path: Path, trained_on: str, used_on: str
+) -> None:
+    """Beside the same model in Meta's order and in Hugging Face's it gives the same logits, which it changes much."""
+    part = part_of(formats[trained_on], tmp_path / "part")
+
+    def logits(*paths: Path) -> Tensor:
+        return MetaModel.from_pretrained(list(paths), dtype="fp32", tokenizer_path=tiny_base).logits(TOKENS, (40,))
+
+    wanted, found = logits(formats[trained_on], part), logits(formats[used_on], part)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert (found - logits(formats[used_on])).abs().mean() > 0.1
+    turned = in_rotary_layout(open_source(part).tensors, model_args_of(open_source(part)), "halves", "pairs")
+    wrong = part_of(formats[trained_on], tmp_path / "wrong")
+    save_file({name: tensor.read().contiguous() for name, tensor in turned.items()}, wrong / "trainable.safetensors")
+    assert (logits(formats[used_on], wrong) - wanted).abs().max() > 1e-2  # rows in another order would be seen

@@ -50,7 +50,7 @@ def test_plain_base_comes_back(model: WholeModel, tmp_path: Path) -> None:
     ([1], r"meta.json: 'packed' is \[1\]; expected an object of matrices"),
     ({"layers.0.attention.wq.weight": {"shape": [1]}}, "meta.json: says .* of layers.0.attention.wq.weight; expected"),
     ({"layers.9.attention.wq.weight": {"shape": [128, 128], "quant_type": "nf4"}},
-     "layers.9.attention.wq.weight is packed, but its codes or scales are missing"),
+     "layers.9.attention.wq.weight is packed, but its codes, scales is missing"),
 ])  # fmt: skip
 def test_damaged_record_of_packing(model: WholeModel, tmp_path: Path, change: object, expected: str) -> None:
     """What says how matrices are packed is itself a file that may be wrong."""

@@ -39,7 +39,7 @@ def test_tensors(name: str, checkpoints) -> None:
         theirs = theirs_from_ours(tensors, names, args)
         assert theirs.keys() == original.keys()
         assert all(torch.equal(theirs[key].read(), value) for key, value in original.items())
-        assert {key: tensor.shape for key, tensor in theirs.items()} == {k: tuple(v.shape) for k, v in original.items()}
+        assert all(theirs[key].shape == value.shape for key, value in original.items())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,6 +132,6 @@ def test_a_tensor_without_a_place() -> None:
     with pytest.raises(CheckpointError) as caught:
         theirs_from_ours(tensors, ARCHITECTURES["glm"].names, args)
     assert str(caught.value) == (
-        "In a glm checkpoint there is no place for layers.0.attention.q_norm.weight; layers.1.feed_forward.w3.weight is "
-        "missing."
+        "In a glm checkpoint there is no place for layers.0.attention.q_norm.weight; layers.1.feed_forward.w3.weight "
+        "is missing."
     )
