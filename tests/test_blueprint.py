@@ -209,10 +209,9 @@ def test_missing_tokenizer(meta, tiny_base: Path) -> None:
     assert draw(directory, tokenizer_path=tiny_base / "tokenizer.json").tokenizer.vocab_size == 512
 
 
-@pytest.mark.parametrize("rows", [512 - 480, 512 + 1025])
-def test_foreign_vocabulary(meta, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """A tokenizer with far more tokens than the embedding has rows, or far fewer."""
-    monkeypatch.setattr("accessory.blueprint.SLACK_ROWS", 1024 if rows > 512 else 479)
+@pytest.mark.parametrize("rows", [511, 512 + 1025])
+def test_foreign_vocabulary(meta, rows: int) -> None:
+    """A tokenizer with an ordinary token beyond the embedding's rows, or with far fewer tokens."""
     directory = meta(dim=64, rows=rows)
     with pytest.raises(TokenizerError) as caught:
         draw(directory)
@@ -257,11 +256,16 @@ def llama3_frequencies(width: int, theta: float) -> torch.Tensor:
     return torch.tensor(scaled)
 
 
-def test_more_tokens_than_rows(meta) -> None:
-    """A tokenizer that was given a few tokens makes the embedding grow, and says so."""
-    blueprint = draw(meta(dim=64, rows=510))
-    assert blueprint.args.vocab_size == 512
-    assert blueprint.notes[0].startswith("the tokenizer has 2 tokens more than the embedding's 510 rows")
+def test_more_tokens_than_rows(meta, settings) -> None:
+    """Special tokens that are added make the embedding grow, which is said, as is that nothing would train its rows."""
+    directory = meta(dim=64)
+    blueprint = draw(directory, new_tokens=["<|one|>", "<|two|>"])
+    assert (blueprint.args.vocab_size, blueprint.tokenizer.vocab_size) == (514, 514)
+    grows, untrained = blueprint.notes
+    assert grows.startswith("the tokenizer has 2 tokens more than the embedding's 512 rows")
+    assert "vocabulary_tuning" in untrained
+    learned = draw(directory, new_tokens=["<|one|>"], llama_config=[settings(vocabulary_tuning=True)])
+    assert len(learned.notes) == 1
 
 
 def test_another_family(tiny_base: Path) -> None:

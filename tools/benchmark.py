@@ -1,9 +1,16 @@
-"""Measure training:  python tools/benchmark.py train --model DIR --data FILE --steps 10 --method lora --quant
+"""Measure training and loading:
+
+    python tools/benchmark.py train --model DIR --data FILE --steps 10 --method lora --quant
+    python tools/benchmark.py load --model DIR --quant      (and once more with --peer, for transformers + bitsandbytes)
 
 Documents are taken in the file's order, so that another system can be given the same ones.
 """
 
+from __future__ import annotations
+
 import sys
+import threading
+import time
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
@@ -11,6 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import fire
+import torch
 
 from accessory.blueprint import draw_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
@@ -118,6 +126,74 @@ def _engine(layout, model, data, settings, quant_type, precision, batch_size, ma
     )
 
 
+def load(model: str, quant: bool = False, quant_type: str = "nf4", peer: bool = False, json: bool = False) -> None:
+    """Time how long MODEL takes to load, and how much memory beyond the loaded model that takes at its worst.
+
+    Counted is memory of the process's own, not the pages of files mapped into it. With `peer` transformers and
+    bitsandbytes load the same directory.
+    """
+    with _Watch() as watch:
+        loaded = _load_peer(model, quant, quant_type) if peer else _load(model, quant, quant_type)
+    held = {p.data_ptr(): p.nbytes for p in loaded.parameters()}
+    matrices = [t for t in open_source(model).tensors.values() if len(t.shape) == 2]
+    result = {
+        "model": str(model),
+        "quant": quant_type if quant else None,
+        "loaded_by": "transformers" if peer else "accessory",
+        "seconds": round(watch.seconds, 2),
+        "model_bytes": sum(held.values()),
+        "peak_bytes_above_model": watch.peak - sum(held.values()),
+        "largest_matrix_bytes_in_16_bits": 2 * max(t.shape[0] * t.shape[1] for t in matrices),
+    }
+    _show(result, json)
+
+
+def _load(model: str, quant: bool, quant_type: str) -> torch.nn.Module:
+    return MetaModel.from_pretrained(model, quant=quant, quant_type=quant_type if quant else None)
+
+
+def _load_peer(model: str, quant: bool, quant_type: str) -> torch.nn.Module:
+    import transformers
+
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type.removesuffix("_single"),
+        bnb_4bit_use_double_quant=not quant_type.endswith("_single"),
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    kind = {"quantization_config": settings} if quant else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, device_map={"": "cpu"}, **kind
+    )
+
+
+class _Watch:
+    """Seconds that a stretch takes, and the most anonymous memory [bytes] it adds to the process, looked at often."""
+
+    INTERVAL = 0.002  # seconds
+
+    def __enter__(self) -> _Watch:
+        self.peak, self._before, self._stop = 0, self._anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.wait(self.INTERVAL):
+            self.peak = max(self.peak, self._anonymous() - self._before)
+
+    @staticmethod
+    def _anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
 def _show(result: dict, as_json: bool) -> None:
     if as_json:
         print(dumps(result))
@@ -127,4 +203,4 @@ def _show(result: dict, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire({"train": train}))
+    run_tool(lambda: fire.Fire({"train": train, "load": load}))

@@ -149,10 +149,13 @@ def _fill_one(
         value = own_slice(value, target.slicing, layout.mp_rank, layout.mp_size)
     else:
         value = tensor.read(*span)
+        if not value.is_floating_point():
+            raise CheckpointError(f"{target.name} holds {tensor.dtype} numbers; expected floating-point weights.")
         if span[0] is not None:
             value = pad_slice(value, span[0], target.local_shape[span[0]])
     if isinstance(place, PackedWeight):
-        place.pack(value.to(layout.device))
+        narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        place.pack(value.to(layout.device, value.dtype if narrow else torch.float32))
         return
     value = value.to(device=layout.device, dtype=place.dtype, copy=True).contiguous()
     parameter = nn.Parameter(value, requires_grad=target.name in attachment.trainable)

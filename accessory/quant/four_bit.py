@@ -22,6 +22,7 @@ import bitsandbytes.functional as bnb  # noqa: E402
 PackedState = dict[str, Tensor]
 """`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""
 BLOCK = 64  # weights that share one scale
+CPU_PIECE = 1 << 18  # weights quantized at a time
 NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsandbytes
 
 
@@ -59,14 +60,21 @@ class FourBitWeight(PackedWeight):
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
-        """Quantize `weight` [N, K] on its own device."""
-        codes, state = bnb.quantize_4bit(
-            weight, blocksize=BLOCK, compress_statistics=self.nested, quant_type=self.quant_type
-        )
-        self.codes, self.scales = _frozen(codes.view(-1)), _frozen(state.absmax)
+        """Quantize `weight` [N, K] on its own device; the same bits as bitsandbytes' `quantize_4bit` of the whole."""
+        flat = weight.contiguous().view(-1)
+        # On the CPU pieces whose intermediates stay in the cache take a third of the time of the whole at once.
+        piece = CPU_PIECE if weight.device.type == "cpu" else max(flat.numel(), 1)
+        quantized = [
+            torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, self.quant_type, torch.uint8)
+            for part in flat.split(piece)
+        ]
+        self.codes = _frozen(torch.cat([codes.view(-1) for codes, _ in quantized]))
+        scales = torch.cat([scales for _, scales in quantized])
         if self.nested:
-            self.nested_scales = _frozen(state.state2.absmax)
-            self.offset = _frozen(state.offset.view(1))
+            offset = scales.mean()
+            scales, state = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+            self.nested_scales, self.offset = _frozen(state.absmax), _frozen(offset.view(1))
+        self.scales = _frozen(scales)
 
     def adopt(self, state: PackedState) -> None:
         """Take codes and statistics as they are; those of a slice may be single-level though the rest are nested."""

@@ -18,8 +18,8 @@ from tests.model.families.matrix import CASES, CHECKS, families_table
 from tests.model.families.subject import ANSWER, IDS, LENGTHS, PROMPTS, measure
 
 WORKER = Path(__file__).with_name("families_worker.py")
-TOLERANCE = 1e-4
-NESTED_NOISE = 2e-2
+TOLERANCE = 1e-4  # measured: 5.0e-5 (opt_350m, whose logits are the largest), elsewhere 1.2e-5 at most
+NESTED_NOISE = 2e-2  # measured: 9.4e-3 (glm4), elsewhere 5.1e-3 at most
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -54,12 +54,11 @@ def expected(checkpoints) -> dict[str, tuple[Tensor, list[list[int]]]]:
 
 
 @every_case
-def test_logits(name: str, on_one_rank, on_two_ranks, expected, record_property) -> None:
+def test_logits(name: str, on_one_rank, on_two_ranks, expected) -> None:
     """Of packed documents, against each document alone."""
     wanted = expected[name][0].float()
     assert wanted.std() > 0.5
     for found in (on_one_rank[name]["logits"], on_two_ranks[name]["logits"]):
-        record_property("difference", f"{(found - wanted).abs().max():.1e}")
         torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
 
 
