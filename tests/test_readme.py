@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from accessory.config import DemoConfig, FinetuneConfig, flags_table
+from tests.model.families.matrix import families_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,6 +40,10 @@ def test_support_table_is_what_the_layout_tests_run() -> None:
     layout_tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(layout_tests)
     assert between("support") == layout_tests.support_table()
+
+
+def test_models_are_those_of_the_family_tests() -> None:
+    assert between("families") == families_table()
 
 
 def test_the_two_commands_come_first() -> None:
@@ -72,5 +77,7 @@ def test_command(command: str, workshop: Path, shell) -> None:
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     if "main_finetune" in command:
         assert (workshop / "output" / "mine" / "epoch2" / "trainable.safetensors").is_file()
+    for target in {"base-nf4", "model.gguf", "merged", "adapter"} & {Path(word).name for word in shlex.split(command)}:
+        assert (workshop / "output" / target).exists()
     if "single_turn" in shlex.split(command)[1]:
         assert "A: " in done.stdout

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.model.families.alibi_llama import AlibiLlama
 
-VOCABULARY = 97  # what two ranks do not divide
+VOCABULARY = 513  # what two ranks do not divide, and the tiny tokenizer fits into
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
