@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from accessory.meta import MetaModel
+from accessory.parallel import groups
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "accessory" / "main_finetune.py"
@@ -98,3 +103,23 @@ def test_precisions_learn(precision: str, flags: list[str], tmp_path: Path, pyth
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.1, losses
+
+
+def test_new_tokens_get_rows_that_are_learned(flags: list[str], tiny_base: Path, tmp_path: Path, torchrun) -> None:
+    """Two ranks share a vocabulary of 515 rows; what is saved knows the tokens and needs the base alone."""
+    (tmp_path / "lora.json").write_text('{"lora_rank": 4, "vocabulary_tuning": true}')
+    extra = ("--llama_config", str(tmp_path / "lora.json"), "--new_tokens", "<one>", "<two>", "<three>")
+    done = torchrun(2, MAIN, *flags, *extra, "--model_parallel_size", "2", "--lr", "0.01")
+    check(done, tmp_path)
+    assert "the tokenizer has 3 tokens more than the embedding's 512 rows" in done.stdout
+    saved = load_file(tmp_path / "out" / "epoch0-iter2" / "trainable.safetensors")
+    base = load_file(tiny_base / "model.safetensors")
+    for ours, theirs in (("tok_embeddings.weight", "model.embed_tokens.weight"), ("output.weight", "lm_head.weight")):
+        assert saved[ours].shape == (515, 128)
+        assert (saved[ours][:512] - base[theirs]).abs().max() < 0.1  # two steps from where they were
+        assert (saved[ours][512:] - base[theirs].mean(0)).abs().max() < 0.1
+    assert not torch.equal(saved["output.weight"][512:], base["lm_head.weight"].mean(0).expand(3, -1))
+    model = MetaModel.from_pretrained(tmp_path / "out" / "epoch0-iter2", dtype="fp32")
+    assert model.tokenizer.vocab_size == 515
+    assert torch.equal(model.llma.output.weight, saved["output.weight"])
+    groups.stop()

@@ -46,7 +46,7 @@ def fresh_directory(target: Path) -> Iterator[Path]:
         yield partial
         _sync_tree(partial)
         _replace(target, partial)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
         raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
@@ -140,11 +140,12 @@ def _sync_tree(directory: Path) -> None:
     os.umask(mask)
     for path in directory.iterdir():
         path.chmod(0o666 & ~mask)  # safetensors leaves files that only their owner can read
-        _sync(path)
-    _sync(directory)
+        sync(path)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file or directory reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -361,3 +361,15 @@ def test_registered() -> None:
 def test_training_nothing_is_refused(more: dict) -> None:
     with pytest.raises(ValueError, match="nothing would be trained"):
         Peft.Settings(norm_tuning=False, bias_tuning=False, **more)
+
+
+def test_vocabulary_tuning_trains_both_matrices() -> None:
+    """Embedding and head as fp32 masters, the one where they are tied; without it neither."""
+    decoder, attachment = attached(vocabulary_tuning=True, norm_tuning=False, bias_tuning=False)
+    assert attachment.trainable == {"tok_embeddings.weight", "output.weight"}
+    assert decoder.tok_embeddings.weight.dtype == decoder.output.weight.dtype == torch.float32
+    assert decoder.layers[0].attention.wq.weight.dtype == torch.bfloat16
+    tied = TINY.model_copy(update={"tie_word_embeddings": True})
+    assert attached(tied, vocabulary_tuning=True)[1].trainable - attached(tied)[1].trainable == {
+        "tok_embeddings.weight"
+    }

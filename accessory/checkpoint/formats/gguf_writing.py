@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ from accessory.checkpoint.formats.gguf_file import (
 )
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.naming import Tensors, theirs_from_ours
+from accessory.checkpoint.save import sync
 from accessory.checkpoint.whole import WholeModel, progress
 from accessory.errors import CheckpointError, nearest
 from accessory.model.args import ModelArgs
@@ -137,23 +137,15 @@ def _fresh_file(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
         raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
     finally:
         with suppress(OSError):  # there is none where it could not be made, or where it has been renamed
             partial.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(

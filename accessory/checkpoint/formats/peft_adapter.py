@@ -88,7 +88,13 @@ def _parts_in(file: Path) -> dict[str, list[str]]:
         return {}
     tensor = next(iter(open_safetensors([file]).values()), None)
     header = (tensor.file.metadata() or {}) if isinstance(tensor, SafetensorsTensor) else {}
-    return json.loads(header.get(PARTS_KEY, "{}"))
+    try:
+        parts = json.loads(header.get(PARTS_KEY, "{}"))
+        return {str(module): [str(kind) for kind in kinds] for module, kinds in parts.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: its header says {PARTS_KEY} {header[PARTS_KEY][:80]!r}; expected lists."
+        ) from error
 
 
 @dataclass

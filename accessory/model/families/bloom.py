@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
 
 _QKV = ("attention.wq", "attention.wk", "attention.wv")
+GGUF_NAMES = Names(
+    outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
+    block="blk.{}.",
+    inner={
+        "attn_qkv": Fused(_QKV),
+        "attn_output": "attention.wo",
+        "ffn_up": "feed_forward.w1",
+        "ffn_down": "feed_forward.w2",
+        "attn_norm": "attention_norm",
+        "ffn_norm": "ffn_norm",
+    },
+)
+"""Of every model whose MLP has no gate."""
 
 
 class _Bloom(Architecture):
@@ -65,23 +80,7 @@ ARCHITECTURES = (
         gguf=Gguf(
             "bloom",
             "pairs",
-            Names(
-                outer={
-                    "token_embd": "tok_embeddings",
-                    "token_embd_norm": "tok_norm",
-                    "output_norm": "norm",
-                    "output": "output",
-                },
-                block="blk.{}.",
-                inner={
-                    "attn_qkv": Fused(_QKV),
-                    "attn_output": "attention.wo",
-                    "ffn_up": "feed_forward.w1",
-                    "ffn_down": "feed_forward.w2",
-                    "attn_norm": "attention_norm",
-                    "ffn_norm": "ffn_norm",
-                },
-            ),
+            replace(GGUF_NAMES, outer={**GGUF_NAMES.outer, "token_embd_norm": "tok_norm"}),
             biases=("qkv_bias", "out_bias", "mlp_bias"),
         ),
     ),

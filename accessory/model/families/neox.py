@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from accessory.model.families.architecture import Architecture, Fused, Gguf, Names, Rope
+from accessory.model.families.bloom import GGUF_NAMES
 
 _QKV = ("attention.wq", "attention.wk", "attention.wv")
 
@@ -56,18 +57,7 @@ ARCHITECTURES = (
         gguf=Gguf(
             "gptneox",
             "halves",
-            Names(
-                outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
-                block="blk.{}.",
-                inner={
-                    "attn_qkv": Fused(_QKV),
-                    "attn_output": "attention.wo",
-                    "ffn_up": "feed_forward.w1",
-                    "ffn_down": "feed_forward.w2",
-                    "attn_norm": "attention_norm",
-                    "ffn_norm": "ffn_norm",
-                },
-            ),
+            GGUF_NAMES,
             biases=("qkv_bias", "out_bias", "mlp_bias"),
         ),
     ),
