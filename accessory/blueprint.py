@@ -216,4 +216,9 @@ def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenize
 
 def _embedding_rows(sources: list[Source], args: ModelArgs) -> int:
     embeddings = [s.tensors["tok_embeddings.weight"] for s in sources if "tok_embeddings.weight" in s.tensors]
+    if embeddings and len(embeddings[-1].shape) != 2:
+        where = " + ".join(str(source.path) for source in sources)
+        raise CheckpointError(
+            f"{where}: its embedding has shape {embeddings[-1].shape}; expected a row for each token."
+        )
     return embeddings[-1].shape[0] if embeddings else args.vocab_size

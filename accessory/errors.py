@@ -46,8 +46,10 @@ def explain_validation(error: ValidationError, source: str, valid_names: Iterabl
     """Turn pydantic's findings into one line per fault: where, what was found, what was expected, the nearest name."""
     names, lines = list(valid_names), []
     for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"]) or "(whole)"
-        if fault["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in fault["loc"])
+        if not fault["loc"]:  # a rule on several keys, which says their values itself
+            lines.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}.")
+        elif fault["type"] == "extra_forbidden":
             lines.append(f"{source}: unknown key {key!r}.{nearest(str(fault['loc'][-1]), names)}")
         elif fault["type"] == "missing":
             lines.append(f"{source}: {key!r} is required and missing.")

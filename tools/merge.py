@@ -40,12 +40,22 @@ def main(
         probe: text whose logits are compared.
         precision: of that comparison.
     """
-    paths = [Path(part) for part in (trained if isinstance(trained, (tuple, list)) else str(trained).split(","))]
+    paths = _paths(",".join(map(str, trained)) if isinstance(trained, (tuple, list)) else str(trained))
     check_precision(precision)
     destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
     merge(paths, Path(str(target)), destination, base=base, drop_biases=drop_biases)
     print(f"{' + '.join(map(str, paths))} -> {target} ({to}, base {base})")
     print(f"against the model as trained: {logit_error(paths, Path(str(target)), str(probe), precision)}")
+
+
+def _paths(text: str) -> list[Path]:
+    """The paths between commas; a comma is part of a name where such a file is there."""
+    parts, paths = text.split(","), []
+    while parts:
+        taken = next((n for n in range(len(parts), 0, -1) if Path(",".join(parts[:n])).exists()), 1)
+        paths.append(Path(",".join(parts[:taken])))
+        parts = parts[taken:]
+    return paths
 
 
 if __name__ == "__main__":

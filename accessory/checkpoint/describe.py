@@ -50,7 +50,7 @@ def _settings(settings: dict) -> dict[str, str]:
     other = {key: value for key, value in settings.items() if key not in known}
     lines = {}
     if known:
-        architecture = ARCHITECTURES.get(known.get("architecture", "llama"))
+        architecture = ARCHITECTURES.get(str(known.get("architecture", "llama")))
         lines["family"] = f"{architecture.family} ({architecture.name})" if architecture else str(known["architecture"])
     defaults = {name: field.default for name, field in ModelArgs.model_fields.items()}
     shown = {key: value for key, value in known.items() if key != "architecture" and value != defaults[key]}

@@ -160,6 +160,13 @@ class StackedRows(LazyTensor):
         return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
 
 
+_BYTES = {"U8": 1, "uint8": 1}
+_FLOATS = {"F32": 1, "float32": 1}
+# Bytes, which some files keep under a wider type.
+_CODES = _BYTES | {"I8": 1, "int8": 1, "BF16": 2, "bfloat16": 2, "F16": 2, "float16": 2, "F32": 4, "float32": 4}
+"""For each part of a packed matrix: the types that it may have, and what each of its numbers counts for."""
+
+
 @dataclass(frozen=True)
 class PackedTensor(LazyTensor):
     """A matrix [N, K] that its file holds in 4 bits, as `FourBitWeight` does; `parts` are that class's tensors.
@@ -175,7 +182,7 @@ class PackedTensor(LazyTensor):
 
     @staticmethod
     def of(parts: dict[str, LazyTensor], quant_type: str, shape: tuple[int, int], name: str) -> PackedTensor:
-        """The whole matrix called `name`. Raises `CheckpointError` for parts whose sizes do not make its shape."""
+        """The whole matrix called `name`. Raises `CheckpointError` for parts whose sizes or types do not make it."""
         blocks = -(-prod(shape) // BLOCK)
         expected = {
             "codes": prod(shape) // 2,
@@ -184,9 +191,11 @@ class PackedTensor(LazyTensor):
             "offset": 1,
         }
         for part, tensor in parts.items():
-            found = prod(tensor.shape)
-            if part == "codes":  # bytes, which some files keep under a wider type
-                found *= {"BF16": 2, "F16": 2, "F32": 4, "bfloat16": 2, "float16": 2, "float32": 4}.get(tensor.dtype, 1)
+            widths = _CODES if part == "codes" else _BYTES if part == "scales" and "nested_scales" in parts else _FLOATS
+            if tensor.dtype not in widths:
+                known = ", ".join(name for name in widths if name.isupper())
+                raise CheckpointError(f"{name} has {part} of type {tensor.dtype}; expected {known}.")
+            found = prod(tensor.shape) * widths[tensor.dtype]
             if found != expected[part]:
                 raise CheckpointError(f"{name} of shape {shape} has {found} {part}; expected {expected[part]}.")
         return PackedTensor(parts, quant_type, shape, name)

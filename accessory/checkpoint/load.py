@@ -6,6 +6,7 @@ The full-precision model is never whole anywhere: a slice is read, packed or cas
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, own_slice, pad_slice, padded_bounds, slicing_of
 from accessory.quant import PackedWeight
 
+_NO_WEIGHTS = re.compile(r"[IUC]\d+|BOOL|u?int\d+|bool|complex\d+")
+"""Types, in files' words, that no weight has."""
 _SHOWN = 8  # names listed per fault
 VOCABULARY_MATRICES = ("tok_embeddings.weight", "output.weight")
 
@@ -74,9 +77,10 @@ def overlay(sources: list[Source], args: ModelArgs) -> tuple[dict[str, LazyTenso
             tensors = {name: SummedTensor(found[name], tensor) for name, tensor in tensors.items()}
         found |= tensors
         origin |= dict.fromkeys(tensors, source)
-    for name in VOCABULARY_MATRICES:
-        if name in found and found[name].shape[0] < args.vocab_size:
-            found[name] = GrownRows(found[name], args.vocab_size)
+    rows = {name: found[name].shape[:1] for name in VOCABULARY_MATRICES if name in found}
+    # Rows that differ are no vocabulary that grew, but a shape that does not fit.
+    if len(set(rows.values())) == 1 and next(iter(rows.values())) < (args.vocab_size,):
+        found |= {name: GrownRows(found[name], args.vocab_size) for name in rows}
     return found, origin
 
 
@@ -104,6 +108,8 @@ def resolve(
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
             faults.append(_misfit(origin[name], name, found[name].shape, expected))
+        elif name in found and _NO_WEIGHTS.fullmatch(found[name].dtype):
+            faults.append(f"{origin[name].path}: {name} holds {found[name].dtype}; expected floating-point weights.")
     if faults:
         raise CheckpointError("The checkpoint does not fit the model.\n" + "\n".join(faults[: 3 * _SHOWN]))
     return {name: tensor for name, tensor in found.items() if name in wanted}

@@ -36,7 +36,7 @@ def part_rows(fused: Fused, args: ModelArgs) -> list[Tensor]:
 def ours_from_theirs(tensors: Mapping[str, LazyTensor], names: Names, args: ModelArgs, source: str) -> Tensors:
     """Their tensors under our names, fused ones taken apart. A name that means nothing to us is kept as it is.
 
-    Raises `CheckpointError` for a fused matrix of a size that does not fit the settings.
+    Raises `CheckpointError` for a fused matrix of a size that does not fit the settings, and for what is there twice.
     """
     ours: Tensors = {}
     for key, tensor in tensors.items():
@@ -44,11 +44,14 @@ def ours_from_theirs(tensors: Mapping[str, LazyTensor], names: Names, args: Mode
             continue
         found = names.ours(key)
         if found is None:
-            ours[key] = tensor
+            its = {key: tensor}
         elif isinstance(found[0], str):
-            ours[f"{found[0]}.{found[1]}"] = tensor
+            its = {f"{found[0]}.{found[1]}": tensor}
         else:
-            ours |= _taken_apart(key, tensor, *found, args, source)
+            its = _taken_apart(key, tensor, *found, args, source)
+        if twice := its.keys() & ours.keys():
+            raise CheckpointError(f"{source}: holds {sorted(twice)[0]} twice, once as {key}.")
+        ours |= its
     if args.tie_word_embeddings:
         ours.pop("output.weight", None)
     return ours
@@ -57,8 +60,8 @@ def ours_from_theirs(tensors: Mapping[str, LazyTensor], names: Names, args: Mode
 def _taken_apart(key: str, tensor: LazyTensor, fused: Fused, leaf: str, args: ModelArgs, source: str) -> Tensors:
     rows = part_rows(fused, args)
     expected = sum(map(len, rows))
-    if tensor.shape[0] != expected:
-        raise CheckpointError(f"{source}: {key} has {tensor.shape[0]} rows; its settings ask for {expected}.")
+    if tensor.shape[:1] != (expected,):
+        raise CheckpointError(f"{source}: {key} has shape {tensor.shape}; its settings ask for {expected} rows.")
     return {f"{part}.{leaf}": tensor.select(its) for part, its in zip(fused.parts, rows, strict=True)}
 
 

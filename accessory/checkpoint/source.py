@@ -42,8 +42,16 @@ class Source:
 
     @property
     def rotary_layout(self) -> str:
-        """Which channels of a head of q and k rotate together: ModelArgs' `rotary_layout`; Meta's where unsaid."""
-        return (self.settings or {}).get("rotary_layout", "pairs")
+        """Which channels of a head of q and k rotate together: ModelArgs' `rotary_layout`; Meta's where unsaid.
+
+        Raises `CheckpointError` for a word that is none.
+        """
+        layout = (self.settings or {}).get("rotary_layout", "pairs")
+        if layout not in ("pairs", "halves"):
+            raise CheckpointError(
+                f"{self.path}: its settings' 'rotary_layout' is {layout!r}; expected pairs or halves."
+            )
+        return layout
 
     @property
     def is_sharded(self) -> bool:
@@ -93,7 +101,10 @@ def stated_settings(path: Path) -> dict[str, Any] | None:
 def stated_llama_type(path: Path) -> str | None:
     """`llama_type` of a directory's meta.json; None where it has none."""
     meta = path / "meta.json"
-    return read_json(meta).get("llama_type") if meta.is_file() else None
+    llama_type = read_json(meta).get("llama_type") if meta.is_file() else None
+    if not isinstance(llama_type, str | None):
+        raise CheckpointError(f"{meta}: 'llama_type' is {llama_type!r}; expected a name.")
+    return llama_type
 
 
 def settings_read_by(read: Callable[[], ModelArgs], file: Path) -> ModelArgs:

@@ -10,7 +10,8 @@ from accessory.errors import ParallelError
 
 # Far beyond any model, and near enough that a file which says more is refused before anything of that size is made.
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
-Count = Annotated[int, Field(ge=1, le=1 << 12)]
+MOST_BLOCKS = 1 << 12
+Count = Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
 
 
 class RopeScaling(BaseModel):
@@ -20,9 +21,17 @@ class RopeScaling(BaseModel):
 
     kind: Literal["linear", "llama3", "dynamic"]
     factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    low_freq_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    original_max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 30)] = 8192
+
+    @model_validator(mode="after")
+    def _bands_in_order(self) -> RopeScaling:
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}"
+            )
+        return self
 
 
 class ModelArgs(BaseModel):

@@ -154,7 +154,9 @@ def test_a_tied_head_is_left_out() -> None:
 
 def test_a_fused_matrix_that_does_not_fit() -> None:
     """Named as in its file, with both numbers."""
-    with pytest.raises(CheckpointError, match=r"^here: h\.0\.qkv\.weight has 63 rows; its settings ask for 64\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"^here: h\.0\.qkv\.weight has shape \(63, 3\); its settings ask for 64 rows\.$"
+    ):
         ours_from_theirs({"h.0.qkv.weight": HeldTensor(numbered(63))}, NAMES, ARGS, "here")
 
 

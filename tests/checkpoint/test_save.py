@@ -21,6 +21,9 @@ from accessory.parallel.tensor import Slicing
 from accessory.tokenizer import open_tokenizer
 
 
+RUN = {"base": [], "quantization": None}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one mebibyte."""
@@ -39,7 +42,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def writer(tiny_base: Path, tmp_path: Path) -> CheckpointWriter:
     """Writes trained parts into tmp_path/out."""
-    documents = {"config.json": {"dim": 128}, "meta.json": {"llama_type": "llama_peft"}, "run.json": {"base": []}}
+    documents = {"config.json": {"dim": 128}, "meta.json": {"llama_type": "llama_peft"}, "run.json": RUN}
     return CheckpointWriter(tmp_path / "out", "trainable", documents, open_tokenizer(tiny_base))
 
 
@@ -64,7 +67,7 @@ def test_checkpoint_is_complete_and_equal(writer: CheckpointWriter, tiny_base: P
     saved = load_file(path / "training_state.safetensors")
     assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
     assert json.loads((path / "training_state.json").read_text()) == {"progress": {"epoch": 1}}
-    assert json.loads((path / "run.json").read_text()) == {"base": []}
+    assert json.loads((path / "run.json").read_text()) == RUN
     assert open_tokenizer(path).fingerprint == open_tokenizer(tiny_base).fingerprint
 
 

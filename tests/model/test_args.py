@@ -97,7 +97,7 @@ def test_sizes_that_divide_pass() -> None:
 @pytest.mark.parametrize(
     ("changes", "size", "fault"),
     [
-        ({"n_heads": 6}, 4, "6 attention heads"),
+        ({"n_heads": 6, "n_kv_heads": 6}, 4, "6 attention heads"),
         ({"n_kv_heads": 2}, 4, "2 key/value heads"),
         ({"hidden_dim": 36}, 4, "18 MLP width pairs"),
     ],

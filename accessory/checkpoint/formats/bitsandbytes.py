@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: Any, path: Pa
 def _state_of(name: str, tensor: LazyTensor, path: Path) -> dict[str, Any]:
     try:
         state = json.loads(bytes(tensor.read().tolist()).decode())
-        if not (len(state["shape"]) == 2 and isinstance(state["quant_type"], str)):
+        sizes_fit = len(state["shape"]) == 2 and all(size == int(size) > 0 for size in state["shape"])
+        if not (sizes_fit and isinstance(state["quant_type"], str) and math.isfinite(state.get("nested_offset", 0))):
             raise ValueError(f"it says {state}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: the quantization state of {name} cannot be read ({error}).") from error
     return state
 
@@ -63,7 +65,10 @@ def _check_state(name: str, state: dict[str, Any], code: LazyTensor | None, path
             f"{path}: {name} is packed as {state['quant_type']} in blocks of {sizes[0]} and {sizes[1]}; expected "
             f"nf4 or fp4 in blocks of {BLOCK} and {NESTED_BLOCK}."
         )
-    if code is not None and not torch.allclose(code.read().float(), codebook_of(state["quant_type"]), atol=1e-6):
+    known_code = codebook_of(state["quant_type"])
+    if code is not None and not (
+        code.shape == known_code.shape and torch.allclose(code.read().float(), known_code, atol=1e-6)
+    ):
         raise CheckpointError(f"{path}: {name} has a codebook of its own; expected {state['quant_type']}'s.")
 
 

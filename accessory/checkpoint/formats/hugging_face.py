@@ -53,7 +53,7 @@ def _indexed_files(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: holds no 'weight_map'; expected one that names each tensor's file.")
     names = sorted({str(name) for name in weight_map.values()})
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [name[:80] for name in names if Path(name).name != name or len(name.encode()) > 255]:
         raise CheckpointError(f"{index}: names {', '.join(outside)}; expected files beside it.")
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,26 @@ def _open(path: Path, files: list[Path], is_delta: bool) -> Source:
         settings=stated_settings(path),
         llama_type=stated_llama_type(path),
         is_delta=is_delta,
-        run=read_json(run) if run.is_file() else None,
+        run=_read_run(run) if run.is_file() else None,
     )
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    """run.json, whose `base` and `quantization` say what a trained part belongs to."""
+    run = read_json(file)
+    base, quantization = run.get("base"), run.get("quantization", "")
+    keys = ("path", "format", "fingerprint")
+    if not (
+        isinstance(base, list)
+        and all(isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys) for entry in base)
+    ):
+        raise CheckpointError(f"{file}: 'base' is {base!r}; expected a list of objects with {', '.join(keys)}.")
+    if not (quantization is None or (isinstance(quantization, str) and quantization in STORAGES)):
+        raise CheckpointError(
+            f"{file}: 'quantization' is {run.get('quantization', 'missing')!r}; expected null or one of "
+            f"{', '.join(STORAGES)}."
+        )
+    return run
 
 
 def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) -> dict[str, LazyTensor]:
@@ -57,13 +76,13 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
         wanted = PACKED_PARTS if scales is not None and scales.dtype == "U8" else PACKED_PARTS[:2]
         parts = {part: found.pop(f"{name}.{part}", None) for part in wanted}
         try:
-            shape = (int(entry["shape"][0]), int(entry["shape"][1]))
+            rows, columns = (operator.index(size) for size in entry["shape"])
             quant_type = {"nf4": "nf4", "fp4": "fp4"}[entry["quant_type"]]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
         if absent := [part for part, tensor in parts.items() if tensor is None]:
             raise CheckpointError(f"{meta.parent}: {name} is packed, but its {', '.join(absent)} is missing.")
-        found[name] = PackedTensor.of(parts, quant_type, shape, f"{meta.parent}: {name}")
+        found[name] = PackedTensor.of(parts, quant_type, (rows, columns), f"{meta.parent}: {name}")
     return found
 
 

@@ -17,7 +17,7 @@ FAMILIES = tuple(dict.fromkeys(architecture.family for architecture in ARCHITECT
 
 def architecture_of(name: object, source: str) -> Architecture:
     """The model type called `name` in `source`. Raises `CheckpointError` listing those we know."""
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(
             f"{source}: model_type {name!r} is not supported.{nearest(str(name), ARCHITECTURES)} Known: {known}."
@@ -28,7 +28,7 @@ def architecture_of(name: object, source: str) -> Architecture:
 def architecture_of_gguf(name: object, source: str) -> Architecture:
     """The model type behind GGUF's `general.architecture`. Raises `CheckpointError` listing those we know."""
     known = {a.gguf.architecture: a for a in reversed(ARCHITECTURES.values()) if a.gguf}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise CheckpointError(
             f"{source}: architecture {name!r} is not supported.{nearest(str(name), known)} Known: {', '.join(known)}."
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from accessory.errors import CheckpointError
-from accessory.model.args import ModelArgs, RopeScaling
+from accessory.model.args import MOST_BLOCKS, ModelArgs, RopeScaling
 
 Config = dict[str, Any]
 ACTIVATIONS = {
@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 """Their name of an activation -> ours."""
+_KINDS = ("full_attention", "sliding_attention")
 _THEIR_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -148,7 +149,7 @@ class Architecture:
             width = ModelArgs(**values).head_dim  # values of a wrong kind are complained about here
             values |= self._rope(config, width, source)
         if self.sliding != "none":
-            values |= self._window(config)
+            values |= self._window(config, source)
         return ModelArgs(**values)
 
     def _by_key(self, config: Config, source: str) -> Config:
@@ -162,7 +163,7 @@ class Architecture:
             elif ours not in ("n_kv_heads", "head_dim"):
                 raise CheckpointError(f"{source}: {theirs.split('|')[0]!r} is missing; expected the model's settings.")
         if "activation" in values:
-            if values["activation"] not in ACTIVATIONS:
+            if str(values["activation"]) not in ACTIVATIONS:
                 known = ", ".join(ACTIVATIONS)
                 raise CheckpointError(
                     f"{source}: activation {values['activation']!r} is not supported; known: {known}."
@@ -171,6 +172,9 @@ class Architecture:
         return values
 
     def _rope(self, config: Config, width: int, source: str) -> Config:
+        for key in ("rope_parameters", "rope_scaling"):
+            if config.get(key) and not isinstance(config[key], dict):
+                raise CheckpointError(f"{source}: {key!r} is {config[key]!r}; expected an object.")
         stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
         scaling = {**stated, **(config.get("rope_scaling") or {})}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -186,15 +190,25 @@ class Architecture:
             "rotary_dim": int(width * share),
         }
 
-    def _window(self, config: Config) -> Config:
+    def _window(self, config: Config, source: str) -> Config:
         # Silence means Mistral 0.1's window, and that no layer of Qwen below the 28th has one, as in transformers.
-        window, layers = config.get("sliding_window", 4096), None
+        window, layers, blocks = config.get("sliding_window", 4096), None, config["num_hidden_layers"]
+        if type(blocks) is not int or blocks > MOST_BLOCKS:
+            return {}  # which the settings as a whole are refused for
         if self.sliding == "switched":
             if not config.get("use_sliding_window"):
                 return {}
-            layers = list(range(config.get("max_window_layers", 28), config["num_hidden_layers"]))
-        if config.get("layer_types"):
-            layers = [i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"]
+            first = config.get("max_window_layers", 28)
+            if type(first) is not int or first < 0:
+                raise CheckpointError(f"{source}: 'max_window_layers' is {first!r}; expected a number of blocks.")
+            layers = list(range(first, blocks))
+        if kinds := config.get("layer_types"):
+            if not (isinstance(kinds, list) and len(kinds) == blocks and all(kind in _KINDS for kind in kinds)):
+                raise CheckpointError(
+                    f"{source}: 'layer_types' is {kinds!r}; expected one of {', '.join(_KINDS)} for each of {blocks} "
+                    "blocks."
+                )
+            layers = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
         return {"sliding_window": window, "sliding_layers": layers} if window else {}
 
     def write(self, args: ModelArgs) -> Config:

@@ -204,4 +204,4 @@ def test_fused_matrix_of_another_size(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     name = "transformer.h.0.self_attention.query_key_value.weight"
     save_file(state | {name: state[name][:-3].contiguous()}, tmp_path / "model.safetensors")
-    assert f"{tmp_path}: {name} has 189 rows; its settings ask for 192." in refusal(tmp_path)
+    assert f"{tmp_path}: {name} has shape (189, 64); its settings ask for 192 rows." in refusal(tmp_path)

@@ -21,10 +21,10 @@ def test_trained_part(formats: dict[str, Path], tmp_path: Path, weights) -> None
     """trainable.safetensors is a trained part, and says of which kind and run."""
     save_file({"norm.weight": weights["norm.weight"]}, tmp_path / "trainable.safetensors")
     (tmp_path / "meta.json").write_text('{"llama_type": "llama_peft"}')
-    (tmp_path / "run.json").write_text('{"base": []}')
+    (tmp_path / "run.json").write_text('{"base": [], "quantization": null}')
     source = open_source(tmp_path)
     assert (source.format, source.is_delta, source.llama_type) == ("Accessory (trained part)", True, "llama_peft")
-    assert source.run == {"base": []}
+    assert source.run == {"base": [], "quantization": None}
     assert source.settings is None and model_args_of(source) is None
 
 
