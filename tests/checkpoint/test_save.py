@@ -20,7 +20,6 @@ from accessory.errors import CheckpointError
 from accessory.parallel.tensor import Slicing
 from accessory.tokenizer import open_tokenizer
 
-
 RUN = {"base": [], "quantization": None}
 
 
