@@ -6,15 +6,32 @@ import argparse
 import json
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from accessory.errors import ConfigError, explain_validation, nearest
+from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
 
 Config = TypeVar("Config", bound=BaseModel)
 Precision = Literal["bf16", "fp16", "fp32", "tf32"]
+_LAYER_WORDS = ("none", "all", "auto")
+
+
+def _layers(value: Any) -> Any:
+    """`none`, `all`, `auto`, a number, or what upstream's switch stores."""
+    if isinstance(value, bool):
+        return "all" if value else "none"
+    if value in _LAYER_WORDS or (isinstance(value, int) and value >= 0):
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    raise PydanticCustomError("layers", "Input should be 'none', 'all', 'auto' or a number of layers")
+
+
+Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
 
 
 class FinetuneConfig(BaseModel):
@@ -50,6 +67,8 @@ class FinetuneConfig(BaseModel):
     """Where to run; auto takes CUDA where there is any."""
     batch_size: int = Field(default=16, ge=1)
     """Documents of a micro-batch, per data-parallel rank."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Cut a step into micro-batches of at most this many tokens instead; what a global batch holds stays the same."""
     accum_iter: int = Field(default=4, ge=1)
     """Micro-batches per optimizer step; a global batch is batch_size x accum_iter x data-parallel ranks."""
     epochs: int = Field(default=3, ge=1)
@@ -64,14 +83,18 @@ class FinetuneConfig(BaseModel):
     """Learning rate at the end of the cosine."""
     weight_decay: float = Field(default=0.02, ge=0)
     """AdamW's decay; biases and norms are spared."""
+    optim: Literal[OPTIMIZERS] = "adamw"
+    """AdamW with moments in fp32 (adamw), in 8 bits (adamw8bit), or in memory a full GPU pages out (paged_adamw)."""
     clip_grad: float = -1.0
     """Clip the norm of the whole gradient to this; 0 or less only reports it."""
     max_words: int = Field(default=1024, ge=2)
     """Longest document in tokens; the rest is cut off and counted."""
     dialog: bool = False
     """The data are conversations; only the assistant's turns are learned."""
-    checkpointing: bool = False
-    """Recompute each block in the backward instead of keeping its activations."""
+    checkpointing: Layers = Field(default="none", json_schema_extra={"bare": "all"})
+    """Layers to recompute in the backward: none, a number, all (also without a value), or auto: the fewest that fit."""
+    offload_inputs: bool = False
+    """Keep the inputs of recomputed layers in host memory until the backward (CUDA)."""
     model_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share one copy of the model (tensor parallel)."""
     data_parallel: Literal["sdp", "fsdp"] = "sdp"
@@ -106,6 +129,8 @@ class FinetuneConfig(BaseModel):
             found.append("--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
+        if self.offload_inputs and self.checkpointing in ("none", 0):
+            found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
         found += missing_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
@@ -232,6 +257,8 @@ def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:
             options["action"] = "store_true"
         elif get_origin(field.annotation) is list:
             options["nargs"] = "+" if field.is_required() else "*"
+        elif bare := (field.json_schema_extra or {}).get("bare"):
+            options |= {"nargs": "?", "const": bare}
         parser.add_argument(f"--{name}", **options)
     return parser
 

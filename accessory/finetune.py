@@ -21,6 +21,7 @@ from accessory.checkpoint.training_state import (
     load_training_state,
     state_record,
 )
+from accessory.checkpointing import check_offload, choose_layers, recompute_layers
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
@@ -29,13 +30,13 @@ from accessory.errors import ConfigError
 from accessory.meta import MetaModel
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
-from accessory.optim import LossScale, build_adamw
+from accessory.optim import LossScale, build_optimizer
 from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
-from accessory.plan import device_memory, memory_plan, parameter_counts
+from accessory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
 from accessory.report import Reporter
 
 CACHE_DIR = Path("accessory_data_cache")
@@ -50,17 +51,19 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     output_dir = None if config.dry_run else config.output_dir
+    together(lambda: check_offload(config.offload_inputs, layout.device))
     together(lambda: _prepare_output(output_dir, layout))
     sources = together(lambda: _open_sources(config))
     blueprint = together(lambda: _blueprint(config, sources))
     decoder, attachment = together(lambda: blueprint.build(layout))
     corpus = together(lambda: _corpus(config, blueprint, layout))
-    _announce(config, blueprint, decoder, attachment, layout, corpus)
+    order = together(lambda: _order(config, corpus, layout))
+    recomputed = _plan_memory(config, blueprint, decoder, attachment, layout, order)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model, data_parallel = _fill(config, blueprint, sources, decoder, attachment, layout)
+    recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
-    optimizer = build_adamw(parameters, config.lr, config.weight_decay)
-    order = _order(config, corpus, layout)
+    optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
     identity = _identity(config, blueprint, corpus, order)
     progress = _resume(config, optimizer, parameters, slicings, layout, identity)
     schedule = _schedule(config, order)
@@ -158,6 +161,7 @@ def _order(config: FinetuneConfig, corpus: Corpus, layout: Layout) -> GlobalOrde
         dp_rank=layout.dp_rank,
         dp_size=layout.dp_size,
         seed=config.seed,
+        max_tokens=config.max_tokens,
     )
 
 
@@ -173,40 +177,59 @@ def _fill(
     tensors = together(lambda: resolve(decoder, sources, attachment, initialize=config.resume is None))
     data_parallel = DataParallel(layout, config.data_parallel, blueprint.method.trains_base)
     together(lambda: fill(decoder, tensors, attachment, layout, data_parallel, config.seed))
-    for block in decoder.layers:
-        block.recompute = config.checkpointing
     model = MetaModel(decoder, blueprint.tokenizer, config.max_words)
     data_parallel.shard_root(model)
     return model, data_parallel
 
 
-def _announce(
+def _plan_memory(
     config: FinetuneConfig,
     blueprint: Blueprint,
     decoder: Decoder,
     attachment: Attachment,
     layout: Layout,
-    corpus: Corpus,
-) -> None:
+    order: GlobalOrder,
+) -> int:
+    """Say what will run and what memory it takes; returns how many layers to recompute."""
+
+    def plan(layers: int) -> MemoryPlan:
+        return memory_plan(
+            decoder, attachment, layout,
+            tokens=order.most_tokens, checkpointing=layers, data_parallel=config.data_parallel,
+        )  # fmt: skip
+
+    n_layers = len(decoder.layers)
+    recomputed, why = choose_layers(config.checkpointing, n_layers, plan, layout, _remedies(config))
     trained, total = parameter_counts(decoder, attachment)
     packed = blueprint.quant_type
     stored = f"{packed} in the blocks, {config.precision} elsewhere" if packed else config.precision
-    _say(
-        layout,
+    notes = [
         f"{blueprint.llama_type} on {layout.world_size} x {layout.device.type}: model parallel {layout.mp_size}, data "
-        f"parallel {layout.dp_size} ({config.data_parallel}); weights in {stored}\n"
-        f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.3f} %)"
-        + "".join(f"\n{note}" for note in blueprint.notes)
-        + (f"\n--pretrained_type {config.pretrained_type} is needless: formats are told from the files"
-           if config.pretrained_type else ""),
-    )  # fmt: skip
-    tokens = config.batch_size * min(config.max_words, int(corpus.lengths.max()))
-    plan = memory_plan(
-        decoder, attachment, layout,
-        tokens=tokens, checkpointing=config.checkpointing, data_parallel=config.data_parallel,
-    )  # fmt: skip
-    title = f"a micro-batch of {tokens:,} tokens (the longest documents together)"
-    _say(layout, plan.table(title, device_memory(layout.device)))
+        f"parallel {layout.dp_size} ({config.data_parallel}); weights in {stored}",
+        f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.3f} %)",
+        *blueprint.notes,
+    ]
+    if config.pretrained_type:
+        notes.append(f"--pretrained_type {config.pretrained_type} is needless: formats are told from the files")
+    if config.checkpointing not in ("none", 0):
+        moved = ", their inputs kept in host memory" if config.offload_inputs else ""
+        notes.append(f"recomputed layers: {recomputed} of {n_layers}{f' ({why})' if why else ''}{moved}")
+    if config.optim == "paged_adamw" and layout.device.type == "cpu":
+        notes.append("--optim paged_adamw is adamw on the CPU: there is no smaller memory to page out of")
+    _say(layout, "\n".join(notes))
+    title = f"a micro-batch of {order.most_tokens:,} tokens (the most there can be)"
+    _say(layout, plan(recomputed).table(title, device_memory(layout.device)))
+    return recomputed
+
+
+def _remedies(config: FinetuneConfig) -> str:
+    """Flags that make a step smaller and are not used yet."""
+    found = ["a smaller --max_words"]
+    found.append("a smaller --batch_size" if config.max_tokens is None else "a smaller --max_tokens")
+    found += [] if config.quant else ["--quant with a method that trains a small part"]
+    found += [] if config.optim == "adamw8bit" else ["--optim adamw8bit"]
+    found += [] if config.data_parallel == "fsdp" else ["--data_parallel fsdp on more ranks"]
+    return ", ".join([*found, "--model_parallel_size on more ranks"])
 
 
 def _identity(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus, order: GlobalOrder) -> dict[str, Any]:
@@ -218,6 +241,7 @@ def _identity(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus, orde
         "seed": config.seed,
         "global_batch": order.global_batch,
         "quantization": blueprint.quant_type,
+        "optim": config.optim,
     }
 
 

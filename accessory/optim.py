@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import bitsandbytes.functional as kernels
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,16 +13,115 @@ from torch import Tensor, nn
 from accessory.parallel.data import local, sum_over_data_parallel
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import Slicing
+from accessory.quant.moments import levels, pack_moment
 
 BETAS = (0.9, 0.95)
+EPS = 1e-8
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw")
+"""Values of `--optim`."""
+MIN_8BIT = 4096  # values from which on bitsandbytes' own optimizers use 8 bits
+MIN_PAGED = 100_000  # values from which on they page
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_EMBEDDINGS = ("tok_embeddings.", "pos_embeddings.")
+
+
+def build_optimizer(
+    kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer that `--optim KIND` names.
+
+    On the CPU `paged_adamw` is `adamw`: there is no smaller memory to page out of.
+    """
+    on_gpu = next(iter(parameters.values())).device.type == "cuda"
+    if kind == "adamw8bit":
+        # Rows of an embedding are stepped on rarely and unevenly, which 8 bits serve badly (Dettmers et al. 2022, 2.3).
+        wide = {p for name, p in parameters.items() if name.startswith(_EMBEDDINGS)}
+        return KernelAdamW(_groups(parameters, weight_decay), lr, eight_bit=set(parameters.values()) - wide)
+    if kind == "paged_adamw" and on_gpu:
+        return KernelAdamW(_groups(parameters, weight_decay), lr, paged=True)
+    return build_adamw(parameters, lr, weight_decay)
 
 
 def build_adamw(parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over fp32 parameters; biases and norms are not decayed."""
+    return torch.optim.AdamW(_groups(parameters, weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
+
+
+def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     decayed = [p for name, p in parameters.items() if not name.endswith((".bias", "norm.weight"))]
     spared = [p for name, p in parameters.items() if name.endswith((".bias", "norm.weight"))]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
+    return [group for group in groups if group["params"]]
+
+
+class KernelAdamW(torch.optim.Optimizer):
+    """AdamW by bitsandbytes' kernels, with moments in 8 bits or in managed memory that a full GPU pages out.
+
+    bitsandbytes' own optimizers know no sharded parameters; here each rank's shard is what the kernels are given.
+    State of a parameter: `step`, fp32, on the CPU; `exp_avg` and `exp_avg_sq`, of the shard's shape: fp32, or uint8
+    codes beside `exp_avg_scales` and `exp_avg_sq_scales` (see `accessory.quant.moments`). A restored state may be
+    sharded as the parameter is, and of either precision; it is brought into that form by the next step.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        *,
+        eight_bit: set[nn.Parameter] = frozenset(),
+        paged: bool = False,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.0})
+        # By the size of the whole parameter, so that all its shards are kept alike.
+        self.eight_bit = {p for p in eight_bit if p.numel() >= MIN_8BIT}
+        self.paged = paged
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step on every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self._prepared(parameter)
+                    state["step"] += 1
+                    if local(parameter).numel():
+                        self._update(parameter, state, group)
+        if self.paged:
+            torch.cuda.synchronize()  # the host may read the moments from now on
+
+    def _prepared(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The parameter's state in the form that the kernels take."""
+        state = self.state[parameter]
+        shard = local(parameter)
+        state["step"] = state.get("step", torch.tensor(0.0)).cpu()
+        for moment in _MOMENTS:
+            values = local(state[moment]) if moment in state else torch.zeros_like(shard, dtype=torch.float32)
+            if parameter in self.eight_bit and values.dtype != torch.uint8:
+                values, state[f"{moment}_scales"] = pack_moment(values, signed=moment == "exp_avg")
+            if self.paged and shard.numel() >= MIN_PAGED and not getattr(values, "is_paged", False):
+                paged = kernels.get_paged(*shard.shape, dtype=torch.float32, device=shard.device)
+                values = paged.copy_(values)  # PyTorch takes it for host memory
+            state[moment] = values
+        return state
+
+    def _update(self, parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        shard, gradient = local(parameter), local(parameter.grad).contiguous()
+        first, second = (state[moment] for moment in _MOMENTS)
+        (beta1, beta2), eps, step = group["betas"], group["eps"], int(state["step"].item())
+        for moment in (first, second):
+            if getattr(moment, "is_paged", False):
+                kernels.prefetch_tensor(moment)
+        if first.dtype != torch.uint8:
+            kernels.optimizer_update_32bit(
+                "adam", gradient, shard, first, beta1, eps, step, group["lr"], second, beta2,
+                weight_decay=group["weight_decay"],
+            )  # fmt: skip
+            return
+        kernels.optimizer_update_8bit_blockwise(
+            "adam", gradient, shard, first, second, beta1, beta2, 0.0, 0.0, eps, step, group["lr"],
+            levels(True, shard.device), levels(False, shard.device), state["exp_avg_scales"],
+            state["exp_avg_sq_scales"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
 
 
 def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:

@@ -51,9 +51,12 @@ class MemoryPlan:
 
 
 def memory_plan(
-    decoder: Decoder, attachment: Attachment, layout: Layout, *, tokens: int, checkpointing: bool, data_parallel: str
+    decoder: Decoder, attachment: Attachment, layout: Layout, *, tokens: int, checkpointing: int, data_parallel: str
 ) -> MemoryPlan:
-    """Plan for a micro-batch of `tokens`, all supervised, on a decoder that need not be filled."""
+    """Plan for a micro-batch of `tokens`, all supervised, on a decoder that need not be filled.
+
+    checkpointing: how many blocks are recomputed, the first ones.
+    """
     share, sharded = layout.dp_size, layout.dp_size > 1
     trainable = _bytes(decoder, attachment, trained=True)
     weights = _bytes(decoder, attachment, trained=False)
@@ -94,27 +97,29 @@ def _bytes(module: nn.Module, attachment: Attachment, *, trained: bool, prefix: 
 
 
 def activation_bytes(
-    decoder: Decoder, attachment: Attachment, tokens: int, *, checkpointing: bool, device: torch.device = CPU
+    decoder: Decoder, attachment: Attachment, tokens: int, *, checkpointing: int, device: torch.device = CPU
 ) -> int:
     """Bytes the forward of `tokens` supervised tokens keeps for the backward, on this rank, parameters aside.
 
-    With checkpointing: every block's input, and what the one block being run again keeps. Without: what every block
-    keeps; norms of the first block's input keep nothing where neither they nor anything below is trained. On top of
-    either: what stands before the blocks and behind them, the loss's gradient and row numbers, the shared rotations,
-    the mask of a sliding window on the CPU, and what training the head takes.
+    The first `checkpointing` blocks keep their input, the others all they compute. Where there are no others, what the
+    one block being run again keeps comes on top; else it takes the place of what is gone by then. If none is run
+    again, norms of the first block's input keep nothing where neither they nor anything below is trained. On top: what
+    stands before the blocks and behind them, the loss's gradient and row numbers, the shared rotations, the mask of a
+    sliding window on the CPU, and what training the head takes.
     """
     args, layers = decoder.args, len(decoder.layers)
     width = torch.finfo(decoder.dtype).bits // 8
     x = tokens * args.dim * width
-    kept = block_activation_bytes(decoder, attachment, tokens, device)
-    if checkpointing:
+    block = block_activation_bytes(decoder, attachment, tokens, device)
+    kept = (layers - checkpointing) * block + checkpointing * x
+    if checkpointing == layers:
         # A block's input is among what it keeps, unless its norms stand behind and nothing else wants it.
         inside = args.norm_placement != "after" or any(
             _keeps_input(name, decoder, attachment) for name in ("wq", "wk", "wv")
         )
-        kept += (layers - inside) * x
-    else:
-        kept = layers * kept - _needless_in_first_block(decoder, attachment, tokens)
+        kept += block - inside * x
+    elif not checkpointing:
+        kept -= _needless_in_first_block(decoder, attachment, tokens)
     kept += _entrance_bytes(decoder, attachment, tokens) + _exit_bytes(decoder, attachment, tokens)
     kept += tokens * (8 + (4 * args.rotary_dim if args.position == "rotary" else 0))
     if _is_banded(decoder, tokens, device):

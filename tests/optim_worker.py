@@ -1,13 +1,17 @@
-"""Run under torchrun with two ranks: the norm of one gradient, cut over tensor-parallel or data-parallel ranks."""
+"""Run under torchrun with two ranks: the norm of one gradient, cut over tensor-parallel or data-parallel ranks.
+
+And 8-bit AdamW on sharded parameters, against bitsandbytes' own on the whole ones.
+"""
 
 import sys
 from pathlib import Path
 
+import bitsandbytes
 import torch
 from fairscale.nn.model_parallel import destroy_model_parallel
 from torch import nn
 
-from accessory.optim import gradient_norm, sum_partial_gradients
+from accessory.optim import BETAS, build_optimizer, gradient_norm, sum_partial_gradients
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel, local, whole
 from accessory.parallel.tensor import Slicing
@@ -60,10 +64,38 @@ def data_parallel(layout: groups.Layout) -> torch.Tensor:
     return gradient_norm(parameters, SLICINGS)
 
 
+def eight_bit_shards(layout: groups.Layout) -> None:
+    """Rows are blocks, so that shards are quantized as the whole is; of one parameter the second rank has nothing."""
+    torch.manual_seed(0)
+    shapes = {"many": (30, 256), "one": (1, 5120), "few": (3, 8)}
+    module, copies = nn.Module(), {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    for name, copy in copies.items():
+        setattr(module, name, nn.Parameter(copy.detach().clone()))
+    module.forward = lambda: sum((p * copies[name].grad).sum() / 2 for name, p in module.named_parameters())
+    DataParallel(layout, "sdp", base_is_trained=False).shard_root(module)
+    parameters = dict(module.named_parameters())
+    optimizer = build_optimizer("adamw8bit", parameters, 0.01, 0.1)
+    reference = bitsandbytes.optim.AdamW8bit(copies.values(), lr=0.01, betas=BETAS, weight_decay=0.1)
+    for _ in range(3):
+        for copy in copies.values():
+            copy.grad = torch.randn_like(copy)
+        module().backward()
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+    for name, copy in copies.items():
+        assert torch.equal(whole(parameters[name]).detach(), copy), name
+        assert optimizer.state[parameters[name]]["exp_avg"].shape == local(parameters[name]).shape
+    if layout.rank == 1:
+        assert not local(parameters["one"]).numel()
+
+
 layout = groups.start("cpu", model_parallel_size=2)
 found = [tensor_parallel(layout.rank).item()]
 destroy_model_parallel()
-found.append(data_parallel(groups.start("cpu")).item())
+layout = groups.start("cpu")
+found.append(data_parallel(layout).item())
+eight_bit_shards(layout)
 expected = torch.cat([gradient.flatten() for gradient in gradients().values()]).norm().item()
 Path(sys.argv[1], f"norms.{layout.rank}").write_text(f"{expected} {found[0]} {found[1]}")
 groups.stop()

@@ -18,10 +18,10 @@ UPSTREAM = {
     "data_config": None, "image_transform": "random_resized_crop", "cache_ann_on_disk": False,
     "output_dir": Path("output_dir"), "save_interval": 1, "save_iteration_interval": 5000,
     "only_save_trainable": False, "seed": 0, "resume": None, "num_workers": 2, "pin_mem": True, "dist_on_itp": False,
-    "model_parallel_size": 1, "data_parallel": "sdp", "precision": "bf16", "checkpointing": False, "quant": False,
+    "model_parallel_size": 1, "data_parallel": "sdp", "precision": "bf16", "checkpointing": "none", "quant": False,
 }  # fmt: skip
 """LLaMA2-Accessory's flags of main_finetune.py and their defaults; ours differ on purpose for the paths (upstream's are
-placeholders) and --epochs (400 there)."""
+placeholders), --epochs (400 there) and --checkpointing (a switch there, which is what it still is without a value)."""
 
 
 @pytest.fixture
@@ -95,6 +95,33 @@ def test_values_become_what_they_should(paths: list[str]) -> None:
     assert parse(FinetuneConfig, [*paths, "--clip_grad", "-1"]).clip_grad == -1.0
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], "none"), (["none"], "none"), (["all"], "all"), (["auto"], "auto"), (["0"], 0), (["12"], 12)],
+)
+def test_checkpointing(paths: list[str], words: list[str], value: str | int) -> None:
+    """None, all, as many as fit, or a number; a bare one is upstream's switch, wherever it stands."""
+    assert parse(FinetuneConfig, [*paths, *(["--checkpointing"] if words else []), *words]).checkpointing == value
+    assert parse(FinetuneConfig, [*paths, "--checkpointing", "--no_visual"]).checkpointing == "all"
+    assert parse(FinetuneConfig, ["--quant", "--only_save_trainable", *paths, "--checkpointing"]).checkpointing == "all"
+
+
+@pytest.mark.parametrize("value", ["some", "-1", "1.5", "al"])
+def test_checkpointing_that_cannot_be(paths: list[str], value: str) -> None:
+    """Said in one line, with what can."""
+    assert refusal([*paths, f"--checkpointing={value}"]) == [
+        f"--checkpointing is '{value}': Input should be 'none', 'all', 'auto' or a number of layers."
+    ]
+
+
+def test_checkpointing_as_it_was_recorded(paths: list[str]) -> None:
+    """run.json of an earlier version has a switch's values; True must not be taken for one layer."""
+    values = plain(parse(FinetuneConfig, paths))
+    found = [FinetuneConfig(**values | {"checkpointing": value}).checkpointing for value in (True, False, 1, "all")]
+    assert found == ["all", "none", 1, "all"]
+    assert [type(value) for value in found] == [str, str, int, str]
+
+
 def test_empty_value_means_none(paths: list[str]) -> None:
     """Upstream's way to save nothing."""
     assert parse(FinetuneConfig, [*paths, "--output_dir", ""]).output_dir is None
@@ -146,7 +173,7 @@ def test_required_flags() -> None:
     ("lr", "inf"), ("clip_grad", "nan"), ("min_lr", "-1"), ("max_words", "1"), ("model_parallel_size", "0"),
     ("data_parallel", "ddp"), ("save_interval", "0"), ("save_iteration_interval", "0"), ("num_workers", "-1"),
     ("max_steps", "0"), ("device", "tpu"), ("pretrained_type", "hf"), ("weight_decay", "-0.1"), ("seed", "-1"),
-    ("epochs", "1.5"),
+    ("epochs", "1.5"), ("max_tokens", "1"), ("optim", "sgd"),
 ])  # fmt: skip
 def test_bad_values(paths: list[str], flag: str, value: str) -> None:
     """Named with the flag and what was given."""
@@ -168,6 +195,11 @@ def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
         f"--tokenizer_path {gone}: no such file or directory.",
         f"--resume {gone}: no such file or directory.",
     ]
+    without = "--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed."
+    assert (
+        refusal([*paths, "--offload_inputs"]) == refusal([*paths, "--offload_inputs", "--checkpointing=0"]) == [without]
+    )
+    assert parse(FinetuneConfig, [*paths, "--offload_inputs", "--checkpointing"]).offload_inputs
     assert refusal(["--pretrained_path", gone, "--data_config", gone]) == [
         f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone}: no such file or directory.",
     ]  # fmt: skip

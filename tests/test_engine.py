@@ -70,6 +70,21 @@ def test_gradient_does_not_depend_on_accumulation(engine: Engine, monkeypatch: p
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
 
 
+def test_nor_on_micro_batches_by_tokens(engine: Engine) -> None:
+    """As many documents a step, cut as `max_tokens` says: the same loss and gradient, to rounding."""
+    corpus, found, counts = engine.order.corpus, [], []
+    longest, total = int(corpus.lengths.max()), int(corpus.lengths.sum())
+    for most in (None, longest, longest + 40, total):
+        engine.order = GlobalOrder(corpus, batch_size=3, accum_iter=2, max_tokens=most)
+        engine.schedule = Schedule(2, 2, 0.0, 1e-12, 1e-12, -1.0, 1, 1)
+        counts.append(len(list(engine.order.micro_batches(0, 0))))
+        report = engine.step(Progress())
+        found.append((report.loss, report.grad_norm, report.tokens, report.supervised))
+    assert counts[-1] == 1 and counts[1] > 2
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-5)
+
+
 def test_clipping_bounds_the_update(engine: Engine) -> None:
     seen = []
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, 0.1, 1, 1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from accessory.optim import (
     BETAS,
     LossScale,
     build_adamw,
+    build_optimizer,
     gradient_norm,
     learning_rate,
     scale_gradients,
@@ -103,6 +105,75 @@ def test_a_step_is_adamws() -> None:
     assert spared.item() == pytest.approx(2 + 0.1, rel=1e-6)
 
 
+SHAPES = {"tok_embeddings.weight": (40, 128), "a.lora_a.weight": (50, 100), "b.weight": (4096,), "norm.weight": (5000,),
+          "c.bias": (70, 3), "output.weight": (33, 321)}  # fmt: skip
+"""From 4096 values on in 8 bits, but for an embedding; some with a last block that is short."""
+
+
+def reference_adamw(parameters: dict[str, nn.Parameter], bits: int) -> torch.optim.Optimizer:
+    """bitsandbytes' own, in the same groups."""
+    spared = {name for name in parameters if name.endswith((".bias", "norm.weight"))}
+    groups = [
+        {"params": [p for name, p in parameters.items() if (name in spared) == wanted], "weight_decay": decay}
+        for wanted, decay in ((False, 0.1), (True, 0.0))
+    ]
+    kind = bitsandbytes.optim.AdamW8bit if bits == 8 else bitsandbytes.optim.AdamW32bit
+    return kind([group for group in groups if group["params"]], lr=0.01, betas=BETAS)
+
+
+def test_8_bit_adamw_is_bitsandbytes() -> None:
+    """Bit for bit over some steps: weights, codes and scales; embeddings as its 32-bit one."""
+    torch.manual_seed(0)
+    ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+    theirs = {name: nn.Parameter(p.detach().clone()) for name, p in ours.items()}
+    embedding = {"tok_embeddings.weight": theirs["tok_embeddings.weight"]}
+    others = {name: p for name, p in theirs.items() if name not in embedding}
+    optimizer = build_optimizer("adamw8bit", ours, 0.01, 0.1)
+    references = [reference_adamw(others, 8), reference_adamw(embedding, 32)]
+    for _ in range(4):
+        for name, parameter in ours.items():
+            parameter.grad = torch.randn_like(parameter)
+            theirs[name].grad = parameter.grad.clone()
+        for one in (optimizer, *references):
+            one.step()
+    for name, parameter in ours.items():
+        assert torch.equal(parameter, theirs[name]), name
+        state, known = optimizer.state[parameter], references[name in embedding].state[theirs[name]]
+        assert torch.equal(state["exp_avg"], known["state1"]) and torch.equal(state["exp_avg_sq"], known["state2"])
+        wide = name in ("tok_embeddings.weight", "c.bias")
+        assert state["exp_avg"].dtype == (torch.float32 if wide else torch.uint8)
+        if not wide:
+            assert torch.equal(state["exp_avg_scales"], known["absmax1"])
+            assert torch.equal(state["exp_avg_sq_scales"], known["absmax2"])
+        assert state["step"] == 4
+
+
+def test_8_bits_take_a_quarter_of_the_memory() -> None:
+    """Of the fp32 moments, and a 64th for the scales."""
+    sizes = []
+    for kind in ("adamw", "adamw8bit"):
+        parameter = nn.Parameter(torch.zeros(64, 256))
+        optimizer = build_optimizer(kind, {"a.weight": parameter}, 0.01, 0.1)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        sizes.append(sum(t.nbytes for key, t in optimizer.state[parameter].items() if key != "step"))
+    assert sizes == [2 * 4 * 64 * 256, 2 * (64 * 256 + 4 * 64)]
+
+
+def test_optimizers_by_name(parameters: dict[str, nn.Parameter]) -> None:
+    """On the CPU there is nothing to page: PyTorch's own. A parameter without a gradient is left alone."""
+    for kind in ("adamw", "paged_adamw"):
+        assert type(build_optimizer(kind, parameters, 0.1, 0.1)) is torch.optim.AdamW
+    optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
+    parameters["d"].grad = None
+    before = parameters["d"].detach().clone()
+    optimizer.step()
+    assert torch.equal(parameters["d"], before) and parameters["d"] not in optimizer.state
+    assert len(optimizer.state) == 3
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in parameters.values())
+
+
 def test_gradient_norm_is_that_of_the_whole(parameters: dict[str, nn.Parameter]) -> None:
     """Sliced, partial and whole parameters each count once; one without a gradient does not."""
     flat = torch.cat([p.grad.flatten() for p in parameters.values()])
@@ -126,7 +197,10 @@ def test_gradient_norm_of_shards_and_overflow(parameters: dict[str, nn.Parameter
 
 
 def test_gradient_norm_over_two_ranks(torchrun, tmp_path: Path) -> None:
-    """Cut over tensor-parallel and over data-parallel ranks, every value counts once, and both know the same norm."""
+    """Cut over tensor-parallel and over data-parallel ranks, every value counts once, and both know the same norm.
+
+    The worker also steps on shards in 8 bits.
+    """
     worker = Path(__file__).with_name("optim_worker.py")
     done = torchrun(2, worker, tmp_path, PYTHONPATH=str(worker.parents[1]))
     assert done.returncode == 0, done.stderr[-3000:]

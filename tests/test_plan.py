@@ -128,7 +128,7 @@ def step(decoder: Decoder, lengths: tuple[int, ...] = (TOKENS,)) -> tuple[Kept, 
     return kept, loss, outputs
 
 
-def planned(decoder: Decoder, attachment: Attachment, layout: Layout, checkpointing: bool = False, **more):
+def planned(decoder: Decoder, attachment: Attachment, layout: Layout, checkpointing: int = 0, **more):
     """The plan of the small step."""
     options = {"tokens": TOKENS, "data_parallel": "sdp", **more}
     return memory_plan(decoder, attachment, layout, checkpointing=checkpointing, **options)
@@ -182,8 +182,20 @@ def test_activations_with_checkpointing(layout: Layout, settings: dict, quant: s
     x = outputs[0].detach().requires_grad_()
     with Kept(decoder, x) as again:
         decoder.layers[1](x, Sequences.build((TOKENS,), decoder.frequencies))
-    assert planned(decoder, attachment, layout, checkpointing=True).activations == kept.bytes + again.bytes
+    assert planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations == kept.bytes + again.bytes
     assert kept.bytes < planned(decoder, attachment, layout).activations / 4
+
+
+@pytest.mark.parametrize("recomputed", [1, 2])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_with_some_layers_recomputed(layout: Layout, settings: dict, recomputed: int) -> None:
+    """The first ones' inputs and what the others keep: nothing for running one again, as that room is free by then."""
+    decoder, attachment = filled(layout, settings)
+    for block in decoder.layers[:recomputed]:
+        block.recompute = True
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout, checkpointing=recomputed).activations == kept.bytes
 
 
 @pytest.mark.parametrize("settings", [*SETTINGS.values(), "full"], ids=[*SETTINGS, "full"])
@@ -212,7 +224,7 @@ def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: di
     sequences, x = decoder.sequences((TOKENS,)), outputs[0].detach().requires_grad_()
     with Kept(decoder, x) as again:
         decoder.layers[1](x, sequences)
-    found = planned(decoder, attachment, layout, checkpointing=True).activations
+    found = planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations
     assert found == kept.bytes + again.bytes
 
 

@@ -94,8 +94,9 @@ def _plan(
     decoder = Decoder(args, dtype=torch.bfloat16, ranks=ranks, storage=storage("nf4") if quant else None)
     attachment = Peft(Peft.Settings(**METHODS[method])).attach(decoder)
     layout = Layout(mp_size=ranks, dp_size=replicas)
+    recomputed = len(decoder.layers) if checkpointing else 0
     made = memory_plan(
-        decoder, attachment, layout, tokens=tokens, checkpointing=checkpointing, data_parallel=data_parallel
+        decoder, attachment, layout, tokens=tokens, checkpointing=recomputed, data_parallel=data_parallel
     )
     return made, *parameter_counts(decoder, attachment)
 

@@ -1,6 +1,7 @@
 """What a resumed run needs beside the trained weights: optimizer moments, counters, random generators.
 
-Moments are saved whole, cut like the parameters they belong to, so that a run can be resumed on another layout.
+Moments are saved whole, cut like the parameters they belong to, so that a run can be resumed on another layout. Those
+in 8 bits are codes, whole, and every rank's scales: exact on the same layout, unpacked for another one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
@@ -21,9 +23,11 @@ from accessory.errors import CheckpointError
 from accessory.parallel.data import shard_like
 from accessory.parallel.groups import Layout, model_parallel_group
 from accessory.parallel.tensor import Slicing, own_slice
+from accessory.quant.moments import unpack_moment, zero_code
 from accessory.tokenizer.sniff import what_is
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 @dataclass
@@ -43,14 +47,16 @@ def collect_training_state(
     """Moments put together from all ranks and every rank's generators, on the main rank's CPU. A collective."""
     tensors: dict[str, Tensor] = {}
     for moment in _MOMENTS:
-        states = {name: optimizer.state[p][moment] for name, p in parameters.items() if p in optimizer.state}
+        states = {
+            name: _as_sharded(optimizer.state[p][moment], p) for name, p in parameters.items() if p in optimizer.state
+        }
         tensors |= {f"{moment}.{name}": value for name, value in gather_whole(states, slicings)}
     if counts := [optimizer.state[p]["step"] for p in parameters.values() if p in optimizer.state]:
         tensors["step"] = counts[0].detach().cpu()  # fewer than the run's steps where fp16 skipped some
-    generators: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(generators, _generators())
-    for rank, states in enumerate(generators):
-        tensors |= {f"generator.{kind}.{rank}": value for kind, value in states.items()}
+    own: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(own, _generators() | _scales(optimizer, parameters))
+    for rank, states in enumerate(own):
+        tensors |= {f"{name}.{rank}": value for name, value in states.items()}
     tensors["mp_size"] = torch.tensor(dist.get_world_size(model_parallel_group()))
     return tensors
 
@@ -76,29 +82,59 @@ def load_training_state(
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
     saved = read_json(record)
+    was = {"optim": "adamw"} | saved["identity"]  # runs from before there was a choice
     differing = [
-        f"{key} was {saved['identity'].get(key)!r}, is {value!r}"
-        for key, value in identity.items()
-        if saved["identity"].get(key) != value
+        f"{key} was {was.get(key)!r}, is {value!r}" for key, value in identity.items() if was.get(key) != value
     ]
     if differing:
         raise CheckpointError(f"{directory}: belongs to another run: {'; '.join(differing)}.")
     tensors = _read(state_file, parameters)
     progress = Progress(**saved["progress"])
-    count = tensors.get("step", torch.tensor(float(progress.total_steps)))
-    for name, parameter in parameters.items():
-        moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
-        if moments:  # else the optimizer has not stepped yet
-            placed = {key: _place(value, parameter, slicings[name], layout) for key, value in moments.items()}
-            optimizer.state[parameter] = {"step": count.to(parameter.device, copy=True)} | placed
     ranks = sum(name.startswith("generator.cpu.") for name in tensors)
     mp_size = int(tensors.get("mp_size", layout.mp_size))
     same_layout = (ranks, mp_size) == (layout.world_size, layout.mp_size)
+    count = tensors.get("step", torch.tensor(float(progress.total_steps)))
+    for name, parameter in parameters.items():
+        if f"{_MOMENTS[0]}.{name}" not in tensors:
+            continue  # the optimizer has not stepped yet
+        state = {"step": count.to(parameter.device, copy=True)}
+        for moment in _MOMENTS:
+            values, slicing = tensors[f"{moment}.{name}"], slicings[name]
+            scales = {rank: tensors.get(f"{moment}_scales.{name}.{rank}") for rank in range(ranks)}
+            if values.dtype != torch.uint8:
+                state[moment] = _place(values, parameter, slicing, layout)
+            elif same_layout:
+                state[moment] = _place_codes(values, _SIGNED[moment], parameter, slicing, layout)
+                state[f"{moment}_scales"] = scales[layout.rank].to(parameter.device)
+            else:
+                whole = _unpacked(values, scales, _SIGNED[moment], slicing, mp_size)
+                state[moment] = _place(whole, parameter, slicing, layout)
+        optimizer.state[parameter] = state
     if same_layout:
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
         if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
     return progress, same_layout
+
+
+def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A moment of this rank's shard as what it is a shard of."""
+    if isinstance(moment, DTensor) or not isinstance(parameter, DTensor):
+        return moment.to(parameter.device)
+    return DTensor.from_local(
+        moment.to(parameter.device), parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
+def _scales(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This rank's scales of 8-bit moments, whose blocks are those of its shards and no other's."""
+    return {
+        f"{moment}_scales.{name}": optimizer.state[p][f"{moment}_scales"].cpu()
+        for name, p in parameters.items()
+        for moment in _MOMENTS
+        if f"{moment}_scales" in optimizer.state.get(p, {})
+    }
 
 
 def _read(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -111,6 +147,10 @@ def _read(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         return tensors
     if missing := [name for name in wanted if name not in tensors]:
         raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the moments of what is trained.")
+    ranks = sum(name.startswith("generator.cpu.") for name in tensors)
+    packed = [name.replace(".", "_scales.", 1) for name in wanted if tensors[name].dtype == torch.uint8]
+    if missing := [f"{name}.{rank}" for name in packed for rank in range(ranks) if f"{name}.{rank}" not in tensors]:
+        raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the scales of 8-bit moments.")
     return tensors
 
 
@@ -119,8 +159,27 @@ def _place(value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Lay
     return shard_like(value.to(parameter.device), parameter)
 
 
+def _place_codes(codes: Tensor, signed: bool, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:
+    """`_place` for uint8 codes; where a slice is padded, with the code of 0."""
+    zero = zero_code(signed)
+    return (_place(codes.float() - zero, parameter, slicing, layout) + zero).to(torch.uint8)
+
+
+def _unpacked(codes: Tensor, scales: dict[int, Tensor], signed: bool, slicing: Slicing, mp_size: int) -> Tensor:
+    """The whole fp32 moment from whole codes and the scales of all ranks, by the shards that these were made on."""
+    dp_size, zero, slices = len(scales) // mp_size, zero_code(signed), []
+    for mp_rank in range(mp_size):
+        mine = (own_slice(codes.float() - zero, slicing, mp_rank, mp_size) + zero).to(torch.uint8)
+        shards = [unpack_moment(shard, scales[dp_rank * mp_size + mp_rank], signed)
+                  for dp_rank, shard in enumerate(mine.chunk(dp_size))]  # fmt: skip
+        slices.append(torch.cat(shards))
+    if slicing.dim is None:
+        return slices[0]
+    return torch.cat(slices, slicing.dim).narrow(slicing.dim, 0, codes.shape[slicing.dim])
+
+
 def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+    states = {"generator.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states["generator.cuda"] = torch.cuda.get_rng_state()
     return states

@@ -9,88 +9,17 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from accessory.method.base import Attachment, Method
 from accessory.model.decoder import Decoder
-from accessory.model.linear import Cut, Linear
+from accessory.model.linear import Linear
+from accessory.model.low_rank import LoraFactor, LowRank
 from accessory.model.norm import Norm
-from accessory.parallel.groups import model_parallel_group
-from accessory.parallel.tensor import Slicing, mark
+from accessory.parallel.tensor import Slicing
 
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-
-
-class LoraFactor(nn.Module):
-    """One low-rank factor, fp32: `lora_a` [R, in] or `lora_b` [out, R], or this rank's slice of it."""
-
-    def __init__(self, shape: tuple[int, int], slicing: Slicing) -> None:
-        super().__init__()
-        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")), slicing)
-
-
-class LowRank:
-    """What LoRA adds to a linear's local product: y += scale * (dropout(x) A^T) B^T.
-
-    Under tensor parallelism it needs no communication of its own. Column: A is whole and B is cut with the rows of W,
-    so A's gradient is this rank's share. Row: A is cut with the columns of W and B is whole, the sum over ranks that
-    the base needs anyway completes the product, and B's gradient is this rank's share.
-
-    Dropout's seed comes from the CPU's generator, which the ranks of a model-parallel group start alike and use alike:
-    a column's x is whole on each of them, so all must drop the same values of it. Of a row's x each has its own slice.
-    """
-
-    def __init__(self, a: LoraFactor, b: LoraFactor, scale: float, dropout: float, cut: Cut = "column") -> None:
-        self.a, self.b, self.scale, self.dropout, self.cut = a, b, scale, dropout, cut
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [T, in], y [T, out] -> y, changed in place."""
-        if not (self.dropout and self.a.training):
-            return _AddLowRank.apply(y, x, self.a.weight, self.b.weight, self.scale)
-        seed = int(torch.randint(1 << 62, ()))
-        if self.cut == "row":
-            seed += dist.get_rank(model_parallel_group())
-        # What is kept grows by 1 / (1 - dropout): here, where no narrow dtype rounds it.
-        scale = self.scale / (1 - self.dropout)
-        return _AddLowRank.apply(y, x, self.a.weight, self.b.weight, scale, self.dropout, seed)
-
-
-class _AddLowRank(torch.autograd.Function):
-    """Saves x and x A^T; brackets every product so that the narrow side R is multiplied first.
-
-    With dropout it saves x as it came, which linears beside this one share, and the backward drops the same values.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, seed: int = 0
-    ) -> Tensor:
-        low = (x * _kept(x, dropout, seed) if dropout else x) @ a.to(x.dtype).t()
-        ctx.save_for_backward(x, low, a, b)
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
-        ctx.mark_dirty(y)
-        return y.addmm_(low, b.to(x.dtype).t(), alpha=scale)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, b = ctx.saved_tensors
-        kept = _kept(x, ctx.dropout, ctx.seed) if ctx.dropout else None
-        dlow = (dy @ b.to(dy.dtype)).mul_(ctx.scale)
-        dx = dlow @ a.to(dy.dtype) if ctx.needs_input_grad[1] else None
-        if kept is not None:
-            dx = None if dx is None else dx.mul_(kept)
-            x = kept.mul_(x)
-        da = (dlow.t() @ x).to(a.dtype)
-        db = (dy.t() @ low).mul_(ctx.scale).to(b.dtype)
-        return dy, dx, da, db, None, None, None
-
-
-def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Ones and zeros of x's shape and dtype, a `dropout` of them zero: the same ones for the same seed."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
 
 
 class Peft(Method):
@@ -171,8 +100,12 @@ class Peft(Method):
         else:
             linear.lora_a = LoraFactor((rank, linear.in_features // ranks), Slicing(dim=1))
             linear.lora_b = LoraFactor((linear.out_features, rank), Slicing(partial=True))
-        linear.addition = LowRank(
-            linear.lora_a, linear.lora_b, self.settings.lora_scale, self.settings.lora_dropout, linear.cut
+        linear.low_rank = LowRank(
+            linear.lora_a,
+            linear.lora_b,
+            self.settings.lora_scale,
+            self.settings.lora_dropout,
+            slices_input=linear.cut == "row",
         )
         attachment.initial[f"{name}.lora_a.weight"] = _truncated_normal(rank, linear.in_features)
         attachment.initial[f"{name}.lora_b.weight"] = _zeros(linear.out_features, rank)

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
-from accessory.model.linear import Linear
+from accessory.model.document_attention import attend_by_document
+from accessory.model.linear import Linear, project_columns
 from accessory.model.norm import RMSNorm
 from accessory.model.position import lean, rotate
+from accessory.model.recomputed import Recomputed
 from accessory.model.sequences import Sequences
-from accessory.parallel.tensor import Slicing, copy_to_model_parallel_region, mark
+from accessory.parallel.tensor import Slicing, mark
 
 
 class Attention(nn.Module):
@@ -31,10 +33,10 @@ class Attention(nn.Module):
         self.q_norm = _head_norm(args) if args.qk_norm else None
         self.k_norm = _head_norm(args) if args.qk_norm else None
 
-    def forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor | Recomputed, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
-        x = copy_to_model_parallel_region(x)
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        projected = project_columns(x, [self.wq, self.wk, self.wv])
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = None
@@ -43,10 +45,11 @@ class Attention(nn.Module):
         elif self.position == "alibi":
             q, k, v = lean(q, k, v, sequences.lean)
             scale = self.head_dim**-0.5
-        if cache is None:
+        if cache is not None:
+            cache.store(k, v, sequences)
+        if cache is None or not any(sequences.starts):
             out = attend(q, k, v, sequences, self.window, scale)
         else:
-            cache.store(k, v, sequences)
             out = attend_cached(q, cache, sequences, self.window, scale)
         return self.wo(out[..., : self.head_dim].flatten(1))
 
@@ -68,35 +71,7 @@ def attend(
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _attend_varlen(q, k, v, sequences, window, scale)
-    parts = [
-        _document(*(t.transpose(0, 1)[None] for t in document), sequences, window, scale)[0].transpose(0, 1)
-        for document in zip(*(t.split(sequences.lengths) for t in (q, k, v)), strict=True)
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _document(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, scale: float | None) -> Tensor:
-    """One document alone: q [1, H, S, E], k and v [1, K, S, E] -> [1, H, S, E]."""
-    if window is None or q.shape[2] <= window:
-        return _causal(q, k, v, scale)
-    # `window` queries at a time against the keys they can see: no more work than there is to do, and one small mask.
-    band = sequences.band(window, q.dtype)
-    parts = [_causal(*(t[:, :, :window] for t in (q, k, v)), scale)]
-    for begin in range(window, q.shape[2], window):
-        first, end = begin - window + 1, min(begin + window, q.shape[2])
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end],
-                attn_mask=band[: end - begin, : end - first], scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )  # fmt: skip
-    return torch.cat(parts, 2)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )  # fmt: skip
+    return attend_by_document(q, k, v, sequences.lengths, window, scale)
 
 
 def _attend_varlen(
@@ -124,13 +99,10 @@ def attend_cached(
         first = 0 if window is None else max(start - window + 1, 0)
         queries = part.transpose(0, 1)[None]
         keys, values = (t[i, first:end].transpose(0, 1)[None] for t in (cache.keys, cache.values))
-        if start == 0:
-            out = _document(queries, keys, values, sequences, window, scale)
-        else:
-            out = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=_seen(len(part), end - first, window, q.device), scale=scale,
-                enable_gqa=queries.shape[1] != keys.shape[1],
-            )  # fmt: skip
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=_seen(len(part), end - first, window, q.device), scale=scale,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )  # fmt: skip
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 

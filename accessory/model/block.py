@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -10,6 +12,7 @@ from accessory.model.attention import Attention
 from accessory.model.cache import LayerCache
 from accessory.model.feed_forward import FeedForward
 from accessory.model.norm import make_norm
+from accessory.model.offload import InputOffload
 from accessory.model.sequences import Sequences
 
 
@@ -18,7 +21,7 @@ class Block(nn.Module):
 
     before: on what attention and feed-forward read. after: on the sums. both: on what they read and on what they add.
     `args.parallel_residual`: feed-forward reads x rather than the sum with attention.
-    `recompute` keeps only x for the backward and runs the block again there.
+    `recompute` keeps only x for the backward and runs the block again there; `offload` moves that x out of the way.
     """
 
     def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
@@ -32,22 +35,24 @@ class Block(nn.Module):
             self.attention_post_norm = make_norm(args, args.dim)
             self.ffn_post_norm = make_norm(args, args.dim)
         self.recompute = False
+        self.offload: InputOffload | None = None
 
     def forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         if self.recompute and self.training:
-            return checkpoint(self._forward, x, sequences, use_reentrant=False)
+            with self.offload or nullcontext():
+                return checkpoint(self._forward, x, sequences, use_reentrant=False)
         return self._forward(x, sequences, cache)
 
     def _forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         if self.placement == "after":
             x = self.attention_norm(x + self.attention(x, sequences, cache))
             return self.ffn_norm(x + self.feed_forward(x))
-        attended = self.attention(self.attention_norm(x), sequences, cache)
+        attended = self.attention(self.attention_norm.recomputed(x), sequences, cache)
         if self.placement == "both":
             attended = self.attention_post_norm(attended)
         middle = x + attended
-        fed = self.feed_forward(self.ffn_norm(x if self.parallel else middle))
+        fed = self.feed_forward(self.ffn_norm.recomputed(x if self.parallel else middle))
         if self.placement == "both":
             fed = self.ffn_post_norm(fed)
         return middle + fed

@@ -12,9 +12,9 @@ from accessory.errors import ConfigError
 from accessory.model.args import ModelArgs
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
-from accessory.model.linear import plain_product
 from accessory.model.norm import make_norm
 from accessory.model.position import LEAN_WIDTH, alibi_slopes, lean_channels, rotary_frequencies
+from accessory.model.projection import Product, project
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import (
     WHOLE,
@@ -82,7 +82,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> x W^T [T, out] in x's dtype."""
-        return plain_product(x, self.weight)
+        return project(x, [Product(self.weight)])[0]
 
 
 class Decoder(nn.Module):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.model.args import ModelArgs
-from accessory.model.linear import Linear
-from accessory.parallel.tensor import copy_to_model_parallel_region
+from accessory.model.linear import Linear, project_columns
+from accessory.model.recomputed import Recomputed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -39,22 +40,30 @@ class FeedForward(nn.Module):
         if self.gated:
             self.w3 = Linear(args.dim, args.hidden_dim, cut="column", **common)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Recomputed) -> Tensor:
         """x [T, D] -> [T, D]."""
-        x = copy_to_model_parallel_region(x)
         if self.gated:
-            return self.w2(gate(self.w1(x), self.w3(x), self.activation))
-        return self.w2(activate(self.w1(x), self.activation))
+            return self.w2(gate(*project_columns(x, [self.w1, self.w3]), self.activation))
+        return self.w2(activate(*project_columns(x, [self.w1]), self.activation))
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
+def activate(x: Tensor, activation: str) -> Recomputed:
     """act(x), elementwise, of a linear's fresh output. ReLU overwrites it: its backward needs only its result."""
-    return x.relu_() if activation == "relu" else ACTIVATIONS[activation](x)
+    if activation == "relu":
+        return Recomputed.of(x.relu_())
+    function = ACTIVATIONS[activation]
+    return Recomputed(function(x), (x.detach(),), function)
 
 
-def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """act(x) * up, elementwise; the backward recomputes act rather than keeping it."""
-    return _Gate.apply(x, up, activation)
+def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputed:
+    """act(x) * up, elementwise; nobody keeps it nor act(x)."""
+    return Recomputed(
+        _Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, ACTIVATIONS[activation])
+    )
+
+
+def _gated(function: Callable[[Tensor], Tensor], x: Tensor, up: Tensor) -> Tensor:
+    return function(x).mul_(up)
 
 
 class _Gate(torch.autograd.Function):
@@ -62,7 +71,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, x: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x, up)
         ctx.activation = activation
-        return ACTIVATIONS[activation](x).mul_(up)
+        return _gated(ACTIVATIONS[activation], x, up)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -1,7 +1,8 @@
 """The tensor-parallel linear: a product with a weight, what the method adds to it, and the communication around it.
 
-The three know nothing of each other: `weight` is a plain parameter or a packed one (`accessory.quant`), `addition` is
-whatever a method put there (`accessory.method`), and `cut` says which dimension of the matrix the ranks share.
+The three know nothing of each other: `weight` is a plain parameter or a packed one (`accessory.quant`), `low_rank` and
+`bias` are whatever a method put there (`accessory.method`), and `cut` says which dimension of the matrix the ranks
+share.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.parallel.tensor import WHOLE, Slicing, mark, reduce_from_model_parallel_region
+from accessory.model.low_rank import LowRank
+from accessory.model.projection import Product, project
+from accessory.model.recomputed import Recomputed
+from accessory.parallel.tensor import (
+    WHOLE,
+    Slicing,
+    copy_to_model_parallel_region,
+    mark,
+    reduce_from_model_parallel_region,
+)
 from accessory.quant import PackedWeight
 
 Cut = Literal["column", "row"]
@@ -22,8 +31,8 @@ Cut = Literal["column", "row"]
 class Linear(nn.Module):
     """This rank's part of y = x W^T + b, with W [out_features, in_features] cut by columns or rows (Megatron's terms).
 
-    column: x [T, in] whole -> y [T, out / ranks]. The caller passes x through `copy_to_model_parallel_region`, once for
-    all linears that share it. row: x [T, in / ranks] -> y [T, out] whole, summed over the ranks.
+    column: x [T, in] whole -> y [T, out / ranks]; those that share an x are called together, by `project_columns`.
+    row: x [T, in / ranks] -> y [T, out] whole, summed over the ranks; called by itself.
     """
 
     def __init__(
@@ -48,7 +57,7 @@ class Linear(nn.Module):
         self.register_parameter("bias", None)
         if bias:
             self.add_bias(dtype)
-        self.addition: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.low_rank: LowRank | None = None
 
     @property
     def weight_slicing(self) -> Slicing:
@@ -67,34 +76,27 @@ class Linear(nn.Module):
         slicing = Slicing(dim=0) if self.cut == "column" else WHOLE
         self.bias = mark(nn.Parameter(torch.empty(size, dtype=dtype, device="meta")), slicing)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, this rank's inputs] -> y [T, this rank's outputs], in x's dtype."""
-        y = self.weight(x) if isinstance(self.weight, PackedWeight) else plain_product(x, self.weight)
-        if self.addition is not None:
-            y = self.addition(x, y)
-        if self.cut == "row":
-            y = reduce_from_model_parallel_region(y)
+    def product(self, bias: Tensor | None) -> Product:
+        """What one forward multiplies with and adds."""
+        if self.low_rank is None:
+            return Product(self.weight, bias)
+        low_rank = self.low_rank
+        return Product(self.weight, bias, low_rank.a.weight, low_rank.b.weight, low_rank.draw())
+
+    def forward(self, x: Tensor | Recomputed) -> Tensor:
+        """A row layer: x [T, in / ranks] -> y [T, out], in x's dtype."""
+        if self.ranks == 1:
+            return project(x, [self.product(self.bias)])[0]
+        y = reduce_from_model_parallel_region(project(x, [self.product(None)])[0])
         return y if self.bias is None else _AddBias.apply(y, self.bias)
 
 
-def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] -> x W^T [T, out] in x's dtype. A wider W (an fp32 master) is cast for each use and never kept cast."""
-    return F.linear(x, weight) if weight.dtype == x.dtype else _CastProduct.apply(x, weight)
-
-
-class _CastProduct(torch.autograd.Function):
-    """Keeps the master weight for the backward instead of its narrow copy, which would double as an activation."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        return dx, (dy.t() @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+def project_columns(x: Tensor | Recomputed, linears: list[Linear]) -> tuple[Tensor, ...]:
+    """x [T, in], read by several column layers -> each one's y [T, out / ranks]. Its gradient is summed once."""
+    if linears[0].ranks > 1:
+        source = Recomputed.of(x)
+        x = Recomputed(copy_to_model_parallel_region(source.value), source.inputs, source.make)
+    return project(x, [linear.product(linear.bias) for linear in linears])
 
 
 class _AddBias(torch.autograd.Function):

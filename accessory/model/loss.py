@@ -6,13 +6,16 @@ rows of the vocabulary, and only sums travel (vocab-parallel cross-entropy, Mega
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from accessory.parallel.groups import model_parallel_group
 
-CHUNK = 512  # supervised tokens whose logits are alive at once
+CHUNK = 256  # supervised tokens whose logits are alive at once
+LOG2_E = math.log2(math.e)
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -34,15 +37,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden = hidden.new_empty(len(rows), hidden.shape[1]) if want_hidden else None
         dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        most = min(len(rows), CHUNK), len(head)
+        narrow = hidden.new_empty(most)  # one pair of buffers: made anew they would cost more than what fills them
+        scores = hidden.new_empty(most, dtype=wide)
         for begin in range(0, len(rows), CHUNK):
             chunk = rows[begin : begin + CHUNK]
-            x = hidden[chunk]
-            scores = (x @ matrix.t()).to(wide)
+            x, narrow, scores = hidden[chunk], narrow[: len(chunk)], scores[: len(chunk)]
+            scores.copy_(torch.mm(x, matrix.t(), out=narrow))
             _leave_out_padding(scores, vocab_size)
             total += _loss_and_gradient(scores, labels[chunk])
-            narrow = scores.to(hidden.dtype)
+            narrow.copy_(scores)
             if dhidden is not None:
-                dhidden[begin : begin + CHUNK] = narrow @ matrix
+                torch.mm(narrow, matrix, out=dhidden[begin : begin + CHUNK])
             if dhead is not None:
                 dhead += (narrow.t() @ x).to(wide)
         if dhidden is not None and len(rows):
@@ -82,7 +88,8 @@ def _loss_and_gradient(scores: Tensor, labels: Tensor) -> Tensor:
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     scores.sub_(highest[:, None])
     target = scores.gather(1, local[:, None])[:, 0].masked_fill_(~mine, 0)
-    mass = scores.exp_().sum(1)
+    # Powers of two: PyTorch makes them in a third of the time of powers of e on a CPU.
+    mass = scores.mul_(LOG2_E).exp2_().sum(1)
     _sum_over_ranks(target)
     _sum_over_ranks(mass)
     scores.div_(mass[:, None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -25,7 +25,6 @@ class Sequences:
     positions: Tensor
     turn: Tensor
     lean: tuple[Tensor, Tensor] | None = None
-    _bands: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def build(lengths: tuple[int, ...], frequencies: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
@@ -49,17 +48,3 @@ class Sequences:
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(self.lengths)
-
-    def band(self, window: int, dtype: torch.dtype) -> Tensor:
-        """What `window` queries in a row add to their scores of the 2 window - 1 keys up to the last of them.
-
-        Zero for the `window` keys that end with a query's own, else minus infinity. Made once for all layers, because
-        each keeps it for its backward.
-        """
-        if (window, dtype) not in self._bands:
-            seen = torch.ones(window, 2 * window - 1, dtype=torch.bool, device=self.positions.device)
-            seen = seen.tril(window - 1).triu()
-            self._bands[window, dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-                ~seen, -torch.inf
-            )
-        return self._bands[window, dtype]

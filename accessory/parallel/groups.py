@@ -12,6 +12,7 @@ import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
+from accessory.allocator import keep_freed_memory
 from accessory.errors import ParallelError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -98,6 +99,8 @@ def start(
         fault.common = True
         raise fault
     where = choose_device(device, local_rank)
+    if where == CPU:
+        keep_freed_memory()
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore()} if world_size == 1 else {}  # one process needs no port

@@ -1,4 +1,4 @@
-"""What every storage format of a frozen matrix offers, and the one product that trains through it."""
+"""What every storage format of a frozen matrix offers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PackedWeight(nn.Module, ABC):
-    """A frozen matrix W [N, K] kept in fewer bits. Calling it multiplies: x [T, K] -> x W^T [T, N].
+    """A frozen matrix W [N, K] kept in fewer bits. Who multiplies with it unpacks it each time.
 
     Subclasses keep their codes and statistics as frozen parameters, so that data parallelism can shard them, and
     know no process group: under tensor parallelism W is this rank's slice.
@@ -36,29 +36,10 @@ class PackedWeight(nn.Module, ABC):
         """Bytes of the codes and statistics; equal on the meta device and on a real one."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, K] -> x W^T [T, N], both in x's dtype."""
-        return FrozenProduct.apply(x, self)
+    def borrow(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, K] in `dtype`, to multiply with at once: the next one may overwrite it."""
+        return self.unpack(dtype)
 
     def extra_repr(self) -> str:
         """The logical shape, for `print(model)`."""
         return f"{tuple(self.shape)}"
-
-
-class FrozenProduct(torch.autograd.Function):
-    """y = x W^T for a frozen packed W. Nothing is saved: the backward needs only W, unpacked again.
-
-    The module rather than its tensors is held for the backward, because a sharded base is gathered into other memory
-    by then.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: PackedWeight) -> Tensor:
-        """x [T, K] -> y [T, N]."""
-        ctx.weight = weight
-        return x @ weight.unpack(x.dtype).t()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        """dy [T, N] -> dx [T, K]; there is no weight gradient to form."""
-        return dy @ ctx.weight.unpack(dy.dtype), None

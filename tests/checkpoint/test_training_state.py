@@ -18,18 +18,19 @@ from accessory.checkpoint.training_state import (
     state_record,
 )
 from accessory.errors import CheckpointError
-from accessory.optim import build_adamw
+from accessory.optim import build_adamw, build_optimizer
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
+from accessory.quant.moments import pack_moment, unpack_moment
 
 SLICINGS = {"wq.weight": Slicing(dim=0), "wo.weight": Slicing(dim=1), "norm.weight": Slicing(partial=True)}
 IDENTITY = {
     "llama_type": "llama_peft", "settings": {"lora_rank": 4, "lora_targets": ["wq", "wo"]}, "data": "ab12", "seed": 0,
-    "global_batch": 16, "quantization": None,
+    "global_batch": 16, "quantization": None, "optim": "adamw",
 }  # fmt: skip
 OTHER = {
     "llama_type": "llama", "settings": {"lora_rank": 8, "lora_targets": ["wq", "wo"]}, "data": "cd34", "seed": 1,
-    "global_batch": 8, "quantization": "nf4",
+    "global_batch": 8, "quantization": "nf4", "optim": "adamw8bit",
 }  # fmt: skip
 PROGRESS = Progress(epoch=1, step=2, total_steps=7, loss_scale=1024.0, good_steps=3)
 
@@ -88,6 +89,127 @@ def test_a_resumed_run_goes_on_exactly(trained, tmp_path: Path) -> None:
         ours, theirs = resumed.state[copies[name]], optimizer.state[parameter]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.fixture
+def trained_in_8_bits(tmp_path: Path) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    """As `trained`, with parameters that are large enough for it, and a small one."""
+    torch.manual_seed(0)
+    shapes = {"wq.weight": (64, 100), "wo.weight": (90, 64), "norm.weight": (6,)}
+    parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
+    for _ in range(3):
+        step(parameters, optimizer)
+    write(tmp_path, parameters, optimizer)
+    return parameters, optimizer
+
+
+def test_a_run_resumed_in_8_bits_goes_on_exactly(trained_in_8_bits, tmp_path: Path) -> None:
+    """Codes and scales come back as they were."""
+    parameters, optimizer = trained_in_8_bits
+    copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
+    for _ in range(2):
+        step(parameters, optimizer)
+    resumed = build_optimizer("adamw8bit", copies, 0.1, 0.1)
+    assert load(tmp_path, copies, resumed) == (PROGRESS, True)
+    assert resumed.state[copies["wq.weight"]]["exp_avg"].dtype == torch.uint8
+    for _ in range(2):
+        step(copies, resumed)
+    for name, parameter in parameters.items():
+        assert torch.equal(copies[name], parameter), name
+        ours, theirs = resumed.state[copies[name]], optimizer.state[parameter]
+        assert ours.keys() == theirs.keys() and len(ours) == (3 if name == "norm.weight" else 5)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_8_bit_moments_of_four_ranks_for_one(trained_in_8_bits, tmp_path: Path) -> None:
+    """Two slices of two shards each, quantized one by one: each is unpacked with its own scales, then put together."""
+    parameters, _ = trained_in_8_bits
+    path = tmp_path / "training_state.safetensors"
+    saved, expected = load_file(path), {}
+    for name in ("wq.weight", "wo.weight"):
+        for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            values = torch.randn(parameters[name].shape)
+            values = values if signed else values.square()
+            codes, slices = [], []
+            for mp_rank, part in enumerate(values.chunk(2, SLICINGS[name].dim)):
+                packed = [pack_moment(shard, signed) for shard in part.chunk(2)]
+                for dp_rank, (_, scales) in enumerate(packed):
+                    saved[f"{moment}_scales.{name}.{2 * dp_rank + mp_rank}"] = scales
+                codes.append(torch.cat([code for code, _ in packed]))
+                slices.append(torch.cat([unpack_moment(code, scales, signed) for code, scales in packed]))
+            saved[f"{moment}.{name}"] = torch.cat(codes, SLICINGS[name].dim).contiguous()
+            expected[name, moment] = torch.cat(slices, SLICINGS[name].dim)
+    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(4)} | {"mp_size": torch.tensor(2)}
+    save_file(saved, path)
+    optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
+    assert load(tmp_path, parameters, optimizer) == (PROGRESS, False)
+    for (name, moment), values in expected.items():
+        assert torch.equal(optimizer.state[parameters[name]][moment], values)
+    step(parameters, optimizer)
+    for (name, moment), values in expected.items():
+        state, gradient = optimizer.state[parameters[name]], parameters[name].grad
+        signed = moment == "exp_avg"
+        wanted = 0.9 * values + 0.1 * gradient if signed else 0.95 * values + 0.05 * gradient.square()
+        found = unpack_moment(state[moment], state[f"{moment}_scales"], signed)
+        assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()  # packed twice
+
+
+def test_8_bit_moments_of_one_rank_for_two(trained_in_8_bits, tmp_path: Path) -> None:
+    """Each takes its slice of the values, and packs it again as it steps."""
+    parameters, optimizer = trained_in_8_bits
+    for rank in range(2):
+        cut = {
+            name: nn.Parameter(p if SLICINGS[name].dim is None else p.chunk(2, SLICINGS[name].dim)[rank].clone())
+            for name, p in parameters.items()
+        }
+        resumed = build_optimizer("adamw8bit", cut, 0.1, 0.1)
+        load(tmp_path, cut, resumed, Layout(rank=rank, world_size=2, mp_rank=rank, mp_size=2))
+        for name, moment, signed in (("wq.weight", "exp_avg", True), ("wo.weight", "exp_avg_sq", False)):
+            state = optimizer.state[parameters[name]]
+            values = unpack_moment(state[moment], state[f"{moment}_scales"], signed)
+            mine = values.chunk(2, SLICINGS[name].dim)[rank]
+            assert torch.equal(resumed.state[cut[name]][moment], mine)
+        step(cut, resumed)
+
+
+@pytest.mark.usefixtures("trained_in_8_bits")
+def test_padded_slices_hold_the_code_of_zero(tmp_path: Path) -> None:
+    """A head whose rows the ranks do not divide: its padding must not become moments of its own."""
+    path = tmp_path / "training_state.safetensors"
+    saved, padded = load_file(path), Slicing(dim=0, whole=64)
+    for moment in ("exp_avg", "exp_avg_sq"):  # 22 rows a rank, two of the last's being padding
+        saved |= {f"{moment}_scales.wq.weight.{rank}": torch.ones(9) for rank in range(3)}
+    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(3)} | {"mp_size": torch.tensor(3)}
+    save_file(saved, path)
+    cut = {"wq.weight": nn.Parameter(torch.zeros(22, 100))}
+    optimizer = build_optimizer("adamw8bit", cut, 0.1, 0.1)
+    layout = Layout(rank=2, world_size=3, mp_rank=2, mp_size=3)
+    load_training_state(tmp_path, optimizer, cut, {"wq.weight": padded}, layout, IDENTITY)
+    state = optimizer.state[cut["wq.weight"]]
+    for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        values = unpack_moment(state[moment], state[f"{moment}_scales"], signed)
+        assert not values[20:].any() and values[:20].any()
+
+
+def test_missing_scales(trained_in_8_bits, tmp_path: Path) -> None:
+    path = tmp_path / "training_state.safetensors"
+    saved = load_file(path)
+    del saved["exp_avg_sq_scales.wo.weight.0"]
+    save_file(saved, path)
+    with pytest.raises(CheckpointError, match=r"exp_avg_sq_scales\.wo\.weight\.0 is missing; expected the scales"):
+        load(tmp_path, *trained_in_8_bits)
+
+
+def test_runs_from_before_there_was_a_choice_of_optimizers(trained, tmp_path: Path) -> None:
+    """Were AdamW's."""
+    path = tmp_path / "training_state.json"
+    record = json.loads(path.read_text())
+    del record["identity"]["optim"]
+    path.write_text(json.dumps(record))
+    assert load(tmp_path, *trained) == (PROGRESS, True)
+    with pytest.raises(CheckpointError, match="optim was 'adamw', is 'adamw8bit'"):
+        load(tmp_path, *trained, optim="adamw8bit")
 
 
 def test_step_count_is_the_optimizers(trained, tmp_path: Path) -> None:

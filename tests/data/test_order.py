@@ -134,3 +134,88 @@ def test_settings_that_cannot_be_are_refused_at_once(corpus_of, settings):
 def test_a_step_beyond_the_epoch_is_an_error(corpus_of):
     with pytest.raises(IndexError):
         list(orders(corpus_of(SIZES), (2, 4, 1))[0].micro_batches(0, 3))
+
+
+TOKENS = [int(size) for size in np.random.default_rng(1).lognormal(4, 1, 40).clip(1, 900)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slack", [0, 100, 10_000])
+def test_micro_batches_by_tokens_hold_the_same_documents_a_step_and_no_more_tokens_than_allowed(
+    corpus_of, layout, slack
+):
+    corpus = corpus_of(TOKENS)
+    most = int(corpus.lengths.max()) + slack
+    ours, one = orders(corpus, layout, max_tokens=most), orders(corpus, (8, 1, 1))[0]
+    for epoch in range(2):
+        for step in range(one.steps_per_epoch):
+            assert sorted(trained(ours, epoch, step)) == sorted(one.global_ids(epoch, step).tolist())
+            batches = [list(order.micro_batches(epoch, step)) for order in ours]
+            assert len({len(own) for own in batches}) == 1
+            assert all(len(batch.tokens) <= most for own in batches for batch in own)
+            assert all(sum(batch.lengths) == len(batch.tokens) for own in batches for batch in own)
+    assert ours[0].steps_per_epoch == one.steps_per_epoch == 5
+
+
+def test_micro_batches_by_tokens_are_few_and_alike_on_all_ranks(corpus_of):
+    corpus = corpus_of(TOKENS)
+    most = int(corpus.lengths.max())
+    ours = orders(corpus, (5, 4, 2), max_tokens=most)  # all documents in one step
+    batches = [[len(batch.tokens) for batch in order.micro_batches(0, 0)] for order in ours]
+    total = int(corpus.lengths.sum())
+    assert len(batches[0]) <= -(-total // (2 * most)) + 1
+    waste = sum(abs(one - two) for one, two in zip(*batches, strict=True))
+    assert waste < 0.05 * total
+
+
+def test_documents_are_dealt_by_tokens_longest_first_to_the_emptiest(corpus_of):
+    sizes = [10, 80, 30, 60, 50, 40, 70, 20]
+    corpus = corpus_of(sizes)
+    extra = int(corpus.lengths[0]) - 10  # prompt and end, in tokens
+    ours = orders(corpus, (2, 2, 2), max_tokens=90 + 2 * extra)
+    slots = [[[sizes[i] for i in batch.sample_ids] for batch in order.micro_batches(0, 0)] for order in ours]
+    assert slots == [[[80, 10], [60, 30]], [[70, 20], [50, 40]]]
+    whole = orders(corpus, (2, 2, 2), max_tokens=1000)
+    assert [[len(batch.lengths) for batch in order.micro_batches(0, 0)] for order in whole] == [[4], [4]]
+
+
+def test_ranks_wait_little_for_each_other_where_micro_batches_by_tokens_are_uneven(corpus_of):
+    sizes = [100, 60, 60, 50, 45]
+    corpus = corpus_of(sizes)
+    extra = int(corpus.lengths[0]) - 100
+    ours = orders(corpus, (2, 2, 2), max_tokens=95 + 2 * extra)
+    slots = [[[sizes[i] for i in batch.sample_ids] for batch in order.micro_batches(0, 0)] for order in ours]
+    assert slots == [[[50, 45], [60]], [[100], [60]]]  # not the 100 beside a 60
+
+
+def test_ranks_without_a_document_idle_by_tokens_too(corpus_of):
+    batches = [list(order.micro_batches(0, 0)) for order in orders(corpus_of([3]), (1, 2, 4), max_tokens=1000)]
+    assert [len(own) for own in batches] == [1] * 4
+    assert sorted(batch.supervised for own in batches for batch in own) == [0, 0, 0, 4]
+    assert sorted(len(batch.tokens) for own in batches for batch in own)[:3] == [1, 1, 1]
+
+
+def test_a_document_longer_than_a_micro_batch_is_refused_at_once(corpus_of):
+    from accessory.errors import ConfigError
+
+    corpus = corpus_of([5, 50, 7])
+    longest = int(corpus.lengths[1])
+    with pytest.raises(ConfigError) as caught:
+        orders(corpus, (2, 4, 1), max_tokens=longest - 1)
+    assert str(caught.value) == (
+        f"--max_tokens {longest - 1}: document 1, the longest, has {longest} tokens. Give --max_tokens {longest} or "
+        f"more, or cut documents with --max_words {longest - 1}."
+    )
+    assert orders(corpus, (2, 4, 1), max_tokens=longest)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_micro_batch_has_more_than_the_most_tokens(corpus_of, layout):
+    corpus = corpus_of(TOKENS)
+    lengths = np.sort(corpus.lengths)
+    for most in (None, int(lengths[-1]), int(lengths[-1]) + 300, 10**6):
+        ours = orders(corpus, layout, max_tokens=most)
+        seen = [len(b.tokens) for order in ours for step in range(5) for b in order.micro_batches(0, step)]
+        assert max(seen) <= ours[0].most_tokens
+        documents = layout[0] if most is None else 8
+        assert ours[0].most_tokens == min(lengths[-documents:].sum(), most or 10**9)

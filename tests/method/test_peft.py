@@ -16,7 +16,7 @@ from accessory.checkpoint.load import fill, named_generator, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.method import METHODS, Attachment
-from accessory.method.peft import LoraFactor, LowRank, Peft, _AddLowRank
+from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.sequences import Sequences
@@ -135,39 +135,6 @@ def test_counts_of_llama2(size: str, norm_bias: int, with_lora: int, quant: str 
     assert parameter_counts(*attached(args, ranks, quant, lora_rank=16))[0] == with_lora
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_low_rank_gradients(dtype: torch.dtype) -> None:
-    """Finite differences in float64, and the formula in both dtypes; the sum is made in place, so y is copied."""
-    generator = torch.Generator().manual_seed(0)
-    y, x, a, b = (
-        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
-        for shape in ((3, 5), (3, 6), (2, 6), (5, 2))
-    )
-
-    def add(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return _AddLowRank.apply(y.clone(), x, a, b, 0.7)
-
-    torch.testing.assert_close(add(y, x, a, b), y + 0.7 * (x @ a.t()) @ b.t())
-    if dtype == torch.float64:
-        assert torch.autograd.gradcheck(add, (y, x, a, b))
-
-
-def test_low_rank_in_bf16_is_close_to_float64() -> None:
-    """fp32 factors beside a bf16 base: fp32 gradients within 1 % of their norm."""
-    generator = torch.Generator().manual_seed(0)
-    y, x, dy = (torch.randn(40, n, generator=generator).bfloat16() for n in (48, 64, 48))
-    a, b = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((8, 64), (48, 8)))
-    leaf = x.clone().requires_grad_()
-    found = _AddLowRank.apply(y.clone(), leaf, a, b, 0.5)
-    found.backward(dy)
-    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    wanted = y.double() + 0.5 * (wide[0] @ wide[1].t()) @ wide[2].t()
-    wanted.backward(dy.double())
-    assert (a.grad.dtype, b.grad.dtype, leaf.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
-    for one, other in ((found, wanted), *zip((leaf.grad, a.grad, b.grad), (w.grad for w in wide), strict=True)):
-        assert (one.double() - other).norm() < 0.01 * other.norm()
-
-
 def lora_on_both(path: Path, layout: Layout, **settings) -> tuple[peft.PeftModel, Decoder]:
     """A random transformers LLaMA with peft's LoRA, and our decoder with the same weights and factors (fp32)."""
     torch.manual_seed(0)
@@ -230,62 +197,14 @@ def test_scale() -> None:
     assert Peft.Settings(lora_rank=16, lora_alpha=8.0).lora_scale == 0.5
 
 
-def low_rank(dropout: float) -> tuple[LowRank, LoraFactor]:
-    """x -> y + x B^T with A the identity, so that what was dropped shows."""
-    a, b = LoraFactor((6, 6), WHOLE), LoraFactor((6, 6), WHOLE)
-    a.weight, b.weight = (torch.nn.Parameter(torch.eye(6)) for _ in range(2))
-    return LowRank(a, b, 1.0, dropout), a
-
-
-def test_dropout_only_in_training() -> None:
-    """While training a quarter of LoRA's inputs is zero and the rest grown to keep the mean; asked, nothing is lost."""
-    torch.manual_seed(0)
-    addition, factor = low_rank(0.25)
-    x = torch.ones(1000, 6)
-    trained = addition(x, torch.zeros(1000, 6))
-    torch.testing.assert_close(trained.unique(), torch.tensor([0.0, 4 / 3]))
-    assert (trained == 0).float().mean() == pytest.approx(0.25, abs=0.03)
-    factor.eval()
-    assert torch.equal(addition(x, torch.zeros(1000, 6)), x)
-
-
-def test_dropout_is_in_the_gradients_too() -> None:
-    """What was dropped forward is dropped backward, as autograd has it with the mask that the seed gives."""
-    generator = torch.Generator().manual_seed(0)
-    y, x, a, b = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for shape in ((30, 5), (30, 6), (2, 6), (5, 2))
-    )
-    assert torch.autograd.gradcheck(lambda y, *rest: _AddLowRank.apply(y.clone(), *rest, 0.7, 0.25, 3), (y, x, a, b))
-    one, same, other = (_AddLowRank.apply(y.clone(), x, a, b, 0.7, 0.25, seed) for seed in (3, 3, 4))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-
-
-def test_dropout_keeps_no_mask() -> None:
-    """Linears that share an input keep it once, dropout or not."""
-    addition, _ = low_rank(0.25)
-    x, saved = torch.ones(100, 6).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        addition(x, torch.zeros(100, 6))
-    assert [t.data_ptr() == x.data_ptr() for t in saved if t.shape == (100, 6)] == [True, False]  # x and x A^T
-
-
-def test_dropout_of_two_ranks(torchrun) -> None:
-    """Columns drop the same values of the same input, rows each their own (checks in dropout_worker.py)."""
-    done = torchrun(2, Path(__file__).with_name("dropout_worker.py"))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("OK") == 2
-
-
 def test_dropout_setting_reaches_every_factor() -> None:
-    """With the cut of its linear, and follows the decoder's mode."""
+    """Knows whether its linear's input is cut, and follows the decoder's mode."""
     decoder, _ = attached(lora_rank=4, lora_dropout=0.1)
-    additions = [decoder.get_submodule(f"layers.0.{name}").addition for name in LINEARS]
-    assert [addition.cut for addition in additions] == ["column"] * 3 + ["row", "column", "row", "column"]
-    assert all(addition.dropout == 0.1 and addition.a.training for addition in additions)
+    found = [decoder.get_submodule(f"layers.0.{name}").low_rank for name in LINEARS]
+    assert [low_rank.slices_input for low_rank in found] == [False] * 3 + [True, False, True, False]
+    assert all(low_rank.draw().dropout == 0.1 for low_rank in found)
     decoder.eval()
-    assert not any(addition.a.training for addition in additions)
+    assert not any(low_rank.draw().dropout for low_rank in found)
 
 
 def test_starting_values() -> None:

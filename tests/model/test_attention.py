@@ -168,25 +168,6 @@ def test_window_equals_dense(window: int, kv_heads: int) -> None:
     same_with_gradients(ours, theirs, found, packed_dense(theirs, window=window))
 
 
-def test_window_keeps_one_mask_for_all_layers() -> None:
-    """Documents within the window need none; of the rest every layer saves the same small one."""
-    sequences, masks = Sequences.build(LENGTHS, FREQUENCIES), []
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 2:
-            masks.append((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        attend(*(t.requires_grad_() for t in qkv()), sequences, 9)
-        assert not masks
-        kept = [attend(*(t.requires_grad_() for t in qkv()), sequences, 4) for _ in range(2)]
-    assert len(kept) == 2
-    assert len(masks) > 2
-    assert {size for _, size in masks} == {4 * 7 * 4}
-    assert len({at for at, _ in masks}) == 1
-
-
 def leaning(lengths: tuple[int, ...], slopes: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
     """Documents whose tokens attend by distance."""
     sequences = Sequences.build(lengths, FREQUENCIES, starts)

@@ -32,12 +32,14 @@ def test_gate_is_its_formula(activation: str) -> None:
     leaves = [random(30, 4).requires_grad_(), random(30, 4, seed=1).requires_grad_()]
     wide = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     dy = random(30, 4, seed=2)
-    found, wanted = gate(*leaves, activation), FORMULAS[activation](wide[0]) * wide[1]
+    made, wanted = gate(*leaves, activation), FORMULAS[activation](wide[0]) * wide[1]
+    found = made.value
+    assert torch.equal(made.make(*made.inputs), found)
     found.backward(dy)
     wanted.backward(dy)
     for one, other in ((found, wanted), *((leaf.grad, w.grad) for leaf, w in zip(leaves, wide, strict=True))):
         torch.testing.assert_close(one, other)
-    assert torch.autograd.gradcheck(lambda x, up: gate(x, up, activation), leaves)
+    assert torch.autograd.gradcheck(lambda x, up: gate(x, up, activation).value, leaves)
 
 
 @pytest.mark.parametrize("activation", FORMULAS)
@@ -45,11 +47,20 @@ def test_activation_is_its_formula(activation: str) -> None:
     """The same without a gate."""
     x, dy = random(30, 4).requires_grad_(), random(30, 4, seed=2)
     wide = x.detach().clone().requires_grad_()
-    found, wanted = activate(x * 1, activation), FORMULAS[activation](wide)
+    made, wanted = activate(x * 1, activation), FORMULAS[activation](wide)
+    found = made.value
+    assert torch.equal(made.make(*made.inputs), found)
     found.backward(dy)
     wanted.backward(dy)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(x.grad, wide.grad)
+
+
+def test_nothing_that_can_be_made_again_holds_a_graph() -> None:
+    """What a reader keeps is detached: it must not keep whole layers alive."""
+    leaves = [random(5, 4).requires_grad_() * 1 for _ in range(2)]
+    for made in (gate(*leaves), activate(leaves[0], "silu")):
+        assert not any(t.requires_grad for t in made.inputs)
 
 
 def test_relu_keeps_its_result_alone() -> None:
@@ -57,7 +68,7 @@ def test_relu_keeps_its_result_alone() -> None:
     fresh = random(5, 4).requires_grad_() * 1
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = activate(fresh, "relu")
+        y = activate(fresh, "relu").value
     assert [t.data_ptr() for t in saved] == [y.data_ptr()] == [fresh.data_ptr()]
 
 
@@ -68,7 +79,7 @@ def test_bf16_is_close_to_float64() -> None:
     dy = random(50, 64, seed=2, dtype=torch.bfloat16)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = gate(*leaves)
+        y = gate(*leaves).value
     y.backward(dy)
     wanted = F.silu(wide[0]) * wide[1]
     wanted.backward(dy.double())

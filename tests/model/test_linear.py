@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.model.linear import Linear, _AddBias, _CastProduct, plain_product
+from accessory.model.linear import Linear, _AddBias, project_columns
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
 from accessory.quant import storage
 
@@ -62,51 +62,12 @@ def test_forward_is_a_linear(cut: str, bias: bool, quant: str | None) -> None:
     torch.testing.assert_close(linear(x).double(), wanted, rtol=1e-5, atol=2e-5)
 
 
-def test_addition_sees_the_input_and_the_product_without_bias() -> None:
-    """What a method adds comes between the product and the bias."""
-    linear, weight = filled("row", bias=True)
+def test_linears_that_share_an_input() -> None:
+    """Together they give what each gives alone."""
+    linears = [filled("column", bias=bias, quant=quant)[0] for bias, quant in ((True, None), (False, "nf4"))]
     x = random(5, 64, seed=2, dtype=torch.float32)
-    seen = {}
-
-    def add(given: Tensor, product: Tensor) -> Tensor:
-        seen.update(x=given, y=product.clone())
-        return product + 1
-
-    linear.addition = add
-    y = linear(x)
-    assert seen["x"] is x
-    torch.testing.assert_close(seen["y"], x @ weight.t())
-    torch.testing.assert_close(y, x @ weight.t() + 1 + linear.bias)
-
-
-def test_matching_dtypes_multiply_plainly() -> None:
-    """No cast where none is needed."""
-    x, weight = random(3, 8), random(4, 8, seed=1)
-    assert torch.equal(plain_product(x, weight), F.linear(x, weight))
-
-
-def test_cast_product_gradient() -> None:
-    """Finite differences in float64."""
-    x, weight = random(3, 5).requires_grad_(), random(4, 5, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(_CastProduct.apply, (x, weight))
-
-
-def test_fp32_master_under_bf16() -> None:
-    """An fp32 weight is multiplied in bf16, keeps an fp32 gradient, and no narrow copy of it is saved."""
-    x = random(40, 64, dtype=torch.bfloat16).requires_grad_()
-    weight = random(32, 64, seed=1, dtype=torch.float32).requires_grad_()
-    dy = random(40, 32, seed=2, dtype=torch.bfloat16)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = plain_product(x, weight)
-    y.backward(dy)
-    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr()}
-    wide, narrow = x.detach().double(), weight.detach().bfloat16().double()
-    for found, wanted in (
-        (y, wide @ narrow.t()), (x.grad, dy.double() @ narrow), (weight.grad, dy.double().t() @ wide)
-    ):  # fmt: skip
-        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2**-8)
+    for found, linear in zip(project_columns(x, linears), linears, strict=True):
+        assert torch.equal(found, linear(x))
 
 
 def test_bias_gradient() -> None:

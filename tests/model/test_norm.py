@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.model.args import ModelArgs
-from accessory.model.norm import LayerNorm, RMSNorm, _LayerNorm, _RMSNorm, make_norm
+from accessory.model.norm import LayerNorm, Norm, RMSNorm, _LayerNorm, _RMSNorm, make_norm
 
 EPS = 1e-3  # large enough to show in the values
 
@@ -65,6 +65,20 @@ def test_keeps_its_input_and_one_number_a_token() -> None:
         norm(x)
     others = [t for t in saved if t.data_ptr() not in (x.data_ptr(), norm.weight.data_ptr())]
     assert [(tuple(t.shape), t.dtype) for t in others] == [((5, 1), torch.float32)]
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_made_again_bit_for_bit(kind: type[Norm], dtype: torch.dtype) -> None:
+    """Of what the norm keeps anyway, by a linear that would keep the result."""
+    norm, x = kind(64, EPS), random(5, 64, dtype=dtype).requires_grad_()
+    for i, name in enumerate([name for name, _ in norm.named_parameters()]):
+        setattr(norm, name, torch.nn.Parameter(random(64, seed=i, dtype=torch.float32)))
+    made = norm.recomputed(x)
+    assert torch.equal(made.make(*made.inputs), made.value)
+    assert torch.equal(norm(x), made.value)
+    assert made.inputs[0].data_ptr() == x.data_ptr()
+    assert not made.inputs[0].requires_grad
 
 
 def test_only_wanted_gradients() -> None:

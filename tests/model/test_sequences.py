@@ -36,18 +36,3 @@ def test_positions_are_kept_for_who_looks_them_up() -> None:
     """Those that the rotations were made of."""
     assert Sequences.build((2, 1), FREQUENCIES, starts=(5, 0)).positions.tolist() == [5, 6, 0]
     assert Sequences.build((2, 3), torch.empty(0)).turn.shape == (5, 1, 0)
-
-
-def test_band() -> None:
-    """Three queries against the five keys up to the last: each sees three. Made once."""
-    sequences = Sequences.build((9,), FREQUENCIES)
-    band = sequences.band(3, torch.bfloat16)
-    assert (band == 0).tolist() == [
-        [True, True, True, False, False],
-        [False, True, True, True, False],
-        [False, False, True, True, True],
-    ]
-    assert band.dtype == torch.bfloat16
-    assert band[band != 0].isneginf().all()
-    assert sequences.band(3, torch.bfloat16) is band
-    assert sequences.band(3, torch.float32).dtype == torch.float32

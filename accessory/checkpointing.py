@@ -1,0 +1,137 @@
+"""How many blocks are run again in the backward, instead of keeping what they computed: asked for, or as few as fit."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from accessory.errors import ConfigError
+from accessory.model.decoder import Decoder
+from accessory.model.offload import InputOffload
+from accessory.parallel.agree import together
+from accessory.parallel.groups import Layout
+from accessory.plan import MemoryPlan
+
+MARGIN = 0.1
+"""Share of the free memory that is left to what no plan knows: workspaces, communication, fragmentation."""
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def choose_layers(
+    asked: int | str, n_layers: int, plan: Callable[[int], MemoryPlan], layout: Layout, remedies: str
+) -> tuple[int, str]:
+    """(layers to recompute, what to tell the user) for a value of `--checkpointing`, equal on all ranks.
+
+    plan: what a step takes with so many layers recomputed. remedies: flags that make a step smaller. A collective.
+
+    Raises `ConfigError` for more layers than there are, and for `auto` where not even all would be enough.
+    """
+    if asked != "auto":
+        return together(lambda: _number(asked, n_layers)), ""
+    free = _share_of_free_memory(layout)
+    chosen = together(lambda: _fewest_that_fit(n_layers, plan, free, remedies))
+    # A rank may have less memory than others, and ranks that share a model run the same products again.
+    most = torch.tensor(chosen, device=layout.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most), f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
+
+
+def _number(asked: int | str, n_layers: int) -> int:
+    number = {"none": 0, "all": n_layers}.get(asked, asked)
+    if number > n_layers:
+        raise ConfigError(f"--checkpointing {asked}: the model has {n_layers} layers.")
+    return number
+
+
+def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int | None, remedies: str) -> int:
+    if free is None:
+        raise ConfigError("--checkpointing auto: the free memory of this machine cannot be told; give a number or all.")
+    room = int(free * (1 - MARGIN))
+    totals = [plan(layers).total for layers in range(n_layers + 1)]
+    for layers, total in enumerate(totals):
+        if total <= room:
+            return layers
+    raise ConfigError(
+        f"--checkpointing auto: a step takes {min(totals) / 1e9:.2f} GB even with the layers recomputed; "
+        f"{free / 1e9:.2f} GB are free, of which {MARGIN:.0%} are spared. Try {remedies}, or --checkpointing all to go "
+        "on all the same."
+    )
+
+
+def recompute_layers(decoder: Decoder, layers: int, *, offload: bool, device: torch.device) -> None:
+    """Have the first `layers` blocks run again in the backward, their inputs moved to host memory with `offload`.
+
+    The first, because the backward comes to them last: what the blocks behind them kept is gone by the time one of
+    them is run again, so that its activations need no room of their own. Were it the last ones, those of one block
+    would stand beside all that is kept, and recomputing a single block would spare nothing. Also, the first inputs
+    are out of use the longest, and have the most time to be moved.
+    """
+    inputs = InputOffload(device) if offload else None
+    for block in decoder.layers[:layers]:
+        block.recompute, block.offload = True, inputs
+
+
+def check_offload(asked: bool, device: torch.device) -> None:
+    """Raises `ConfigError` where `--offload_inputs` would move inputs from host memory to host memory."""
+    if asked and device.type != "cuda":
+        raise ConfigError(
+            f"--offload_inputs on --device {device.type}: inputs are in host memory already, and a copy of them frees "
+            "nothing. Leave it out, or use --device cuda."
+        )
+
+
+def _share_of_free_memory(layout: Layout) -> int | None:
+    """What this rank may take: on the CPU the ranks of one machine share. A collective."""
+    hosts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    sharers = hosts.count(socket.gethostname()) if layout.device.type == "cpu" else 1
+    free = available_memory(layout.device)
+    return None if free is None else free // sharers
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free now: of the GPU, or of this machine within what its control groups leave; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min([free, *cgroup_room(Path("/proc/self/cgroup"), _CGROUPS)])
+
+
+def cgroup_room(membership: Path, root: Path) -> Iterator[int]:
+    """Bytes that this process's control group and those around it may still take, of version 2 or 1.
+
+    membership: /proc/self/cgroup. root: where the groups are mounted. Groups without a limit are passed over.
+    """
+    if not membership.is_file():
+        return
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top = root / "memory"
+        else:
+            continue
+        group = top / path.strip("/")
+        while group.is_relative_to(top):
+            yield from _room_of(group, *names)
+            group = group.parent
+
+
+def _room_of(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+    try:
+        most, used = ((group / name).read_text().strip() for name in (limit, usage))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # seen from inside a container, outer groups are not there
+        return
+    if most != "max":
+        yield max(int(most) - int(used) + int(counts.get(cache, 0)), 0)  # cached files make room when it is needed

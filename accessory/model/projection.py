@@ -1,0 +1,188 @@
+"""The products of linears that read the same input, base, LoRA and bias together, in one autograd function.
+
+It keeps neither unpacked matrices nor what can be made again, and forms no gradient of a frozen matrix. Norms alone or
+biases alone keep nothing of x; LoRA keeps x (or how to make it again) and x A^T, R numbers a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.model.low_rank import Draw
+from accessory.model.recomputed import Recomputed
+from accessory.quant import PackedWeight
+
+PLAIN = Draw(1.0)
+"""Neither scaled nor dropped out of."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One linear's part of a projection: y = x W^T + scale * (x A^T) B^T + bias, whatever of it there is.
+
+    weight: a packed W [N, K], or a plain one of any float dtype, cast for each use and never kept cast. bias [N];
+    a [R, K]; b [N, R].
+    """
+
+    weight: Tensor | PackedWeight
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    draw: Draw = PLAIN
+
+
+def project(x: Tensor | Recomputed, products: list[Product]) -> tuple[Tensor, ...]:
+    """x [T, K] -> one y [T, N] for each of `products`, in x's dtype."""
+    source = Recomputed.of(x)
+    packed = [p.weight if isinstance(p.weight, PackedWeight) else None for p in products]
+    plain = [None if isinstance(p.weight, PackedWeight) else p.weight for p in products]
+    flat = [t for p, weight in zip(products, plain, strict=True) for t in (weight, p.bias, p.a, p.b)]
+    return _Projection.apply(source.value, source, packed, [p.draw for p in products], *flat)
+
+
+class _Tensors(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+    @staticmethod
+    def split(flat: list[Tensor | None]) -> list[_Tensors]:
+        """Four for each linear, from all of them in a row."""
+        return [_Tensors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+
+
+class _Projection(torch.autograd.Function):
+    """The module of a packed matrix rather than its tensors is held for the backward: a sharded base is gathered into
+    other memory by then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        source: Recomputed,
+        packed: list[PackedWeight | None],
+        draws: list[Draw],
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        parts = _Tensors.split(flat)
+        lows = _low_products(x, parts, draws)
+        outputs = []
+        for part, matrix, draw, low in zip(parts, packed, draws, lows, strict=True):
+            y = F.linear(x, _matrix(matrix, part, x.dtype))
+            if low is not None:
+                y.addmm_(low, part.b.to(x.dtype).t(), alpha=draw.scale)
+            if part.bias is not None:
+                y.add_(part.bias.to(x.dtype))
+            outputs.append(y)
+        wanted = [_Tensors(*ctx.needs_input_grad[i : i + 4]) for i in range(4, len(flat) + 4, 4)]
+        keeps_x = any(need.weight or need.a for need in wanted)
+        ctx.packed, ctx.draws, ctx.wanted, ctx.make = packed, draws, wanted, source.make
+        ctx.inputs = len(source.inputs) if keeps_x else 0
+        ctx.save_for_backward(*source.inputs[: ctx.inputs], *lows, *flat)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        count = len(ctx.packed)
+        x = ctx.make(*saved[: ctx.inputs]) if ctx.inputs else None
+        lows = saved[ctx.inputs : ctx.inputs + count]
+        parts = _Tensors.split(saved[ctx.inputs + count :])
+        narrow = _low_gradients(gradients, parts, ctx.draws)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _input_gradient(gradients, narrow, ctx.packed, parts, ctx.draws)
+        flat: list[Tensor | None] = []
+        das = _gradients_of_a(x, narrow, parts, ctx.wanted, ctx.draws)
+        for dy, da, low, part, need, draw in zip(gradients, das, lows, parts, ctx.wanted, ctx.draws, strict=True):
+            flat += [
+                (dy.t() @ x).to(part.weight.dtype) if need.weight else None,
+                _column_sums(dy).to(part.bias.dtype) if need.bias else None,
+                da,
+                (dy.t() @ low).mul_(draw.scale).to(part.b.dtype) if need.b else None,
+            ]
+        return dx, None, None, None, *flat
+
+
+def _matrix(packed: PackedWeight | None, part: _Tensors, dtype: torch.dtype) -> Tensor:
+    return part.weight.to(dtype) if packed is None else packed.borrow(dtype)
+
+
+def _together(parts: list[_Tensors], draws: list[Draw]) -> list[int]:
+    """Which of the linears' A are multiplied in one product: those that read x without dropout."""
+    return [
+        i for i, (part, draw) in enumerate(zip(parts, draws, strict=True)) if part.a is not None and not draw.dropout
+    ]
+
+
+def _stacked(parts: list[_Tensors], which: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.cat([parts[i].a for i in which]).to(dtype)
+
+
+def _low_products(x: Tensor, parts: list[_Tensors], draws: list[Draw]) -> list[Tensor | None]:
+    """x A^T [T, R] of each linear that has an A."""
+    lows: list[Tensor | None] = [None] * len(parts)
+    shared = _together(parts, draws)
+    if shared:
+        low = x @ _stacked(parts, shared, x.dtype).t()
+        for i, piece in zip(shared, low.split([len(parts[i].a) for i in shared], 1), strict=True):
+            lows[i] = piece
+    for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
+        if draw.dropout:
+            lows[i] = (x * draw.kept(x)) @ part.a.to(x.dtype).t()
+    return lows
+
+
+def _low_gradients(gradients: tuple[Tensor, ...], parts: list[_Tensors], draws: list[Draw]) -> list[Tensor | None]:
+    """Gradient of x A^T [T, R] of each linear that has an A: the narrow side is multiplied first."""
+    return [
+        None if part.b is None else (dy @ part.b.to(dy.dtype)).mul_(draw.scale)
+        for dy, part, draw in zip(gradients, parts, draws, strict=True)
+    ]
+
+
+def _input_gradient(
+    gradients: tuple[Tensor, ...],
+    narrow: list[Tensor | None],
+    packed: list[PackedWeight | None],
+    parts: list[_Tensors],
+    draws: list[Draw],
+) -> Tensor:
+    dx = None
+    for dy, matrix, part in zip(gradients, packed, parts, strict=True):
+        w = _matrix(matrix, part, dy.dtype)
+        dx = dy @ w if dx is None else dx.addmm_(dy, w)
+    if shared := _together(parts, draws):
+        dx.addmm_(torch.cat([narrow[i] for i in shared], 1), _stacked(parts, shared, dx.dtype))
+    for dlow, part, draw in zip(narrow, parts, draws, strict=True):
+        if draw.dropout:
+            dx.add_((dlow @ part.a.to(dx.dtype)).mul_(draw.kept(dx)))
+    return dx
+
+
+def _gradients_of_a(
+    x: Tensor | None, narrow: list[Tensor | None], parts: list[_Tensors], wanted: list[_Tensors], draws: list[Draw]
+) -> list[Tensor | None]:
+    """(gradient of x A^T)^T x [R, K] of each A that is trained."""
+    found: list[Tensor | None] = [None] * len(parts)
+    shared = [i for i in _together(parts, draws) if wanted[i].a]
+    if shared:
+        together = torch.cat([narrow[i] for i in shared], 1).t() @ x
+        for i, piece in zip(shared, together.split([len(parts[i].a) for i in shared]), strict=True):
+            found[i] = piece.to(parts[i].a.dtype)
+    for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
+        if draw.dropout and wanted[i].a:
+            found[i] = (narrow[i].t() @ (x * draw.kept(x))).to(part.a.dtype)
+    return found
+
+
+def _column_sums(dy: Tensor) -> Tensor:
+    """[T, N] -> [N] in fp32 at least, however narrow the activations are."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))

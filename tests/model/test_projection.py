@@ -1,0 +1,185 @@
+"""Linears that read the same input: against plain formulas, and in what they keep."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.model.low_rank import Draw
+from accessory.model.projection import Product, project
+from accessory.model.recomputed import Recomputed
+from accessory.quant import PackedWeight, storage
+
+TOKENS, INPUTS, WIDTHS, RANK = 7, 64, (32, 16), 4
+STORAGES = (None, "nf4")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def matrix(kind: str | None, rows: int, seed: int, dtype: torch.dtype) -> Tensor | PackedWeight:
+    """A frozen matrix [rows, 64], plain or packed."""
+    weight = random(rows, INPUTS, seed=seed, dtype=dtype)
+    if kind is None:
+        return weight
+    packed = storage(kind)((rows, INPUTS))
+    packed.pack(weight.float())
+    return packed
+
+
+def plain(weight: Tensor | PackedWeight) -> Tensor:
+    """What it multiplies with, in float64."""
+    return (weight.unpack(torch.float32) if isinstance(weight, PackedWeight) else weight).double()
+
+
+def products(kind: str | None, *, lora: bool, bias: bool, dropout: float, dtype: torch.dtype = torch.float64):
+    """Two linears of one input, with the trained tensors of both in a row."""
+    made, leaves = [], []
+    for i, width in enumerate(WIDTHS):
+        a, b = (random(RANK, INPUTS, seed=10 + i), random(width, RANK, seed=20 + i)) if lora else (None, None)
+        c = random(width, seed=30 + i) if bias else None
+        a, b, c = (None if t is None else t.to(dtype).requires_grad_() for t in (a, b, c))
+        leaves += [t for t in (a, b, c) if t is not None]
+        draw = Draw(0.7, dropout, seed=i) if lora else Draw(1.0)
+        weight = matrix(kind, width, i, torch.float64 if dtype == torch.float64 else torch.bfloat16)
+        made.append(Product(weight, c, a, b, draw))
+    return made, leaves
+
+
+def written_out(x: Tensor, product: Product) -> Tensor:
+    """The formula in float64, for autograd to differentiate."""
+    y = x @ plain(product.weight).t()
+    if product.a is not None:
+        dropped = x * product.draw.kept(x) if product.draw.dropout else x
+        y = y + product.draw.scale * dropped @ product.a.double().t() @ product.b.double().t()
+    return y if product.bias is None else y + product.bias.double()
+
+
+CASES = [
+    (kind, lora, bias, dropout)
+    for kind, lora, bias, dropout in itertools.product(STORAGES, (False, True), (False, True), (0.0, 0.25))
+    if lora or not dropout
+]
+
+
+@pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
+def test_equals_the_formula_in_float64(kind: str | None, lora: bool, bias: bool, dropout: float) -> None:
+    """Values, and the gradients of x, A, B and bias: finite differences, and autograd through the plain formula."""
+    made, leaves = products(kind, lora=lora, bias=bias, dropout=dropout)
+    x = random(TOKENS, INPUTS, seed=5).requires_grad_()
+    found, wanted = project(x, made), [written_out(x, product) for product in made]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
+    ours, theirs = (
+        torch.autograd.grad(ys, [x, *leaves], weights, retain_graph=True) for ys in (found, wanted)
+    )  # fmt: skip
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.autograd.gradcheck(lambda *_: project(x, made), [x, *leaves], fast_mode=True)
+
+
+@pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
+def test_bf16_is_close_to_float64(kind: str | None, lora: bool, bias: bool, dropout: float) -> None:
+    """fp32 trained tensors beside bf16: values and gradients within 1 % of their norm, gradients in fp32."""
+    made, leaves = products(kind, lora=lora, bias=bias, dropout=dropout, dtype=torch.float32)
+    x = random(TOKENS, INPUTS, seed=5, dtype=torch.bfloat16).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    found, wanted = project(x, made), [written_out(wide, product) for product in made]
+    weights = [random(TOKENS, width, seed=40 + i, dtype=torch.bfloat16) for i, width in enumerate(WIDTHS)]
+    ours = torch.autograd.grad(found, [x, *leaves], weights)
+    theirs = torch.autograd.grad(wanted, [wide, *leaves], [w.double() for w in weights])
+    assert {t.dtype for t in ours[1:]} <= {torch.float32}
+    for one, other in zip((*found, *ours), (*wanted, *theirs), strict=True):
+        assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+def test_trained_matrices() -> None:
+    """Plain weights that are trained, in x's dtype or as fp32 masters: against the formula."""
+    x, dy = random(TOKENS, INPUTS, seed=5, dtype=torch.bfloat16).requires_grad_(), random(TOKENS, 32, seed=6)
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = random(32, INPUTS, dtype=dtype).requires_grad_()
+        (y,) = project(x, [Product(weight)])
+        dx, dweight = torch.autograd.grad(y, [x, weight], dy.bfloat16())
+        assert (y.dtype, dx.dtype, dweight.dtype) == (torch.bfloat16, torch.bfloat16, dtype)
+        narrow = weight.detach().bfloat16().double()
+        for found, wanted in ((dx, dy @ narrow), (dweight, dy.t() @ x.double())):
+            assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def kept(x: Tensor | Recomputed, made: list[Product]) -> list[Tensor]:
+    """What waits for the backward."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        project(x, made)
+    return saved
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_biases_alone_keep_nothing_of_x(kind: str | None) -> None:
+    """Nor an unpacked matrix: parameters only."""
+    made, leaves = products(kind, lora=False, bias=True, dropout=0.0)
+    x = random(TOKENS, INPUTS).requires_grad_()
+    own = {t.data_ptr() for t in leaves} | {p.weight.data_ptr() for p in made if isinstance(p.weight, Tensor)}
+    assert {t.data_ptr() for t in kept(x, made)} == own
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_lora_keeps_x_once_and_r_numbers_a_token(dropout: float) -> None:
+    """No mask, no second x."""
+    made, leaves = products("nf4", lora=True, bias=True, dropout=dropout)
+    x = random(TOKENS, INPUTS).requires_grad_()
+    saved = [t for t in kept(x, made) if t.data_ptr() not in {leaf.data_ptr() for leaf in leaves}]
+    assert [tuple(t.shape) for t in saved] == [(TOKENS, INPUTS), (TOKENS, RANK), (TOKENS, RANK)]
+    assert saved[0].data_ptr() == x.data_ptr()
+
+
+def test_what_can_be_made_again_is_not_kept() -> None:
+    """x that is twice something: that is kept, and the gradients are the same."""
+    made, leaves = products("nf4", lora=True, bias=False, dropout=0.0)
+    half = random(TOKENS, INPUTS)
+    x = (2 * half).requires_grad_()
+    source = Recomputed(x, (half,), lambda given: 2 * given)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept(source, made)}
+    ours, plainly = (
+        torch.autograd.grad([y.sum() for y in project(given, made)], [x, *leaves]) for given in (source, x)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ours, plainly, strict=True))
+
+
+def test_an_input_without_gradient() -> None:
+    """The lowest layer: A and B learn, nothing goes further down; without anything trained there is no graph."""
+    made, leaves = products("nf4", lora=True, bias=True, dropout=0.0)
+    x = random(TOKENS, INPUTS)
+    sum(y.sum() for y in project(x, made)).backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    frozen, _ = products("nf4", lora=False, bias=False, dropout=0.0)
+    assert not any(y.requires_grad for y in project(x, frozen))
+
+
+def test_backward_reads_a_packed_matrix_again() -> None:
+    """Memory given up after the forward and gathered elsewhere, as a sharded base is, still serves the backward."""
+    made, _ = products("nf4", lora=False, bias=False, dropout=0.0, dtype=torch.float32)
+    x = random(TOKENS, INPUTS, dtype=torch.float32).requires_grad_()
+    ys = project(x, made)
+    wanted = sum(torch.ones(TOKENS, width) @ plain(p.weight).float() for width, p in zip(WIDTHS, made, strict=True))
+    for product in made:
+        for parameter in product.weight.parameters():
+            moved = parameter.detach().clone()
+            parameter.detach().zero_()
+            parameter.data = moved
+    sum(y.sum() for y in ys).backward()
+    torch.testing.assert_close(x.grad, wanted)
+
+
+def test_bias_gradient_is_summed_in_fp32() -> None:
+    """4,097 ones: a bf16 sum would stop at 256 or round to 4,096."""
+    bias = torch.zeros(2, requires_grad=True)
+    (y,) = project(torch.zeros(4097, 3, dtype=torch.bfloat16), [Product(torch.zeros(2, 3).bfloat16(), bias)])
+    y.backward(torch.ones(4097, 2, dtype=torch.bfloat16))
+    assert bias.grad.tolist() == [4097.0, 4097.0]
