@@ -95,6 +95,8 @@ class FinetuneConfig(BaseModel):
     """Layers to recompute in the backward: none, a number, all (also without a value), or auto: the fewest that fit."""
     offload_inputs: bool = False
     """Keep the inputs of recomputed layers in host memory until the backward (CUDA)."""
+    compile: bool = False
+    """Compile norms, gates and rotations (torch.compile) where no Triton kernel runs; needs a C++ compiler."""
     model_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share one copy of the model (tensor parallel)."""
     data_parallel: Literal["sdp", "fsdp"] = "sdp"

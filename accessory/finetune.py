@@ -27,6 +27,7 @@ from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
 from accessory.errors import ConfigError
+from accessory.kernels.torch_compile import compile_fusible
 from accessory.meta import MetaModel
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
@@ -49,6 +50,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     """
     layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
+    compile_fusible(config.compile)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     output_dir = None if config.dry_run else config.output_dir
     together(lambda: check_offload(config.offload_inputs, layout.device))

@@ -14,7 +14,7 @@ from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_tokens(
     decoder: Decoder,
     prompts: list[list[int]],
@@ -43,6 +43,7 @@ def generate_tokens(
     lengths, starts = tuple(len(prompt) for prompt in prompts), (0,) * len(prompts)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     alive = [room > 0 for room in rooms]
+    decoder.prepare_decoding()
     produced = 0
     while any(alive):
         hidden = decoder(tokens, decoder.sequences(lengths, starts), cache)

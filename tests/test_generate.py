@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from accessory.checkpoint.load import fill, resolve
+from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.errors import ConfigError
@@ -21,6 +21,8 @@ from accessory.model.decoder import Decoder
 from accessory.model.sequences import Sequences
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
+from accessory.quant import native, storage
+from accessory.quant.four_bit import FourBitWeight
 
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
 LENGTH = 15
@@ -197,3 +199,46 @@ def test_the_models_own_positions_bound_a_document(decoder: Decoder, greedy: lis
     assert collect(bounded, PROMPTS) == [greedy[0][:2], greedy[1][:8], greedy[2][:6]]
     with pytest.raises(ConfigError, match="A prompt has 9 tokens; expected 1 to 8"):
         collect(bounded, [[1] * 9])
+
+
+def random_values(name: str, shape: tuple[int, ...]) -> Callable[[torch.Generator], torch.Tensor]:
+    """A maker of starting values; norms near one."""
+    return lambda generator: 0.2 * torch.randn(shape, generator=generator) + ("norm" in name)
+
+
+@pytest.fixture(scope="module")
+def four_bit(layout: groups.Layout) -> Decoder:
+    """A random NF4 decoder in bf16 whose matrices have copies to decode with where the processor knows them."""
+    args = ModelArgs(
+        dim=128, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=192, vocab_size=96, rotary_layout="halves"
+    )
+    decoder = Decoder(args, dtype=torch.bfloat16, storage=storage("nf4"))
+    initial = {target.name: random_values(target.name, target.whole_shape(1)) for target in targets(decoder)}
+    fill(decoder, {}, Attachment(set(), initial), layout, DataParallel(layout, "sdp", base_is_trained=False))
+    return decoder.requires_grad_(False).eval()
+
+
+def test_four_bits_step_by_step_equal_all_at_once(four_bit: Decoder) -> None:
+    """Each token is the likeliest after all before it, by the unpacked matrices; and the stored ones did not change."""
+    before = {name: p.clone() for name, p in four_bit.named_parameters()}
+    answers = list(zip(*generate_tokens(
+        four_bit, PROMPTS, max_gen_len=LENGTH, max_seq_len=64, stop_ids=set()
+    ), strict=True))  # fmt: skip
+    assert all(torch.equal(before[name], p) for name, p in four_bit.named_parameters())
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([*prompt, *answer])
+        with torch.enable_grad():  # the way training takes
+            hidden = four_bit(ids, four_bit.sequences((len(ids),)))
+        logits = next_token_logits(four_bit, hidden)[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (logits.max(1).values - chosen).max() <= 0.02 * logits.abs().max()  # near ties may fall either way
+
+
+def test_training_after_asking_needs_no_copies(four_bit: Decoder) -> None:
+    """They go when the decoder is to train, and are made again when it is asked."""
+    list(generate_tokens(four_bit, PROMPTS[:1], max_gen_len=1, max_seq_len=64, stop_ids=set()))
+    weights = [m for m in four_bit.modules() if isinstance(m, FourBitWeight)]
+    assert not native.FUSES or any(weight.fused for weight in weights)
+    four_bit.train()
+    assert not any(weight.fused for weight in weights)
+    four_bit.eval()

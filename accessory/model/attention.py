@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.document_attention import attend_by_document
-from accessory.model.linear import Linear, project_columns
+from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.norm import RMSNorm
-from accessory.model.position import lean, rotate
+from accessory.model.position import lean, rotate, rotate_halves
 from accessory.model.recomputed import Recomputed
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import Slicing, mark
@@ -36,12 +36,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor | Recomputed, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
         projected = project_columns(x, [self.wq, self.wk, self.wv])
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in projected)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = None
         if self.position == "rotary":
-            q, k = rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
+            q, k = self._rotated(q, k, sequences)
         elif self.position == "alibi":
             q, k, v = lean(q, k, v, sequences.lean)
             scale = self.head_dim**-0.5
@@ -52,6 +52,17 @@ class Attention(nn.Module):
         else:
             out = attend_cached(q, cache, sequences, self.window, scale)
         return self.wo(out[..., : self.head_dim].flatten(1))
+
+    def prepare_decoding(self) -> None:
+        """Make ready for single tokens."""
+        prepare_decoding([self.wq, self.wk, self.wv])
+        prepare_decoding([self.wo])
+
+    def _rotated(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        whole = 2 * sequences.turn.shape[-1] == self.head_dim
+        if self.layout == "halves" and whole and not torch.is_grad_enabled():
+            return rotate_halves(torch.cat([q, k], 1), *sequences.halves).split([q.shape[1], k.shape[1]], 1)
+        return rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
 
 
 def _head_norm(args: ModelArgs) -> RMSNorm:
@@ -90,42 +101,28 @@ def _attend_varlen(
 def attend_cached(
     q: Tensor, cache: LayerCache, sequences: Sequences, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """New queries q [T, H, E] against everything their documents have in the cache, causally -> [T, H, E]."""
-    if len(sequences.lengths) > 1 and set(sequences.lengths) == {1}:  # one decoding step of a batch
-        return _decode_batch(q, cache, sequences, window, scale)
+    """New queries q [T, H, E] against everything their documents have in the cache, causally -> [T, H, E].
+
+    One document after the other, whatever stands beside it: no padding is read, and it gets what it gets alone.
+    """
     parts = []
     for i, part in enumerate(q.split(sequences.lengths)):
         start, end = sequences.starts[i], sequences.starts[i] + sequences.lengths[i]
         first = 0 if window is None else max(start - window + 1, 0)
-        queries = part.transpose(0, 1)[None]
         keys, values = (t[i, first:end].transpose(0, 1)[None] for t in (cache.keys, cache.values))
+        if len(part) == 1:  # sees them all: heads that share keys can be rows of one head, at a fifth of the time
+            rows = part.view(1, keys.shape[1], -1, part.shape[-1])
+            parts.append(F.scaled_dot_product_attention(rows, keys, values, scale=scale).view(part.shape))
+            continue
         out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=_seen(len(part), end - first, window, q.device), scale=scale,
-            enable_gqa=queries.shape[1] != keys.shape[1],
+            part.transpose(0, 1)[None], keys, values, attn_mask=_seen(len(part), end - first, window, q.device),
+            scale=scale, enable_gqa=part.shape[1] != keys.shape[1],
         )  # fmt: skip
         parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which of `keys` keys each of the `queries` last tokens sees, bool [queries, keys]; None where one sees all."""
-    if queries <= 1:
-        return None
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `keys` keys each of the `queries` last tokens sees, bool [queries, keys]."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries - window + 1)
-
-
-def _decode_batch(
-    q: Tensor, cache: LayerCache, sequences: Sequences, window: int | None, scale: float | None
-) -> Tensor:
-    ends = torch.tensor(sequences.starts, device=q.device)[:, None] + 1
-    longest = max(sequences.starts) + 1
-    places = torch.arange(longest, device=q.device)
-    mask = places < ends
-    if window is not None:
-        mask &= places >= ends - window
-    keys, values = (t[:, :longest].transpose(1, 2) for t in (cache.keys, cache.values))
-    out = F.scaled_dot_product_attention(
-        q[:, :, None], keys, values, attn_mask=mask[:, None, None], scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
-    )
-    return out[:, :, 0]

@@ -174,6 +174,12 @@ class Decoder(nn.Module):
             x = x + self.pos_embeddings(sequences.positions).to(x.dtype)
         return x if self.tok_norm is None else self.tok_norm(x)
 
+    def prepare_decoding(self) -> None:
+        """Make ready to be asked for single tokens; training undoes it."""
+        for block in self.layers:
+            block.attention.prepare_decoding()
+            block.feed_forward.prepare_decoding()
+
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens."""
         width = self.args.head_dim + (LEAN_WIDTH if self.args.position == "alibi" else 0)

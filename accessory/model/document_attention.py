@@ -1,6 +1,6 @@
-"""Causal attention one document after the other, for devices without a variable-length kernel.
+"""Causal attention one document after the other, where there is no variable-length kernel: on CPUs, and in fp32.
 
-The forward is PyTorch's flash kernel for CPUs. The backward is our own: on documents of a few hundred tokens the
+The forward on a CPU is PyTorch's flash kernel. The backward is our own: on documents of a few hundred tokens the
 kernel's takes more than twice as long.
 """
 
@@ -41,8 +41,8 @@ class _AttendByDocument(torch.autograd.Function):
         for queries, keys, values, o, s in _documents(lengths, q, k, v, out, sums):
             rows = len(queries) if window is None or window >= len(queries) else min(window, _PIECE)
             for at, seen in _pieces(len(queries), rows, window):
-                mask = _band(at, seen, rows, window, q.dtype) if at.start else None
-                o[at], s[at] = _flash(queries[at], keys[seen], values[seen], mask, scale)
+                mask = _band(at, seen, rows, window, q) if at.start else None
+                o[at], s[at] = (_flash if q.is_cpu else _softmax)(queries[at], keys[seen], values[seen], mask, scale)
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.lengths, ctx.window, ctx.scale = lengths, window, scale
         return out
@@ -77,18 +77,29 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out[0].transpose(0, 1), sums[0].t()
 
 
-def _band(at: slice, seen: slice, rows: int, window: int, dtype: torch.dtype) -> Tensor:
+def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The same for other devices, all scores at once: of fp32, whose kernels there give no log-sums."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1).transpose(0, 1) for t in (k, v))
+    scores = torch.bmm(q.transpose(0, 1), k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
+    if mask is None:
+        mask = scores.new_full(scores.shape[1:], -torch.inf).triu_(1)
+    sums = scores.add_(mask).logsumexp(-1, keepdim=True)
+    weights = scores.sub_(sums).exp_().to(q.dtype)
+    return torch.bmm(weights, v).transpose(0, 1), sums[..., 0].t()
+
+
+def _band(at: slice, seen: slice, rows: int, window: int, like: Tensor) -> Tensor:
     """What the queries `at` add to their scores of the keys `seen`: minus infinity where these are too late or old."""
     queries, keys = at.stop - at.start, seen.stop - seen.start
     last = window - 1 + queries
-    return _whole_band(rows, window, dtype)[:queries, last - keys : last]
+    return _whole_band(rows, window, like.dtype, like.device)[:queries, last - keys : last]
 
 
 @lru_cache(maxsize=4)
-def _whole_band(rows: int, window: int, dtype: torch.dtype) -> Tensor:
+def _whole_band(rows: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[rows, rows + window - 1]: query i sees the keys from i to i + window - 1."""
-    seen = torch.ones(rows, rows + window - 1, dtype=torch.bool).tril(window - 1).triu()
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    seen = torch.ones(rows, rows + window - 1, dtype=torch.bool, device=device).tril(window - 1).triu()
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def _fill_gradients(

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
+from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs
-from accessory.model.linear import Linear, project_columns
+from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.recomputed import Recomputed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,6 +42,11 @@ class FeedForward(nn.Module):
         if self.gated:
             self.w3 = Linear(args.dim, args.hidden_dim, cut="column", **common)
 
+    def prepare_decoding(self) -> None:
+        """Make ready for single tokens."""
+        prepare_decoding([self.w1, self.w3] if self.gated else [self.w1])
+        prepare_decoding([self.w2])
+
     def forward(self, x: Tensor | Recomputed) -> Tensor:
         """x [T, D] -> [T, D]."""
         if self.gated:
@@ -57,13 +64,25 @@ def activate(x: Tensor, activation: str) -> Recomputed:
 
 def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputed:
     """act(x) * up, elementwise; nobody keeps it nor act(x)."""
-    return Recomputed(
-        _Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, ACTIVATIONS[activation])
-    )
+    if not torch.is_grad_enabled():
+        return Recomputed.of(_gated(activation, x, up))
+    return Recomputed(_Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, activation))
 
 
-def _gated(function: Callable[[Tensor], Tensor], x: Tensor, up: Tensor) -> Tensor:
-    return function(x).mul_(up)
+def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
+    if kernels.available(x.device, x.dtype):
+        return kernels.gate.forward(x, up, activation)
+    return _plainly_gated(activation, x, up)
+
+
+@fusible
+def _plainly_gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
+    return ACTIVATIONS[activation](x).mul_(up)
+
+
+@fusible
+def _gate_gradients(activation: str, dy: Tensor, x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _GRADIENTS[activation](dy * up, x), ACTIVATIONS[activation](x).mul_(dy)
 
 
 class _Gate(torch.autograd.Function):
@@ -71,10 +90,11 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, x: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x, up)
         ctx.activation = activation
-        return _gated(ACTIVATIONS[activation], x, up)
+        return _gated(activation, x, up)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, up = ctx.saved_tensors
-        dup = ACTIVATIONS[ctx.activation](x).mul_(dy)
-        return _GRADIENTS[ctx.activation](dy * up, x), dup, None
+        if kernels.available(x.device, x.dtype):
+            return *kernels.gate.backward(dy, x, up, ctx.activation), None
+        return *_gate_gradients(ctx.activation, dy, x, up), None

@@ -99,6 +99,13 @@ def project_columns(x: Tensor | Recomputed, linears: list[Linear]) -> tuple[Tens
     return project(x, [linear.product(linear.bias) for linear in linears])
 
 
+def prepare_decoding(linears: list[Linear]) -> None:
+    """Have the storage of linears that are called together make ready for single tokens (see `PackedWeight`)."""
+    first, *others = [linear.weight for linear in linears]
+    if isinstance(first, PackedWeight):
+        first.prepare_decoding(others)
+
+
 class _AddBias(torch.autograd.Function):
     """y += b in place; the bias gradient is summed in fp32 however narrow the activations are."""
 

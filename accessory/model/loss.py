@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from accessory import kernels
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
@@ -39,14 +40,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         most = min(len(rows), CHUNK), len(head)
         narrow = hidden.new_empty(most)  # one pair of buffers: made anew they would cost more than what fills them
-        scores = hidden.new_empty(most, dtype=wide)
+        in_place = kernels.available(hidden.device, hidden.dtype)
+        scores = narrow if in_place else hidden.new_empty(most, dtype=wide)
         for begin in range(0, len(rows), CHUNK):
             chunk = rows[begin : begin + CHUNK]
             x, narrow, scores = hidden[chunk], narrow[: len(chunk)], scores[: len(chunk)]
-            scores.copy_(torch.mm(x, matrix.t(), out=narrow))
-            _leave_out_padding(scores, vocab_size)
-            total += _loss_and_gradient(scores, labels[chunk])
-            narrow.copy_(scores)
+            torch.mm(x, matrix.t(), out=narrow)
+            if in_place:
+                total += _loss_and_gradient_by_kernels(narrow, labels[chunk], vocab_size)
+            else:
+                scores.copy_(narrow)
+                _leave_out_padding(scores, vocab_size)
+                total += _loss_and_gradient(scores, labels[chunk])
+                narrow.copy_(scores)
             if dhidden is not None:
                 torch.mm(narrow, matrix, out=dhidden[begin : begin + CHUNK])
             if dhead is not None:
@@ -95,6 +101,22 @@ def _loss_and_gradient(scores: Tensor, labels: Tensor) -> Tensor:
     scores.div_(mass[:, None])
     scores[torch.arange(len(labels), device=labels.device), local] -= mine.to(scores.dtype)
     return (mass.log() - target).sum(dtype=torch.float64)
+
+
+def _loss_and_gradient_by_kernels(scores: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
+    """The same of scores in any dtype, without a wide copy of them; those from `vocab_size` on are left out here."""
+    group, columns = model_parallel_group(), scores.shape[1]
+    before = dist.get_rank(group) * columns
+    local, width = labels - before, columns if vocab_size is None else min(max(vocab_size - before, 0), columns)
+    highest, mass, target = kernels.cross_entropy.statistics(scores, local, width)
+    if dist.get_world_size(group) > 1:
+        mine = highest.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        mass *= (mine - highest).exp()
+        _sum_over_ranks(mass)
+        _sum_over_ranks(target)
+    kernels.cross_entropy.become_gradient(scores, local, highest, mass, width)
+    return (mass.log() + highest - target).sum(dtype=torch.float64)
 
 
 def _sum_over_ranks(tensor: Tensor) -> None:

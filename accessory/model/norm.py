@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
+from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs
 from accessory.model.recomputed import Recomputed
 
@@ -33,6 +36,9 @@ class RMSNorm(Norm):
 
     def recomputed(self, x: Tensor) -> Recomputed:
         """The result, and that it is x times two things that the norm keeps."""
+        if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            return Recomputed.of(F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype))
         y, scale = _RMSNorm.apply(x, self.weight, self.eps)
         return Recomputed(y, (x.detach(), scale, self.weight), _scaled)
 
@@ -56,30 +62,58 @@ def make_norm(args: ModelArgs, dim: int) -> Norm:
 
 
 def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    if kernels.available(x.device, x.dtype):
+        return kernels.rms_norm.again(x, weight, scale)
+    return _plainly_scaled(x, scale, weight)
+
+
+@fusible
+def _plainly_scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
     return (x.to(scale.dtype) * scale).mul_(weight).to(x.dtype)
+
+
+@fusible
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+
+
+@fusible
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    unit = x.to(scale.dtype) * scale
+    dunit = dy.to(scale.dtype) * weight
+    return dunit.sub_(unit.mul_((dunit * unit).mean(-1, keepdim=True))).mul_(scale).to(x.dtype)
+
+
+@fusible
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return (dy.to(scale.dtype) * (x.to(scale.dtype) * scale)).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / rms(x) [..., 1]."""
+    if kernels.available(x.device, x.dtype):
+        return kernels.rms_norm.forward(x, weight, eps)
+    scale = _inverse_rms(x, eps)
+    return _plainly_scaled(x, scale, weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
-        return _scaled(x, scale, weight), scale
+        return y, scale
 
     @staticmethod
     def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit = x.to(scale.dtype) * scale
-        dy = dy.to(scale.dtype)
-        dx = dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (dy * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            dunit = dy * weight
-            dx = dunit.sub_(unit.mul_((dunit * unit).mean(-1, keepdim=True))).mul_(scale).to(x.dtype)
-        return dx, dweight, None
+        saved = ctx.saved_tensors
+        need_dx, need_dweight, _ = ctx.needs_input_grad
+        if kernels.available(dy.device, dy.dtype):
+            return *kernels.rms_norm.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
+        dx = _input_gradient(dy, *saved) if need_dx else None
+        return dx, _weight_gradient(dy, *saved) if need_dweight else None, None
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -6,7 +6,6 @@ biases alone keep nothing of x; LoRA keeps x (or how to make it again) and x A^T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ PLAIN = Draw(1.0)
 """Neither scaled nor dropped out of."""
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """One linear's part of a projection: y = x W^T + scale * (x A^T) B^T + bias, whatever of it there is.
 
     weight: a packed W [N, K], or a plain one of any float dtype, cast for each use and never kept cast. bias [N];
@@ -39,10 +37,28 @@ class Product:
 def project(x: Tensor | Recomputed, products: list[Product]) -> tuple[Tensor, ...]:
     """x [T, K] -> one y [T, N] for each of `products`, in x's dtype."""
     source = Recomputed.of(x)
+    if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
+        return _without_gradient(source.value, products)
     packed = [p.weight if isinstance(p.weight, PackedWeight) else None for p in products]
     plain = [None if isinstance(p.weight, PackedWeight) else p.weight for p in products]
     flat = [t for p, weight in zip(products, plain, strict=True) for t in (weight, p.bias, p.a, p.b)]
     return _Projection.apply(source.value, source, packed, [p.draw for p in products], *flat)
+
+
+def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
+    first, *others = [product.weight for product in products]
+    if isinstance(first, PackedWeight):
+        outputs = first.multiply_with(others, x)
+    else:
+        outputs = tuple(F.linear(x, product.weight.to(x.dtype)) for product in products)
+    for y, product in zip(outputs, products, strict=True):
+        if product.a is not None:
+            dropped = x * product.draw.kept(x) if product.draw.dropout else x
+            low = dropped @ product.a.to(x.dtype).t()
+            y.addmm_(low, product.b.to(x.dtype).t(), alpha=product.draw.scale)
+        if product.bias is not None:
+            y.add_(product.bias.to(x.dtype))
+    return outputs
 
 
 class _Tensors(NamedTuple):

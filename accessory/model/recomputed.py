@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Recomputed:
+class Recomputed(NamedTuple):
     """`value`, and how its reader makes it again in the backward: `make(*inputs)`, elementwise work on kept tensors.
 
     A norm's output or an activation's, which a linear with LoRA would otherwise keep beside their inputs. Gradients

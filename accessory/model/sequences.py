@@ -39,6 +39,12 @@ class Sequences:
         return replace(self, lean=channels)
 
     @cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """`turn` for `rotate_halves`, made once for all layers: cosines and signed sines, each [T, 1, rotary_dim]."""
+        cosines, sines = self.turn.real, self.turn.imag
+        return torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
+
+    @cached_property
     def offsets(self) -> Tensor:
         """Where each document begins and the last one ends, int32 [B + 1], for variable-length attention kernels."""
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)

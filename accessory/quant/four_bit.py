@@ -6,21 +6,22 @@ operations; the packed tensors are ours, because its modules repack and re-cast 
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 
+import bitsandbytes.functional as bnb
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.errors import CheckpointError
+from accessory.quant import native
+from accessory.quant.fused import FusedCopy
 from accessory.quant.packed import PackedWeight
-
-# On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-import bitsandbytes.functional as bnb  # noqa: E402
 
 PackedState = dict[str, Tensor]
 """`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""
+CPU = torch.device("cpu")
 BLOCK = 64  # weights that share one scale
 CPU_PIECE = 1 << 18  # weights quantized at a time
 NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsandbytes
@@ -32,9 +33,10 @@ def nested_codebook(device: torch.device) -> Tensor:
     return bnb.create_dynamic_map().to(device)
 
 
-def codebook_of(quant_type: str) -> Tensor:
+@lru_cache
+def codebook_of(quant_type: str, device: torch.device = CPU) -> Tensor:
     """The 16 values [16] fp32 that a 4-bit code of "nf4" or "fp4" stands for, before scaling."""
-    return bnb.get_4bit_type(quant_type, device="cpu")
+    return bnb.get_4bit_type(quant_type, device="cpu").to(device)
 
 
 class FourBitWeight(PackedWeight):
@@ -50,6 +52,8 @@ class FourBitWeight(PackedWeight):
         if shape[1] % 2:
             raise AssertionError(f"4-bit rows hold pairs of weights; got {shape[1]} columns")
         self.quant_type, self.nested = quant_type, nested
+        self.fused: FusedCopy | None = None
+        self.fused_with: list[PackedWeight] = []
         numel = shape[0] * shape[1]
         blocks = -(-numel // BLOCK)
         self.codes = _frozen(torch.empty(numel // 2, dtype=torch.uint8, device="meta"))
@@ -61,6 +65,7 @@ class FourBitWeight(PackedWeight):
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
         """Quantize `weight` [N, K] on its own device; the same bits as bitsandbytes' `quantize_4bit` of the whole."""
+        self.fused = None
         flat = weight.contiguous().view(-1)
         # On the CPU pieces whose intermediates stay in the cache take a third of the time of the whole at once.
         piece = CPU_PIECE if weight.device.type == "cpu" else max(flat.numel(), 1)
@@ -78,7 +83,7 @@ class FourBitWeight(PackedWeight):
 
     def adopt(self, state: PackedState) -> None:
         """Take codes and statistics as they are; those of a slice may be single-level though the rest are nested."""
-        self.nested = "nested_scales" in state
+        self.nested, self.fused = "nested_scales" in state, None
         for name in ("codes", "scales", "nested_scales", "offset"):
             self._parameters.pop(name, None)
             if name in state:
@@ -92,10 +97,72 @@ class FourBitWeight(PackedWeight):
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Dequantize to [N, K] in `dtype`."""
-        scales = plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
+        if dtype == torch.float64:  # which bitsandbytes does not know
+            return self.unpack(torch.float32).double()
+        if kernels.available(self.codes.device, dtype):
+            return self._unpack_by_kernel(dtype)
         return torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.codes.view(-1, 1), scales, BLOCK, self.quant_type, self.shape, dtype
+            self.codes.view(-1, 1), self._plain_scales(), BLOCK, self.quant_type, self.shape, dtype
         )
+
+    def borrow(self, dtype: torch.dtype) -> Tensor:
+        """As `unpack`, the same bits, into memory that all matrices share: the next one overwrites it."""
+        if kernels.available(self.codes.device, dtype):
+            return self._unpack_by_kernel(dtype, _shared_memory(self.shape.numel(), dtype, self.codes.device))
+        if not (native.AVAILABLE and self.codes.is_cpu and dtype in native.DTYPES):
+            return self.unpack(dtype)
+        matrix = _shared_memory(self.shape.numel(), dtype).view(self.shape)
+        native.unpack_into(matrix, self.codes, self._plain_scales(), BLOCK, self.quant_type)
+        return matrix
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, K] -> x W^T [T, N] in x's dtype, without a gradient; few rows by the fused copy where there is one."""
+        return self.multiply_with([], x)[0]
+
+    def multiply_with(self, others: list[PackedWeight], x: Tensor) -> tuple[Tensor, ...]:
+        """The same by this matrix and `others`; in one product where they were prepared together."""
+        if self.fused is None or not self.fused.takes(x) or self.fused_with != others:
+            return tuple(F.linear(x, weight.borrow(x.dtype)) for weight in (self, *others))
+        y = self.fused.multiply(x)
+        return y.split([weight.shape[0] for weight in (self, *others)], 1) if others else (y,)
+
+    @torch.no_grad()
+    def prepare_decoding(self, others: list[PackedWeight]) -> None:
+        """Keep a copy to decode with, where one is of use, until the module is to train or is filled anew."""
+        if self.fused is not None and self.fused_with == others:
+            return
+        together = [self, *others]
+        if any(not isinstance(w, FourBitWeight) or w.quant_type != self.quant_type for w in together):
+            return
+        copies = [FusedCopy.of(w.codes, w._plain_scales(), w.shape, BLOCK, w.quant_type) for w in together]
+        if all(copies):
+            self.fused, self.fused_with = FusedCopy.joined(copies), others
+
+    def train(self, mode: bool = True) -> FourBitWeight:
+        """As every module's; training has no use for the copy."""
+        self.fused = None if mode else self.fused
+        return super().train(mode)
+
+    def _unpack_by_kernel(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        device, nested = self.codes.device, None
+        if self.nested:
+            nested = self.nested_scales, self.offset, nested_codebook(device)
+        codebook = codebook_of(self.quant_type, device)
+        return kernels.four_bit.dequantize(self.codes, self.scales, codebook, self.shape, dtype, nested=nested, out=out)
+
+    def _plain_scales(self) -> Tensor:
+        return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
+
+
+_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _shared_memory(numel: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+    """`numel` numbers on `device`, of any content: a part of what the largest matrix so far has needed."""
+    key = device, dtype
+    if key not in _memory or _memory[key].numel() < numel:
+        _memory[key] = torch.empty(numel, dtype=dtype, device=device)
+    return _memory[key][:numel]
 
 
 def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
@@ -120,6 +187,10 @@ def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
 def plain_scales(scales: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
     """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
     codebook = nested_codebook(scales.device)
+    if scales.is_cpu and native.AVAILABLE:
+        plain = torch.empty(scales.numel())
+        native.unpack_scales_into(plain, scales.contiguous(), nested_scales.contiguous(), codebook, NESTED_BLOCK)
+        return plain.add_(offset)
     return torch.ops.bitsandbytes.dequantize_blockwise.default(
         scales, nested_scales, codebook, NESTED_BLOCK, torch.float32
     ).add_(offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,6 +40,20 @@ class PackedWeight(nn.Module, ABC):
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`, to multiply with at once: the next one may overwrite it."""
         return self.unpack(dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, K] -> x W^T [T, N] in x's dtype, without a gradient."""
+        return F.linear(x, self.borrow(x.dtype))
+
+    def multiply_with(self, others: list[PackedWeight], x: Tensor) -> tuple[Tensor, ...]:
+        """The same by this matrix and by `others` of as many columns."""
+        return tuple(weight.multiply(x) for weight in (self, *others))
+
+    def prepare_decoding(self, others: list[PackedWeight]) -> None:
+        """Make what lets `multiply`, or `multiply_with` these others, take few rows faster, where there is something.
+
+        It is gone when the module is to train or is filled anew.
+        """
 
     def extra_repr(self) -> str:
         """The logical shape, for `print(model)`."""

@@ -80,6 +80,19 @@ def test_keys_that_are_hidden_do_not_overflow() -> None:
     assert all(t.isfinite().all() for t in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_forward_of_other_devices_equals_the_cpus(monkeypatch, dtype: torch.dtype, window: int | None) -> None:
+    """Results and log-sums, all scores at once and by the flash kernel; with the masks of later pieces too."""
+    q, k, v = (t.detach().to(dtype) for t in leaves(12, 6, 2))
+    at, seen = slice(6, 10), slice(0 if window is None else 2, 10)
+    mask = None if window is None else document_attention._band(at, seen, 4, window, q)
+    parts = (q, k, v) if window is None else (q[at], k[seen], v[seen])
+    ours, flash = (f(*parts, mask, 0.3) for f in (document_attention._softmax, document_attention._flash))
+    for one, other in zip(ours, flash, strict=True):
+        assert (one.double() - other.double()).norm() < (1e-6 if dtype == torch.float32 else 0.01) * other.norm()
+
+
 def test_keeps_no_scores() -> None:
     """q, k, v, the result, and a number a query and head."""
     saved: list[Tensor] = []

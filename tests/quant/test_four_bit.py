@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.quant import storage
-from accessory.quant.four_bit import FourBitWeight
+from accessory.model.projection import Product, project
+from accessory.quant import native, storage
+from accessory.quant.four_bit import FourBitWeight, plain_scales
 
 FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
 """Our name -> bitsandbytes' quant_type and compress_statistics."""
@@ -71,15 +72,16 @@ def test_product_is_linear4bit(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     dy = torch.randn(9, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
     results = []
-    for product in (module, packed(name, weight)):
+    ours = packed(name, weight)
+    for product in (module, lambda x: project(x, [Product(ours)])[0]):
         leaf = x.clone().requires_grad_()
         y = product(leaf)
         y.backward(dy)
         results.append((y, leaf.grad))
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-9}
-    for theirs, ours in zip(*results, strict=True):
-        assert ours.dtype == dtype
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    for theirs, found in zip(*results, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, theirs, **tolerance)
 
 
 def test_bytes_per_weight() -> None:
@@ -121,3 +123,54 @@ def test_odd_rows_are_refused() -> None:
     """A row of an odd number of weights would share its last byte with the next."""
     with pytest.raises(AssertionError, match="pairs of weights; got 63"):
         storage("nf4")((4, 63))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["nf4", "nf4_single", "fp4", "fp4_single"])
+def test_borrowed_has_the_bits_of_bitsandbytes(name: str, dtype: torch.dtype) -> None:
+    """Unpacked into shared memory by the C function, and by bitsandbytes' operation."""
+    ours = packed(name, matrix((48, 192)))
+    scales = plain_scales(ours.scales, ours.nested_scales, ours.offset) if ours.nested else ours.scales
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    wanted = torch.ops.bitsandbytes.dequantize_4bit.default(
+        ours.codes.view(-1, 1), scales, 64, ours.quant_type, (48, 192), narrow
+    )
+    assert torch.equal(ours.borrow(dtype), wanted.to(dtype))
+    assert torch.equal(ours.unpack(dtype), wanted.to(dtype))
+
+
+def test_the_next_borrowed_may_overwrite() -> None:
+    """One memory for all; what is unpacked to keep is its own."""
+    one, other = packed("nf4", matrix((64, 128))), packed("nf4", 2 * matrix((64, 128)))
+    kept, first = one.unpack(torch.bfloat16), one.borrow(torch.bfloat16)
+    assert first.data_ptr() == other.borrow(torch.bfloat16).data_ptr()
+    assert torch.equal(kept, one.borrow(torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 48, 49])
+def test_multiplying_without_a_gradient(rows: int) -> None:
+    """By a copy made for it, several matrices at once, or unpacked: close to float64; the stored codes stay."""
+    first, second = packed("nf4", matrix((64, 128))), packed("nf4", 3 * matrix((32, 128)))
+    before = [p.detach().clone() for p in first.parameters()]
+    first.prepare_decoding([second])
+    for dtype, tolerance in ((torch.bfloat16, 0.01), (torch.float32, 1e-5)):
+        x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for found, weight in zip(first.multiply_with([second], x), (first, second), strict=True):
+            wanted = x.double() @ weight.unpack(torch.float64).t()
+            assert (found.double() - wanted).norm() < tolerance * wanted.norm()
+            alone = weight.multiply(x)
+            assert (alone.double() - wanted).norm() < tolerance * wanted.norm()
+    assert all(torch.equal(one, other) for one, other in zip(before, first.parameters(), strict=True))
+
+
+def test_training_drops_the_copy() -> None:
+    """It would be memory for nothing; filled anew, it would be wrong."""
+    ours = packed("nf4", matrix((64, 128)))
+    ours.eval().prepare_decoding([])
+    if native.FUSES:
+        assert ours.fused is not None
+    ours.train()
+    assert ours.fused is None
+    ours.eval().prepare_decoding([])
+    ours.pack(2 * matrix((64, 128)))
+    assert ours.fused is None

@@ -1,0 +1,67 @@
+"""Triton kernels for steps that are bound by memory, where plain PyTorch would pass over it several times.
+
+Each is the counterpart of plain lines elsewhere, which compute wherever `available` says no: on a CPU, without Triton,
+where it cannot compile, in other dtypes, or when ACCESSORY_TRITON=0. So nothing needs Triton, and nothing here imports
+it before it is used: `kernels.rms_norm.forward(...)` loads `rms_norm.py` at its first mention. Under Triton's
+interpreter (TRITON_INTERPRET=1, set before anything imports Triton) kernels run on the CPU, slowly, to be tested.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from accessory.errors import ConfigError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
+KERNELS = ("cross_entropy", "four_bit", "gate", "rms_norm", "rotary")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in KERNELS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_TRITON."""
+    # Triton launches on the current device and its stream, wherever the tensors are.
+    here = device.index == torch.cuda.current_device() if device.type == "cuda" else interpreted()
+    return here and dtype in DTYPES and _wanted() and _works(device)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _wanted() -> bool:
+    value = os.environ.get("ACCESSORY_TRITON", "1")
+    if value not in ("0", "1"):
+        raise ConfigError(f"ACCESSORY_TRITON is {value!r}; expected 1 (use Triton where it works) or 0 (never).")
+    return value == "1"
+
+
+@lru_cache
+def _works(device: torch.device) -> bool:
+    """Every kernel is tried once: Triton needs a C compiler, Python's headers and a GPU of these years."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        wrong = import_module(f"{__name__}.trial").wrong_kernels(device)
+        fault = f"the results of {', '.join(wrong)} are wrong" if wrong else ""
+    except Exception as error:  # whatever a compiler, a linker or a driver may raise
+        fault = f"{type(error).__name__}: {str(error).strip()}"
+    if fault:
+        logging.getLogger(__name__).warning("Triton does not work on %s, plain PyTorch computes: %s", device, fault)
+    return not fault
+
+
+__all__ = ["DTYPES", "KERNELS", "available", "interpreted"]

@@ -1,0 +1,123 @@
+"""NF4 and FP4 dequantization (Dettmers et al. 2023): codes and their statistics, nested or not, in one pass.
+
+Bound by memory: a weight in bf16 is 2.5 bytes of traffic. Nothing else may be: scales of scales are decoded here and
+never written, and the table of 16 values is looked up in shared memory, where every one has a bank of its own (in
+global memory, as bitsandbytes 0.50 does it, or as a tree of 15 selections, the lookups would take longer than the
+memory).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accessory.kernels.operands import check_device, check_floats, check_shape
+
+BLOCK = 64  # weights that share one scale
+NESTED_BLOCK = 256  # scales that share one scale of their own
+BLOCKS = 64  # blocks a program decodes: 4,096 weights, 32 of them to a thread
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    codebook: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weights of `shape` in `dtype`; written into `out`, contiguous and of that many elements, if it is given.
+
+    codes uint8 [numel / 2], high nibble first; scales fp32 [numel / 64]; codebook fp32 [16]. Where `nested` gives
+    nested_scales fp32 [numel / 64 / 256], offset fp32 [1] and nested_codebook fp32 [256], scales is uint8 and decodes
+    as nested_codebook[scales] * nested_scales + offset. All numbers are those of bitsandbytes to the last bit: each
+    product and sum is rounded to fp32, the weight once more to `dtype`. Raises `AssertionError` for anything else.
+    """
+    numel = torch.Size(shape).numel()
+    if numel % 2:
+        raise AssertionError(f"4-bit weights come in pairs; got {numel}")
+    blocks = triton.cdiv(numel, BLOCK)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+    check_floats(out=out)
+    check_device(out.device, codes=codes, scales=scales, codebook=codebook)
+    _check(codes, torch.uint8, numel // 2, "codes")
+    _check(scales, torch.float32 if nested is None else torch.uint8, blocks, "scales")
+    _check(codebook, torch.float32, 16, "codebook")
+    _check(out, dtype, numel, "out")
+    nested_scales, offset, nested_codebook = nested or (scales, scales, codebook)
+    if nested is not None:
+        check_device(out.device, nested_scales=nested_scales, offset=offset, nested_codebook=nested_codebook)
+        _check(nested_scales, torch.float32, triton.cdiv(blocks, NESTED_BLOCK), "nested_scales")
+        _check(offset, torch.float32, 1, "offset")
+        _check(nested_codebook, torch.float32, 256, "nested_codebook")
+    if not numel:
+        return out.view(shape)
+    # Four bytes at a time, eight weights, make a full 16-byte store in bf16; odd ends and odd addresses go by the byte.
+    words = codes.numel() % 4 == 0 and codes.storage_offset() % 4 == 0
+    units = codes.view(torch.int32) if words else codes
+    _dequantize[(triton.cdiv(blocks, BLOCKS),)](
+        units,
+        scales,
+        nested_scales,
+        offset,
+        nested_codebook,
+        codebook,
+        out,
+        units.numel(),
+        NESTED=nested is not None,
+        PER_UNIT=8 if words else 2,
+        BLOCK=BLOCK,
+        NESTED_BLOCK=NESTED_BLOCK,
+        BLOCKS=BLOCKS,
+        num_warps=4,
+        enable_fp_fusion=False,  # a fused multiply-add would round a nested scale once instead of twice
+    )
+    return out.view(shape)
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, numel: int, name: str) -> None:
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected {dtype}, contiguous")
+    check_shape(tensor.view(-1), (numel,), name)
+
+
+@triton.jit
+def _dequantize(
+    codes,
+    scales,
+    nested_scales,
+    offset,
+    nested_codebook,
+    codebook,
+    out,
+    units,
+    NESTED: tl.constexpr,
+    PER_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    UNITS: tl.constexpr = BLOCK // PER_UNIT
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    inside = (first + block) * UNITS < units
+    scale = tl.load(scales + first + block, inside, other=0)
+    if NESTED:
+        group = tl.load(nested_scales + (first + block) // NESTED_BLOCK, inside, other=0)
+        scale = tl.load(nested_codebook + scale.to(tl.int32)) * group + tl.load(offset)
+    unit = block[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
+    present = first * UNITS + unit < units
+    packed = tl.load(codes + first * UNITS + unit, present, other=0).to(tl.int32)
+    place = tl.arange(0, PER_UNIT)
+    # Low byte first, high nibble first: nibbles 1, 0, 3, 2, ... of a little-endian word.
+    code = (packed[:, :, None] >> ((place ^ 1) * 4)[None, None, :]) & 15
+    values = tl.load(codebook + tl.arange(0, 16))
+    value = tl.gather(values, code.reshape(BLOCKS * BLOCK), 0).reshape(BLOCKS, UNITS, PER_UNIT)
+    weight = value * scale[:, None, None]
+    target = out + first * BLOCK + unit[:, :, None] * PER_UNIT + place[None, None, :]
+    tl.store(target, weight.to(out.dtype.element_ty), present[:, :, None])

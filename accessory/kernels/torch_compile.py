@@ -1,0 +1,32 @@
+"""Plain elementwise functions that torch.compile makes one pass over memory of, where `--compile` asks for it.
+
+Whole blocks are left alone: their products gain nothing, and every new set of document lengths would be compiled anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+_wanted = False
+
+
+def compile_fusible(wanted: bool) -> None:
+    """From now on, compile what is `fusible` at its first use, or leave it plain again."""
+    global _wanted
+    _wanted = wanted
+
+
+def fusible(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, or what torch.compile makes of it for tensors of any length, while that is wanted."""
+    compiled = torch.compile(function, dynamic=True)  # compiles nothing yet
+
+    @functools.wraps(function)
+    def choose(*given: object) -> Result:
+        return (compiled if _wanted else function)(*given)
+
+    return choose

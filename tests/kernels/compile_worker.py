@@ -1,0 +1,70 @@
+"""Run alone, without the interpreter: compiles every kernel for an H100 or H200, which needs no GPU, to machine code.
+
+Prints a JSON object: for each kernel, how many loads and stores of 16 bytes it has, and bytes of registers spilled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from accessory.kernels import cross_entropy, four_bit, gate, rms_norm, rotary
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+FP32 = ("weight", "scale", "sums", "turn", "highest", "mass", "target", "nested_scales", "offset")
+TYPES = {
+    **dict.fromkeys(("x", "y", "dy", "dx", "up", "dup", "out", "scores"), "*bf16"),
+    **dict.fromkeys((*FP32, "codebook", "nested_codebook"), "*fp32"),
+    **{"codes": "*i32", "local": "*i64", "eps": "fp32", "scales": "*u8"},
+}
+"""Of arguments by name; the others are sizes."""
+
+
+def compiled(kernel: triton.JITFunction, constants: dict, warps: int, **options) -> dict[str, int]:
+    """What became of `kernel` where addresses, sizes and strides are multiples of 16, as a model's are."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.asm["cubin"])
+        told = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    wide = {kind: len(re.findall(rf"{kind}\.global\.v4\.b32", made.asm["ptx"])) for kind in ("ld", "st")}
+    return {**wide, "spilled": int(re.search(r"STACK:(\d+)", told.stdout)[1])}
+
+
+found = {}
+for width in (128, 8192):
+    tile = rms_norm._tile(width)
+    warps = tile.pop("num_warps")
+    for known in (False, True):
+        found[f"rms_norm {width} {known}"] = compiled(rms_norm._forward, {"KNOWN": known, **tile}, warps)
+    for dweight in (False, True):
+        constants = {"DX": True, "DWEIGHT": dweight, **tile}
+        found[f"rms_norm gradient {width} {dweight}"] = compiled(rms_norm._backward, constants, warps)
+for nested in (False, True):
+    TYPES["scales"] = "*u8" if nested else "*fp32"
+    constants = {"NESTED": nested, "PER_UNIT": 8, "BLOCK": 64, "NESTED_BLOCK": 256, "BLOCKS": four_bit.BLOCKS}
+    found[f"four_bit {nested}"] = compiled(four_bit._dequantize, constants, 4, enable_fp_fusion=False)
+for neighbours, rest in ((True, 0), (False, 0), (True, 64), (False, 64)):
+    constants = {"NEIGHBOURS": neighbours, "INVERSE": rest > 0, "HEADS": 32, "PAIRS": 64, "REST": rest}
+    found[f"rotary {neighbours} {rest}"] = compiled(rotary._rotate, constants, 4)
+for activation in gate.ACTIVATIONS:
+    constants = {"ACTIVATION": activation, "BLOCK": gate.BLOCK}
+    found[f"gate {activation}"] = compiled(gate._forward, constants, 4)
+    found[f"gate gradient {activation}"] = compiled(gate._backward, constants, 4)
+for kernel in (cross_entropy._statistics, cross_entropy._gradient):
+    found[f"cross_entropy {kernel.fn.__name__}"] = compiled(kernel, {"BLOCK": cross_entropy.BLOCK}, 8)
+print(json.dumps(found))

@@ -1,0 +1,97 @@
+"""4-bit dequantization against bitsandbytes, bit by bit."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import bitsandbytes.functional as reference
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.kernels import DTYPES
+from accessory.kernels.four_bit import dequantize
+
+SHAPES = [(64, 128), (5, 26), (3, 2), (257, 256)]
+"""Whole blocks; a last block and a last word that are not full; less than a word; several groups of nested scales."""
+
+
+def packed(shape: tuple[int, int], quant_type: str, nested: bool) -> tuple[dict, Tensor]:
+    """`dequantize`'s arguments for a random matrix, and bitsandbytes' state of it."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    codes, state = reference.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=quant_type)
+    given = {"codes": codes.flatten(), "scales": state.absmax, "codebook": state.code, "shape": shape}
+    if nested:
+        given["nested"] = (state.state2.absmax, state.offset.view(1), state.state2.code)
+    return given, state
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("quant_type", "nested"), list(product(["nf4", "fp4"], [True, False])))
+def test_every_bit_is_bitsandbytes(shape: tuple[int, int], quant_type: str, nested: bool) -> None:
+    """In every dtype."""
+    given, state = packed(shape, quant_type, nested)
+    for dtype in DTYPES:
+        state.dtype = dtype
+        wanted = reference.dequantize_4bit(given["codes"].view(-1, 1), state)
+        found = dequantize(**given, dtype=dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, wanted), dtype
+
+
+def test_formula() -> None:
+    """A code's value times its block's decoded scale, written out, each step rounded to fp32."""
+    given, _ = packed((5, 26), "nf4", True)
+    nested_scales, offset, nested_codebook = given["nested"]
+    wanted = []
+    for i in range(130):
+        code = int(given["codes"][i // 2]) >> (0 if i % 2 else 4) & 15
+        scale = nested_codebook[int(given["scales"][i // 64])] * nested_scales[0] + offset[0]
+        wanted.append(given["codebook"][code] * scale)
+    assert torch.equal(dequantize(**given, dtype=torch.float32).flatten(), torch.stack(wanted))
+
+
+def test_codes_at_an_odd_address() -> None:
+    """A slice of a larger buffer, where four bytes cannot be read at once."""
+    given, _ = packed((64, 128), "nf4", True)
+    wanted = dequantize(**given, dtype=torch.bfloat16)
+    buffer = torch.cat([given["codes"].new_zeros(3), given["codes"]])
+    given["codes"] = buffer[3:]
+    assert torch.equal(dequantize(**given, dtype=torch.bfloat16), wanted)
+
+
+def test_into_a_buffer() -> None:
+    """The beginning of a longer one is written, and not a number more."""
+    given, _ = packed((5, 26), "nf4", True)
+    buffer = torch.full((200,), 7.0, dtype=torch.bfloat16)
+    found = dequantize(**given, dtype=torch.bfloat16, out=buffer[:130])
+    assert found.data_ptr() == buffer.data_ptr()
+    assert torch.equal(found, dequantize(**given, dtype=torch.bfloat16))
+    assert (buffer[130:] == 7).all()
+
+
+def test_nothing_to_do() -> None:
+    """A rank may hold no rows."""
+    empty = {"codes": torch.empty(0, dtype=torch.uint8), "scales": torch.empty(0), "codebook": torch.empty(16)}
+    assert dequantize(**empty, shape=(0, 64), dtype=torch.bfloat16).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, r"out is torch.float64; kernels take"),
+        ({"out": torch.empty(64, 128)}, r"out is torch.float32, .*expected torch.bfloat16"),
+        ({"out": torch.empty(64, 64, dtype=torch.bfloat16)}, r"out is \[4096\]; expected \[8192\]"),
+        ({"out": torch.empty(64, 256, dtype=torch.bfloat16)[:, :128]}, r"out is .*strides \(256, 1\).*contiguous"),
+        ({"shape": (64, 126)}, r"codes is \[4096\]; expected \[4032\]"),
+        ({"shape": (1, 1)}, "come in pairs; got 1"),
+        ({"scales": torch.empty(127, dtype=torch.uint8)}, r"scales is \[127\]; expected \[128\]"),
+        ({"nested": None}, r"scales is torch.uint8, .*expected torch.float32"),
+        ({"codebook": torch.empty(16, device="meta")}, "codebook is on meta, the rest on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    """Before a pointer is followed beyond its end."""
+    given, _ = packed((64, 128), "nf4", True)
+    with pytest.raises(AssertionError, match=message):
+        dequantize(**{"dtype": torch.bfloat16, **given, **change})
