@@ -104,8 +104,8 @@ def activation_bytes(
     The first `checkpointing` blocks keep their input, the others all they compute. Where there are no others, what the
     one block being run again keeps comes on top; else it takes the place of what is gone by then. If none is run
     again, norms of the first block's input keep nothing where neither they nor anything below is trained. On top: what
-    stands before the blocks and behind them, the loss's gradient and row numbers, the shared rotations, the mask of a
-    sliding window on the CPU, and what training the head takes.
+    stands before the blocks and behind them, the loss's gradient and row numbers, the shared rotations, and what
+    training the head takes.
     """
     args, layers = decoder.args, len(decoder.layers)
     width = torch.finfo(decoder.dtype).bits // 8
@@ -122,8 +122,6 @@ def activation_bytes(
         kept -= _needless_in_first_block(decoder, attachment, tokens)
     kept += _entrance_bytes(decoder, attachment, tokens) + _exit_bytes(decoder, attachment, tokens)
     kept += tokens * (8 + (4 * args.rotary_dim if args.position == "rotary" else 0))
-    if _is_banded(decoder, tokens, device):
-        kept += width * args.sliding_window * (2 * args.sliding_window - 1)
     if ("tok_embeddings" if decoder.output is None else "output") + ".weight" in attachment.trainable:
         kept += 4 * decoder.head_weight.numel()  # the head's gradient is made in the forward
     return kept
@@ -143,15 +141,22 @@ def _needless_in_first_block(decoder: Decoder, attachment: Attachment, tokens: i
     args = decoder.args
     if args.norm_placement == "after" or _trains(_ENTRANCE, attachment):
         return 0
-    readers = ("attention_norm", "ffn_norm") if args.parallel_residual else ("attention_norm",)
+    readers = {"attention_norm": ("wq", "wk", "wv")}
+    if args.parallel_residual:
+        readers["ffn_norm"] = ("w1", "w3")
     if any(f"layers.0.{norm}.weight" in attachment.trainable for norm in readers):
         return 0
-    width, needless = torch.finfo(decoder.dtype).bits // 8, _norm_bytes(decoder, tokens, norms=len(readers))
+    # A linear that makes the norm's result again keeps x for it, and RMSNorm's scale; LayerNorm's two it computes anew.
+    again = sum(any(_keeps_input(name, decoder, attachment) for name in names) for names in readers.values())
+    unused = len(readers) - (again if args.norm == "rms" else 0)
+    width = torch.finfo(decoder.dtype).bits // 8
+    needless = _norm_bytes(decoder, tokens, inputs=not again, norms=unused)
     if args.parallel_residual and not _trains("layers.0.feed_forward.", attachment):
         needless += tokens * width * args.hidden_dim // decoder.ranks * (2 if args.gated else 1)
     if args.qk_norm:
+        projections = tuple(f"layers.0.attention.{name}." for name in ("wq", "wk", "wv"))  # one function: all or none
         for letter, heads in (("q", args.n_heads), ("k", args.n_kv_heads)):
-            if not _trains((f"layers.0.attention.w{letter}.", f"layers.0.attention.{letter}_norm."), attachment):
+            if not _trains((*projections, f"layers.0.attention.{letter}_norm."), attachment):
                 needless += tokens * (width * args.head_dim + 4) * heads // decoder.ranks
     return needless
 
@@ -192,8 +197,8 @@ def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int
     Always: the inputs of its norms (D each; one where the block is parallel) with a number or two a token, q and
     attention's output (this rank's heads), k and v (repeated for every query head on CUDA), a 4-byte log-sum a head,
     and what the activation reads (F, twice where it gates) or, of ReLU, makes. ALiBi widens heads; norms of q and k
-    keep these as they were before. Linears with LoRA or a trained weight keep their input too: wq, wk, wv share one,
-    w1 and w3 another, and wo's is kept already unless attention's output was put together or cut. LoRA adds R a linear.
+    keep these as they were before. LoRA adds R a linear. What a linear with LoRA or a trained weight reads is kept
+    already or made again, but for the inputs of wq, wk, wv and w1, w3 where norms stand behind, and wo's with ALiBi.
     """
     args, ranks = decoder.args, decoder.ranks
     width = torch.finfo(decoder.dtype).bits // 8
@@ -204,10 +209,10 @@ def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int
     if args.qk_norm:
         per_token += (width * args.head_dim + 4) * (heads + kv_heads)
     per_token += width * f_width * (2 if args.gated else 1)
-    shared = [(("wq", "wk", "wv"), args.dim), (("w1", "w3"), args.dim)]
-    if args.gated or args.activation != "relu":
-        shared.append((("w2",), f_width))
-    if args.position == "alibi" or _is_banded(decoder, tokens, device):
+    shared = []
+    if args.norm_placement == "after":  # what stands before attention and feed-forward is no norm's, to be made again
+        shared += [(("wq", "wk", "wv"), args.dim), (("w1", "w3"), args.dim)]
+    if args.position == "alibi":
         shared.append((("wo",), heads * args.head_dim))
     for linears, size in shared:
         if any(_keeps_input(name, decoder, attachment) for name in linears):
@@ -215,12 +220,6 @@ def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int
     per_token += width * sum(linear.lora_a.weight.shape[0] for linear in _lora_linears(decoder))
     norms = 4 if args.norm_placement == "both" else 2
     return per_token * tokens + _norm_bytes(decoder, tokens, inputs=norms - args.parallel_residual, norms=norms)
-
-
-def _is_banded(decoder: Decoder, tokens: int, device: torch.device) -> bool:
-    """Whether some block attends to a document of `tokens` piece by piece, its window being shorter."""
-    windows = {decoder.args.window(layer) for layer in range(len(decoder.layers))} - {None}
-    return device.type == "cpu" and any(window < tokens for window in windows)
 
 
 def _keeps_input(name: str, decoder: Decoder, attachment: Attachment) -> bool:
