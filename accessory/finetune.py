@@ -197,7 +197,7 @@ def _plan_memory(
     def plan(layers: int) -> MemoryPlan:
         return memory_plan(
             decoder, attachment, layout,
-            tokens=order.most_tokens, checkpointing=layers, data_parallel=config.data_parallel,
+            tokens=order.most_tokens, checkpointing=layers, data_parallel=config.data_parallel, optim=config.optim,
         )  # fmt: skip
 
     n_layers = len(decoder.layers)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from accessory.errors import ConfigError
+from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
+from accessory.quant.fused import MOST_ROWS
 
 
 @torch.inference_mode()
@@ -37,35 +40,70 @@ def generate_tokens(
     for prompt in prompts:
         if not 0 < len(prompt) < max_seq_len:
             raise ConfigError(f"A prompt has {len(prompt)} tokens; expected 1 to {max_seq_len - 1} (--max_seq_len).")
-    device = decoder.frequencies.device
     rooms = [min(max_gen_len, max_seq_len - len(prompt)) for prompt in prompts]
-    cache = decoder.new_cache(len(prompts), max(len(p) + room for p, room in zip(prompts, rooms, strict=True)))
-    lengths, starts = tuple(len(prompt) for prompt in prompts), (0,) * len(prompts)
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    alive = [room > 0 for room in rooms]
+    alive = [i for i, room in enumerate(rooms) if room > 0]
+    if not alive:
+        return
     decoder.prepare_decoding()
+    cache = decoder.new_cache(len(alive), max(len(prompts[i]) + rooms[i] for i in alive))
+    hidden = read_prompts(decoder, [prompts[i] for i in alive], cache)
     produced = 0
-    while any(alive):
-        hidden = decoder(tokens, decoder.sequences(lengths, starts), cache)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        tokens = sample(next_token_logits(decoder, hidden[ends]), temperature, top_p, generator)
+    while True:
+        tokens = sample(next_token_logits(decoder, hidden), temperature, top_p, generator)
         produced += 1
-        starts = tuple(start + length for start, length in zip(starts, lengths, strict=True))
-        lengths = (1,) * len(prompts)
-        chosen = tokens.tolist()
-        alive = [ok and token not in stop_ids for ok, token in zip(alive, chosen, strict=True)]
-        if not any(alive):
+        chosen = {i: token for i, token in zip(alive, tokens.tolist(), strict=True) if token not in stop_ids}
+        if not chosen:
             return
-        yield [token if ok else None for ok, token in zip(alive, chosen, strict=True)]
-        alive = [ok and produced < room for ok, room in zip(alive, rooms, strict=True)]
-        # A document that ended keeps its place in the batch, without running past the end of its cache.
-        starts = tuple(min(start, cache[0].keys.shape[1] - 1) for start in starts)
+        yield [chosen.get(i) for i in range(len(prompts))]
+        rows = [row for row, i in enumerate(alive) if i in chosen and produced < rooms[i]]
+        if not rows:
+            return
+        if len(rows) < len(alive):  # what ended is not computed any further
+            for layer in cache:
+                layer.keep(rows, max(len(prompts[i]) for i in alive) + produced)
+            alive, tokens = [alive[row] for row in rows], tokens[rows]
+        starts = tuple(len(prompts[i]) + produced - 1 for i in alive)
+        hidden = decoder(tokens, decoder.sequences((1,) * len(alive), starts), cache)
+
+
+def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache]) -> Tensor:
+    """Fill an empty `cache`; returns what the head multiplies of each prompt's last token [B, embedding_dim].
+
+    On a CPU, prompts that are short enough for the fused product are read no more at once than it takes, so that what
+    stands beside a prompt does not decide which product rounds its numbers.
+    """
+    device = decoder.frequencies.device
+    most = MOST_ROWS if device.type == "cpu" else sum(map(len, prompts))
+    lasts, begin = [], 0
+    while begin < len(prompts):
+        end = begin + 1
+        while end < len(prompts) and sum(map(len, prompts[begin : end + 1])) <= most:
+            end += 1
+        lengths = tuple(len(prompt) for prompt in prompts[begin:end])
+        tokens = torch.tensor([token for prompt in prompts[begin:end] for token in prompt], device=device)
+        part = [layer.documents(begin, end) for layer in cache]
+        hidden = decoder(tokens, decoder.sequences(lengths), part)
+        lasts.append(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
+        begin = end
+    return torch.cat(lasts)
 
 
 def next_token_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """hidden [B, embedding_dim] -> logits of the whole vocabulary [B, V], fp32, equal on all model-parallel ranks."""
-    logits = hidden @ decoder.head_weight.to(hidden.dtype).t()
+    with _plain_products() if len(hidden) == 1 and hidden.is_cpu else nullcontext():
+        logits = hidden @ decoder.head_weight.to(hidden.dtype).t()
     return gather_from_model_parallel_region(logits)[:, : decoder.args.vocab_size].float()
+
+
+@contextmanager
+def _plain_products() -> Iterator[None]:
+    """PyTorch's own product of a single row, which reads a bf16 head at about twice the pace of oneDNN's."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

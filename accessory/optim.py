@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accessory.parallel.data import local, sum_over_data_parallel
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import Slicing
+from accessory.quant.moments import BLOCK as MOMENT_BLOCK
 from accessory.quant.moments import levels, pack_moment
 
 BETAS = (0.9, 0.95)
@@ -40,6 +41,19 @@ def build_optimizer(
     if kind == "paged_adamw" and on_gpu:
         return KernelAdamW(_groups(parameters, weight_decay), lr, paged=True)
     return build_adamw(parameters, lr, weight_decay)
+
+
+def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
+    """Bytes that the two moments of whole `parameters` take, as `build_optimizer(KIND)` keeps them.
+
+    Those that a GPU would page out count too: they leave only when it is full.
+    """
+    total = 0
+    for name, parameter in parameters.items():
+        count = parameter.numel()
+        narrow = kind == "adamw8bit" and count >= MIN_8BIT and not name.startswith(_EMBEDDINGS)
+        total += 2 * (count + 4 * -(-count // MOMENT_BLOCK)) if narrow else 8 * count
+    return total
 
 
 def build_adamw(parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -14,9 +14,11 @@ from torch import nn
 from accessory.checkpoint.load import targets
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
+from accessory.model.document_attention import _BLOCK_SCORES, _FEWEST_ROWS
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK
 from accessory.model.position import LEAN_WIDTH
+from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
 
@@ -25,7 +27,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one rank. `activations`: kept by the forward; `logits`: a loss chunk; `buffers`: an unpacked matrix."""
+    """Bytes on one rank.
+
+    activations: kept by the forward, and by the block being run again. logits: a loss chunk. buffers: an unpacked
+    matrix. working: of activations, logits, gradients and a block's backward, what is alive together when it is most.
+    """
 
     weights: int
     trainable: int
@@ -34,11 +40,12 @@ class MemoryPlan:
     activations: int
     logits: int
     buffers: int
+    working: int
 
     @property
     def total(self) -> int:
-        """All of it together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """What the rank needs: all that stays, and the worst moment of what comes and goes."""
+        return self.weights + self.trainable + self.optimizer + self.buffers + self.working
 
     def table(self, title: str, available: int | None) -> str:
         """Lines for a person, against what the device has."""
@@ -51,11 +58,22 @@ class MemoryPlan:
 
 
 def memory_plan(
-    decoder: Decoder, attachment: Attachment, layout: Layout, *, tokens: int, checkpointing: int, data_parallel: str
+    decoder: Decoder,
+    attachment: Attachment,
+    layout: Layout,
+    *,
+    tokens: int,
+    checkpointing: int,
+    data_parallel: str,
+    longest: int | None = None,
+    micro_batches: int = 1,
+    optim: str = "adamw",
+    offload: bool = False,
 ) -> MemoryPlan:
-    """Plan for a micro-batch of `tokens`, all supervised, on a decoder that need not be filled.
+    """Plan for micro-batches of `tokens`, all supervised, on a decoder that need not be filled.
 
-    checkpointing: how many blocks are recomputed, the first ones.
+    checkpointing: how many blocks are recomputed, the first ones; offload: whether their inputs wait in host memory.
+    longest: tokens of the longest document; absent: all are one. micro_batches: of a step. optim: as `--optim`.
     """
     share, sharded = layout.dp_size, layout.dp_size > 1
     trainable = _bytes(decoder, attachment, trained=True)
@@ -65,27 +83,101 @@ def memory_plan(
         # A block at a time is put together, and the next one on its way.
         weights = weights // share + 2 * _bytes(decoder.layers[0], attachment, trained=False, prefix="layers.0.")
         gathered = 2 * trainable // len(decoder.layers)
-    width = torch.finfo(decoder.dtype).bits // 8
-    head = decoder.head_weight
+    width, head = torch.finfo(decoder.dtype).bits // 8, decoder.head_weight
     # A wider head (an fp32 master) is cast whole for the products with it.
     head_copy = head.numel() * width if head.dtype != decoder.dtype else 0
-    largest = max(
-        [
-            m.weight.shape.numel()
-            for m in decoder.modules()
-            if isinstance(m, Linear) and isinstance(m.weight, PackedWeight)
-        ],
-        default=0,
-    )
+    logits = min(tokens, CHUNK) * len(head) * (4 + width) + head_copy
+    trained = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
+    packed = [m.shape.numel() for m in decoder.modules() if isinstance(m, PackedWeight)]
+    step = {"checkpointing": checkpointing, "device": layout.device, "offload": offload}
+    held = trainable if micro_batches > 1 else 0
+    moments = [
+        held + logits + _bytes_at_loss(decoder, attachment, tokens, **step),
+        held + _bytes_in_blocks(decoder, attachment, tokens, min(longest or tokens, tokens), **step),
+        trainable + _optimizer_workspace(optim, trained, layout.device),
+    ]
     return MemoryPlan(
         weights=weights,
         trainable=trainable // share + gathered,
         gradients=trainable,  # whole until they are reduced, whatever the optimizer keeps of them
-        optimizer=2 * trainable // share,
-        activations=activation_bytes(decoder, attachment, tokens, checkpointing=checkpointing, device=layout.device),
-        logits=min(tokens, CHUNK) * len(head) * (4 + width) + head_copy,
-        buffers=largest * width,
+        optimizer=state_bytes(optim, trained) // share,
+        activations=activation_bytes(decoder, attachment, tokens, **step),
+        logits=logits,
+        buffers=max(packed, default=0) * width,
+        working=max(moments),
     )
+
+
+def _bytes_at_loss(decoder: Decoder, attachment: Attachment, tokens: int, *, checkpointing: int, **step) -> int:
+    """What is alive beside a chunk's logits: what is kept, hidden states, two chunks of them, and a head's gradient."""
+    layers, width = len(decoder.layers), torch.finfo(decoder.dtype).bits // 8
+    kept = _kept_by_blocks(decoder, attachment, tokens, layers, recomputed=checkpointing, **step)
+    kept += _kept_beside_blocks(decoder, attachment, tokens) + _exit_bytes(decoder, attachment, tokens)
+    hidden = width * decoder.args.embedding_dim * (tokens + 2 * min(tokens, CHUNK))
+    return kept + hidden + _trains_head(decoder, attachment) * (width + 4) * decoder.head_weight.numel()
+
+
+def _bytes_in_blocks(
+    decoder: Decoder, attachment: Attachment, tokens: int, longest: int, *, checkpointing: int, **step
+) -> int:
+    """The worst moment of the blocks' backward: what is kept up to a block, gradients behind it, and its own work."""
+    layers = len(decoder.layers)
+    gradient = _bytes(decoder.layers[0], attachment, trained=True, prefix="layers.0.")
+    work = max(
+        _feed_forward_backward_bytes(decoder, tokens),
+        _attention_backward_bytes(decoder, tokens, longest, step["device"]) - _feed_forward_keeps(decoder, tokens),
+    )
+    at = [
+        _kept_by_blocks(
+            decoder, attachment, tokens, i + 1, recomputed=min(checkpointing, i + 1), again=i < checkpointing, **step
+        )
+        + (layers - i) * gradient
+        for i in range(layers)
+    ]
+    return _kept_beside_blocks(decoder, attachment, tokens) + max(at) + work
+
+
+def _feed_forward_backward_bytes(decoder: Decoder, tokens: int) -> int:
+    """The gradient of the block's output, and of what w2 reads and of what it is made of: F each, one for a moment."""
+    args, width = decoder.args, torch.finfo(decoder.dtype).bits // 8
+    return tokens * width * (args.dim + (3 if args.gated else 2) * args.hidden_dim // decoder.ranks)
+
+
+def _attention_backward_bytes(decoder: Decoder, tokens: int, longest: int, device: torch.device) -> int:
+    """Gradients of the block's middle and of attention's result, q, k and v, and what its backward works with.
+
+    On CUDA in half precision that is an fp32 sum for q's gradient. Else, for a document: k and v and their gradients'
+    sums in fp32, and either products of two results, or scores of some queries: weights, gradients, narrow copies.
+    """
+    args, width = decoder.args, torch.finfo(decoder.dtype).bits // 8
+    heads, kv_heads = args.n_heads // decoder.ranks, args.n_kv_heads // decoder.ranks
+    e = args.head_dim + (LEAN_WIDTH if args.position == "alibi" else 0)
+    kernel = device.type == "cuda" and width == 2
+    gradients = tokens * width * (args.dim + e * (2 * heads + 2 * (heads if kernel else kv_heads)))
+    if kernel:
+        return gradients + 4 * tokens * heads * e
+    narrow = width < 4
+    blocks = -(-longest // max(_BLOCK_SCORES // (heads * longest), _FEWEST_ROWS))
+    rows = -(-longest // blocks)
+    windows = [args.window(i) or longest for i in range(args.n_layers)]
+    scores = heads * rows * min(longest, max(windows) + rows)
+    wide = 8 * longest * kv_heads * e
+    products = (12 if narrow else 4) * longest * heads * e
+    return gradients + narrow * wide + max(products, wide + 4 * longest * heads + (14 if narrow else 12) * scores)
+
+
+def _feed_forward_keeps(decoder: Decoder, tokens: int) -> int:
+    """Of what a block keeps, what is gone when attention's backward comes."""
+    args, width = decoder.args, torch.finfo(decoder.dtype).bits // 8
+    lora = [m for m in _lora_linears(decoder) if m in set(decoder.layers[0].feed_forward.modules())]
+    numbers = args.hidden_dim // decoder.ranks * (2 if args.gated else 1) + sum(len(m.lora_a.weight) for m in lora)
+    return tokens * width * numbers + (0 if args.parallel_residual else _norm_bytes(decoder, tokens))
+
+
+def _optimizer_workspace(optim: str, trained: dict[str, nn.Parameter], device: torch.device) -> int:
+    """Bytes beside gradients: bitsandbytes steps 8-bit moments on a CPU by way of five fp32 copies of a parameter."""
+    narrow = [p.numel() for name, p in trained.items() if state_bytes(optim, {name: p}) < 8 * p.numel()]
+    return 20 * max(narrow, default=0) if device.type == "cpu" else 0
 
 
 def _bytes(module: nn.Module, attachment: Attachment, *, trained: bool, prefix: str = "") -> int:
@@ -97,34 +189,67 @@ def _bytes(module: nn.Module, attachment: Attachment, *, trained: bool, prefix: 
 
 
 def activation_bytes(
-    decoder: Decoder, attachment: Attachment, tokens: int, *, checkpointing: int, device: torch.device = CPU
+    decoder: Decoder,
+    attachment: Attachment,
+    tokens: int,
+    *,
+    checkpointing: int,
+    device: torch.device = CPU,
+    offload: bool = False,
 ) -> int:
     """Bytes the forward of `tokens` supervised tokens keeps for the backward, on this rank, parameters aside.
 
     The first `checkpointing` blocks keep their input, the others all they compute. Where there are no others, what the
-    one block being run again keeps comes on top; else it takes the place of what is gone by then. If none is run
-    again, norms of the first block's input keep nothing where neither they nor anything below is trained. On top: what
-    stands before the blocks and behind them, the loss's gradient and row numbers, the shared rotations, and what
-    training the head takes.
+    one block being run again keeps comes on top; else it takes the place of what is gone by then. On top: what stands
+    before the blocks and behind them, the loss's gradient and row numbers, the shared rotations, and what training the
+    head takes.
     """
-    args, layers = decoder.args, len(decoder.layers)
-    width = torch.finfo(decoder.dtype).bits // 8
-    x = tokens * args.dim * width
+    layers = len(decoder.layers)
+    options = {"recomputed": checkpointing, "device": device, "offload": offload, "again": checkpointing == layers}
+    kept = _kept_by_blocks(decoder, attachment, tokens, layers, **options)
+    return kept + _kept_beside_blocks(decoder, attachment, tokens) + _exit_bytes(decoder, attachment, tokens)
+
+
+def _kept_by_blocks(
+    decoder: Decoder,
+    attachment: Attachment,
+    tokens: int,
+    blocks: int,
+    *,
+    recomputed: int,
+    device: torch.device,
+    offload: bool,
+    again: bool = False,
+) -> int:
+    """What the first `blocks` blocks keep, `recomputed` of them their input only; `again`: the last is run again.
+
+    Of inputs that are offloaded three are on the device. If no block is recomputed, norms of the first one's input keep
+    nothing where neither they nor anything below is trained.
+    """
+    args = decoder.args
+    x = tokens * args.dim * torch.finfo(decoder.dtype).bits // 8
     block = block_activation_bytes(decoder, attachment, tokens, device)
-    kept = (layers - checkpointing) * block + checkpointing * x
-    if checkpointing == layers:
+    kept = (blocks - recomputed) * block + (min(recomputed, 3) if offload else recomputed) * x
+    if again:
         # A block's input is among what it keeps, unless its norms stand behind and nothing else wants it.
         inside = args.norm_placement != "after" or any(
             _keeps_input(name, decoder, attachment) for name in ("wq", "wk", "wv")
         )
         kept += block - inside * x
-    elif not checkpointing:
-        kept -= _needless_in_first_block(decoder, attachment, tokens)
-    kept += _entrance_bytes(decoder, attachment, tokens) + _exit_bytes(decoder, attachment, tokens)
+    return kept if recomputed else kept - _needless_in_first_block(decoder, attachment, tokens)
+
+
+def _kept_beside_blocks(decoder: Decoder, attachment: Attachment, tokens: int) -> int:
+    """What stands before the blocks, the loss's row numbers, shared rotations, and the gradient of a trained head."""
+    args = decoder.args
+    kept = _entrance_bytes(decoder, attachment, tokens)
     kept += tokens * (8 + (4 * args.rotary_dim if args.position == "rotary" else 0))
-    if ("tok_embeddings" if decoder.output is None else "output") + ".weight" in attachment.trainable:
-        kept += 4 * decoder.head_weight.numel()  # the head's gradient is made in the forward
-    return kept
+    # The head's gradient is made in the forward.
+    return kept + _trains_head(decoder, attachment) * 4 * decoder.head_weight.numel()
+
+
+def _trains_head(decoder: Decoder, attachment: Attachment) -> bool:
+    return ("tok_embeddings" if decoder.output is None else "output") + ".weight" in attachment.trainable
 
 
 def _norm_bytes(decoder: Decoder, tokens: int, *, inputs: int = 1, norms: int = 1) -> int:

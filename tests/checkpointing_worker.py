@@ -15,7 +15,7 @@ free = available_memory(torch.device("cpu"))
 
 def plan(layers: int) -> MemoryPlan:
     """In shares of the machine's free memory, of which a rank has half: rank 1 needs two layers' worth more."""
-    return MemoryPlan(0, 0, 0, 0, int((0.5 + 0.2 * layout.rank - 0.1 * layers) * free), 0, 0)
+    return MemoryPlan(0, 0, 0, 0, 0, 0, 0, working=int((0.5 + 0.2 * layout.rank - 0.1 * layers) * free))
 
 
 alone = next(layers for layers in range(9) if plan(layers).total <= 0.45 * free)

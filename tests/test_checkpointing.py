@@ -46,7 +46,7 @@ def layout() -> Iterator[Layout]:
 
 def plan_of(total: int) -> MemoryPlan:
     """A step that takes `total` bytes."""
-    return MemoryPlan(0, 0, 0, 0, total, 0, 0)
+    return MemoryPlan(0, 0, 0, 0, 0, 0, 0, working=total)
 
 
 @pytest.mark.parametrize(("asked", "layers"), [("none", 0), ("all", 6), (0, 0), (4, 4), (6, 6)])

@@ -1,7 +1,9 @@
-"""Measure training and loading:
+"""Measure training, decoding and loading:
 
     python tools/benchmark.py train --model DIR --data FILE --steps 10 --method lora --quant
-    python tools/benchmark.py load --model DIR --quant      (and once more with --peer, for transformers + bitsandbytes)
+    python tools/benchmark.py train --model 7B --tokens 4096 --seq 512 --quant    (random weights and documents)
+    python tools/benchmark.py generate --model DIR --quant  (and once more with --peer, for transformers + bitsandbytes)
+    python tools/benchmark.py load --model DIR --quant      (and once more with --peer)
 
 Documents are taken in the file's order, so that another system can be given the same ones.
 """
@@ -9,82 +11,110 @@ Documents are taken in the file's order, so that another system can be given the
 from __future__ import annotations
 
 import sys
-import threading
-import time
-from dataclasses import replace
 from json import dumps
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
-import torch
-
-from accessory.blueprint import draw_blueprint
-from accessory.checkpoint.load import fill, resolve, targets
+from accessory.blueprint import DTYPES
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.training_state import Progress
-from accessory.data.corpus import build_corpus
-from accessory.data.order import GlobalOrder
-from accessory.engine import Engine, Schedule
-from accessory.entry import run_tool
-from accessory.errors import ConfigError
-from accessory.meta import MetaModel
-from accessory.method.peft import Peft
-from accessory.optim import LossScale, build_adamw
+from accessory.engine import Engine
+from accessory.entry import from_command_line, run_tool
+from accessory.errors import ConfigError, nearest
+from accessory.optim import OPTIMIZERS
 from accessory.parallel import groups
-from accessory.parallel.data import DataParallel
-from accessory.report import Reporter
+from accessory.report import StepReport
+from tools.benchmarking import ideal, time_shares
+from tools.benchmarking.decoding import Decoding
+from tools.benchmarking.loading import Watch, load_ours, load_peer
+from tools.benchmarking.training import METHODS, Training
 
-METHODS = {
-    "lora": {"norm_tuning": False, "bias_tuning": False},
-    "normbias": {"norm_tuning": True, "bias_tuning": True, "lora_rank": -1},
-    "normbiaslora": {"norm_tuning": True, "bias_tuning": True},
-    "norm": {"norm_tuning": True, "bias_tuning": False, "lora_rank": -1},
-}
 UNTIMED_STEPS = 2
 
 
 def train(
     model: str,
-    data: str,
+    data: str | None = None,
     steps: int = 10,
     batch_size: int = 8,
+    tokens: int | None = None,
+    seq: int = 512,
+    supervised: float = 1.0,
+    max_words: int = 512,
     method: str = "lora",
-    rank: int = 16,
+    rank: int | None = None,
+    adapter: str | None = None,
     quant: bool = False,
     quant_type: str = "nf4",
-    max_words: int = 512,
     lr: float = 2e-4,
-    checkpointing: bool = False,
+    optim: str = "adamw",
+    checkpointing: bool | int | str = "none",
     precision: str = "bf16",
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Train STEPS steps on the first STEPS x BATCH_SIZE records of DATA and print tokens/s, peak memory and losses."""
-    if method not in METHODS:
-        raise ConfigError(f"--method {method!r} is not one of {', '.join(METHODS)}.")
+    """Train and print tokens/s, peak memory, losses, what the time goes to and how far that is from the ideal.
+
+    The first two steps are not timed. After the last it is run once more, to be profiled.
+
+    Args:
+        model: a checkpoint, or 7B, 13B, 70B, 1B or tiny: random weights of that size, made on the device.
+        data: what to train on, STEPS x BATCH_SIZE records of it; absent, random documents.
+        steps: optimizer steps, of one micro-batch.
+        batch_size: documents a step.
+        tokens: of a step on random documents, instead of BATCH_SIZE.
+        seq: tokens of each random document.
+        supervised: the share of them that is learned.
+        max_words: the longest document of DATA in tokens.
+        method: lora, normbias, normbiaslora or norm.
+        rank: of LoRA; 16, or the adapter's.
+        adapter: a PEFT adapter or a trained part, whose values the trained parameters start with.
+        quant: keep the base in 4 bits.
+        quant_type: nf4, nf4_single, fp4 or fp4_single.
+        lr: learning rate, constant.
+        optim: adamw, adamw8bit or paged_adamw.
+        checkpointing: layers to recompute: none, a number, or all (also without a value).
+        precision: bf16, fp16, fp32 or tf32.
+        device: auto, cpu or cuda.
+        json: print one JSON line.
+    """
+    _check_named("--method", method, METHODS)
+    _check_named("--optim", optim, OPTIMIZERS)
+    _check_named("--precision", precision, DTYPES)
+    _check_counts(steps=steps, batch_size=batch_size, tokens=tokens, seq=seq, max_words=max_words, rank=rank)
     if steps <= UNTIMED_STEPS:
         raise ConfigError(f"--steps {steps}: the first {UNTIMED_STEPS} are not timed, so more are needed.")
-    layout = groups.start(device)
-    engine = _engine(
-        layout, Path(model), Path(data), {"lora_rank": rank, **METHODS[method]}, quant_type if quant else None,
-        precision, batch_size, max_words, lr, checkpointing,
+    for flag, share in (("--supervised", supervised), ("--lr", lr)):
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError(f"{flag} {share!r}: expected a number above 0, of at most 1.")
+    if tokens is not None:
+        batch_size = _documents(tokens, seq, data)
+    training = Training(
+        model=str(model), data=None if data is None else str(data), steps=steps, batch_size=batch_size, seq=seq,
+        supervised=supervised, max_words=max_words, method=method, rank=rank,
+        adapter=None if adapter is None else str(adapter), quant_type=quant_type if quant else None,
+        precision=precision, lr=lr, optim=optim, checkpointing=_layers(checkpointing),
     )  # fmt: skip
+    layout = groups.start(device)
+    engine = training.engine(layout)
     if steps > engine.schedule.steps_per_epoch:
         raise ConfigError(
             f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {batch_size}."
         )
+    result = _measure_training(engine, steps)
+    if layout.is_main:
+        _show({"system": "accessory", "method": method, "device": layout.device.type, "steps": steps, **result}, json)
+    groups.stop()
+
+
+def _measure_training(engine: Engine, steps: int) -> dict:
     engine.model.train()
     progress = Progress()
     reports = [engine.step(progress) for _ in range(steps)]
     timed = reports[UNTIMED_STEPS:]
     seconds, tokens = sum(r.seconds for r in timed), sum(r.tokens for r in timed)
     result = {
-        "system": "accessory",
-        "method": method,
-        "device": layout.device.type,
-        "steps": steps,
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
@@ -92,38 +122,97 @@ def train(
         "trainable": sum(p.numel() for p in engine.parameters.values()),
         "losses": [round(r.loss, 4) for r in reports],
     }
+    progress.step -= 1
+    shares = time_shares.measure(lambda: engine.step(progress), engine)
+    result["time_shares"] = {category: round(share, 2) for category, share in shares.items()}
+    return result | _beside_ideal(engine, timed, seconds, tokens)
+
+
+def _beside_ideal(engine: Engine, timed: list[StepReport], seconds: float, tokens: int) -> dict:
+    decoder, order, layout = engine.model.llma, engine.order, engine.layout
+    work = ideal.Work()
+    for report in timed:
+        lengths = order.corpus.lengths[order.global_ids(0, report.step - 1)].tolist()
+        work += ideal.step_work(decoder, lengths, report.supervised, layout.dp_size)
+    per_rank = max(tokens // len(timed) // layout.dp_size, 1)
+    rate, bandwidth = ideal.product_rate(decoder, per_rank, layout.device), ideal.copy_bandwidth(layout.device)
+    return ideal.compare(work, tokens, seconds, rate, bandwidth, layout.world_size)
+
+
+def _documents(tokens: int, seq: int, data: str | None) -> int:
+    """How many random documents make a step of `tokens`."""
+    if data is not None:
+        raise ConfigError(f"--tokens {tokens}: is of random documents; with --data {data} give --batch_size.")
+    if tokens % seq:
+        raise ConfigError(f"--tokens {tokens}: is no multiple of --seq {seq}, the length of a document.")
+    return tokens // seq
+
+
+def _layers(asked: bool | int | str) -> int | str:
+    """What `--checkpointing` says: none, all or a number."""
+    if isinstance(asked, bool):
+        return "all" if asked else "none"
+    if asked in ("none", "all") or (isinstance(asked, int) and asked >= 0):
+        return asked
+    known = ("none", "all")
+    raise ConfigError(f"--checkpointing {asked!r}: expected none, all or a number.{nearest(str(asked), known)}")
+
+
+def _check_named(flag: str, value: str, known) -> None:
+    if value not in known:
+        raise ConfigError(f"{flag} {value!r} is not one of {', '.join(known)}.{nearest(str(value), known)}")
+
+
+def _check_counts(**flags: int | None) -> None:
+    for name, value in flags.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"--{name} {value!r}: expected a number of 1 or more.")
+
+
+def generate(
+    model: str,
+    data: str | None = None,
+    batch_size: int = 1,
+    prompt_tokens: int = 32,
+    new_tokens: int = 64,
+    quant: bool = False,
+    quant_type: str = "nf4",
+    peer: bool = False,
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Decode greedily and print tokens/s, prompts included in the time, and the tokens, to be compared.
+
+    Args:
+        model: a checkpoint; without `peer` also 7B, 13B, 70B, 1B or tiny, of random weights.
+        data: whose first BATCH_SIZE documents of PROMPT_TOKENS or more the prompts are cut from; absent, random ones.
+        batch_size: prompts that are decoded at once.
+        prompt_tokens: of each.
+        new_tokens: of each answer, whatever would end it.
+        quant: keep the matrices in 4 bits.
+        quant_type: nf4, nf4_single, fp4 or fp4_single.
+        peer: have transformers and bitsandbytes decode.
+        device: auto, cpu or cuda.
+        json: print one JSON line.
+    """
+    _check_counts(batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    layout = groups.start(device)
+    decoding = Decoding(
+        model=str(model), data=None if data is None else str(data), batch_size=batch_size,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, quant_type=quant_type if quant else None,
+    )  # fmt: skip
+    seconds, answers = decoding.by_peer(layout) if peer else decoding.by_us(layout)
+    result = {
+        "system": "transformers" if peer else "accessory",
+        "device": layout.device.type,
+        "quant": decoding.quant_type,
+        "batch_size": batch_size,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(batch_size * new_tokens / seconds, 1),
+        "answers": answers,
+    }
     _show(result, json)
     groups.stop()
-
-
-def _engine(layout, model, data, settings, quant_type, precision, batch_size, max_words, lr, checkpointing) -> Engine:
-    source = open_source(model)
-    blueprint = draw_blueprint(
-        [source], llama_type="llama_peft", llama_config=[], tokenizer_path=None, quant_type=quant_type,
-        precision=precision, train=True,
-    )  # fmt: skip
-    blueprint = replace(blueprint, method=Peft(Peft.Settings(**settings)))
-    decoder, attachment = blueprint.build(layout)
-    data_parallel = DataParallel(layout, "sdp", base_is_trained=False)
-    fill(decoder, resolve(decoder, [source], attachment, initialize=True), attachment, layout, data_parallel)
-    for block in decoder.layers:
-        block.recompute = checkpointing
-    parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
-    corpus = build_corpus(data, blueprint.tokenizer, max_words=max_words)
-    order = GlobalOrder(corpus, batch_size=batch_size, accum_iter=1, shuffle=False)
-    return Engine(
-        model=MetaModel(decoder, blueprint.tokenizer, max_words),
-        parameters=parameters,
-        slicings={target.name: target.slicing for target in targets(decoder)},
-        optimizer=build_adamw(parameters, lr, weight_decay=0.0),
-        order=order,
-        schedule=Schedule(1, order.steps_per_epoch, 0.0, lr, lr, 2.0, 1, 1),
-        data_parallel=data_parallel,
-        layout=layout,
-        reporter=Reporter(None, 0, 0, enabled=False),
-        save=lambda *_: None,
-        loss_scale=LossScale(precision == "fp16"),
-    )
 
 
 def load(model: str, quant: bool = False, quant_type: str = "nf4", peer: bool = False, json: bool = False) -> None:
@@ -132,8 +221,8 @@ def load(model: str, quant: bool = False, quant_type: str = "nf4", peer: bool = 
     Counted is memory of the process's own, not the pages of files mapped into it. With `peer` transformers and
     bitsandbytes load the same directory.
     """
-    with _Watch() as watch:
-        loaded = _load_peer(model, quant, quant_type) if peer else _load(model, quant, quant_type)
+    with Watch() as watch:
+        loaded = (load_peer if peer else load_ours)(model, quant, quant_type)
     held = {p.data_ptr(): p.nbytes for p in loaded.parameters()}
     matrices = [t for t in open_source(model).tensors.values() if len(t.shape) == 2]
     result = {
@@ -148,59 +237,30 @@ def load(model: str, quant: bool = False, quant_type: str = "nf4", peer: bool = 
     _show(result, json)
 
 
-def _load(model: str, quant: bool, quant_type: str) -> torch.nn.Module:
-    return MetaModel.from_pretrained(model, quant=quant, quant_type=quant_type if quant else None)
-
-
-def _load_peer(model: str, quant: bool, quant_type: str) -> torch.nn.Module:
-    import transformers
-
-    settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type.removesuffix("_single"),
-        bnb_4bit_use_double_quant=not quant_type.endswith("_single"),
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    kind = {"quantization_config": settings} if quant else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, device_map={"": "cpu"}, **kind
-    )
-
-
-class _Watch:
-    """Seconds that a stretch takes, and the most anonymous memory [bytes] it adds to the process, looked at often."""
-
-    INTERVAL = 0.002  # seconds
-
-    def __enter__(self) -> _Watch:
-        self.peak, self._before, self._stop = 0, self._anonymous(), threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, *_exception) -> None:
-        self.seconds = time.perf_counter() - self._began
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._stop.wait(self.INTERVAL):
-            self.peak = max(self.peak, self._anonymous() - self._before)
-
-    @staticmethod
-    def _anonymous() -> int:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 def _show(result: dict, as_json: bool) -> None:
     if as_json:
         print(dumps(result))
         return
+    shares = result.pop("time_shares", {})
     for name, value in result.items():
-        print(f"{name:>14}  {value}")
+        print(f"{name:>24}  {value}")
+    for category, share in shares.items():
+        print(f"{'time in ' + category:>24}  {share:.2f} %")
+
+
+COMMANDS = {"train": train, "generate": generate, "load": load}
+
+
+def _command() -> None:
+    """The command line's first word says which; the rest are its flags."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    _check_named("command", name, COMMANDS)
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    from_command_line(COMMANDS[name])()
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire({"train": train, "load": load}))
+    run_tool(_command)

@@ -1,25 +1,33 @@
-"""Will it fit?  python tools/plan.py 7B --method normbias --quant --seq 512      python tools/plan.py table --seq 512
+"""Will it fit, and if not, what would help?  From the model's shapes alone, by the code that --dry_run prints:
 
-Bytes per rank from the model's shapes alone, by the code that --dry_run prints.
+python tools/plan.py 7B --method lora --seq 2048 --device_memory 8      python tools/plan.py table --seq 512
 """
 
-import json
+from __future__ import annotations
+
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import fire
 import torch
 
-from accessory.entry import run_tool
+from accessory.blueprint import DTYPES
+from accessory.checkpoint.source import read_json, settings_read_by
+from accessory.checkpointing import MARGIN
+from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
-from accessory.method.peft import Peft
+from accessory.method import METHODS as METHOD_CLASSES
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
+from accessory.model.families import architecture_of
+from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
-from accessory.plan import MemoryPlan, memory_plan, parameter_counts
-from accessory.quant import storage
+from accessory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
+from accessory.quant import STORAGES, storage
 
 SIZES = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
@@ -34,81 +42,274 @@ SIZES = {
     },
 }
 """LLaMA-2, vocabulary 32,000."""
-METHODS = {"normbias": {}, "normbiaslora": {"lora_rank": 16}}
+METHODS = {
+    "normbias": ("peft", {}),
+    "normbiaslora": ("peft", {"lora_rank": 16}),
+    "lora": ("peft", {"lora_rank": 16, "norm_tuning": False, "bias_tuning": False}),
+    "full": ("full", {}),
+}
+"""Kind of method and its settings."""
+PLAIN = "none"
+"""The --quant_type that packs nothing."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step's memory follows from, each by the name of its flag."""
+
+    method: str = "normbias"
+    quant_type: str = "nf4"
+    precision: str = "bf16"
+    seq: int = 512
+    batch_size: int = 1
+    accum_iter: int = 1
+    checkpointing: int = 0
+    optim: str = "adamw"
+    offload_inputs: bool = False
+    model_parallel_size: int = 1
+    data_parallel_size: int = 1
+    data_parallel: str = "sdp"
+
+    def check(self) -> None:
+        """Raise `ConfigError` for names we do not know, numbers below 1, and what cannot be together."""
+        names = {
+            "method": METHODS,
+            "quant_type": (PLAIN, *STORAGES),
+            "precision": DTYPES,
+            "optim": OPTIMIZERS,
+            "data_parallel": ("sdp", "fsdp"),
+        }
+        for flag, known in names.items():
+            value = getattr(self, flag)
+            if value not in known:
+                close = nearest(str(value), known)
+                raise ConfigError(f"--{flag} {value!r} is unknown.{close} Known: {', '.join(known)}.")
+        for flag in ("seq", "batch_size", "accum_iter", "model_parallel_size", "data_parallel_size"):
+            value = getattr(self, flag)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"--{flag} {value!r}: expected a whole number from 1 on.")
+        if self.method == "full" and self.quant_type != PLAIN:
+            raise ConfigError(
+                f"--method full with --quant_type {self.quant_type}: 4-bit weights cannot be trained; give --quant_type "
+                f"{PLAIN} or another --method."
+            )
+
+    def flags_beside(self, other: Setting) -> str:
+        """The flags, with values, in which this differs from `other`."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        values = {name: getattr(self, name) for name in changed}
+        return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
 
 
 def plan(
     model: str,
     method: str = "normbias",
-    quant: bool = True,
+    quant_type: str | None = None,
+    precision: str = "bf16",
     seq: int = 512,
     batch_size: int = 1,
-    checkpointing: bool = True,
+    accum_iter: int = 1,
+    checkpointing: int | str | bool = "none",
+    optim: str = "adamw",
+    offload_inputs: bool = False,
     model_parallel_size: int = 1,
     data_parallel_size: int = 1,
     data_parallel: str = "sdp",
+    device: str = "auto",
+    device_memory: float | None = None,
 ) -> None:
-    """Print the memory plan of MODEL (7B, 13B, 70B, or a params.json) in training, per rank."""
-    made, trained, total = _plan(
-        str(model),
-        method,
-        quant,
-        seq * batch_size,
-        checkpointing,
-        model_parallel_size,
-        data_parallel_size,
-        data_parallel,
-    )
+    """Print the memory plan of MODEL in training, per rank, whether it fits, and if not, with which flags it would.
+
+    Args:
+        model: 7B, 13B, 70B, a params.json or config.json, or a directory with one (Hugging Face, Meta or ours).
+        method: normbias, normbiaslora, lora (both of rank 16) or full.
+        quant_type: nf4, nf4_single, fp4, fp4_single, or none; absent: nf4, and none with full.
+        precision: bf16, fp16, fp32 or tf32.
+        seq: tokens of a document.
+        batch_size: documents of a micro-batch.
+        accum_iter: micro-batches of a step.
+        checkpointing: none, a number of layers, or all.
+        optim: adamw, adamw8bit or paged_adamw.
+        offload_inputs: keep the inputs of recomputed layers in host memory (CUDA).
+        model_parallel_size: ranks that share one copy of the model.
+        data_parallel_size: copies of the model.
+        data_parallel: sdp or fsdp.
+        device: cpu, cuda, or auto: CUDA where there is any.
+        device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
+    """
+    args = _args(str(model))
+    quant_type = quant_type or (PLAIN if method == "full" else "nf4")
+    setting = Setting(
+        method, quant_type, precision, seq, batch_size, accum_iter, _layers(checkpointing, args.n_layers), optim,
+        offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
+    )  # fmt: skip
+    setting.check()
+    place = _device(device)
+    if offload_inputs and place.type != "cuda":
+        raise ConfigError(
+            f"--offload_inputs on --device {place.type}: inputs are in host memory already; leave it out."
+        )
+    made, trained, total = planned(args, setting, place)
+    room = _room(device_memory, place)
     print(f"trainable parameters: {trained:,} of {total:,}")
-    print(made.table(f"{model} {method}, {batch_size} x {seq} tokens", None))
+    print(made.table(f"{model} {method}, {batch_size} x {seq} tokens", room))
+    if room is not None:
+        print(_verdict(args, setting, place, made, room))
 
 
 def table(seq: int = 512) -> None:
     """Print the Markdown table of README: LLaMA-2 in NF4 at one document of SEQ tokens."""
-    print("| model | method | trainable parameters | weights | trainable | gradients | optimizer | activations | "
-          "logits | buffers | total |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    names = [field.name for field in fields(MemoryPlan)] + ["total"]
+    print(f"| model | method | trainable parameters | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
     for size in SIZES:
-        for method in METHODS:
-            for checkpointing in (True, False):
-                made, trained, _ = _plan(size, method, True, seq, checkpointing, 1, 1, "sdp")
-                names = ("weights", "trainable", "gradients", "optimizer", "activations", "logits", "buffers", "total")
+        args = _args(size)
+        for method in ("normbias", "normbiaslora"):
+            for layers in (args.n_layers, 0):
+                setting = Setting(method, seq=seq, checkpointing=layers)
+                made, trained, _ = planned(args, setting, torch.device("cpu"))
                 cells = [f"{getattr(made, name) / 1e9:.3f}" for name in names]
-                label = f"{method}, `--checkpointing`" if checkpointing else method
+                label = f"{method}, `--checkpointing`" if layers else method
                 print(f"| {size} | {label} | {trained:,} | {' | '.join(cells)} |")
 
 
-def _plan(
-    model: str,
-    method: str,
-    quant: bool,
-    tokens: int,
-    checkpointing: bool,
-    ranks: int,
-    replicas: int,
-    data_parallel: str,
-) -> tuple[MemoryPlan, int, int]:
-    if method not in METHODS:
-        raise ConfigError(f"--method {method!r} is unknown.{nearest(method, METHODS)} Known: {', '.join(METHODS)}.")
-    args = _args(model)
+def planned(args: ModelArgs, setting: Setting, device: torch.device) -> tuple[MemoryPlan, int, int]:
+    """The plan of a rank, and the trainable and all parameters of the whole model."""
+    ranks, replicas = setting.model_parallel_size, setting.data_parallel_size
     args.check_model_parallel(ranks)
-    decoder = Decoder(args, dtype=torch.bfloat16, ranks=ranks, storage=storage("nf4") if quant else None)
-    attachment = Peft(Peft.Settings(**METHODS[method])).attach(decoder)
-    layout = Layout(mp_size=ranks, dp_size=replicas)
-    recomputed = len(decoder.layers) if checkpointing else 0
+    maker = None if setting.quant_type == PLAIN else storage(setting.quant_type)
+    decoder = Decoder(args, dtype=DTYPES[setting.precision], ranks=ranks, storage=maker)
+    kind, settings = METHODS[setting.method]
+    attachment = METHOD_CLASSES[kind](METHOD_CLASSES[kind].Settings(**settings)).attach(decoder)
     made = memory_plan(
-        decoder, attachment, layout, tokens=tokens, checkpointing=recomputed, data_parallel=data_parallel
+        decoder,
+        attachment,
+        Layout(world_size=ranks * replicas, mp_size=ranks, dp_size=replicas, device=device),
+        tokens=setting.seq * setting.batch_size,
+        longest=setting.seq,
+        micro_batches=setting.accum_iter,
+        checkpointing=setting.checkpointing,
+        data_parallel=setting.data_parallel,
+        optim=setting.optim,
+        offload=setting.offload_inputs,
     )
     return made, *parameter_counts(decoder, attachment)
+
+
+def _verdict(args: ModelArgs, setting: Setting, device: torch.device, made: MemoryPlan, room: int) -> str:
+    """Whether the plan fits, and the flags with which it would: each that is enough alone, else the fewest together."""
+    usable = room * (1 - MARGIN)  # as --checkpointing auto spares it
+    spared = f"{room / 1e9:.1f} GB, {MARGIN:.0%} of them spared for workspaces and fragmentation"
+    if made.total <= usable:
+        return f"It fits into {spared}."
+
+    def total(changed: Setting) -> int:
+        return planned(args, changed, device)[0].total
+
+    def fits(changed: Setting) -> bool:
+        return total(changed) <= usable
+
+    failed = f"It does not fit into {spared}."
+    steps = list(_steps(args, setting, device))
+    enough = [next((s for s in step if fits(replace(setting, **s))), None) for step in steps]
+    if any(enough):
+        found = [replace(setting, **changes).flags_beside(setting) for changes in enough if changes]
+        return "\n  ".join([f"{failed} Any of these is enough:", *found])
+    together = list(accumulate((step[-1] for step in steps), lambda one, other: one | other))
+    for changes in together:
+        if fits(replace(setting, **changes)):
+            return f"{failed} These are enough together:\n  {replace(setting, **changes).flags_beside(setting)}"
+    least = replace(setting, **together[-1]) if together else setting
+    return (
+        f"{failed} No flag of this tool is enough: with {least.flags_beside(setting) or 'what is set'} a rank takes "
+        f"{total(least) / 1e9:.3f} GB."
+    )
+
+
+def _steps(args: ModelArgs, setting: Setting, device: torch.device) -> Iterator[list[dict[str, object]]]:
+    """Changes that make a step smaller, by what they cost the user; of each kind the slightest first."""
+    if setting.checkpointing < args.n_layers:
+        yield [{"checkpointing": layers} for layers in range(setting.checkpointing + 1, args.n_layers + 1)]
+    if setting.optim != "adamw8bit":
+        yield [{"optim": "adamw8bit"}]
+    if setting.method != "full" and setting.quant_type != "nf4":
+        yield [{"quant_type": "nf4"}]
+    if setting.batch_size > 1:
+        yield [{"batch_size": size} for size in _halved(setting.batch_size, 1)]
+    if setting.method == "full":
+        yield [{"method": "lora", "quant_type": "nf4"}]
+    elif setting.method != "normbias":
+        yield [{"method": "normbias"}]
+    if device.type == "cuda" and not setting.offload_inputs:
+        yield [{"checkpointing": args.n_layers, "offload_inputs": True}]
+    if setting.seq > 256:
+        yield [{"seq": seq} for seq in _halved(setting.seq, 128)]
+    counts = args.n_heads, args.n_kv_heads, args.hidden_dim // 2
+    ranks = [n for n in (2, 4, 8) if n > setting.model_parallel_size and not any(count % n for count in counts)]
+    if ranks:
+        yield [{"model_parallel_size": n} for n in ranks]
+    if setting.data_parallel_size < 8:
+        sizes = [n for n in (2, 4, 8) if n > setting.data_parallel_size]
+        yield [{"data_parallel_size": n, "data_parallel": "fsdp"} for n in sizes]
+
+
+def _halved(number: int, least: int) -> list[int]:
+    found = []
+    while number // 2 >= least:
+        number //= 2
+        found.append(number)
+    return found
+
+
+def _layers(asked: int | str | bool, n_layers: int) -> int:
+    number = {"none": 0, "all": n_layers, True: n_layers, False: 0}.get(asked, asked) if asked != 1 else asked
+    number = n_layers if asked is True else number
+    if type(number) is not int or not 0 <= number <= n_layers:
+        raise ConfigError(f"--checkpointing {asked!r}: expected none, all, or up to {n_layers}, the model's layers.")
+    return number
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"--device {name!r} is not one of auto, cpu, cuda.{nearest(str(name), ('auto', 'cpu', 'cuda'))}"
+        )
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _room(gigabytes: float | None, device: torch.device) -> int | None:
+    """Bytes a rank has; None where it cannot be told."""
+    if gigabytes is None:
+        there = device.type == "cpu" or torch.cuda.is_available()
+        return device_memory(device) if there else None
+    if isinstance(gigabytes, bool) or not isinstance(gigabytes, (int, float)) or not gigabytes > 0:
+        raise ConfigError(f"--device_memory {gigabytes!r}: expected GB, a number above 0.")
+    return int(gigabytes * 1e9)
 
 
 def _args(model: str) -> ModelArgs:
     if model in SIZES:
         return ModelArgs(vocab_size=32000, **SIZES[model])
-    if not Path(model).is_file():
-        raise ConfigError(f"{model!r} is neither one of {', '.join(SIZES)} nor a params.json.")
-    settings = json.loads(Path(model).read_text())
-    return ModelArgs(**{"vocab_size": 32000} | {k: v for k, v in settings.items() if v != -1})
+    path = Path(model)
+    files = [path / "config.json", path / "params.json"] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ConfigError(
+            f"{model!r} is neither one of {', '.join(SIZES)} nor a params.json or config.json, nor a directory with one."
+            f"{nearest(model, SIZES)}"
+        )
+    settings = read_json(file)
+    if "model_type" in settings:
+        architecture = architecture_of(settings["model_type"], str(file))
+        return settings_read_by(lambda: architecture.read(settings, str(file)), file)
+    ours = METHOD_CLASSES["peft"].Settings.model_fields  # our own files hold a method's settings too
+    told = {key: value for key, value in settings.items() if value != -1 and key not in ours}
+    return settings_read_by(lambda: ModelArgs(**{"vocab_size": 32000} | told), file)
+
+
+def _command() -> None:
+    command = sys.argv.pop(1) if sys.argv[1:2] in (["table"], ["plan"]) else "plan"
+    from_command_line({"plan": plan, "table": table}[command])()
 
 
 if __name__ == "__main__":
-    run_tool(lambda: fire.Fire({"plan": plan, "table": table} if sys.argv[1:2] in (["table"], ["plan"]) else plan))
+    run_tool(_command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,17 @@ class LayerCache:
             self.keys[i, start : start + length] = keys[begin : begin + length]
             self.values[i, start : start + length] = values[begin : begin + length]
             begin += length
+
+    def documents(self, begin: int, end: int) -> LayerCache:
+        """The cache of documents [begin, end), in the same memory."""
+        part = copy(self)
+        part.keys, part.values = self.keys[begin:end], self.values[begin:end]
+        return part
+
+    def keep(self, rows: list[int], longest: int) -> None:
+        """Forget all documents but `rows`, in ascending order, which have at most `longest` tokens and move up."""
+        for new, old in enumerate(rows):
+            if new != old:
+                self.keys[new, :longest] = self.keys[old, :longest]
+                self.values[new, :longest] = self.values[old, :longest]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]

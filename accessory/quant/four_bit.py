@@ -124,7 +124,7 @@ class FourBitWeight(PackedWeight):
         if self.fused is None or not self.fused.takes(x) or self.fused_with != others:
             return tuple(F.linear(x, weight.borrow(x.dtype)) for weight in (self, *others))
         y = self.fused.multiply(x)
-        return y.split([weight.shape[0] for weight in (self, *others)], 1) if others else (y,)
+        return y.split_with_sizes([weight.shape[0] for weight in (self, *others)], 1) if others else (y,)
 
     @torch.no_grad()
     def prepare_decoding(self, others: list[PackedWeight]) -> None:

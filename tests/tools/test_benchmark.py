@@ -1,18 +1,29 @@
-"""tools/benchmark.py as a process: what it measures is what training does."""
+"""tools/benchmark.py: what it measures is what training does, and its formulas are what torch counts."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
+from accessory.checkpoint.training_state import Progress
+from accessory.data.batch import PackedBatch
 from accessory.data.corpus import build_corpus
+from accessory.parallel import groups
+from accessory.quant.four_bit import FourBitWeight
 from accessory.tokenizer import open_tokenizer
+from tools.benchmarking import ideal, time_shares
+from tools.benchmarking.training import Training
 
+aten = torch.ops.aten
 DATA = Path(__file__).resolve().parents[2] / "data_example" / "accessory_qa.json"
 
 
@@ -32,14 +43,14 @@ def test_losses_tokens_and_counts(python, tiny_base: Path) -> None:
     assert result["trainable"] == 2 * 4 * sum(wide + high for wide, high in shapes)
     assert result["peak_bytes"] > 100 << 20
     assert len(result["losses"]) == 4
-    assert result["losses"][0] == pytest.approx(base_loss(tiny_base, corpus, range(4)), abs=2e-4)
+    base = transformers.LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    assert result["losses"][0] == pytest.approx(base_loss(base, corpus, range(4)), abs=2e-4)
     assert result["losses"][3] < result["losses"][0]
 
 
 @torch.no_grad()
-def base_loss(base: Path, corpus, documents: range) -> float:
-    """Mean over all supervised tokens of `documents`, by transformers, one document at a time."""
-    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+def base_loss(model: torch.nn.Module, corpus, documents: range) -> float:
+    """Mean over all supervised tokens of `documents` by a model of transformers, one document at a time."""
     total = count = 0.0
     for i in documents:
         tokens, labels = corpus.document(i)
@@ -49,28 +60,224 @@ def base_loss(base: Path, corpus, documents: range) -> float:
     return total / count
 
 
-def test_quantized_in_words(python, tiny_base: Path) -> None:
+def trained(called: Callable, *flags: str | Path) -> dict:
+    """What a run in this process ends with."""
+    done = called("tools/benchmark.py", "train", "--device", "cpu", "--json", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_quantized_in_words(called: Callable, tiny_base: Path) -> None:
     """Without --json a line a number."""
-    done = python(
+    done = called(
         "tools/benchmark.py", "train", "--model", tiny_base, "--data", DATA, "--steps", "3", "--batch_size", "2",
         "--method", "normbias", "--quant", "--checkpointing", "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.stdout.splitlines()[-10:]}
+    shown = {line[:26].strip(): line[26:].strip() for line in done.stdout.splitlines()}
     assert list(shown) == [
         "system", "method", "device", "steps", "tokens", "seconds", "tokens_per_s", "peak_bytes", "trainable", "losses",
+        "product_flops_per_s", "copy_bytes_per_s", "flops_per_token", "unpacked_bytes_per_token", "ideal_tokens_per_s",
+        "ratio_to_ideal", "model_flop_share", *(f"time in {category}" for category in time_shares.CATEGORIES),
     ]  # fmt: skip
     biases = 128 + 64 + 64 + 128 + 256 + 256 + 128
     assert int(shown["trainable"]) == 2 * (biases + 2 * 128) + 128
     assert len(json.loads(shown["losses"])) == 3
 
 
+def test_size_by_name_and_time_shares(called: Callable) -> None:
+    """Random NF4 weights, random documents: every category takes time, and nothing is counted twice or left out."""
+    result = trained(
+        called, "--model", "tiny", "--tokens", "256", "--seq", "64", "--supervised", "0.5", "--steps", "4", "--quant",
+        "--optim", "adamw8bit", "--checkpointing", "1",
+    )  # fmt: skip
+    assert result["tokens"] == 2 * 256
+    assert result["losses"][0] == pytest.approx(math.log(512), abs=0.2)
+    shares = result["time_shares"]
+    assert tuple(shares) == time_shares.CATEGORIES
+    assert sum(shares.values()) == pytest.approx(100, abs=0.1)
+    assert all(shares[category] > 0 for category in shares if category != "communication"), shares
+    matrices = sum(rows * columns for rows, columns in SHAPES)
+    passes = 2 * 2 * matrices - QKV + matrices  # forward and backward of two blocks, one of them run again
+    packed_and_plain = passes * (0.5 + 1 / 64 + 4 / (64 * 256) + 2)
+    assert result["unpacked_bytes_per_token"] == pytest.approx(packed_and_plain / 256, rel=0.01)
+    ideal = result["flops_per_token"] / result["product_flops_per_s"]
+    ideal += result["unpacked_bytes_per_token"] / result["copy_bytes_per_s"]
+    assert result["ideal_tokens_per_s"] == pytest.approx(1 / ideal, rel=0.01)
+    assert result["ratio_to_ideal"] == pytest.approx(result["tokens_per_s"] * ideal, rel=0.2)
+
+
+SHAPES = [(128, 128), (64, 128), (64, 128), (128, 128), (256, 128), (256, 128), (128, 256)]
+QKV = sum(rows * columns for rows, columns in SHAPES[:3])
+"""Of the first block, through which nothing has to go back."""
+
+
+@pytest.mark.parametrize(("names", "category"), [
+    (["aten::mm", "aten::matmul", "_Projection"], "products"),
+    (["aten::copy_", "aten::mm", "_ProjectionBackward"], "products"),
+    (["aten::bmm", "_AttendByDocumentBackward", "autograd::engine::evaluate_function: X"], "attention"),
+    (["aten::mm", "_ChunkedCrossEntropy"], "loss"),
+    (["gloo:all_reduce", "c10d::allreduce_", "_ChunkedCrossEntropy"], "communication"),
+    (["aten::mul", "benchmark::unpacking", "_Projection"], "unpacking"),
+    (["autograd::engine::evaluate_function: _AttendByDocumentBackward"], "attention"),
+    (["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], "optimizer"),
+    (["aten::silu", "_Gate"], "rest"),
+    ([], "rest"),
+])  # fmt: skip
+def test_category_of(names: list[str], category: str) -> None:
+    """The nearest name with an owner decides, and a product that has none is one of the linears."""
+    assert time_shares.category_of(names) == category
+
+
+def test_labels_are_taken_off_again(layout: groups.Layout) -> None:
+    """What was labelled for a profiled step is what it was."""
+    before = FourBitWeight.borrow, FourBitWeight.unpack, PackedBatch.to
+    engine = training(quant_type="nf4").engine(layout)
+    time_shares.measure(lambda: engine.step(Progress()), engine)
+    assert (FourBitWeight.borrow, FourBitWeight.unpack, PackedBatch.to) == before
+    assert "micro_batches" not in vars(engine.order)
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"method": "normbias"},
+    {"method": "norm", "checkpointing": "all"},
+    {"checkpointing": 1, "quant_type": None},
+    {"checkpointing": "all", "supervised": 0.1},
+], ids=str)  # fmt: skip
+def test_flops_are_those_torch_counts(layout: groups.Layout, changes: dict) -> None:
+    """Of one step: products of linears, LoRA and head, forward, backward and again; attention's are bmm's."""
+    engine = training(**{"quant_type": "nf4", "precision": "fp32"} | changes).engine(layout)
+    engine.model.train()
+    in_place = {aten.addmm_: lambda _y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which torch does not know of
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        report = engine.step(Progress())
+    by_operation = counter.get_flop_counts()["Global"]
+    counted = sum(by_operation.get(operation, 0) for operation in (aten.mm, aten.addmm, aten.addmm_))
+    work = ideal.step_work(engine.model.llma, [48] * 4, report.supervised, 1)
+    seen = 48 * 49 // 2 * 4
+    recomputed = sum(block.recompute for block in engine.model.llma.layers)
+    heads = 2 * seen * 128  # FLOPs of one of attention's products over all heads of a block
+    assert work.attention == 2 * 7 * heads
+    assert work.products + work.repeated - 2 * recomputed * heads == pytest.approx(counted, rel=0.005)
+
+
+def test_pairs_within_a_window() -> None:
+    """Each query sees itself and what is before it, no farther than the window."""
+    for length, window in ((1, None), (7, None), (7, 3), (7, 20)):
+        mask = torch.ones(length, length).tril()
+        assert ideal._seen(length, window) == (mask if window is None else mask.triu(1 - window)).sum()
+
+
+@pytest.fixture
+def layout() -> Iterator[groups.Layout]:
+    """One process on the CPU."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+def training(**changes) -> Training:
+    """Four documents of 48 tokens on one micro-batch of random ones."""
+    plain = {
+        "model": "tiny", "data": None, "steps": 3, "batch_size": 4, "seq": 48, "supervised": 0.5, "max_words": 48,
+        "method": "lora", "rank": 8, "adapter": None, "quant_type": None, "precision": "bf16", "lr": 1e-3,
+        "optim": "adamw", "checkpointing": "none",
+    }  # fmt: skip
+    return Training(**plain | changes)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that peft wrote, with an A and a B that are not zero."""
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(base, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    directory = tmp_path_factory.mktemp("adapter")
+    wrapped.save_pretrained(directory)
+    return directory
+
+
+def test_adapter_is_what_training_starts_from(called: Callable, tiny_base: Path, adapter: Path) -> None:
+    """The first loss is that of peft's own model, scale and all."""
+    flags = ["--model", tiny_base, "--data", DATA, "--steps", "3", "--batch_size", "2", "--precision", "fp32",
+             "--max_words", "96"]  # fmt: skip
+    fresh, laid_over = trained(called, *flags), trained(called, *flags, "--adapter", adapter)
+    corpus = build_corpus(DATA, open_tokenizer(tiny_base), max_words=96)
+    base = transformers.LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    wanted = base_loss(peft.PeftModel.from_pretrained(base, adapter), corpus, range(2))
+    assert laid_over["losses"][0] == pytest.approx(wanted, abs=2e-4)
+    assert abs(fresh["losses"][0] - wanted) > 0.05
+    assert laid_over["trainable"] == 2 * 4 * sum(rows + columns for rows, columns in SHAPES)
+
+
+def test_decoding_gives_the_peers_tokens(called: Callable, tiny_base: Path) -> None:
+    """Greedy, of the same prompts, in bf16."""
+    flags = ["--model", tiny_base, "--data", DATA, "--batch_size", "2", "--prompt_tokens", "20", "--new_tokens", "6",
+             "--device", "cpu", "--json"]  # fmt: skip
+    answers = {}
+    for system, peer in (("accessory", []), ("transformers", ["--peer"])):
+        done = called("tools/benchmark.py", "generate", *flags, *peer)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["system"] == system
+        answers[system] = result["answers"]
+    assert [len(answer) for answer in answers["accessory"]] == [6, 6]
+    assert answers["accessory"] == answers["transformers"]
+
+
+def test_decoding_random_weights(called: Callable) -> None:
+    """NF4, by the name of a size; the tokens are the same at every run."""
+    flags = ["--model", "tiny", "--quant", "--batch_size", "3", "--new_tokens", "4", "--device", "cpu", "--json"]
+    runs = [json.loads(called("tools/benchmark.py", "generate", *flags).stdout.splitlines()[-1]) for _ in range(2)]
+    assert runs[0]["answers"] == runs[1]["answers"]
+    assert [len(answer) for answer in runs[0]["answers"]] == [4, 4, 4]
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--steps", "2"], "ConfigError: --steps 2: the first 2 are not timed, so more are needed."),
     (["--steps", "200"], "is enough for 19 steps of 8."),
+    (["--method", "loar"], "Did you mean 'lora'?"),
+    (["--optim", "adam"], "--optim 'adam' is not one of adamw"),
+    (["--checkpointing", "some"], "--checkpointing 'some': expected none, all or a number."),
+    (["--checkpointing", "3"], "ConfigError: --checkpointing 3: the model has 2 layers."),
+    (["--batch_size", "0"], "--batch_size 0: expected a number of 1 or more."),
+    (["--tokens", "512"], "give --batch_size"),
+    (["--supervised", "2"], "--supervised 2: expected a number above 0, of at most 1."),
+    (["--lr", "big"], "--lr 'big': expected a number"),
 ])  # fmt: skip
-def test_faults_are_one_sentence(python, tiny_base: Path, flags: list[str], message: str) -> None:
+def test_faults_are_one_sentence(called: Callable, tiny_base: Path, flags: list[str], message: str) -> None:
     """Status 1 and no traceback."""
-    done = python("tools/benchmark.py", "train", "--model", tiny_base, "--data", DATA, "--device", "cpu", *flags)
+    done = called("tools/benchmark.py", "train", "--model", tiny_base, "--data", DATA, "--device", "cpu", *flags)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("words", "status", "message"), [
+    (["trian"], 1, "Did you mean 'train'?"),
+    (["train", "--model", "tiny", "--stepz", "4"], 2, "--stepz"),
+    (["train", "--model", "tiny", "--data", DATA], 1, "has no tokenizer"),
+    (["train", "--model", "tiny", "--tokens", "100", "--seq", "64"], 1, "is no multiple of --seq 64"),
+    (["generate", "--model", "tiny", "--peer"], 1, "is in no file"),
+])  # fmt: skip
+def test_mistyped_words_are_refused(called: Callable, words: list, status: int, message: str) -> None:
+    """Before anything runs."""
+    done = called("tools/benchmark.py", *words)
+    assert done.returncode == status
+    assert message in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--rank", "2"], "has rank 4; leave it out."),
+    (["--method", "norm"], "--method norm has no LoRA"),
+])  # fmt: skip
+def test_adapters_that_do_not_fit(
+    called: Callable, tiny_base: Path, adapter: Path, flags: list[str], message: str
+) -> None:
+    """Rank and method belong to the adapter."""
+    done = called("tools/benchmark.py", "train", "--model", tiny_base, "--adapter", adapter, "--device", "cpu", *flags)
+    assert done.returncode == 1
+    assert message in done.stderr

@@ -1,0 +1,65 @@
+"""Weights and documents that no file holds: of any size, made where they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.load import named_generator, targets
+from accessory.checkpoint.source import Source
+from accessory.data.corpus import Corpus, Omissions
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from tools.plan import SIZES as PLANNED
+
+SIZES = {
+    **PLANNED,
+    "tiny": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 512},
+    "1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "hidden_dim": 5632},
+}
+"""Settings by name: LLaMA-2's, and smaller ones to try things with. 1B has TinyLlama's shape (Zhang et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class RandomTensor(LazyTensor):
+    """A matrix of deviation 0.02, or a vector of ones; the same at every read, on `device`."""
+
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: str = "bfloat16"
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The range is cut out of the whole, which is dropped."""
+        if len(self.shape) == 1:
+            whole = torch.ones(self.shape, dtype=torch.bfloat16, device=self.device)
+        else:
+            seed = named_generator(0, self.name).initial_seed()
+            generator = torch.Generator(self.device).manual_seed(seed)
+            whole = torch.randn(self.shape, generator=generator, dtype=torch.bfloat16, device=self.device).mul_(0.02)
+        return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
+
+
+def random_source(size: str, device: torch.device) -> tuple[ModelArgs, Source]:
+    """The model that `SIZES` calls `size`, as if it were a checkpoint."""
+    args = ModelArgs(**{"vocab_size": 32000} | SIZES[size])
+    places = targets(Decoder(args, dtype=torch.bfloat16))
+    tensors = {place.name: RandomTensor(place.name, place.local_shape, device) for place in places}
+    return args, Source(Path(size), "random weights", [], tensors, settings=args.model_dump())
+
+
+def random_corpus(documents: int, length: int, supervised: float, vocab_size: int) -> Corpus:
+    """`documents` documents of `length` random tokens, of which the last `supervised` part is learned."""
+    tokens = np.random.default_rng(0).integers(vocab_size, size=documents * length, dtype=np.int32)
+    learned = np.arange(length) >= length - max(round(supervised * length), 1)
+    arrays = {
+        "tokens": tokens,
+        "learned": np.tile(learned, documents),
+        "offsets": np.arange(documents + 1, dtype=np.int64) * length,
+    }
+    return Corpus(arrays, Omissions(), fingerprint="random", tokenizer=None)

@@ -1,0 +1,123 @@
+"""An engine as `accessory.finetune` makes one, of fewer settings: nothing is shuffled, saved or shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
+from accessory.checkpoint.load import fill, resolve, targets
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import Source
+from accessory.checkpointing import choose_layers, recompute_layers
+from accessory.data.corpus import Corpus, build_corpus
+from accessory.data.order import GlobalOrder
+from accessory.engine import Engine, Schedule
+from accessory.errors import ConfigError
+from accessory.meta import MetaModel
+from accessory.method.peft import Peft
+from accessory.optim import LossScale, build_optimizer
+from accessory.parallel.data import DataParallel
+from accessory.parallel.groups import Layout
+from accessory.report import Reporter
+from tools.benchmarking.random_parts import SIZES, random_corpus, random_source
+
+METHODS = {
+    "lora": {"norm_tuning": False, "bias_tuning": False},
+    "normbias": {"norm_tuning": True, "bias_tuning": True, "lora_rank": -1},
+    "normbiaslora": {"norm_tuning": True, "bias_tuning": True},
+    "norm": {"norm_tuning": True, "bias_tuning": False, "lora_rank": -1},
+}
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and on what. model: a checkpoint or one of `SIZES`. data None: random documents of `seq` tokens.
+
+    quant_type None: plain weights. rank None: `RANK`, or the adapter's.
+    """
+
+    model: str
+    data: str | None
+    steps: int
+    batch_size: int
+    seq: int
+    supervised: float
+    max_words: int
+    method: str
+    rank: int | None
+    adapter: str | None
+    quant_type: str | None
+    precision: str
+    lr: float
+    optim: str
+    checkpointing: int | str
+
+    def engine(self, layout: Layout) -> Engine:
+        """Ready for its first step. Raises `AccessoryError`s."""
+        blueprint, sources = self._blueprint(layout)
+        decoder, attachment = blueprint.build(layout)
+        layers, _ = choose_layers(self.checkpointing, len(decoder.layers), lambda _: None, layout, "")
+        tensors = resolve(decoder, sources, attachment, initialize=True)
+        data_parallel = DataParallel(layout, "sdp", base_is_trained=False)
+        fill(decoder, tensors, attachment, layout, data_parallel)
+        recompute_layers(decoder, layers, offload=False, device=layout.device)
+        slicings = {target.name: target.slicing for target in targets(decoder)}
+        model = MetaModel(decoder, blueprint.tokenizer, self.max_words)
+        data_parallel.shard_root(model)
+        parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
+        order = GlobalOrder(
+            self._corpus(blueprint, layout), batch_size=self.batch_size, accum_iter=1, dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size, shuffle=False,
+        )  # fmt: skip
+        return Engine(
+            model=model,
+            parameters=parameters,
+            slicings=slicings,
+            optimizer=build_optimizer(self.optim, parameters, self.lr, weight_decay=0.0),
+            order=order,
+            schedule=Schedule(1, order.steps_per_epoch, 0.0, self.lr, self.lr, 2.0, 1, 1),
+            data_parallel=data_parallel,
+            layout=layout,
+            reporter=Reporter(None, 0, 0, enabled=False),
+            save=lambda *_: None,
+            loss_scale=LossScale(self.precision == "fp16"),
+        )
+
+    def _blueprint(self, layout: Layout) -> tuple[Blueprint, list[Source]]:
+        if self.model in SIZES:
+            args, base = random_source(self.model, layout.device)
+            sources = self._with_adapter(base)
+            made = Blueprint("llama_peft", args, None, self.quant_type, DTYPES[self.precision], None, train=True)
+        else:
+            sources = self._with_adapter(open_source(self.model))
+            made = draw_blueprint(
+                sources, llama_type="llama_peft", llama_config=[], tokenizer_path=None, quant_type=self.quant_type,
+                precision=self.precision, train=True,
+            )  # fmt: skip
+        return replace(made, method=Peft(self._settings(sources[1:]))), sources
+
+    def _with_adapter(self, base: Source) -> list[Source]:
+        return [base] if self.adapter is None else [base, open_source(self.adapter, base)]
+
+    def _settings(self, adapters: list[Source]) -> Peft.Settings:
+        """The method's, with the rank, scale and targets of an adapter, which are not to be chosen."""
+        settings = {"lora_rank": RANK if self.rank is None else self.rank} | METHODS[self.method]
+        for adapter in adapters:
+            stated = {key: value for key, value in (adapter.settings or {}).items() if key.startswith("lora_")}
+            if settings["lora_rank"] < 1 or stated.get("lora_rank", -1) < 1:
+                who = f"--method {self.method}" if settings["lora_rank"] < 1 else adapter.path
+                raise ConfigError(f"--adapter {adapter.path}: {who} has no LoRA; expected factors to start from.")
+            if self.rank not in (None, stated["lora_rank"]):
+                raise ConfigError(f"--rank {self.rank}: {adapter.path} has rank {stated['lora_rank']}; leave it out.")
+            settings |= stated
+        return Peft.Settings(**settings)
+
+    def _corpus(self, blueprint: Blueprint, layout: Layout) -> Corpus:
+        if self.data is not None:
+            if blueprint.tokenizer is None:
+                raise ConfigError(f"--data {self.data}: --model {self.model} has no tokenizer; give a checkpoint.")
+            return build_corpus(Path(self.data), blueprint.tokenizer, max_words=self.max_words)
+        documents = self.steps * self.batch_size * layout.dp_size
+        return random_corpus(documents, self.seq, self.supervised, blueprint.args.vocab_size)
