@@ -127,13 +127,11 @@ def _bytes_in_blocks(
         _feed_forward_backward_bytes(decoder, tokens),
         _attention_backward_bytes(decoder, tokens, longest, step["device"]) - _feed_forward_keeps(decoder, tokens),
     )
-    at = [
-        _kept_by_blocks(
-            decoder, attachment, tokens, i + 1, recomputed=min(checkpointing, i + 1), again=i < checkpointing, **step
-        )
-        + (layers - i) * gradient
-        for i in range(layers)
-    ]
+    at = []
+    # Between these blocks it grows or shrinks evenly; 2 is where inputs that are offloaded stop to add up.
+    for i in {0, 2, checkpointing - 1, checkpointing, layers - 1} & set(range(layers)):
+        options = {"recomputed": min(checkpointing, i + 1), "again": i < checkpointing, **step}
+        at.append(_kept_by_blocks(decoder, attachment, tokens, i + 1, **options) + (layers - i) * gradient)
     return _kept_beside_blocks(decoder, attachment, tokens) + max(at) + work
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from accessory.checkpointing import MARGIN
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
 from accessory.method import METHODS as METHOD_CLASSES
+from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import architecture_of
@@ -90,8 +92,8 @@ class Setting:
                 raise ConfigError(f"--{flag} {value!r}: expected a whole number from 1 on.")
         if self.method == "full" and self.quant_type != PLAIN:
             raise ConfigError(
-                f"--method full with --quant_type {self.quant_type}: 4-bit weights cannot be trained; give --quant_type "
-                f"{PLAIN} or another --method."
+                f"--method full with --quant_type {self.quant_type}: 4-bit weights cannot be trained; give "
+                f"--quant_type {PLAIN} or another --method."
             )
 
     def flags_beside(self, other: Setting) -> str:
@@ -137,7 +139,8 @@ def plan(
         device: cpu, cuda, or auto: CUDA where there is any.
         device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
     """
-    args = _args(str(model))
+    model = str(model)
+    args = _args(model)
     quant_type = quant_type or (PLAIN if method == "full" else "nf4")
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, _layers(checkpointing, args.n_layers), optim,
@@ -149,12 +152,12 @@ def plan(
         raise ConfigError(
             f"--offload_inputs on --device {place.type}: inputs are in host memory already; leave it out."
         )
-    made, trained, total = planned(args, setting, place)
+    made, trained, total = planned(model, setting, place)
     room = _room(device_memory, place)
     print(f"trainable parameters: {trained:,} of {total:,}")
     print(made.table(f"{model} {method}, {batch_size} x {seq} tokens", room))
     if room is not None:
-        print(_verdict(args, setting, place, made, room))
+        print(_verdict(model, setting, place, made, room))
 
 
 def table(seq: int = 512) -> None:
@@ -162,24 +165,20 @@ def table(seq: int = 512) -> None:
     names = [field.name for field in fields(MemoryPlan)] + ["total"]
     print(f"| model | method | trainable parameters | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
     for size in SIZES:
-        args = _args(size)
+        n_layers = SIZES[size]["n_layers"]
         for method in ("normbias", "normbiaslora"):
-            for layers in (args.n_layers, 0):
+            for layers in (n_layers, 0):
                 setting = Setting(method, seq=seq, checkpointing=layers)
-                made, trained, _ = planned(args, setting, torch.device("cpu"))
+                made, trained, _ = planned(size, setting, torch.device("cpu"))
                 cells = [f"{getattr(made, name) / 1e9:.3f}" for name in names]
                 label = f"{method}, `--checkpointing`" if layers else method
                 print(f"| {size} | {label} | {trained:,} | {' | '.join(cells)} |")
 
 
-def planned(args: ModelArgs, setting: Setting, device: torch.device) -> tuple[MemoryPlan, int, int]:
+def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryPlan, int, int]:
     """The plan of a rank, and the trainable and all parameters of the whole model."""
     ranks, replicas = setting.model_parallel_size, setting.data_parallel_size
-    args.check_model_parallel(ranks)
-    maker = None if setting.quant_type == PLAIN else storage(setting.quant_type)
-    decoder = Decoder(args, dtype=DTYPES[setting.precision], ranks=ranks, storage=maker)
-    kind, settings = METHODS[setting.method]
-    attachment = METHOD_CLASSES[kind](METHOD_CLASSES[kind].Settings(**settings)).attach(decoder)
+    decoder, attachment = _built(model, setting.method, setting.quant_type, setting.precision, ranks)
     made = memory_plan(
         decoder,
         attachment,
@@ -195,7 +194,17 @@ def planned(args: ModelArgs, setting: Setting, device: torch.device) -> tuple[Me
     return made, *parameter_counts(decoder, attachment)
 
 
-def _verdict(args: ModelArgs, setting: Setting, device: torch.device, made: MemoryPlan, room: int) -> str:
+@cache
+def _built(model: str, method: str, quant_type: str, precision: str, ranks: int) -> tuple[Decoder, Attachment]:
+    args = _args(model)
+    args.check_model_parallel(ranks)
+    maker = None if quant_type == PLAIN else storage(quant_type)
+    decoder = Decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
+    kind, settings = METHODS[method]
+    return decoder, METHOD_CLASSES[kind](METHOD_CLASSES[kind].Settings(**settings)).attach(decoder)
+
+
+def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPlan, room: int) -> str:
     """Whether the plan fits, and the flags with which it would: each that is enough alone, else the fewest together."""
     usable = room * (1 - MARGIN)  # as --checkpointing auto spares it
     spared = f"{room / 1e9:.1f} GB, {MARGIN:.0%} of them spared for workspaces and fragmentation"
@@ -203,13 +212,13 @@ def _verdict(args: ModelArgs, setting: Setting, device: torch.device, made: Memo
         return f"It fits into {spared}."
 
     def total(changed: Setting) -> int:
-        return planned(args, changed, device)[0].total
+        return planned(model, changed, device)[0].total
 
     def fits(changed: Setting) -> bool:
         return total(changed) <= usable
 
     failed = f"It does not fit into {spared}."
-    steps = list(_steps(args, setting, device))
+    steps = list(_steps(_args(model), setting, device))
     enough = [next((s for s in step if fits(replace(setting, **s))), None) for step in steps]
     if any(enough):
         found = [replace(setting, **changes).flags_beside(setting) for changes in enough if changes]
@@ -261,8 +270,8 @@ def _halved(number: int, least: int) -> list[int]:
 
 
 def _layers(asked: int | str | bool, n_layers: int) -> int:
-    number = {"none": 0, "all": n_layers, True: n_layers, False: 0}.get(asked, asked) if asked != 1 else asked
-    number = n_layers if asked is True else number
+    """Layers to recompute; the flag without a value is `all`, as in training."""
+    number = n_layers if asked == "all" or asked is True else 0 if asked == "none" or asked is False else asked
     if type(number) is not int or not 0 <= number <= n_layers:
         raise ConfigError(f"--checkpointing {asked!r}: expected none, all, or up to {n_layers}, the model's layers.")
     return number
@@ -294,8 +303,7 @@ def _args(model: str) -> ModelArgs:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ConfigError(
-            f"{model!r} is neither one of {', '.join(SIZES)} nor a params.json or config.json, nor a directory with one."
-            f"{nearest(model, SIZES)}"
+            f"{model!r} is none of {', '.join(SIZES)}, no params.json or config.json, and no directory with one."
         )
     settings = read_json(file)
     if "model_type" in settings:
