@@ -175,7 +175,7 @@ def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
     return bnb.QuantState(
         absmax=matrix.scales.data,
         shape=matrix.shape,
-        code=codebook_of(matrix.quant_type),
+        code=codebook_of(matrix.quant_type).clone(),
         blocksize=BLOCK,
         quant_type=matrix.quant_type,
         dtype=dtype,
