@@ -197,7 +197,10 @@ def _plan_memory(
     def plan(layers: int) -> MemoryPlan:
         return memory_plan(
             decoder, attachment, layout,
-            tokens=order.most_tokens, checkpointing=layers, data_parallel=config.data_parallel, optim=config.optim,
+            tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),
+            micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # whether gradients wait for others
+            checkpointing=layers, data_parallel=config.data_parallel, optim=config.optim,
+            offload=config.offload_inputs,
         )  # fmt: skip
 
     n_layers = len(decoder.layers)

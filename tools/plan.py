@@ -224,14 +224,16 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
         found = [replace(setting, **changes).flags_beside(setting) for changes in enough if changes]
         return "\n  ".join([f"{failed} Any of these is enough:", *found])
     together = list(accumulate((step[-1] for step in steps), lambda one, other: one | other))
-    for changes in together:
-        if fits(replace(setting, **changes)):
-            return f"{failed} These are enough together:\n  {replace(setting, **changes).flags_beside(setting)}"
-    least = replace(setting, **together[-1]) if together else setting
-    return (
-        f"{failed} No flag of this tool is enough: with {least.flags_beside(setting) or 'what is set'} a rank takes "
-        f"{total(least) / 1e9:.3f} GB."
-    )
+    changes = next((changes for changes in together if fits(replace(setting, **changes))), None)
+    if changes is None:
+        least = replace(setting, **together[-1]) if together else setting
+        flags = least.flags_beside(setting) or "what is set"
+        return f"{failed} No flag of this tool is enough: with {flags} a rank takes {total(least) / 1e9:.3f} GB."
+    for flag in reversed(list(changes)):  # those that cost most first
+        fewer = {name: value for name, value in changes.items() if name != flag}
+        if fits(replace(setting, **fewer)):
+            changes = fewer
+    return f"{failed} These are enough together:\n  {replace(setting, **changes).flags_beside(setting)}"
 
 
 def _steps(args: ModelArgs, setting: Setting, device: torch.device) -> Iterator[list[dict[str, object]]]:

@@ -1,0 +1,145 @@
+"""tools/plan.py as a process: what it says fits does, and the flags it names are enough."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY_CONFIG
+
+PLAN = "tools/plan.py"
+PARTS = ["weights", "trainable", "gradients", "optimizer", "activations", "logits", "buffers", "working", "total"]
+
+
+def numbers(said: str) -> dict[str, float]:
+    """GB by part, of a printed plan."""
+    return {name: float(gb) for name, gb in re.findall(r"^  (\w+) +(\d+\.\d{3}) GB", said, re.MULTILINE)}
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    """A params.json as Meta writes them, of a model of 8 blocks."""
+    path = tmp_path / "params.json"
+    settings = {"dim": 1024, "n_layers": 8, "n_heads": 8, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "whole"),
+    [
+        ("normbias", 1_626_112, 6_739_775_488),
+        ("lora", 39_976_960, 6_778_392_576),
+        ("full", 6_738_415_616, 6_738_415_616),
+    ],
+)
+def test_parameters_of_7b(called: Callable, method: str, trained: int, whole: int) -> None:
+    """As published, with the trained ones among them."""
+    done = called(PLAN, "7B", "--method", method, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"trainable parameters: {trained:,} of {whole:,}\n")
+    assert list(numbers(done.stdout)) == PARTS
+
+
+def test_it_fits(called: Callable) -> None:
+    """A tenth of the memory is spared, as with --checkpointing auto; the total is compared to the given size."""
+    total = numbers(called(PLAN, "7B").stdout)["total"]
+    assert "\nIt fits into " in called(PLAN, "7B", "--device_memory", f"{total / 0.89:.3f}").stdout
+    assert "\nIt does not fit into " in called(PLAN, "7B", "--device_memory", f"{total / 0.91:.3f}").stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "lora", "--seq", "2048", "--device_memory", "0.6"],
+        ["--method", "full", "--optim", "adamw", "--device_memory", "2.5"],
+        ["--quant_type", "none", "--method", "normbiaslora", "--seq", "1024", "--batch_size", "8",
+         "--device_memory", "1"],
+        ["--method", "lora", "--seq", "4096", "--device", "cuda", "--device_memory", "0.15"],
+    ],
+)  # fmt: skip
+def test_named_flags_are_enough(called: Callable, params: Path, flags: list[str]) -> None:
+    """Each line of them, given again, fits; and of a number of layers one less does not."""
+    said = called(PLAN, params, *flags).stdout
+    assert "It does not fit into" in said
+    lines = [line.split() for line in said.splitlines() if line.startswith("  --")]
+    assert lines
+    for line in lines:
+        again = called(PLAN, params, *flags, *line)
+        assert again.returncode == 0 and "\nIt fits into" in again.stdout, line
+        if line[0] == "--checkpointing" and len(line) == 2:
+            fewer = called(PLAN, params, *flags, "--checkpointing", str(int(line[1]) - 1))
+            assert "\nIt does not fit into" in fewer.stdout
+
+
+def test_together_where_none_is_enough_alone(called: Callable, params: Path) -> None:
+    """As few as do it: without any one of them it does not fit."""
+    flags = ["--method", "lora", "--seq", "4096", "--device", "cuda", "--device_memory", "0.15"]
+    said = called(PLAN, params, *flags).stdout
+    assert "These are enough together:" in said
+    words = said.splitlines()[-1].split()
+    assert words.count("--checkpointing") == 1
+    pairs = re.findall(r"--\w+(?: [^-]\S*)?", " ".join(words))
+    for pair in pairs:
+        fewer = [word for other in pairs if other != pair for word in other.split()]
+        assert "\nIt fits into" not in called(PLAN, params, *flags, *fewer).stdout, pair
+
+
+def test_nothing_is_enough(called: Callable, params: Path) -> None:
+    """Then it says what is left with all of them."""
+    said = called(PLAN, params, "--device_memory", "0.01", "--device", "cpu").stdout
+    assert re.search(r"No flag of this tool is enough: with --\S+ .* a rank takes 0\.\d{3} GB\.$", said.strip())
+
+
+def test_directories(called: Callable, params: Path, tmp_path: Path) -> None:
+    """Hugging Face's config.json and Meta's params.json, the file or its directory: the same plan."""
+    whole, directory = called(PLAN, params).stdout, called(PLAN, params.parent).stdout
+    assert numbers(whole) == numbers(directory)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(TINY_CONFIG))
+    done = called(PLAN, tmp_path / "hf", "--method", "full")
+    # Two blocks: q and o of 128 x 128, k and v of 64, three matrices of 256; two norms each; embedding and head.
+    blocks = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 2 * 128)
+    count = blocks + 2 * 512 * 128 + 128
+    assert f"trainable parameters: {count:,} of {count:,}" in done.stdout
+
+
+def test_bare_checkpointing_is_all(called: Callable) -> None:
+    """As in training."""
+    bare, all_of_them = (called(PLAN, "7B", "--checkpointing", *value).stdout for value in ([], ["all"]))
+    assert bare == all_of_them
+    assert numbers(bare)["activations"] < numbers(called(PLAN, "7B").stdout)["activations"] / 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["9B"], "'9B' is none of 7B, 13B, 70B, no params.json or config.json, and no directory with one."),
+        (["7B", "--method", "lorra"], "--method 'lorra' is unknown. Did you mean 'lora'?"),
+        (["7B", "--quant_type", "nf5"], "--quant_type 'nf5' is unknown. Did you mean 'nf4'?"),
+        (["7B", "--optim", "adam8bit"], "--optim 'adam8bit' is unknown. Did you mean 'adamw8bit'?"),
+        (["7B", "--method", "full", "--quant_type", "nf4"], "--method full with --quant_type nf4: 4-bit weights"),
+        (["7B", "--checkpointing", "33"], "--checkpointing 33: expected none, all, or up to 32"),
+        (["7B", "--checkpointing", "some"], "--checkpointing 'some': expected none, all, or up to 32"),
+        (["7B", "--seq", "0"], "--seq 0: expected a whole number from 1 on."),
+        (["7B", "--device_memory", "-1"], "--device_memory -1: expected GB, a number above 0."),
+        (["7B", "--device", "gpu"], "--device 'gpu' is not one of auto, cpu, cuda."),
+        (["7B", "--offload_inputs", "--device", "cpu"], "--offload_inputs on --device cpu"),
+    ],
+)
+def test_what_cannot_be_is_refused(called: Callable, words: list[str], message: str) -> None:
+    """In one line that names the flag."""
+    done = called(PLAN, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"ConfigError: {message}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_mistyped_flag(called: Callable) -> None:
+    """Before anything is planned."""
+    done = called(PLAN, "7B", "--metod", "lora")
+    assert done.returncode == 2 and "trainable parameters" not in done.stdout
