@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.recomputed import Recomputed
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """x [..., D] -> x normalized over D, computed in fp32 and returned in x's dtype. `weight` [D] is always fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -26,9 +27,9 @@ class Norm(nn.Module):
         """Normalize the last dimension."""
         return self.recomputed(x).value
 
+    @abstractmethod
     def recomputed(self, x: Tensor) -> Recomputed:
         """The same, for readers that would keep it."""
-        raise NotImplementedError
 
 
 class RMSNorm(Norm):
