@@ -74,6 +74,11 @@ def memory_plan(
 
     checkpointing: how many blocks are recomputed, the first ones; offload: whether their inputs wait in host memory.
     longest: tokens of the longest document; absent: all are one. micro_batches: of a step. optim: as `--optim`.
+
+    The worst is one of four moments. At the end of the forward, all that is kept beside a chunk's logits; in a block's
+    backward, what the blocks up to it keep, the gradients of those behind it and its own work; in the embedding's, all
+    gradients and what made the last; in the optimizer's step, all gradients and its workspace. Gradients of earlier
+    micro-batches are there throughout, and take up those of later ones as they are made.
     """
     share, sharded = layout.dp_size, layout.dp_size > 1
     trainable = _bytes(decoder, attachment, trained=True)
@@ -93,7 +98,8 @@ def memory_plan(
     held = trainable if micro_batches > 1 else 0
     moments = [
         held + logits + _bytes_at_loss(decoder, attachment, tokens, **step),
-        held + _bytes_in_blocks(decoder, attachment, tokens, min(longest or tokens, tokens), **step),
+        _bytes_in_blocks(decoder, attachment, tokens, min(longest or tokens, tokens), held=held, **step),
+        trainable + _bytes_at_embedding(decoder, attachment, tokens, waiting=held > 0),
         trainable + _optimizer_workspace(optim, trained, layout.device),
     ]
     return MemoryPlan(
@@ -118,11 +124,19 @@ def _bytes_at_loss(decoder: Decoder, attachment: Attachment, tokens: int, *, che
 
 
 def _bytes_in_blocks(
-    decoder: Decoder, attachment: Attachment, tokens: int, longest: int, *, checkpointing: int, **step
+    decoder: Decoder, attachment: Attachment, tokens: int, longest: int, *, held: int, checkpointing: int, **step
 ) -> int:
-    """The worst moment of the blocks' backward: what is kept up to a block, gradients behind it, and its own work."""
-    layers = len(decoder.layers)
+    """The worst moment of the blocks' backward: what is kept up to a block, gradients behind it, and its own work.
+
+    held: gradients of earlier micro-batches, to which a function's are added as soon as they are made.
+    """
+    layers, beside = len(decoder.layers), _kept_beside_blocks(decoder, attachment, tokens)
     gradient = _bytes(decoder.layers[0], attachment, trained=True, prefix="layers.0.")
+    if held:
+        beside += held + _most_gradients_at_once(decoder, attachment)
+        gradient = 0
+        if decoder.output is not None:  # else the head's gradient is added when the embedding's is there too
+            beside -= _trains_head(decoder, attachment) * 4 * decoder.head_weight.numel()
     work = max(
         _feed_forward_backward_bytes(decoder, tokens),
         _attention_backward_bytes(decoder, tokens, longest, step["device"]) - _feed_forward_keeps(decoder, tokens),
@@ -132,7 +146,29 @@ def _bytes_in_blocks(
     for i in {0, 2, checkpointing - 1, checkpointing, layers - 1} & set(range(layers)):
         options = {"recomputed": min(checkpointing, i + 1), "again": i < checkpointing, **step}
         at.append(_kept_by_blocks(decoder, attachment, tokens, i + 1, **options) + (layers - i) * gradient)
-    return _kept_beside_blocks(decoder, attachment, tokens) + max(at) + work
+    return beside + max(at) + work
+
+
+def _most_gradients_at_once(decoder: Decoder, attachment: Attachment) -> int:
+    """Those that one function makes: of w1 and w3 together, which are the largest that share an input."""
+    linears = decoder.layers[0].feed_forward.named_children()
+    return sum(
+        _bytes(linear, attachment, trained=True, prefix=f"layers.0.feed_forward.{name}.")
+        for name, linear in linears
+        if name in ("w1", "w3")
+    )
+
+
+def _bytes_at_embedding(decoder: Decoder, attachment: Attachment, tokens: int, *, waiting: bool) -> int:
+    """Beside all gradients, when a trained embedding's is made: its rows', twice, and its part of a sum.
+
+    Parts are added if the head is tied to it, and if gradients of other micro-batches are `waiting`.
+    """
+    weight = decoder.tok_embeddings.weight
+    if "tok_embeddings.weight" not in attachment.trainable:
+        return 0
+    parts = (decoder.output is None) + waiting
+    return weight.element_size() * (parts * weight.numel() + 2 * tokens * decoder.args.embedding_dim)
 
 
 def _feed_forward_backward_bytes(decoder: Decoder, tokens: int) -> int:
@@ -173,9 +209,13 @@ def _feed_forward_keeps(decoder: Decoder, tokens: int) -> int:
 
 
 def _optimizer_workspace(optim: str, trained: dict[str, nn.Parameter], device: torch.device) -> int:
-    """Bytes beside gradients: bitsandbytes steps 8-bit moments on a CPU by way of five fp32 copies of a parameter."""
-    narrow = [p.numel() for name, p in trained.items() if state_bytes(optim, {name: p}) < 8 * p.numel()]
-    return 20 * max(narrow, default=0) if device.type == "cpu" else 0
+    """Bytes beside gradients: on a CPU bitsandbytes steps on a parameter by way of fp32 copies.
+
+    They are five where its moments are in 8 bits, and three where they are not.
+    """
+    if device.type != "cpu" or optim != "adamw8bit":
+        return 0
+    return max(4 * p.numel() * (5 if state_bytes(optim, {n: p}) < 8 * p.numel() else 3) for n, p in trained.items())
 
 
 def _bytes(module: nn.Module, attachment: Attachment, *, trained: bool, prefix: str = "") -> int:

@@ -393,6 +393,28 @@ def test_total_is_what_a_step_allocates(layout: Layout, case: dict) -> None:
     assert planned_total == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab_size", [512, 12000])
+def test_total_of_full_training(layout: Layout, vocab_size: int, tied: bool, optim: str, micro_batches: int) -> None:
+    """As `test_total_is_what_a_step_allocates`, where blocks or vocabulary have most of the gradients."""
+    args = MIDDLE.model_copy(update={"vocab_size": vocab_size, "tie_word_embeddings": tied})
+    planned_total, measured = planned_and_measured(
+        layout, args, settings={}, method="full", quant=None, optim=optim, micro_batches=micro_batches,
+        recomputed=6, lengths=(60, 40),
+    )  # fmt: skip
+    assert planned_total == pytest.approx(measured, rel=0.05)
+
+
+def test_total_where_the_embedding_is_last(layout: Layout) -> None:
+    """Tied to the head, and with many blocks before it: the worst moment is when the two gradients are added."""
+    args = MIDDLE.model_copy(update={"n_layers": 12, "vocab_size": 8192, "tie_word_embeddings": True})
+    full = {"settings": {}, "method": "full", "quant": None, "recomputed": 12, "lengths": (60, 40)}
+    planned_total, measured = planned_and_measured(layout, args, **full)
+    assert planned_total == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.parametrize("recomputed", [0, 6])
 @pytest.mark.parametrize("name", ["OPT", "BLOOM", "GPT-NeoX", "GLM-4", "Qwen 3", "Mistral"])
 def test_total_of_other_blocks(layout: Layout, name: str, recomputed: int) -> None:

@@ -65,6 +65,7 @@ class Setting:
     seq: int = 512
     batch_size: int = 1
     accum_iter: int = 1
+    max_tokens: int | None = None
     checkpointing: int = 0
     optim: str = "adamw"
     offload_inputs: bool = False
@@ -90,11 +91,28 @@ class Setting:
             value = getattr(self, flag)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"--{flag} {value!r}: expected a whole number from 1 on.")
+        if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < self.seq):
+            raise ConfigError(
+                f"--max_tokens {self.max_tokens!r}: expected a whole number from {self.seq} (--seq) on, so that each "
+                "document has room."
+            )
         if self.method == "full" and self.quant_type != PLAIN:
             raise ConfigError(
                 f"--method full with --quant_type {self.quant_type}: 4-bit weights cannot be trained; give "
                 f"--quant_type {PLAIN} or another --method."
             )
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch there can be, as `GlobalOrder.most_tokens` has it."""
+        if self.max_tokens is None:
+            return self.seq * self.batch_size
+        return min(self.seq * self.batch_size * self.accum_iter * self.data_parallel_size, self.max_tokens)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on each rank: more than one have gradients wait for one another."""
+        return -(-self.seq * self.batch_size * self.accum_iter // self.tokens)
 
     def flags_beside(self, other: Setting) -> str:
         """The flags, with values, in which this differs from `other`."""
@@ -111,6 +129,7 @@ def plan(
     seq: int = 512,
     batch_size: int = 1,
     accum_iter: int = 1,
+    max_tokens: int | None = None,
     checkpointing: int | str | bool = "none",
     optim: str = "adamw",
     offload_inputs: bool = False,
@@ -130,6 +149,7 @@ def plan(
         seq: tokens of a document.
         batch_size: documents of a micro-batch.
         accum_iter: micro-batches of a step.
+        max_tokens: deal a step's documents into micro-batches of at most that many tokens.
         checkpointing: none, a number of layers, or all.
         optim: adamw, adamw8bit or paged_adamw.
         offload_inputs: keep the inputs of recomputed layers in host memory (CUDA).
@@ -143,8 +163,8 @@ def plan(
     args = _args(model)
     quant_type = quant_type or (PLAIN if method == "full" else "nf4")
     setting = Setting(
-        method, quant_type, precision, seq, batch_size, accum_iter, _layers(checkpointing, args.n_layers), optim,
-        offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
+        method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, _layers(checkpointing, args.n_layers),
+        optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
     )  # fmt: skip
     setting.check()
     place = _device(device)
@@ -183,9 +203,9 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
         decoder,
         attachment,
         Layout(world_size=ranks * replicas, mp_size=ranks, dp_size=replicas, device=device),
-        tokens=setting.seq * setting.batch_size,
+        tokens=setting.tokens,
         longest=setting.seq,
-        micro_batches=setting.accum_iter,
+        micro_batches=setting.micro_batches,
         checkpointing=setting.checkpointing,
         data_parallel=setting.data_parallel,
         optim=setting.optim,
@@ -240,6 +260,8 @@ def _steps(args: ModelArgs, setting: Setting, device: torch.device) -> Iterator[
     """Changes that make a step smaller, by what they cost the user; of each kind the slightest first."""
     if setting.checkpointing < args.n_layers:
         yield [{"checkpointing": layers} for layers in range(setting.checkpointing + 1, args.n_layers + 1)]
+    if sizes := _halved(setting.tokens, setting.seq):
+        yield [{"max_tokens": size} for size in sizes]
     if setting.optim != "adamw8bit":
         yield [{"optim": "adamw8bit"}]
     if setting.method != "full" and setting.quant_type != "nf4":

@@ -60,6 +60,7 @@ def test_it_fits(called: Callable) -> None:
         ["--quant_type", "none", "--method", "normbiaslora", "--seq", "1024", "--batch_size", "8",
          "--device_memory", "1"],
         ["--method", "lora", "--seq", "4096", "--device", "cuda", "--device_memory", "0.15"],
+        ["--seq", "256", "--batch_size", "4", "--accum_iter", "2", "--max_tokens", "2048", "--device_memory", "0.4"],
     ],
 )  # fmt: skip
 def test_named_flags_are_enough(called: Callable, params: Path, flags: list[str]) -> None:
@@ -95,6 +96,28 @@ def test_nothing_is_enough(called: Callable, params: Path) -> None:
     assert re.search(r"No flag of this tool is enough: with --\S+ .* a rank takes 0\.\d{3} GB\.$", said.strip())
 
 
+def test_max_tokens_bounds_a_micro_batch(called: Callable, params: Path) -> None:
+    """As many documents as fit into it at a time; more than a step has do not come together."""
+
+    def plan(*flags: str) -> dict[str, float]:
+        done = called(PLAN, params, "--seq", "512", *flags)
+        assert done.returncode == 0, done.stderr
+        return numbers(done.stdout)
+
+    assert plan("--batch_size", "8", "--max_tokens", "1024") == plan("--batch_size", "2", "--accum_iter", "4")
+    assert plan("--batch_size", "2", "--max_tokens", "9999") == plan("--batch_size", "2")
+    assert plan("--accum_iter", "4", "--max_tokens", "2048") == plan("--batch_size", "4")
+
+
+def test_fewer_tokens_at_a_time_are_proposed(called: Callable, params: Path) -> None:
+    """A step is the same with them, so before anything that changes what is trained."""
+    said = called(PLAN, params, "--seq", "512", "--batch_size", "8", "--device_memory", "0.6").stdout
+    lines = [line.split() for line in said.splitlines() if line.startswith("  --")]
+    flags = [line[0] for line in lines]
+    assert flags.index("--max_tokens") < flags.index("--batch_size")
+    assert 512 <= int(lines[flags.index("--max_tokens")][1]) < 8 * 512
+
+
 def test_directories(called: Callable, params: Path, tmp_path: Path) -> None:
     """Hugging Face's config.json and Meta's params.json, the file or its directory: the same plan."""
     whole, directory = called(PLAN, params).stdout, called(PLAN, params.parent).stdout
@@ -126,6 +149,8 @@ def test_bare_checkpointing_is_all(called: Callable) -> None:
         (["7B", "--checkpointing", "33"], "--checkpointing 33: expected none, all, or up to 32"),
         (["7B", "--checkpointing", "some"], "--checkpointing 'some': expected none, all, or up to 32"),
         (["7B", "--seq", "0"], "--seq 0: expected a whole number from 1 on."),
+        (["7B", "--max_tokens", "100"], "--max_tokens 100: expected a whole number from 512 (--seq) on"),
+        (["7B", "--max_tokens"], "--max_tokens True: expected a whole number from 512 (--seq) on"),
         (["7B", "--device_memory", "-1"], "--device_memory -1: expected GB, a number above 0."),
         (["7B", "--device", "gpu"], "--device 'gpu' is not one of auto, cpu, cuda."),
         (["7B", "--offload_inputs", "--device", "cpu"], "--offload_inputs on --device cpu"),
