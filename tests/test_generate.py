@@ -23,6 +23,7 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.quant import native, storage
 from accessory.quant.four_bit import FourBitWeight
+from accessory.quant.fused import MOST_ROWS
 
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
 LENGTH = 15
@@ -110,6 +111,38 @@ def test_max_gen_len(decoder: Decoder, greedy: list[list[int]], length: int) -> 
     assert collect(decoder, PROMPTS, max_gen_len=length) == [answer[:length] for answer in greedy]
 
 
+def test_what_ended_is_computed_no_further(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """Each step looks up the tokens of the prompts that go on, and no others; the last step's are never looked up."""
+    stop = greedy[0][3]
+    lengths = [answer.index(stop) if stop in answer else LENGTH for answer in greedy]
+    seen: list[int] = []
+    handle = decoder.tok_embeddings.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    try:
+        collect(decoder, PROMPTS, stop_ids={stop})
+    finally:
+        handle.remove()
+    assert seen == [11, *(sum(step <= length for length in lengths) for step in range(1, LENGTH))]
+
+
+def test_prompts_read_in_groups(pair) -> None:
+    """More tokens than the fused product takes, whole prompts at a time; one that is longer alone."""
+    model, decoder = pair
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 96, (n,), generator=generator).tolist() for n in (30, 18, 1, 60, 20, 29)]
+    seen: list[int] = []
+    handle = decoder.tok_embeddings.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    try:
+        answers = collect(decoder, prompts, max_gen_len=4, max_seq_len=100)
+    finally:
+        handle.remove()
+    assert MOST_ROWS == 48 and seen == [48, 1, 60, 20, 29, 6, 6, 6]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        full = model.generate(
+            torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert answer == full[0, len(prompt) :].tolist()
+
+
 def test_max_seq_len(decoder: Decoder, greedy: list[list[int]]) -> None:
     """Prompt and answer together; the longest prompt ends first and the others go on undisturbed."""
     assert collect(decoder, PROMPTS, max_seq_len=9) == [greedy[0][:2], greedy[1][:8], greedy[2][:6]]
@@ -184,6 +217,23 @@ def test_next_token_logits(pair) -> None:
 
 
 @torch.no_grad()
+def test_a_single_row_of_logits_is_as_near_as_many() -> None:
+    """By PyTorch's own bf16 product, which oneDNN's is set aside for and used again after, even where it fails."""
+    decoder = Decoder(ModelArgs(dim=96, n_layers=1, n_heads=1, vocab_size=500), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    decoder.output.weight = torch.nn.Parameter(torch.randn(500, 96, generator=generator).bfloat16())
+    hidden = torch.randn(3, 96, generator=generator).bfloat16()
+    wanted = hidden.double() @ decoder.output.weight.double().t()
+    for rows in (1, 3):
+        found = next_token_logits(decoder, hidden[:rows])
+        assert ((found - wanted[:rows]).abs() <= 2**-8 * wanted[:rows].abs() + 1e-4).all()
+    assert torch.backends.mkldnn.enabled
+    with pytest.raises(RuntimeError):
+        next_token_logits(decoder, hidden[:1, :95])
+    assert torch.backends.mkldnn.enabled
+
+
+@torch.no_grad()
 def test_padded_rows_of_the_head_are_cut_off(layout: groups.Layout) -> None:
     """Rows beyond the vocabulary are nobody's token, however likely."""
     decoder = Decoder(ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=5), dtype=torch.float32)
@@ -232,6 +282,16 @@ def test_four_bits_step_by_step_equal_all_at_once(four_bit: Decoder) -> None:
         logits = next_token_logits(four_bit, hidden)[len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert (logits.max(1).values - chosen).max() <= 0.02 * logits.abs().max()  # near ties may fall either way
+
+
+@pytest.mark.skipif(not native.FUSES, reason="other products round a row by what stands beside it")
+def test_four_bits_in_a_batch_equal_alone(four_bit: Decoder) -> None:
+    """In bf16, token for token: prompts that are read together, in groups, and one with the unpacked matrices."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 96, (n,), generator=generator).tolist() for n in (30, 7, 1, 60, 20, 9)]
+    together = collect(four_bit, prompts, max_seq_len=100)
+    assert together == [collect(four_bit, [prompt], max_seq_len=100)[0] for prompt in prompts]
+    assert len({token for answer in together for token in answer}) > 10
 
 
 def test_training_after_asking_needs_no_copies(four_bit: Decoder) -> None:

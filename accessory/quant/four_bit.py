@@ -17,6 +17,7 @@ from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.quant import native
 from accessory.quant.fused import FusedCopy
+from accessory.quant.memory import shared_memory
 from accessory.quant.packed import PackedWeight
 
 PackedState = dict[str, Tensor]
@@ -108,10 +109,10 @@ class FourBitWeight(PackedWeight):
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """As `unpack`, the same bits, into memory that all matrices share: the next one overwrites it."""
         if kernels.available(self.codes.device, dtype):
-            return self._unpack_by_kernel(dtype, _shared_memory(self.shape.numel(), dtype, self.codes.device))
+            return self._unpack_by_kernel(dtype, shared_memory(self.shape, dtype, self.codes.device))
         if not (native.AVAILABLE and self.codes.is_cpu and dtype in native.DTYPES):
             return self.unpack(dtype)
-        matrix = _shared_memory(self.shape.numel(), dtype).view(self.shape)
+        matrix = shared_memory(self.shape, dtype, self.codes.device)
         native.unpack_into(matrix, self.codes, self._plain_scales(), BLOCK, self.quant_type)
         return matrix
 
@@ -152,17 +153,6 @@ class FourBitWeight(PackedWeight):
 
     def _plain_scales(self) -> Tensor:
         return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
-
-
-_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def _shared_memory(numel: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
-    """`numel` numbers on `device`, of any content: a part of what the largest matrix so far has needed."""
-    key = device, dtype
-    if key not in _memory or _memory[key].numel() < numel:
-        _memory[key] = torch.empty(numel, dtype=dtype, device=device)
-    return _memory[key][:numel]
 
 
 def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:

@@ -30,3 +30,39 @@ def test_dtype_and_shape() -> None:
     cache = LayerCache((1, 7, 2, 4), torch.bfloat16, torch.device("cpu"))
     assert cache.keys.shape == cache.values.shape == (1, 7, 2, 4)
     assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+
+
+def filled() -> LayerCache:
+    """Four documents of three tokens each, in room for five: document i holds numbers from 100 i on."""
+    cache = LayerCache((4, 5, 3, 4), torch.float32, torch.device("cpu"))
+    keys = torch.arange(36, dtype=torch.float32).view(3, 3, 4).repeat(4, 1, 1)
+    keys += 100 * torch.arange(4).repeat_interleave(3)[:, None, None]
+    cache.store(keys, -keys, Sequences.build((3, 3, 3, 3), FREQUENCIES))
+    return cache
+
+
+def test_some_documents_in_the_same_memory() -> None:
+    """What is stored through a part is in the whole, at the part's place."""
+    cache = filled()
+    part = cache.documents(1, 3)
+    assert torch.equal(part.keys, cache.keys[1:3])
+    assert torch.equal(part.values, cache.values[1:3])
+    new = torch.full((2, 3, 4), 7.0)
+    part.store(new, -new, Sequences.build((1, 1), FREQUENCIES, starts=(3, 3)))
+    assert (cache.keys[1:3, 3] == 7).all() and (cache.values[1:3, 3] == -7).all()
+    assert not cache.keys[[0, 3], 3].any() and len(cache.keys) == 4
+
+
+def test_kept_documents_move_up() -> None:
+    """Their tokens stay theirs, nothing is allocated, and new tokens are stored at their new places."""
+    for rows in ([0, 1], [1, 3], [2], [0, 1, 2, 3]):
+        cache, before = filled(), filled()
+        address = cache.keys.data_ptr()
+        cache.keep(rows, 3)
+        assert cache.keys.shape == cache.values.shape == (len(rows), 5, 3, 4)
+        assert cache.keys.data_ptr() == address
+        assert torch.equal(cache.keys[:, :3], before.keys[rows, :3])
+        assert torch.equal(cache.values[:, :3], before.values[rows, :3])
+        new = torch.arange(len(rows) * 12, dtype=torch.float32).view(-1, 3, 4)
+        cache.store(new, -new, Sequences.build((1,) * len(rows), FREQUENCIES, starts=(3,) * len(rows)))
+        assert torch.equal(cache.keys[:, 3], new)
