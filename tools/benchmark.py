@@ -2,8 +2,8 @@
 
     python tools/benchmark.py train --model DIR --data FILE --steps 10 --method lora --quant
     python tools/benchmark.py train --model 7B --tokens 4096 --seq 512 --quant    (random weights and documents)
-    python tools/benchmark.py generate --model DIR --quant  (and once more with --peer, for transformers + bitsandbytes)
-    python tools/benchmark.py load --model DIR --quant      (and once more with --peer)
+    python tools/benchmark.py generate --model DIR --quant --peer     (--peer: transformers + bitsandbytes too)
+    python tools/benchmark.py load --model DIR --quant                (and once more with --peer)
 
 Documents are taken in the file's order, so that another system can be given the same ones.
 """
@@ -28,7 +28,8 @@ from accessory.report import StepReport
 from tools.benchmarking import ideal, time_shares
 from tools.benchmarking.decoding import Decoding
 from tools.benchmarking.loading import Watch, load_ours, load_peer
-from tools.benchmarking.training import METHODS, Training
+from tools.benchmarking.training import METHODS, WITH_LORA, Training
+from tools.model_sizes import SIZES, is_shape
 
 UNTIMED_STEPS = 2
 
@@ -59,7 +60,7 @@ def train(
     The first two steps are not timed. After the last it is run once more, to be profiled.
 
     Args:
-        model: a checkpoint, or 7B, 13B, 70B, 1B or tiny: random weights of that size, made on the device.
+        model: a checkpoint; or 7B, 13B, 70B, 1.1B, 135M, tiny or a settings file: random weights, made on the device.
         data: what to train on, STEPS x BATCH_SIZE records of it; absent, random documents.
         steps: optimizer steps, of one micro-batch.
         batch_size: documents a step.
@@ -67,7 +68,7 @@ def train(
         seq: tokens of each random document.
         supervised: the share of them that is learned.
         max_words: the longest document of DATA in tokens.
-        method: lora, normbias, normbiaslora or norm.
+        method: lora, normbias, normbiaslora, norm or full.
         rank: of LoRA; 16, or the adapter's.
         adapter: a PEFT adapter or a trained part, whose values the trained parameters start with.
         quant: keep the base in 4 bits.
@@ -79,6 +80,7 @@ def train(
         device: auto, cpu or cuda.
         json: print one JSON line.
     """
+    _check_model(str(model))
     _check_named("--method", method, METHODS)
     _check_named("--optim", optim, OPTIMIZERS)
     _check_named("--precision", precision, DTYPES)
@@ -88,6 +90,7 @@ def train(
     for flag, share in (("--supervised", supervised), ("--lr", lr)):
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(f"{flag} {share!r}: expected a number above 0, of at most 1.")
+    _check_method(method, rank, adapter, quant)
     if tokens is not None:
         batch_size = _documents(tokens, seq, data)
     training = Training(
@@ -124,7 +127,7 @@ def _measure_training(engine: Engine, steps: int) -> dict:
     }
     progress.step -= 1
     shares = time_shares.measure(lambda: engine.step(progress), engine)
-    result["time_shares"] = {category: round(share, 2) for category, share in shares.items()}
+    result["shares"] = {category: round(share, 2) for category, share in shares.items()}
     return result | _beside_ideal(engine, timed, seconds, tokens)
 
 
@@ -158,6 +161,21 @@ def _layers(asked: bool | int | str) -> int | str:
     raise ConfigError(f"--checkpointing {asked!r}: expected none, all or a number.{nearest(str(asked), known)}")
 
 
+def _check_model(model: str) -> None:
+    if model not in SIZES and not Path(model).exists():
+        raise ConfigError(
+            f"--model {model!r} is neither a file or directory nor one of {', '.join(SIZES)}.{nearest(model, SIZES)}"
+        )
+
+
+def _check_method(method: str, rank: int | None, adapter: str | None, quant: bool) -> None:
+    if method == "full" and quant:
+        raise ConfigError("--quant with --method full: 4-bit weights cannot be trained; leave one of them out.")
+    if method not in WITH_LORA and (rank is not None or adapter is not None):
+        flag = f"--rank {rank}" if adapter is None else f"--adapter {adapter}"
+        raise ConfigError(f"{flag}: --method {method} has no LoRA; expected {' or '.join(WITH_LORA)}.")
+
+
 def _check_named(flag: str, value: str, known) -> None:
     if value not in known:
         raise ConfigError(f"{flag} {value!r} is not one of {', '.join(known)}.{nearest(str(value), known)}")
@@ -181,37 +199,52 @@ def generate(
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Decode greedily and print tokens/s, prompts included in the time, and the tokens, to be compared.
+    """Decode greedily and print tokens/s, milliseconds a token, and how far that is from reading the weights only.
 
     Args:
-        model: a checkpoint; without `peer` also 7B, 13B, 70B, 1B or tiny, of random weights.
+        model: a checkpoint; without `peer` also 7B, 13B, 70B, 1.1B, 135M, tiny or a settings file: random weights.
         data: whose first BATCH_SIZE documents of PROMPT_TOKENS or more the prompts are cut from; absent, random ones.
         batch_size: prompts that are decoded at once.
         prompt_tokens: of each.
         new_tokens: of each answer, whatever would end it.
         quant: keep the matrices in 4 bits.
         quant_type: nf4, nf4_single, fp4 or fp4_single.
-        peer: have transformers and bitsandbytes decode.
+        peer: have transformers and bitsandbytes decode the same prompts then, and count the tokens that are equal.
         device: auto, cpu or cuda.
-        json: print one JSON line.
+        json: print one JSON line, the tokens too.
     """
+    model = str(model)
+    _check_model(model)
     _check_counts(batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    if new_tokens < 2:
+        raise ConfigError(f"--new_tokens {new_tokens}: the first is the prompt's to wait for, so more are needed.")
+    if peer and is_shape(model):
+        raise ConfigError(f"--peer: --model {model} has no weights in a file; give a Hugging Face directory.")
     layout = groups.start(device)
     decoding = Decoding(
-        model=str(model), data=None if data is None else str(data), batch_size=batch_size,
+        model=model, data=None if data is None else str(data), batch_size=batch_size,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, quant_type=quant_type if quant else None,
     )  # fmt: skip
-    seconds, answers = decoding.by_peer(layout) if peer else decoding.by_us(layout)
+    ours = decoding.by_us(layout)
+    bandwidth = ideal.copy_bandwidth(layout.device)
+    fastest = 1000 * ours.read_bytes / bandwidth
     result = {
-        "system": "transformers" if peer else "accessory",
+        "system": "accessory",
         "device": layout.device.type,
         "quant": decoding.quant_type,
         "batch_size": batch_size,
-        "seconds": round(seconds, 3),
-        "tokens_per_s": round(batch_size * new_tokens / seconds, 1),
-        "answers": answers,
+        **ours.figures(),
+        "read_bytes_per_step": ours.read_bytes,
+        "copy_bytes_per_s": round(bandwidth),
+        "ideal_ms_per_token": round(fastest, 3),
+        "ratio_to_ideal": round(fastest / ours.ms_per_token, 4),
     }
-    _show(result, json)
+    if peer:
+        theirs = decoding.by_peer(ours.prompts, layout)
+        result |= {f"peer_{name}": value for name, value in theirs.figures().items()}
+        result |= {"equal_tokens": ours.equal_tokens(theirs), "of_tokens": batch_size * new_tokens}
+    if layout.is_main:
+        _show(result | {"answers": ours.answers}, json)
     groups.stop()
 
 
@@ -241,7 +274,8 @@ def _show(result: dict, as_json: bool) -> None:
     if as_json:
         print(dumps(result))
         return
-    shares = result.pop("time_shares", {})
+    shares = result.pop("shares", {})
+    result.pop("answers", None)
     for name, value in result.items():
         print(f"{name:>24}  {value}")
     for category, share in shares.items():

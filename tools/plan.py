@@ -17,7 +17,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
 from accessory.blueprint import DTYPES
-from accessory.checkpoint.source import read_json, settings_read_by
 from accessory.checkpointing import MARGIN
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
@@ -25,25 +24,12 @@ from accessory.method import METHODS as METHOD_CLASSES
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.model.families import architecture_of
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
 from accessory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
 from accessory.quant import STORAGES, storage
+from tools.model_sizes import LLAMA_2, args_of
 
-SIZES = {
-    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
-    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
-    "70B": {
-        "dim": 8192,
-        "n_layers": 80,
-        "n_heads": 64,
-        "n_kv_heads": 8,
-        "multiple_of": 4096,
-        "ffn_dim_multiplier": 1.3,
-    },
-}
-"""LLaMA-2, vocabulary 32,000."""
 METHODS = {
     "normbias": ("peft", {}),
     "normbiaslora": ("peft", {"lora_rank": 16}),
@@ -160,7 +146,7 @@ def plan(
         device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
     """
     model = str(model)
-    args = _args(model)
+    args = args_of(model)
     quant_type = quant_type or (PLAIN if method == "full" else "nf4")
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, _layers(checkpointing, args.n_layers),
@@ -184,8 +170,8 @@ def table(seq: int = 512) -> None:
     """Print the Markdown table of README: LLaMA-2 in NF4 at one document of SEQ tokens."""
     names = [field.name for field in fields(MemoryPlan)] + ["total"]
     print(f"| model | method | trainable parameters | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
-    for size in SIZES:
-        n_layers = SIZES[size]["n_layers"]
+    for size in LLAMA_2:
+        n_layers = LLAMA_2[size]["n_layers"]
         for method in ("normbias", "normbiaslora"):
             for layers in (n_layers, 0):
                 setting = Setting(method, seq=seq, checkpointing=layers)
@@ -216,7 +202,7 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
 
 @cache
 def _built(model: str, method: str, quant_type: str, precision: str, ranks: int) -> tuple[Decoder, Attachment]:
-    args = _args(model)
+    args = args_of(model)
     args.check_model_parallel(ranks)
     maker = None if quant_type == PLAIN else storage(quant_type)
     decoder = Decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
@@ -238,7 +224,7 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
         return total(changed) <= usable
 
     failed = f"It does not fit into {spared}."
-    steps = list(_steps(_args(model), setting, device))
+    steps = list(_steps(args_of(model), setting, device))
     enough = [next((s for s in step if fits(replace(setting, **s))), None) for step in steps]
     if any(enough):
         found = [replace(setting, **changes).flags_beside(setting) for changes in enough if changes]
@@ -317,25 +303,6 @@ def _room(gigabytes: float | None, device: torch.device) -> int | None:
     if isinstance(gigabytes, bool) or not isinstance(gigabytes, (int, float)) or not gigabytes > 0:
         raise ConfigError(f"--device_memory {gigabytes!r}: expected GB, a number above 0.")
     return int(gigabytes * 1e9)
-
-
-def _args(model: str) -> ModelArgs:
-    if model in SIZES:
-        return ModelArgs(vocab_size=32000, **SIZES[model])
-    path = Path(model)
-    files = [path / "config.json", path / "params.json"] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise ConfigError(
-            f"{model!r} is none of {', '.join(SIZES)}, no params.json or config.json, and no directory with one."
-        )
-    settings = read_json(file)
-    if "model_type" in settings:
-        architecture = architecture_of(settings["model_type"], str(file))
-        return settings_read_by(lambda: architecture.read(settings, str(file)), file)
-    ours = METHOD_CLASSES["peft"].Settings.model_fields  # our own files hold a method's settings too
-    told = {key: value for key, value in settings.items() if value != -1 and key not in ours}
-    return settings_read_by(lambda: ModelArgs(**{"vocab_size": 32000} | told), file)
 
 
 def _command() -> None:

@@ -21,20 +21,19 @@ from accessory.parallel import groups
 from accessory.quant.four_bit import FourBitWeight
 from accessory.tokenizer import open_tokenizer
 from tools.benchmarking import ideal, time_shares
+from tools.benchmarking.decoding import Run
 from tools.benchmarking.training import Training
 
 aten = torch.ops.aten
 DATA = Path(__file__).resolve().parents[2] / "data_example" / "accessory_qa.json"
 
 
-def test_losses_tokens_and_counts(python, tiny_base: Path) -> None:
+def test_losses_tokens_and_counts(called: Callable, tiny_base: Path) -> None:
     """Four steps of LoRA in fp32: the first loss is the base's by transformers, the later ones fall."""
-    done = python(
-        "tools/benchmark.py", "train", "--model", tiny_base, "--data", DATA, "--steps", "4", "--batch_size", "4",
-        "--rank", "4", "--lr", "0.01", "--precision", "fp32", "--max_words", "160", "--device", "cpu", "--json",
+    result = trained(
+        called, "--model", tiny_base, "--data", DATA, "--steps", "4", "--batch_size", "4", "--rank", "4",
+        "--lr", "0.01", "--precision", "fp32", "--max_words", "160",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
     corpus = build_corpus(DATA, open_tokenizer(tiny_base), max_words=160)
     assert (result["system"], result["method"], result["device"], result["steps"]) == ("accessory", "lora", "cpu", 4)
     assert result["tokens"] == int(corpus.lengths[8:16].sum())  # two steps of four documents warm up
@@ -77,7 +76,7 @@ def test_quantized_in_words(called: Callable, tiny_base: Path) -> None:
     shown = {line[:26].strip(): line[26:].strip() for line in done.stdout.splitlines()}
     assert list(shown) == [
         "system", "method", "device", "steps", "tokens", "seconds", "tokens_per_s", "peak_bytes", "trainable", "losses",
-        "product_flops_per_s", "copy_bytes_per_s", "flops_per_token", "unpacked_bytes_per_token", "ideal_tokens_per_s",
+        "matmul_flops_per_s", "copy_bytes_per_s", "flops_per_token", "unpacked_bytes_per_token", "ideal_tokens_per_s",
         "ratio_to_ideal", "model_flop_share", *(f"time in {category}" for category in time_shares.CATEGORIES),
     ]  # fmt: skip
     biases = 128 + 64 + 64 + 128 + 256 + 256 + 128
@@ -93,7 +92,7 @@ def test_size_by_name_and_time_shares(called: Callable) -> None:
     )  # fmt: skip
     assert result["tokens"] == 2 * 256
     assert result["losses"][0] == pytest.approx(math.log(512), abs=0.2)
-    shares = result["time_shares"]
+    shares = result["shares"]
     assert tuple(shares) == time_shares.CATEGORIES
     assert sum(shares.values()) == pytest.approx(100, abs=0.1)
     assert all(shares[category] > 0 for category in shares if category != "communication"), shares
@@ -101,10 +100,48 @@ def test_size_by_name_and_time_shares(called: Callable) -> None:
     passes = 2 * 2 * matrices - QKV + matrices  # forward and backward of two blocks, one of them run again
     packed_and_plain = passes * (0.5 + 1 / 64 + 4 / (64 * 256) + 2)
     assert result["unpacked_bytes_per_token"] == pytest.approx(packed_and_plain / 256, rel=0.01)
-    ideal = result["flops_per_token"] / result["product_flops_per_s"]
+    ideal = result["flops_per_token"] / result["matmul_flops_per_s"]
     ideal += result["unpacked_bytes_per_token"] / result["copy_bytes_per_s"]
     assert result["ideal_tokens_per_s"] == pytest.approx(1 / ideal, rel=0.01)
     assert result["ratio_to_ideal"] == pytest.approx(result["tokens_per_s"] * ideal, rel=0.2)
+
+
+def test_two_ranks_communicate(torchrun) -> None:
+    """Tokens and losses are of both, and the time of what they tell each other is communication's."""
+    done = torchrun(
+        2, "tools/benchmark.py", "train", "--model", "tiny", "--seq", "32", "--batch_size", "2", "--steps", "3",
+        "--method", "full", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["tokens"] == 2 * 2 * 32
+    assert result["trainable"] == 2 * (sum(rows * columns for rows, columns in SHAPES) + 2 * 128) + 2 * 512 * 128 + 128
+    assert result["shares"]["communication"] > 1
+    assert sum(result["shares"].values()) == pytest.approx(100, abs=0.1)
+
+
+def test_params_json(called: Callable, tmp_path: Path) -> None:
+    """A shape from a file, all of it trained: what an embedding and a head of 300 rows add."""
+    (tmp_path / "params.json").write_text(
+        '{"dim": 64, "n_layers": 1, "n_heads": 2, "hidden_dim": 96, "vocab_size": 300}'
+    )
+    result = trained(
+        called,
+        "--model",
+        tmp_path / "params.json",
+        "--seq",
+        "16",
+        "--batch_size",
+        "2",
+        "--steps",
+        "3",
+        "--method",
+        "full",
+    )
+    assert result["trainable"] == 2 * 300 * 64 + 4 * 64 * 64 + 3 * 64 * 96 + 3 * 64
+    assert result["losses"][0] == pytest.approx(math.log(300), abs=0.2)
+    assert result["shares"]["unpacking"] == 0
 
 
 SHAPES = [(128, 128), (64, 128), (64, 128), (128, 128), (256, 128), (256, 128), (128, 256)]
@@ -144,6 +181,9 @@ def test_labels_are_taken_off_again(layout: groups.Layout) -> None:
     {"method": "norm", "checkpointing": "all"},
     {"checkpointing": 1, "quant_type": None},
     {"checkpointing": "all", "supervised": 0.1},
+    {"method": "full", "quant_type": None},
+    {"method": "full", "quant_type": None, "checkpointing": 1},
+    {"method": "norm", "quant_type": None, "checkpointing": "all"},
 ], ids=str)  # fmt: skip
 def test_flops_are_those_torch_counts(layout: groups.Layout, changes: dict) -> None:
     """Of one step: products of linears, LoRA and head, forward, backward and again; attention's are bmm's."""
@@ -216,25 +256,51 @@ def test_adapter_is_what_training_starts_from(called: Callable, tiny_base: Path,
 
 def test_decoding_gives_the_peers_tokens(called: Callable, tiny_base: Path) -> None:
     """Greedy, of the same prompts, in bf16."""
-    flags = ["--model", tiny_base, "--data", DATA, "--batch_size", "2", "--prompt_tokens", "20", "--new_tokens", "6",
-             "--device", "cpu", "--json"]  # fmt: skip
-    answers = {}
-    for system, peer in (("accessory", []), ("transformers", ["--peer"])):
-        done = called("tools/benchmark.py", "generate", *flags, *peer)
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads(done.stdout.splitlines()[-1])
-        assert result["system"] == system
-        answers[system] = result["answers"]
-    assert [len(answer) for answer in answers["accessory"]] == [6, 6]
-    assert answers["accessory"] == answers["transformers"]
+    done = called(
+        "tools/benchmark.py", "generate", "--model", tiny_base, "--data", DATA, "--batch_size", "2",
+        "--prompt_tokens", "20", "--new_tokens", "6", "--device", "cpu", "--peer", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["equal_tokens"], result["of_tokens"]) == (12, 12)
+    assert [len(answer) for answer in result["answers"]] == [6, 6]
+    assert not {"seconds", "tokens_per_s", "ms_per_token", "prompt_seconds"} - {
+        name.removeprefix("peer_") for name in result if name.startswith("peer_")
+    }
+    corpus = build_corpus(DATA, open_tokenizer(tiny_base), max_words=1 << 20)
+    prompt = torch.tensor(next(corpus.document(i)[0] for i in range(9) if corpus.lengths[i] >= 20)[:20])[None].long()
+    peer = transformers.LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16)
+    for expected in result["answers"][0]:  # without a cache
+        token = peer(prompt).logits[0, -1].argmax()
+        assert token == expected
+        prompt = torch.cat([prompt, token.view(1, 1)], 1)
 
 
 def test_decoding_random_weights(called: Callable) -> None:
-    """NF4, by the name of a size; the tokens are the same at every run."""
+    """NF4, by the name of a size; the tokens are the same at every run, and bytes those of weights and cache."""
     flags = ["--model", "tiny", "--quant", "--batch_size", "3", "--new_tokens", "4", "--device", "cpu", "--json"]
     runs = [json.loads(called("tools/benchmark.py", "generate", *flags).stdout.splitlines()[-1]) for _ in range(2)]
     assert runs[0]["answers"] == runs[1]["answers"]
     assert [len(answer) for answer in runs[0]["answers"]] == [4, 4, 4]
+    matrices = 2 * sum(rows * columns for rows, columns in SHAPES)
+    packed = matrices * (1 / 2 + 1 / 64) + 2 * sum(
+        4 * (-(-rows * columns // (64 * 256)) + 1) for rows, columns in SHAPES
+    )
+    head_and_norms, cache = 2 * 512 * 128 + 4 * 5 * 128, 2 * 2 * 2 * 64  # norms are fp32, the rest bf16
+    assert runs[0]["read_bytes_per_step"] == packed + head_and_norms + 3 * (32 + 4 // 2) * cache
+    fastest = 1000 * runs[0]["read_bytes_per_step"] / runs[0]["copy_bytes_per_s"]
+    assert runs[0]["ideal_ms_per_token"] == pytest.approx(fastest, abs=1e-3)
+
+
+@pytest.mark.parametrize(("answers", "equal"), [
+    ([[1, 2, 3], [4, 5, 6]], 6),
+    ([[1, 9, 3], [4, 5, 9]], 3),
+    ([[9, 2, 3], [9, 5, 6]], 0),
+])  # fmt: skip
+def test_equal_tokens_are_those_before_the_first_other(answers: list[list[int]], equal: int) -> None:
+    """What follows a token that differs answers another question."""
+    ours = Run([], answers=[[1, 2, 3], [4, 5, 6]])
+    assert ours.equal_tokens(Run([], answers=answers)) == equal
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -261,7 +327,12 @@ def test_faults_are_one_sentence(called: Callable, tiny_base: Path, flags: list[
     (["train", "--model", "tiny", "--stepz", "4"], 2, "--stepz"),
     (["train", "--model", "tiny", "--data", DATA], 1, "has no tokenizer"),
     (["train", "--model", "tiny", "--tokens", "100", "--seq", "64"], 1, "is no multiple of --seq 64"),
-    (["generate", "--model", "tiny", "--peer"], 1, "is in no file"),
+    (["train", "--model", "7b"], 1, "nor one of 7B, 13B"),
+    (["train", "--model", "tiny", "--method", "full", "--quant"], 1, "4-bit weights cannot be trained"),
+    (["train", "--model", "tiny", "--method", "norm", "--rank", "8"], 1, "--rank 8: --method norm has no LoRA"),
+    (["generate", "--model", "tiny", "--peer"], 1, "has no weights in a file"),
+    (["generate", "--model", "tiny", "--new_tokens", "1"], 1, "--new_tokens 1"),
+    (["generate", "--model", "tiny", "--new_token", "4"], 2, "--new_token"),
 ])  # fmt: skip
 def test_mistyped_words_are_refused(called: Callable, words: list, status: int, message: str) -> None:
     """Before anything runs."""
@@ -272,7 +343,7 @@ def test_mistyped_words_are_refused(called: Callable, words: list, status: int, 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--rank", "2"], "has rank 4; leave it out."),
-    (["--method", "norm"], "--method norm has no LoRA"),
+    (["--method", "norm"], ": --method norm has no LoRA; expected lora or normbiaslora."),
 ])  # fmt: skip
 def test_adapters_that_do_not_fit(
     called: Callable, tiny_base: Path, adapter: Path, flags: list[str], message: str

@@ -141,7 +141,7 @@ def test_bare_checkpointing_is_all(called: Callable) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["9B"], "'9B' is none of 7B, 13B, 70B, no params.json or config.json, and no directory with one."),
+        (["9B"], "'9B' is none of 7B, 13B, 70B, 1.1B, 135M, tiny, no params.json"),
         (["7B", "--method", "lorra"], "--method 'lorra' is unknown. Did you mean 'lora'?"),
         (["7B", "--quant_type", "nf5"], "--quant_type 'nf5' is unknown. Did you mean 'nf4'?"),
         (["7B", "--optim", "adam8bit"], "--optim 'adam8bit' is unknown. Did you mean 'adamw8bit'?"),

@@ -1,10 +1,12 @@
-"""Greedy decoding of the same prompts by us, or by transformers and bitsandbytes."""
+"""Greedy decoding of the same prompts by us, and by transformers and bitsandbytes."""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -14,14 +16,49 @@ from accessory.data.corpus import build_corpus
 from accessory.errors import ConfigError
 from accessory.generate import generate_tokens
 from accessory.meta import MetaModel, load_for_asking
-from accessory.method.peft import Peft
+from accessory.method.full import Full
+from accessory.model.decoder import Decoder
 from accessory.parallel.groups import Layout
-from accessory.tokenizer import open_tokenizer
+from tools.benchmarking.ideal import decoding_bytes
 from tools.benchmarking.loading import load_peer
-from tools.benchmarking.random_parts import SIZES, random_corpus, random_source
+from tools.benchmarking.random_parts import random_corpus, random_source
+from tools.model_sizes import is_shape
 
-Answers = list[list[int]]
-_WARM_UP = 2  # tokens
+Tokens = list[list[int]]
+_WARM_UP = 2  # new tokens
+
+
+@dataclass
+class Run:
+    """One system's decoding. stamps: seconds from the start to each new token (of all prompts); answers: new tokens.
+
+    read_bytes: what a step must read at least; 0 where it was not counted.
+    """
+
+    prompts: Tokens
+    stamps: list[float] = field(default_factory=list)
+    answers: Tokens = field(default_factory=list)
+    read_bytes: int = 0
+
+    @property
+    def ms_per_token(self) -> float:
+        """Of each token behind the first, which is the prompts' to wait for."""
+        return 1000 * (self.stamps[-1] - self.stamps[0]) / (len(self.stamps) - 1)
+
+    def figures(self) -> dict[str, float]:
+        """What is shown of it; prompts are in the time of `tokens_per_s`."""
+        tokens = sum(map(len, self.answers))
+        return {
+            "seconds": round(self.stamps[-1], 3),
+            "tokens_per_s": round(tokens / self.stamps[-1], 1),
+            "prompt_seconds": round(self.stamps[0], 3),
+            "ms_per_token": round(self.ms_per_token, 3),
+        }
+
+    def equal_tokens(self, other: Run) -> int:
+        """How many tokens both gave before they first differed, over all prompts."""
+        pairs = zip(self.answers, other.answers, strict=True)
+        return sum(len(list(takewhile(lambda both: both[0] == both[1], zip(a, b, strict=True)))) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -35,56 +72,70 @@ class Decoding:
     new_tokens: int
     quant_type: str | None
 
-    def by_us(self, layout: Layout) -> tuple[float, Answers]:
-        """(seconds, new tokens of each prompt)."""
+    def by_us(self, layout: Layout) -> Run:
+        """Nothing ends an answer early."""
         model = self._ours(layout)
-        prompts = self._prompts(model.llma.args.vocab_size, model.tokenizer)
+        self._check_room(model.llma)
+        prompts = self._prompts(model)
+        longest = self.prompt_tokens + self.new_tokens
 
-        def decode(count: int) -> Answers:
-            longest = self.prompt_tokens + count
-            steps = generate_tokens(model.llma, prompts, max_gen_len=count, max_seq_len=longest, stop_ids=set())
+        def decode(count: int, new_step: Callable[[], None]) -> Tokens:
+            steps = []
+            for tokens in generate_tokens(model.llma, prompts, max_gen_len=count, max_seq_len=longest, stop_ids=set()):
+                steps.append(tokens)
+                new_step()
             return [list(answer) for answer in zip(*steps, strict=True)]
 
-        return self._timed(decode)
+        run = self._timed(prompts, decode)
+        run.read_bytes = decoding_bytes(model.llma, self.batch_size, self.prompt_tokens + self.new_tokens // 2)
+        return run
 
-    def by_peer(self, layout: Layout) -> tuple[float, Answers]:
+    def by_peer(self, prompts: Tokens, layout: Layout) -> Run:
         """The same by transformers, told not to stop either."""
-        if self.model in SIZES:
-            raise ConfigError(f"--peer: --model {self.model} is in no file; give a Hugging Face directory.")
-        quant_type = self.quant_type
-        model = load_peer(self.model, quant_type is not None, quant_type or "nf4", str(layout.device)).eval()
+        gc.collect()  # our model, if it is still there
+        model = load_peer(self.model, self.quant_type is not None, self.quant_type or "nf4", str(layout.device)).eval()
         model.generation_config.eos_token_id = None
-        prompts = torch.tensor(
-            self._prompts(model.config.vocab_size, open_tokenizer(Path(self.model))), device=layout.device
-        )
+        tokens = torch.tensor(prompts, device=layout.device)
 
-        def decode(count: int) -> Answers:
+        def decode(count: int, new_step: Callable[[], None]) -> Tokens:
             found = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, do_sample=False, pad_token_id=0
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=[_Stamping(new_step)],
             )
-            return found[:, prompts.shape[1] :].tolist()
+            return found[:, tokens.shape[1] :].tolist()
 
-        return self._timed(decode)
+        return self._timed(prompts, decode)
 
     def _ours(self, layout: Layout) -> MetaModel:
         longest = self.prompt_tokens + self.new_tokens
-        if self.model not in SIZES:
+        if not is_shape(self.model):
             quant = self.quant_type is not None
             return MetaModel.from_pretrained(
                 self.model, quant=quant, quant_type=self.quant_type, layout=layout, max_seq_len=longest
             )
         args, source = random_source(self.model, layout.device)
-        nothing = Peft(Peft.Settings(norm_tuning=True, bias_tuning=False))
-        blueprint = Blueprint("llama_peft", args, nothing, self.quant_type, torch.bfloat16, None, train=False)
+        blueprint = Blueprint("llama", args, Full(Full.Settings()), self.quant_type, torch.bfloat16, None, train=False)
         return load_for_asking(blueprint, [source], layout, longest)
 
-    def _prompts(self, vocab_size: int, tokenizer) -> Answers:
+    def _check_room(self, decoder: Decoder) -> None:
+        room, longest = decoder.args.longest_document, self.prompt_tokens + self.new_tokens
+        if room is not None and longest > room:
+            raise ConfigError(
+                f"--prompt_tokens {self.prompt_tokens} and --new_tokens {self.new_tokens}: the model has positions for "
+                f"{room} tokens."
+            )
+
+    def _prompts(self, model: MetaModel) -> Tokens:
         if self.data is None:
-            corpus = random_corpus(self.batch_size, self.prompt_tokens, 1.0, vocab_size)
-        elif tokenizer is None:
+            corpus = random_corpus(self.batch_size, self.prompt_tokens, 1.0, model.llma.args.vocab_size)
+        elif model.tokenizer is None:
             raise ConfigError(f"--data {self.data}: --model {self.model} has no tokenizer; give a checkpoint.")
         else:
-            corpus = build_corpus(Path(self.data), tokenizer, max_words=1 << 20)
+            corpus = build_corpus(Path(self.data), model.tokenizer, max_words=1 << 20)
         long = [i for i, length in enumerate(corpus.lengths) if length >= self.prompt_tokens][: self.batch_size]
         if len(long) < self.batch_size:
             raise ConfigError(
@@ -93,8 +144,25 @@ class Decoding:
             )
         return [corpus.document(i)[0][: self.prompt_tokens].tolist() for i in long]
 
-    def _timed(self, decode: Callable[[int], Answers]) -> tuple[float, Answers]:
-        decode(min(_WARM_UP, self.new_tokens))
+    def _timed(self, prompts: Tokens, decode: Callable[[int, Callable[[], None]], Tokens]) -> Run:
+        decode(min(_WARM_UP, self.new_tokens), lambda: None)
+        run = Run(prompts)
         began = time.perf_counter()
-        answers = decode(self.new_tokens)  # as lists of numbers: a GPU is through with them
-        return time.perf_counter() - began, answers
+        # As numbers on the host, or asked whether to stop: a GPU is through with the token.
+        run.answers = decode(self.new_tokens, lambda: run.stamps.append(time.perf_counter() - began))
+        return run
+
+
+class _Stamping:
+    """What transformers asks after every token whether to stop."""
+
+    def __init__(self, new_step: Callable[[], None]) -> None:
+        self.new_step = new_step
+
+    def __call__(self, tokens: torch.Tensor, _scores: object, **_settings) -> torch.Tensor:
+        """tokens [B, S] so far -> [B]: none stops."""
+        stops = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        if tokens.is_cuda:
+            torch.cuda.synchronize(tokens.device)
+        self.new_step()
+        return stops

@@ -120,6 +120,20 @@ def _seen(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
+def decoding_bytes(decoder: Decoder, documents: int, tokens: int) -> int:
+    """What a step of decoding must read at least on this rank: all weights, and each document's cache of `tokens`.
+
+    Of an embedding that is not the head too a few rows are read, which do not count.
+    """
+    weights = sum(p.nbytes for p in decoder.parameters())
+    if decoder.output is not None:
+        weights -= decoder.tok_embeddings.weight.nbytes
+    kept = 0
+    for i, layer in enumerate(decoder.new_cache(1, 1)):
+        kept += min(tokens, decoder.args.window(i) or tokens) * (layer.keys.nbytes + layer.values.nbytes)
+    return weights + documents * kept
+
+
 def product_rate(decoder: Decoder, tokens: int, device: torch.device) -> float:
     """FLOP/s of plain products of `tokens` tokens with matrices of the first block's shapes, forward and backward."""
     shapes = Counter(tuple(m.weight.shape) for m in decoder.layers[0].modules() if isinstance(m, Linear))
@@ -166,7 +180,7 @@ def compare(work: Work, tokens: int, seconds: float, rate: float, bandwidth: flo
     """
     ideal = (work.flops / rate + work.unpacked / bandwidth) / ranks
     return {
-        "product_flops_per_s": round(rate),
+        "matmul_flops_per_s": round(rate),
         "copy_bytes_per_s": round(bandwidth),
         "flops_per_token": round(work.flops / tokens),
         "unpacked_bytes_per_token": round(work.unpacked / tokens),

@@ -15,14 +15,7 @@ from accessory.checkpoint.source import Source
 from accessory.data.corpus import Corpus, Omissions
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from tools.plan import SIZES as PLANNED
-
-SIZES = {
-    **PLANNED,
-    "tiny": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 512},
-    "1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "hidden_dim": 5632},
-}
-"""Settings by name: LLaMA-2's, and smaller ones to try things with. 1B has TinyLlama's shape (Zhang et al. 2024)."""
+from tools.model_sizes import args_of
 
 
 @dataclass(frozen=True)
@@ -45,12 +38,12 @@ class RandomTensor(LazyTensor):
         return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
 
 
-def random_source(size: str, device: torch.device) -> tuple[ModelArgs, Source]:
-    """The model that `SIZES` calls `size`, as if it were a checkpoint."""
-    args = ModelArgs(**{"vocab_size": 32000} | SIZES[size])
+def random_source(model: str, device: torch.device) -> tuple[ModelArgs, Source]:
+    """The model whose settings `args_of(model)` knows, as if it were a checkpoint."""
+    args = args_of(model)
     places = targets(Decoder(args, dtype=torch.bfloat16))
     tensors = {place.name: RandomTensor(place.name, place.local_shape, device) for place in places}
-    return args, Source(Path(size), "random weights", [], tensors, settings=args.model_dump())
+    return args, Source(Path(model), "random weights", [], tensors, settings=args.model_dump())
 
 
 def random_corpus(documents: int, length: int, supervised: float, vocab_size: int) -> Corpus:

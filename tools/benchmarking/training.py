@@ -15,26 +15,33 @@ from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
 from accessory.errors import ConfigError
 from accessory.meta import MetaModel
+from accessory.method import Method
+from accessory.method.full import Full
 from accessory.method.peft import Peft
+from accessory.model.families import architecture_of
 from accessory.optim import LossScale, build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.report import Reporter
-from tools.benchmarking.random_parts import SIZES, random_corpus, random_source
+from tools.benchmarking.random_parts import random_corpus, random_source
+from tools.model_sizes import is_shape
 
-METHODS = {
+_PEFT = {
     "lora": {"norm_tuning": False, "bias_tuning": False},
     "normbias": {"norm_tuning": True, "bias_tuning": True, "lora_rank": -1},
     "normbiaslora": {"norm_tuning": True, "bias_tuning": True},
     "norm": {"norm_tuning": True, "bias_tuning": False, "lora_rank": -1},
 }
+METHODS = (*_PEFT, "full")
+WITH_LORA = tuple(name for name, settings in _PEFT.items() if "lora_rank" not in settings)
 RANK = 16
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and on what. model: a checkpoint or one of `SIZES`. data None: random documents of `seq` tokens.
+    """What is trained, and on what.
 
+    model: a checkpoint, or a shape that gets random weights. data None: random documents of `seq` tokens.
     quant_type None: plain weights. rank None: `RANK`, or the adapter's.
     """
 
@@ -60,7 +67,7 @@ class Training:
         decoder, attachment = blueprint.build(layout)
         layers, _ = choose_layers(self.checkpointing, len(decoder.layers), lambda _: None, layout, "")
         tensors = resolve(decoder, sources, attachment, initialize=True)
-        data_parallel = DataParallel(layout, "sdp", base_is_trained=False)
+        data_parallel = DataParallel(layout, "sdp", blueprint.method.trains_base)
         fill(decoder, tensors, attachment, layout, data_parallel)
         recompute_layers(decoder, layers, offload=False, device=layout.device)
         slicings = {target.name: target.slicing for target in targets(decoder)}
@@ -86,33 +93,40 @@ class Training:
         )
 
     def _blueprint(self, layout: Layout) -> tuple[Blueprint, list[Source]]:
-        if self.model in SIZES:
+        if is_shape(self.model):
             args, base = random_source(self.model, layout.device)
             sources = self._with_adapter(base)
-            made = Blueprint("llama_peft", args, None, self.quant_type, DTYPES[self.precision], None, train=True)
+            made = Blueprint(
+                self._llama_type(base), args, None, self.quant_type, DTYPES[self.precision], None, train=True
+            )
         else:
             sources = self._with_adapter(open_source(self.model))
             made = draw_blueprint(
-                sources, llama_type="llama_peft", llama_config=[], tokenizer_path=None, quant_type=self.quant_type,
-                precision=self.precision, train=True,
+                sources, llama_type=self._llama_type(sources[0]), llama_config=[], tokenizer_path=None,
+                quant_type=self.quant_type, precision=self.precision, train=True,
             )  # fmt: skip
-        return replace(made, method=Peft(self._settings(sources[1:]))), sources
+        return replace(made, method=self._method(sources[1:])), sources
+
+    def _llama_type(self, base: Source) -> str:
+        name = (base.settings or {}).get("architecture", "llama")
+        return architecture_of(name, str(base.path)).family + ("" if self.method == "full" else "_peft")
 
     def _with_adapter(self, base: Source) -> list[Source]:
         return [base] if self.adapter is None else [base, open_source(self.adapter, base)]
 
-    def _settings(self, adapters: list[Source]) -> Peft.Settings:
-        """The method's, with the rank, scale and targets of an adapter, which are not to be chosen."""
-        settings = {"lora_rank": RANK if self.rank is None else self.rank} | METHODS[self.method]
+    def _method(self, adapters: list[Source]) -> Method:
+        """With the rank, scale and targets of an adapter, which are not to be chosen."""
+        if self.method == "full":
+            return Full(Full.Settings())
+        settings = {"lora_rank": RANK if self.rank is None else self.rank} | _PEFT[self.method]
         for adapter in adapters:
             stated = {key: value for key, value in (adapter.settings or {}).items() if key.startswith("lora_")}
-            if settings["lora_rank"] < 1 or stated.get("lora_rank", -1) < 1:
-                who = f"--method {self.method}" if settings["lora_rank"] < 1 else adapter.path
-                raise ConfigError(f"--adapter {adapter.path}: {who} has no LoRA; expected factors to start from.")
+            if stated.get("lora_rank", -1) < 1:
+                raise ConfigError(f"--adapter {adapter.path}: has no LoRA; expected factors to start from.")
             if self.rank not in (None, stated["lora_rank"]):
                 raise ConfigError(f"--rank {self.rank}: {adapter.path} has rank {stated['lora_rank']}; leave it out.")
             settings |= stated
-        return Peft.Settings(**settings)
+        return Peft(Peft.Settings(**settings))
 
     def _corpus(self, blueprint: Blueprint, layout: Layout) -> Corpus:
         if self.data is not None:
