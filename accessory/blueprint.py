@@ -76,7 +76,7 @@ def draw_blueprint(
 ) -> Blueprint:
     """Work out what to build. What is not said is taken from the sources, the last that knows winning.
 
-    quant: keep the base in 4 bits; quant_type: in which format, nf4 where neither it nor a packed base says.
+    quant: keep the base packed; quant_type: in which format, nf4 where neither it nor a packed base says.
     new_tokens: special tokens to add to the vocabulary.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a

@@ -56,9 +56,9 @@ class FinetuneConfig(BaseModel):
     pretrained_type: Literal["consolidated", "meta_ori"] | None = None
     """Needless: the format is told from the files. Accepted for upstream's scripts."""
     quant: bool = False
-    """Keep the linears of all blocks in 4 bits; embedding, head and norms stay in the compute precision."""
+    """Keep the linears of all blocks packed (--quant_type); embedding, head and norms stay in the compute precision."""
     quant_type: Literal[tuple(STORAGES)] | None = None
-    """Format of --quant: nf4, fp4 (double-quantized), nf4_single, fp4_single (fp32 statistics); absent: nf4."""
+    """Format of --quant: nf4, fp4 (double-quantized), nf4_single, fp4_single (fp32 statistics), int8; absent: nf4."""
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
     precision: Precision = "bf16"
@@ -163,9 +163,9 @@ class DemoConfig(BaseModel):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision."""
     quant: bool | None = None
-    """Keep the base in 4 bits; absent: as the trained part was trained."""
+    """Keep the base packed; absent: as the trained part was trained."""
     quant_type: Literal[tuple(STORAGES)] | None = None
-    """Format of the 4-bit base; absent: as trained, or nf4."""
+    """Format of the packed base; absent: as trained, or nf4."""
     prompt: list[str] = []
     """Questions to answer in the terminal; without any, a page is served."""
     system_prompt: Literal["alpaca", "none", "chat"] = "alpaca"

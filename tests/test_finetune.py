@@ -38,8 +38,13 @@ JOBS = {
         "NormBiasLoRA beside FP4, double-quantized",
         ["--llama_type", "llama_peft", "--quant", "--quant_type", "fp4", "--only_save_trainable"],
     ),
+    "int8": (
+        "NormBiasLoRA beside int8, moments of Adam in 8 bits",
+        ["--llama_type", "llama_peft", "--quant", "--quant_type", "int8", "--only_save_trainable",
+         "--optim", "adamw8bit"],
+    ),
 }  # fmt: skip
-NESTED, NESTED_NOISE = ("nf4", "fp4"), 1e-3  # measured: 2.1e-4
+CUT_ANEW, CUT_ANEW_NOISE = ("nf4", "fp4", "int8"), 1e-3  # measured: 2.1e-4
 
 
 def support_table() -> str:
@@ -105,9 +110,10 @@ def test_layouts_train_alike(runs: Path, job: str, layout: str) -> None:
     reference, run = runs / job / "one", runs / job / layout
     assert len(losses(run)) == STEPS
     assert losses(reference)[-1] < losses(reference)[0]
-    if job in NESTED and layout.startswith("tp2"):
-        # Scales of scales run over 256 blocks, which slices cut differently: another rounding of the same weights.
-        torch.testing.assert_close(losses(run), losses(reference), rtol=NESTED_NOISE, atol=0)
+    if job in CUT_ANEW and layout.startswith("tp2"):
+        # Scales of scales run over 256 blocks, int8's over a row: slices have others, so the same weights are rounded
+        # anew.
+        torch.testing.assert_close(losses(run), losses(reference), rtol=CUT_ANEW_NOISE, atol=0)
         return
     torch.testing.assert_close(losses(run), losses(reference), rtol=1e-4, atol=0)
     expected, actual = trained(reference), trained(run)

@@ -1,4 +1,4 @@
-"""Pack a base into 4 bits once, so that later starts neither read nor pack its full weights:
+"""Pack a base into 4 or 8 bits once, so that later starts neither read nor pack its full weights:
 
 python tools/quantize.py BASE TARGET --quant_type nf4       or, for transformers + bitsandbytes:  ... --to hf
 """
@@ -20,7 +20,7 @@ def main(base: str, target: str, quant_type: str = "nf4", to: str = "accessory",
     Args:
         base: any full-precision checkpoint that --pretrained_path takes.
         target: a new directory.
-        quant_type: nf4 (double-quantized), nf4_single, fp4 or fp4_single.
+        quant_type: nf4 (double-quantized), nf4_single, fp4, fp4_single or int8 (which --to hf cannot hold).
         to: accessory, or hf for bitsandbytes' layout, which transformers loads.
         dtype: of embedding, head and norms.
     """

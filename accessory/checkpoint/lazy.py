@@ -12,6 +12,8 @@ from torch import Tensor
 
 from accessory.errors import CheckpointError
 from accessory.quant.four_bit import BLOCK, NESTED_BLOCK, FourBitWeight, PackedState, slice_packed
+from accessory.quant.int8 import Int8Weight, slice_int8
+from accessory.quant.packed import PackedWeight
 
 
 class LazyTensor(ABC):
@@ -222,14 +224,48 @@ class PackedTensor(LazyTensor):
         shape = list(self.shape)
         if dim is not None:
             shape[dim] = stop - start
-        packed = FourBitWeight(tuple(shape), quant_type=self.quant_type, nested=self.nested)
+        packed = self._empty(tuple(shape))
         packed.adopt(self.read_packed(dim, start, stop))
         return packed.unpack(torch.float32)
+
+    def _empty(self, shape: tuple[int, int]) -> PackedWeight:
+        return FourBitWeight(shape, quant_type=self.quant_type, nested=self.nested)
 
     def select(self, rows: Tensor) -> LazyTensor:
         """The same matrix, with some of its rows."""
         chosen = rows if self.rows is None else self.rows[rows]
         return replace(self, rows=chosen, shape=(len(rows), self.shape[1]))
+
+
+@dataclass(frozen=True)
+class Int8Tensor(PackedTensor):
+    """A matrix [N, K] that its file holds in int8, as `Int8Weight` does."""
+
+    @staticmethod
+    def of(parts: dict[str, LazyTensor], quant_type: str, shape: tuple[int, int], name: str) -> Int8Tensor:
+        """The whole matrix called `name`. Raises `CheckpointError` for parts whose shapes or types do not make it."""
+        expected = {"codes": (("I8", "int8"), shape), "scales": (("F32", "float32"), shape[:1])}
+        for part, tensor in parts.items():
+            types, wanted = expected[part]
+            if tensor.dtype not in types or tuple(tensor.shape) != wanted:
+                raise CheckpointError(
+                    f"{name} has {part} of type {tensor.dtype} and shape {tuple(tensor.shape)}; expected {types[0]} of "
+                    f"{wanted}."
+                )
+        return Int8Tensor(parts, quant_type, shape, name)
+
+    @property
+    def dtype(self) -> str:
+        """The storage format's name."""
+        return self.quant_type
+
+    def read_packed(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedState:
+        """Codes and scales of the matrix or of a range of it, the numbers of the file."""
+        state = {name: part.read() for name, part in self.parts.items()}
+        return slice_int8(state, rows=self.rows, dim=dim, start=start, stop=stop)
+
+    def _empty(self, shape: tuple[int, int]) -> PackedWeight:
+        return Int8Weight(shape)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def resolve(
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
             faults.append(_misfit(origin[name], name, found[name].shape, expected))
-        elif name in found and _NO_WEIGHTS.fullmatch(found[name].dtype):
+        elif name in found and not isinstance(found[name], PackedTensor) and _NO_WEIGHTS.fullmatch(found[name].dtype):
             faults.append(f"{origin[name].path}: {name} holds {found[name].dtype}; expected floating-point weights.")
     if faults:
         raise CheckpointError("The checkpoint does not fit the model.\n" + "\n".join(faults[: 3 * _SHOWN]))

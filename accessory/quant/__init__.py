@@ -7,6 +7,7 @@ from functools import partial
 
 from accessory.errors import ConfigError, nearest
 from accessory.quant.four_bit import FourBitWeight
+from accessory.quant.int8 import Int8Weight
 from accessory.quant.packed import PackedWeight
 
 STORAGES: dict[str, Callable[[tuple[int, int]], PackedWeight]] = {
@@ -14,6 +15,7 @@ STORAGES: dict[str, Callable[[tuple[int, int]], PackedWeight]] = {
     "nf4_single": partial(FourBitWeight, quant_type="nf4", nested=False),
     "fp4": partial(FourBitWeight, quant_type="fp4", nested=True),
     "fp4_single": partial(FourBitWeight, quant_type="fp4", nested=False),
+    "int8": Int8Weight,
 }
 """Name given to `--quant_type` -> a function making an empty packed matrix of a shape [N, K]."""
 

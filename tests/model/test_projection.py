@@ -14,7 +14,7 @@ from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight, storage
 
 TOKENS, INPUTS, WIDTHS, RANK = 7, 64, (32, 16), 4
-STORAGES = (None, "nf4")
+STORAGES = (None, "nf4", "int8")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -37,6 +37,11 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
     theirs = theirs_from_ours(model.tensors, architecture.names, model.args)
     _refuse_repacking(theirs)
     packed = quant_type or next((t.dtype for t in theirs.values() if isinstance(t, PackedTensor)), None)
+    if packed == "int8":
+        raise CheckpointError(
+            f"{target}: int8 matrices have no place in Hugging Face files: bitsandbytes' 8 bits are another format. "
+            "Pack the full-precision checkpoint as nf4 or fp4, or write it --to accessory."
+        )
     if packed:
         config["quantization_config"] = quantization_config(packed, dtype)
     with fresh_directory(target) as directory:

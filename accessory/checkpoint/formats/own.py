@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor, PackedTensor
+from accessory.checkpoint.lazy import Int8Tensor, LazyTensor, PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.save import fresh_directory, write_json, write_tensors
 from accessory.checkpoint.source import Source, open_safetensors, read_json, stated_llama_type, stated_settings
@@ -77,12 +77,13 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
         parts = {part: found.pop(f"{name}.{part}", None) for part in wanted}
         try:
             rows, columns = (operator.index(size) for size in entry["shape"])
-            quant_type = {"nf4": "nf4", "fp4": "fp4"}[entry["quant_type"]]
+            quant_type = entry["quant_type"]
+            matrix = {"nf4": PackedTensor, "fp4": PackedTensor, "int8": Int8Tensor}[quant_type]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
         if absent := [part for part, tensor in parts.items() if tensor is None]:
             raise CheckpointError(f"{meta.parent}: {name} is packed, but its {', '.join(absent)} is missing.")
-        found[name] = PackedTensor.of(parts, quant_type, (rows, columns), f"{meta.parent}: {name}")
+        found[name] = matrix.of(parts, quant_type, (rows, columns), f"{meta.parent}: {name}")
     return found
 
 
@@ -110,7 +111,7 @@ def _written(
         elif quant_type and BLOCK_LINEAR.fullmatch(name):
             matrix = storage(quant_type)(tensor.shape)
             matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type
-            state, kind = dict(matrix.named_parameters()), STORAGES[quant_type].keywords["quant_type"]
+            state, kind = dict(matrix.named_parameters()), matrix.quant_type
         else:
             yield name, read_as(tensor, dtype)
             continue

@@ -23,11 +23,12 @@ for path in sys.argv[1:]:
     for target in targets(model.llma):
         weight = getattr(target.owner, target.leaf)
         if isinstance(weight, PackedWeight):
-            n, k = tensors[target.name].shape
-            whole = tensors[target.name].read_packed()["codes"].view(n, k // 2)
+            whole = tensors[target.name].read_packed()["codes"].view(tensors[target.name].shape[0], -1)
             mine = whole.chunk(2, target.slicing.dim)[layout.mp_rank]
             values = tensors[target.name].read().chunk(2, target.slicing.dim)[layout.mp_rank]
-            equal += torch.equal(weight.codes, mine.flatten()) and torch.equal(weight.unpack(torch.float32), values)
+            equal += torch.equal(weight.codes.flatten(), mine.flatten()) and torch.equal(
+                weight.unpack(torch.float32), values
+            )
     sys.stdout.write(f"codes {equal} equal\n")
     sys.stdout.flush()
 groups.stop()

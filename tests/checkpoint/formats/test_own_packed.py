@@ -99,11 +99,36 @@ def test_sharded(tiny_base: Path, packed: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_two_ranks_hold_slices_of_the_same_bytes(tiny_base: Path, packed: Path, torchrun, tmp_path: Path) -> None:
-    """Every rank's codes are its rows or columns of the file's, double-quantized or not."""
+    """Every rank's codes are its rows or columns of the file's, double-quantized or not, or in int8."""
     worker = Path(__file__).parent / "packed_worker.py"
-    done = torchrun(2, worker, packed, pack(tiny_base, tmp_path / "out", "fp4_single"))
+    others = [pack(tiny_base, tmp_path / kind, kind) for kind in ("fp4_single", "int8")]
+    done = torchrun(2, worker, packed, *others)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("codes 14 equal") == 4
+    assert done.stdout.count("codes 14 equal") == 6
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"), [("codes", torch.zeros(128, 255, dtype=torch.int8)), ("scales", torch.zeros(128).half())]
+)
+def test_int8_parts_that_do_not_fit(tiny_base: Path, tmp_path: Path, part: str, wrong: Tensor) -> None:
+    """Named, with what was expected."""
+    path = pack(tiny_base, tmp_path / "out", "int8")
+    file = path / "model.safetensors"
+    save_file(load_file(file) | {f"{NAME}.{part}": wrong}, file)
+    with pytest.raises(CheckpointError, match=rf"{NAME} has {part} of type .* and shape .*; expected"):
+        MetaModel.from_pretrained(path)
+
+
+def test_int8_has_no_place_in_hugging_face_files(tiny_base: Path, tmp_path: Path) -> None:
+    """Whether it is packed on the way or lies packed; unpacked by merging, it may go anywhere."""
+    packed = pack(tiny_base, tmp_path / "packed", "int8")
+    for source, destination in (
+        (tiny_base, Destination("hf", quant_type="int8")),
+        (packed, Destination("hf")),
+    ):
+        with pytest.raises(CheckpointError, match="int8 matrices have no place in Hugging Face files"):
+            destination.write(open_base([source])[0], tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(("asked", "fits"), [("nf4", True), ("nf4_single", False), ("fp4", False)])

@@ -1,0 +1,88 @@
+"""int8: a code of eight bits for each weight and a scale for each row, as in LLM.int8() (Dettmers et al. 2022).
+
+That paper's outlier columns and 8-bit activations are for products in integers; here products stay in the activations'
+dtype, the weights alone are rounded, and nothing needs setting apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from accessory.quant.memory import shared_memory
+from accessory.quant.packed import PackedWeight
+
+LARGEST = 127  # code; -128 is not used, so that the codes are as many on both sides of zero
+CPU_PIECE = 1 << 18  # weights quantized at a time
+_NOTHING = 1e-36  # largest magnitude of a row whose codes are not worth having: 127 / less overflows
+
+
+class Int8Weight(PackedWeight):
+    """W [N, K] = codes * (scales / 127), multiplied in fp32 and then rounded to the dtype asked for.
+
+    Parameters (frozen): `codes` int8 [N, K], and `scales` fp32 [N], the largest magnitude of each row. A weight is off
+    by at most scales / 254, half a step (and the rounding of fp32).
+    """
+
+    quant_type = "int8"
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__(shape)
+        self.codes = _frozen(torch.empty(shape, dtype=torch.int8, device="meta"))
+        self.scales = _frozen(torch.empty(shape[0], device="meta"))
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> None:
+        """Quantize `weight` [N, K] on its own device: codes = round(weight * (127 / scales)), of fp32, ties to even.
+
+        Rows come out the same whichever others stand beside them; so do slices of a matrix that is cut by rows. Those
+        of one cut by columns get scales of their own, which are no larger than the whole row's.
+        """
+        rows = max(CPU_PIECE // weight.shape[1], 1) if weight.device.type == "cpu" else len(weight)
+        packed = [_quantized(part.float()) for part in weight.split(rows)]
+        codes, scales = (torch.cat(parts) for parts in zip(*packed, strict=True))
+        self.adopt({"codes": codes, "scales": scales})
+
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Take codes and scales as they are."""
+        self.codes, self.scales = _frozen(state["codes"]), _frozen(state["scales"])
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, K] in `dtype`."""
+        return self._unpack_into(torch.empty(self.shape, dtype=dtype, device=self.codes.device))
+
+    def borrow(self, dtype: torch.dtype) -> Tensor:
+        """As `unpack`, the same bits, into memory that all matrices share: the next one overwrites it."""
+        return self._unpack_into(shared_memory(self.shape, dtype, self.codes.device))
+
+    @torch.no_grad()
+    def _unpack_into(self, out: Tensor) -> Tensor:
+        return torch.mul(self.codes, (self.scales / LARGEST)[:, None], out=out)
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [N, K] -> codes int8 [N, K], scales [N]; rows of zeros have a scale of zero."""
+    scales = weight.abs().amax(1)
+    steps = LARGEST / scales.clamp_min(_NOTHING)
+    return (weight * steps[:, None]).round_().to(torch.int8), scales
+
+
+def slice_int8(
+    state: dict[str, Tensor], *, rows: Tensor | None = None, dim: int | None = None, start: int = 0, stop: int = 0
+) -> dict[str, Tensor]:
+    """The packed form of some rows of a packed matrix, and of the range [start, stop) along `dim` of those.
+
+    Every number of it stands for the same weight as before: a row keeps its scale, however it is cut.
+    """
+    codes, scales = state["codes"], state["scales"]
+    if rows is not None:
+        codes, scales = codes[rows], scales[rows]
+    if dim is not None:
+        codes = codes.narrow(dim, start, stop - start)
+    if dim == 0:
+        scales = scales[start:stop]
+    return {"codes": codes.contiguous(), "scales": scales}
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
