@@ -14,7 +14,7 @@ from torch import nn
 from accessory.checkpoint.load import targets
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
-from accessory.model.document_attention import _BLOCK_SCORES, _FEWEST_ROWS
+from accessory.model.document_attention import backward_bytes
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK
 from accessory.model.position import LEAN_WIDTH
@@ -178,26 +178,30 @@ def _feed_forward_backward_bytes(decoder: Decoder, tokens: int) -> int:
 
 
 def _attention_backward_bytes(decoder: Decoder, tokens: int, longest: int, device: torch.device) -> int:
-    """Gradients of the block's middle and of attention's result, q, k and v, and what its backward works with.
+    """Gradients of the block's middle and of attention's result, and what attention's own backward takes.
 
-    On CUDA in half precision that is an fp32 sum for q's gradient. Else, for a document: k and v and their gradients'
-    sums in fp32, and either products of two results, or scores of some queries: weights, gradients, narrow copies.
+    On CUDA in half precision that is the gradients of q, k and v, and an fp32 sum for q's.
     """
     args, width = decoder.args, torch.finfo(decoder.dtype).bits // 8
-    heads, kv_heads = args.n_heads // decoder.ranks, args.n_kv_heads // decoder.ranks
-    e = args.head_dim + (LEAN_WIDTH if args.position == "alibi" else 0)
-    kernel = device.type == "cuda" and width == 2
-    gradients = tokens * width * (args.dim + e * (2 * heads + 2 * (heads if kernel else kv_heads)))
-    if kernel:
-        return gradients + 4 * tokens * heads * e
-    narrow = width < 4
-    blocks = -(-longest // max(_BLOCK_SCORES // (heads * longest), _FEWEST_ROWS))
-    rows = -(-longest // blocks)
-    windows = [args.window(i) or longest for i in range(args.n_layers)]
-    scores = heads * rows * min(longest, max(windows) + rows)
-    wide = 8 * longest * kv_heads * e
-    products = (12 if narrow else 4) * longest * heads * e
-    return gradients + narrow * wide + max(products, wide + 4 * longest * heads + (14 if narrow else 12) * scores)
+    heads, kv_heads, head_dim = _heads(decoder)
+    given = tokens * width * (args.dim + heads * head_dim)
+    if _has_kernel(decoder, device):
+        return given + tokens * heads * head_dim * (3 * width + 4)
+    lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
+    windows = {args.window(i) for i in range(args.n_layers)}
+    return given + max(backward_bytes(lengths, heads, kv_heads, head_dim, decoder.dtype, w) for w in windows)
+
+
+def _has_kernel(decoder: Decoder, device: torch.device) -> bool:
+    """Whether one call attends in all documents; it is given k and v for every query head."""
+    return device.type == "cuda" and decoder.dtype in (torch.float16, torch.bfloat16)
+
+
+def _heads(decoder: Decoder) -> tuple[int, int, int]:
+    """Query and key/value heads of this rank, and their width in attention."""
+    args = decoder.args
+    width = args.head_dim + (LEAN_WIDTH if args.position == "alibi" else 0)
+    return args.n_heads // decoder.ranks, args.n_kv_heads // decoder.ranks, width
 
 
 def _feed_forward_keeps(decoder: Decoder, tokens: int) -> int:
@@ -205,7 +209,8 @@ def _feed_forward_keeps(decoder: Decoder, tokens: int) -> int:
     args, width = decoder.args, torch.finfo(decoder.dtype).bits // 8
     lora = [m for m in _lora_linears(decoder) if m in set(decoder.layers[0].feed_forward.modules())]
     numbers = args.hidden_dim // decoder.ranks * (2 if args.gated else 1) + sum(len(m.lora_a.weight) for m in lora)
-    return tokens * width * numbers + (0 if args.parallel_residual else _norm_bytes(decoder, tokens))
+    norms = 0 if args.parallel_residual else 2 if args.norm_placement == "both" else 1
+    return tokens * width * numbers + _norm_bytes(decoder, tokens, inputs=norms, norms=norms)
 
 
 def _optimizer_workspace(optim: str, trained: dict[str, nn.Parameter], device: torch.device) -> int:
@@ -357,25 +362,25 @@ def _exit_bytes(decoder: Decoder, attachment: Attachment, tokens: int) -> int:
 def block_activation_bytes(decoder: Decoder, attachment: Attachment, tokens: int, device: torch.device = CPU) -> int:
     """Bytes one block keeps for its backward, for `tokens` tokens, on this rank.
 
-    Always: the inputs of its norms (D each; one where the block is parallel) with a number or two a token, q and
-    attention's output (this rank's heads), k and v (repeated for every query head on CUDA), a 4-byte log-sum a head,
-    and what the activation reads (F, twice where it gates) or, of ReLU, makes. ALiBi widens heads; norms of q and k
-    keep these as they were before. LoRA adds R a linear. What a linear with LoRA or a trained weight reads is kept
-    already or made again, but for the inputs of wq, wk, wv and w1, w3 where norms stand behind, and wo's with ALiBi.
+    Always: the inputs of its norms (D each; one where the block is parallel) with a number or two a token, q, k and v,
+    and what the activation reads (F, twice where it gates) or, of ReLU, makes. A CUDA kernel is given k and v for every
+    query head, and also keeps its result and a 4-byte log-sum a head. ALiBi widens heads; norms of q and k keep these
+    as they were before. LoRA adds R a linear. What a linear with LoRA or a trained weight reads is kept already or made
+    again, but for wo's input (that of a kernel without ALiBi is its result), and those of wq, wk, wv and w1, w3 where
+    norms stand behind.
     """
     args, ranks = decoder.args, decoder.ranks
     width = torch.finfo(decoder.dtype).bits // 8
-    heads, kv_heads, f_width = args.n_heads // ranks, args.n_kv_heads // ranks, args.hidden_dim // ranks
-    kept_kv_heads = heads if device.type == "cuda" else kv_heads
-    head = args.head_dim + (LEAN_WIDTH if args.position == "alibi" else 0)
-    per_token = width * 2 * head * (heads + kept_kv_heads) + 4 * heads
+    heads, kv_heads, head = _heads(decoder)
+    f_width, kernel = args.hidden_dim // ranks, _has_kernel(decoder, device)
+    per_token = (4 * width * head + 4) * heads if kernel else width * head * (heads + 2 * kv_heads)
     if args.qk_norm:
         per_token += (width * args.head_dim + 4) * (heads + kv_heads)
     per_token += width * f_width * (2 if args.gated else 1)
     shared = []
     if args.norm_placement == "after":  # what stands before attention and feed-forward is no norm's, to be made again
         shared += [(("wq", "wk", "wv"), args.dim), (("w1", "w3"), args.dim)]
-    if args.position == "alibi":
+    if args.position == "alibi" or not kernel:
         shared.append((("wo",), heads * args.head_dim))
     for linears, size in shared:
         if any(_keeps_input(name, decoder, attachment) for name in linears):

@@ -175,7 +175,7 @@ def table(seq: int = 512) -> None:
         for method in ("normbias", "normbiaslora"):
             for layers in (n_layers, 0):
                 setting = Setting(method, seq=seq, checkpointing=layers)
-                made, trained, _ = planned(size, setting, torch.device("cpu"))
+                made, trained, _ = planned(size, setting, torch.device("cuda"))
                 cells = [f"{getattr(made, name) / 1e9:.3f}" for name in names]
                 label = f"{method}, `--checkpointing`" if layers else method
                 print(f"| {size} | {label} | {trained:,} | {' | '.join(cells)} |")

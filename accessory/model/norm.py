@@ -91,6 +91,15 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Te
     return (dy.to(scale.dtype) * (x.to(scale.dtype) * scale)).flatten(0, -2).sum(0).to(weight.dtype)
 
 
+@fusible
+def _both_gradients(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    unit, wide = x.to(scale.dtype) * scale, dy.to(scale.dtype)
+    terms = wide * unit  # of both sums
+    along = (terms @ weight.to(terms.dtype)).div_(x.shape[-1])[..., None]
+    dx = (wide * weight).sub_(unit.mul_(along)).mul_(scale).to(x.dtype)
+    return dx, terms.flatten(0, -2).sum(0).to(weight.dtype)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and 1 / rms(x) [..., 1]."""
     if kernels.available(x.device, x.dtype):
@@ -113,6 +122,8 @@ class _RMSNorm(torch.autograd.Function):
         need_dx, need_dweight, _ = ctx.needs_input_grad
         if kernels.available(dy.device, dy.dtype):
             return *kernels.rms_norm.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
+        if need_dx and need_dweight:
+            return *_both_gradients(dy, *saved), None
         dx = _input_gradient(dy, *saved) if need_dx else None
         return dx, _weight_gradient(dy, *saved) if need_dweight else None, None
 

@@ -62,8 +62,7 @@ def rotate_halves(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     For few tokens, which one pass over whole heads takes least time for.
     """
-    wide = x.to(cosines.dtype)
-    return (wide * cosines).addcmul_(wide.roll(x.shape[-1] // 2, -1), sines).to(x.dtype)
+    return _turn_whole(x, cosines, sines).to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -106,13 +105,13 @@ def _turn_halves(x: Tensor, turn: Tensor) -> Tensor:
 
 @fusible
 def _turn_halves_by(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    # One product over whole heads and two corrections over halves: faster than four over halves, or complex numbers.
-    half = cosine.shape[-1]
-    wide = x.to(cosine.dtype)
-    y = wide * torch.cat([cosine, cosine], -1)
-    y[..., :half].addcmul_(wide[..., half:], sine, value=-1)
-    y[..., half:].addcmul_(wide[..., :half], sine)
-    return y
+    # Over whole heads: faster than over halves one by one, or complex numbers.
+    return _turn_whole(x, torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1))
+
+
+def _turn_whole(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    wide = x.to(cosines.dtype)
+    return (wide * cosines).addcmul_(wide.roll(x.shape[-1] // 2, -1), sines)
 
 
 def alibi_slopes(heads: int) -> Tensor:

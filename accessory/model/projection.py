@@ -91,11 +91,9 @@ class _Projection(torch.autograd.Function):
         lows = _low_products(x, parts, draws)
         outputs = []
         for part, matrix, draw, low in zip(parts, packed, draws, lows, strict=True):
-            y = F.linear(x, _matrix(matrix, part, x.dtype))
+            y = F.linear(x, _matrix(matrix, part, x.dtype), None if part.bias is None else part.bias.to(x.dtype))
             if low is not None:
                 y.addmm_(low, part.b.to(x.dtype).t(), alpha=draw.scale)
-            if part.bias is not None:
-                y.add_(part.bias.to(x.dtype))
             outputs.append(y)
         wanted = [_Tensors(*ctx.needs_input_grad[i : i + 4]) for i in range(4, len(flat) + 4, 4)]
         keeps_x = any(need.weight or need.a for need in wanted)

@@ -1,4 +1,4 @@
-"""Attention document by document: its backward against autograd through a softmax in float64."""
+"""Attention inside documents: result and gradients against a softmax over one matrix in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.model import document_attention
+from accessory.model import document_grid
 from accessory.model.document_attention import attend_by_document
 
 WIDTH = 16
@@ -45,21 +45,36 @@ def both(dtype: torch.dtype, lengths: tuple[int, ...], window: int | None, heads
     return (found, *ours), (wanted, *theirs)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Sets how many queries attend at once; below their documents' length they no longer share a group."""
+
+    def set_rows(rows: int) -> None:
+        monkeypatch.setattr(document_grid, "BLOCK_SCORES", 0)
+        monkeypatch.setattr(document_grid, "FEWEST_ROWS", rows)
+        document_grid.grid_of.cache_clear()
+
+    yield set_rows
+    document_grid.grid_of.cache_clear()
+
+
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (4, 1)])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 12, 40])
-@pytest.mark.parametrize("block", [1, 5, 1000])
-def test_equals_softmax_in_float64(monkeypatch, heads: tuple[int, int], window: int | None, block: int) -> None:
-    """Whatever the window and however many rows the backward takes at a time."""
-    monkeypatch.setattr(document_attention, "_BLOCK_SCORES", 0)
-    monkeypatch.setattr(document_attention, "_FEWEST_ROWS", block)
-    monkeypatch.setattr(document_attention, "_PIECE", 4)
-    for found, wanted in zip(*both(torch.float64, (12, 1, 30, 2), window, *heads), strict=True):
+@pytest.mark.parametrize("rows", [1, 5, None])
+def test_equals_softmax_in_float64(small_blocks, heads: tuple[int, int], window: int | None, rows: int | None) -> None:
+    """Whatever the window, however many rows are taken at a time, and padded beside one another."""
+    if rows:
+        small_blocks(rows)
+    for found, wanted in zip(*both(torch.float64, (12, 1, 30, 2, 13), window, *heads), strict=True):
         torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_bf16_is_close_to_float64(window: int | None) -> None:
-    """Documents longer than a block: within 1 % of the norm."""
+@pytest.mark.parametrize("blocks", [False, True])
+def test_bf16_is_close_to_float64(small_blocks, window: int | None, blocks: bool) -> None:
+    """Within 1 % of the norm: documents side by side, and in blocks."""
+    if blocks:
+        small_blocks(50)
     for found, wanted in zip(*both(torch.bfloat16, (130, 17, 64), window), strict=True):
         assert found.dtype == torch.bfloat16
         assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
@@ -80,25 +95,22 @@ def test_keys_that_are_hidden_do_not_overflow() -> None:
     assert all(t.isfinite().all() for t in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 5])
-def test_forward_of_other_devices_equals_the_cpus(monkeypatch, dtype: torch.dtype, window: int | None) -> None:
-    """Results and log-sums, all scores at once and by the flash kernel; with the masks of later pieces too."""
-    q, k, v = (t.detach().to(dtype) for t in leaves(12, 6, 2))
-    at, seen = slice(6, 10), slice(0 if window is None else 2, 10)
-    mask = None if window is None else document_attention._band(at, seen, 4, window, q)
-    parts = (q, k, v) if window is None else (q[at], k[seen], v[seen])
-    ours, flash = (f(*parts, mask, 0.3) for f in (document_attention._softmax, document_attention._flash))
-    for one, other in zip(ours, flash, strict=True):
-        assert (one.double() - other.double()).norm() < (1e-6 if dtype == torch.float32 else 0.01) * other.norm()
+def test_documents_do_not_touch_one_another() -> None:
+    """What stands in a document's padding is finite for it, or not: it gets the bits that it gets beside others."""
+    q, k, v = (t.detach() for t in leaves(8 + 5, 2, 1, torch.float32))
+    spoiled = [t.clone() for t in (q, k, v)]
+    for t in spoiled:
+        t[:8] = torch.nan
+    clean, beside = (attend_by_document(*given, (8, 5)) for given in ((q, k, v), spoiled))
+    assert torch.equal(clean[8:], beside[8:])
+    assert beside[:8].isnan().all()
 
 
 def test_keeps_no_scores() -> None:
-    """q, k, v, the result, and a number a query and head."""
+    """q, k and v."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         attend_by_document(*leaves(20, 4, 2, torch.bfloat16), (20,))
     assert [(tuple(t.shape), t.dtype) for t in saved] == [
-        ((20, 4, WIDTH), torch.bfloat16), ((20, 2, WIDTH), torch.bfloat16), ((20, 2, WIDTH), torch.bfloat16),
-        ((20, 4, WIDTH), torch.bfloat16), ((20, 4), torch.float32),
+        ((20, heads, WIDTH), torch.bfloat16) for heads in (4, 2, 2)
     ]  # fmt: skip
