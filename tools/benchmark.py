@@ -38,10 +38,10 @@ def train(
     model: str,
     data: str | None = None,
     steps: int = 10,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     tokens: int | None = None,
-    seq: int = 512,
-    supervised: float = 1.0,
+    seq: int | tuple[int, ...] | None = None,
+    supervised: float | None = None,
     max_words: int = 512,
     method: str = "lora",
     rank: int | None = None,
@@ -63,16 +63,16 @@ def train(
         model: a checkpoint; or 7B, 13B, 70B, 1.1B, 135M, tiny or a settings file: random weights, made on the device.
         data: what to train on, STEPS x BATCH_SIZE records of it; absent, random documents.
         steps: optimizer steps, of one micro-batch.
-        batch_size: documents a step.
+        batch_size: documents a step; 8, if TOKENS is absent too.
         tokens: of a step on random documents, instead of BATCH_SIZE.
-        seq: tokens of each random document.
-        supervised: the share of them that is learned.
+        seq: tokens of a random document, 512; or several numbers that take turns: 64,448.
+        supervised: the share of a random document that is learned; all, if absent.
         max_words: the longest document of DATA in tokens.
         method: lora, normbias, normbiaslora, norm or full.
         rank: of LoRA; 16, or the adapter's.
         adapter: a PEFT adapter or a trained part, whose values the trained parameters start with.
         quant: keep the base in 4 bits.
-        quant_type: nf4, nf4_single, fp4 or fp4_single.
+        quant_type: nf4, nf4_single, fp4, fp4_single or int8.
         lr: learning rate, constant.
         optim: adamw, adamw8bit or paged_adamw.
         checkpointing: layers to recompute: none, a number, or all (also without a value).
@@ -84,18 +84,21 @@ def train(
     _check_named("--method", method, METHODS)
     _check_named("--optim", optim, OPTIMIZERS)
     _check_named("--precision", precision, DTYPES)
-    _check_counts(steps=steps, batch_size=batch_size, tokens=tokens, seq=seq, max_words=max_words, rank=rank)
+    _check_counts(steps=steps, batch_size=batch_size, tokens=tokens, max_words=max_words, rank=rank)
+    _check_random(data, tokens=tokens, seq=seq, supervised=supervised)
+    lengths = seq if isinstance(seq, tuple) else (512 if seq is None else seq,)
+    for length in lengths:
+        _check_counts(seq=length)
     if steps <= UNTIMED_STEPS:
         raise ConfigError(f"--steps {steps}: the first {UNTIMED_STEPS} are not timed, so more are needed.")
     for flag, share in (("--supervised", supervised), ("--lr", lr)):
-        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
             raise ConfigError(f"{flag} {share!r}: expected a number above 0, of at most 1.")
     _check_method(method, rank, adapter, quant)
-    if tokens is not None:
-        batch_size = _documents(tokens, seq, data)
     training = Training(
-        model=str(model), data=None if data is None else str(data), steps=steps, batch_size=batch_size, seq=seq,
-        supervised=supervised, max_words=max_words, method=method, rank=rank,
+        model=str(model), data=None if data is None else str(data), steps=steps,
+        batch_size=_documents(batch_size, tokens, lengths), seq=lengths,
+        supervised=1.0 if supervised is None else supervised, max_words=max_words, method=method, rank=rank,
         adapter=None if adapter is None else str(adapter), quant_type=quant_type if quant else None,
         precision=precision, lr=lr, optim=optim, checkpointing=_layers(checkpointing),
     )  # fmt: skip
@@ -103,7 +106,7 @@ def train(
     engine = training.engine(layout)
     if steps > engine.schedule.steps_per_epoch:
         raise ConfigError(
-            f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {batch_size}."
+            f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {training.batch_size}."
         )
     result = _measure_training(engine, steps)
     if layout.is_main:
@@ -142,13 +145,22 @@ def _beside_ideal(engine: Engine, timed: list[StepReport], seconds: float, token
     return ideal.compare(work, tokens, seconds, rate, bandwidth, layout.world_size)
 
 
-def _documents(tokens: int, seq: int, data: str | None) -> int:
-    """How many random documents make a step of `tokens`."""
-    if data is not None:
-        raise ConfigError(f"--tokens {tokens}: is of random documents; with --data {data} give --batch_size.")
-    if tokens % seq:
-        raise ConfigError(f"--tokens {tokens}: is no multiple of --seq {seq}, the length of a document.")
-    return tokens // seq
+def _check_random(data: str | None, **flags: object) -> None:
+    """These say what random documents are like."""
+    for name, value in flags.items():
+        if data is not None and value is not None:
+            raise ConfigError(f"--{name} {value}: is of random documents; leave it out, or --data {data}.")
+
+
+def _documents(batch_size: int | None, tokens: int | None, lengths: tuple[int, ...]) -> int:
+    """How many make a step, of `tokens` if that is given."""
+    if tokens is None:
+        return 8 if batch_size is None else batch_size
+    if batch_size is not None:
+        raise ConfigError(f"--tokens {tokens} and --batch_size {batch_size} both say how large a step is: give one.")
+    if tokens % sum(lengths):
+        raise ConfigError(f"--tokens {tokens}: is no multiple of --seq {sum(lengths)}, the length of a document.")
+    return tokens // sum(lengths) * len(lengths)
 
 
 def _layers(asked: bool | int | str) -> int | str:
@@ -195,6 +207,7 @@ def generate(
     new_tokens: int = 64,
     quant: bool = False,
     quant_type: str = "nf4",
+    precision: str = "bf16",
     peer: bool = False,
     device: str = "auto",
     json: bool = False,
@@ -208,7 +221,8 @@ def generate(
         prompt_tokens: of each.
         new_tokens: of each answer, whatever would end it.
         quant: keep the matrices in 4 bits.
-        quant_type: nf4, nf4_single, fp4 or fp4_single.
+        quant_type: nf4, nf4_single, fp4, fp4_single or int8.
+        precision: bf16, fp16 or fp32.
         peer: have transformers and bitsandbytes decode the same prompts then, and count the tokens that are equal.
         device: auto, cpu or cuda.
         json: print one JSON line, the tokens too.
@@ -220,10 +234,12 @@ def generate(
         raise ConfigError(f"--new_tokens {new_tokens}: the first is the prompt's to wait for, so more are needed.")
     if peer and is_shape(model):
         raise ConfigError(f"--peer: --model {model} has no weights in a file; give a Hugging Face directory.")
+    _check_named("--precision", precision, DTYPES)
     layout = groups.start(device)
     decoding = Decoding(
         model=model, data=None if data is None else str(data), batch_size=batch_size,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, quant_type=quant_type if quant else None,
+        precision=precision,
     )  # fmt: skip
     ours = decoding.by_us(layout)
     bandwidth = ideal.copy_bandwidth(layout.device)

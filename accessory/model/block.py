@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +13,7 @@ from accessory.model.cache import LayerCache
 from accessory.model.feed_forward import FeedForward
 from accessory.model.norm import make_norm
 from accessory.model.offload import InputOffload
+from accessory.model.recomputed import RunningAgain
 from accessory.model.sequences import Sequences
 
 
@@ -34,6 +35,9 @@ class Block(nn.Module):
         if self.placement == "both":
             self.attention_post_norm = make_norm(args, args.dim)
             self.ffn_post_norm = make_norm(args, args.dim)
+        if self.placement == "before":
+            self.feed_forward.w2.ends_block = True
+            self.attention.wo.ends_block = self.parallel
         self.recompute = False
         self.offload: InputOffload | None = None
 
@@ -41,7 +45,7 @@ class Block(nn.Module):
         """x [T, D] -> [T, D]."""
         if self.recompute and self.training:
             with self.offload or nullcontext():
-                return checkpoint(self._forward, x, sequences, use_reentrant=False)
+                return checkpoint(self._forward, x, sequences, use_reentrant=False, context_fn=_contexts)
         return self._forward(x, sequences, cache)
 
     def _forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
@@ -56,3 +60,8 @@ class Block(nn.Module):
         if self.placement == "both":
             fed = self.ffn_post_norm(fed)
         return middle + fed
+
+
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Of a recomputed block's two runs."""
+    return nullcontext(), RunningAgain()

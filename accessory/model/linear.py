@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accessory.model.low_rank import LowRank
 from accessory.model.projection import Product, project
-from accessory.model.recomputed import Recomputed
+from accessory.model.recomputed import Recomputed, runs_again
 from accessory.parallel.tensor import (
     WHOLE,
     Slicing,
@@ -33,6 +33,7 @@ class Linear(nn.Module):
 
     column: x [T, in] whole -> y [T, out / ranks]; those that share an x are called together, by `project_columns`.
     row: x [T, in / ranks] -> y [T, out] whole, summed over the ranks; called by itself.
+    `ends_block`: of y nothing is made but the block's result, so it is not computed when the block is run again.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Linear(nn.Module):
         if bias:
             self.add_bias(dtype)
         self.low_rank: LowRank | None = None
+        self.ends_block = False
 
     @property
     def weight_slicing(self) -> Slicing:
@@ -85,9 +87,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor | Recomputed) -> Tensor:
         """A row layer: x [T, in / ranks] -> y [T, out], in x's dtype."""
+        unread = self.ends_block and runs_again()
         if self.ranks == 1:
-            return project(x, [self.product(self.bias)])[0]
-        y = reduce_from_model_parallel_region(project(x, [self.product(None)])[0])
+            return project(x, [self.product(self.bias)], unread)[0]
+        (y,) = project(x, [self.product(None)], unread)
+        if not unread:
+            y = reduce_from_model_parallel_region(y)
         return y if self.bias is None else _AddBias.apply(y, self.bias)
 
 

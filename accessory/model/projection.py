@@ -34,15 +34,18 @@ class Product(NamedTuple):
     draw: Draw = PLAIN
 
 
-def project(x: Tensor | Recomputed, products: list[Product]) -> tuple[Tensor, ...]:
-    """x [T, K] -> one y [T, N] for each of `products`, in x's dtype."""
+def project(x: Tensor | Recomputed, products: list[Product], unread: bool = False) -> tuple[Tensor, ...]:
+    """x [T, K] -> one y [T, N] for each of `products`, in x's dtype.
+
+    unread: only the backward is wanted; y is not filled.
+    """
     source = Recomputed.of(x)
     if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
         return _without_gradient(source.value, products)
     packed = [p.weight if isinstance(p.weight, PackedWeight) else None for p in products]
     plain = [None if isinstance(p.weight, PackedWeight) else p.weight for p in products]
     flat = [t for p, weight in zip(products, plain, strict=True) for t in (weight, p.bias, p.a, p.b)]
-    return _Projection.apply(source.value, source, packed, [p.draw for p in products], *flat)
+    return _Projection.apply(source.value, source, packed, [p.draw for p in products], unread, *flat)
 
 
 def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
@@ -85,17 +88,21 @@ class _Projection(torch.autograd.Function):
         source: Recomputed,
         packed: list[PackedWeight | None],
         draws: list[Draw],
+        unread: bool,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         parts = _Tensors.split(flat)
         lows = _low_products(x, parts, draws)
         outputs = []
         for part, matrix, draw, low in zip(parts, packed, draws, lows, strict=True):
+            if unread:
+                outputs.append(x.new_empty(len(x), _rows(matrix, part)))
+                continue
             y = F.linear(x, _matrix(matrix, part, x.dtype), None if part.bias is None else part.bias.to(x.dtype))
             if low is not None:
                 y.addmm_(low, part.b.to(x.dtype).t(), alpha=draw.scale)
             outputs.append(y)
-        wanted = [_Tensors(*ctx.needs_input_grad[i : i + 4]) for i in range(4, len(flat) + 4, 4)]
+        wanted = [_Tensors(*ctx.needs_input_grad[i : i + 4]) for i in range(5, len(flat) + 5, 4)]
         keeps_x = any(need.weight or need.a for need in wanted)
         ctx.packed, ctx.draws, ctx.wanted, ctx.make = packed, draws, wanted, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
@@ -122,7 +129,11 @@ class _Projection(torch.autograd.Function):
                 da,
                 (dy.t() @ low).mul_(draw.scale).to(part.b.dtype) if need.b else None,
             ]
-        return dx, None, None, None, *flat
+        return dx, None, None, None, None, *flat
+
+
+def _rows(packed: PackedWeight | None, part: _Tensors) -> int:
+    return (part.weight if packed is None else packed).shape[0]
 
 
 def _matrix(packed: PackedWeight | None, part: _Tensors, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,3 +24,24 @@ class Recomputed(NamedTuple):
     def of(value: Tensor | Recomputed) -> Recomputed:
         """A tensor as it is: kept by whoever reads it."""
         return value if isinstance(value, Recomputed) else Recomputed(value, (value,), lambda kept: kept)
+
+
+_RUNS_AGAIN = ContextVar("runs_again", default=False)
+
+
+class RunningAgain:
+    """While it is entered, a block runs forward for what its backward needs to keep: nobody reads its result.
+
+    It may be entered several times, but not within itself.
+    """
+
+    def __enter__(self) -> None:
+        self._token = _RUNS_AGAIN.set(True)
+
+    def __exit__(self, *_exception: object) -> None:
+        _RUNS_AGAIN.reset(self._token)
+
+
+def runs_again() -> bool:
+    """Whether a block does so now."""
+    return _RUNS_AGAIN.get()

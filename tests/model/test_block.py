@@ -50,6 +50,22 @@ def test_recomputing_changes_nothing_but_memory(random_decoder, quant: str | Non
     assert plain[2] > 5 * again[2]
 
 
+@pytest.mark.parametrize(
+    ("settings", "skipped"),
+    [({}, 1), ({"parallel_residual": True}, 2), ({"norm_placement": "after"}, 0), ({"norm_placement": "both"}, 0)],
+)
+def test_run_again_makes_no_product_that_is_not_read(random_decoder, settings: dict, skipped: int) -> None:
+    """The second forward has the linears' products but those of which only the block's result is made."""
+    decoder = random_decoder(ARGS.model_copy(update=settings), trainable=("norm", "bias"))
+    block = decoder.layers[0]
+    counts = []
+    for block.recompute in (False, True):
+        with torch.profiler.profile() as profiled:
+            run(block, decoder.frequencies)
+        counts.append(sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_") for e in profiled.events()))
+    assert counts[1] - counts[0] == 7 - skipped
+
+
 def test_block_is_two_residuals(random_decoder) -> None:
     """x + attention(norm x), then + feed_forward(norm of that)."""
     decoder = random_decoder(ARGS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from accessory.blueprint import Blueprint
+from accessory.blueprint import DTYPES, Blueprint
 from accessory.data.corpus import build_corpus
 from accessory.errors import ConfigError
 from accessory.generate import generate_tokens
@@ -71,6 +71,7 @@ class Decoding:
     prompt_tokens: int
     new_tokens: int
     quant_type: str | None
+    precision: str
 
     def by_us(self, layout: Layout) -> Run:
         """Nothing ends an answer early."""
@@ -93,7 +94,9 @@ class Decoding:
     def by_peer(self, prompts: Tokens, layout: Layout) -> Run:
         """The same by transformers, told not to stop either."""
         gc.collect()  # our model, if it is still there
-        model = load_peer(self.model, self.quant_type is not None, self.quant_type or "nf4", str(layout.device)).eval()
+        model = load_peer(
+            self.model, self.quant_type is not None, self.quant_type or "nf4", DTYPES[self.precision], layout.device
+        ).eval()
         model.generation_config.eos_token_id = None
         tokens = torch.tensor(prompts, device=layout.device)
 
@@ -115,10 +118,12 @@ class Decoding:
         if not is_shape(self.model):
             quant = self.quant_type is not None
             return MetaModel.from_pretrained(
-                self.model, quant=quant, quant_type=self.quant_type, layout=layout, max_seq_len=longest
-            )
+                self.model, quant=quant, quant_type=self.quant_type, dtype=self.precision, layout=layout,
+                max_seq_len=longest,
+            )  # fmt: skip
         args, source = random_source(self.model, layout.device)
-        blueprint = Blueprint("llama", args, Full(Full.Settings()), self.quant_type, torch.bfloat16, None, train=False)
+        method, dtype = Full(Full.Settings()), DTYPES[self.precision]
+        blueprint = Blueprint("llama", args, method, self.quant_type, dtype, None, train=False)
         return load_for_asking(blueprint, [source], layout, longest)
 
     def _check_room(self, decoder: Decoder) -> None:
@@ -131,7 +136,7 @@ class Decoding:
 
     def _prompts(self, model: MetaModel) -> Tokens:
         if self.data is None:
-            corpus = random_corpus(self.batch_size, self.prompt_tokens, 1.0, model.llma.args.vocab_size)
+            corpus = random_corpus([self.prompt_tokens] * self.batch_size, 1.0, model.llma.args.vocab_size)
         elif model.tokenizer is None:
             raise ConfigError(f"--data {self.data}: --model {self.model} has no tokenizer; give a checkpoint.")
         else:

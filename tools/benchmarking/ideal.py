@@ -66,17 +66,16 @@ def _block_work(block: Block, below: bool, tokens: int, seen: int, micro_batches
     attending = 2 * seen * attention.wq.out_features  # FLOPs of one of its products
     repeated = block.recompute and (below or _trained(block))
     products = attended = again = unpacked = 0
-    for before, linears, last in _groups(block):
+    for before, linears in _groups(block):
         below = below or _trained(*before)
         if linears[0] is attention.wo:
             attended = attending * (2 + 5 * below)
             again += 2 * attending * repeated
         for linear in linears:
             forward, backward = _linear_flops(linear, below)
-            # torch's checkpoint stops early: what saves nothing at a block's end is not computed again.
-            twice = repeated and not (last and _keeps_nothing(linear))
+            twice = repeated and not linear.ends_block
             products += tokens * ranks * (forward + backward)
-            again += tokens * ranks * forward * twice
+            again += tokens * ranks * (forward * twice + _low_flops(linear) * (repeated and linear.ends_block))
             if isinstance(linear.weight, PackedWeight):
                 plain = linear.weight.shape.numel() * width
                 unpacked += ranks * micro_batches * (1 + below + twice) * (linear.weight.nbytes + plain)
@@ -84,13 +83,13 @@ def _block_work(block: Block, below: bool, tokens: int, seen: int, micro_batches
     return Work(products, attended, again, unpacked)
 
 
-def _groups(block: Block) -> Iterator[tuple[tuple[nn.Module | None, ...], list[Linear], bool]]:
-    """(what stands before them, linears that read the same, whether they are the block's last), from below."""
+def _groups(block: Block) -> Iterator[tuple[tuple[nn.Module | None, ...], list[Linear]]]:
+    """(what stands before them, linears that read the same), from below."""
     attention, feed_forward = block.attention, block.feed_forward
-    yield (block.attention_norm,), [attention.wq, attention.wk, attention.wv], False
-    yield (attention.q_norm, attention.k_norm), [attention.wo], False
-    yield (block.ffn_norm,), [feed_forward.w1, *([feed_forward.w3] if feed_forward.gated else [])], False
-    yield (), [feed_forward.w2], True
+    yield (block.attention_norm,), [attention.wq, attention.wk, attention.wv]
+    yield (attention.q_norm, attention.k_norm), [attention.wo]
+    yield (block.ffn_norm,), [feed_forward.w1, *([feed_forward.w3] if feed_forward.gated else [])]
+    yield (), [feed_forward.w2]
 
 
 def _linear_flops(linear: Linear, below: bool) -> tuple[int, int]:
@@ -106,8 +105,9 @@ def _linear_flops(linear: Linear, below: bool) -> tuple[int, int]:
     return forward, backward
 
 
-def _keeps_nothing(linear: Linear) -> bool:
-    return isinstance(linear.weight, PackedWeight) and linear.bias is None and linear.low_rank is None
+def _low_flops(linear: Linear) -> int:
+    """Per token, of the product that makes the numbers LoRA keeps."""
+    return 0 if linear.low_rank is None else 2 * linear.low_rank.a.weight.numel()
 
 
 def _trained(*modules: nn.Module | None) -> bool:

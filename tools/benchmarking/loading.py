@@ -10,26 +10,28 @@ import torch
 
 from accessory.meta import MetaModel
 
+CPU = torch.device("cpu")
+
 
 def load_ours(model: str, quant: bool, quant_type: str) -> MetaModel:
     """A model to be asked, on the CPU."""
     return MetaModel.from_pretrained(model, quant=quant, quant_type=quant_type if quant else None)
 
 
-def load_peer(model: str, quant: bool, quant_type: str, device: str = "cpu") -> torch.nn.Module:
-    """The same directory by transformers, in bf16 or, with bitsandbytes, in 4 bits."""
+def load_peer(
+    model: str, quant: bool, quant_type: str, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
+) -> torch.nn.Module:
+    """The same directory by transformers, in `dtype` or, with bitsandbytes, in 4 bits multiplied in it."""
     import transformers
 
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type.removesuffix("_single"),
         bnb_4bit_use_double_quant=not quant_type.endswith("_single"),
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     kind = {"quantization_config": settings} if quant else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, device_map={"": device}, **kind
-    )
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": str(device)}, **kind)
 
 
 class Watch:

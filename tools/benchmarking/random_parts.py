@@ -46,13 +46,13 @@ def random_source(model: str, device: torch.device) -> tuple[ModelArgs, Source]:
     return args, Source(Path(model), "random weights", [], tensors, settings=args.model_dump())
 
 
-def random_corpus(documents: int, length: int, supervised: float, vocab_size: int) -> Corpus:
-    """`documents` documents of `length` random tokens, of which the last `supervised` part is learned."""
-    tokens = np.random.default_rng(0).integers(vocab_size, size=documents * length, dtype=np.int32)
-    learned = np.arange(length) >= length - max(round(supervised * length), 1)
+def random_corpus(lengths: list[int], supervised: float, vocab_size: int) -> Corpus:
+    """Documents of `lengths` random tokens, of which the last `supervised` part is learned."""
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    learned = [np.arange(length) >= length - max(round(supervised * length), 1) for length in lengths]
     arrays = {
-        "tokens": tokens,
-        "learned": np.tile(learned, documents),
-        "offsets": np.arange(documents + 1, dtype=np.int64) * length,
+        "tokens": np.random.default_rng(0).integers(vocab_size, size=offsets[-1], dtype=np.int32),
+        "learned": np.concatenate(learned),
+        "offsets": offsets,
     }
     return Corpus(arrays, Omissions(), fingerprint="random", tokenizer=None)

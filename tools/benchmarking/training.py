@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
@@ -41,7 +42,8 @@ RANK = 16
 class Training:
     """What is trained, and on what.
 
-    model: a checkpoint, or a shape that gets random weights. data None: random documents of `seq` tokens.
+    model: a checkpoint, or a shape that gets random weights. data None: random documents, whose tokens are those of
+    `seq` in turn.
     quant_type None: plain weights. rank None: `RANK`, or the adapter's.
     """
 
@@ -49,7 +51,7 @@ class Training:
     data: str | None
     steps: int
     batch_size: int
-    seq: int
+    seq: tuple[int, ...]
     supervised: float
     max_words: int
     method: str
@@ -134,4 +136,5 @@ class Training:
                 raise ConfigError(f"--data {self.data}: --model {self.model} has no tokenizer; give a checkpoint.")
             return build_corpus(Path(self.data), blueprint.tokenizer, max_words=self.max_words)
         documents = self.steps * self.batch_size * layout.dp_size
-        return random_corpus(documents, self.seq, self.supervised, blueprint.args.vocab_size)
+        lengths = list(islice(cycle(self.seq), documents))
+        return random_corpus(lengths, self.supervised, blueprint.args.vocab_size)
