@@ -251,6 +251,36 @@ def test_the_models_own_positions_bound_a_document(decoder: Decoder, greedy: lis
         collect(bounded, [[1] * 9])
 
 
+THEIRS = {
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4_single", "int8"])
+def test_packed_greedy_equals_transformers(pair, layout: groups.Layout, tmp_path: Path, quant: str) -> None:
+    """In fp32, token for token, the packed model and transformers with the matrices it unpacks to."""
+    reference = copy.deepcopy(pair[0])
+    reference.save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    decoder = Decoder(model_args_of(source), dtype=torch.float32, storage=storage(quant))
+    tensors = resolve(decoder, [source], Attachment(), initialize=False)
+    fill(decoder, tensors, Attachment(), layout, DataParallel(layout, "sdp", base_is_trained=False))
+    for i, layer in enumerate(decoder.layers):
+        for ours, theirs in THEIRS.items():
+            matrix = reference.get_submodule(f"model.layers.{i}.{theirs}").weight
+            unpacked = layer.get_submodule(ours).weight.unpack(torch.float32)
+            assert 0 < (unpacked - matrix).norm() < 0.2 * matrix.norm()
+            matrix.data.copy_(unpacked)
+    answers = collect(decoder.eval(), PROMPTS, max_gen_len=40)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        wanted = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert answer == wanted
+
+
 def random_values(name: str, shape: tuple[int, ...]) -> Callable[[torch.Generator], torch.Tensor]:
     """A maker of starting values; norms near one."""
     return lambda generator: 0.2 * torch.randn(shape, generator=generator) + ("norm" in name)

@@ -103,8 +103,8 @@ class FourBitWeight(PackedWeight):
         if kernels.available(self.codes.device, dtype):
             return self._unpack_by_kernel(dtype)
         return torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.codes.view(-1, 1), self._plain_scales(), BLOCK, self.quant_type, self.shape, dtype
-        )
+            self.codes.view(-1, 1), self._plain_scales(), BLOCK, self.quant_type, _whole_blocks(self.shape), dtype
+        ).view(self.shape)
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """As `unpack`, the same bits, into memory that all matrices share: the next one overwrites it."""
@@ -113,7 +113,8 @@ class FourBitWeight(PackedWeight):
         if not (native.AVAILABLE and self.codes.is_cpu and dtype in native.DTYPES):
             return self.unpack(dtype)
         matrix = shared_memory(self.shape, dtype, self.codes.device)
-        native.unpack_into(matrix, self.codes, self._plain_scales(), BLOCK, self.quant_type)
+        by_blocks = matrix.view(_whole_blocks(self.shape))
+        native.unpack_into(by_blocks, self.codes, self._plain_scales(), BLOCK, self.quant_type)
         return matrix
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -153,6 +154,17 @@ class FourBitWeight(PackedWeight):
 
     def _plain_scales(self) -> Tensor:
         return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
+
+
+def _whole_blocks(shape: torch.Size) -> tuple[int, int]:
+    """A shape of as many numbers whose rows are whole blocks.
+
+    On the CPU bitsandbytes 0.50.2 takes every row to begin a new block when it unpacks, though it packs across rows.
+    """
+    n, k = shape
+    if k % BLOCK == 0:
+        return n, k
+    return (n * k // BLOCK, BLOCK) if n * k % BLOCK == 0 else (1, n * k)
 
 
 def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
