@@ -106,7 +106,7 @@ class FinetuneConfig(BaseModel):
     save_iteration_interval: int = Field(default=5000, ge=1)
     """Save within an epoch after every this many micro-batches."""
     resume: Path | None = None
-    """Checkpoint directory of an earlier run to go on from."""
+    """Checkpoint directory of an earlier run to go on from; `latest`: the newest in --output_dir that is whole."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the added parameters and dropout."""
     dry_run: bool = False
@@ -138,9 +138,16 @@ class FinetuneConfig(BaseModel):
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
             data_config=[self.data_config],
-            resume=[self.resume],
+            resume=[None if self.resumes_latest else self.resume],
         )
+        if self.resumes_latest and self.output_dir is None:
+            found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
+
+    @property
+    def resumes_latest(self) -> bool:
+        """Whether to find out what to go on from."""
+        return self.resume == Path("latest")
 
 
 class DemoConfig(BaseModel):

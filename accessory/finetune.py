@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from accessory.blueprint import Blueprint, draw_blueprint
+from accessory.checkpoint.latest import latest_checkpoint
 from accessory.checkpoint.load import fill, resolve, targets
+from accessory.checkpoint.manifest import verify
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import RUN_FILE, run_record, with_base
 from accessory.checkpoint.save import CheckpointWriter, gather_whole
@@ -55,6 +58,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     output_dir = None if config.dry_run else config.output_dir
     together(lambda: check_offload(config.offload_inputs, layout.device))
     together(lambda: _prepare_output(output_dir, layout))
+    config = _find_checkpoint(config, layout)
     sources = together(lambda: _open_sources(config))
     blueprint = together(lambda: _blueprint(config, sources))
     decoder, attachment = together(lambda: blueprint.build(layout))
@@ -66,7 +70,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
-    identity = _identity(config, blueprint, corpus, order)
+    identity = _identity(config, blueprint, _base(config, sources), corpus, order)
     progress = _resume(config, optimizer, parameters, slicings, layout, identity)
     schedule = _schedule(config, order)
     only_trainable = config.only_save_trainable and len(parameters) < len(slicings)
@@ -77,7 +81,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
             return
         weights = gather_whole(parameters if only_trainable else dict(decoder.named_parameters()), slicings)
         state = collect_training_state(optimizer, parameters, slicings)
-        path = writer.write(name, weights, state, state_record(progress, identity))
+        path = writer.write(name, weights, state, state_record(progress, identity), progress.total_steps)
         reporter.say(f"saved {path}")
 
     reporter = Reporter(output_dir, schedule.total_steps, progress.total_steps, enabled=layout.is_main)
@@ -112,6 +116,26 @@ def _prepare_output(output_dir: Path | None, layout: Layout) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}: cannot be written to ({error.strerror}).") from error
+
+
+def _find_checkpoint(config: FinetuneConfig, layout: Layout) -> FinetuneConfig:
+    """`config` with the checkpoint that `--resume` means, which is compared with its manifest. A collective."""
+    if config.resume is None:
+        return config
+    found = [config.resume]
+
+    def look() -> None:
+        if not layout.is_main:  # files are read once, not by every rank
+            return
+        if config.resumes_latest:
+            found[0], faults = latest_checkpoint(config.output_dir)
+            _say(layout, "\n".join([*faults, f"--resume latest: {found[0]}"]))
+        else:
+            verify(found[0])
+
+    together(look)
+    dist.broadcast_object_list(found)
+    return config.model_copy(update={"resume": found[0]})
 
 
 def _open_sources(config: FinetuneConfig) -> list[Source]:
@@ -237,11 +261,19 @@ def _remedies(config: FinetuneConfig) -> str:
     return ", ".join([*found, "--model_parallel_size on more ranks"])
 
 
-def _identity(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus, order: GlobalOrder) -> dict[str, Any]:
+def _base(config: FinetuneConfig, sources: list[Source]) -> list[Source]:
+    """What was given to begin with, without what is resumed."""
+    return [source for source in sources if source.path != config.resume]
+
+
+def _identity(
+    config: FinetuneConfig, blueprint: Blueprint, base: list[Source], corpus: Corpus, order: GlobalOrder
+) -> dict[str, Any]:
     """What must not change between a run and its resumption, or it would be another run."""
     return {
         "llama_type": blueprint.llama_type,
         "settings": blueprint.method.settings.model_dump(),
+        "base": [source.fingerprint()[:16] for source in base],
         "data": corpus.fingerprint,
         "seed": config.seed,
         "global_batch": order.global_batch,
@@ -285,7 +317,7 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder) -> Schedule:
 def _writer(
     config: FinetuneConfig, sources: list[Source], blueprint: Blueprint, corpus: Corpus, stem: str
 ) -> CheckpointWriter:
-    base = [source for source in sources if source.path != config.resume]
+    base = _base(config, sources)
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from accessory.checkpoint.manifest import MANIFEST_FILE
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from tests.checkpoint.made_checkpoints import flip
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
 STEPS = 10
@@ -157,7 +161,10 @@ def test_trainable_alone_finds_its_base(runs: Path, tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["one", "tp2_fsdp2"])
 def test_resume_is_exact(layout: str, tiny_base: Path, lora_config: Path, tmp_path: Path, torchrun) -> None:
-    """6 steps, and 3 + resume 3, give the same losses and weights with `==`, LoRA dropout included."""
+    """6 steps, and 3 + resume 3, give the same losses and weights with `==`, LoRA dropout included.
+
+    `latest` is the newest whole checkpoint: one that says it is newer but is damaged is named, and passed over.
+    """
     lora = tmp_path / "dropout.json"
     lora.write_text('{"lora_rank": 4, "lora_dropout": 0.2}')
     ranks, extra = LAYOUTS[layout]
@@ -167,15 +174,27 @@ def test_resume_is_exact(layout: str, tiny_base: Path, lora_config: Path, tmp_pa
         return [*flags_of(tmp_path / name, tiny_base, lora, method, extra, ranks), "--max_steps", "6", *more]
 
     first = flags("halves", "--max_steps", "3")
-    second = flags("halves", "--resume", str(tmp_path / "halves" / "epoch0-iter3"))
+    second = flags("halves", "--resume", "latest")
     for i, jobs in enumerate(([flags("whole"), first], [second])):
+        if i == 1:
+            damage_a_newer_copy_of(tmp_path / "halves" / "epoch0-iter3")
         (tmp_path / f"{i}.json").write_text(json.dumps(jobs))
         done = torchrun(ranks, WORKER, tmp_path / f"{i}.json")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"epoch7: is damaged: trainable.safetensors has other contents", done.stdout)
     assert losses(tmp_path / "whole").tolist() == losses(tmp_path / "halves").tolist()
     whole = load_file(tmp_path / "whole" / "epoch0-iter6" / "trainable.safetensors")
     halves = load_file(tmp_path / "halves" / "epoch0-iter6" / "trainable.safetensors")
     assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+
+
+def damage_a_newer_copy_of(checkpoint: Path) -> None:
+    """Beside it: of more steps, says its manifest, and with one bit changed."""
+    newer = checkpoint.with_name("epoch7")
+    shutil.copytree(checkpoint, newer)
+    manifest = json.loads((newer / MANIFEST_FILE).read_text())
+    (newer / MANIFEST_FILE).write_text(json.dumps(manifest | {"step": 700}))
+    flip(newer / "trainable.safetensors")
 
 
 def test_resume_on_another_layout(tiny_base: Path, lora_config: Path, tmp_path: Path, torchrun) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
 from accessory.errors import CheckpointError
 from accessory.parallel.agree import together
 from accessory.parallel.data import whole
@@ -85,7 +86,7 @@ def write_tensors(directory: Path, stem: str, tensors: Iterable[tuple[str, Tenso
 
 @dataclass
 class CheckpointWriter:
-    """Writes `output_dir/NAME/`: weights, training state, the JSON `documents` by file name, and the tokenizer."""
+    """Writes `output_dir/NAME/`: weights, training state, JSON `documents` by file name, tokenizer and manifest."""
 
     output_dir: Path
     stem: str
@@ -93,13 +94,21 @@ class CheckpointWriter:
     tokenizer: Tokenizer
 
     def write(
-        self, name: str, weights: Iterator[tuple[str, Tensor]], state: dict[str, Tensor], state_record: dict[str, Any]
+        self,
+        name: str,
+        weights: Iterator[tuple[str, Tensor]],
+        state: dict[str, Tensor],
+        state_record: dict[str, Any],
+        step: int,
     ) -> Path:
-        """A collective: all ranks iterate `weights`, the main one writes; all raise `CheckpointError` if it cannot."""
+        """What stands after `step` optimizer steps.
+
+        A collective: all ranks iterate `weights`, the main one writes; all raise `CheckpointError` if it cannot.
+        """
         fault: list[CheckpointError] = []
         if dist.get_rank() == 0:
             try:
-                self._write(self.output_dir / name, weights, state, state_record)
+                self._write(self.output_dir / name, weights, state, state_record, step)
             except CheckpointError as error:
                 fault.append(error)
             except Exception as error:  # the other ranks are waiting: whatever it was, all must hear of it
@@ -115,6 +124,7 @@ class CheckpointWriter:
         weights: Iterator[tuple[str, Tensor]],
         state: dict[str, Tensor],
         state_record: dict[str, Any],
+        step: int,
     ) -> None:
         with fresh_directory(target) as directory:
             write_tensors(directory, self.stem, weights)
@@ -123,6 +133,7 @@ class CheckpointWriter:
             for file_name, content in self.documents.items():
                 write_json(directory / file_name, content)
             self.tokenizer.save(directory)
+            write_json(directory / MANIFEST_FILE, manifest_of(directory, step))
 
 
 def _raise_first(faults: list[CheckpointError]) -> None:

@@ -24,10 +24,10 @@ def weights():
     return gather_whole(parts, {name: Slicing(dim=dim) for name, dim in dims.items()})
 
 
-CheckpointWriter(output, "model", {}, tokenizer).write("epoch0", weights(), {}, {})
+CheckpointWriter(output, "model", {}, tokenizer).write("epoch0", weights(), {}, {}, 1)
 (output / "file").touch()
 try:
-    CheckpointWriter(output / "file", "model", {}, tokenizer).write("epoch0", weights(), {}, {})
+    CheckpointWriter(output / "file", "model", {}, tokenizer).write("epoch0", weights(), {}, {}, 1)
 except CheckpointError as error:
     (output / f"refused.{layout.rank}").write_text(str(error))
 groups.stop()

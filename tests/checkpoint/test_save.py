@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accessory.checkpoint import save
+from accessory.checkpoint.manifest import verify
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.save import CheckpointWriter, fresh_directory, gather_whole, write_json, write_tensors
 from accessory.errors import CheckpointError
@@ -53,13 +54,14 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_checkpoint_is_complete_and_equal(writer: CheckpointWriter, tiny_base: Path, weights) -> None:
     """Weights, state, documents and tokenizer, and nothing beside them; our own reader gives the same tensors."""
     state = {"exp_avg.norm.weight": torch.rand(128), "generator.cpu.0": torch.get_rng_state()}
-    path = writer.write("epoch0", iter(weights.items()), state, {"progress": {"epoch": 1}})
+    path = writer.write("epoch0", iter(weights.items()), state, {"progress": {"epoch": 1}}, 30)
     assert path == writer.output_dir / "epoch0"
     assert sorted(p.name for p in path.iterdir()) == sorted([
         "trainable.safetensors", "training_state.safetensors", "training_state.json", "config.json", "meta.json",
-        "run.json", "tokenizer.json", "tokenizer_config.json",
+        "run.json", "tokenizer.json", "tokenizer_config.json", "manifest.json",
     ])  # fmt: skip
     assert [p.name for p in path.parent.iterdir()] == ["epoch0"]
+    assert verify(path) == 30
     source = open_source(path)
     assert source.tensors.keys() == weights.keys()
     assert all(torch.equal(source.tensors[name].read(), weight) for name, weight in weights.items())
@@ -73,7 +75,7 @@ def test_checkpoint_is_complete_and_equal(writer: CheckpointWriter, tiny_base: P
 def test_full_disk_leaves_the_old_checkpoint(small_disk: Path, writer: CheckpointWriter) -> None:
     """What does not fit is not there, what was there still is, and no half is left beside it."""
     writer.output_dir = small_disk
-    writer.write("epoch0", iter({"norm.weight": torch.ones(8)}.items()), {}, {})
+    writer.write("epoch0", iter({"norm.weight": torch.ones(8)}.items()), {}, {}, 1)
     before = files(small_disk / "epoch0")
     drawn: list[str] = []
 
@@ -84,7 +86,7 @@ def test_full_disk_leaves_the_old_checkpoint(small_disk: Path, writer: Checkpoin
 
     for name in ("epoch0", "epoch1"):
         with pytest.raises(CheckpointError) as caught:
-            writer.write(name, large(), {}, {})
+            writer.write(name, large(), {}, {}, 1)
         assert f"{small_disk / name}: cannot be written (" in str(caught.value)
         assert "No space left on device" in str(caught.value) and "bytes are free there" in str(caught.value)
     assert [path.name for path in small_disk.iterdir()] == ["epoch0"]
@@ -138,7 +140,7 @@ def test_modes_follow_the_umask(writer: CheckpointWriter, mask: int) -> None:
     """Also of safetensors files, which their library makes private."""
     former = os.umask(mask)
     try:
-        path = writer.write("epoch0", iter({"a": torch.ones(2)}.items()), {"b": torch.ones(2)}, {})
+        path = writer.write("epoch0", iter({"a": torch.ones(2)}.items()), {"b": torch.ones(2)}, {}, 1)
     finally:
         os.umask(former)
     assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~mask}
