@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from accessory.checkpoint.manifest import MANIFEST_FILE
 from accessory.meta import MetaModel
@@ -186,6 +186,20 @@ def test_resume_is_exact(layout: str, tiny_base: Path, lora_config: Path, tmp_pa
     whole = load_file(tmp_path / "whole" / "epoch0-iter6" / "trainable.safetensors")
     halves = load_file(tmp_path / "halves" / "epoch0-iter6" / "trainable.safetensors")
     assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+
+
+def test_resume_on_another_base_is_refused(tiny_base: Path, lora_config: Path, tmp_path: Path, torchrun) -> None:
+    """With both fingerprints, though its weights would fit."""
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    (weights,) = other.glob("*.safetensors")
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    method = ["--llama_type", "llama_peft", "--quant", "--only_save_trainable"]
+    first, second = (flags_of(tmp_path / "run", base, lora_config, method, [], 1) for base in (tiny_base, other))
+    for i, flags in enumerate(([*first, "--max_steps", "1"], [*second, "--max_steps", "2", "--resume", "latest"])):
+        (tmp_path / f"{i}.json").write_text(json.dumps([flags]))
+        done = torchrun(1, WORKER, tmp_path / f"{i}.json")
+        assert (done.returncode == 0) == (i == 0), done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"epoch0-iter1: belongs to another run: base was \['\w{16}'\], is \['\w{16}'\]\.", done.stderr)
 
 
 def damage_a_newer_copy_of(checkpoint: Path) -> None:
