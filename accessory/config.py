@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from accessory.checkpoint.retention import FEWEST
+from accessory.checkpoint.training_state import CHANGEABLE
 from accessory.errors import ConfigError, explain_validation, nearest
 from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
@@ -89,6 +91,8 @@ class FinetuneConfig(BaseModel):
     """Clip the norm of the whole gradient to this; 0 or less only reports it."""
     max_words: int = Field(default=1024, ge=2)
     """Longest document in tokens; the rest is cut off and counted."""
+    max_skipped: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of records that may be unusable, 0 for none; beyond it the run does not start."""
     dialog: bool = False
     """The data are conversations; only the assistant's turns are learned."""
     checkpointing: Layers = Field(default="none", json_schema_extra={"bare": "all"})
@@ -105,8 +109,22 @@ class FinetuneConfig(BaseModel):
     """Save after every this many epochs, and after the last."""
     save_iteration_interval: int = Field(default=5000, ge=1)
     """Save within an epoch after every this many micro-batches."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Save within an epoch after every this many optimizer steps instead."""
+    save_minutes: float | None = Field(default=None, gt=0)
+    """Save whenever this many minutes have passed since the last save, too."""
+    keep_last: int | None = Field(default=None, ge=FEWEST)
+    """Keep this many of the newest whole checkpoints, and the one with the lowest mean loss; absent: all."""
+    overwrite: bool = False
+    """Remove checkpoints in --output_dir that are further than where this run begins; without it they end the run."""
     resume: Path | None = None
     """Checkpoint directory of an earlier run to go on from; `latest`: the newest in --output_dir that is whole."""
+    allow_changed: list[Literal[tuple(sorted(CHANGEABLE))]] = []
+    """What may differ from the saved run on --resume: base, data, lr, ...; where anything else does, it is refused."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What to do in a step whose loss or gradient is not finite: end the run, or change nothing and go on."""
+    timeout: float = Field(default=600, gt=0)
+    """Seconds that a process waits for the others, once training has begun, before it ends the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the added parameters and dropout."""
     dry_run: bool = False

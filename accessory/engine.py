@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from accessory.checkpoint.training_state import Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
-from accessory.errors import TrainingError
+from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
 from accessory.optim import (
     LossScale,
     gradient_norm,
@@ -21,10 +23,16 @@ from accessory.optim import (
     scale_gradients,
     sum_partial_gradients,
 )
+from accessory.parallel.agree import highest
 from accessory.parallel.data import DataParallel, sum_over_data_parallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
 from accessory.report import Reporter, StepReport, peak_memory
+from accessory.stop_signals import StopSignals, name_of
+
+MOST_SKIPPED = 10
+"""Steps in a row that may be skipped: after more, it is not the documents."""
+_NAMED = 8  # documents in a message
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,15 @@ class Schedule:
     save_every_epochs: int
     save_every_steps: int
     max_steps: int | None = None
+    save_every_minutes: float | None = None
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        planned = self.epochs * self.steps_per_epoch
+    def is_over(self, progress: Progress) -> bool:
+        """Whether nothing is left to train."""
+        return progress.epoch >= self.epochs or (self.max_steps is not None and progress.total_steps >= self.max_steps)
+
+    def total_steps(self, progress: Progress) -> int:
+        """Steps of the whole run, those up to `progress` included."""
+        planned = progress.total_steps + (self.epochs - progress.epoch) * self.steps_per_epoch - progress.step
         return min(planned, self.max_steps) if self.max_steps else planned
 
     def learning_rate(self, epoch: float) -> float:
@@ -54,9 +66,21 @@ class Schedule:
         )
 
 
+class Asked(NamedTuple):
+    """What at least one rank asks of all: to drop the step, to save, to stop (the number of the signal it got)."""
+
+    not_finite: int
+    save: int
+    stop: int
+
+
 @dataclass
 class Engine:
-    """Trains `model`, whose trained parameters are `parameters` (by name, fp32, cut as `slicings` says)."""
+    """Trains `model`, whose trained parameters are `parameters` (by name, fp32, cut as `slicings` says).
+
+    `save(progress, name, loss)` is given the mean loss since the save before. With `skip_not_finite`, a step whose loss
+    or gradient is not finite changes nothing, instead of ending the run. `spare_memory` says what makes a step smaller.
+    """
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
@@ -67,39 +91,59 @@ class Engine:
     data_parallel: DataParallel
     layout: Layout
     reporter: Reporter
-    save: Callable[[Progress, str], None]
+    save: Callable[[Progress, str, float | None], None]
     loss_scale: LossScale
+    signals: StopSignals
     pin_memory: bool = False
+    skip_not_finite: bool = False
+    spare_memory: str = ""
+    _losses: list[float] = field(default_factory=list, init=False)  # since the last save
+    _saved_at_time: float = field(default_factory=time.monotonic, init=False)
 
     def train(self, progress: Progress) -> None:
-        """Run from `progress` to the end of the schedule, saving on the way and at the end."""
+        """Run from `progress` to the end of the schedule, saving on the way and at the end.
+
+        Raises, on all ranks after the same step: `Preempted` once it is saved, where one of them was asked to stop;
+        `NotFiniteError`. On the one rank it happens to: `OutOfMemoryError`.
+        """
         self.model.train()
         self.loss_scale.value = progress.loss_scale if self.loss_scale.enabled else 1.0
         self.loss_scale.good_steps = progress.good_steps
         schedule, saved_at = self.schedule, progress.total_steps
-        while progress.total_steps < schedule.total_steps:
-            self.reporter.step(self.step(progress))
+        while not schedule.is_over(progress):
+            report, asked = self.step(progress)
+            self.reporter.step(report)
             if progress.step == schedule.steps_per_epoch:
                 progress.epoch, progress.step = progress.epoch + 1, 0
-            if self._is_time_to_save(progress):
-                self.save(progress, self.checkpoint_name(progress))
+            if asked.stop or asked.save or self._is_time_to_save(progress):
+                self._save(progress)
                 saved_at = progress.total_steps
+            if asked.stop and not schedule.is_over(progress):
+                raise self._preempted(asked.stop, progress)
         if saved_at != progress.total_steps:
-            self.save(progress, self.checkpoint_name(progress))
+            self._save(progress)
 
-    def step(self, progress: Progress) -> StepReport:
+    def step(self, progress: Progress) -> tuple[StepReport, Asked]:
         """One optimizer step on one global batch; moves `progress` on by it."""
         began = time.monotonic()
         at = progress.epoch, progress.step
         supervised = self.order.supervised_tokens(*at)
-        loss = self._accumulate(self.order.micro_batches(*at), supervised)
+        losses = self._accumulate(progress, supervised)
+        loss = (sum_over_data_parallel(torch.stack(losses).sum()) / supervised).item()
         sum_partial_gradients(self.parameters, self.slicings)
         norm = gradient_norm(self.parameters, self.slicings).item() / self.loss_scale.value
-        self._check_finite(loss, norm, progress)
+        asked = self._agree(loss, norm)
+        if asked.not_finite:
+            self._not_finite(loss, norm, losses, progress)
+        progress.skipped = progress.skipped + 1 if asked.not_finite else 0
         progress.step, progress.total_steps = progress.step + 1, progress.total_steps + 1
         epoch = progress.epoch + progress.step / self.schedule.steps_per_epoch
         lr = self.schedule.learning_rate(epoch)
-        self._update(norm, lr)
+        if asked.not_finite:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._update(norm, lr)
+            self._losses.append(loss)
         progress.loss_scale, progress.good_steps = self.loss_scale.value, self.loss_scale.good_steps
         return StepReport(
             step=progress.total_steps,
@@ -111,32 +155,70 @@ class Engine:
             supervised=supervised,
             seconds=time.monotonic() - began,
             peak_bytes=peak_memory(self.layout.device),
-        )
+        ), asked
 
-    def _accumulate(self, batches: Iterator[PackedBatch], supervised: int) -> float:
-        """Gradients of the mean loss over the global batch's supervised tokens; returns that mean."""
-        pending = list(batches)
-        total = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+    def _accumulate(self, progress: Progress, supervised: int) -> list[Tensor]:
+        """Gradients of the mean loss over the global batch's supervised tokens; returns each micro-batch's sum of it.
+
+        fp64 scalars, on the device.
+        """
+        pending = list(self.order.micro_batches(progress.epoch, progress.step))
+        losses = []
         for i, batch in enumerate(pending):
             self.data_parallel.reduce_gradients(self.model, last=i == len(pending) - 1)
-            if self.pin_memory:
-                batch = batch.pin_memory()
-            loss = self.model(batch.to(self.layout.device, non_blocking=self.pin_memory))
-            (loss * (self.loss_scale.value / supervised)).backward()
-            total += loss.detach()
-        return (sum_over_data_parallel(total) / supervised).item()
+            try:
+                loss = self._forward(batch)
+                (loss * (self.loss_scale.value / supervised)).backward()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self._out_of_memory(i, len(pending), batch, progress) from error
+            losses.append(loss.detach().double())
+        return losses
 
-    def _check_finite(self, loss: float, norm: float, progress: Progress) -> None:
-        """Loss and norm are equal on all ranks, so all stop together; fp16 lowers its scale instead."""
-        if math.isfinite(loss) and (math.isfinite(norm) or self.loss_scale.enabled):
-            return
-        ids = self.order.global_ids(progress.epoch, progress.step).tolist()
-        fault = TrainingError(
-            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}. "
-            f"Lower --lr, set --clip_grad, or look at the documents of this step: {ids[:16]}."
+    def _forward(self, batch: PackedBatch) -> Tensor:
+        if self.pin_memory:
+            batch = batch.pin_memory()
+        return self.model(batch.to(self.layout.device, non_blocking=self.pin_memory))
+
+    def _agree(self, loss: float, norm: float) -> Asked:
+        """What all ranks do about this step, since one alone must never decide. fp16 meets infinite norms by itself."""
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.loss_scale.enabled)
+        minutes = self.schedule.save_every_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at_time >= 60 * minutes
+        return Asked(*highest([int(not finite), int(late), self.signals.received], self.layout.device))
+
+    def _not_finite(self, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:
+        """Say which documents it was, and end the run, unless such steps are to be skipped."""
+        batches = self.order.micro_batches(progress.epoch, progress.step)
+        mine = [i for batch, own in zip(batches, losses, strict=True) if not own.isfinite() for i in batch.sample_ids]
+        of_all: list[list[int]] = [[]] * self.layout.world_size
+        dist.all_gather_object(of_all, mine)
+        ids = sorted({i for of_one in of_all for i in of_one})
+        if ids:
+            where = "Documents whose micro-batch has no finite loss"
+        else:
+            where = "Every micro-batch has a finite loss; documents of the step"
+            ids = sorted(self.order.global_ids(progress.epoch, progress.step).tolist())
+        shown = ", ".join(self.order.corpus.where(i) for i in ids[:_NAMED])
+        said = (
+            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}. {where}: {shown}"
+            f"{f' and {len(ids) - _NAMED} more' if len(ids) > _NAMED else ''}."
         )
+        if self.skip_not_finite and progress.skipped < MOST_SKIPPED:
+            self.reporter.say(f"{said} The step is skipped: nothing is changed by it.")
+            return
+        skipped = f" {progress.skipped} steps before it were skipped." if progress.skipped else ""
+        fault = NotFiniteError(f"{said}{skipped} Look at them, lower --lr, or set --clip_grad; what is saved is whole.")
         fault.common = True
         raise fault
+
+    def _out_of_memory(self, number: int, count: int, batch: PackedBatch, progress: Progress) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
+            f"{len(batch.tokens):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
+            f"What is saved is whole. Less memory is needed with {self.spare_memory}."
+        )
 
     def _update(self, norm: float, lr: float) -> None:
         finite = math.isfinite(norm)
@@ -151,6 +233,19 @@ class Engine:
         self.loss_scale.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _save(self, progress: Progress) -> None:
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        self.save(progress, self.checkpoint_name(progress), mean)
+        self._losses, self._saved_at_time = [], time.monotonic()
+
+    def _preempted(self, number: int, progress: Progress) -> Preempted:
+        fault = Preempted(
+            f"Stopped by {name_of(number)} after step {progress.total_steps}, which is saved as "
+            f"{self.checkpoint_name(progress)}. Go on with --resume latest."
+        )
+        fault.common = True
+        return fault
+
     def _is_time_to_save(self, progress: Progress) -> bool:
         if progress.step == 0:
             last = progress.epoch == self.schedule.epochs
@@ -160,3 +255,8 @@ class Engine:
     def checkpoint_name(self, progress: Progress) -> str:
         """`epochN` after N's last step (N from 0), `epochN-iterM` after M steps within it."""
         return f"epoch{progress.epoch - 1}" if progress.step == 0 else f"epoch{progress.epoch}-iter{progress.step}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose allocator has no error of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

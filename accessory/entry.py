@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import fire
-import torch.distributed as dist
 from pydantic import BaseModel
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from accessory.config import parse
 from accessory.errors import AccessoryError
 from accessory.parallel import groups
+from accessory.parallel.launcher import die_with_launcher
 
 Config = TypeVar("Config", bound=BaseModel)
-_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 _GRACE = 5.0  # seconds that other ranks leave the main one to speak, before the launcher ends everyone
 
 
 def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line into `config_class` and call `main`; leaves the process with status 0, 1 or 2 (flags)."""
+    """Parse the command line into `config_class` and call `main`.
+
+    Leaves the process with status 0, that of the `AccessoryError` which ended it, or 1 for what was not foreseen.
+    """
+    die_with_launcher()
     try:
         config = parse(config_class, sys.argv[1:])
     except AccessoryError as error:
-        _leave(error, common=True, status=2)
+        error.common = True
+        _leave(groups.settle(error))
     try:
         main(config)
-    except AccessoryError as error:
-        _leave(error, common=getattr(error, "common", False), status=1)
+    except Exception as error:
+        _leave(groups.settle(error))
     finally:
         groups.stop()
 
@@ -60,15 +66,13 @@ def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
     return call
 
 
-def _leave(error: AccessoryError, common: bool, status: int) -> None:
-    """Print the message once: by the main rank if all ranks share it, else by the rank that has it."""
-    rank = dist.get_rank() if dist.is_initialized() else _launched_rank()
-    if rank == 0 or not common:
+def _leave(error: AccessoryError) -> None:
+    """Print the message, if this rank is to, and end the process; torchrun puts it into its report, too."""
+    if error.speaks:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(error)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE)
-    sys.exit(status)
-
-
-def _launched_rank() -> int:
-    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+    sys.exit(error.status)

@@ -9,31 +9,75 @@ from pydantic import ValidationError
 
 
 class AccessoryError(Exception):
-    """A fault the user can mend. The message names the file, key or flag, what was found and what was expected."""
+    """A fault the user can mend. The message names the file, key or flag, what was found and what was expected.
+
+    status: what the process exits with, and `run_status.json` says. common: whether all ranks raise it together.
+    """
+
+    status = 1
+    common = False
 
 
 class ConfigError(AccessoryError):
     """A flag, a configuration file, or a combination of choices that cannot work."""
 
+    status = 2
+
 
 class DataError(AccessoryError):
     """A data file or a record that cannot be trained on."""
+
+    status = 3
 
 
 class TokenizerError(AccessoryError):
     """A tokenizer that is missing, unreadable or does not fit the model."""
 
+    status = 3
+
 
 class CheckpointError(AccessoryError):
     """A checkpoint that is missing, damaged, or does not fit the model."""
+
+    status = 4
+
+
+class DiskFullError(CheckpointError):
+    """A checkpoint for which there is no room."""
+
+    status = 6
 
 
 class ParallelError(AccessoryError):
     """A process layout that does not fit the model or the machine."""
 
+    status = 2
+
+
+class LostRankError(AccessoryError):
+    """Another process of the run died, hangs, or failed."""
+
+    status = 7
+
 
 class TrainingError(AccessoryError):
-    """Training that cannot go on, such as a loss that is no longer finite."""
+    """Training that cannot go on."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss or gradient that is infinite or not a number."""
+
+    status = 5
+
+
+class OutOfMemoryError(TrainingError):
+    """A step that does not fit into memory."""
+
+
+class Preempted(AccessoryError):
+    """The run was asked to stop, and did, with everything saved: it goes on with --resume latest."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

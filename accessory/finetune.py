@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from accessory.blueprint import Blueprint, draw_blueprint
-from accessory.checkpoint.latest import latest_checkpoint
 from accessory.checkpoint.load import fill, resolve, targets
-from accessory.checkpoint.manifest import verify
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import RUN_FILE, run_record, with_base
-from accessory.checkpoint.save import CheckpointWriter, gather_whole
+from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
-from accessory.checkpoint.training_state import (
-    Progress,
-    collect_training_state,
-    load_training_state,
-    state_record,
-)
+from accessory.checkpoint.training_state import Progress, load_training_state
 from accessory.checkpointing import check_offload, choose_layers, recompute_layers
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus, build_corpus
@@ -36,29 +31,57 @@ from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.optim import LossScale, build_optimizer
 from accessory.parallel import groups
-from accessory.parallel.agree import together
+from accessory.parallel.agree import check_alike, together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
 from accessory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
 from accessory.report import Reporter
+from accessory.resuming import find_start
+from accessory.run_lock import lock
+from accessory.run_status import RunStatus
+from accessory.saving import Saver
+from accessory.stop_signals import StopSignals
 
 CACHE_DIR = Path("accessory_data_cache")
+_COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
+"""Flags that set what a step does, or how long a run is."""
+_PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
+"""Flags that may differ from node to node: what lies there is compared instead."""
+_ORDER = frozenset(("data", "seed", "global_batch"))
+"""Of a run's identity: what its documents' order follows from."""
 
 
 def finetune(config: FinetuneConfig) -> MetaModel:
     """Run one job from flags to the last checkpoint; returns the trained model, sharded as it was in training.
 
-    Raises `AccessoryError`s, the same on every rank.
+    How it ends is written to `run_status.json`. Raises an `AccessoryError` on every rank, `speaks` on it being true on
+    the one that is to print it, or what was not foreseen.
     """
-    layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
+    with StopSignals() as signals, ExitStack() as held:
+        layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
+        output_dir = None if config.dry_run else config.output_dir
+        together(lambda: _take_output(output_dir, layout, held))
+        status = RunStatus(output_dir, layout.world_size, layout.is_main)
+        try:
+            model = _train(config, layout, signals, status)
+        except Exception as error:
+            fault = groups.settle(error)
+            status.end(fault)
+            raise fault from None  # where it happened is printed if nobody foresaw it
+        status.end(None)
+        return model
+
+
+def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status: RunStatus) -> MetaModel:
+    check_alike({name: value for name, value in plain(config).items() if name not in _PLACES})
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
     compile_fusible(config.compile)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    output_dir = None if config.dry_run else config.output_dir
     together(lambda: check_offload(config.offload_inputs, layout.device))
-    together(lambda: _prepare_output(output_dir, layout))
-    config = _find_checkpoint(config, layout)
+    start, notes = find_start(config, layout)
+    _say(layout, *notes)
+    config = config.model_copy(update={"resume": start})
     sources = together(lambda: _open_sources(config))
     blueprint = together(lambda: _blueprint(config, sources))
     decoder, attachment = together(lambda: blueprint.build(layout))
@@ -71,43 +94,40 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
     identity = _identity(config, blueprint, _base(config, sources), corpus, order)
-    progress = _resume(config, optimizer, parameters, slicings, layout, identity)
+    conditions = _conditions(config, layout)
+    check_alike({**identity, "trained": {name: list(p.shape) for name, p in parameters.items()}})
+    progress = _resume(config, optimizer, parameters, slicings, layout, identity, conditions)
     schedule = _schedule(config, order)
-    only_trainable = config.only_save_trainable and len(parameters) < len(slicings)
-    writer = _writer(config, sources, blueprint, corpus, "trainable" if only_trainable else "model")
-
-    def save(progress: Progress, name: str) -> None:
-        if output_dir is None:
-            return
-        weights = gather_whole(parameters if only_trainable else dict(decoder.named_parameters()), slicings)
-        state = collect_training_state(optimizer, parameters, slicings)
-        path = writer.write(name, weights, state, state_record(progress, identity), progress.total_steps)
-        reporter.say(f"saved {path}")
-
-    reporter = Reporter(output_dir, schedule.total_steps, progress.total_steps, enabled=layout.is_main)
-    engine = Engine(
-        model=model,
-        parameters=parameters,
-        slicings=slicings,
-        optimizer=optimizer,
-        order=order,
-        schedule=schedule,
-        data_parallel=data_parallel,
-        layout=layout,
-        reporter=reporter,
-        save=save,
-        loss_scale=LossScale(config.precision == "fp16"),
-        pin_memory=config.pin_mem and layout.device.type == "cuda",
-    )
-    try:
+    status.begin(progress.total_steps)
+    reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
+    with closing(reporter):
+        save = _saver(config, sources, blueprint, corpus, decoder, parameters, slicings, optimizer, identity,
+                      conditions, layout, reporter, status)  # fmt: skip
+        engine = Engine(
+            model=model,
+            parameters=parameters,
+            slicings=slicings,
+            optimizer=optimizer,
+            order=order,
+            schedule=schedule,
+            data_parallel=data_parallel,
+            layout=layout,
+            reporter=reporter,
+            save=save,
+            loss_scale=LossScale(config.precision == "fp16"),
+            signals=signals,
+            pin_memory=config.pin_mem and layout.device.type == "cuda",
+            skip_not_finite=config.not_finite == "skip",
+            spare_memory=_remedies(config),
+        )
+        groups.limit_waiting(timedelta(seconds=config.timeout))
+        signals.deferring = True
         engine.train(progress)
-    finally:
-        reporter.close()
     return model
 
 
-def _prepare_output(output_dir: Path | None, layout: Layout) -> None:
-    """Make the directory now, before hours are spent on what could then not be written."""
+def _take_output(output_dir: Path | None, layout: Layout, held: ExitStack) -> None:
+    """Make the directory and lock it now, before hours are spent on what could then not be written."""
     if output_dir is None or not layout.is_main:
         return
     try:
@@ -116,26 +136,7 @@ def _prepare_output(output_dir: Path | None, layout: Layout) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}: cannot be written to ({error.strerror}).") from error
-
-
-def _find_checkpoint(config: FinetuneConfig, layout: Layout) -> FinetuneConfig:
-    """`config` with the checkpoint that `--resume` means, which is compared with its manifest. A collective."""
-    if config.resume is None:
-        return config
-    found = [config.resume]
-
-    def look() -> None:
-        if not layout.is_main:  # files are read once, not by every rank
-            return
-        if config.resumes_latest:
-            found[0], faults = latest_checkpoint(config.output_dir)
-            _say(layout, "\n".join([*faults, f"--resume latest: {found[0]}"]))
-        else:
-            verify(found[0])
-
-    together(look)
-    dist.broadcast_object_list(found)
-    return config.model_copy(update={"resume": found[0]})
+    held.enter_context(lock(output_dir))
 
 
 def _open_sources(config: FinetuneConfig) -> list[Source]:
@@ -171,6 +172,7 @@ def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Cor
         dialog=config.dialog,
         threads=max(config.num_workers, 1),
         cache_dir=CACHE_DIR if config.cache_ann_on_disk else None,
+        max_skipped=config.max_skipped,
     )
     _say(
         layout,
@@ -279,6 +281,19 @@ def _identity(
         "global_batch": order.global_batch,
         "quantization": blueprint.quant_type,
         "optim": config.optim,
+        **{name: getattr(config, name) for name in _COURSE},
+    }
+
+
+def _conditions(config: FinetuneConfig, layout: Layout) -> dict[str, Any]:
+    """What must not change for a resumed run to go on bit for bit: all that changes how sums are rounded."""
+    return {
+        "world_size": layout.world_size,
+        "mp_size": layout.mp_size,
+        "device": layout.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **{name: getattr(config, name) for name in ("data_parallel", "batch_size", "accum_iter", "max_tokens")},
     }
 
 
@@ -289,14 +304,25 @@ def _resume(
     slicings: dict[str, Slicing],
     layout: Layout,
     identity: dict[str, Any],
+    conditions: dict[str, Any],
 ) -> Progress:
     if config.resume is None:
         return Progress()
-    progress, same_layout = together(
-        lambda: load_training_state(config.resume, optimizer, parameters, slicings, layout, identity)
+    found = together(
+        lambda: load_training_state(
+            config.resume, optimizer, parameters, slicings, layout, identity, conditions, config.allow_changed
+        )
     )
-    note = "" if same_layout else "; another layout than before, so not bit for bit"
-    _say(layout, f"resuming {config.resume} after step {progress.total_steps}{note}")
+    progress = found.progress
+    notes = [f"resuming {config.resume} after step {progress.total_steps}"]
+    if found.inexact:
+        notes.append(f"not bit for bit: {'; '.join(found.inexact)}")
+    if found.changed:
+        notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
+    if progress.step and _ORDER.intersection(found.changed):
+        notes.append(f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
+        progress.step = 0
+    _say(layout, *notes)
     return progress
 
 
@@ -309,23 +335,54 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder) -> Schedule:
         min_lr=config.min_lr,
         clip_grad=config.clip_grad,
         save_every_epochs=config.save_interval,
-        save_every_steps=max(config.save_iteration_interval // config.accum_iter, 1),
+        save_every_steps=config.save_steps or max(config.save_iteration_interval // config.accum_iter, 1),
+        save_every_minutes=config.save_minutes,
         max_steps=1 if config.dry_run else config.max_steps,
     )
 
 
-def _writer(
-    config: FinetuneConfig, sources: list[Source], blueprint: Blueprint, corpus: Corpus, stem: str
-) -> CheckpointWriter:
-    base = _base(config, sources)
+def _saver(
+    config: FinetuneConfig,
+    sources: list[Source],
+    blueprint: Blueprint,
+    corpus: Corpus,
+    decoder: Decoder,
+    parameters: dict[str, nn.Parameter],
+    slicings: dict[str, Slicing],
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    conditions: dict[str, Any],
+    layout: Layout,
+    reporter: Reporter,
+    status: RunStatus,
+) -> Callable[[Progress, str, float | None], None]:
+    """What the engine saves with; there is room for a checkpoint, or it raises `DiskFullError`."""
+    if status.output_dir is None:
+        return lambda *_: None
+    only_trainable = config.only_save_trainable and len(parameters) < len(slicings)
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
-        RUN_FILE: run_record(plain(config), base, blueprint.quant_type, corpus.fingerprint),
+        RUN_FILE: run_record(plain(config), _base(config, sources), blueprint.quant_type, corpus.fingerprint),
     }
-    return CheckpointWriter(config.output_dir, stem, documents, blueprint.tokenizer)
+    stem = "trainable" if only_trainable else "model"
+    saver = Saver(
+        writer=CheckpointWriter(status.output_dir, stem, documents, blueprint.tokenizer),
+        weights=parameters if only_trainable else dict(decoder.named_parameters()),
+        trained=parameters,
+        slicings=slicings,
+        optimizer=optimizer,
+        identity=identity,
+        conditions=conditions,
+        layout=layout,
+        reporter=reporter,
+        status=status,
+        keep_last=config.keep_last,
+    )
+    saver.check_room()
+    return saver
 
 
-def _say(layout: Layout, text: str) -> None:
-    if layout.is_main:
-        print(text, flush=True)
+def _say(layout: Layout, *texts: str) -> None:
+    if layout.is_main and texts:
+        print("\n".join(texts), flush=True)

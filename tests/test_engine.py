@@ -14,13 +14,14 @@ from accessory.checkpoint.training_state import Progress
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
-from accessory.errors import TrainingError
+from accessory.errors import NotFiniteError
 from accessory.meta import MetaModel
 from accessory.optim import LossScale, build_adamw
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.tensor import WHOLE
 from accessory.report import Reporter
+from accessory.stop_signals import StopSignals
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def engine(tiny_base: Path, tmp_path: Path) -> Engine:
         reporter=Reporter(None, 4, 0, enabled=False),
         save=lambda *_: None,
         loss_scale=LossScale(False),
+        signals=StopSignals(),
     )
 
 
@@ -56,7 +58,7 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Eng
         logits = engine.model.logits(tokens, (len(tokens),))
         total += F.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="sum").item()
         count += int((labels >= 0).sum())
-    report = engine.step(Progress())
+    report, _ = engine.step(Progress())
     assert report.supervised == count
     assert report.loss == pytest.approx(total / count, rel=1e-6)
 
@@ -66,7 +68,7 @@ def test_gradient_does_not_depend_on_accumulation(engine: Engine, monkeypatch: p
     for batch_size, accum_iter in ((6, 1), (3, 2), (1, 6)):
         engine.order = GlobalOrder(engine.order.corpus, batch_size=batch_size, accum_iter=accum_iter)
         engine.schedule = Schedule(2, 2, 0.0, 1e-12, 1e-12, -1.0, 1, 1)
-        norms.append(engine.step(Progress()).grad_norm)
+        norms.append(engine.step(Progress())[0].grad_norm)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
 
 
@@ -78,7 +80,7 @@ def test_nor_on_micro_batches_by_tokens(engine: Engine) -> None:
         engine.order = GlobalOrder(corpus, batch_size=3, accum_iter=2, max_tokens=most)
         engine.schedule = Schedule(2, 2, 0.0, 1e-12, 1e-12, -1.0, 1, 1)
         counts.append(len(list(engine.order.micro_batches(0, 0))))
-        report = engine.step(Progress())
+        report, _ = engine.step(Progress())
         found.append((report.loss, report.grad_norm, report.tokens, report.supervised))
     assert counts[-1] == 1 and counts[1] > 2
     for values in found[1:]:
@@ -91,21 +93,21 @@ def test_clipping_bounds_the_update(engine: Engine) -> None:
     engine.optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]).norm().item())
     )
-    report = engine.step(Progress())
+    report, _ = engine.step(Progress())
     assert report.grad_norm > 0.1
     assert seen == pytest.approx([0.1], rel=1e-3)
 
 
 def test_saves_each_epoch_and_in_between(engine: Engine) -> None:
     saved = []
-    engine.save = lambda progress, name: saved.append((name, progress.total_steps))
+    engine.save = lambda progress, name, _: saved.append((name, progress.total_steps))
     engine.train(Progress())
     assert saved == [("epoch0-iter1", 1), ("epoch0", 2), ("epoch1-iter1", 3), ("epoch1", 4)]
 
 
 def test_a_run_cut_by_max_steps_is_saved_once(engine: Engine) -> None:
     saved = []
-    engine.save = lambda progress, name: saved.append(name)
+    engine.save = lambda progress, name, _: saved.append(name)
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 1, 100, max_steps=3)
     engine.train(Progress())
     assert saved == ["epoch0", "epoch1-iter1"]
@@ -114,7 +116,9 @@ def test_a_run_cut_by_max_steps_is_saved_once(engine: Engine) -> None:
 def test_stops_before_the_optimizer_when_not_finite(engine: Engine) -> None:
     engine.model.llma.norm.weight.data[0] = math.nan
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
-    with pytest.raises(TrainingError, match=r"Step 1: the loss is nan.*documents of this step: \[\d"):
+    with pytest.raises(
+        NotFiniteError, match=r"Step 1: the loss is nan.*no finite loss: \d \([^ ]*data.json:1\), \d \("
+    ):
         engine.step(Progress())
     for name, value in before.items():
         torch.testing.assert_close(engine.parameters[name].data, value, equal_nan=True, rtol=0, atol=0)

@@ -37,7 +37,8 @@ def explained(**values: object) -> list[str]:
 def test_every_fault_is_an_accessory_error() -> None:
     """An entry needs to catch one class only."""
     classes = [value for _, value in inspect.getmembers(errors, inspect.isclass) if value.__module__ == errors.__name__]
-    assert len(classes) == 7
+    assert len(classes) == 12
+    assert {value.status for value in classes} == {1, 2, 3, 4, 5, 6, 7, 75}
     assert all(issubclass(kind, AccessoryError) and kind.__doc__ for kind in classes)
 
 

@@ -24,7 +24,7 @@ def flags(tiny_base: Path, tmp_path: Path) -> list[str]:
     """A right call of two steps."""
     return [
         *("--pretrained_path", str(tiny_base), "--llama_type", "llama_peft", "--quant", "--only_save_trainable"),
-        *("--data_config", str(ROOT / "data_example" / "accessory_qa.json"), "--device", "cpu", "--max_words", "96"),
+        *("--data_config", str(ROOT / "data_example" / "accessory_qa.json"), "--device", "cpu", "--max_words", "160"),
         *("--batch_size", "4", "--accum_iter", "1", "--max_steps", "2", "--output_dir", str(tmp_path / "out")),
     ]
 

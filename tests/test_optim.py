@@ -24,6 +24,7 @@ from accessory.optim import (
 )
 from accessory.parallel import groups
 from accessory.parallel.tensor import Slicing
+from accessory.stop_signals import StopSignals
 
 SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
 
@@ -243,6 +244,7 @@ def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], layout, clip:
     engine = Engine(
         model=None, parameters=parameters, slicings=SLICINGS, optimizer=Sgd(parameters.values(), lr=0.0), order=None,
         schedule=schedule, data_parallel=None, layout=layout, reporter=None, save=None, loss_scale=loss_scale,
+        signals=StopSignals(),
     )  # fmt: skip
     engine._update(gradient_norm(parameters, SLICINGS).item() / scale, lr=0.1)
     for theirs, ours in zip(reference, parameters.values(), strict=True):

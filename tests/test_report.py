@@ -8,10 +8,9 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, peak_memory, read_losses
+from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, read_losses
 
 REPORT = StepReport(
     step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
@@ -140,9 +139,15 @@ def test_run_without_a_step(tmp_path: Path) -> None:
     assert not (tmp_path / CURVE_FILE).exists()
 
 
-def test_peak_memory_counts_this_process() -> None:
-    """It grows by what is really touched."""
-    before = peak_memory(torch.device("cpu"))
-    block = torch.ones(200 << 18)  # 200 MiB
-    assert before < peak_memory(torch.device("cpu"))
-    assert peak_memory(torch.device("cpu")) > block.nbytes
+def test_peak_memory_counts_this_process(python) -> None:
+    """It grows by what is really touched; in a process of its own, for it never falls again."""
+    lines = [
+        "import torch",
+        "from accessory.report import peak_memory",
+        "before = peak_memory(torch.device('cpu'))",
+        "block = torch.ones(200 << 18)",  # 200 MiB
+        "print(before, peak_memory(torch.device('cpu')), block.nbytes)",
+    ]
+    done = python("-c", "\n".join(lines))
+    before, after, size = map(int, done.stdout.split())
+    assert before < after and after > size

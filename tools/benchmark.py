@@ -117,7 +117,7 @@ def train(
 def _measure_training(engine: Engine, steps: int) -> dict:
     engine.model.train()
     progress = Progress()
-    reports = [engine.step(progress) for _ in range(steps)]
+    reports = [engine.step(progress)[0] for _ in range(steps)]
     timed = reports[UNTIMED_STEPS:]
     seconds, tokens = sum(r.seconds for r in timed), sum(r.tokens for r in timed)
     result = {

@@ -14,10 +14,9 @@ def latest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
 
     Raises `CheckpointError` where there is none: a run never begins anew because what it had is damaged.
     """
-    places = [path for path in sorted(output_dir.iterdir()) if _is_checkpoint(path)]
     faults: list[str] = []
     steps: list[tuple[int, Path]] = []
-    for path in places:
+    for path in checkpoints_in(output_dir):
         try:
             steps.append((read_manifest(path)["step"], path))
         except CheckpointError as error:
@@ -37,6 +36,11 @@ def latest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
         f"--resume latest: no checkpoint in {output_dir} is whole.\n" + "\n".join(faults) + "\nMend one, or give "
         "another --output_dir to begin anew."
     )
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """What was saved there to be resumed from, whole or damaged, by name."""
+    return [path for path in sorted(output_dir.iterdir()) if _is_checkpoint(path)]
 
 
 def _is_checkpoint(path: Path) -> bool:

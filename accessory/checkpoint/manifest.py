@@ -16,14 +16,17 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 
 
-def manifest_of(directory: Path, step: int) -> dict[str, Any]:
-    """The manifest of everything in `directory`, which holds the state after `step` optimizer steps."""
+def manifest_of(directory: Path, step: int, loss: float | None) -> dict[str, Any]:
+    """The manifest of everything in `directory`, which holds the state after `step` optimizer steps.
+
+    `loss` is the mean of the steps since the checkpoint before; None where it is not finite, or there were none.
+    """
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST_FILE
     }
-    return {"format": FORMAT, "step": step, "files": files}
+    return {"format": FORMAT, "step": step, "loss": loss, "files": files}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -34,9 +37,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory}: has no {MANIFEST_FILE}: it was not saved whole, or not by this version of Accessory."
         )
     manifest = read_json(path)
-    files, step = manifest.get("files"), manifest.get("step")
+    files, step, loss = manifest.get("files"), manifest.get("step"), manifest.get("loss")
     if manifest.get("format") != FORMAT or not isinstance(files, dict) or type(step) is not int:
         raise CheckpointError(f"{path}: is no manifest of format {FORMAT}; expected 'format', 'step' and 'files'.")
+    if loss is not None and type(loss) is not float:
+        raise CheckpointError(f"{path}: says {loss!r} of its loss; expected a number.")
     for name, entry in files.items():
         if not isinstance(entry, dict) or {"bytes", "sha256"} - entry.keys():
             raise CheckpointError(f"{path}: says {entry!r} of {name!r}; expected its bytes and sha256.")

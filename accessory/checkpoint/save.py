@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, DiskFullError
 from accessory.parallel.agree import together
 from accessory.parallel.data import whole
 from accessory.parallel.tensor import Slicing, gather_slices
@@ -49,10 +51,21 @@ def fresh_directory(target: Path) -> Iterator[Path]:
         _replace(target, partial)
         sync(target.parent)
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-        raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
+        raise _write_fault(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_fault(target: Path, error: Exception) -> CheckpointError:
+    """Full disks told from other faults; safetensors keeps the number of the system's error in its words."""
+    free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
+    numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return DiskFullError(
+            f"{target}: the disk is full, or a limit on it is reached ({error}); {free:,} bytes are free. What was "
+            "saved before is whole. Free some, and go on with --resume latest."
+        )
+    return CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.")
 
 
 def _replace(target: Path, partial: Path) -> None:
@@ -100,15 +113,16 @@ class CheckpointWriter:
         state: dict[str, Tensor],
         state_record: dict[str, Any],
         step: int,
+        loss: float | None = None,
     ) -> Path:
-        """What stands after `step` optimizer steps.
+        """What stands after `step` optimizer steps, of which those since the last save had this mean `loss`.
 
         A collective: all ranks iterate `weights`, the main one writes; all raise `CheckpointError` if it cannot.
         """
         fault: list[CheckpointError] = []
         if dist.get_rank() == 0:
             try:
-                self._write(self.output_dir / name, weights, state, state_record, step)
+                self._write(self.output_dir / name, weights, state, state_record, step, loss)
             except CheckpointError as error:
                 fault.append(error)
             except Exception as error:  # the other ranks are waiting: whatever it was, all must hear of it
@@ -125,6 +139,7 @@ class CheckpointWriter:
         state: dict[str, Tensor],
         state_record: dict[str, Any],
         step: int,
+        loss: float | None,
     ) -> None:
         with fresh_directory(target) as directory:
             write_tensors(directory, self.stem, weights)
@@ -133,7 +148,7 @@ class CheckpointWriter:
             for file_name, content in self.documents.items():
                 write_json(directory / file_name, content)
             self.tokenizer.save(directory)
-            write_json(directory / MANIFEST_FILE, manifest_of(directory, step))
+            write_json(directory / MANIFEST_FILE, manifest_of(directory, step, loss))
 
 
 def _raise_first(faults: list[CheckpointError]) -> None:

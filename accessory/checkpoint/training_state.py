@@ -6,7 +6,8 @@ in 8 bits are codes, whole, and every rank's scales: exact on the same layout, u
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,33 @@ from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.data import shard_like
-from accessory.parallel.groups import Layout, model_parallel_group
+from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, own_slice
 from accessory.quant.moments import unpack_moment, zero_code
 from accessory.tokenizer.sniff import what_is
 
+CHANGEABLE = frozenset((
+    "base", "data", "seed", "global_batch", "quantization", "precision", "lr", "min_lr", "warmup_epochs", "epochs",
+    "weight_decay", "clip_grad",
+))  # fmt: skip
+"""Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` over all epochs."""
+    """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` over all epochs.
+
+    `skipped` counts those in a row, up to now, that changed nothing because they were not finite.
+    """
 
     epoch: int = 0
     step: int = 0
     total_steps: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0
+    skipped: int = 0
 
 
 def collect_training_state(
@@ -57,13 +67,29 @@ def collect_training_state(
     dist.all_gather_object(own, _generators() | _scales(optimizer, parameters))
     for rank, states in enumerate(own):
         tensors |= {f"{name}.{rank}": value for name, value in states.items()}
-    tensors["mp_size"] = torch.tensor(dist.get_world_size(model_parallel_group()))
     return tensors
 
 
-def state_record(progress: Progress, identity: dict[str, Any]) -> dict[str, Any]:
-    """The JSON beside the tensors; `identity` is what must be equal for a run to be resumed."""
-    return {"progress": asdict(progress), "identity": identity}
+def state_record(progress: Progress, identity: dict[str, Any], conditions: dict[str, Any]) -> dict[str, Any]:
+    """The JSON beside the tensors.
+
+    `identity` is what must be equal for a run to be resumed; `conditions` what must be for that to be bit for bit,
+    `world_size` and `mp_size` among them.
+    """
+    return {"progress": asdict(progress), "identity": identity, "conditions": conditions}
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a resumed run stands, and in what it is not the run that was saved.
+
+    changed: parts of the identity that differ, as was allowed. inexact: conditions that do, with both values, for which
+    it does not go on bit for bit.
+    """
+
+    progress: Progress
+    changed: tuple[str, ...]
+    inexact: tuple[str, ...]
 
 
 def load_training_state(
@@ -73,25 +99,65 @@ def load_training_state(
     slicings: dict[str, Slicing],
     layout: Layout,
     identity: dict[str, Any],
-) -> tuple[Progress, bool]:
-    """Restore the optimizer and this rank's generators; returns the progress and whether the layout is the same.
+    conditions: dict[str, Any],
+    allowed: Collection[str] = (),
+) -> Resumption:
+    """Restore the optimizer and, on the same number of ranks, this one's generators.
 
-    Raises `CheckpointError` for a directory without a training state, or one of a different run, field by field.
+    Raises `CheckpointError` for a directory without a training state, a damaged one, or one of a different run: field
+    by field, but for those of the identity that are `allowed` to differ.
     """
     record, state_file = directory / f"{STATE_STEM}.json", directory / f"{STATE_STEM}.safetensors"
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
-    saved = read_json(record)
-    was = {"optim": "adamw"} | saved["identity"]  # runs from before there was a choice
-    differing = [
-        f"{key} was {was.get(key)!r}, is {value!r}" for key, value in identity.items() if was.get(key) != value
+    progress, was, conditions_were = _read_record(record)
+    changed = [key for key, value in identity.items() if was.get(key) != value]
+    if refused := [key for key in changed if key not in allowed]:
+        said = "; ".join(f"{key} was {was.get(key)!r}, is {identity[key]!r}" for key in refused)
+        hint = f" To go on all the same: --allow_changed {' '.join(refused)}." if CHANGEABLE.issuperset(refused) else ""
+        raise CheckpointError(f"{directory}: belongs to another run: {said}.{hint}")
+    ranks, mp_size = conditions_were["world_size"], conditions_were["mp_size"]
+    same_layout = (ranks, mp_size) == (layout.world_size, layout.mp_size)
+    inexact = [
+        f"{key} was {conditions_were.get(key)}, is {value}"
+        for key, value in conditions.items()
+        if conditions_were.get(key) != value
     ]
-    if differing:
-        raise CheckpointError(f"{directory}: belongs to another run: {'; '.join(differing)}.")
-    tensors = _read(state_file, parameters)
-    progress = Progress(**saved["progress"])
-    ranks = sum(name.startswith("generator.cpu.") for name in tensors)
-    mp_size = int(tensors.get("mp_size", layout.mp_size))
+    tensors = _read(state_file, parameters, ranks)
+    _restore_moments(tensors, optimizer, parameters, slicings, layout, progress, ranks, mp_size)
+    if same_layout:
+        torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
+        if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
+    return Resumption(progress, tuple(changed), tuple(inexact))
+
+
+def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
+    """Progress, identity and conditions. Raises `CheckpointError` where they are not there or of other types."""
+    saved = read_json(record)
+    progress, identity, conditions = (saved.get(key) for key in ("progress", "identity", "conditions"))
+    kinds = {field.name: (int, float) if field.type == "float" else (int,) for field in fields(Progress)}
+    if (
+        not all(isinstance(part, dict) for part in (progress, identity, conditions))
+        or progress.keys() != kinds.keys()
+        or not all(type(progress[name]) in kind for name, kind in kinds.items())
+        or not all(type(conditions.get(name)) is int for name in ("world_size", "mp_size"))
+    ):
+        raise CheckpointError(f"{record}: expected the progress, identity and conditions of a run.")
+    return Progress(**progress), identity, conditions
+
+
+def _restore_moments(
+    tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    slicings: dict[str, Slicing],
+    layout: Layout,
+    progress: Progress,
+    ranks: int,
+    mp_size: int,
+) -> None:
+    """This rank's part of the moments that `ranks` ranks saved, `mp_size` of them to a model."""
     same_layout = (ranks, mp_size) == (layout.world_size, layout.mp_size)
     count = tensors.get("step", torch.tensor(float(progress.total_steps)))
     for name, parameter in parameters.items():
@@ -110,11 +176,6 @@ def load_training_state(
                 whole = _unpacked(values, scales, _SIGNED[moment], slicing, mp_size)
                 state[moment] = _place(whole, parameter, slicing, layout)
         optimizer.state[parameter] = state
-    if same_layout:
-        torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
-        if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
-    return progress, same_layout
 
 
 def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -137,17 +198,18 @@ def _scales(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
     }
 
 
-def _read(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _read(file: Path, parameters: dict[str, nn.Parameter], ranks: int) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: found {what_is(file)}; cannot be read as safetensors ({error}).") from error
+    if missing := [f"generator.cpu.{rank}" for rank in range(ranks) if f"generator.cpu.{rank}" not in tensors]:
+        raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the generators of {ranks} ranks.")
     wanted = [f"{moment}.{name}" for moment in _MOMENTS for name in parameters]
     if not any(name.startswith(_MOMENTS) for name in tensors):
         return tensors
     if missing := [name for name in wanted if name not in tensors]:
         raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the moments of what is trained.")
-    ranks = sum(name.startswith("generator.cpu.") for name in tensors)
     packed = [name.replace(".", "_scales.", 1) for name in wanted if tensors[name].dtype == torch.uint8]
     if missing := [f"{name}.{rank}" for name in packed for rank in range(ranks) if f"{name}.{rank}" not in tensors]:
         raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the scales of 8-bit moments.")

@@ -47,17 +47,33 @@ class Omissions:
             for cause, places in self.skipped.items()
         ]
 
+    def check(self, used: int, most: float) -> None:
+        """Raise `DataError` where more than the share `most` of all records was skipped, `used` having been taken."""
+        skipped = sum(map(len, self.skipped.values()))
+        if skipped > most * (used + skipped):
+            raise DataError(
+                f"{skipped:,} of {used + skipped:,} records cannot be used, more than --max_skipped {most:g} allows:\n"
+                + "\n".join([*self.lines(), "Mend them, or give a larger --max_skipped."])
+            )
+
 
 class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
-    `lengths` and `supervised` [documents] count a document's tokens and the labels in it that count.
+    `origins` int32 [documents, 2] has each one's place in `files` and its line there. `lengths` and `supervised`
+    [documents] count a document's tokens and the labels in it that count.
     """
 
     def __init__(
-        self, arrays: dict[str, np.ndarray], omissions: Omissions, fingerprint: str, tokenizer: Tokenizer
+        self,
+        arrays: dict[str, np.ndarray],
+        files: list[str],
+        omissions: Omissions,
+        fingerprint: str,
+        tokenizer: Tokenizer,
     ) -> None:
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
+        self.origins, self.files = arrays["origins"], files
         self.fingerprint, self.omissions, self.tokenizer = fingerprint, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
         # A document's first token is nobody's label.
@@ -74,6 +90,11 @@ class Corpus:
         labels = np.full(len(tokens), IGNORE, dtype=np.int64)
         labels[:-1] = np.where(learned[1:], tokens[1:], IGNORE)
         return tokens, labels
+
+    def where(self, index: int) -> str:
+        """A document as a message names it: its number, file and line."""
+        file, line = self.origins[index].tolist()
+        return f"{index} ({self.files[file]}:{line})"
 
     @property
     def report(self) -> str:
@@ -111,29 +132,32 @@ def build_corpus(
     dialog: bool = False,
     threads: int = 1,
     cache_dir: Path | None = None,
+    max_skipped: float = 1.0,
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
-    Raises `DataError` if a file is broken or not one record can be used, `TokenizerError` if an entry asks for a chat
-    template and the tokenizer has none that can be learned from.
+    Raises `DataError` if a file is broken, not one record can be used, or more than the share `max_skipped` cannot;
+    `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.
     """
     entries = load_data_config(data_config)
     if any(entry.prompt_type == CHAT for entry in entries):
         _ = tokenizer.chat.stop_ids  # works out how the template ends an answer, before any file is read
     fingerprint = _fingerprint(entries, tokenizer, max_words, dialog)
     cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
-    if cached and (kept := _from_cache(cached, fingerprint, tokenizer)):
+    files = [str(entry.path) for entry in entries]
+    if cached and (kept := _from_cache(cached, files, fingerprint, tokenizer)):
+        kept.omissions.check(len(kept), max_skipped)
         return kept
     omissions = Omissions()
     documents = list(_documents(entries, tokenizer, dialog, omissions))
-    arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
+    arrays = _tokenize(documents, files, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
-        files = ", ".join(str(entry.path) for entry in entries)
-        raise DataError("\n".join([f"{files}: not one record can be trained on.", *omissions.lines()]))
+        raise DataError("\n".join([f"{', '.join(files)}: not one record can be trained on.", *omissions.lines()]))
+    omissions.check(len(arrays["origins"]), max_skipped)
     if cached:
         _to_cache(cached, arrays, omissions)
-    return Corpus(arrays, omissions, fingerprint, tokenizer)
+    return Corpus(arrays, files, omissions, fingerprint, tokenizer)
 
 
 def _documents(entries: list[DataEntry], tokenizer: Tokenizer, dialog: bool, omissions: Omissions):
@@ -170,12 +194,13 @@ def _by_chat_template(messages: list[dict[str, str]], record: Record, tokenizer:
 
 def _tokenize(
     documents: list[tuple[Record, list[Segment]]],
+    files: list[str],
     tokenizer: Tokenizer,
     max_words: int,
     threads: int,
     omissions: Omissions,
 ) -> dict[str, np.ndarray]:
-    tokens, learned, lengths = [], [], [0]
+    tokens, learned, lengths, origins = [], [], [0], []
     for begin in range(0, len(documents), _CHUNK):
         chunk = documents[begin : begin + _CHUNK]
         texts = [segments for _, segments in chunk if segments[0].ids is None]
@@ -195,11 +220,13 @@ def _tokenize(
             tokens.append(ids[:max_words])
             learned.append(flags[:max_words])
             lengths.append(len(tokens[-1]))
+            origins.append((files.index(str(record.path)), record.line))
     empty = [np.zeros(0, np.int32)]
     return {
         "tokens": np.concatenate(tokens or empty),
         "learned": np.concatenate(learned or empty).astype(bool),
         "offsets": np.cumsum(lengths, dtype=np.int64),
+        "origins": np.array(origins, dtype=np.int32).reshape(-1, 2),
     }
 
 
@@ -219,7 +246,7 @@ def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.nd
 
 
 def _fingerprint(entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool) -> str:
-    digest = hashlib.sha256(f"3:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
+    digest = hashlib.sha256(f"4:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
     if any(entry.prompt_type == CHAT for entry in entries):
         digest.update(str(tokenizer.chat_template).encode())
     for entry in entries:
@@ -241,14 +268,14 @@ def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -
         raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
 
 
-def _from_cache(path: Path, fingerprint: str, tokenizer: Tokenizer) -> Corpus | None:
+def _from_cache(path: Path, files: list[str], fingerprint: str, tokenizer: Tokenizer) -> Corpus | None:
     """The corpus kept at `path`, or None where there is none or it is damaged."""
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
         with safe_open(path, framework="pt") as file:
             story = file.metadata()
-            arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets")}
+            arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets", "origins")}
         omissions = Omissions(defaultdict(list, json.loads(story["skipped"])), int(story["truncated"]))
     except (OSError, SafetensorError):
         return None
-    return Corpus(arrays, omissions, fingerprint, tokenizer)
+    return Corpus(arrays, files, omissions, fingerprint, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import csv
 import io
 import json
@@ -44,18 +45,20 @@ def read_records(path: Path) -> list[Record]:
     """All records of a .json list, a .jsonl, or a tab-separated .csv with a header.
 
     Raises `DataError` for a file that is missing, undecodable, not of its kind, or breaks off. A record that is not an
-    object, repeats a key or holds NaN is returned with its `fault`.
+    object, repeats a key or holds NaN is returned with its `fault`; so is a line of a .jsonl that is no JSON, or no
+    UTF-8, unless not one is.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: is not a data file; expected one of {', '.join(SUFFIXES)}.")
+    if path.suffix == ".jsonl":
+        return _read_lines(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text: byte {error.start} cannot be decoded.") from error
-    readers = {".json": _read_list, ".jsonl": _read_lines, ".csv": _read_table}
-    return list(readers[path.suffix](text, path))
+    return list((_read_list if path.suffix == ".json" else _read_table)(text, path))
 
 
 def _read_list(text: str, path: Path) -> Iterator[Record]:
@@ -87,18 +90,25 @@ def _after_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()
 
 
-def _read_lines(text: str, path: Path) -> Iterator[Record]:
-    decoder = _StrictDecoder()
-    # Not splitlines: a text may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), 1):
+def _read_lines(path: Path) -> list[Record]:
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    decoder, records, unreadable = _StrictDecoder(), [], 0
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            value = decoder.decode(line)
+            record = decoder.record(decoder.decode(line.decode("utf-8")), path, number)
         except (ValueError, RecursionError) as error:
-            found = f"found {what_is(path)}, expected an object a line"
-            raise DataError(f"{path}:{number}: is not valid JSON ({_reason(error)}); {found}.") from error
-        yield decoder.record(value, path, number)
+            decoder.fault, unreadable = None, unreadable + 1
+            record = Record({}, path, number, f"is not valid JSON ({_reason(error)})")
+        records.append(record)
+    if records and unreadable == len(records):
+        first = records[0]
+        raise DataError(f"{first.where}: {first.fault}; found {what_is(path)}, expected an object a line.")
+    return records
 
 
 def _read_table(text: str, path: Path) -> Iterator[Record]:
@@ -151,4 +161,6 @@ def _fault_line(error: Exception, default: int) -> int:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
-from accessory.errors import AccessoryError
+from accessory.errors import AccessoryError, ParallelError
 
 Result = TypeVar("Result")
 
@@ -36,3 +37,30 @@ def together(work: Callable[[], Result]) -> Result:
         fault.common = True
         raise fault
     return result
+
+
+def highest(values: list[int], device: torch.device) -> list[int]:
+    """Each value's highest over all ranks, so that what one rank alone knows is known to all. A collective."""
+    if dist.get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def check_alike(facts: dict[str, object]) -> None:
+    """Compare JSON-like `facts` over all ranks, which otherwise would train on different things. A collective.
+
+    Raises `ParallelError`, on all, that names each one that differs, with the main rank's value and another's.
+    """
+    everyone: list[dict[str, object]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    faults = []
+    for key in sorted(set().union(*everyone)):
+        rank = next((r for r, found in enumerate(everyone) if found.get(key) != everyone[0].get(key)), None)
+        if rank is not None:
+            faults.append(f"{key}: {everyone[0].get(key)!r} on rank 0, {everyone[rank].get(key)!r} on rank {rank}")
+    if faults:
+        fault = ParallelError("The processes were not started alike:\n" + "\n".join(faults))
+        fault.common = True
+        raise fault

@@ -11,12 +11,16 @@ from datetime import timedelta
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # it has no public name (torch 2.13)
 
 from accessory.allocator import keep_freed_memory
-from accessory.errors import ParallelError
+from accessory.errors import AccessoryError, ParallelError
+from accessory.parallel.rendezvous import meet
+from accessory.parallel.root_cause import Witness
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 CPU = torch.device("cpu")
+_witness: Witness | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,15 @@ def start(
     if where == CPU:
         keep_freed_memory()
     if not dist.is_initialized():
+        global _witness
+        store = meet(rank, world_size, timeout)
+        _witness = Witness(store, rank, world_size)
         backend = "nccl" if where.type == "cuda" else "gloo"
-        alone = {"store": dist.HashStore()} if world_size == 1 else {}  # one process needs no port
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints from rank 0
             fairscale_groups.initialize_model_parallel(model_parallel_size)
+    limit_waiting(timeout)
     return Layout(
         rank=rank,
         world_size=world_size,
@@ -117,6 +124,25 @@ def start(
         dp_size=world_size // model_parallel_size,
         device=where,
     )
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """From now on a rank gives up after waiting `timeout` for others in any of its groups."""
+    for group in (None, model_parallel_group(), data_parallel_group()):
+        _set_pg_timeout(timeout, group)
+
+
+def settle(error: Exception) -> AccessoryError:
+    """What all ranks report for `error`, see `Witness.settle`; `speaks` on it says whether this rank does."""
+    if hasattr(error, "speaks"):
+        return error
+    return (_witness or Witness(dist.HashStore(), _launched_rank(), 1)).settle(error)
+
+
+def _launched_rank() -> int:
+    """This process's rank before the ranks have met; 0 where its launcher does not say."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def stop() -> None:

@@ -11,12 +11,12 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
 FILES = {"trainable.safetensors": os.urandom(3000), "training_state.json": b"{}", "run.json": b'{"a": 1}'}
 
 
-def checkpoint(path: Path, step: int = 7) -> Path:
+def checkpoint(path: Path, step: int = 7, loss: float | None = None) -> Path:
     """A directory with a manifest."""
     path.mkdir(parents=True)
     for name, content in FILES.items():
         (path / name).write_bytes(content)
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest_of(path, step)))
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest_of(path, step, loss)))
     return path
 
 

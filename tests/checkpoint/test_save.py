@@ -17,7 +17,7 @@ from accessory.checkpoint import save
 from accessory.checkpoint.manifest import verify
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.save import CheckpointWriter, fresh_directory, gather_whole, write_json, write_tensors
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, DiskFullError
 from accessory.parallel.tensor import Slicing
 from accessory.tokenizer import open_tokenizer
 
@@ -85,10 +85,10 @@ def test_full_disk_leaves_the_old_checkpoint(small_disk: Path, writer: Checkpoin
             yield name, torch.ones(1 << 18)
 
     for name in ("epoch0", "epoch1"):
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(DiskFullError) as caught:
             writer.write(name, large(), {}, {}, 1)
-        assert f"{small_disk / name}: cannot be written (" in str(caught.value)
-        assert "No space left on device" in str(caught.value) and "bytes are free there" in str(caught.value)
+        assert f"{small_disk / name}: the disk is full" in str(caught.value)
+        assert "No space left on device" in str(caught.value) and "bytes are free" in str(caught.value)
     assert [path.name for path in small_disk.iterdir()] == ["epoch0"]
     assert files(small_disk / "epoch0") == before
     assert drawn == ["a", "b"] * 2  # the collective behind the iterator is finished even so

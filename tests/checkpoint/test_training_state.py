@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 from accessory.checkpoint.save import write_json, write_tensors
 from accessory.checkpoint.training_state import (
+    CHANGEABLE,
     Progress,
+    Resumption,
     collect_training_state,
     load_training_state,
     state_record,
@@ -52,12 +55,30 @@ def step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) 
 def write(directory: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """As the checkpoint writer does."""
     write_tensors(directory, "training_state", collect_training_state(optimizer, parameters, SLICINGS).items())
-    write_json(directory / "training_state.json", state_record(PROGRESS, IDENTITY))
+    write_json(directory / "training_state.json", state_record(PROGRESS, IDENTITY, conditions(Layout())))
 
 
-def load(directory: Path, parameters: dict[str, nn.Parameter], optimizer, layout: Layout | None = None, **changes):
+def conditions(layout: Layout) -> dict:
+    """What must be equal for a run to go on bit for bit."""
+    return {"world_size": layout.world_size, "mp_size": layout.mp_size, "threads": 2}
+
+
+def load(
+    directory: Path, parameters: dict[str, nn.Parameter], optimizer, layout: Layout | None = None, allowed=(), **changes
+) -> Resumption:
     """As a resumed run does."""
-    return load_training_state(directory, optimizer, parameters, SLICINGS, layout or Layout(), IDENTITY | changes)
+    layout, identity = layout or Layout(), IDENTITY | changes
+    return load_training_state(
+        directory, optimizer, parameters, SLICINGS, layout, identity, conditions(layout), allowed
+    )
+
+
+def saved_by(directory: Path, ranks: int, mp_size: int) -> None:
+    """Say that what lies there was saved by as many ranks."""
+    path = directory / "training_state.json"
+    record = json.loads(path.read_text())
+    record["conditions"] |= {"world_size": ranks, "mp_size": mp_size}
+    path.write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -79,9 +100,7 @@ def test_a_resumed_run_goes_on_exactly(trained, tmp_path: Path) -> None:
         step(parameters, optimizer)
     torch.manual_seed(99)
     resumed = build_adamw(copies, 0.1, 0.1)
-    progress, same_layout = load(tmp_path, copies, resumed)
-    assert progress == PROGRESS
-    assert same_layout
+    assert load(tmp_path, copies, resumed) == Resumption(PROGRESS, (), ())
     for _ in range(2):
         step(copies, resumed)
     for name, parameter in parameters.items():
@@ -111,7 +130,7 @@ def test_a_run_resumed_in_8_bits_goes_on_exactly(trained_in_8_bits, tmp_path: Pa
     for _ in range(2):
         step(parameters, optimizer)
     resumed = build_optimizer("adamw8bit", copies, 0.1, 0.1)
-    assert load(tmp_path, copies, resumed) == (PROGRESS, True)
+    assert load(tmp_path, copies, resumed) == Resumption(PROGRESS, (), ())
     assert resumed.state[copies["wq.weight"]]["exp_avg"].dtype == torch.uint8
     for _ in range(2):
         step(copies, resumed)
@@ -140,10 +159,12 @@ def test_8_bit_moments_of_four_ranks_for_one(trained_in_8_bits, tmp_path: Path) 
                 slices.append(torch.cat([unpack_moment(code, scales, signed) for code, scales in packed]))
             saved[f"{moment}.{name}"] = torch.cat(codes, SLICINGS[name].dim).contiguous()
             expected[name, moment] = torch.cat(slices, SLICINGS[name].dim)
-    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(4)} | {"mp_size": torch.tensor(2)}
+    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(4)}
     save_file(saved, path)
+    saved_by(tmp_path, 4, 2)
     optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
-    assert load(tmp_path, parameters, optimizer) == (PROGRESS, False)
+    inexact = ("world_size was 4, is 1", "mp_size was 2, is 1")
+    assert load(tmp_path, parameters, optimizer) == Resumption(PROGRESS, (), inexact)
     for (name, moment), values in expected.items():
         assert torch.equal(optimizer.state[parameters[name]][moment], values)
     step(parameters, optimizer)
@@ -180,12 +201,13 @@ def test_padded_slices_hold_the_code_of_zero(tmp_path: Path) -> None:
     saved, padded = load_file(path), Slicing(dim=0, whole=64)
     for moment in ("exp_avg", "exp_avg_sq"):  # 22 rows a rank, two of the last's being padding
         saved |= {f"{moment}_scales.wq.weight.{rank}": torch.ones(9) for rank in range(3)}
-    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(3)} | {"mp_size": torch.tensor(3)}
+    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(3)}
     save_file(saved, path)
+    saved_by(tmp_path, 3, 3)
     cut = {"wq.weight": nn.Parameter(torch.zeros(22, 100))}
     optimizer = build_optimizer("adamw8bit", cut, 0.1, 0.1)
     layout = Layout(rank=2, world_size=3, mp_rank=2, mp_size=3)
-    load_training_state(tmp_path, optimizer, cut, {"wq.weight": padded}, layout, IDENTITY)
+    load_training_state(tmp_path, optimizer, cut, {"wq.weight": padded}, layout, IDENTITY, conditions(layout))
     state = optimizer.state[cut["wq.weight"]]
     for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         values = unpack_moment(state[moment], state[f"{moment}_scales"], signed)
@@ -199,17 +221,6 @@ def test_missing_scales(trained_in_8_bits, tmp_path: Path) -> None:
     save_file(saved, path)
     with pytest.raises(CheckpointError, match=r"exp_avg_sq_scales\.wo\.weight\.0 is missing; expected the scales"):
         load(tmp_path, *trained_in_8_bits)
-
-
-def test_runs_from_before_there_was_a_choice_of_optimizers(trained, tmp_path: Path) -> None:
-    """Were AdamW's."""
-    path = tmp_path / "training_state.json"
-    record = json.loads(path.read_text())
-    del record["identity"]["optim"]
-    path.write_text(json.dumps(record))
-    assert load(tmp_path, *trained) == (PROGRESS, True)
-    with pytest.raises(CheckpointError, match="optim was 'adamw', is 'adamw8bit'"):
-        load(tmp_path, *trained, optim="adamw8bit")
 
 
 def test_step_count_is_the_optimizers(trained, tmp_path: Path) -> None:
@@ -246,8 +257,8 @@ def test_moments_are_cut_for_another_layout(trained, tmp_path: Path) -> None:
             for name, p in parameters.items()
         }
         resumed = build_adamw(cut, 0.1, 0.1)
-        _, same_layout = load(tmp_path, cut, resumed, Layout(rank=rank, world_size=2, mp_rank=rank, mp_size=2))
-        assert not same_layout
+        found = load(tmp_path, cut, resumed, Layout(rank=rank, world_size=2, mp_rank=rank, mp_size=2))
+        assert found.inexact == ("world_size was 1, is 2", "mp_size was 1, is 2")
         assert all(resumed.state[p]["exp_avg"].shape == p.shape for p in cut.values())
         assert all(resumed.state[p]["exp_avg"].is_contiguous() for p in cut.values())
         parts.append({name: resumed.state[p] for name, p in cut.items()})
@@ -264,8 +275,9 @@ def test_another_run_is_refused(trained, tmp_path: Path, field: str) -> None:
     """Field by field, with both values."""
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path, *trained, **{field: OTHER[field]})
+    hint = f" To go on all the same: --allow_changed {field}." if field in CHANGEABLE else ""
     assert str(caught.value) == (
-        f"{tmp_path}: belongs to another run: {field} was {IDENTITY[field]!r}, is {OTHER[field]!r}."
+        f"{tmp_path}: belongs to another run: {field} was {IDENTITY[field]!r}, is {OTHER[field]!r}.{hint}"
     )
 
 
@@ -307,13 +319,45 @@ def test_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
     parameters = new_parameters()
     write(tmp_path, parameters, build_adamw(parameters, 0.1, 0.1))
     optimizer = build_adamw(parameters, 0.1, 0.1)
-    assert load(tmp_path, parameters, optimizer)[0] == PROGRESS
+    assert load(tmp_path, parameters, optimizer).progress == PROGRESS
     assert not optimizer.state
     step(parameters, optimizer)
 
 
 def test_record_is_json(tmp_path: Path) -> None:
     """And keeps its values."""
-    record = json.loads(json.dumps(state_record(PROGRESS, IDENTITY)))
+    record = json.loads(json.dumps(state_record(PROGRESS, IDENTITY, {"threads": 2})))
     assert Progress(**record["progress"]) == PROGRESS
-    assert record["identity"] == IDENTITY
+    assert record["identity"] == IDENTITY and record["conditions"] == {"threads": 2}
+
+
+def test_what_is_allowed_may_differ_and_is_told(trained, tmp_path: Path) -> None:
+    found = load(tmp_path, *trained, allowed=("seed", "data"), seed=1, data="cd34")
+    assert found.changed == ("data", "seed") and not found.inexact
+    with pytest.raises(CheckpointError, match=r"global_batch was 16, is 8\. To go on .*--allow_changed global_batch\."):
+        load(tmp_path, *trained, allowed=("seed",), seed=1, global_batch=8)
+    with pytest.raises(CheckpointError, match=r"lora_rank.*\.$") as refused:
+        load(tmp_path, *trained, settings={"lora_rank": 8})
+    assert "--allow_changed" not in str(refused.value)
+
+
+def test_generators_that_are_missing(trained, tmp_path: Path) -> None:
+    """It would go on, but draw other dropout than the run that was saved."""
+    path = tmp_path / "training_state.safetensors"
+    saved = load_file(path)
+    del saved["generator.cpu.0"]
+    save_file(saved, path)
+    with pytest.raises(CheckpointError, match=r"generator\.cpu\.0 is missing; expected the generators of 1 ranks"):
+        load(tmp_path, *trained)
+
+
+@pytest.mark.parametrize("change", [
+    {"progress": None}, {"identity": []}, {"conditions": {}}, {"progress": {"epoch": 1}},
+    {"conditions": {"mp_size": 1}}, {"progress": {**asdict(PROGRESS), "step": "2"}},
+    {"progress": {**asdict(PROGRESS), "other": 1}},
+], ids=str)  # fmt: skip
+def test_records_of_another_kind(change: dict, trained, tmp_path: Path) -> None:
+    path = tmp_path / "training_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"training_state\.json: expected|is no training state"):
+        load(tmp_path, *trained)

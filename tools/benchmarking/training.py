@@ -24,6 +24,7 @@ from accessory.optim import LossScale, build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.report import Reporter
+from accessory.stop_signals import StopSignals
 from tools.benchmarking.random_parts import random_corpus, random_source
 from tools.model_sizes import is_shape
 
@@ -92,6 +93,7 @@ class Training:
             reporter=Reporter(None, 0, 0, enabled=False),
             save=lambda *_: None,
             loss_scale=LossScale(self.precision == "fp16"),
+            signals=StopSignals(),
         )
 
     def _blueprint(self, layout: Layout) -> tuple[Blueprint, list[Source]]:

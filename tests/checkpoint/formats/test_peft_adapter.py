@@ -512,7 +512,7 @@ def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, pytho
     change(adapter, base_model_name_or_path="nobody/nothing")
     flags = [
         *("--pretrained_path", tiny_base, adapter, "--llama_type", "llama_peft", "--only_save_trainable"),
-        *("--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu", "--max_words", "96"),
+        *("--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu", "--max_words", "160"),
         *("--batch_size", "4", "--accum_iter", "1", "--max_steps", "2", "--precision", "fp32"),
         *("--lr", "1e-6", "--min_lr", "0", "--output_dir", tmp_path / "out"),
     ]

@@ -1,0 +1,27 @@
+"""What a worker knows of the launcher that started it: torchrun, or SLURM's srun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def restart_count() -> int:
+    """How often torchrun (`--max-restarts`) or SLURM (`--requeue`) has started this run before."""
+    return sum(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this worker when its torchrun dies: an orphan would train on and write beside the next run.
+
+    Nothing happens where no torchrun started the process, or elsewhere than on Linux.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork") or os.uname().sysname != "Linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)

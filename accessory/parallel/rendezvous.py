@@ -1,0 +1,58 @@
+"""Where the processes of one attempt meet: a store of keys that no earlier attempt has written to."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from accessory.errors import ParallelError
+
+_POLL = 0.01  # seconds
+
+
+def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A store for the `world_size` processes of this attempt, empty but for what they write. Blocks until all are here.
+
+    torchrun keeps its store over restarts, and gloo would find the addresses of the dead in it (pytorch #135712). So
+    everything is kept under a name which rank 0 has just made up. Raises `ParallelError` if not all come in time.
+    """
+    if world_size == 1:
+        return dist.HashStore()
+    store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    deadline = time.monotonic() + timeout.total_seconds()
+    name = _name_attempt(store, world_size, deadline) if rank == 0 else _ask_for_name(store, rank, deadline)
+    return dist.PrefixStore(name, store)
+
+
+def _name_attempt(store: dist.Store, world_size: int, deadline: float) -> str:
+    """Make up the name and answer whoever asks, among them perhaps the dead, until all others have confirmed it."""
+    name = f"attempt-{uuid.uuid4().hex}"
+    missing = set(range(1, world_size))
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"asks-{rank}"]):
+                store.set(f"answer-{store.get(f'asks-{rank}').decode()}", name)
+            if store.check([f"{name}-{rank}"]):
+                missing.discard(rank)
+        _wait(deadline, f"ranks {', '.join(map(str, sorted(missing)))} have not come")
+    return name
+
+
+def _ask_for_name(store: dist.Store, rank: int, deadline: float) -> str:
+    question = uuid.uuid4().hex  # an answer to it cannot be of an earlier attempt
+    store.set(f"asks-{rank}", question)
+    while not store.check([f"answer-{question}"]):
+        _wait(deadline, "rank 0 has not come")
+    name = store.get(f"answer-{question}").decode()
+    store.set(f"{name}-{rank}", "")
+    return name
+
+
+def _wait(deadline: float, reason: str) -> None:
+    if time.monotonic() > deadline:
+        raise ParallelError(f"The processes have not met: {reason}.")
+    time.sleep(_POLL)

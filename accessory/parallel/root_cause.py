@@ -1,0 +1,104 @@
+"""Which process is at fault when a run of several ends: said once, by one of them, with the cause and the rank.
+
+A collective fails on the healthy ranks too, and torchrun's own report shows whichever error came first. Here the rank
+whose own code failed puts its error into the store before it leaves, and the others, whose collectives then fail, look
+there. Where nobody left one, the ranks that answer tell which do not: those were killed, or hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+
+import torch.distributed as dist
+
+from accessory import errors
+from accessory.errors import AccessoryError, LostRankError
+
+GRACE = 3.0  # seconds for the other ranks to notice as well
+_POLL = 0.05  # seconds
+_CAUSE = "cause"
+
+
+class Witness:
+    """One rank's view of a run that may fail. `store` is this attempt's, of `meet`."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        store.set(_place(rank), f"process {os.getpid()} on {socket.gethostname()}")
+
+    def settle(self, error: Exception) -> AccessoryError:
+        """What all ranks report for `error`; `speaks` on it is true on the rank that is to say so.
+
+        An error that all ranks have in common is the main rank's to say, one of a single rank that rank's. A failed
+        collective becomes the error of the rank that caused it, or `LostRankError` naming those that do not answer.
+        """
+        if isinstance(error, AccessoryError):
+            return _said(error, self.rank == 0) if error.common else self._cause(error, str(error))
+        if self.world_size > 1 and _is_collective(error):
+            return self._lost(error)
+        traceback.print_exception(error)  # not foreseen, so where it happened is what matters
+        return self._cause(error, f"{type(error).__name__}: {error}")
+
+    def _cause(self, error: Exception, message: str) -> AccessoryError:
+        """Leave this rank's own error for the others to find, unless another rank's is there already."""
+        kind = type(error) if isinstance(error, AccessoryError) else AccessoryError
+        where = f"[rank {self.rank}] " if self.world_size > 1 else ""
+        mine = json.dumps([kind.__name__, where + message])
+        try:
+            first = self.store.compare_set(_CAUSE, "", mine).decode() == mine
+        except (RuntimeError, ValueError):  # the store went with its process
+            first = True
+        return _said(kind(where + message), first)
+
+    def _lost(self, error: Exception) -> AccessoryError:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher that cleans up; we are leaving anyway
+        deadline, silent = time.monotonic() + GRACE, set(range(self.world_size))
+        try:
+            self.store.set(_alive(self.rank), "")
+            while silent and time.monotonic() < deadline:
+                if self.store.check([_CAUSE]):
+                    kind, message = json.loads(self.store.get(_CAUSE))
+                    return _said(getattr(errors, kind)(message), False)
+                silent -= {rank for rank in silent if self.store.check([_alive(rank)])}
+                time.sleep(_POLL)
+            places = {rank: self.store.get(_place(rank)).decode() for rank in silent}
+        except (RuntimeError, ValueError):
+            said = "the process that the others met at is gone: rank 0, or its torchrun"
+            return _said(LostRankError(f"Lost contact: {said} ({_short(error)})."), True)
+        speaks = self.rank == min(set(range(self.world_size)) - silent)
+        if not silent:
+            said = "Every rank still runs, but they wait for one another in vain"
+            return _said(LostRankError(f"{said} ({_short(error)})."), speaks)
+        named = "; ".join(f"rank {rank} ({places[rank]})" for rank in sorted(silent))
+        said = f"{named} no longer answers: killed, or hanging"
+        return _said(LostRankError(f"{said} ({_short(error)})."), speaks)
+
+
+def _is_collective(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _said(error: AccessoryError, speaks: bool) -> AccessoryError:
+    error.common, error.speaks = True, speaks
+    return error
+
+
+def _place(rank: int) -> str:
+    return f"place-{rank}"
+
+
+def _alive(rank: int) -> str:
+    return f"alive-{rank}"
+
+
+def _short(error: Exception) -> str:
+    """The first sentence, without the source file that gloo puts in front of it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.split("] ", 1)[-1].split(". ", 1)[0].rstrip(". ")

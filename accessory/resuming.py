@@ -1,0 +1,76 @@
+"""Which checkpoint a run begins from, and what an earlier run may have left beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from accessory.checkpoint.latest import checkpoints_in, latest_checkpoint
+from accessory.checkpoint.manifest import read_manifest, verify
+from accessory.checkpoint.retention import remove
+from accessory.config import FinetuneConfig
+from accessory.errors import CheckpointError, ConfigError
+from accessory.parallel.agree import together
+from accessory.parallel.groups import Layout
+from accessory.parallel.launcher import restart_count
+
+
+def find_start(config: FinetuneConfig, layout: Layout) -> tuple[Path | None, list[str]]:
+    """(the checkpoint to go on from, or None to begin; what to tell the user about it). A collective.
+
+    The main rank compares it with its manifest. A run that torchrun or SLURM starts again goes on from the newest
+    whole checkpoint in `--output_dir` by itself. Raises `CheckpointError` where what is to be resumed is damaged or
+    missing, `ConfigError` where `--output_dir` holds checkpoints that this run would be mixed up with.
+    """
+    found: list[tuple[Path | None, list[str]]] = [(None, [])]
+
+    def look() -> None:
+        if layout.is_main:  # files are read once, not by every rank
+            found[0] = _look(config)
+
+    together(look)
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _look(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
+    output_dir = config.output_dir
+    there = checkpoints_in(output_dir) if output_dir and output_dir.is_dir() else []
+    if restart_count() and there:
+        found, faults = latest_checkpoint(output_dir)
+        if config.resume and not config.resumes_latest and verify(config.resume) >= read_manifest(found)["step"]:
+            found = config.resume
+        return found, [*faults, f"attempt {restart_count()}, started again: goes on from {found}"]
+    if config.resumes_latest and not restart_count():
+        found, faults = latest_checkpoint(output_dir)
+        return found, [*faults, f"--resume latest: {found}"]
+    begin = None if config.resumes_latest else config.resume
+    step = verify(begin) if begin else 0
+    if config.dry_run:
+        return begin, []
+    return begin, _make_way([path for path in there if _step(path) > step], config)
+
+
+def _step(checkpoint: Path) -> float:
+    """After how many steps it was saved; infinitely many where it does not say."""
+    try:
+        return read_manifest(checkpoint)["step"]
+    except CheckpointError:
+        return float("inf")
+
+
+def _make_way(further: list[Path], config: FinetuneConfig) -> list[str]:
+    """Remove the checkpoints of another course of the run, if the user says so: `latest` would go on from them."""
+    if not further:
+        return []
+    names = ", ".join(path.name for path in further)
+    if not config.overwrite:
+        raise ConfigError(
+            f"--output_dir {config.output_dir}: holds checkpoints further than where this run begins: {names}. "
+            "Go on from the newest with --resume latest, remove them with --overwrite, or give another --output_dir."
+        )
+    faults = [fault for path in further if (fault := remove(path))]
+    if faults:
+        raise ConfigError("\n".join(["--overwrite:", *faults]))
+    return [f"--overwrite: removed {names}"]

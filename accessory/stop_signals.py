@@ -1,0 +1,45 @@
+"""Signals that ask a run to stop: remembered until a step is whole, so that what is saved is one step on all ranks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from accessory.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Of torchrun and schedulers, of the keyboard, and of `sbatch --signal=USR1@SECONDS`."""
+
+
+class StopSignals:
+    """While entered, a signal of `SIGNALS` raises `Preempted` at once; while `deferring`, it is kept in `received`.
+
+    `received` is the number of the last one, or 0. However many come, they only set it, so that a save is never cut
+    short by a second one. What handled them before does so again on leaving.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.deferring = False
+
+    def __enter__(self) -> StopSignals:
+        heard = (
+            SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        )  # Python hears them nowhere else
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if not self.deferring:
+            raise Preempted(f"Stopped by {name_of(number)} before the first step; nothing was saved.")
+
+
+def name_of(number: int) -> str:
+    """`SIGTERM` for 15."""
+    return signal.Signals(number).name
