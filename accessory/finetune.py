@@ -98,7 +98,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     check_alike({**identity, "trained": {name: list(p.shape) for name, p in parameters.items()}})
     progress = _resume(config, optimizer, parameters, slicings, layout, identity, conditions)
     schedule = _schedule(config, order)
-    status.begin(progress.total_steps)
+    together(lambda: status.begin(progress.total_steps))
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
     with closing(reporter):
         save = _saver(config, sources, blueprint, corpus, decoder, parameters, slicings, optimizer, identity,

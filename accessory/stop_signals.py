@@ -7,6 +7,7 @@ import threading
 from types import FrameType, TracebackType
 
 from accessory.errors import Preempted
+from accessory.parallel.launcher import outlive_launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Of torchrun and schedulers, of the keyboard, and of `sbatch --signal=USR1@SECONDS`."""
@@ -36,7 +37,9 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        if not self.deferring:
+        if self.deferring:
+            outlive_launcher()
+        else:
             raise Preempted(f"Stopped by {name_of(number)} before the first step; nothing was saved.")
 
 

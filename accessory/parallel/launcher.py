@@ -22,6 +22,16 @@ def die_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork") or os.uname().sysname != "Linux":
         return
     launcher = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _at_launchers_death(signal.SIGKILL)
     if os.getppid() != launcher:  # it died before the kernel was told
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outlive_launcher() -> None:
+    """Undo it: asked to stop, a worker saves and ends by itself, and torchrun leaves at a second signal."""
+    if hasattr(os, "fork") and os.uname().sysname == "Linux":
+        _at_launchers_death(0)
+
+
+def _at_launchers_death(number: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -30,7 +31,7 @@ class Witness:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
-        store.set(_place(rank), f"process {os.getpid()} on {socket.gethostname()}")
+        store.set(_place(rank), json.dumps([os.getpid(), socket.gethostname()]))
 
     def settle(self, error: Exception) -> AccessoryError:
         """What all ranks report for `error`; `speaks` on it is true on the rank that is to say so.
@@ -68,7 +69,7 @@ class Witness:
                     return _said(getattr(errors, kind)(message), False)
                 silent -= {rank for rank in silent if self.store.check([_alive(rank)])}
                 time.sleep(_POLL)
-            places = {rank: self.store.get(_place(rank)).decode() for rank in silent}
+            places = {rank: json.loads(self.store.get(_place(rank))) for rank in silent}
         except (RuntimeError, ValueError):
             said = "the process that the others met at is gone: rank 0, or its torchrun"
             return _said(LostRankError(f"Lost contact: {said} ({_short(error)})."), True)
@@ -76,9 +77,23 @@ class Witness:
         if not silent:
             said = "Every rank still runs, but they wait for one another in vain"
             return _said(LostRankError(f"{said} ({_short(error)})."), speaks)
-        named = "; ".join(f"rank {rank} ({places[rank]})" for rank in sorted(silent))
+        for process, host in places.values():
+            _end_sibling(process, host)
+        named = "; ".join("rank {} (process {} on {})".format(rank, *places[rank]) for rank in sorted(silent))
         said = f"{named} no longer answers: killed, or hanging"
         return _said(LostRankError(f"{said} ({_short(error)})."), speaks)
+
+
+def _end_sibling(process: int, host: str) -> None:
+    """Kill what hangs, if this process's launcher started it: torchrun would wait for it for half a minute more."""
+    if host != socket.gethostname():
+        return
+    try:
+        parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        if parent == os.getppid():
+            os.kill(process, signal.SIGKILL)
+    except (OSError, ValueError, IndexError):  # it is gone, or there is no /proc
+        return
 
 
 def _is_collective(error: Exception) -> bool:

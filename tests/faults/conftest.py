@@ -1,0 +1,33 @@
+"""The job that faults strike, and its undisturbed twin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import environment
+from tests.faults.job import Job
+
+
+@pytest.fixture(scope="session")
+def dropout_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA of rank 4 with dropout, so that random numbers matter."""
+    path = tmp_path_factory.mktemp("dropout") / "lora.json"
+    path.write_text('{"lora_rank": 4, "lora_dropout": 0.2}')
+    return path
+
+
+@pytest.fixture
+def job(tiny_base: Path, dropout_lora: Path, tmp_path: Path) -> Job:
+    """The job, not started."""
+    return Job(tiny_base, dropout_lora, tmp_path / "run", environment())
+
+
+@pytest.fixture(scope="package")
+def twin(tiny_base: Path, dropout_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The job, run without a fault."""
+    job = Job(tiny_base, dropout_lora, tmp_path_factory.mktemp("twin") / "run", environment())
+    done = job.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return job
