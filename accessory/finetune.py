@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import RUN_FILE, run_record, with_base
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
-from accessory.checkpoint.training_state import Progress, load_training_state
+from accessory.checkpoint.training_state import Progress, Resumption, find_resumption, restore_training_state
 from accessory.checkpointing import check_offload, choose_layers, recompute_layers
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus, build_corpus
@@ -87,16 +88,19 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     decoder, attachment = together(lambda: blueprint.build(layout))
     corpus = together(lambda: _corpus(config, blueprint, layout))
     order = together(lambda: _order(config, corpus, layout))
+    identity = _identity(config, blueprint, _base(config, sources), corpus, order)
+    conditions = _conditions(config, layout)
+    check_alike(identity)
+    found = _find_resumption(config, layout, identity, conditions)
     recomputed = _plan_memory(config, blueprint, decoder, attachment, layout, order)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model, data_parallel = _fill(config, blueprint, sources, decoder, attachment, layout)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
-    identity = _identity(config, blueprint, _base(config, sources), corpus, order)
-    conditions = _conditions(config, layout)
-    check_alike({**identity, "trained": {name: list(p.shape) for name, p in parameters.items()}})
-    progress = _resume(config, optimizer, parameters, slicings, layout, identity, conditions)
+    if found:
+        together(lambda: restore_training_state(found, optimizer, parameters, slicings, layout))
+    progress = _progress(found, layout)
     schedule = _schedule(config, order)
     together(lambda: status.begin(progress.total_steps))
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
@@ -297,32 +301,29 @@ def _conditions(config: FinetuneConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _resume(
-    config: FinetuneConfig,
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    slicings: dict[str, Slicing],
-    layout: Layout,
-    identity: dict[str, Any],
-    conditions: dict[str, Any],
-) -> Progress:
+def _find_resumption(
+    config: FinetuneConfig, layout: Layout, identity: dict[str, Any], conditions: dict[str, Any]
+) -> Resumption | None:
     if config.resume is None:
-        return Progress()
-    found = together(
-        lambda: load_training_state(
-            config.resume, optimizer, parameters, slicings, layout, identity, conditions, config.allow_changed
-        )
-    )
-    progress = found.progress
-    notes = [f"resuming {config.resume} after step {progress.total_steps}"]
+        return None
+    found = together(lambda: find_resumption(config.resume, identity, conditions, config.allow_changed))
+    notes = [f"resuming {config.resume} after step {found.progress.total_steps}"]
     if found.inexact:
         notes.append(f"not bit for bit: {'; '.join(found.inexact)}")
     if found.changed:
         notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
-    if progress.step and _ORDER.intersection(found.changed):
-        notes.append(f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
-        progress.step = 0
     _say(layout, *notes)
+    return found
+
+
+def _progress(found: Resumption | None, layout: Layout) -> Progress:
+    """Where to begin. An epoch of which other documents would come now begins anew."""
+    if found is None:
+        return Progress()
+    progress = found.progress
+    if progress.step and _ORDER.intersection(found.changed):
+        _say(layout, f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
+        return replace(progress, step=0)
     return progress
 
 

@@ -81,28 +81,28 @@ def state_record(progress: Progress, identity: dict[str, Any], conditions: dict[
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a resumed run stands, and in what it is not the run that was saved.
+    """What is to be gone on from, and in what the run is not the one that was saved.
 
-    changed: parts of the identity that differ, as was allowed. inexact: conditions that do, with both values, for which
-    it does not go on bit for bit.
+    ranks, mp_size: of the saved run. changed: parts of the identity that differ, as was allowed. inexact: conditions
+    that do, with both values, for which it does not go on bit for bit.
     """
 
+    directory: Path
     progress: Progress
+    ranks: int
+    mp_size: int
     changed: tuple[str, ...]
     inexact: tuple[str, ...]
 
+    def has_layout(self, layout: Layout) -> bool:
+        """Whether ranks and slices are those of the saved run."""
+        return (self.ranks, self.mp_size) == (layout.world_size, layout.mp_size)
 
-def load_training_state(
-    directory: Path,
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    slicings: dict[str, Slicing],
-    layout: Layout,
-    identity: dict[str, Any],
-    conditions: dict[str, Any],
-    allowed: Collection[str] = (),
+
+def find_resumption(
+    directory: Path, identity: dict[str, Any], conditions: dict[str, Any], allowed: Collection[str] = ()
 ) -> Resumption:
-    """Restore the optimizer and, on the same number of ranks, this one's generators.
+    """What `directory` says of the run it was saved by, without reading tensors.
 
     Raises `CheckpointError` for a directory without a training state, a damaged one, or one of a different run: field
     by field, but for those of the identity that are `allowed` to differ.
@@ -116,20 +116,45 @@ def load_training_state(
         said = "; ".join(f"{key} was {was.get(key)!r}, is {identity[key]!r}" for key in refused)
         hint = f" To go on all the same: --allow_changed {' '.join(refused)}." if CHANGEABLE.issuperset(refused) else ""
         raise CheckpointError(f"{directory}: belongs to another run: {said}.{hint}")
-    ranks, mp_size = conditions_were["world_size"], conditions_were["mp_size"]
-    same_layout = (ranks, mp_size) == (layout.world_size, layout.mp_size)
     inexact = [
         f"{key} was {conditions_were.get(key)}, is {value}"
         for key, value in conditions.items()
         if conditions_were.get(key) != value
     ]
-    tensors = _read(state_file, parameters, ranks)
-    _restore_moments(tensors, optimizer, parameters, slicings, layout, progress, ranks, mp_size)
-    if same_layout:
+    ranks, mp_size = conditions_were["world_size"], conditions_were["mp_size"]
+    return Resumption(directory, progress, ranks, mp_size, tuple(changed), tuple(inexact))
+
+
+def restore_training_state(
+    found: Resumption,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    slicings: dict[str, Slicing],
+    layout: Layout,
+) -> None:
+    """Restore the optimizer and, on the layout that was saved, this rank's generators. Raises `CheckpointError`."""
+    tensors = _read(found.directory / f"{STATE_STEM}.safetensors", parameters, found.ranks)
+    count = tensors.get("step", torch.tensor(float(found.progress.total_steps)))
+    for name, parameter in parameters.items():
+        if f"{_MOMENTS[0]}.{name}" not in tensors:
+            continue  # the optimizer has not stepped yet
+        state = {"step": count.to(parameter.device, copy=True)}
+        for moment in _MOMENTS:
+            values, slicing = tensors[f"{moment}.{name}"], slicings[name]
+            scales = {rank: tensors.get(f"{moment}_scales.{name}.{rank}") for rank in range(found.ranks)}
+            if values.dtype != torch.uint8:
+                state[moment] = _place(values, parameter, slicing, layout)
+            elif found.has_layout(layout):
+                state[moment] = _place_codes(values, _SIGNED[moment], parameter, slicing, layout)
+                state[f"{moment}_scales"] = scales[layout.rank].to(parameter.device)
+            else:
+                whole = _unpacked(values, scales, _SIGNED[moment], slicing, found.mp_size)
+                state[moment] = _place(whole, parameter, slicing, layout)
+        optimizer.state[parameter] = state
+    if found.has_layout(layout):
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
         if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
-    return Resumption(progress, tuple(changed), tuple(inexact))
 
 
 def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
@@ -145,37 +170,6 @@ def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]
     ):
         raise CheckpointError(f"{record}: expected the progress, identity and conditions of a run.")
     return Progress(**progress), identity, conditions
-
-
-def _restore_moments(
-    tensors: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    slicings: dict[str, Slicing],
-    layout: Layout,
-    progress: Progress,
-    ranks: int,
-    mp_size: int,
-) -> None:
-    """This rank's part of the moments that `ranks` ranks saved, `mp_size` of them to a model."""
-    same_layout = (ranks, mp_size) == (layout.world_size, layout.mp_size)
-    count = tensors.get("step", torch.tensor(float(progress.total_steps)))
-    for name, parameter in parameters.items():
-        if f"{_MOMENTS[0]}.{name}" not in tensors:
-            continue  # the optimizer has not stepped yet
-        state = {"step": count.to(parameter.device, copy=True)}
-        for moment in _MOMENTS:
-            values, slicing = tensors[f"{moment}.{name}"], slicings[name]
-            scales = {rank: tensors.get(f"{moment}_scales.{name}.{rank}") for rank in range(ranks)}
-            if values.dtype != torch.uint8:
-                state[moment] = _place(values, parameter, slicing, layout)
-            elif same_layout:
-                state[moment] = _place_codes(values, _SIGNED[moment], parameter, slicing, layout)
-                state[f"{moment}_scales"] = scales[layout.rank].to(parameter.device)
-            else:
-                whole = _unpacked(values, scales, _SIGNED[moment], slicing, mp_size)
-                state[moment] = _place(whole, parameter, slicing, layout)
-        optimizer.state[parameter] = state
 
 
 def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:

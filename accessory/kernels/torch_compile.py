@@ -23,10 +23,10 @@ def compile_fusible(wanted: bool) -> None:
 
 def fusible(function: Callable[..., Result]) -> Callable[..., Result]:
     """`function`, or what torch.compile makes of it for tensors of any length, while that is wanted."""
-    compiled = torch.compile(function, dynamic=True)  # compiles nothing yet
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))  # loads the compiler, so only if wanted
 
     @functools.wraps(function)
     def choose(*given: object) -> Result:
-        return (compiled if _wanted else function)(*given)
+        return (compiled() if _wanted else function)(*given)
 
     return choose

@@ -17,7 +17,8 @@ from accessory.checkpoint.training_state import (
     Progress,
     Resumption,
     collect_training_state,
-    load_training_state,
+    find_resumption,
+    restore_training_state,
     state_record,
 )
 from accessory.errors import CheckpointError
@@ -67,10 +68,10 @@ def load(
     directory: Path, parameters: dict[str, nn.Parameter], optimizer, layout: Layout | None = None, allowed=(), **changes
 ) -> Resumption:
     """As a resumed run does."""
-    layout, identity = layout or Layout(), IDENTITY | changes
-    return load_training_state(
-        directory, optimizer, parameters, SLICINGS, layout, identity, conditions(layout), allowed
-    )
+    layout = layout or Layout()
+    found = find_resumption(directory, IDENTITY | changes, conditions(layout), allowed)
+    restore_training_state(found, optimizer, parameters, SLICINGS, layout)
+    return found
 
 
 def saved_by(directory: Path, ranks: int, mp_size: int) -> None:
@@ -100,7 +101,7 @@ def test_a_resumed_run_goes_on_exactly(trained, tmp_path: Path) -> None:
         step(parameters, optimizer)
     torch.manual_seed(99)
     resumed = build_adamw(copies, 0.1, 0.1)
-    assert load(tmp_path, copies, resumed) == Resumption(PROGRESS, (), ())
+    assert load(tmp_path, copies, resumed) == Resumption(tmp_path, PROGRESS, 1, 1, (), ())
     for _ in range(2):
         step(copies, resumed)
     for name, parameter in parameters.items():
@@ -130,7 +131,7 @@ def test_a_run_resumed_in_8_bits_goes_on_exactly(trained_in_8_bits, tmp_path: Pa
     for _ in range(2):
         step(parameters, optimizer)
     resumed = build_optimizer("adamw8bit", copies, 0.1, 0.1)
-    assert load(tmp_path, copies, resumed) == Resumption(PROGRESS, (), ())
+    assert load(tmp_path, copies, resumed) == Resumption(tmp_path, PROGRESS, 1, 1, (), ())
     assert resumed.state[copies["wq.weight"]]["exp_avg"].dtype == torch.uint8
     for _ in range(2):
         step(copies, resumed)
@@ -164,7 +165,7 @@ def test_8_bit_moments_of_four_ranks_for_one(trained_in_8_bits, tmp_path: Path) 
     saved_by(tmp_path, 4, 2)
     optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
     inexact = ("world_size was 4, is 1", "mp_size was 2, is 1")
-    assert load(tmp_path, parameters, optimizer) == Resumption(PROGRESS, (), inexact)
+    assert load(tmp_path, parameters, optimizer) == Resumption(tmp_path, PROGRESS, 4, 2, (), inexact)
     for (name, moment), values in expected.items():
         assert torch.equal(optimizer.state[parameters[name]][moment], values)
     step(parameters, optimizer)
@@ -207,7 +208,8 @@ def test_padded_slices_hold_the_code_of_zero(tmp_path: Path) -> None:
     cut = {"wq.weight": nn.Parameter(torch.zeros(22, 100))}
     optimizer = build_optimizer("adamw8bit", cut, 0.1, 0.1)
     layout = Layout(rank=2, world_size=3, mp_rank=2, mp_size=3)
-    load_training_state(tmp_path, optimizer, cut, {"wq.weight": padded}, layout, IDENTITY, conditions(layout))
+    found = find_resumption(tmp_path, IDENTITY, conditions(layout))
+    restore_training_state(found, optimizer, cut, {"wq.weight": padded}, layout)
     state = optimizer.state[cut["wq.weight"]]
     for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         values = unpack_moment(state[moment], state[f"{moment}_scales"], signed)

@@ -1,0 +1,165 @@
+"""Runs that are cut in two end as those that are not. Numbers are those of the list in README."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, read_manifest
+from accessory.config import FinetuneConfig, parse
+from accessory.errors import CheckpointError
+from accessory.finetune import finetune
+from tests.faults.job import Job
+
+LAST = "epoch0-iter12"
+
+
+def alone(job: Job, *more: str) -> None:
+    """Run the job in this process."""
+    job.ranks = 1
+    finetune(parse(FinetuneConfig, job.flags(*more)))
+
+
+def another(job: Job, name: str) -> Job:
+    """The same job in another directory."""
+    return Job(job.base, job.method, job.output.with_name(name), job.environment, job.ranks)
+
+
+def change(checkpoint: Path, file: str, **values: torch.Tensor | None) -> None:
+    """Put other tensors into a file of a checkpoint, and make its manifest agree."""
+    tensors = load_file(checkpoint / file) | values
+    save_file({name: value for name, value in tensors.items() if value is not None}, checkpoint / file)
+    was = read_manifest(checkpoint)
+    (checkpoint / MANIFEST_FILE).unlink()
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest_of(checkpoint, was["step"], was["loss"])))
+
+
+def test_01_two_halves_are_bitwise_the_whole(job: Job, twin: Job) -> None:
+    """Two ranks, dropout, AdamW, cosine, two micro-batches a step: weights, moments, generators and losses."""
+    assert job.run("--max_steps", "7").returncode == 0
+    done = job.run("--resume", "latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming {job.output / 'epoch0-iter7'} after step 7\n" in done.stdout
+    assert "not bit for bit" not in done.stdout
+    assert job.digest(LAST) == twin.digest(LAST)
+    assert job.losses == twin.losses and len(twin.losses) == 12
+
+
+def test_02_another_random_state_is_another_run(job: Job) -> None:
+    """So the first test can fail; and without a state there is no resuming."""
+    alone(job, "--max_steps", "6", "--save_steps", "3")
+    for name in ("same", "other", "none"):
+        shutil.copytree(job.output / "epoch0-iter3", job.output.with_name(name))
+    other = torch.Generator().manual_seed(7).get_state()
+    change(job.output.with_name("other"), "training_state.safetensors", **{"generator.cpu.0": other})
+    change(job.output.with_name("none"), "training_state.safetensors", **{"generator.cpu.0": None})
+    digests = []
+    for name in ("same", "other"):
+        run = another(job, f"{name}-run")
+        alone(run, "--max_steps", "6", "--resume", str(job.output.with_name(name)))
+        digests.append(run.digest("epoch0-iter6"))
+    assert digests[0] == job.digest("epoch0-iter6")
+    assert all(digests[1][file] != digest for file, digest in digests[0].items())
+    with pytest.raises(CheckpointError, match=r"generator\.cpu\.0 is missing; expected the generators of 1 ranks"):
+        alone(another(job, "none-run"), "--resume", str(job.output.with_name("none")))
+
+
+def test_03_from_any_place_in_an_epoch(job: Job) -> None:
+    """From within an epoch, its edge, and the first step of the next. Saves asked for in mid-accumulation, after an odd
+    number of micro-batches, are those of the step that ends next."""
+    steps = ("--epochs", "3", "--max_steps", "22")
+    alone(job, *steps, "--save_steps", "1")
+    odd = another(job, "odd")
+    alone(odd, *steps, "--accum_iter", "4", "--save_iteration_interval", "9", "--save_steps", "")
+    assert [path.name for path in sorted(odd.output.glob("epoch0-iter*"))][:2] == ["epoch0-iter10", "epoch0-iter12"]
+    for name, step in (("epoch0-iter18", 18), ("epoch0", 19), ("epoch1-iter1", 20)):
+        run = another(job, name)
+        alone(run, *steps, "--resume", str(job.output / name))
+        assert run.digest("epoch1-iter3") == job.digest("epoch1-iter3"), name
+        assert run.losses == {at: loss for at, loss in job.losses.items() if at > step}
+
+
+def test_04_other_numbers_of_ranks(job: Job, lora_config: Path) -> None:
+    """2, then 1, then 4 ranks: the same documents in every step, so the same losses to rounding; and it is said."""
+    job.method = lora_config  # without dropout
+    precise = ("--precision", "fp32", "--save_steps", "2", "--batch_size", "1")
+    whole = another(job, "whole")
+    whole.ranks = 1
+    assert whole.run("--max_steps", "6", *precise, "--accum_iter", "8").returncode == 0
+    job.ranks = 2
+    assert job.run("--max_steps", "2", *precise, "--accum_iter", "4").returncode == 0
+    for ranks, steps, was in ((1, 4, 2), (4, 6, 1)):
+        job.ranks = ranks
+        flags = ("--resume", "latest", "--max_steps", str(steps), *precise)
+        done = job.run(*flags, "--accum_iter", str(8 // ranks))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"not bit for bit: world_size was {was}, is {ranks}; " in done.stdout
+    assert list(job.losses) == list(whole.losses) == [1, 2, 3, 4, 5, 6]
+    for step, loss in whole.losses.items():
+        assert job.losses[step] == pytest.approx(loss, rel=1e-5), step
+    job.ranks = 1
+    with pytest.raises(CheckpointError, match="global_batch was 8, is 3"):
+        alone(job, "--resume", "latest", *precise, "--accum_iter", "3", "--precision", "fp32")
+
+
+def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path) -> None:
+    """Cut over two ranks, put together, cut again: with a learning rate that changes nothing, every value is kept."""
+    job.method = lora_config
+    still = ("--precision", "fp32", "--lr", "1e-30", "--min_lr", "0", "--allow_changed", "lr", "min_lr")
+    tensors = ["--model_parallel_size", "2", "--batch_size", "4", "--accum_iter", "2"]
+    assert job.run("--precision", "fp32", "--max_steps", "2", *tensors).returncode == 0
+    alone(job, *still, "--max_steps", "3", "--resume", "latest", "--batch_size", "4", "--accum_iter", "2")
+    job.ranks = 2
+    done = job.run(*still, "--max_steps", "4", "--resume", "latest", *tensors)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second, third = (load_file(job.output / f"epoch0-iter{n}" / "trainable.safetensors") for n in (2, 3, 4))
+    assert len(first) > 20
+    for name, value in first.items():
+        assert torch.equal(second[name], value) and torch.equal(third[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch_size", "3"], "global_batch was 8, is 12"),
+        (["--data_config", "DATA"], "data was '[0-9a-f]{64}', is '[0-9a-f]{64}'"),
+        (["--llama_config", "LORA"], "settings was {.*'lora_rank': 4.*}, is {.*'lora_rank': 8"),
+        (["--pretrained_path", "BASE"], r"base was \['\w{16}'\], is \['\w{16}'\]"),
+        (["--seed", "1"], "seed was 0, is 1"),
+        (["--lr", "0.02"], r"lr was 0\.01, is 0\.02"),
+        (["--epochs", "4"], "epochs was 2, is 4"),
+        (["--optim", "adamw8bit"], "optim was 'adamw', is 'adamw8bit'"),
+        (["--quant_type", "fp4"], "quantization was 'nf4', is 'fp4'"),
+        (["--seed", "1", "--lr", "0.02"], r"seed was 0, is 1; lr was 0\.01, is 0\.02"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_06_a_changed_run_is_refused(flags: list[str], words: str, saved: Job, tmp_path: Path) -> None:
+    """Field by field, with the saved and the current value."""
+    made = {"DATA": tmp_path / "data.json", "LORA": tmp_path / "lora.json", "BASE": tmp_path / "base"}
+    made["DATA"].write_text(json.dumps([{"instruction": f"count to {i}", "output": str(i)} for i in range(99)]))
+    made["LORA"].write_text('{"lora_rank": 8, "lora_dropout": 0.2}')
+    shutil.copytree(saved.base, made["BASE"])
+    (weights,) = made["BASE"].glob("*.safetensors")
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"belongs to another run: {words}"):
+        alone(saved, "--resume", "latest", *[str(made.get(flag, flag)) for flag in flags])
+
+
+def test_06_what_is_allowed_may_change(saved: Job) -> None:
+    """And how many threads tokenize is nobody's business."""
+    more = ("--resume", "latest", "--max_steps", "3", "--num_workers", "1")
+    alone(saved, *more, "--seed", "1", "--lr", "0.02", "--allow_changed", "seed", "lr")
+    assert saved.status["state"] == "finished" and saved.status["began_after"] == [2]
+
+
+@pytest.fixture
+def saved(job: Job) -> Job:
+    """After two steps in this process."""
+    alone(job, "--max_steps", "2")
+    return job
