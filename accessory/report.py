@@ -1,8 +1,9 @@
-"""What a run shows: a progress bar, a line a step, TensorBoard, a JSON log, and the loss curve."""
+"""What a run shows: a progress bar, a line a step, TensorBoard, a JSON log (null: not finite), and the loss curve."""
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from dataclasses import asdict, dataclass
@@ -12,13 +13,18 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from accessory.checkpoint.room import disk_fault
+
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, equal on all ranks. `tokens` are real ones of the global batch, `seconds` wall time."""
+    """One optimizer step, equal on all ranks. A skipped one may have a `loss` and `grad_norm` that are not finite.
+
+    `tokens` are real ones of the global batch, `seconds` wall time.
+    """
 
     step: int
     epoch: float
@@ -66,9 +72,10 @@ class Reporter:
         self.say(self.line(report))
         self.bar.update()
         if self.output_dir:
-            with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(report)) + "\n")
-            self._tensorboard(report)
+            try:
+                self._record(report)
+            except OSError as error:
+                raise disk_fault(self.output_dir / LOG_FILE, error) from error
 
     def line(self, report: StepReport) -> str:
         """The fixed-width line of a step."""
@@ -81,7 +88,10 @@ class Reporter:
             f"ETA {int(left) // 3600:4d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         )
 
-    def _tensorboard(self, report: StepReport) -> None:
+    def _record(self, report: StepReport) -> None:
+        entry = {name: value if math.isfinite(value) else None for name, value in asdict(report).items()}
+        with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
         for name in ("loss", "lr", "grad_norm", "epoch"):
             self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
         self.writer.add_scalar("train/tokens_per_s", report.tokens / report.seconds, report.step)
@@ -90,10 +100,14 @@ class Reporter:
     def close(self) -> None:
         """End the bar, flush TensorBoard, draw the loss curve."""
         self.bar.close()
-        if self.writer:
+        if not self.output_dir:
+            return
+        try:
             self.writer.close()
-        if self.output_dir and (self.output_dir / LOG_FILE).is_file():
-            draw_loss_curve(self.output_dir / LOG_FILE, self.output_dir / CURVE_FILE)
+            if (self.output_dir / LOG_FILE).is_file():
+                draw_loss_curve(self.output_dir / LOG_FILE, self.output_dir / CURVE_FILE)
+        except OSError as error:  # not worth a trained model, and perhaps an effect of what ends the run
+            self.say(f"{self.output_dir / CURVE_FILE}: cannot be written ({error.strerror})")
 
 
 def _in_8(value: float, decimals: int) -> str:
@@ -123,7 +137,7 @@ def read_losses(log: Path) -> dict[int, float]:
             continue
         if losses and entry["step"] <= next(reversed(losses)):
             losses = {step: loss for step, loss in losses.items() if step < entry["step"]}
-        losses[entry["step"]] = entry["loss"]
+        losses[entry["step"]] = math.nan if entry["loss"] is None else entry["loss"]
     return losses
 
 

@@ -1,13 +1,15 @@
-"""Whether the disk has room for a checkpoint, asked before it is needed."""
+"""Whether the disk has room for a checkpoint, asked before it is needed, and how it is told that it had not."""
 
 from __future__ import annotations
 
+import errno
+import re
 import shutil
 from pathlib import Path
 
 from torch import nn
 
-from accessory.errors import DiskFullError
+from accessory.errors import CheckpointError, DiskFullError
 from accessory.parallel.tensor import Slicing
 
 _BESIDE = 16 << 20  # tokenizer, settings, generators: more than any has
@@ -20,10 +22,29 @@ def checkpoint_bytes(saved: dict[str, nn.Parameter], slicings: dict[str, Slicing
 
 
 def check_room(output_dir: Path, needed: int) -> None:
-    """Raise `DiskFullError` where fewer than `needed` bytes are free."""
-    free = shutil.disk_usage(output_dir).free
+    """Raise `DiskFullError` where fewer than `needed` bytes are free, `CheckpointError` where the disk is gone."""
+    try:
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise CheckpointError(f"{output_dir}: cannot be looked at ({error.strerror}).") from error
     if free < needed:
         raise DiskFullError(
             f"{output_dir}: the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free. Free some, give "
             "--output_dir on another disk, or keep fewer checkpoints (--keep_last)."
         )
+
+
+def disk_fault(target: Path, error: Exception) -> CheckpointError:
+    """What to raise where `error` kept `target` from being written: full disks are told from other faults."""
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError:
+        free = 0
+    # safetensors keeps the number of the system's error in its words only.
+    numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return DiskFullError(
+            f"{target}: the disk is full, or a limit on it is reached ({error}); {free:,} bytes are free. What was "
+            "saved before is whole. Free some, and go on with --resume latest."
+        )
+    return CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.")

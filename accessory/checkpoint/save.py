@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
-from accessory.errors import CheckpointError, DiskFullError
+from accessory.checkpoint.room import disk_fault
+from accessory.errors import CheckpointError
 from accessory.parallel.agree import together
 from accessory.parallel.data import whole
 from accessory.parallel.tensor import Slicing, gather_slices
@@ -51,21 +50,9 @@ def fresh_directory(target: Path) -> Iterator[Path]:
         _replace(target, partial)
         sync(target.parent)
     except (OSError, SafetensorError) as error:
-        raise _write_fault(target, error) from error
+        raise disk_fault(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_fault(target: Path, error: Exception) -> CheckpointError:
-    """Full disks told from other faults; safetensors keeps the number of the system's error in its words."""
-    free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-    numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
-    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return DiskFullError(
-            f"{target}: the disk is full, or a limit on it is reached ({error}); {free:,} bytes are free. What was "
-            "saved before is whole. Free some, and go on with --resume latest."
-        )
-    return CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.")
 
 
 def _replace(target: Path, partial: Path) -> None:
