@@ -263,6 +263,7 @@ def _remedies(config: FinetuneConfig) -> str:
     found.append("a smaller --batch_size" if config.max_tokens is None else "a smaller --max_tokens")
     found += [] if config.quant else ["--quant with a method that trains a small part"]
     found += [] if config.optim == "adamw8bit" else ["--optim adamw8bit"]
+    found += [] if config.checkpointing in ("all", "auto") else ["--checkpointing"]
     found += [] if config.data_parallel == "fsdp" else ["--data_parallel fsdp on more ranks"]
     return ", ".join([*found, "--model_parallel_size on more ranks"])
 
