@@ -19,6 +19,8 @@ from accessory.quant import STORAGES
 
 Config = TypeVar("Config", bound=BaseModel)
 Precision = Literal["bf16", "fp16", "fp32", "tf32"]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
 _LAYER_WORDS = ("none", "all", "auto")
 
 
@@ -219,7 +221,7 @@ class DemoConfig(BaseModel):
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
         )
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.password:
+        if self.host not in LOOPBACK and not self.password:
             found.append(f"--host {self.host} lets others reach the page: give a --password.")
         return found
 

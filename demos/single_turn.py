@@ -114,6 +114,8 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     """Serve the page until interrupted. Raises `ConfigError` without gradio."""
     try:
         import gradio
+
+        from demos.page_guard import MOST_BYTES, guards
     except ImportError as error:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
     one_at_a_time = threading.Lock()
@@ -157,6 +159,9 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
             server_port=config.port,
             auth=("accessory", config.password) if config.password else None,
             share=False,
+            max_file_size=MOST_BYTES,
+            show_error=False,
+            app_kwargs={"middleware": guards(config.host)},
         )
     finally:
         if dist.get_world_size() > 1:

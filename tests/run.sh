@@ -1,10 +1,23 @@
 #!/usr/bin/env bash
 # Everything that must hold, from a bare machine: makes .venv, installs with the test extras, runs ruff and all tests.
-# Arguments go to pytest:  bash tests/run.sh tests/quant -k nested
+#
+#   bash tests/run.sh                            about 10 minutes on 2 cores
+#   bash tests/run.sh tests/quant -k nested      arguments go to pytest
+#   bash tests/run.sh --chaos                    half an hour of kills at random moments, restarts and fuzzing
+#
+# PROCESSES=2 test files run at once, each process on one thread: what they start are mostly processes of one thread, too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../exps/environment.sh"
 install "[test]"
 cd "$ROOT"
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+if [ "${1:-}" = --chaos ]; then
+    shift
+    CHAOS="${CHAOS:-$RANDOM}"
+    export CHAOS
+    echo "== chaos with seed $CHAOS"
+    exec "$VENV/bin/python" -m pytest -s -o timeout=3600 tests/faults -k "test_07 or test_15 or fuzz" "$@"
+fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .
-HF_HUB_OFFLINE=1 "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile "$@"

@@ -34,8 +34,8 @@ class Peft(Method):
         """Train the weights of all norms, and their biases where they have some."""
         bias_tuning: bool = True
         """Add a bias to every linear of attention and feed-forward, and train it."""
-        lora_rank: int = Field(default=-1, le=1 << 16)
-        """Rank R of LoRA; 0 or less leaves LoRA out."""
+        lora_rank: int = Field(default=-1, ge=-1, le=1 << 16)
+        """Rank R of LoRA; 0 or -1 leaves LoRA out."""
         lora_alpha: float | None = Field(default=None, ge=-(2.0**31), le=2.0**31)
         """LoRA is scaled by lora_alpha / lora_rank; absent means a scale of 1, as upstream."""
         lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

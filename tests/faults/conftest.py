@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,9 @@ def twin(tiny_base: Path, dropout_lora: Path, tmp_path_factory: pytest.TempPathF
     done = job.run()
     assert done.returncode == 0, done.stderr[-3000:]
     return job
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a directory to where the test may damage it."""
+    return lambda directory: shutil.copytree(directory, tmp_path / "copies" / directory.name)

@@ -1,0 +1,79 @@
+"""What stands before a demo's page: requests that are too large, or sent by somebody else's page, are turned away."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from accessory.config import LOOPBACK
+
+MOST_BYTES = 1 << 20
+
+
+class _TooLarge(Exception):
+    """More came than was announced."""
+
+
+class PageGuard:
+    """ASGI middleware: 413 beyond `MOST_BYTES` of body, 403 for a browser that another site's page made ask."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request, seen, begun = Request(scope), 0, False
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > MOST_BYTES:
+                raise _TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        if _is_foreign(request):
+            await PlainTextResponse("This page answers to itself only.", 403)(scope, receive, send)
+        elif _announced(request) > MOST_BYTES:
+            await _refusal()(scope, receive, send)
+        else:
+            try:
+                await self.app(scope, counted, noted)
+            except _TooLarge:
+                if not begun:
+                    await _refusal()(scope, receive, send)
+
+
+def guards(host: str) -> list[Middleware]:
+    """Of a page served at `host`. On loopback it is asked for by name of this machine only, against DNS rebinding."""
+    found = [Middleware(PageGuard)]
+    if host in LOOPBACK:
+        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+    return found
+
+
+def _is_foreign(request: Request) -> bool:
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+
+
+def _announced(request: Request) -> int:
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isdecimal() else 0
+
+
+def _refusal() -> PlainTextResponse:
+    return PlainTextResponse(f"A request has at most {MOST_BYTES:,} bytes.", 413)
