@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from accessory.checkpoint.retention import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
-from accessory.errors import ConfigError, explain_validation, nearest
+from accessory.errors import ConfigError, explain_validation, is_there, nearest
 from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
 
@@ -232,7 +232,7 @@ def missing_files(**flags: list[Path | None]) -> list[str]:
         f"--{flag} {path}: no such file or directory."
         for flag, paths in flags.items()
         for path in paths
-        if path is not None and not path.exists()
+        if path is not None and not is_there(path)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -84,6 +85,19 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate closest to `name`, or the empty string if none is close."""
     match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path that a user gave exists; one that cannot be a path, being too long, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path that a user or a file gave is one of a file."""
+    return is_there(path) and path.is_file()
 
 
 def explain_validation(error: ValidationError, source: str, valid_names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint.source import read_json
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, is_file
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -63,7 +63,7 @@ def verify(directory: Path) -> int:
 
 
 def _fault(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
+    if not is_file(path):
         return f"{path.name} is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{path.name} has {size:,} bytes, was saved with {entry['bytes']:,}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, torch_shards
 from accessory.checkpoint.source import Source, read_json
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, is_there
 from accessory.tokenizer.sniff import what_is
 
 KNOWN_FORMATS = (
@@ -22,7 +22,7 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
     Raises `CheckpointError` saying what was found and what is known.
     """
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise CheckpointError(f"{path}: no such checkpoint. Expected {KNOWN_FORMATS}.")
     if path.is_file():
         return _open_file(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, is_there
 
 RUN_FILE = "run.json"
 
@@ -54,7 +54,7 @@ def with_base(paths: list[str | Path]) -> list[Source]:
 
 
 def _recorded_base(delta: Path, entry: dict[str, str], base: Source | None) -> Source:
-    if not Path(entry["path"]).exists():
+    if not is_there(Path(entry["path"])):
         raise CheckpointError(
             f"{delta}: was trained on the base {entry['path']}, which is not there. "
             "Bring it back, or give its new place: --pretrained_path BASE TRAINABLE."

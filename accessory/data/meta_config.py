@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from accessory.data.records import SUFFIXES
 from accessory.data.templates import CHAT, PROMPT_TYPES
-from accessory.errors import DataError, explain_validation, nearest
+from accessory.errors import DataError, explain_validation, is_file, nearest
 from accessory.tokenizer.sniff import what_is
 
 
@@ -80,7 +80,7 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
 
 
 def _find(path: Path, beside: Path) -> Path | None:
-    return next((p for p in (beside / path, path) if p.is_file()), None)
+    return next((p for p in (beside / path, path) if is_file(p)), None)
 
 
 def _read_yaml(path: Path) -> Any:

@@ -9,7 +9,7 @@ from accessory.checkpoint.formats.torch_shards import load_torch_file
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor
 from accessory.checkpoint.naming import ours_from_theirs
 from accessory.checkpoint.source import Source, open_safetensors, read_json, settings_read_by
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, is_file
 from accessory.model.families import architecture_of
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -34,7 +34,7 @@ def _weight_files(path: Path) -> list[Path]:
     for index in INDEXES:
         if (path / index).is_file():
             files = [path / name for name in _indexed_files(path / index)]
-            if absent := [file.name for file in files if not file.is_file()]:
+            if absent := [file.name for file in files if not is_file(file)]:
                 raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {_present(path)}.")
             return files
     for single in SINGLES:

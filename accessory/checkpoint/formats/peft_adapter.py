@@ -22,7 +22,7 @@ from accessory.checkpoint.formats.torch_shards import load_torch_file
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor, SafetensorsTensor, ZeroTensor
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, model_args_of, open_safetensors, read_json
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, is_file
 from accessory.model.args import ModelArgs
 from accessory.model.families import Architecture, architecture_of
 
@@ -63,7 +63,7 @@ def open_adapter(path: Path, base: Source | None) -> Source:
 def _named_base(path: Path, config: AdapterConfig) -> Path:
     named = config.base_model_name_or_path
     file = Path(named or "") / "config.json"
-    if named and file.is_file() and "model_type" in read_json(file):
+    if named and is_file(file) and "model_type" in read_json(file):
         return Path(named)
     said = f"its base {named!r} is no Hugging Face directory here" if named else f"its {CONFIG_FILE} names no base"
     raise CheckpointError(f"{path}: {said}; give BASE first: --pretrained_path BASE {path}.")

@@ -1,0 +1,56 @@
+"""One run at a time in a directory; the kernel forgets those that died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accessory import run_lock
+from accessory.errors import ConfigError
+from accessory.run_lock import LOCK_FILE, lock
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """Another process that holds the directory."""
+    lines = (
+        f"from pathlib import Path; from accessory.run_lock import lock\nwith lock(Path({str(tmp_path)!r})): input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", lines], cwd=ROOT, stdin=subprocess.PIPE)
+    while not (tmp_path / LOCK_FILE).is_file() or not (tmp_path / LOCK_FILE).read_text():
+        assert process.poll() is None
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_held_by_another_until_it_dies(holder: subprocess.Popen, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run_lock, "_PATIENCE", 0.3)
+    with (
+        pytest.raises(ConfigError, match=rf"a run is at work there: process {holder.pid} on .*, since 20"),
+        lock(tmp_path),
+    ):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with lock(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_free_again_after_leaving(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run_lock, "_PATIENCE", 0.0)
+    for _ in range(2):
+        with lock(tmp_path), pytest.raises(ConfigError), lock(tmp_path):  # not by the same process either
+            pass
+
+
+def test_one_that_is_about_to_die_is_waited_for(holder: subprocess.Popen, tmp_path: Path) -> None:
+    holder.stdin.close()  # it ends by itself in a moment
+    with lock(tmp_path):
+        pass
