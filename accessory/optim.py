@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import bitsandbytes.functional as kernels
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from accessory.parallel.data import local, sum_over_data_parallel
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import Slicing
+from accessory.quant.bitsandbytes_library import functional as kernels
 from accessory.quant.moments import BLOCK as MOMENT_BLOCK
 from accessory.quant.moments import levels, pack_moment
 

@@ -41,6 +41,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the worst moment so far: allocated by PyTorch on a GPU, resident in the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the process that forked this one had, too
+        return (
+            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) * 1024
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

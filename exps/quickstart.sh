@@ -41,12 +41,14 @@ if [ -f "$OUT/before.txt" ]; then cat "$OUT/before.txt"; else ask "$OUT/before.t
 TUNED="$OUT/epoch$((EPOCHS - 1))"
 if [ ! -d "$TUNED" ]; then
     echo "== fine-tuning: NormBiasLoRA on a 4-bit base"
+    resume=()
+    if compgen -G "$OUT/epoch*/manifest.json" > /dev/null; then resume=(--resume latest); fi  # it was interrupted
     "$VENV/bin/torchrun" --standalone --nproc-per-node "${NPROC:-1}" "$ROOT/accessory/main_finetune.py" \
         --llama_type llama_peft --llama_config "$ROOT/configs/model/finetune/sg/llamaPeft_normBiasLora.json" \
         --pretrained_path "$OUT/base" --data_config "$ROOT/configs/data/finetune/sg/quickstart.yaml" \
         --quant --only_save_trainable --device "$DEVICE" --output_dir "$OUT" \
         --batch_size 8 --accum_iter 1 --max_words 256 --epochs "$EPOCHS" --warmup_epochs 0.5 \
-        --lr 1e-3 --min_lr 1e-4 --clip_grad 2 --weight_decay 0 --save_interval "$EPOCHS" 2>&1 | tee "$OUT/output.log"
+        --lr 1e-3 --min_lr 1e-4 --clip_grad 2 --weight_decay 0 --save_interval "$EPOCHS" "${resume[@]}" 2>&1 | tee "$OUT/output.log"
     rm -f "$OUT/after.txt"
 fi
 

@@ -70,8 +70,11 @@ def calls(tiny_base: Path, lora_config: Path, tmp_path_factory: pytest.TempPathF
     return wrong_calls(tiny_base, lora_config, tmp_path_factory.mktemp("wrong"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+# Over two ranks, one for each place at which a call may be found wrong.
+@pytest.mark.parametrize(("name", "ranks"), [
+    *((name, 1) for name in NAMES),
+    *((name, 2) for name in ("flag_typo", "model_parallel_size", "empty_data", "truncated_pth")),
+])  # fmt: skip
 def test_wrong_call(name: str, ranks: int, calls, tiny_base, lora_config, tmp_path, python, torchrun) -> None:
     extra, expected = calls[name]
     data = MAIN.parent.parent / "data_example" / "accessory_qa.json"
@@ -108,6 +111,6 @@ def test_found_before_anything_is_read(bad: str, tiny_base, tmp_path, python) ->
     ]
     call += {"file": ["--output_dir", tmp_path / "out"], "nothing_to_train": ["--llama_config", none, "--dry_run"]}[bad]
     done = python(*call, timeout=60)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert {"file": "--output_dir", "nothing_to_train": "nothing would be trained"}[bad] in done.stderr
     assert "Traceback" not in done.stderr

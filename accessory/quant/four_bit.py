@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.quant import native
+from accessory.quant.bitsandbytes_library import functional as bnb
 from accessory.quant.fused import FusedCopy
 from accessory.quant.memory import shared_memory
 from accessory.quant.packed import PackedWeight

@@ -8,8 +8,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
+
+from accessory.quant.bitsandbytes_library import functional as bnb
 
 BLOCK = 256
 
@@ -17,7 +18,7 @@ BLOCK = 256
 @cache
 def levels(signed: bool, device: torch.device) -> Tensor:
     """What the 256 codes stand for, in units of the block's scale; fp32, rising. The second moment has no sign."""
-    return create_dynamic_map(signed=signed).to(device)
+    return bnb.create_dynamic_map(signed=signed).to(device)
 
 
 def zero_code(signed: bool) -> int:

@@ -10,13 +10,13 @@ import ctypes
 from ctypes import c_int64, c_void_p
 
 import torch
-from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
-from bitsandbytes.functional import has_avx512bf16
 from torch import Tensor
+
+from accessory.quant.bitsandbytes_library import ErrorHandlerMockBNBNativeLibrary, functional, lib
 
 AVAILABLE = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
 """Whether bitsandbytes found its library; without it, its operations do the same in plain PyTorch."""
-FUSES = AVAILABLE and bool(has_avx512bf16())
+FUSES = AVAILABLE and bool(functional.has_avx512bf16())
 """Whether this processor has what the product with packed weights is written for."""
 FUSED_ROWS, FUSED_COLUMNS = 32, 64
 """The product takes matrices whose rows and columns are multiples of these."""

@@ -31,7 +31,7 @@ def test_15_a_killed_rank_is_restarted_and_ends_as_its_twin(job: Job, twin: Job,
 
 
 def test_16_restarts_without_progress_end(job: Job) -> None:
-    job.launcher = ["--max-restarts=3"]
+    job.launcher = ["--max-restarts=2"]
     done = job.run(faults=[{"do": "kill", "rank": 1, "step": 2}])
     assert job.fired == ["kill-rank1-attempt0", "kill-rank1-attempt1"]  # the third does not even begin
     assert done.returncode == 1
@@ -141,6 +141,7 @@ def test_21_fewer_records_than_ranks_and_none(job: Job, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert job.status["step"] == 2 and set(job.losses) == {1, 2}  # an epoch is one step of five
     few.write_text("[]")
+    job.ranks = 2
     done = job.run("--data_config", str(few), "--overwrite")
     assert said(done).count("DataError: ") == 1 and "not one record can be trained on" in said(done)
     assert job.status["status"] == 3

@@ -8,10 +8,10 @@ from torch import nn
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from accessory.errors import CheckpointError, DataError
+from accessory.errors import CheckpointError, DataError, ParallelError
 from accessory.optim import gradient_norm, scale_gradients, sum_partial_gradients
 from accessory.parallel import groups
-from accessory.parallel.agree import together
+from accessory.parallel.agree import check_alike, highest, together
 from accessory.parallel.data import DataParallel, local, shard_like, sum_over_data_parallel, whole
 from accessory.parallel.tensor import (
     WHOLE,
@@ -46,6 +46,19 @@ def check_together(rank: int) -> None:
         together(fails_on_all)
     except DataError as error:
         assert str(error) == "no data"
+
+
+def check_alike_and_highest(rank: int) -> None:
+    """What one rank knows all know; what differs is named with both values, and only that."""
+    assert highest([rank, 5 - rank, 7], torch.device("cpu")) == [1, 5, 7]
+    check_alike({"seed": 0, "base": ["a"]})
+    try:
+        check_alike({"seed": rank, "lr": 0.1, **({"extra": 1} if rank else {})})
+    except ParallelError as error:
+        assert str(error).splitlines()[1:] == ["extra: None on rank 0, 1 on rank 1", "seed: 0 on rank 0, 1 on rank 1"]
+        assert error.common
+    else:
+        raise AssertionError("the difference was not found")
 
 
 def check_model_parallel(rank: int) -> None:
@@ -116,7 +129,7 @@ layout = groups.start("cpu", model_parallel_size=1 if scenario == "data" else 2)
 expected = (0, 1, layout.rank, 2) if scenario == "data" else (layout.rank, 2, 0, 1)
 assert (layout.mp_rank, layout.mp_size, layout.dp_rank, layout.dp_size) == expected
 {
-    "agree": lambda: check_together(layout.rank),
+    "agree": lambda: (check_together(layout.rank), check_alike_and_highest(layout.rank)),
     "tensor": lambda: check_model_parallel(layout.rank),
     "data": lambda: check_data_parallel(layout),
 }[scenario]()
