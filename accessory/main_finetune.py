@@ -6,6 +6,10 @@ from pathlib import Path
 if not __package__:  # started as a script: what Python put first on the path is this folder, not the one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from accessory.parallel.launcher import die_with_launcher
+
+die_with_launcher()  # before the imports that take seconds
+
 from accessory.config import FinetuneConfig
 from accessory.entry import run_entry
 from accessory.finetune import finetune

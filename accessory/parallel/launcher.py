@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -17,14 +18,15 @@ def restart_count() -> int:
 def die_with_launcher() -> None:
     """Have the kernel kill this worker when its torchrun dies: an orphan would train on and write beside the next run.
 
-    Nothing happens where no torchrun started the process, or elsewhere than on Linux.
+    Nothing happens where no torchrun started the process, or elsewhere than on Linux. To be called before anything that
+    takes long to import: until then, a worker outlives a launcher that is killed.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork") or os.uname().sysname != "Linux":
         return
     launcher = os.getppid()
     _at_launchers_death(signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the kernel was told
-        os.kill(os.getpid(), signal.SIGKILL)
+    if os.getppid() != launcher or (launcher == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()):
+        os.kill(os.getpid(), signal.SIGKILL)  # it died before the kernel was told
 
 
 def outlive_launcher() -> None:

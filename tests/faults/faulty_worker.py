@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
+from accessory.parallel.launcher import die_with_launcher
+
+die_with_launcher()
+
 import torch
 
 from accessory.checkpoint import save

@@ -22,41 +22,47 @@ from accessory.finetune import finetune
 from tests.checkpoint.made_checkpoints import checkpoint, flip
 from tests.faults.job import Job, finish, said, wait_for
 
-KILLS = 25 if os.environ.get("CHAOS") else 3
-LAST = "epoch0-iter12"
+KILLS, LONG = (25, 90) if os.environ.get("CHAOS") else (3, 15)
 PIECES = ("trainable.safetensors", "training_state.safetensors", "training_state.json", "run.json", MANIFEST_FILE)
 
 
-def test_07_killed_at_random_moments(job: Job, twin: Job) -> None:
+def test_07_killed_at_random_moments(job: Job, tmp_path: Path) -> None:
     """Launcher and ranks at once, while they save after every step; started again until the run is done.
 
     No start is lost, no step repeated beyond the interval, nothing half written stays, and the end is the twin's.
     """
-    generator, steps, kills = random.Random(int(os.environ.get("CHAOS", "0") or 0)), [0], 0
-    while kills < KILLS:
+    generator, steps, kills = random.Random(int(os.environ.get("CHAOS", "0"))), [0], 0
+    long = ("--save_steps", "1", "--max_steps", str(LONG), "--epochs", "6", "--keep_last", "9")
+    while kills < KILLS and steps[-1] < LONG - 1:
         resume = ["--resume", "latest"] if checkpoints_in_or_none(job) else []
-        process = job.start("--save_steps", "1", *resume)
-        wait_for(lambda process=process, before=steps[-1]: reached(job) > before or process.poll() is not None)
-        time.sleep(generator.uniform(0, 0.4))
-        if process.poll() is not None:  # it got to its end first: there is nothing left to kill
+        process = job.start(*long, *resume)
+        if generator.random() < 0.2:  # perhaps before it trains
+            time.sleep(generator.uniform(0, 8))
+        else:
+            wait_for(lambda process=process: reached(job) > steps[-1] or process.poll() is not None)
+            time.sleep(generator.uniform(0, 0.4))
+        if process.poll() is not None:  # it got to its end first
             assert finish(process).returncode == 0
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         kills += 1
+        if not checkpoints_in_or_none(job):
+            continue
         found, faults = latest_checkpoint(job.output)
         assert not faults
-        step = read_manifest(found)["step"]
-        assert step >= max(steps[-1], logged(job) - 1), (step, steps, logged(job))
-        steps.append(step)
-        if step >= 11:
-            break
-    assert kills >= 3
-    done = job.run("--save_steps", "1", "--resume", "latest")
+        steps.append(read_manifest(found)["step"])
+        assert steps[-1] >= max(steps[-2], logged(job) - 1), (steps, logged(job))
+    done = job.run(*long, "--resume", "latest")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert job.digest(LAST) == twin.digest(LAST)
-    assert job.losses == twin.losses
+    twin = Job(job.base, job.method, tmp_path / "twin", job.environment)
+    assert twin.run(*long).returncode == 0
+    last = f"epoch{(LONG - 1) // 19}-iter{(LONG - 1) % 19 + 1}"
+    assert job.digest(last) == twin.digest(last)
+    assert job.losses == twin.losses and len(twin.losses) == LONG
     assert not list(job.output.glob(".epoch*"))
+    print(f"\n{kills} kills, stood after steps {steps}", flush=True)
+    assert kills == KILLS
 
 
 def checkpoints_in_or_none(job: Job) -> list[Path]:
@@ -65,8 +71,8 @@ def checkpoints_in_or_none(job: Job) -> list[Path]:
 
 
 def reached(job: Job) -> int:
-    """The step of its newest checkpoint, by name."""
-    return max((int(path.name.split("iter")[1]) for path in job.output.glob("epoch0-iter*")), default=0)
+    """The step of its newest checkpoint."""
+    return max((read_manifest(path)["step"] for path in checkpoints_in_or_none(job)), default=0)
 
 
 def logged(job: Job) -> int:
