@@ -43,8 +43,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if loss is not None and type(loss) is not float:
         raise CheckpointError(f"{path}: says {loss!r} of its loss; expected a number.")
     for name, entry in files.items():
-        if not isinstance(entry, dict) or {"bytes", "sha256"} - entry.keys():
-            raise CheckpointError(f"{path}: says {entry!r} of {name!r}; expected its bytes and sha256.")
+        known = isinstance(entry, dict) and (type(entry.get("bytes")), type(entry.get("sha256"))) == (int, str)
+        if not known:
+            raise CheckpointError(f"{path}: says {entry!r:.80} of {name!r}; expected its bytes and sha256.")
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{path}: lists {name!r}; expected names of files beside it.")
     return manifest
