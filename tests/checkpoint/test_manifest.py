@@ -51,7 +51,7 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
     ('{"format": 2, "step": 1, "files": {}}', "is no manifest of format 1"),
     ('{"format": 1, "step": true, "files": {}}', "is no manifest of format 1"),
     ('{"format": 1, "step": 1, "files": {"a": 3}}', "says 3 of 'a'"),
-    ('{"format": 1, "step": 1, "files": {"a": {"bytes": [1], "sha256": "0"}}}', "says {'bytes': \[1\], 'sha256': '0'} of 'a'"),
+    ('{"format": 1, "step": 1, "files": {"a": {"bytes": [1], "sha256": "0"}}}', r"says {'bytes': \[1\].* of 'a'"),
     ('{"format": 1, "step": 1, "files": {"../a": {"bytes": 1, "sha256": ""}}}', "lists '../a'; expected names"),
     ('{"format": 1, "step": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}', "lists '/etc/passwd'"),
     ('{"format": 1, "step": 1, "files": {"..": {"bytes": 1, "sha256": ""}}}', "lists '..'"),
