@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from accessory.checkpoint.training_state import Progress
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
-from accessory.engine import Engine, Schedule
-from accessory.errors import NotFiniteError
+from accessory.engine import MOST_SKIPPED, Engine, Schedule, is_out_of_memory
+from accessory.errors import NotFiniteError, Preempted
 from accessory.meta import MetaModel
 from accessory.optim import LossScale, build_adamw
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.tensor import WHOLE
-from accessory.report import Reporter
+from accessory.report import Reporter, StepReport
 from accessory.stop_signals import StopSignals
 
 
@@ -133,3 +133,61 @@ def test_fp16_skips_the_step_and_halves_the_scale(engine: Engine) -> None:
     assert torch.equal(engine.model.llma.norm.weight, before)
     assert engine.loss_scale.value == 5e37
     assert progress.total_steps == 1
+
+
+def test_saves_when_minutes_have_passed(engine: Engine) -> None:
+    """Counted from the last save, whatever it was made for."""
+    saved = []
+    engine.save = lambda progress, name, loss: saved.append((name, loss is not None))
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, save_every_minutes=1e-9)
+    engine.train(Progress())
+    assert saved == [("epoch0-iter1", True), ("epoch0", True), ("epoch1-iter1", True), ("epoch1", True)]
+    saved.clear()
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, save_every_minutes=60)
+    engine.train(Progress())
+    assert saved == [("epoch1", True)]
+
+
+def test_what_is_saved_has_the_mean_loss_since_the_last_save(engine: Engine) -> None:
+    losses, saved = [], []
+    engine.reporter.step = lambda report: losses.append(report.loss)
+    engine.save = lambda progress, name, loss: saved.append(loss)
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 1, 9)
+    engine.train(Progress())
+    assert saved == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-12)
+
+
+def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
+    """Unless it was the last one anyway."""
+    for at, steps in ((2, 4), (4, 4)):
+        saved, engine.signals = [], StopSignals()
+        engine.save = lambda progress, name, _, saved=saved: saved.append(progress.total_steps)
+        engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
+        signals = engine.signals
+
+        def note(report: StepReport, at: int = at - 1, signals: StopSignals = signals) -> None:
+            signals.received = 15 if report.step == at else signals.received
+
+        engine.reporter.step = note
+        if at < steps:
+            with pytest.raises(Preempted, match=r"Stopped by SIGTERM after step 2, which is saved as epoch0\."):
+                engine.train(Progress())
+        else:
+            engine.train(Progress())
+        assert saved == [at]
+
+
+def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
+    """Eleven in a row are no accident."""
+    engine.skip_not_finite = True
+    engine.schedule = Schedule(9, 2, 0.0, 1e-3, 1e-3, -1.0, 99, 99)
+    engine.model.llma.norm.weight.data[0] = math.nan
+    with pytest.raises(NotFiniteError, match=rf"Step {MOST_SKIPPED + 1}: .* {MOST_SKIPPED} steps before it were"):
+        engine.train(Progress())
+    assert not engine.optimizer.state
+
+
+def test_memory_is_told_from_other_errors() -> None:
+    full = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    assert all(map(is_out_of_memory, (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError(full))))
+    assert not any(map(is_out_of_memory, (RuntimeError("shape"), ValueError("memory"))))
