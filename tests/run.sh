@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that must hold, from a bare machine: makes .venv, installs with the test extras, runs ruff and all tests.
 #
-#   bash tests/run.sh                            about 10 minutes on 2 cores
+#   bash tests/run.sh                            about 14 minutes on 2 cores
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
-#   bash tests/run.sh --chaos                    half an hour of kills at random moments, restarts and fuzzing
+#   bash tests/run.sh --chaos                    17 minutes of kills at random moments, restarts and fuzzing
 #
 # PROCESSES=2 test files run at once, each process on one thread: what they start are mostly processes of one thread, too.
 set -euo pipefail

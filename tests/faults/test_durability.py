@@ -22,7 +22,7 @@ from accessory.finetune import finetune
 from tests.checkpoint.made_checkpoints import checkpoint, flip
 from tests.faults.job import Job, finish, said, wait_for
 
-KILLS, LONG = (25, 90) if os.environ.get("CHAOS") else (3, 15)
+KILLS, LONG = (25, 90) if os.environ.get("CHAOS") else (2, 12)
 PIECES = ("trainable.safetensors", "training_state.safetensors", "training_state.json", "run.json", MANIFEST_FILE)
 
 
