@@ -47,7 +47,7 @@ def test_17_a_hanging_rank_ends_all(job: Job, way: str) -> None:
     wait_for(lambda: job.fired_in.is_dir() and job.fired == [f"{way}-rank1-attempt0"])
     workers, began = workers_of(process.pid), time.monotonic()
     done = finish(process)
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 30  # torchrun alone would wait half a minute for it after the timeout
     assert len(workers) == 2 and not any(alive(worker) for worker in workers)
     assert f"LostRankError: rank 1 (process {workers[1]} on " in said(done)
     assert "no longer answers: killed, or hanging (Timed out waiting 5000ms" in said(done)
@@ -91,7 +91,7 @@ def test_20_the_rank_that_fails_is_named_with_its_traceback(job: Job) -> None:
     wait_for(lambda: job.fired_in.is_dir() and job.fired == ["raise-rank1-attempt0"])
     began = time.monotonic()
     done = finish(process)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     ours = said(done)
     assert "in strike\n" in ours and "KeyError: 'a fault of the program'" in ours
     assert "AccessoryError: [rank 1] KeyError: 'a fault of the program'" in ours
