@@ -101,7 +101,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     if found:
         together(lambda: restore_training_state(found, optimizer, parameters, slicings, layout))
     progress = _progress(found, layout)
-    schedule = _schedule(config, order)
+    schedule = _schedule(config, order, progress)
     together(lambda: status.begin(progress.total_steps))
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
     with closing(reporter):
@@ -328,7 +328,7 @@ def _progress(found: Resumption | None, layout: Layout) -> Progress:
     return progress
 
 
-def _schedule(config: FinetuneConfig, order: GlobalOrder) -> Schedule:
+def _schedule(config: FinetuneConfig, order: GlobalOrder, progress: Progress) -> Schedule:
     return Schedule(
         epochs=config.epochs,
         steps_per_epoch=order.steps_per_epoch,
@@ -339,7 +339,7 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder) -> Schedule:
         save_every_epochs=config.save_interval,
         save_every_steps=config.save_steps or max(config.save_iteration_interval // config.accum_iter, 1),
         save_every_minutes=config.save_minutes,
-        max_steps=1 if config.dry_run else config.max_steps,
+        max_steps=progress.total_steps + 1 if config.dry_run else config.max_steps,
     )
 
 

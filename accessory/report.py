@@ -43,9 +43,9 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what the process that forked this one had, too
-        return (
-            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) * 1024
-        )
+        lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        if found := next(lines, None):  # not every kernel says it
+            return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -14,6 +14,7 @@ from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
 from accessory.parallel.launcher import restart_count
+from accessory.run_status import is_restart_of_what_began
 
 
 def find_start(config: FinetuneConfig, layout: Layout) -> tuple[Path | None, list[str]]:
@@ -37,12 +38,13 @@ def find_start(config: FinetuneConfig, layout: Layout) -> tuple[Path | None, lis
 def _look(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
     output_dir = config.output_dir
     there = checkpoints_in(output_dir) if output_dir and output_dir.is_dir() else []
-    if restart_count() and there:
+    restarted = is_restart_of_what_began(output_dir)
+    if restarted and there:
         found, faults = latest_checkpoint(output_dir)
         if config.resume and not config.resumes_latest and verify(config.resume) >= read_manifest(found)["step"]:
             found = config.resume
         return found, [*faults, f"attempt {restart_count()}, started again: goes on from {found}"]
-    if config.resumes_latest and not restart_count():
+    if config.resumes_latest and not restarted:
         found, faults = latest_checkpoint(output_dir)
         return found, [*faults, f"--resume latest: {found}"]
     begin = None if config.resumes_latest else config.resume

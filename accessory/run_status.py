@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.errors import AccessoryError, Preempted, TrainingError
-from accessory.parallel.launcher import restart_count
+from accessory.parallel.launcher import launch_name, restart_count
 
 STATUS_FILE = "run_status.json"
 _FRUITLESS = 3  # attempts that all began after the same step: the next would end as they did
@@ -22,17 +22,18 @@ class RunStatus:
 
     Its keys: state (running, finished, preempted, failed), status (what the process exits with; null while it runs),
     reason (the kind of error), message, step and checkpoint (the last saved), attempt, began_after (the step each
-    attempt in a row began after), ranks, host, process, started, updated.
+    attempt in a row began after), launch (of `launch_name`), ranks, host, process, started, updated.
     """
 
     def __init__(self, output_dir: Path | None, ranks: int, is_main: bool) -> None:
         self.output_dir, self.is_main = output_dir, is_main
-        self.before = read_status(output_dir) if output_dir and restart_count() else {}
+        self.before = read_status(output_dir) if is_restart_of_what_began(output_dir) else {}
         self.entries: dict[str, Any] = {
             "state": "running", "status": None, "reason": None, "message": None,
             "step": self.before.get("step"), "checkpoint": self.before.get("checkpoint"),
             "attempt": restart_count(), "began_after": self.before.get("began_after", []),
-            "ranks": ranks, "host": socket.gethostname(), "process": os.getpid(), "started": _now(),
+            "launch": launch_name(), "ranks": ranks, "host": socket.gethostname(), "process": os.getpid(),
+            "started": _now(),
         }  # fmt: skip
 
     def begin(self, step: int) -> None:
@@ -68,6 +69,15 @@ class RunStatus:
             partial.replace(path)
         except OSError as error:  # a full disk, perhaps, which is just what ends the run
             print(f"{path}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+
+
+def is_restart_of_what_began(output_dir: Path | None) -> bool:
+    """Whether this is a later attempt of the very launch that last began to train in `output_dir`.
+
+    One whose first attempt was refused, or died before, is not: what lies there is then another run's.
+    """
+    was = read_status(output_dir) if output_dir and restart_count() else {}
+    return bool(was.get("began_after")) and was.get("launch") == launch_name()
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel import groups
 from accessory.resuming import find_start
+from accessory.run_status import STATUS_FILE
 from tests.checkpoint.made_checkpoints import checkpoint, flip
 
 
@@ -18,8 +20,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """(flags, attempt) -> the checkpoint, and what is said of it."""
     layout = groups.start("cpu")
 
-    def find(attempt: int = 0, **flags: object) -> tuple[Path | None, list[str]]:
+    def find(attempt: int = 0, before: dict | None = None, **flags: object) -> tuple[Path | None, list[str]]:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+        if attempt and (tmp_path / "out").is_dir():
+            (tmp_path / "out" / STATUS_FILE).write_text(json.dumps(before or {"began_after": [0], "launch": "mine"}))
         given = {"pretrained_path": [tmp_path], "data_config": tmp_path, "output_dir": tmp_path / "out"}
         return find_start(FinetuneConfig(**given | flags), layout)
 
@@ -54,6 +59,14 @@ def test_a_restarted_attempt_never_goes_back_behind_its_beginning(start, tmp_pat
     assert start(attempt=1, resume=elsewhere)[0] == elsewhere
     newer = checkpoint(tmp_path / "out" / "epoch1", 9)
     assert start(attempt=1, resume=elsewhere)[0] == newer
+
+
+@pytest.mark.parametrize("before", [{"began_after": [], "launch": "mine"}, {"began_after": [0], "launch": "other"}])
+def test_a_later_attempt_of_a_run_that_never_began_takes_over_nothing(start, tmp_path: Path, before: dict) -> None:
+    """Its first one was refused, or died early: what lies there is an older run's, and refused again."""
+    checkpoint(tmp_path / "out" / "epoch1", 1)
+    with pytest.raises(ConfigError, match=r"further than where this run begins: epoch1\."):
+        start(attempt=1, before=before)
 
 
 def test_another_course_of_the_run_is_in_the_way(start, tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ def restart_count() -> int:
     return sum(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def launch_name() -> str | None:
+    """What all attempts of one launch have in common: torchrun's run id or SLURM's job number, where there is one."""
+    return next((os.environ[name] for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID") if name in os.environ), None)
+
+
 def die_with_launcher() -> None:
     """Have the kernel kill this worker when its torchrun dies: an orphan would train on and write beside the next run.
 

@@ -139,8 +139,8 @@ def test_10_with_none_whole_a_run_never_begins_anew(two_saves: Job, tmp_path: Pa
     script = Path(__file__).resolve().parent.parent.parent / "accessory" / "main_finetune.py"
     flags = two_saves.flags("--output_dir", str(newer.parent))
     for more, variables, status, words in (
-        (["--resume", "latest"], {}, 4, f"no checkpoint in {newer.parent} is whole"),
         ([], {"TORCHELASTIC_RESTART_COUNT": "1"}, 4, f"no checkpoint in {newer.parent} is whole"),
+        (["--resume", "latest"], {}, 4, f"no checkpoint in {newer.parent} is whole"),
         ([], {}, 2, "holds checkpoints further than where this run begins: epoch0-iter1, epoch0-iter2"),
     ):
         done = python(script, *flags, *more, **variables)
