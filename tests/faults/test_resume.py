@@ -158,6 +158,14 @@ def test_06_what_is_allowed_may_change(saved: Job) -> None:
     assert saved.status["state"] == "finished" and saved.status["began_after"] == [2]
 
 
+def test_06_a_dry_run_takes_one_step_from_there(saved: Job, capsys: pytest.CaptureFixture) -> None:
+    """And writes nothing."""
+    before = sorted(path.name for path in saved.output.iterdir())
+    alone(saved, "--resume", "latest", "--dry_run")
+    assert "step      3/3 100.0%" in capsys.readouterr().out
+    assert sorted(path.name for path in saved.output.iterdir()) == before
+
+
 @pytest.fixture
 def saved(job: Job) -> Job:
     """After two steps in this process."""
