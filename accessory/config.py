@@ -19,7 +19,7 @@ from accessory.quant import STORAGES
 
 Config = TypeVar("Config", bound=BaseModel)
 Precision = Literal["bf16", "fp16", "fp32", "tf32"]
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
 _LAYER_WORDS = ("none", "all", "auto")
 
@@ -221,7 +221,11 @@ class DemoConfig(BaseModel):
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
         )
-        if self.host not in LOOPBACK and not self.password:
+        if ":" in self.host:
+            found.append(
+                f"--host {self.host}: expected a name or an IPv4 address; the page's library takes no IPv6 one."
+            )
+        elif self.host not in LOOPBACK and not self.password:
             found.append(f"--host {self.host} lets others reach the page: give a --password.")
         return found
 

@@ -20,7 +20,7 @@ class _TooLarge(Exception):
 
 
 class PageGuard:
-    """ASGI middleware: 413 beyond `MOST_BYTES` of body, 403 for a browser that another site's page made ask."""
+    """ASGI middleware: 413 beyond `MOST_BYTES` of body, 403 for files and for what another site's page made ask."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -45,24 +45,32 @@ class PageGuard:
             begun = True
             await send(message)
 
-        if _is_foreign(request):
-            await PlainTextResponse("This page answers to itself only.", 403)(scope, receive, send)
-        elif _announced(request) > MOST_BYTES:
-            await _refusal()(scope, receive, send)
-        else:
-            try:
-                await self.app(scope, counted, noted)
-            except _TooLarge:
-                if not begun:
-                    await _refusal()(scope, receive, send)
+        if refusal := _refusal(request):
+            await refusal(scope, receive, send)
+            return
+        try:
+            await self.app(scope, counted, noted)
+        except _TooLarge:
+            if not begun:
+                await _too_large()(scope, receive, send)
 
 
 def guards(host: str) -> list[Middleware]:
     """Of a page served at `host`. On loopback it is asked for by name of this machine only, against DNS rebinding."""
     found = [Middleware(PageGuard)]
     if host in LOOPBACK:
-        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))
     return found
+
+
+def _refusal(request: Request) -> PlainTextResponse | None:
+    if _is_foreign(request):
+        return PlainTextResponse("This page answers to itself only.", 403)
+    if _announced(request) > MOST_BYTES:
+        return _too_large()
+    if request.url.path.endswith("/upload"):  # gradio keeps whatever is sent there
+        return PlainTextResponse("This page takes no files.", 403)
+    return None
 
 
 def _is_foreign(request: Request) -> bool:
@@ -75,5 +83,5 @@ def _announced(request: Request) -> int:
     return int(length) if length.isdecimal() else 0
 
 
-def _refusal() -> PlainTextResponse:
+def _too_large() -> PlainTextResponse:
     return PlainTextResponse(f"A request has at most {MOST_BYTES:,} bytes.", 413)

@@ -16,6 +16,7 @@ from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.trial import try_apart
 
 FILE_NAME = "tokenizer.json"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
@@ -174,6 +175,7 @@ def _parse(definition: str, source: str) -> dict:
         raise TokenizerError(f"{source}: found {found}; {_EXPECTED}, whole and undamaged ({error}).") from error
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("model"), dict):
         raise TokenizerError(f'{source}: found {found} with no "model" in it; {_EXPECTED}.')
+    try_apart("tokenizers", definition.encode(), f"{source}: {_EXPECTED}")
     return pipeline
 
 
@@ -216,7 +218,7 @@ def _without_leading_space(pipeline: dict) -> dict:
 
 def _strip_prefix_steps(step: dict | None, *, only_first: bool = False) -> dict | None:
     """A step without what makes up a leading space; `only_first`: only where it is for the first word of a text."""
-    kind = (step or {}).get("type")
+    kind = step.get("type") if isinstance(step, dict) else None  # the library takes lists of a step's values, too
     if kind == "Sequence":
         key = "normalizers" if "normalizers" in step else "pretokenizers"
         kept = [_strip_prefix_steps(inner, only_first=only_first) for inner in step[key]]

@@ -16,6 +16,7 @@ from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.trial import try_apart
 
 FILE_NAME = "tokenizer.model"
 CHATGLM_CLASS = "ChatGLMTokenizer"
@@ -66,6 +67,7 @@ class SentencePieceTokenizer(Tokenizer):
         _hide_control_pieces(proto, {bos_id, eos_id})
         self.proto = proto
         self._silent = {index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNUSED}
+        try_apart("sentencepiece", proto.SerializeToString(deterministic=True), f"{source}: {_EXPECTED}")
         self._processor = _load(proto, source)
         self._continuing = _load(_without_leading_space(proto), source)
 

@@ -23,6 +23,7 @@ die_with_launcher()
 
 import torch
 
+from accessory import saving
 from accessory.checkpoint import save
 from accessory.config import FinetuneConfig
 from accessory.engine import Engine
@@ -69,13 +70,21 @@ def end_launcher_in_save() -> None:
     save.write_tensors = slowly
 
 
+def fail_in_save(place: object, name: str) -> None:
+    """This rank's part in the next save fails, where `place.name` is called."""
+    setattr(place, name, lambda *_: fail(OSError(5, "Input/output error")))
+
+
 ACTIONS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hold": hold_the_interpreter,
+    "sleep": lambda: time.sleep(1000),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
     "end_launcher_in_save": end_launcher_in_save,
+    "fail_as_weights_are_gathered": lambda: fail_in_save(save, "gather_slices"),
+    "fail_as_state_is_gathered": lambda: fail_in_save(saving, "collect_training_state"),
     "raise": lambda: fail(KeyError("a fault of the program")),
     "out_of_memory": lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
     "limit_memory": limit_memory,

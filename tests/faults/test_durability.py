@@ -96,6 +96,18 @@ def test_08_every_stage_of_a_save_may_fail(job: Job, tmp_path: Path, torchrun) -
         assert verify(run / "epoch0-iter1") == 1
 
 
+@pytest.mark.parametrize("way", ["fail_as_weights_are_gathered", "fail_as_state_is_gathered"])
+def test_08_so_may_the_part_of_a_rank_that_does_not_write(job: Job, way: str) -> None:
+    """The main rank is in the midst of writing: it says the other's error, and leaves nothing half written."""
+    done = job.run(faults=[{"do": way, "rank": 1, "step": 6}])
+    assert job.fired == [f"{way}-rank1-attempt0"]
+    cause = "[rank 1] OSError: [Errno 5] Input/output error"
+    assert f"AccessoryError: {cause}" in said(done) and "Connection closed" not in said(done)
+    assert (job.status["status"], job.status["message"], job.status["step"]) == (1, cause, 4)
+    assert [path.name for path in job.output.glob("*epoch*")] == ["epoch0-iter4"]
+    assert verify(job.output / "epoch0-iter4") == 4
+
+
 @pytest.fixture(scope="module")
 def two_saves(tiny_base: Path, dropout_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A job with checkpoints after steps 1 and 2."""

@@ -11,13 +11,17 @@ import math
 import os
 import resource
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import pytest
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from accessory.checkpoint.latest import latest_checkpoint
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, verify
@@ -30,11 +34,12 @@ from accessory.data.records import read_records
 from accessory.data.templates import UnusableRecord, conversation, single_turn
 from accessory.errors import AccessoryError
 from accessory.finetune import finetune
-from tests.faults.job import Job
+from accessory.tokenizer import open_tokenizer
+from tests.faults.job import Job, small_sentencepiece
 
 CHAOS = bool(os.environ.get("CHAOS"))
 SECONDS, FEW = 75, 60
-"""How long each of the eight readers is tried in the chaos run, and with how many inputs otherwise."""
+"""How long each of the eleven readers is tried in the chaos run, and with how many inputs otherwise."""
 SLOWEST, MOST_BYTES = 10.0, 1 << 30
 
 
@@ -266,3 +271,60 @@ def test_fuzz_index_of_shards(tiny_base: Path, copy: Callable[[Path], Path]) -> 
 
     (base / "model.safetensors").rename(base / "a.safetensors")
     fuzz(damaged(as_json(right)) | altered(right).map(as_json), as_json(right), read, "indices of shards")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocabulary.gguf"])
+def test_fuzz_tokenizers(name: str, tiny_base: Path, copy: Callable[[Path], Path]) -> None:
+    """Opened, and used on a text. Bytes change, and the values that the bytes stand for."""
+    base = copy(tiny_base)
+    (base / "tokenizer.json").unlink()
+    right, inputs = VOCABULARIES[name](tiny_base)
+
+    def read(content: bytes) -> None:
+        (base / name).write_bytes(content)
+        tokenizer = open_tokenizer(base / name)
+        tokenizer.decode(tokenizer.encode("Hello  w\u00f6rld, 1,234 <s> \u65e5\n"))
+
+    fuzz(inputs, right, read, name)
+
+
+def pipeline_inputs(base: Path) -> tuple[bytes, st.SearchStrategy]:
+    """A tokenizer.json."""
+    right = (base / "tokenizer.json").read_bytes()
+    return right, damaged(right) | altered(json.loads(right)).map(as_json)
+
+
+def sentencepiece_inputs(_: Path) -> tuple[bytes, st.SearchStrategy]:
+    """A tokenizer.model; also with fields of other values, as no random bytes have them."""
+    right = small_sentencepiece()
+    fields = MessageToDict(ModelProto.FromString(right), preserving_proto_field_name=True)
+
+    def written(changed: object) -> bytes:
+        try:
+            return ParseDict(changed, ModelProto(), ignore_unknown_fields=True).SerializePartialToString()
+        except (ParseError, TypeError, ValueError, AttributeError, RecursionError):
+            return b""
+
+    return right, damaged(right) | altered(fields).map(written)
+
+
+def gguf_inputs(_: Path) -> tuple[bytes, st.SearchStrategy]:
+    """The head of a GGUF file."""
+    proto = ModelProto.FromString(small_sentencepiece())
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        writer = gguf.GGUFWriter(file.name, "llama")
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([piece.piece for piece in proto.pieces])
+        writer.add_token_types([piece.type for piece in proto.pieces])
+        writer.add_token_scores([piece.score for piece in proto.pieces])
+        writer.add_eos_token_id(2)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        right = Path(file.name).read_bytes()
+    return right, damaged(right)
+
+
+VOCABULARIES = {
+    "tokenizer.json": pipeline_inputs, "tokenizer.model": sentencepiece_inputs, "vocabulary.gguf": gguf_inputs
+}  # fmt: skip

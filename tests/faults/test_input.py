@@ -21,8 +21,8 @@ from accessory.data.batch import IGNORE
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, DataError, TokenizerError
 from accessory.finetune import finetune
-from accessory.tokenizer import open_tokenizer
-from tests.faults.job import ROOT, Job, said
+from accessory.tokenizer import open_tokenizer, trial
+from tests.faults.job import ROOT, Job, said, small_sentencepiece
 
 GOOD = '{"instruction": "say a", "output": "a"}'
 BAD_LINES = {
@@ -199,6 +199,23 @@ def test_27_bad_tokenizers(name: str, content: bytes, job: Job, tmp_path: Path) 
     with pytest.raises(TokenizerError, match=re.escape(str(path))) as caught:
         finetune(parse(FinetuneConfig, job.flags("--tokenizer_path", str(path))))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_27_a_crash_of_their_libraries_is_an_error(name: str, job: Job, tmp_path: Path, monkeypatch) -> None:
+    """A file is tried in a process of its own first; here its library is made to crash, on a good one."""
+    library = {"tokenizer.model": "sentencepiece", "tokenizer.json": "tokenizers"}[name]
+    crash = "def use(*_):\n    import ctypes\n    ctypes.string_at(0)\n"
+    monkeypatch.setitem(trial._TRIALS, library, crash)
+    monkeypatch.setattr(trial, "_passed", set())
+    path = tmp_path / name
+    if library == "tokenizers":
+        path.write_bytes((job.base / name).read_bytes())
+    else:
+        path.write_bytes(small_sentencepiece())
+    with pytest.raises(TokenizerError, match=rf"{name}: .* {library} was brought down by it \(SIGSEGV\)\.$"):
+        finetune(parse(FinetuneConfig, job.flags("--tokenizer_path", str(path))))
+    assert not list(job.output.glob("epoch*"))
 
 
 def test_27_a_vocabulary_larger_than_the_embedding(job: Job, copy) -> None:

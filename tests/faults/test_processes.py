@@ -40,9 +40,9 @@ def test_16_restarts_without_progress_end(job: Job) -> None:
     assert "rank 1 (process " in job.status["message"]
 
 
-@pytest.mark.parametrize("way", ["stop", "hold"])
+@pytest.mark.parametrize("way", ["stop", "sleep", "hold"])
 def test_17_a_hanging_rank_ends_all(job: Job, way: str) -> None:
-    """SIGSTOP, and an extension that never gives the interpreter back."""
+    """SIGSTOP, a step that does not end, and an extension that never gives the interpreter back."""
     process = job.start("--timeout", "5", faults=[{"do": way, "rank": 1, "step": 6}])
     wait_for(lambda: job.fired_in.is_dir() and job.fired == [f"{way}-rank1-attempt0"])
     workers, began = workers_of(process.pid), time.monotonic()

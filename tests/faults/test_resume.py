@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, read_manif
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError
 from accessory.finetune import finetune
-from tests.faults.job import Job
+from tests.faults.job import ROOT, Job
 
 LAST = "epoch0-iter12"
 
@@ -107,8 +108,12 @@ def test_04_other_numbers_of_ranks(job: Job, lora_config: Path) -> None:
         alone(job, "--resume", "latest", *precise, "--accum_iter", "3", "--precision", "fp32")
 
 
-def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path) -> None:
-    """Cut over two ranks, put together, cut again: with a learning rate that changes nothing, every value is kept."""
+def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torchrun, python) -> None:
+    """Cut over two ranks, put together, cut again: with a learning rate that changes nothing, every value is kept.
+
+    Beside a base that is packed once and for all, logits of the first checkpoint on one rank are those of the last on
+    two. (Packed as it streams in, each slice has second-level scales of its own.)
+    """
     job.method = lora_config
     still = ("--precision", "fp32", "--lr", "1e-30", "--min_lr", "0", "--allow_changed", "lr", "min_lr")
     tensors = ["--model_parallel_size", "2", "--batch_size", "4", "--accum_iter", "2"]
@@ -121,6 +126,14 @@ def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path) -> No
     assert len(first) > 20
     for name, value in first.items():
         assert torch.equal(second[name], value) and torch.equal(third[name], value), name
+    packed, worker, logits = job.output / "packed", Path(__file__).with_name("logits_worker.py"), []
+    assert python(ROOT / "tools" / "quantize.py", job.base, packed).returncode == 0
+    for run, last in ((partial(python, worker), "epoch0-iter2"), (partial(torchrun, 2, worker), "epoch0-iter4")):
+        done = run(packed, job.output / last, job.output / "logits.safetensors")
+        assert done.returncode == 0, done.stderr[-3000:]
+        logits.append(load_file(job.output / "logits.safetensors")["logits"])
+    assert logits[0].shape == (8, 512) and logits[0].std() > 0.1
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-6 * float(logits[0].abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import json
 import pickle
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -238,6 +240,8 @@ def test_30_a_page_answers_only_itself(page: str) -> None:
     assert httpx.get(page, headers={"Host": "evil.example"}).status_code == 400
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 lets others reach the page: give a --password"):
         parse(DemoConfig, ["--pretrained_path", ".", "--host", "0.0.0.0"])
+    with pytest.raises(ConfigError, match=r"--host ::1: expected a name or an IPv4 address"):
+        parse(DemoConfig, ["--pretrained_path", ".", "--host", "::1"])
 
 
 def test_30_a_page_limits_what_it_takes(page: str) -> None:
@@ -249,6 +253,10 @@ def test_30_a_page_limits_what_it_takes(page: str) -> None:
     with contextlib.suppress(httpx.TransportError):  # it may hang up
         assert httpx.post(f"{page}/gradio_api/call/ask", content=pieces, headers=json_type).status_code in (400, 413)
     assert httpx.post(f"{page}/gradio_api/upload", files={"files": b"x" * (50 << 20)}).status_code == 413
+    huge = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 1, 0, 0, 0, 0))
+    huge += chunk(b"IDAT", zlib.compress(bytes(50_000 * 6251), 9)) + chunk(b"IEND", b"")  # 2.5 gigapixels in 0.3 MB
+    sent = httpx.post(f"{page}/gradio_api/upload", files={"files": ("image.png", huge, "image/png")})
+    assert (sent.status_code, sent.text) == (403, "This page takes no files.")
     for bad in (
         ("hi", "", "alpaca", 10**9, 0, 1), ("x" * 30_000, "", "alpaca", 4, 0, 1), ("hi", "", "root", 4, 0, 1),
         (None,) * 6, ("hi",), ("hi", "", "alpaca", "4", [], {}), ("", "", "alpaca", 4, 0, 1),
@@ -257,6 +265,11 @@ def test_30_a_page_limits_what_it_takes(page: str) -> None:
         assert status != 200 or "event: error" in said, bad
         assert "Traceback" not in said and ".py" not in said
     assert "event: complete" in ask(page, *GOOD)[1]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A piece of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def test_30_markup_and_control_tokens_are_text(page: str) -> None:

@@ -125,7 +125,7 @@ def test_missing_or_unknown_special_tokens_are_refused(byte_level, tmp_path, con
         ("version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
         ('{"version": "1.0", "mod', "whole and undamaged"),
         ('{"a": 1}', 'no "model" in it'),
-        ('{"version": "1.0", "model": {"type": "Nonsense"}}', "the library refuses it"),
+        ('{"version": "1.0", "model": {"type": "Nonsense"}}', "tokenizers cannot use it"),
         ("[" * 100_000, "whole and undamaged"),
     ],
 )
