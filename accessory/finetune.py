@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,23 @@ def finetune(config: FinetuneConfig) -> MetaModel:
         return model
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is to be trained, on what, and by what it is known again.
+
+    identity: what must not change between a run and its resumption; conditions: what its rounding depends on.
+    """
+
+    config: FinetuneConfig
+    layout: Layout
+    sources: list[Source]
+    blueprint: Blueprint
+    corpus: Corpus
+    order: GlobalOrder
+    identity: dict[str, Any]
+    conditions: dict[str, Any]
+
+
 def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status: RunStatus) -> MetaModel:
     check_alike({name: value for name, value in plain(config).items() if name not in _PLACES})
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
@@ -82,42 +99,35 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     together(lambda: check_offload(config.offload_inputs, layout.device))
     start, notes = find_start(config, layout)
     _say(layout, *notes)
-    config = config.model_copy(update={"resume": start})
-    sources = together(lambda: _open_sources(config))
+    sources = together(lambda: _open_sources(config, start))
     blueprint = together(lambda: _blueprint(config, sources))
     decoder, attachment = together(lambda: blueprint.build(layout))
-    corpus = together(lambda: _corpus(config, blueprint, layout))
-    order = together(lambda: _order(config, corpus, layout))
-    identity = _identity(config, blueprint, _base(config, sources), corpus, order)
-    conditions = _conditions(config, layout)
-    check_alike(identity)
-    found = _find_resumption(config, layout, identity, conditions)
-    recomputed = _plan_memory(config, blueprint, decoder, attachment, layout, order)
+    job = _job(config.model_copy(update={"resume": start}), layout, sources, blueprint)
+    found = _find_resumption(job)
+    recomputed = _plan_memory(job, decoder, attachment)
     slicings = {target.name: target.slicing for target in targets(decoder)}
-    model, data_parallel = _fill(config, blueprint, sources, decoder, attachment, layout)
+    model, data_parallel = _fill(job, decoder, attachment)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
     if found:
         together(lambda: restore_training_state(found, optimizer, parameters, slicings, layout))
     progress = _progress(found, layout)
-    schedule = _schedule(config, order, progress)
+    schedule = _schedule(config, job.order, progress)
     together(lambda: status.begin(progress.total_steps))
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
     with closing(reporter):
-        save = _saver(config, sources, blueprint, corpus, decoder, parameters, slicings, optimizer, identity,
-                      conditions, layout, reporter, status)  # fmt: skip
         engine = Engine(
             model=model,
             parameters=parameters,
             slicings=slicings,
             optimizer=optimizer,
-            order=order,
+            order=job.order,
             schedule=schedule,
             data_parallel=data_parallel,
             layout=layout,
             reporter=reporter,
-            save=save,
+            save=_saver(job, decoder, parameters, slicings, optimizer, reporter, status),
             loss_scale=LossScale(config.precision == "fp16"),
             signals=signals,
             pin_memory=config.pin_mem and layout.device.type == "cuda",
@@ -128,6 +138,15 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
         signals.deferring = True
         engine.train(progress)
     return model
+
+
+def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> _Job:
+    """Reads the data. All ranks have come to the same, or it raises."""
+    corpus = together(lambda: _corpus(config, blueprint, layout))
+    order = together(lambda: _order(config, corpus, layout))
+    identity = _identity(config, blueprint, _base(config, sources), corpus, order)
+    check_alike(identity)
+    return _Job(config, layout, sources, blueprint, corpus, order, identity, _conditions(config, layout))
 
 
 def _take_output(output_dir: Path | None, layout: Layout, held: ExitStack) -> None:
@@ -143,9 +162,8 @@ def _take_output(output_dir: Path | None, layout: Layout, held: ExitStack) -> No
     held.enter_context(lock(output_dir))
 
 
-def _open_sources(config: FinetuneConfig) -> list[Source]:
-    sources = with_base(list(config.pretrained_path))
-    return sources + ([open_source(config.resume)] if config.resume else [])
+def _open_sources(config: FinetuneConfig, start: Path | None) -> list[Source]:
+    return with_base(list(config.pretrained_path)) + ([open_source(start)] if start else [])
 
 
 def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
@@ -197,16 +215,10 @@ def _order(config: FinetuneConfig, corpus: Corpus, layout: Layout) -> GlobalOrde
     )
 
 
-def _fill(
-    config: FinetuneConfig,
-    blueprint: Blueprint,
-    sources: list[Source],
-    decoder: Decoder,
-    attachment: Attachment,
-    layout: Layout,
-) -> tuple[MetaModel, DataParallel]:
+def _fill(job: _Job, decoder: Decoder, attachment: Attachment) -> tuple[MetaModel, DataParallel]:
     """Read, quantize and shard the weights, block by block."""
-    tensors = together(lambda: resolve(decoder, sources, attachment, initialize=config.resume is None))
+    config, layout, blueprint = job.config, job.layout, job.blueprint
+    tensors = together(lambda: resolve(decoder, job.sources, attachment, initialize=config.resume is None))
     data_parallel = DataParallel(layout, config.data_parallel, blueprint.method.trains_base)
     together(lambda: fill(decoder, tensors, attachment, layout, data_parallel, config.seed))
     model = MetaModel(decoder, blueprint.tokenizer, config.max_words)
@@ -214,15 +226,9 @@ def _fill(
     return model, data_parallel
 
 
-def _plan_memory(
-    config: FinetuneConfig,
-    blueprint: Blueprint,
-    decoder: Decoder,
-    attachment: Attachment,
-    layout: Layout,
-    order: GlobalOrder,
-) -> int:
+def _plan_memory(job: _Job, decoder: Decoder, attachment: Attachment) -> int:
     """Say what will run and what memory it takes; returns how many layers to recompute."""
+    config, layout, blueprint, order = job.config, job.layout, job.blueprint, job.order
 
     def plan(layers: int) -> MemoryPlan:
         return memory_plan(
@@ -302,18 +308,17 @@ def _conditions(config: FinetuneConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _find_resumption(
-    config: FinetuneConfig, layout: Layout, identity: dict[str, Any], conditions: dict[str, Any]
-) -> Resumption | None:
+def _find_resumption(job: _Job) -> Resumption | None:
+    config = job.config
     if config.resume is None:
         return None
-    found = together(lambda: find_resumption(config.resume, identity, conditions, config.allow_changed))
+    found = together(lambda: find_resumption(config.resume, job.identity, job.conditions, config.allow_changed))
     notes = [f"resuming {config.resume} after step {found.progress.total_steps}"]
     if found.inexact:
         notes.append(f"not bit for bit: {'; '.join(found.inexact)}")
     if found.changed:
         notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
-    _say(layout, *notes)
+    _say(job.layout, *notes)
     return found
 
 
@@ -344,28 +349,24 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder, progress: Progress) ->
 
 
 def _saver(
-    config: FinetuneConfig,
-    sources: list[Source],
-    blueprint: Blueprint,
-    corpus: Corpus,
+    job: _Job,
     decoder: Decoder,
     parameters: dict[str, nn.Parameter],
     slicings: dict[str, Slicing],
     optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-    conditions: dict[str, Any],
-    layout: Layout,
     reporter: Reporter,
     status: RunStatus,
 ) -> Callable[[Progress, str, float | None], None]:
     """What the engine saves with; there is room for a checkpoint, or it raises `DiskFullError`."""
     if status.output_dir is None:
         return lambda *_: None
+    config, blueprint = job.config, job.blueprint
     only_trainable = config.only_save_trainable and len(parameters) < len(slicings)
+    base = _base(config, job.sources)
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
-        RUN_FILE: run_record(plain(config), _base(config, sources), blueprint.quant_type, corpus.fingerprint),
+        RUN_FILE: run_record(plain(config), base, blueprint.quant_type, job.corpus.fingerprint),
     }
     stem = "trainable" if only_trainable else "model"
     saver = Saver(
@@ -374,9 +375,9 @@ def _saver(
         trained=parameters,
         slicings=slicings,
         optimizer=optimizer,
-        identity=identity,
-        conditions=conditions,
-        layout=layout,
+        identity=job.identity,
+        conditions=job.conditions,
+        layout=job.layout,
         reporter=reporter,
         status=status,
         keep_last=config.keep_last,

@@ -7,11 +7,14 @@ less time than PyTorch's flash kernel, which wants a call a document.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from accessory.model.document_grid import Group, cut_groups, grid_of, padded, rows_at_once
+
+MASKS = 8  # that are kept
 
 
 def attend_by_document(
@@ -33,19 +36,23 @@ class _AttendByDocument(torch.autograd.Function):
         ctx, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None, scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], q.device), window, scale
-        results = []
-        for group in ctx.grid.groups:
-            queries, keys, values = (group.lay_out(t, k.shape[1]) for t in (q, k, v))
-            results.append(_attend(queries, keys[:, 0], values[:, 0], group.rows(q.shape[1]), window, scale))
-        return ctx.grid.pack(results)
+        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], k.shape[1], q.device), window, scale
+        whole, results = ctx.grid.empty(q)
+        for group, result in zip(ctx.grid.groups, results, strict=True):
+            _GroupAttention(group, q, k, v, window, scale).fill(result)
+        return ctx.grid.pack(whole, q.shape[1])
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        found = [_group_gradients(group, q, k, v, dout, ctx.window, ctx.scale) for group in ctx.grid.groups]
-        dq, dk, dv = (ctx.grid.pack(parts) for parts in zip(*found, strict=True))
-        return dq, dk, dv, None, None, None
+        given = ctx.saved_tensors
+        wholes, parts = zip(*(ctx.grid.empty(t) for t in given), strict=True)
+        for group, dqueries, dkeys, dvalues in zip(ctx.grid.groups, *parts, strict=True):
+            attention = _GroupAttention(group, *given, ctx.window, ctx.scale)
+            # What stands in the padding as a query sees keys; it gives no gradient if its result gets none.
+            douts = group.lay_out(dout, pad_with_zeros=True)
+            attention.fill_gradients(douts, dqueries, dkeys[:, 0], dvalues[:, 0])
+        packed = (ctx.grid.pack(whole, t.shape[1]) for whole, t in zip(wholes, given, strict=True))
+        return *packed, None, None, None
 
 
 def backward_bytes(
@@ -55,96 +62,104 @@ def backward_bytes(
     narrow, wide = (torch.finfo(t).bits // 8 for t in (dtype, torch.promote_types(dtype, torch.float32)))
     lengths = tuple(sorted(lengths, reverse=True))
     shapes = [(end - begin, padded(lengths[begin])) for begin, end in cut_groups(list(lengths), heads)]
-    before, moments = 0, []
+    cells = sum(count * longest for count, longest in shapes)
+    found, moments = narrow * head_dim * cells * (heads + 2 * kv_heads), []
     for count, longest in shapes:
         rows = rows_at_once(count, longest, heads)
         keys = longest if window is None else min(longest, window - 1 + rows)
-        scores, cells = count * heads * rows * keys, count * longest
-        laid_out = before + narrow * head_dim * cells * 2 * (heads + kv_heads)
-        if rows < longest:  # sums of several blocks, and a block's copies
-            laid_out += head_dim * (cells * (narrow * heads + 2 * wide * kv_heads) + 2 * narrow * count * heads * rows)
-        key_numbers, query_numbers = count * kv_heads * keys * head_dim, count * heads * rows * head_dim
-        dvalues, cast = narrow * key_numbers, narrow if narrow < wide else 0
+        scores, key_numbers = count * heads * rows * keys, count * kv_heads * keys * head_dim
+        query_numbers = count * heads * rows * head_dim
+        before = found + head_dim * count * longest * (narrow * 2 * (heads + kv_heads) + 2 * wide * kv_heads)
+        if rows < longest:  # sums of several blocks, and a block's copies and results
+            before += 2 * wide * head_dim * count * longest * kv_heads
+            before += narrow * (3 * query_numbers + 2 * key_numbers)
+        before += wide * rows * (rows if window is None else min(longest // rows, MASKS) * keys)
+        cast = narrow < wide
         moments += [
-            laid_out + dvalues + 2 * wide * scores + (wide * (query_numbers + key_numbers) if cast else 0),
-            laid_out + dvalues + (3 * wide + cast) * scores,
-            laid_out + dvalues + (2 * wide + narrow) * scores + narrow * (query_numbers + key_numbers),
+            before + 2 * wide * scores + wide * query_numbers * cast,
+            before + (3 * wide + narrow * cast) * scores,
         ]
-        before += narrow * head_dim * cells * (heads + 2 * kv_heads)
-    laid_out, copies = sum(count * longest for count, longest in shapes), 2 if len(shapes) > 1 else 1
-    moments.append(before + narrow * head_dim * heads * (copies * laid_out + sum(lengths)))
+    moments.append(found + narrow * head_dim * sum(lengths) * (heads + 2 * kv_heads))
     return max(moments)
 
 
-def _group_gradients(
-    group: Group, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, window: int | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the group's queries, keys and values, laid out."""
-    queries, keys, values = (group.lay_out(t, k.shape[1]) for t in (q, k, v))
-    # What stands in the padding as a query sees keys; it gives no gradient if its result gets none.
-    douts = group.lay_out(dout, k.shape[1], pad_with_zeros=True)
-    return _gradients(queries, keys[:, 0], values[:, 0], douts, group.rows(q.shape[1]), window, scale)
+class _GroupAttention:
+    """What packed q [T, H, E], k and v [T, K, E] have in `group`, and its attention, some queries at a time.
+
+    queries [B, R, S, E]; keys and values [B, S, E].
+    """
+
+    def __init__(self, group: Group, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> None:
+        self.queries = group.lay_out(q)
+        self.keys, self.values = (group.lay_out(t)[:, 0] for t in (k, v))
+        self.rows, self.window = group.rows(), window
+        wide = torch.promote_types(q.dtype, torch.float32)
+        # Scores and their gradients want scaling: keys and values are fewer.
+        self.scaled_keys, self.scaled_values = (t.to(wide) * scale for t in (self.keys, self.values))
+
+    def fill(self, result: Tensor) -> None:
+        """`result` [B, R, S, E]."""
+        for at, seen in self._blocks():
+            weights = self._weights(at, seen).to(result.dtype)
+            block = result[:, :, at]
+            block.copy_(torch.bmm(weights, self.values[:, seen]).view_as(block))
+
+    def fill_gradients(self, douts: Tensor, dqueries: Tensor, dkeys: Tensor, dvalues: Tensor) -> None:
+        """The last three, shaped as what they are of; `douts` as the result."""
+        if self.rows == self.queries.shape[2]:
+            everything = slice(None), slice(None)
+            self._fill_block(*everything, douts, dqueries.flatten(1, 2), dkeys, dvalues)
+            return
+        # Several blocks add to the same key: in a wide sum.
+        sums = [torch.zeros_like(t) for t in (self.scaled_keys, self.scaled_values)]
+        for at, seen in self._blocks():
+            block = dqueries[:, :, at]
+            found = [torch.empty_like(t) for t in (block.flatten(1, 2), self.keys[:, seen], self.values[:, seen])]
+            self._fill_block(at, seen, douts[:, :, at], *found)
+            block.copy_(found[0].view_as(block))
+            for total, part in zip(sums, found[1:], strict=True):
+                total[:, seen] += part
+        dkeys.copy_(sums[0])
+        dvalues.copy_(sums[1])
+
+    def _blocks(self) -> Iterator[tuple[slice, slice]]:
+        """`rows` queries at a time, and the keys that any of them sees."""
+        length = self.queries.shape[2]
+        for begin in range(0, length, self.rows):
+            end = min(begin + self.rows, length)
+            yield slice(begin, end), slice(0 if self.window is None else max(begin - self.window + 1, 0), end)
+
+    def _fill_block(
+        self, at: slice, seen: slice, douts: Tensor, dqueries: Tensor, dkeys: Tensor, dvalues: Tensor
+    ) -> None:
+        """Gradients of n queries, whose results have `douts` [B, R, n, E], and of the m keys that they see.
+
+        Fills the last three, [B, R * n, E] and [B, m, E].
+        """
+        weights = self._weights(at, seen)
+        rows, douts = self.queries[:, :, at].flatten(1, 2), douts.flatten(1, 2)
+        torch.bmm(weights.to(douts.dtype).transpose(1, 2), douts, out=dvalues)
+        dweights = torch.bmm(douts.to(weights.dtype), self.scaled_values[:, seen].transpose(1, 2))
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).to(douts.dtype)
+        torch.bmm(dscores, self.keys[:, seen], out=dqueries)
+        torch.bmm(dscores.transpose(1, 2), rows, out=dkeys)
+
+    def _weights(self, at: slice, seen: slice) -> Tensor:
+        """Softmax of the scores of n queries, the last of the m keys that they see: [B, R * n, m], wide."""
+        queries, keys = self.queries[:, :, at], self.scaled_keys[:, seen]
+        scores = torch.bmm(queries.to(keys.dtype).flatten(1, 2), keys.transpose(1, 2))
+        last = queries.shape[2] if self.window is None else keys.shape[1]  # all queries see the keys before theirs
+        hidden = _hidden(queries.shape[2], last, self.window, scores.dtype, scores.device)
+        scores.view(*queries.shape[:3], -1)[..., -last:].add_(hidden)
+        return torch.softmax(scores, -1)
 
 
-def _blocks(length: int, rows: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """`rows` queries at a time, and the keys that any of them sees."""
-    for begin in range(0, length, rows):
-        end = min(begin + rows, length)
-        yield slice(begin, end), slice(0 if window is None else max(begin - window + 1, 0), end)
+@lru_cache(maxsize=MASKS)
+def _hidden(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[queries, keys], the queries being the last: minus infinity for later keys and for those before the window.
 
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, rows: int, window: int | None, scale: float) -> Tensor:
-    """Results [B, R, S, E] of queries [B, R, S, E], keys and values [B, S, E]; `rows` queries at a time."""
-    results = torch.empty_like(queries)
-    for at, seen in _blocks(queries.shape[2], rows, window):
-        weights = _weights(queries[:, :, at], keys[:, seen], window, scale).to(queries.dtype)
-        results[:, :, at] = torch.bmm(weights, values[:, seen]).view_as(results[:, :, at])
-    return results
-
-
-def _gradients(
-    queries: Tensor, keys: Tensor, values: Tensor, douts: Tensor, rows: int, window: int | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of queries [B, R, S, E], and of keys and values, [B, 1, S, E]."""
-    if rows == queries.shape[2]:
-        dqueries, dkeys, dvalues = _block_gradients(queries, keys, values, douts, window, scale)
-        return dqueries, dkeys[:, None], dvalues[:, None]
-    dqueries = torch.empty_like(queries)
-    # Several blocks add to the same key: in a wide sum.
-    dkeys, dvalues = (torch.zeros_like(t, dtype=_wide(t)) for t in (keys, values))
-    for at, seen in _blocks(queries.shape[2], rows, window):
-        block = (queries[:, :, at], keys[:, seen], values[:, seen], douts[:, :, at])
-        dqueries[:, :, at], dkeys_seen, dvalues_seen = _block_gradients(*block, window, scale)
-        dkeys[:, seen] += dkeys_seen
-        dvalues[:, seen] += dvalues_seen
-    return dqueries, dkeys.to(keys.dtype)[:, None], dvalues.to(values.dtype)[:, None]
-
-
-def _block_gradients(
-    queries: Tensor, keys: Tensor, values: Tensor, douts: Tensor, window: int | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of queries and results [B, R, n, E], the last of the keys and values [B, m, E]; each in its own shape."""
-    weights = _weights(queries, keys, window, scale)
-    rows, douts = queries.flatten(1, 2), douts.flatten(1, 2)
-    dvalues = torch.bmm(weights.to(values.dtype).transpose(1, 2), douts)
-    dweights = torch.bmm(douts.to(weights.dtype), values.to(weights.dtype).transpose(1, 2))
-    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale).to(keys.dtype)
-    return torch.bmm(dscores, keys).view_as(queries), torch.bmm(dscores.transpose(1, 2), rows), dvalues
-
-
-def _weights(queries: Tensor, keys: Tensor, window: int | None, scale: float) -> Tensor:
-    """Softmax of the scores of queries [B, R, n, E], the last of the keys [B, m, E] -> [B, R * n, m], wide."""
-    wide = _wide(queries)
-    scores = torch.bmm((queries.to(wide) * scale).flatten(1, 2), keys.to(wide).transpose(1, 2))
-    scores.view(*queries.shape[:3], -1).add_(_hidden(queries.shape[2], keys.shape[1], window, scores))
-    return torch.softmax(scores, -1)
-
-
-def _hidden(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """[queries, keys], the queries being the last: minus infinity for later keys and for those before the window."""
-    hidden = like.new_full((queries, keys), -torch.inf).triu_(keys - queries + 1)
-    return hidden if window is None else hidden + torch.full_like(hidden, -torch.inf).tril_(keys - queries - window)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    All layers share those of a batch.
+    """
+    nothing = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
+    hidden = nothing.triu(keys - queries + 1)
+    return hidden if window is None else hidden + nothing.tril_(keys - queries - window)

@@ -2,97 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_SCORES = 1 << 19  # attention scores, of all heads and documents, that are made at once
+BLOCK_SCORES = 1 << 18  # attention scores, of all heads and documents, that are made at once
 FEWEST_ROWS = 64  # of a block of scores, however long the document: below it the products get slow
 MULTIPLE = 8  # of tokens, that a document is padded to: products of odd sizes are slow
-_CALL_SCORES = 1 << 17  # scores that could be made while one more group is begun
+_BLOCK_LENGTH = 32  # a document of so many tokens is one block, of four times as many two, and so on: measured
+_CALL_SCORES = 1 << 17  # scores that could be made while one more block of a group is begun
+
+
+class Places(NamedTuple):
+    """Where n heads of a packed tensor [T, n, E] stand in a group [count * K, n / K, longest, E].
+
+    rows: int32 [count * n * longest], the row of [T * n, E] at each place; in a document's padding its last token's.
+    padding: int64, the places where what stands there belongs to nobody.
+    """
+
+    rows: Tensor
+    padding: Tensor
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` documents, each padded to `longest` tokens: a grid of count * longest cells.
-
-    tokens: int64 [cells], the rows of the packed tensors that stand there; padding: int64, the cells where what stands
-    there belongs to nobody.
-    """
+    """`count` documents, each padded to `longest` tokens, for `heads` query heads and `kv_heads` others."""
 
     count: int
     longest: int
-    tokens: Tensor
-    padding: Tensor
+    heads: int
+    kv_heads: int
+    places: dict[int, Places]
+    """Of `heads` and of `kv_heads`."""
 
-    def lay_out(self, packed: Tensor, kv_heads: int, pad_with_zeros: bool = False) -> Tensor:
-        """[T, H, E] -> [count * K, H / K, longest, E]: heads that share keys and values stand together."""
-        cells = packed.index_select(0, self.tokens)
-        if pad_with_zeros and len(self.padding):
-            cells.index_fill_(0, self.padding, 0)
-        cells = cells.view(self.count, self.longest, kv_heads, -1, packed.shape[2])
-        return cells.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+    def lay_out(self, packed: Tensor, pad_with_zeros: bool = False) -> Tensor:
+        """[T, n, E] -> [count * K, n / K, longest, E]: heads that share keys and values stand together."""
+        heads, width = packed.shape[1:]
+        places = self.places[heads]
+        laid_out = packed.reshape(-1, width).index_select(0, places.rows)
+        if pad_with_zeros and len(places.padding):
+            laid_out.index_fill_(0, places.padding, 0)
+        return laid_out.view(self.count * self.kv_heads, -1, self.longest, width)
 
-    def rows(self, heads: int) -> int:
+    def rows(self) -> int:
         """How many queries of each document attend at once."""
-        return rows_at_once(self.count, self.longest, heads)
+        return rows_at_once(self.count, self.longest, self.heads)
 
 
 @dataclass(frozen=True)
 class DocumentGrid:
-    """All documents in groups. cells: int64 [T], each token's among those of all groups, one behind the other."""
+    """All documents in groups."""
 
     groups: tuple[Group, ...]
-    cells: Tensor
+    places: dict[int, Tensor]
+    """Of `heads` and of `kv_heads`, n of them: int32 [T * n], where each row of [T, n, E] stands among those of all
+    groups, one behind the other."""
 
-    def pack(self, laid_out: Sequence[Tensor]) -> Tensor:
-        """[count * K, H / K, longest, E] of every group -> [T, H, E]: the way back."""
-        parts = [
-            part.unflatten(0, (group.count, -1)).permute(0, 3, 1, 2, 4).reshape(len(group.tokens), -1, part.shape[-1])
-            for group, part in zip(self.groups, laid_out, strict=True)
-        ]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).index_select(0, self.cells)
+    def empty(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Memory for what is to be packed as `like` [T, n, E]: as a whole [rows, E], and each group's part of it."""
+        heads, width = like.shape[1:]
+        shapes = [(g.count * g.kv_heads, heads // g.kv_heads, g.longest, width) for g in self.groups]
+        rows = [math.prod(shape[:3]) for shape in shapes]
+        whole = like.new_empty(sum(rows), width)
+        return whole, [part.view(shape) for part, shape in zip(whole.split(rows), shapes, strict=True)]
+
+    def pack(self, whole: Tensor, heads: int) -> Tensor:
+        """What `empty` gave, filled -> [T, n, E]: the way back."""
+        return whole.index_select(0, self.places[heads]).view(-1, heads, whole.shape[1])
 
 
 @lru_cache(maxsize=2)
-def grid_of(lengths: tuple[int, ...], heads: int, device: torch.device) -> DocumentGrid:
-    """For documents of `lengths` tokens, packed in that order, and attention by `heads` heads; made once a batch."""
+def grid_of(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device) -> DocumentGrid:
+    """For documents of `lengths` tokens, packed in that order, and attention by so many heads; made once a batch."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
-    groups, cells, filled = [], torch.empty(sum(lengths), dtype=torch.int64), 0
+    groups = []
+    back = {n: torch.empty(sum(lengths) * n, dtype=torch.int32) for n in (heads, kv_heads)}
+    filled = dict.fromkeys(back, 0)
     for begin, end in cut_groups([lengths[i] for i in order], heads):
-        members = torch.tensor(order[begin:end])
-        longest = padded(lengths[order[begin]])
+        members, longest = torch.tensor(order[begin:end]), padded(lengths[order[begin]])
         at = torch.arange(longest)
         tokens = starts[members, None] + torch.minimum(at, sizes[members, None] - 1)
-        real = (at < sizes[members, None]).flatten()
-        cells[tokens.flatten()[real]] = filled + real.nonzero()[:, 0]
-        padding = (~real).nonzero()[:, 0].to(device)
-        groups.append(Group(len(members), longest, tokens.flatten().to(device), padding))
-        filled += real.numel()
-    return DocumentGrid(tuple(groups), cells.to(device))
+        real = at < sizes[members, None]
+        places = {}
+        for n, whole in back.items():
+            rows = (tokens[:, None] * n + torch.arange(n)[:, None]).flatten()
+            mine = real[:, None].expand(-1, n, -1).flatten()
+            whole[rows[mine]] = filled[n] + mine.nonzero()[:, 0].to(whole.dtype)
+            filled[n] += len(rows)
+            places[n] = Places(rows.to(whole.dtype).to(device), (~mine).nonzero()[:, 0].to(device))
+        groups.append(Group(end - begin, longest, heads, kv_heads, places))
+    return DocumentGrid(tuple(groups), {n: whole.to(device) for n, whole in back.items()})
 
 
 def rows_at_once(count: int, longest: int, heads: int) -> int:
     """How many queries of each of `count` documents attend at once: all, or blocks of one size."""
     most = max(BLOCK_SCORES // (count * heads * longest), FEWEST_ROWS)
-    return -(-longest // -(-longest // most))
+    return -(-longest // max(-(-longest // most), cheapest_blocks(longest)))
+
+
+def cheapest_blocks(length: int) -> int:
+    """Into how many blocks of queries a document falls: more leave out more of the keys that none of them sees."""
+    return max(round(math.sqrt(length / _BLOCK_LENGTH)), 1)
 
 
 def cut_groups(lengths: list[int], heads: int) -> list[tuple[int, int]]:
     """Of falling `lengths`: where the groups begin and end that together take the least time."""
-    cost, begins = [0], [0]  # of the first documents; where the last group of those begins
+    cost, begins = [0.0], [0]  # of the first documents; where the last group of those begins
     for end in range(1, len(lengths) + 1):
         found = []
         for begin in range(end - 1, -1, -1):
-            scores = (end - begin) * heads * padded(lengths[begin]) ** 2
+            blocks = cheapest_blocks(padded(lengths[begin]))
+            scores = (end - begin) * heads * padded(lengths[begin]) ** 2 / blocks  # of the last block, the largest
             if found and scores > BLOCK_SCORES:
                 break
-            found.append((cost[begin] + scores + _CALL_SCORES, begin))
+            found.append((cost[begin] + scores * (blocks + 1) / 2 + blocks * _CALL_SCORES, begin))
         least, begin = min(found)
         cost.append(least)
         begins.append(begin)

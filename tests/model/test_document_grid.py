@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from accessory.model import document_grid
-from accessory.model.document_grid import BLOCK_SCORES, MULTIPLE, cut_groups, grid_of, padded
+from accessory.model.document_grid import BLOCK_SCORES, MULTIPLE, cheapest_blocks, cut_groups, grid_of, padded
 
 CPU = torch.device("cpu")
 
@@ -16,10 +17,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("lengths", [(3,), (8, 8), (5, 1, 30, 2, 13, 31), (1,) * 40, (700, 9, 700, 650)])
 def test_every_token_has_its_cell(lengths: tuple[int, ...]) -> None:
     """Out and back gives the same tensor; a document's tokens stand in order in one row of one group."""
-    grid, tokens = grid_of(lengths, 4, CPU), sum(lengths)
+    grid, tokens = grid_of(lengths, 4, 2, CPU), sum(lengths)
     packed = torch.arange(tokens * 4 * 2.0).view(tokens, 4, 2)
-    laid_out = [group.lay_out(packed, 2, pad_with_zeros=True) for group in grid.groups]
-    assert torch.equal(grid.pack(laid_out), packed)
+    laid_out = [group.lay_out(packed, pad_with_zeros=True) for group in grid.groups]
+    whole, parts = grid.empty(packed)
+    for part, content in zip(parts, laid_out, strict=True):
+        part.copy_(content)
+    assert torch.equal(grid.pack(whole, 4), packed)
     found = []
     for group, part in zip(grid.groups, laid_out, strict=True):
         assert part.shape == (group.count * 2, 2, group.longest, 2)
@@ -33,18 +37,18 @@ def test_every_token_has_its_cell(lengths: tuple[int, ...]) -> None:
 def test_heads_that_share_keys_stand_together() -> None:
     """Query head h reads key/value head h // R."""
     packed = torch.arange(6.0).view(1, 6, 1).expand(8, 6, 1)
-    (group,) = grid_of((8,), 6, CPU).groups
-    assert group.lay_out(packed, 2)[:, :, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    (group,) = grid_of((8,), 6, 2, CPU).groups
+    assert group.lay_out(packed)[:, :, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_padding_is_zero_where_that_is_asked() -> None:
-    (group,) = grid_of((5,), 1, CPU).groups
+    (group,) = grid_of((5,), 1, 1, CPU).groups
     assert group.longest == MULTIPLE
-    assert group.padding.tolist() == [5, 6, 7]
+    assert group.places[1].padding.tolist() == [5, 6, 7]
     packed = torch.full((5, 1, 1), torch.nan)
     packed[:] = 1
-    assert group.lay_out(packed, 1, pad_with_zeros=True).flatten().tolist() == [1] * 5 + [0] * 3
-    assert group.lay_out(packed, 1).isfinite().all()
+    assert group.lay_out(packed, pad_with_zeros=True).flatten().tolist() == [1] * 5 + [0] * 3
+    assert group.lay_out(packed).isfinite().all()
 
 
 @pytest.mark.parametrize("lengths", [[90, 80, 80, 24, 17, 16, 3], [300, 299, 40], [64] * 7])
@@ -53,9 +57,14 @@ def test_cuts_are_the_cheapest(lengths: list[int], heads: int) -> None:
     """Of all ways to cut."""
 
     def cost(cuts: list[tuple[int, int]]) -> float:
-        scores = [(end - begin) * heads * padded(lengths[begin]) ** 2 for begin, end in cuts]
-        fits = all(n <= BLOCK_SCORES or end - begin == 1 for n, (begin, end) in zip(scores, cuts, strict=True))
-        return sum(scores) + len(cuts) * document_grid._CALL_SCORES if fits else float("inf")
+        total = 0.0
+        for begin, end in cuts:
+            length, blocks = padded(lengths[begin]), cheapest_blocks(padded(lengths[begin]))
+            at_once = (end - begin) * heads * length * length / blocks
+            total += at_once * sum(i / blocks for i in range(1, blocks + 1)) + blocks * document_grid._CALL_SCORES
+            if at_once > BLOCK_SCORES and end - begin > 1:
+                return math.inf
+        return total
 
     inner = range(1, len(lengths))
     ways = [
@@ -63,16 +72,15 @@ def test_cuts_are_the_cheapest(lengths: list[int], heads: int) -> None:
         for count in range(len(lengths))
         for places in itertools.combinations(inner, count)
     ]
-    assert cost(cut_groups(lengths, heads)) == min(map(cost, ways))
+    assert cost(cut_groups(lengths, heads)) == pytest.approx(min(map(cost, ways)))
 
 
-def test_long_documents_attend_in_blocks_of_one_size() -> None:
-    """That together are the document, none above the limit unless it would be too short."""
-    (group,) = grid_of((3000,), 9, CPU).groups
-    rows = group.rows(9)
-    assert rows == 64
-    (short,) = grid_of((200,), 9, CPU).groups
-    assert short.rows(9) == 200
-    (middle,) = grid_of((400,), 9, CPU).groups
-    assert middle.rows(9) * 9 * 400 <= BLOCK_SCORES
-    assert -(-400 // middle.rows(9)) * middle.rows(9) - 400 < middle.rows(9) // 2
+@pytest.mark.parametrize(
+    ("length", "rows"), [(3000, 64), (1024, 64), (400, 67), (200, 100), (104, 52), (64, 64), (8, 8)]
+)
+def test_documents_attend_in_blocks_of_one_size(length: int, rows: int) -> None:
+    """That together are the document, none above the limit unless it would be too short; short ones are one block."""
+    (group,) = grid_of((length,), 9, 9, CPU).groups
+    assert group.rows() == rows
+    assert rows * 9 * length <= BLOCK_SCORES or rows == document_grid.FEWEST_ROWS
+    assert -(-length // rows) * rows - length < max(rows // 2, 8)
