@@ -68,7 +68,7 @@ def _refusal(request: Request) -> PlainTextResponse | None:
         return PlainTextResponse("This page answers to itself only.", 403)
     if _announced(request) > MOST_BYTES:
         return _too_large()
-    if request.url.path.endswith("/upload"):  # gradio keeps whatever is sent there
+    if request.scope["path"].endswith("/upload"):  # gradio keeps whatever is sent there
         return PlainTextResponse("This page takes no files.", 403)
     return None
 

@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh                            about 14 minutes on 2 cores
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
-#   bash tests/run.sh --chaos                    17 minutes of kills at random moments, restarts and fuzzing
+#   bash tests/run.sh --chaos                    22 minutes of kills at random moments, restarts and fuzzing
 #
 # PROCESSES=2 test files run at once, each process on one thread: what they start are mostly processes of one thread, too.
 set -euo pipefail

@@ -78,7 +78,7 @@ def attend(
     """Causal attention inside each document: q [T, H, E], k and v [T, K, E] -> [T, H, E].
 
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    On CUDA in half precision one variable-length flash kernel does all documents; elsewhere each gets its own call.
+    On CUDA in half precision one variable-length flash kernel does all documents, elsewhere `attend_by_document`.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _attend_varlen(q, k, v, sequences, window, scale)

@@ -7,10 +7,11 @@ less time than PyTorch's flash kernel, which wants a call a document.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from accessory.model.document_grid import Group, cut_groups, grid_of, padded, rows_at_once
 
@@ -43,6 +44,7 @@ class _AttendByDocument(torch.autograd.Function):
         return ctx.grid.pack(whole, q.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
         wholes, parts = zip(*(ctx.grid.empty(t) for t in given), strict=True)
@@ -51,6 +53,7 @@ class _AttendByDocument(torch.autograd.Function):
             # What stands in the padding as a query sees keys; it gives no gradient if its result gets none.
             douts = group.lay_out(dout, pad_with_zeros=True)
             attention.fill_gradients(douts, dqueries, dkeys[:, 0], dvalues[:, 0])
+            del attention, douts  # before the next group's
         packed = (ctx.grid.pack(whole, t.shape[1]) for whole, t in zip(wholes, given, strict=True))
         return *packed, None, None, None
 
@@ -93,9 +96,13 @@ class _GroupAttention:
         self.queries = group.lay_out(q)
         self.keys, self.values = (group.lay_out(t)[:, 0] for t in (k, v))
         self.rows, self.window = group.rows(), window
-        wide = torch.promote_types(q.dtype, torch.float32)
         # Scores and their gradients want scaling: keys and values are fewer.
-        self.scaled_keys, self.scaled_values = (t.to(wide) * scale for t in (self.keys, self.values))
+        self.scale, self.scaled_keys = scale, self.keys.to(torch.promote_types(q.dtype, torch.float32)) * scale
+
+    @cached_property
+    def scaled_values(self) -> Tensor:
+        """Wide; for the backward."""
+        return self.values.to(self.scaled_keys.dtype) * self.scale
 
     def fill(self, result: Tensor) -> None:
         """`result` [B, R, S, E]."""
@@ -158,7 +165,7 @@ class _GroupAttention:
 def _hidden(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[queries, keys], the queries being the last: minus infinity for later keys and for those before the window.
 
-    All layers share those of a batch.
+    Layers share them, as long as a batch wants no more than are kept.
     """
     nothing = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
     hidden = nothing.triu(keys - queries + 1)

@@ -119,8 +119,10 @@ def cut_groups(lengths: list[int], heads: int) -> list[tuple[int, int]]:
         for begin in range(end - 1, -1, -1):
             blocks = cheapest_blocks(padded(lengths[begin]))
             scores = (end - begin) * heads * padded(lengths[begin]) ** 2 / blocks  # of the last block, the largest
-            if found and scores > BLOCK_SCORES:
+            if found and scores > 2 * BLOCK_SCORES:  # one more block halves them at most: no later one fits
                 break
+            if found and scores > BLOCK_SCORES:
+                continue
             found.append((cost[begin] + scores * (blocks + 1) / 2 + blocks * _CALL_SCORES, begin))
         least, begin = min(found)
         cost.append(least)

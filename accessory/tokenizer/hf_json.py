@@ -20,6 +20,8 @@ from accessory.tokenizer.trial import try_apart
 
 FILE_NAME = "tokenizer.json"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
+_STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+"""What a sequence of steps is called, by the stage it is of."""
 _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
@@ -58,8 +60,6 @@ class JsonTokenizer(Tokenizer):
     def pipeline(self) -> dict:
         """The tokenizer.json it works with, parsed: added tokens are in it, and control tokens are special."""
         pipeline = _parse(self._definition, self.source)
-        # Cutting and padding are the corpus' business; some published files carry both.
-        pipeline["truncation"] = pipeline["padding"] = None
         special = self.special
         self._added = _add_missing(pipeline, special.added)
         _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id})
@@ -111,7 +111,7 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def _behind_control(self) -> tokenizers.Tokenizer:
         pipeline = self.pipeline()
-        without = _strip_prefix_steps(pipeline.get("pre_tokenizer"), only_first=True)
+        without = _strip_prefix_steps(pipeline.get("pre_tokenizer"), "pre_tokenizer", only_first=True)
         if without == pipeline.get("pre_tokenizer"):
             return self._main
         return _load({**pipeline, "pre_tokenizer": without}, self.source)
@@ -175,7 +175,9 @@ def _parse(definition: str, source: str) -> dict:
         raise TokenizerError(f"{source}: found {found}; {_EXPECTED}, whole and undamaged ({error}).") from error
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("model"), dict):
         raise TokenizerError(f'{source}: found {found} with no "model" in it; {_EXPECTED}.')
-    try_apart("tokenizers", definition.encode(), f"{source}: {_EXPECTED}")
+    # Cutting and padding are the corpus' business; some published files carry both.
+    pipeline["truncation"] = pipeline["padding"] = None
+    try_apart("tokenizers", json.dumps(pipeline).encode(), f"{source}: {_EXPECTED}")
     return pipeline
 
 
@@ -211,17 +213,17 @@ def _never_match_special(pipeline: dict) -> None:
 def _without_leading_space(pipeline: dict) -> dict:
     """The same pipeline for text that continues another: no step of it makes up a leading space."""
     continuing = copy.deepcopy({key: value for key, value in pipeline.items() if key != "model"})
-    for stage in ("normalizer", "pre_tokenizer"):
-        continuing[stage] = _strip_prefix_steps(continuing.get(stage))
+    for stage in _STEPS:
+        continuing[stage] = _strip_prefix_steps(continuing.get(stage), stage)
     return {**continuing, "model": pipeline["model"]}
 
 
-def _strip_prefix_steps(step: dict | None, *, only_first: bool = False) -> dict | None:
+def _strip_prefix_steps(step: dict | None, stage: str, *, only_first: bool = False) -> dict | None:
     """A step without what makes up a leading space; `only_first`: only where it is for the first word of a text."""
     kind = step.get("type") if isinstance(step, dict) else None  # the library takes lists of a step's values, too
     if kind == "Sequence":
-        key = "normalizers" if "normalizers" in step else "pretokenizers"
-        kept = [_strip_prefix_steps(inner, only_first=only_first) for inner in step[key]]
+        key = _STEPS[stage]
+        kept = [_strip_prefix_steps(inner, stage, only_first=only_first) for inner in step[key]]
         return {**step, key: [inner for inner in kept if inner is not None]}
     if kind == "Metaspace" and (not only_first or step.get("prepend_scheme") == "first"):
         # Older files say add_prefix_space, which the library refuses when it disagrees with prepend_scheme.
@@ -239,7 +241,9 @@ def _strip_prefix_steps(step: dict | None, *, only_first: bool = False) -> dict 
 def _load(pipeline: dict, source: str) -> tokenizers.Tokenizer:
     try:
         loaded = tokenizers.Tokenizer.from_str(json.dumps(pipeline, ensure_ascii=False))
-    except Exception as error:  # the library raises bare Exception for every fault of a file
+    except BaseException as error:  # bare Exception for most faults of a file, and panics beyond it
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise TokenizerError(f"{source}: {_EXPECTED}, but the library refuses it ({error}).") from error
     loaded.encode_special_tokens = True
     return loaded

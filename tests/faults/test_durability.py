@@ -98,7 +98,7 @@ def test_08_every_stage_of_a_save_may_fail(job: Job, tmp_path: Path, torchrun) -
 
 @pytest.mark.parametrize("way", ["fail_as_weights_are_gathered", "fail_as_state_is_gathered"])
 def test_08_so_may_the_part_of_a_rank_that_does_not_write(job: Job, way: str) -> None:
-    """The main rank is in the midst of writing: it says the other's error, and leaves nothing half written."""
+    """The main rank, in the midst of writing or about to, says the other's error and leaves nothing half written."""
     done = job.run(faults=[{"do": way, "rank": 1, "step": 6}])
     assert job.fired == [f"{way}-rank1-attempt0"]
     cause = "[rank 1] OSError: [Errno 5] Input/output error"

@@ -202,3 +202,21 @@ def test_all_ids_that_end_an_answer(byte_level, tmp_path):
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
     assert again.fingerprint == ours.fingerprint and again.stop_ids == ours.stop_ids
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 8}},
+        {"normalizer": {"type": "Sequence", "normalizers": [], "pretokenizers": 5}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}], "normalizers": 5}},
+    ],
+    ids=["truncation that panics", "a key of another stage", "a key of another stage, too"],
+)
+def test_what_the_library_loads_and_nothing_of_ours_reads_is_no_fault(byte_level, tmp_path, changes):
+    directory = lay(tmp_path, byte_level, CHATML)
+    definition = json.loads(byte_level.to_str()) | changes
+    (directory / "tokenizer.json").write_text(json.dumps(definition))
+    theirs = Tokenizer.from_str(json.dumps(definition))
+    theirs.no_truncation()
+    assert open_tokenizer(directory).encode("Write 12 times") == theirs.encode("Write 12 times").ids
