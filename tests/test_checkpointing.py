@@ -124,7 +124,7 @@ def normal(shape: tuple[int, ...]) -> Callable[[torch.Generator], torch.Tensor]:
 def test_every_recomputed_layer_spares_memory(layout: Layout) -> None:
     """From the first on, and each as much, up to the last, whose activations are made again while the inputs stand."""
     peaks = []
-    for layers in range(6):
+    for layers in (0, *range(6)):  # the first makes what the others find: where documents stand, and masks
         decoder = Decoder(ARGS, dtype=torch.float32)
         initial = {target.name: normal(target.whole_shape(1)) for target in targets(decoder)}
         trained = {name for name in initial if "norm" in name}
@@ -134,7 +134,7 @@ def test_every_recomputed_layer_spares_memory(layout: Layout) -> None:
         with Peak() as peak:
             decoder(torch.arange(256) % 96, sequences).square().sum().backward()
         peaks.append(peak.bytes)
-    spared = [before - after for before, after in itertools.pairwise(peaks)]
+    spared = [before - after for before, after in itertools.pairwise(peaks[1:])]
     inputs = 4 * 256 * ARGS.dim
     assert min(spared[:4]) > 4 * inputs
     assert max(spared[:4]) - min(spared[:4]) < inputs / 8
