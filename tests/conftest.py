@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +55,16 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def small_sentencepiece() -> bytes:
+    """A model of a few hundred pieces."""
+    model, sentences = io.BytesIO(), ["The quick brown fox jumps over the lazy dog, 1234567890 times!"] * 9
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=320, byte_fallback=True,
+        normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
 
 
 def write_model(directory: Path, config: dict) -> None:

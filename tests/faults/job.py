@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import signal
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceTrainer
 
 from accessory.run_status import read_status
 
@@ -137,13 +135,3 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-def small_sentencepiece() -> bytes:
-    """A model of a few hundred pieces."""
-    model, sentences = io.BytesIO(), ["The quick brown fox jumps over the lazy dog, 1234567890 times!"] * 9
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", minloglevel=2,
-    )  # fmt: skip
-    return model.getvalue()

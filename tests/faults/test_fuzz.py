@@ -35,7 +35,8 @@ from accessory.data.templates import UnusableRecord, conversation, single_turn
 from accessory.errors import AccessoryError
 from accessory.finetune import finetune
 from accessory.tokenizer import open_tokenizer
-from tests.faults.job import Job, small_sentencepiece
+from tests.conftest import small_sentencepiece
+from tests.faults.job import Job
 
 CHAOS = bool(os.environ.get("CHAOS"))
 SECONDS, FEW = 75, 60

@@ -22,7 +22,8 @@ from accessory.data.corpus import Corpus, build_corpus
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, DataError, TokenizerError
 from accessory.finetune import finetune
 from accessory.tokenizer import open_tokenizer, trial
-from tests.faults.job import ROOT, Job, said, small_sentencepiece
+from tests.conftest import small_sentencepiece
+from tests.faults.job import ROOT, Job, said
 
 GOOD = '{"instruction": "say a", "output": "a"}'
 BAD_LINES = {
