@@ -61,6 +61,7 @@ class Reporter:
         self.started, self.first_step = time.monotonic(), first_step
         if self.output_dir:
             _end_last_line(self.output_dir / LOG_FILE)
+            _leave_second_of_older_events(self.output_dir)
         self.writer = SummaryWriter(str(output_dir), purge_step=first_step + 1) if self.output_dir else None
         silent = None if enabled else True
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
@@ -126,6 +127,16 @@ def _end_last_line(log: Path) -> None:
     if log.is_file() and not log.read_bytes().endswith(b"\n"):
         with log.open("a", encoding="utf-8") as file:
             file.write("\n")
+
+
+def _leave_second_of_older_events(directory: Path) -> None:
+    """Wait, a second at most, until a new event file's name sorts after those in `directory`.
+
+    TensorBoard reads event files by name: second of the start, host, process, count; the last two as text, "10" < "9".
+    """
+    seconds = {path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")}
+    while str(int(time.time())) in seconds:
+        time.sleep(0.05)
 
 
 def read_losses(log: Path) -> dict[int, float]:

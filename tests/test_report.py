@@ -96,6 +96,8 @@ def test_resumed_run_replaces_what_came_after(tmp_path: Path) -> None:
     assert list(read_losses(tmp_path / LOG_FILE)) == sorted(expected)
     assert scalars(tmp_path) == expected
     assert len((tmp_path / LOG_FILE).read_text().splitlines()) == 8  # nothing is taken out of the log itself
+    seconds = [path.name.split(".")[3] for path in tmp_path.glob("events.out.tfevents.*")]
+    assert len(set(seconds)) == 2  # in one and the same second, the files' order would be chance
 
 
 def test_fresh_run_in_a_used_directory(tmp_path: Path) -> None:
