@@ -216,7 +216,7 @@ class Engine:
     def _out_of_memory(self, number: int, count: int, batch: PackedBatch, progress: Progress) -> OutOfMemoryError:
         return OutOfMemoryError(
             f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
-            f"{len(batch.tokens):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
+            f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
             f"What is saved is whole. Less memory is needed with {self.spare_memory}."
         )
 

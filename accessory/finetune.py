@@ -143,7 +143,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
 def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> _Job:
     """Reads the data. All ranks have come to the same, or it raises."""
     corpus = together(lambda: _corpus(config, blueprint, layout))
-    order = together(lambda: _order(config, corpus, layout))
+    order = together(lambda: _order(config, blueprint, corpus, layout))
     identity = _identity(config, blueprint, _base(config, sources), corpus, order)
     check_alike(identity)
     return _Job(config, layout, sources, blueprint, corpus, order, identity, _conditions(config, layout))
@@ -203,7 +203,7 @@ def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Cor
     return corpus
 
 
-def _order(config: FinetuneConfig, corpus: Corpus, layout: Layout) -> GlobalOrder:
+def _order(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus, layout: Layout) -> GlobalOrder:
     return GlobalOrder(
         corpus,
         batch_size=config.batch_size,
@@ -212,6 +212,7 @@ def _order(config: FinetuneConfig, corpus: Corpus, layout: Layout) -> GlobalOrde
         dp_size=layout.dp_size,
         seed=config.seed,
         max_tokens=config.max_tokens,
+        share_prefixes=not blueprint.method.drops_out,
     )
 
 

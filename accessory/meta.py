@@ -35,7 +35,7 @@ class MetaModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
-        hidden = self.llma(batch.tokens, self.llma.sequences(batch.lengths))
+        hidden = self.llma(batch.tokens, self.llma.sequences(batch.lengths, shared=batch.shared))
         return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
 
     @torch.no_grad()

@@ -117,7 +117,7 @@ def test_loss_is_the_sum_over_supervised_tokens(checkpoint, tmp_path: Path) -> N
     ids, lengths = random_ids(12, 9), (12, 9)
     labels = torch.cat([torch.cat([part[1:], torch.tensor([-100])]) for part in ids.split(lengths)])
     labels[:5] = -100
-    batch = PackedBatch(ids, labels, lengths, (0, 1))
+    batch = PackedBatch(ids, labels, lengths, (0, 1), (0, 0))
     with torch.no_grad():
         logits = torch.cat([theirs(part[None]).logits[0] for part in ids.split(lengths)])
         loss = ours(batch)

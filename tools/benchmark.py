@@ -51,6 +51,7 @@ def train(
     lr: float = 2e-4,
     optim: str = "adamw",
     checkpointing: bool | int | str = "none",
+    share_prefixes: bool = True,
     precision: str = "bf16",
     device: str = "auto",
     json: bool = False,
@@ -76,6 +77,7 @@ def train(
         lr: learning rate, constant.
         optim: adamw, adamw8bit or paged_adamw.
         checkpointing: layers to recompute: none, a number, or all (also without a value).
+        share_prefixes: whether what documents begin alike with is computed once, as the fine-tuning run does.
         precision: bf16, fp16, fp32 or tf32.
         device: auto, cpu or cuda.
         json: print one JSON line.
@@ -100,7 +102,7 @@ def train(
         batch_size=_documents(batch_size, tokens, lengths), seq=lengths,
         supervised=1.0 if supervised is None else supervised, max_words=max_words, method=method, rank=rank,
         adapter=None if adapter is None else str(adapter), quant_type=quant_type if quant else None,
-        precision=precision, lr=lr, optim=optim, checkpointing=_layers(checkpointing),
+        precision=precision, lr=lr, optim=optim, checkpointing=_layers(checkpointing), share_prefixes=share_prefixes,
     )  # fmt: skip
     layout = groups.start(device)
     engine = training.engine(layout)
@@ -120,8 +122,10 @@ def _measure_training(engine: Engine, steps: int) -> dict:
     reports = [engine.step(progress)[0] for _ in range(steps)]
     timed = reports[UNTIMED_STEPS:]
     seconds, tokens = sum(r.seconds for r in timed), sum(r.tokens for r in timed)
+    packed = [engine.order.packed_tokens(0, report.step - 1) for report in timed]
     result = {
         "tokens": tokens,
+        "computed_tokens": sum(packed),
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
         "peak_bytes": reports[-1].peak_bytes,
@@ -131,15 +135,15 @@ def _measure_training(engine: Engine, steps: int) -> dict:
     progress.step -= 1
     shares = time_shares.measure(lambda: engine.step(progress), engine)
     result["shares"] = {category: round(share, 2) for category, share in shares.items()}
-    return result | _beside_ideal(engine, timed, seconds, tokens)
+    return result | _beside_ideal(engine, timed, packed, seconds, tokens)
 
 
-def _beside_ideal(engine: Engine, timed: list[StepReport], seconds: float, tokens: int) -> dict:
+def _beside_ideal(engine: Engine, timed: list[StepReport], packed: list[int], seconds: float, tokens: int) -> dict:
     decoder, order, layout = engine.model.llma, engine.order, engine.layout
     work = ideal.Work()
-    for report in timed:
+    for report, computed in zip(timed, packed, strict=True):
         lengths = order.corpus.lengths[order.global_ids(0, report.step - 1)].tolist()
-        work += ideal.step_work(decoder, lengths, report.supervised, layout.dp_size)
+        work += ideal.step_work(decoder, lengths, computed, report.supervised, layout.dp_size)
     per_rank = max(tokens // len(timed) // layout.dp_size, 1)
     rate, bandwidth = ideal.product_rate(decoder, per_rank, layout.device), ideal.copy_bandwidth(layout.device)
     return ideal.compare(work, tokens, seconds, rate, bandwidth, layout.world_size)

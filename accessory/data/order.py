@@ -21,6 +21,7 @@ class GlobalOrder:
 
     With `max_tokens`, micro-batches hold as many documents as have that many tokens together rather than `batch_size`
     of them; a global batch is the same, and only in how many micro-batches it is trained on differs from step to step.
+    With `share_prefixes`, tokens that documents of a micro-batch begin with alike are packed once (see `PackedBatch`).
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class GlobalOrder:
         seed: int = 0,
         shuffle: bool = True,
         max_tokens: int | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         if batch_size < 1 or accum_iter < 1 or not 0 <= dp_rank < dp_size or seed < 0:
             raise ConfigError(
@@ -50,6 +52,7 @@ class GlobalOrder:
             )
         self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
+        self.share_prefixes = share_prefixes
         self.global_batch = batch_size * accum_iter * dp_size
         self.steps_per_epoch = -(-len(corpus) // self.global_batch)
         self._cached: tuple[int, np.ndarray] | None = None
@@ -64,11 +67,7 @@ class GlobalOrder:
     def micro_batches(self, epoch: int, step: int) -> Iterator[PackedBatch]:
         """This rank's micro-batches of one step; every rank has as many."""
         slots = self._deal(self.global_ids(epoch, step))
-        for ids in slots[self.dp_rank :: self.dp_size]:
-            if len(ids):
-                yield PackedBatch.pack([(*self.corpus.document(i), i) for i in ids])
-            else:
-                yield PackedBatch.idle(int(self.corpus.tokens[0]))
+        yield from map(self._packed, slots[self.dp_rank :: self.dp_size])
 
     def supervised_tokens(self, epoch: int, step: int) -> int:
         """Labels that count in the global batch; known on every rank without asking the others."""
@@ -78,12 +77,21 @@ class GlobalOrder:
         """Tokens in the global batch."""
         return int(self.corpus.lengths[self.global_ids(epoch, step)].sum())
 
+    def packed_tokens(self, epoch: int, step: int) -> int:
+        """The same, those that documents of a micro-batch share counted once: what all ranks compute."""
+        return sum(len(self._packed(ids).tokens) for ids in self._deal(self.global_ids(epoch, step)))
+
     @property
     def most_tokens(self) -> int:
         """No micro-batch has more: those of its longest possible documents together, or `max_tokens`."""
         documents = self.batch_size if self.max_tokens is None else self.global_batch
         together = int(np.sort(self.corpus.lengths)[-documents:].sum())
         return together if self.max_tokens is None else min(together, self.max_tokens)
+
+    def _packed(self, ids: np.ndarray) -> PackedBatch:
+        if len(ids) == 0:
+            return PackedBatch.idle(int(self.corpus.tokens[0]))
+        return PackedBatch.pack([(*self.corpus.document(i), i) for i in ids], self.share_prefixes)
 
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.

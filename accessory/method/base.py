@@ -36,6 +36,11 @@ class Method(ABC):
         """Whether the rows of the embedding are learned."""
         return self.trains_base
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether training drops values out, of each document's tokens others."""
+        return False
+
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
 

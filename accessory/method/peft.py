@@ -64,6 +64,11 @@ class Peft(Method):
         """Only where it is asked for."""
         return self.settings.vocabulary_tuning
 
+    @property
+    def drops_out(self) -> bool:
+        """Of what LoRA reads."""
+        return self.settings.lora_rank > 0 and self.settings.lora_dropout > 0
+
     def attach(self, decoder: Decoder) -> Attachment:
         """Add biases and LoRA factors; choose norms, biases and factors as the settings say."""
         attachment = Attachment()

@@ -80,6 +80,15 @@ def attend(
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
     On CUDA in half precision one variable-length flash kernel does all documents, elsewhere `attend_by_document`.
     """
+    if sequences.prefixes is None:
+        return _attend_whole(q, k, v, sequences, window, scale)
+    q, k, v = (sequences.prefixes.lay_out(t) for t in (q, k, v))
+    return sequences.prefixes.pack(_attend_whole(q, k, v, sequences, window, scale))
+
+
+def _attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, scale: float | None
+) -> Tensor:
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _attend_varlen(q, k, v, sequences, window, scale)
     return attend_by_document(q, k, v, sequences.lengths, window, scale)

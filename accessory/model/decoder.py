@@ -127,12 +127,17 @@ class Decoder(nn.Module):
         """This rank's rows of the output matrix [V / ranks, embedding_dim]; those from V on are padding."""
         return (self.output or self.tok_embeddings).weight
 
-    def sequences(self, lengths: tuple[int, ...], starts: tuple[int, ...] | None = None) -> Sequences:
+    def sequences(
+        self,
+        lengths: tuple[int, ...],
+        starts: tuple[int, ...] | None = None,
+        shared: tuple[int, ...] | None = None,
+    ) -> Sequences:
         """Where the tokens of documents of `lengths` stand, behind `starts` tokens that are in the cache already.
 
-        Raises `ConfigError` for a document that is longer than the model's positions reach.
+        shared: as in `Sequences.build`. Raises `ConfigError` for a document longer than the model's positions reach.
         """
-        made = Sequences.build(lengths, self.frequencies, starts)
+        made = Sequences.build(lengths, self.frequencies, starts, shared)
         longest = max(start + length for start, length in zip(made.starts, lengths, strict=True))
         limit = self.args.longest_document
         if limit is not None and longest > limit:

@@ -9,30 +9,43 @@ import torch
 from torch import Tensor
 
 from accessory.model.position import rotations
+from accessory.model.shared_prefixes import SharedPrefixes
 
 
 @dataclass(frozen=True)
 class Sequences:
     """B documents laid end to end in T tokens. Attention never crosses from one to the next.
 
-    lengths: new tokens of each document (summing to T). starts: tokens of each document already in the key/value cache
-    (all zero in training). positions: of each token in its document [T], on the tokens' device. turn: rotary factors
-    [T, 1, rotary_dim / 2]. lean: ALiBi's channels (`lean_channels`), or None.
+    lengths: new tokens of each document, summing to T where none are shared. starts: tokens of each document already in
+    the key/value cache (all zero in training). positions: of each token in its document [T], on the tokens' device.
+    turn: rotary factors [T, 1, rotary_dim / 2]. prefixes: what documents share, or None. lean: ALiBi's channels
+    (`lean_channels`), or None.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
     positions: Tensor
     turn: Tensor
+    prefixes: SharedPrefixes | None = None
     lean: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
-    def build(lengths: tuple[int, ...], frequencies: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
-        """Positions run from `starts` in each document; `frequencies` [rotary_dim / 2] lies on the tokens' device."""
-        starts = starts or (0,) * len(lengths)
-        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    def build(
+        lengths: tuple[int, ...],
+        frequencies: Tensor,
+        starts: tuple[int, ...] | None = None,
+        shared: tuple[int, ...] | None = None,
+    ) -> Sequences:
+        """Positions run from `starts` in each document; `frequencies` [rotary_dim / 2] lies on the tokens' device.
+
+        shared: how many tokens each document begins with that are those of the one before it, and packed only there.
+        """
+        starts, shared = starts or (0,) * len(lengths), shared or (0,) * len(lengths)
+        spans = zip(starts, shared, lengths, strict=True)
+        positions = torch.cat([torch.arange(start + known, start + n) for start, known, n in spans])
         positions = positions.to(frequencies.device)
-        return Sequences(lengths, starts, positions, rotations(frequencies, positions))
+        prefixes = SharedPrefixes.build(lengths, shared, positions.device)
+        return Sequences(lengths, starts, positions, rotations(frequencies, positions), prefixes)
 
     def leaning(self, channels: tuple[Tensor, Tensor]) -> Sequences:
         """The same with ALiBi's channels."""

@@ -42,6 +42,47 @@ def test_a_batch_does_not_change(batch):
         batch.lengths = (5,)
 
 
+def document(tokens, supervised, number=0):
+    """`supervised`: how many labels at the end count."""
+    tokens = np.array(tokens, np.int32)
+    labels = np.append(tokens[1:], IGNORE).astype(np.int64)
+    labels[: len(tokens) - 1 - supervised] = IGNORE
+    return tokens, labels, number
+
+
+def test_what_documents_begin_alike_with_is_packed_once():
+    """Sorted, up to the first label: the 4 of two documents stands twice, for what comes next is learned there."""
+    packed = PackedBatch.pack(
+        [document([1, 2, 3, 4, 9, 9], 2, 7), document([1, 2, 5, 5], 1, 8), document([1, 2, 3, 4, 6, 6, 6], 3, 9)]
+    )
+    assert packed.tokens.tolist() == [1, 2, 3, 4, 6, 6, 6, 4, 9, 9, 5, 5]
+    assert packed.labels.tolist() == [IGNORE] * 3 + [6, 6, 6, IGNORE] + [9, 9, IGNORE] + [5, IGNORE]
+    assert (packed.lengths, packed.shared, packed.sample_ids) == ((7, 6, 4), (0, 3, 2), (9, 7, 8))
+
+
+def test_tokens_with_a_label_are_nobody_elses():
+    """Even where the label is the same: it counts for each document. Token 3 of the second predicts what is learned."""
+    same = [document([1, 2, 3, 4, 5], 2, i) for i in range(3)]
+    packed = PackedBatch.pack(same)
+    assert packed.shared == (0, 2, 2) and packed.supervised == 6
+    learned = [document([1, 2, 3, 4, 5], 4, i) for i in range(3)]
+    assert PackedBatch.pack(learned).shared == (0, 0, 0)
+
+
+def test_documents_stay_as_given_where_sharing_is_not_allowed_or_worth_it():
+    """One token of 31 is worth it, one of 33 is not."""
+    longer, shorter = document([1, *range(20, 40)], 5, 0), [1, *range(2, 11)]
+    assert PackedBatch.pack([longer, document(shorter, 5, 1)]).sample_ids == (1, 0)
+    given = longer, document([*shorter, 11, 12], 5, 1)
+    assert PackedBatch.pack(given).sample_ids == (0, 1)
+    assert PackedBatch.pack([longer, document(shorter, 5, 1)], share=False).shared == (0, 0)
+
+
+def test_shared_tokens_move_along():
+    packed = PackedBatch.pack([document([1, 2, 3], 1, i) for i in range(2)])
+    assert packed.shared == packed.to("meta").shared == (0, 1)
+
+
 def test_packing_copies(batch):
     tokens = np.array([1, 2])
     packed = PackedBatch.pack([(tokens, tokens, 0)])

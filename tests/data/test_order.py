@@ -13,6 +13,7 @@ LAYOUTS = [(2, 4, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)]  # (batch_size
 def orders(corpus, layout, **settings):
     batch_size, accum_iter, ranks = layout
     shape = {"batch_size": batch_size, "accum_iter": accum_iter, "dp_size": ranks}
+    settings = {"share_prefixes": False} | settings  # documents stand in the order they are dealt in
     return [GlobalOrder(corpus, **shape, dp_rank=rank, **settings) for rank in range(ranks)]
 
 
@@ -80,6 +81,19 @@ def test_counts_of_the_global_batch_are_those_of_all_ranks_together(corpus_of):
         for order in ours:
             assert order.supervised_tokens(1, step) == sum(batch.supervised for batch in batches)
             assert order.tokens(1, step) == sum(len(batch.tokens) for batch in real)
+
+
+def test_what_documents_share_is_packed_once_in_each_micro_batch(corpus_of):
+    """On any layout, every document is whole; `packed_tokens` are those of all ranks."""
+    corpus = corpus_of(SIZES)
+    for layout in LAYOUTS:
+        ours = orders(corpus, layout, share_prefixes=True)
+        batches = [batch for order in ours for batch in order.micro_batches(0, 1)]
+        assert {order.packed_tokens(0, 1) for order in ours} == {sum(len(batch.tokens) for batch in batches)}
+        shared = sum(sum(batch.shared) for batch in batches)
+        assert sum(len(batch.tokens) for batch in batches) == ours[0].tokens(0, 1) - shared
+        assert (shared > 0) == (layout[0] > 1)  # they open alike, but one alone shares nothing
+        assert sum(batch.supervised for batch in batches) == ours[0].supervised_tokens(0, 1)
 
 
 def test_ranks_without_a_document_idle(corpus_of):

@@ -47,6 +47,15 @@ def test_losses_tokens_and_counts(called: Callable, tiny_base: Path) -> None:
     assert result["losses"][3] < result["losses"][0]
 
 
+def test_prefixes_are_shared_unless_told_not_to_be(called: Callable, tiny_base: Path) -> None:
+    """The template's words count once for the documents of a micro-batch; losses are alike to fp32's rounding."""
+    flags = "--model", tiny_base, "--data", DATA, "--steps", "3", "--batch_size", "4", "--precision", "fp32"
+    shared, apart = trained(called, *flags), trained(called, *flags, "--share_prefixes", "False")
+    assert shared["computed_tokens"] < 0.8 * shared["tokens"]
+    assert apart["computed_tokens"] == apart["tokens"] == shared["tokens"]
+    assert shared["losses"] == pytest.approx(apart["losses"], abs=2e-4)
+
+
 @torch.no_grad()
 def base_loss(model: torch.nn.Module, corpus, documents: range) -> float:
     """Mean over all supervised tokens of `documents` by a model of transformers, one document at a time."""
@@ -75,9 +84,10 @@ def test_quantized_in_words(called: Callable, tiny_base: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     shown = {line[:26].strip(): line[26:].strip() for line in done.stdout.splitlines()}
     assert list(shown) == [
-        "system", "method", "device", "steps", "tokens", "seconds", "tokens_per_s", "peak_bytes", "trainable", "losses",
-        "matmul_flops_per_s", "copy_bytes_per_s", "flops_per_token", "unpacked_bytes_per_token", "ideal_tokens_per_s",
-        "ratio_to_ideal", "model_flop_share", *(f"time in {category}" for category in time_shares.CATEGORIES),
+        "system", "method", "device", "steps", "tokens", "computed_tokens", "seconds", "tokens_per_s", "peak_bytes",
+        "trainable", "losses", "matmul_flops_per_s", "copy_bytes_per_s", "flops_per_token", "unpacked_bytes_per_token",
+        "ideal_tokens_per_s", "ratio_to_ideal", "model_flop_share",
+        *(f"time in {category}" for category in time_shares.CATEGORIES),
     ]  # fmt: skip
     biases = 128 + 64 + 64 + 128 + 256 + 256 + 128
     assert int(shown["trainable"]) == 2 * (biases + 2 * 128) + 128
@@ -194,7 +204,7 @@ def test_flops_are_those_torch_counts(layout: groups.Layout, changes: dict) -> N
         report, _ = engine.step(Progress())
     by_operation = counter.get_flop_counts()["Global"]
     counted = sum(by_operation.get(operation, 0) for operation in (aten.mm, aten.addmm, aten.addmm_))
-    work = ideal.step_work(engine.model.llma, [48] * 4, report.supervised, 1)
+    work = ideal.step_work(engine.model.llma, [48] * 4, 4 * 48, report.supervised, 1)
     seen = 48 * 49 // 2 * 4
     recomputed = sum(block.recompute for block in engine.model.llma.layers)
     heads = 2 * seen * 128  # FLOPs of one of attention's products over all heads of a block
@@ -221,7 +231,7 @@ def training(**changes) -> Training:
     plain = {
         "model": "tiny", "data": None, "steps": 3, "batch_size": 4, "seq": (48,), "supervised": 0.5, "max_words": 48,
         "method": "lora", "rank": 8, "adapter": None, "quant_type": None, "precision": "bf16", "lr": 1e-3,
-        "optim": "adamw", "checkpointing": "none",
+        "optim": "adamw", "checkpointing": "none", "share_prefixes": True,
     }  # fmt: skip
     return Training(**plain | changes)
 

@@ -45,12 +45,13 @@ class Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def step_work(decoder: Decoder, lengths: list[int], supervised: int, micro_batches: int) -> Work:
+def step_work(decoder: Decoder, lengths: list[int], packed: int, supervised: int, micro_batches: int) -> Work:
     """Work of a training step on documents of `lengths` tokens, with so many labels, in `micro_batches` all told.
 
-    OPT-350m's projections beside the embedding are left out.
+    packed: their tokens, those that they share counted once; attention is counted for whole documents. OPT-350m's
+    projections beside the embedding are left out.
     """
-    tokens, work = sum(lengths), Work()
+    tokens, work = packed, Work()
     below = _trained(decoder.tok_embeddings, decoder.pos_embeddings, decoder.tok_norm)
     for i, block in enumerate(decoder.layers):
         seen = sum(_seen(length, decoder.args.window(i)) for length in lengths)

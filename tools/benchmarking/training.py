@@ -63,6 +63,7 @@ class Training:
     lr: float
     optim: str
     checkpointing: int | str
+    share_prefixes: bool
 
     def engine(self, layout: Layout) -> Engine:
         """Ready for its first step. Raises `AccessoryError`s."""
@@ -79,7 +80,7 @@ class Training:
         parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
         order = GlobalOrder(
             self._corpus(blueprint, layout), batch_size=self.batch_size, accum_iter=1, dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size, shuffle=False,
+            dp_size=layout.dp_size, shuffle=False, share_prefixes=self.share_prefixes,
         )  # fmt: skip
         return Engine(
             model=model,

@@ -1,0 +1,140 @@
+"""Documents that begin alike, packed once, against the same documents packed one by one."""
+
+from __future__ import annotations
+
+import random
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.checkpointing import recompute_layers
+from accessory.data.batch import IGNORE, PackedBatch
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.model.loss import cross_entropy_sum
+from accessory.model.shared_prefixes import SharedPrefixes
+
+CPU = torch.device("cpu")
+PLAIN = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160, "vocab_size": 96}
+MODELS = {
+    "llama": {},
+    "halves": {"rotary_layout": "halves"},
+    "window": {"sliding_window": 5},
+    "alibi": {"position": "alibi"},
+    "learned": {"position": "learned", "max_seq_len": 64},
+}
+
+
+def random_tree(seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths of up to nine documents, and with how much of the one before each begins."""
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 12) for _ in range(draw.randint(2, 9))]
+    shared = [draw.randint(0, min(pair)) for pair in pairwise(lengths)]
+    return tuple(lengths), (0, *shared)
+
+
+def documents(lengths: tuple[int, ...], shared: tuple[int, ...]) -> list[list[int]]:
+    """Their packed tokens, by number."""
+    found, new = [[]], 0
+    for length, known in zip(lengths, shared, strict=True):
+        found.append(found[-1][:known] + list(range(new, new + length - known)))
+        new += length - known
+    return found[1:]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_places_are_those_of_the_documents(seed: int) -> None:
+    """Laid out, each document is whole; packed again, nothing has changed; what has several places is found in each."""
+    lengths, shared = random_tree(seed)
+    whole = list(chain.from_iterable(documents(lengths, shared)))
+    prefixes = SharedPrefixes.build(lengths, shared, CPU)
+    if not any(shared):
+        assert prefixes is None
+        return
+    packed = torch.randn(sum(lengths) - sum(shared), 2, 3)
+    assert torch.equal(prefixes.lay_out(packed), packed[whole])
+    assert torch.equal(prefixes.pack(packed[whole]), packed)
+    places = {
+        row: tuple(place)
+        for rows, copies in prefixes.repeated
+        for row, place in zip(rows.tolist(), copies.view(len(rows), -1).tolist(), strict=True)
+    }
+    wanted = {row: tuple(i for i, other in enumerate(whole) if other == row) for row in set(whole)}
+    assert places == {row: place for row, place in wanted.items() if len(place) > 1}
+
+
+def test_gradients_are_those_of_indexing() -> None:
+    """By finite differences, and by autograd through plain indexing."""
+    lengths, shared = (7, 9, 6, 8, 5), (0, 4, 6, 2, 2)
+    prefixes = SharedPrefixes.build(lengths, shared, CPU)
+    packed = torch.randn(21, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: prefixes.pack(prefixes.lay_out(x).square() + 1).sin(), packed)
+    weights = torch.randn(35, 2, dtype=torch.float64)
+    (found,) = torch.autograd.grad((prefixes.lay_out(packed) * weights).sum(), packed)
+    whole = list(chain.from_iterable(documents(lengths, shared)))
+    (wanted,) = torch.autograd.grad((packed[whole] * weights).sum(), packed)
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+
+
+def test_gradients_of_copies_are_rounded_once() -> None:
+    """Of 200 copies in bf16: as near as a bf16 number comes to their sum."""
+    prefixes = SharedPrefixes.build((3,) * 200, (0, *(2,) * 199), CPU)
+    packed = torch.randn(202, 8).bfloat16().requires_grad_()
+    given = torch.randn(600, 8).bfloat16()
+    prefixes.lay_out(packed).backward(given)
+    wanted = given.double().view(200, 3, 8)[:, :2].sum(0)
+    assert torch.equal(packed.grad[:2], wanted.bfloat16())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_equal_those_of_documents_one_by_one(random_decoder, name: str) -> None:
+    """In float64, of every weight, whatever tells positions apart."""
+    one_by_one, shared = batches()
+    assert len(shared.tokens) < len(one_by_one.tokens) - 20
+    assert one_by_one.shared == (0,) * 6
+    decoder = random_decoder(ModelArgs(**PLAIN, **MODELS[name]), torch.float64, trainable=("",))
+    (wanted, wanted_gradients), (loss, gradients) = (loss_and_gradients(decoder, b) for b in (one_by_one, shared))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert wanted_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert (gradient - wanted_gradients[key]).norm() <= 1e-7 * wanted_gradients[key].norm()  # norms are fp32
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_packed_base_and_recomputed_blocks(random_decoder, layers: int) -> None:
+    """NF4 in bf16 with the norms trained: within bf16's rounding, recomputed blocks to the bit."""
+    decoder = random_decoder(ModelArgs(**PLAIN), torch.bfloat16, "nf4", trainable=("norm",))
+    recompute_layers(decoder, layers, offload=False, device=CPU)
+    (wanted, wanted_gradients), (loss, gradients) = (loss_and_gradients(decoder, batch) for batch in batches())
+    assert loss.item() == pytest.approx(wanted.item(), rel=5e-3)
+    for key, gradient in gradients.items():
+        assert (gradient - wanted_gradients[key]).norm() < 0.05 * wanted_gradients[key].norm()
+
+
+def batches() -> tuple[PackedBatch, PackedBatch]:
+    """Six documents of two kinds of beginnings, that begin alike themselves: packed one by one, and shared."""
+    generator = torch.Generator().manual_seed(5)
+    start, kinds = draw(generator, 3), [draw(generator, 6), draw(generator, 9)]
+    made = []
+    for i in range(6):
+        prompt, answer = torch.cat([start, kinds[i % 2], draw(generator, i)]), draw(generator, 4 + i)
+        tokens = torch.cat([prompt, answer])
+        labels = torch.cat([torch.full((len(prompt) - 1,), IGNORE), answer, torch.tensor([IGNORE])])
+        made.append((tokens.numpy(), labels.numpy(), i))
+    return PackedBatch.pack(made, share=False), PackedBatch.pack(made)
+
+
+def draw(generator: torch.Generator, count: int) -> Tensor:
+    """Random tokens [count]."""
+    return torch.randint(0, PLAIN["vocab_size"], (count,), generator=generator)
+
+
+def loss_and_gradients(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a training step's forward and backward, by parameter."""
+    decoder.zero_grad(set_to_none=True)
+    hidden = decoder(batch.tokens, decoder.sequences(batch.lengths, shared=batch.shared))
+    loss = cross_entropy_sum(hidden, decoder.head_weight, batch.labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
