@@ -91,7 +91,7 @@ def _attend_whole(
 ) -> Tensor:
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _attend_varlen(q, k, v, sequences, window, scale)
-    return attend_by_document(q, k, v, sequences.lengths, window, scale)
+    return attend_by_document(q, k, v, sequences.lengths, window, scale, sequences.shared)
 
 
 def _attend_varlen(

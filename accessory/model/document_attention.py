@@ -19,14 +19,23 @@ MASKS = 8  # that are kept
 
 
 def attend_by_document(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None = None,
+    scale: float | None = None,
+    unread: tuple[int, ...] | None = None,
 ) -> Tensor:
     """q [T, H, E], k and v [T, K, E] of documents of `lengths` tokens -> [T, H, E].
 
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    Scores and their softmax are fp32 (fp64 for fp64), products with what comes of them in the tensors' own dtype.
+    unread: of how many tokens of each document, the first ones, nobody reads the result; it may be anything, and what
+    gradient it is given must be zero. Scores and their softmax are fp32 (fp64 for fp64), products with what comes of
+    them in the tensors' own dtype.
     """
-    return _AttendByDocument.apply(q, k, v, lengths, window, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _AttendByDocument.apply(q, k, v, lengths, window, scale, unread)
 
 
 class _AttendByDocument(torch.autograd.Function):
@@ -34,10 +43,17 @@ class _AttendByDocument(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None, scale: float
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: tuple[int, ...],
+        window: int | None,
+        scale: float,
+        unread: tuple[int, ...] | None,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], k.shape[1], q.device), window, scale
+        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], k.shape[1], q.device, unread), window, scale
         whole, results = ctx.grid.empty(q)
         for group, result in zip(ctx.grid.groups, results, strict=True):
             _GroupAttention(group, q, k, v, window, scale).fill(result)
@@ -55,7 +71,7 @@ class _AttendByDocument(torch.autograd.Function):
             attention.fill_gradients(douts, dqueries, dkeys[:, 0], dvalues[:, 0])
             del attention, douts  # before the next group's
         packed = (ctx.grid.pack(whole, t.shape[1]) for whole, t in zip(wholes, given, strict=True))
-        return *packed, None, None, None
+        return *packed, None, None, None, None
 
 
 def backward_bytes(
@@ -95,7 +111,7 @@ class _GroupAttention:
     def __init__(self, group: Group, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> None:
         self.queries = group.lay_out(q)
         self.keys, self.values = (group.lay_out(t)[:, 0] for t in (k, v))
-        self.rows, self.window = group.rows(), window
+        self.rows, self.unread, self.window = group.rows(), group.unread, window
         # Scores and their gradients want scaling: keys and values are fewer.
         self.scale, self.scaled_keys = scale, self.keys.to(torch.promote_types(q.dtype, torch.float32)) * scale
 
@@ -117,6 +133,7 @@ class _GroupAttention:
             everything = slice(None), slice(None)
             self._fill_block(*everything, douts, dqueries.flatten(1, 2), dkeys, dvalues)
             return
+        dqueries[:, :, : self.unread] = 0
         # Several blocks add to the same key: in a wide sum.
         sums = [torch.zeros_like(t) for t in (self.scaled_keys, self.scaled_values)]
         for at, seen in self._blocks():
@@ -132,7 +149,7 @@ class _GroupAttention:
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """`rows` queries at a time, and the keys that any of them sees."""
         length = self.queries.shape[2]
-        for begin in range(0, length, self.rows):
+        for begin in range(self.unread, length, self.rows):
             end = min(begin + self.rows, length)
             yield slice(begin, end), slice(0 if self.window is None else max(begin - self.window + 1, 0), end)
 

@@ -30,10 +30,14 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """`count` documents, each padded to `longest` tokens, for `heads` query heads and `kv_heads` others."""
+    """`count` documents, each padded to `longest` tokens, for `heads` query heads and `kv_heads` others.
+
+    unread: of the first so many queries of each nobody reads the result.
+    """
 
     count: int
     longest: int
+    unread: int
     heads: int
     kv_heads: int
     places: dict[int, Places]
@@ -50,7 +54,7 @@ class Group:
 
     def rows(self) -> int:
         """How many queries of each document attend at once."""
-        return rows_at_once(self.count, self.longest, self.heads)
+        return rows_at_once(self.count, self.longest, self.heads, self.unread)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,14 @@ class DocumentGrid:
 
 
 @lru_cache(maxsize=2)
-def grid_of(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device) -> DocumentGrid:
-    """For documents of `lengths` tokens, packed in that order, and attention by so many heads; made once a batch."""
+def grid_of(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device, unread: tuple[int, ...] | None = None
+) -> DocumentGrid:
+    """For documents of `lengths` tokens, packed in that order, and attention by so many heads; made once a batch.
+
+    unread: of how many queries of each, the first ones, nobody reads the result.
+    """
+    unread = unread or (0,) * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
@@ -96,14 +106,14 @@ def grid_of(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.d
             whole[rows[mine]] = filled[n] + mine.nonzero()[:, 0].to(whole.dtype)
             filled[n] += len(rows)
             places[n] = Places(rows.to(whole.dtype).to(device), (~mine).nonzero()[:, 0].to(device))
-        groups.append(Group(end - begin, longest, heads, kv_heads, places))
+        groups.append(Group(end - begin, longest, min(unread[i] for i in order[begin:end]), heads, kv_heads, places))
     return DocumentGrid(tuple(groups), {n: whole.to(device) for n, whole in back.items()})
 
 
-def rows_at_once(count: int, longest: int, heads: int) -> int:
-    """How many queries of each of `count` documents attend at once: all, or blocks of one size."""
-    most = max(BLOCK_SCORES // (count * heads * longest), FEWEST_ROWS)
-    return -(-longest // max(-(-longest // most), cheapest_blocks(longest)))
+def rows_at_once(count: int, longest: int, heads: int, unread: int = 0) -> int:
+    """How many queries of each of `count` documents, all but the `unread` first, attend at once: all, or blocks."""
+    most, queries = max(BLOCK_SCORES // (count * heads * longest), FEWEST_ROWS), longest - unread
+    return -(-queries // max(-(-queries // most), cheapest_blocks(queries)))
 
 
 def cheapest_blocks(length: int) -> int:

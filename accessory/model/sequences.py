@@ -18,14 +18,15 @@ class Sequences:
 
     lengths: new tokens of each document, summing to T where none are shared. starts: tokens of each document already in
     the key/value cache (all zero in training). positions: of each token in its document [T], on the tokens' device.
-    turn: rotary factors [T, 1, rotary_dim / 2]. prefixes: what documents share, or None. lean: ALiBi's channels
-    (`lean_channels`), or None.
+    turn: rotary factors [T, 1, rotary_dim / 2]. shared: of each document, how many first tokens it shares with the one
+    before it. prefixes: where those stand, or None. lean: ALiBi's channels (`lean_channels`), or None.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
     positions: Tensor
     turn: Tensor
+    shared: tuple[int, ...]
     prefixes: SharedPrefixes | None = None
     lean: tuple[Tensor, Tensor] | None = None
 
@@ -45,7 +46,7 @@ class Sequences:
         positions = torch.cat([torch.arange(start + known, start + n) for start, known, n in spans])
         positions = positions.to(frequencies.device)
         prefixes = SharedPrefixes.build(lengths, shared, positions.device)
-        return Sequences(lengths, starts, positions, rotations(frequencies, positions), prefixes)
+        return Sequences(lengths, starts, positions, rotations(frequencies, positions), shared, prefixes)
 
     def leaning(self, channels: tuple[Tensor, Tensor]) -> Sequences:
         """The same with ALiBi's channels."""

@@ -69,6 +69,23 @@ def test_equals_softmax_in_float64(small_blocks, heads: tuple[int, int], window:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("rows", [1, 5, None])
+def test_what_is_not_read_changes_nothing_else(small_blocks, window: int | None, rows: int | None) -> None:
+    """First queries whose results nobody reads are keys all the same; of some documents all, of some none."""
+    if rows:
+        small_blocks(rows)
+    lengths, unread = (12, 11, 30, 29, 2, 13), (4, 9, 20, 0, 2, 3)
+    read = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, unread, strict=True)])
+    given = leaves(sum(lengths), 6, 2)
+    found = attend_by_document(*given, lengths, window, unread=unread)[read]
+    wanted = written_out(*given, lengths, window)[read]
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    for ours, theirs in zip(*(torch.autograd.grad(out, given, weights) for out in (found, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_bf16_is_close_to_float64(small_blocks, window: int | None, blocks: bool) -> None:
