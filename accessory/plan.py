@@ -21,6 +21,7 @@ from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
+from accessory.quant.memory import shared_bytes
 
 CPU = torch.device("cpu")
 
@@ -109,7 +110,7 @@ def memory_plan(
         optimizer=state_bytes(optim, trained) // share,
         activations=activation_bytes(decoder, attachment, tokens, **step),
         logits=logits,
-        buffers=max(packed, default=0) * width,
+        buffers=shared_bytes(max(packed, default=0) * width, layout.device),
         working=max(moments),
     )
 

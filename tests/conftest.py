@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data_example" / "accessory_qa.json"
 VOCABULARY = 512
+SLOWEST = ("test_processes.py", "test_finetune.py", "test_durability.py", "test_resume.py")
+"""Files that take minutes: begun first, so that no process is left with one of them when the others have ended."""
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,6 +39,12 @@ TINY_CONFIG = {
     "eos_token_id": 1,
 }
 """Widths are multiples of 64 x 2, so that blocks of 64 weights commute with slicing over two ranks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -20,4 +20,4 @@ if [ "${1:-}" = --chaos ]; then
 fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .
-exec "$VENV/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -107,7 +107,7 @@ class FourBitWeight(PackedWeight):
         ).view(self.shape)
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, the same bits, into memory that all matrices share: the next one overwrites it."""
+        """As `unpack`, the same bits, into memory that all matrices share: later ones overwrite it."""
         if kernels.available(self.codes.device, dtype):
             return self._unpack_by_kernel(dtype, shared_memory(self.shape, dtype, self.codes.device))
         if not (native.AVAILABLE and self.codes.is_cpu and dtype in native.DTYPES):

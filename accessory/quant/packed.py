@@ -38,7 +38,7 @@ class PackedWeight(nn.Module, ABC):
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in `dtype`, to multiply with at once: the next one may overwrite it."""
+        """The matrix [N, K] in `dtype`, to multiply with at once: one that is borrowed later may overwrite it."""
         return self.unpack(dtype)
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
-from accessory.quant.memory import shared_memory
+from accessory.quant import memory
+from accessory.quant.memory import shared_bytes, shared_memory
 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def unused() -> Iterator[None]:
+    """Nothing is lent."""
+    memory._memory.clear()
+    memory._used.clear()
+    yield
+    memory._memory.clear()
+    memory._used.clear()
+
+
+def lent(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """A matrix's."""
+    return shared_memory(torch.Size(shape), dtype, CPU)
+
+
 def test_one_piece_for_all() -> None:
-    """Smaller ones overlap it; a larger one replaces it; another dtype has its own."""
-    first = shared_memory(torch.Size((30, 40)), torch.float16, CPU)
+    """Each stands behind the last, until one no longer fits; a larger one replaces it; another dtype has its own."""
+    first = lent(30, 40)
     assert first.shape == (30, 40) and first.dtype == torch.float16 and first.is_contiguous()
-    assert shared_memory(torch.Size((7, 9)), torch.float16, CPU).data_ptr() == first.data_ptr()
-    assert shared_memory(torch.Size((7, 9)), torch.float32, CPU).data_ptr() != first.data_ptr()
-    larger = shared_memory(torch.Size((3000, 400)), torch.float16, CPU)
+    assert lent(7, 9).data_ptr() == first.data_ptr() + first.nbytes
+    assert lent(30, 40).data_ptr() == first.data_ptr() + first.nbytes + 2 * 63
+    places = [lent(30, 40).data_ptr() for _ in range(14)]
+    assert places == [first.data_ptr() + 2 * (2 * 1200 + 63) + 2 * 1200 * i for i in range(13)] + [first.data_ptr()]
+    assert lent(7, 9, dtype=torch.float32).data_ptr() != first.data_ptr()
+    larger = lent(3000, 400)
     assert larger.shape == (3000, 400)
-    assert shared_memory(torch.Size((30, 40)), torch.float16, CPU).data_ptr() == larger.data_ptr()
+    assert lent(30, 40).data_ptr() == larger.data_ptr() + larger.nbytes
+
+
+def test_size_is_what_the_plan_counts() -> None:
+    """Sixteen of a small matrix, 32 MiB of larger ones, one of a large one; on a GPU one."""
+    for shape, size in (((10, 64), 16 * 1280), ((2048, 1024), 32 << 20), ((5000, 4000), 40_000_000)):
+        lent(*shape)
+        assert memory._memory[CPU, torch.float16].nbytes == size == shared_bytes(2 * shape[0] * shape[1], CPU)
+        assert shared_bytes(2 * shape[0] * shape[1], torch.device("cuda")) == 2 * shape[0] * shape[1]
+
+
+def test_a_large_matrix_alone_is_written_over() -> None:
+    """Nothing is behind it."""
+    assert lent(5000, 4000).data_ptr() == lent(5000, 4000).data_ptr() == lent(5000, 4000).data_ptr()
 
 
 def test_training_writes_into_what_generation_asked_for() -> None:
     """A tensor that is made in inference mode could not be written to outside."""
     with torch.inference_mode():
-        asked = shared_memory(torch.Size((5000, 300)), torch.float64, CPU)
+        asked = lent(5000, 1000, dtype=torch.float64)
     assert not asked.is_inference()
-    torch.mul(torch.ones(5000, 300), 2, out=shared_memory(torch.Size((5000, 300)), torch.float64, CPU))
+    torch.mul(torch.ones(5000, 1000), 2, out=lent(5000, 1000, dtype=torch.float64))
     assert (asked == 2).all()
