@@ -30,8 +30,10 @@ CPU = torch.device("cpu")
 class MemoryPlan:
     """Bytes on one rank.
 
-    activations: kept by the forward, and by the block being run again. logits: a loss chunk. buffers: an unpacked
-    matrix. working: of activations, logits, gradients and a block's backward, what is alive together when it is most.
+    Every document counts as a whole, though a batch keeps less of those that begin alike (see `PackedBatch`).
+    activations: kept by the forward, and by the block being run again. logits: a loss chunk. buffers: what matrices are
+    unpacked into. working: of activations, logits, gradients and a block's backward, what is alive together when it is
+    most.
     """
 
     weights: int

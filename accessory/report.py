@@ -130,7 +130,7 @@ def _end_last_line(log: Path) -> None:
 
 
 def _leave_second_of_older_events(directory: Path) -> None:
-    """Wait, a second at most, until a new event file's name sorts after those in `directory`.
+    """Wait, a second at most, until no file in `directory` has the name that a new one gets, but for process and count.
 
     TensorBoard reads event files by name: second of the start, host, process, count; the last two as text, "10" < "9".
     """

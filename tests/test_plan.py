@@ -21,7 +21,7 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.plan import block_activation_bytes, device_memory, memory_plan, parameter_counts
-from accessory.quant import storage
+from accessory.quant import memory, storage
 from accessory.quant.four_bit import FourBitWeight
 
 SMALL = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
@@ -464,6 +464,7 @@ def planned_and_measured(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    memory._pieces.clear()
     step()  # makes the optimizer's state and the memory that unpacked matrices share
     moments = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(t.untyped_storage().nbytes() for t in (*decoder.parameters(), *moments))
@@ -473,7 +474,9 @@ def planned_and_measured(
         decoder, attachment, layout, tokens=tokens, longest=max(lengths), checkpointing=recomputed,
         micro_batches=micro_batches, data_parallel="sdp", optim=optim,
     )  # fmt: skip
-    return plan.total, held + plan.buffers + peak.bytes
+    shared = sum(piece.memory.nbytes for piece in memory._pieces.values())
+    assert plan.buffers == shared
+    return plan.total, held + shared + peak.bytes
 
 
 def test_offloaded_inputs() -> None:

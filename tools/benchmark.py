@@ -77,7 +77,8 @@ def train(
         lr: learning rate, constant.
         optim: adamw, adamw8bit or paged_adamw.
         checkpointing: layers to recompute: none, a number, or all (also without a value).
-        share_prefixes: whether what documents begin alike with is computed once, as the fine-tuning run does.
+        share_prefixes: whether what documents begin alike with is computed once, as the fine-tuning run does; not with
+            dropout.
         precision: bf16, fp16, fp32 or tf32.
         device: auto, cpu or cuda.
         json: print one JSON line.
@@ -144,7 +145,7 @@ def _beside_ideal(engine: Engine, timed: list[StepReport], packed: list[int], se
     for report, computed in zip(timed, packed, strict=True):
         lengths = order.corpus.lengths[order.global_ids(0, report.step - 1)].tolist()
         work += ideal.step_work(decoder, lengths, computed, report.supervised, layout.dp_size)
-    per_rank = max(tokens // len(timed) // layout.dp_size, 1)
+    per_rank = max(sum(packed) // len(timed) // layout.dp_size, 1)
     rate, bandwidth = ideal.product_rate(decoder, per_rank, layout.device), ideal.copy_bandwidth(layout.device)
     return ideal.compare(work, tokens, seconds, rate, bandwidth, layout.world_size)
 

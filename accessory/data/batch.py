@@ -11,8 +11,9 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position whose next token is not to be learned."""
-WORTH_SHARING = 32
-"""Beginnings are shared if that spares one token in so many: attention lays documents out whole again."""
+WORTH_SHARING = 10
+"""Beginnings are shared if that spares one token in so many. Attention lays documents out whole again, and keeps them
+so: for fewer, that would take more memory than it spares."""
 
 Document = tuple[np.ndarray, np.ndarray, int]
 """Tokens, labels, id."""
@@ -80,6 +81,7 @@ def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
 def _common_beginning(one: Document, other: Document) -> int:
     """With how many tokens both begin, up to the first that has a label in either."""
     length = min(len(one[0]), len(other[0]))
-    (tokens, labels), (other_tokens, other_labels) = ([part[:length] for part in parts[:2]] for parts in (one, other))
-    ends = (tokens != other_tokens) | (labels >= 0) | (other_labels >= 0)
+    ends = one[0][:length] != other[0][:length]
+    for _, labels, _ in (one, other):
+        ends = ends | (labels[:length] >= 0)
     return int(ends.argmax()) if ends.any() else length

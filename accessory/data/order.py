@@ -78,7 +78,7 @@ class GlobalOrder:
         return int(self.corpus.lengths[self.global_ids(epoch, step)].sum())
 
     def packed_tokens(self, epoch: int, step: int) -> int:
-        """The same, those that documents of a micro-batch share counted once: what all ranks compute."""
+        """Tokens that all ranks compute of it: those that documents of a micro-batch share once, an idle rank's too."""
         return sum(len(self._packed(ids).tokens) for ids in self._deal(self.global_ids(epoch, step)))
 
     @property
@@ -96,7 +96,8 @@ class GlobalOrder:
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.
 
-        Longest first, forth and back over the slots, so that ranks that wait for each other have alike many tokens.
+        Longest first, forth and back over the slots, so that ranks that wait for each other have alike many tokens, by
+        whole documents.
         """
         if self.max_tokens is not None:
             return self._deal_tokens(ids)

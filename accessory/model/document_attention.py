@@ -77,7 +77,10 @@ class _AttendByDocument(torch.autograd.Function):
 def backward_bytes(
     lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None
 ) -> int:
-    """Most bytes that the backward has at once beside q, k, v and the result's gradient: for a plan of memory."""
+    """Most bytes that the backward has at once beside q, k, v and the result's gradient: for a plan of memory.
+
+    Of whole documents: where some queries are not read, scores are fewer.
+    """
     narrow, wide = (torch.finfo(t).bits // 8 for t in (dtype, torch.promote_types(dtype, torch.float32)))
     lengths = tuple(sorted(lengths, reverse=True))
     shapes = [(end - begin, padded(lengths[begin])) for begin, end in cut_groups(list(lengths), heads)]
@@ -121,7 +124,7 @@ class _GroupAttention:
         return self.values.to(self.scaled_keys.dtype) * self.scale
 
     def fill(self, result: Tensor) -> None:
-        """`result` [B, R, S, E]."""
+        """`result` [B, R, S, E], but for the queries that are not read."""
         for at, seen in self._blocks():
             weights = self._weights(at, seen).to(result.dtype)
             block = result[:, :, at]
@@ -147,7 +150,7 @@ class _GroupAttention:
         dvalues.copy_(sums[1])
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
-        """`rows` queries at a time, and the keys that any of them sees."""
+        """`rows` queries at a time, of those that are read, and the keys that any of them sees."""
         length = self.queries.shape[2]
         for begin in range(self.unread, length, self.rows):
             end = min(begin + self.rows, length)

@@ -112,8 +112,9 @@ def grid_of(
 
 def rows_at_once(count: int, longest: int, heads: int, unread: int = 0) -> int:
     """How many queries of each of `count` documents, all but the `unread` first, attend at once: all, or blocks."""
-    most, queries = max(BLOCK_SCORES // (count * heads * longest), FEWEST_ROWS), longest - unread
-    return -(-queries // max(-(-queries // most), cheapest_blocks(queries)))
+    most = max(BLOCK_SCORES // (count * heads * longest), FEWEST_ROWS)
+    blocks = max(-(-longest // most), cheapest_blocks(longest))
+    return max(-(-(longest - unread) // blocks), 1)
 
 
 def cheapest_blocks(length: int) -> int:

@@ -39,9 +39,12 @@ class Sequences:
     ) -> Sequences:
         """Positions run from `starts` in each document; `frequencies` [rotary_dim / 2] lies on the tokens' device.
 
-        shared: how many tokens each document begins with that are those of the one before it, and packed only there.
+        shared: how many tokens each document begins with that are those of the one before it, and packed only there;
+        not with a cache.
         """
         starts, shared = starts or (0,) * len(lengths), shared or (0,) * len(lengths)
+        if any(starts) and any(shared):
+            raise AssertionError(f"documents of {starts} cached tokens cannot share beginnings ({shared})")
         spans = zip(starts, shared, lengths, strict=True)
         positions = torch.cat([torch.arange(start + known, start + n) for start, known, n in spans])
         positions = positions.to(frequencies.device)

@@ -52,7 +52,7 @@ class Int8Weight(PackedWeight):
         return self._unpack_into(torch.empty(self.shape, dtype=dtype, device=self.codes.device))
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, the same bits, into memory that all matrices share: the next one overwrites it."""
+        """As `unpack`, the same bits, into memory that all matrices share: later ones overwrite it."""
         return self._unpack_into(shared_memory(self.shape, dtype, self.codes.device))
 
     @torch.no_grad()

@@ -70,12 +70,12 @@ def test_tokens_with_a_label_are_nobody_elses():
 
 
 def test_documents_stay_as_given_where_sharing_is_not_allowed_or_worth_it():
-    """One token of 31 is worth it, one of 33 is not."""
-    longer, shorter = document([1, *range(20, 40)], 5, 0), [1, *range(2, 11)]
-    assert PackedBatch.pack([longer, document(shorter, 5, 1)]).sample_ids == (1, 0)
-    given = longer, document([*shorter, 11, 12], 5, 1)
+    """Two tokens of 20 are worth it, two of 21 are not."""
+    longer, shorter = document([1, 2, *range(20, 30)], 5, 0), [1, 2, *range(3, 9)]
+    assert PackedBatch.pack([longer, document(shorter, 3, 1)]).sample_ids == (1, 0)
+    given = longer, document([*shorter, 9], 3, 1)
     assert PackedBatch.pack(given).sample_ids == (0, 1)
-    assert PackedBatch.pack([longer, document(shorter, 5, 1)], share=False).shared == (0, 0)
+    assert PackedBatch.pack([longer, document(shorter, 3, 1)], share=False).shared == (0, 0)
 
 
 def test_shared_tokens_move_along():

@@ -263,6 +263,13 @@ def test_a_checkpoints_own_bias_is_trained_from_where_it_is() -> None:
     assert "layers.0.attention.wo.bias" in attachment.initial
 
 
+def test_dropout_is_told() -> None:
+    """Documents must not share what each drops other values of."""
+    for settings, drops in (({}, False), ({"lora_dropout": 0.1}, False), ({"lora_rank": 4}, False),
+                            ({"lora_rank": 4, "lora_dropout": 0.1}, True)):  # fmt: skip
+        assert Peft(Peft.Settings(**settings)).drops_out == drops
+
+
 @pytest.mark.parametrize("wrong", [{"lora_rnak": 4}, {"lora_dropout": 1.0}, {"lora_targets": ["wx"]}])
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     """Unknown keys, targets and impossible dropouts."""

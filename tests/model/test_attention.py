@@ -278,6 +278,24 @@ def test_layer_follows_its_settings(settings: dict, more: dict) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel is for CUDA")
+@pytest.mark.parametrize("window", [None, 4])
+def test_cuda_kernel_with_shared_beginnings(window: int | None) -> None:
+    """What the second document begins alike with is packed once: result and gradients are those of whole documents."""
+    q, k, v = (t.cuda()[:11].requires_grad_() for t in qkv(torch.bfloat16))
+    rows = [*range(7), *range(4), *range(7, 11)]  # documents of seven and eight tokens, four of which are the same
+    sequences = Sequences.build((7, 8), FREQUENCIES.cuda(), shared=(0, 4))
+    found = attend(q, k, v, sequences, window)
+    wanted = attend(q[rows], k[rows], v[rows], Sequences.build((7, 8), FREQUENCIES.cuda()), window)
+    kept = [*range(7), *range(11, 15)]
+    torch.testing.assert_close(found, wanted[kept])
+    weights = torch.randn_like(found)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out, (q, k, v), weights) for out in (found, wanted[kept])), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel is for CUDA")
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 def test_cuda_kernel_with_window_and_alibi(window: int | None, alibi: bool) -> None:

@@ -75,7 +75,7 @@ def test_what_is_not_read_changes_nothing_else(small_blocks, window: int | None,
     """First queries whose results nobody reads are keys all the same; of some documents all, of some none."""
     if rows:
         small_blocks(rows)
-    lengths, unread = (12, 11, 30, 29, 2, 13), (4, 9, 20, 0, 2, 3)
+    lengths, unread = (12, 11, 30, 29, 2, 13, 8), (4, 9, 20, 0, 2, 3, 8)
     read = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, unread, strict=True)])
     given = leaves(sum(lengths), 6, 2)
     found = attend_by_document(*given, lengths, window, unread=unread)[read]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from accessory.model.position import rotations
@@ -30,6 +31,15 @@ def test_offsets_and_longest() -> None:
     assert found.offsets.tolist() == [0, 2, 5, 6]
     assert found.offsets.dtype == torch.int32
     assert found.longest == 3
+
+
+def test_shared_beginnings_are_counted_on_from() -> None:
+    """The second document's third token is its first that is packed; with a cache there are none."""
+    found = Sequences.build((3, 4), FREQUENCIES, shared=(0, 2))
+    assert found.positions.tolist() == [0, 1, 2, 2, 3]
+    assert found.offsets.tolist() == [0, 3, 7]
+    with pytest.raises(AssertionError, match="cannot share"):
+        Sequences.build((3, 4), FREQUENCIES, (1, 1), (0, 2))
 
 
 def test_positions_are_kept_for_who_looks_them_up() -> None:

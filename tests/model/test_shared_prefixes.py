@@ -102,15 +102,19 @@ def test_loss_and_gradients_equal_those_of_documents_one_by_one(random_decoder, 
         assert (gradient - wanted_gradients[key]).norm() <= 1e-7 * wanted_gradients[key].norm()  # norms are fp32
 
 
-@pytest.mark.parametrize("layers", [0, 3])
-def test_packed_base_and_recomputed_blocks(random_decoder, layers: int) -> None:
-    """NF4 in bf16 with the norms trained: within bf16's rounding, recomputed blocks to the bit."""
+def test_packed_base_and_recomputed_blocks(random_decoder) -> None:
+    """NF4 in bf16 with the norms trained: within bf16's rounding; blocks that are run again change no bit."""
     decoder = random_decoder(ModelArgs(**PLAIN), torch.bfloat16, "nf4", trainable=("norm",))
-    recompute_layers(decoder, layers, offload=False, device=CPU)
-    (wanted, wanted_gradients), (loss, gradients) = (loss_and_gradients(decoder, batch) for batch in batches())
+    one_by_one, shared = batches()
+    wanted, wanted_gradients = loss_and_gradients(decoder, one_by_one)
+    loss, gradients = loss_and_gradients(decoder, shared)
     assert loss.item() == pytest.approx(wanted.item(), rel=5e-3)
     for key, gradient in gradients.items():
         assert (gradient - wanted_gradients[key]).norm() < 0.05 * wanted_gradients[key].norm()
+    recompute_layers(decoder, 3, offload=False, device=CPU)
+    again, gradients_again = loss_and_gradients(decoder, shared)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(gradients_again[key], gradient) for key, gradient in gradients.items())
 
 
 def batches() -> tuple[PackedBatch, PackedBatch]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,13 +12,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def unused() -> Iterator[None]:
-    """Nothing is lent."""
-    memory._memory.clear()
-    memory._used.clear()
-    yield
-    memory._memory.clear()
-    memory._used.clear()
+def nothing_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By other tests."""
+    monkeypatch.setattr(memory, "_pieces", {})
 
 
 def lent(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -32,10 +26,9 @@ def test_one_piece_for_all() -> None:
     """Each stands behind the last, until one no longer fits; a larger one replaces it; another dtype has its own."""
     first = lent(30, 40)
     assert first.shape == (30, 40) and first.dtype == torch.float16 and first.is_contiguous()
-    assert lent(7, 9).data_ptr() == first.data_ptr() + first.nbytes
-    assert lent(30, 40).data_ptr() == first.data_ptr() + first.nbytes + 2 * 63
-    places = [lent(30, 40).data_ptr() for _ in range(14)]
-    assert places == [first.data_ptr() + 2 * (2 * 1200 + 63) + 2 * 1200 * i for i in range(13)] + [first.data_ptr()]
+    assert lent(7, 9).data_ptr() == first.data_ptr() + 2432
+    third = first.data_ptr() + 2432 + 128  # 2,400 and 126 bytes, and what makes them multiples of 64
+    assert [lent(30, 40).data_ptr() for _ in range(15)] == [*(third + 2432 * i for i in range(14)), first.data_ptr()]
     assert lent(7, 9, dtype=torch.float32).data_ptr() != first.data_ptr()
     larger = lent(3000, 400)
     assert larger.shape == (3000, 400)
@@ -46,7 +39,7 @@ def test_size_is_what_the_plan_counts() -> None:
     """Sixteen of a small matrix, 32 MiB of larger ones, one of a large one; on a GPU one."""
     for shape, size in (((10, 64), 16 * 1280), ((2048, 1024), 32 << 20), ((5000, 4000), 40_000_000)):
         lent(*shape)
-        assert memory._memory[CPU, torch.float16].nbytes == size == shared_bytes(2 * shape[0] * shape[1], CPU)
+        assert memory._pieces[CPU, torch.float16].memory.nbytes == size == shared_bytes(2 * shape[0] * shape[1], CPU)
         assert shared_bytes(2 * shape[0] * shape[1], torch.device("cuda")) == 2 * shape[0] * shape[1]
 
 

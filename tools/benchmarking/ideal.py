@@ -48,8 +48,8 @@ class Work:
 def step_work(decoder: Decoder, lengths: list[int], packed: int, supervised: int, micro_batches: int) -> Work:
     """Work of a training step on documents of `lengths` tokens, with so many labels, in `micro_batches` all told.
 
-    packed: their tokens, those that they share counted once; attention is counted for whole documents. OPT-350m's
-    projections beside the embedding are left out.
+    packed: their tokens, those that they share counted once; attention is counted as if documents were whole.
+    OPT-350m's projections beside the embedding are left out.
     """
     tokens, work = packed, Work()
     below = _trained(decoder.tok_embeddings, decoder.pos_embeddings, decoder.tok_norm)

@@ -80,7 +80,8 @@ class Training:
         parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
         order = GlobalOrder(
             self._corpus(blueprint, layout), batch_size=self.batch_size, accum_iter=1, dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size, shuffle=False, share_prefixes=self.share_prefixes,
+            dp_size=layout.dp_size, shuffle=False,
+            share_prefixes=self.share_prefixes and not blueprint.method.drops_out,
         )  # fmt: skip
         return Engine(
             model=model,
