@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from accessory.blueprint import Blueprint, draw_blueprint
+from accessory import kernels
+from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import RUN_FILE, run_record, with_base
@@ -305,6 +306,7 @@ def _conditions(config: FinetuneConfig, layout: Layout) -> dict[str, Any]:
         "device": layout.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "kernels": kernels.computing(layout.device, DTYPES[config.precision]),
         **{name: getattr(config, name) for name in ("data_parallel", "batch_size", "accum_iter", "max_tokens")},
     }
 

@@ -17,6 +17,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.document_attention import backward_bytes
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK
+from accessory.model.packed_attention import attends, packed_backward_bytes
 from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
@@ -190,6 +191,8 @@ def _attention_backward_bytes(decoder: Decoder, tokens: int, longest: int, devic
     given = tokens * width * (args.dim + heads * head_dim)
     if _has_kernel(decoder, device):
         return given + tokens * heads * head_dim * (3 * width + 4)
+    if attends(device, decoder.dtype, head_dim):
+        return given + packed_backward_bytes(tokens, longest, heads, kv_heads, head_dim, decoder.dtype)
     lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
     windows = {args.window(i) for i in range(args.n_layers)}
     return given + max(backward_bytes(lengths, heads, kv_heads, head_dim, decoder.dtype, w) for w in windows)

@@ -1,9 +1,9 @@
-"""Triton kernels for steps that are bound by memory, where plain PyTorch would pass over it several times.
+"""Kernels for steps that plain PyTorch makes several passes over memory of: in Triton, and in C++ for a CPU (`avx512`).
 
-Each is the counterpart of plain lines elsewhere, which compute wherever `available` says no: on a CPU, without Triton,
-where it cannot compile, in other dtypes, or when ACCESSORY_TRITON=0. So nothing needs Triton, and nothing here imports
-it before it is used: `kernels.rms_norm.forward(...)` loads `rms_norm.py` at its first mention. Under Triton's
-interpreter (TRITON_INTERPRET=1, set before anything imports Triton) kernels run on the CPU, slowly, to be tested.
+Each is the counterpart of plain lines elsewhere, which compute wherever `chosen` gives none: for Triton's on a CPU,
+without Triton, where it cannot compile, in other dtypes, or when ACCESSORY_TRITON=0. So nothing needs Triton or a
+compiler, and nothing here imports it before it is used. Under Triton's interpreter (TRITON_INTERPRET=1, set before
+anything imports Triton) its kernels run on the CPU, slowly, to be tested.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from accessory.errors import ConfigError
+from accessory.kernels import avx512
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
@@ -30,8 +31,27 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def chosen(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The kernel `name` that computes in `dtype` on `device`, Triton's or this CPU's; None: plain PyTorch does.
+
+    Raises `ConfigError` for a strange ACCESSORY_TRITON or ACCESSORY_AVX512.
+    """
+    if name in KERNELS and available(device, dtype):
+        return import_module(f"{__name__}.{name}")
+    if name in avx512.KERNELS and avx512.available(device, dtype):
+        return import_module(f"{avx512.__name__}.{name}")
+    return None
+
+
+def computing(device: torch.device, dtype: torch.dtype) -> str:
+    """Which of them compute in `dtype` on `device`: triton, avx512, or none."""
+    if available(device, dtype):
+        return "triton"
+    return "avx512" if avx512.available(device, dtype) else "none"
+
+
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_TRITON."""
+    """Whether Triton's kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_TRITON."""
     # Triton launches on the current device and its stream, wherever the tensors are.
     here = device.index == torch.cuda.current_device() if device.type == "cuda" else interpreted()
     return here and dtype in DTYPES and _wanted() and _works(device)
@@ -64,4 +84,4 @@ def _works(device: torch.device) -> bool:
     return not fault
 
 
-__all__ = ["DTYPES", "KERNELS", "available", "interpreted"]
+__all__ = ["DTYPES", "KERNELS", "available", "chosen", "computing", "interpreted"]

@@ -11,6 +11,7 @@ from accessory.model.cache import LayerCache
 from accessory.model.document_attention import attend_by_document
 from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.norm import RMSNorm
+from accessory.model.packed_attention import attend_packed, attends
 from accessory.model.position import lean, rotate, rotate_halves
 from accessory.model.recomputed import Recomputed
 from accessory.model.sequences import Sequences
@@ -78,8 +79,11 @@ def attend(
     """Causal attention inside each document: q [T, H, E], k and v [T, K, E] -> [T, H, E].
 
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    On CUDA in half precision one variable-length flash kernel does all documents, elsewhere `attend_by_document`.
+    On CUDA in half precision one variable-length flash kernel does all documents, in bf16 on a CPU that has AVX512-bf16
+    one of ours, elsewhere `attend_by_document`.
     """
+    if attends(q.device, q.dtype, q.shape[-1]):
+        return attend_packed(q, k, v, sequences, window, scale)
     if sequences.prefixes is None:
         return _attend_whole(q, k, v, sequences, window, scale)
     q, k, v = (sequences.prefixes.lay_out(t) for t in (q, k, v))

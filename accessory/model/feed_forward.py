@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,14 @@ def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputed:
 
 
 def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
-    if kernels.available(x.device, x.dtype):
-        return kernels.gate.forward(x, up, activation)
+    if kernel := _kernel(x, activation):
+        return kernel.forward(x, up, activation)
     return _plainly_gated(activation, x, up)
+
+
+def _kernel(x: Tensor, activation: str) -> ModuleType | None:
+    kernel = kernels.chosen("gate", x.device, x.dtype)
+    return kernel if kernel and activation in kernel.ACTIVATIONS else None
 
 
 @fusible
@@ -95,6 +101,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, up = ctx.saved_tensors
-        if kernels.available(x.device, x.dtype):
-            return *kernels.gate.backward(dy, x, up, ctx.activation), None
+        if kernel := _kernel(x, ctx.activation):
+            return *kernel.backward(dy, x, up, ctx.activation), None
         return *_gate_gradients(ctx.activation, dy, x, up), None

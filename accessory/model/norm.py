@@ -63,8 +63,8 @@ def make_norm(args: ModelArgs, dim: int) -> Norm:
 
 
 def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    if kernels.available(x.device, x.dtype):
-        return kernels.rms_norm.again(x, weight, scale)
+    if kernel := kernels.chosen("rms_norm", x.device, x.dtype):
+        return kernel.again(x, weight, scale)
     return _plainly_scaled(x, scale, weight)
 
 
@@ -102,8 +102,8 @@ def _both_gradients(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tup
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and 1 / rms(x) [..., 1]."""
-    if kernels.available(x.device, x.dtype):
-        return kernels.rms_norm.forward(x, weight, eps)
+    if kernel := kernels.chosen("rms_norm", x.device, x.dtype):
+        return kernel.forward(x, weight, eps)
     scale = _inverse_rms(x, eps)
     return _plainly_scaled(x, scale, weight), scale
 
@@ -120,8 +120,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         saved = ctx.saved_tensors
         need_dx, need_dweight, _ = ctx.needs_input_grad
-        if kernels.available(dy.device, dy.dtype):
-            return *kernels.rms_norm.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
+        if kernel := kernels.chosen("rms_norm", dy.device, dy.dtype):
+            return *kernel.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
         if need_dx and need_dweight:
             return *_both_gradients(dy, *saved), None
         dx = _input_gradient(dy, *saved) if need_dx else None

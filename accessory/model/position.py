@@ -81,8 +81,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, turn: Tensor, layout: Layout) -> Tensor:
-    if kernels.available(x.device, x.dtype) and turn.dtype == torch.complex64:
-        return kernels.rotary.rotate(x, turn, layout)
+    kernel = kernels.chosen("rotary", x.device, x.dtype)
+    if kernel and turn.dtype == torch.complex64:
+        return kernel.rotate(x, turn, layout)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width, formula = 2 * turn.shape[-1], {"pairs": _turn_pairs, "halves": _turn_halves}[layout]
     rows = len(x) if x.is_cuda else _CHUNK // (x.shape[1] * x.shape[2])

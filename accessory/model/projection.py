@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory import kernels
 from accessory.model.low_rank import Draw
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight
@@ -210,4 +211,6 @@ def _gradients_of_a(
 
 def _column_sums(dy: Tensor) -> Tensor:
     """[T, N] -> [N] in fp32 at least, however narrow the activations are."""
+    if kernel := kernels.chosen("column_sums", dy.device, dy.dtype):
+        return kernel.column_sums(dy)
     return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from accessory.kernels.avx512.document_attention import Documents
 from accessory.model.position import rotations
 from accessory.model.shared_prefixes import SharedPrefixes
 
@@ -66,6 +67,11 @@ class Sequences:
         """Where each document begins and the last one ends, int32 [B + 1], for variable-length attention kernels."""
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.positions.device)
+
+    @cached_property
+    def documents(self) -> Documents:
+        """The same for the CPU's kernel, documents that begin alike included."""
+        return Documents.build(self.lengths, self.shared, None if self.prefixes is None else self.prefixes.whole)
 
     @property
     def longest(self) -> int:

@@ -58,6 +58,13 @@ class SharedPrefixes(NamedTuple):
         """[W, ...] -> [T, ...], of what is alike in all copies of a token."""
         return _Pack.apply(whole, self)
 
+    def sum_copies(self, dwhole: Tensor) -> Tensor:
+        """Gradients [W, ...] -> [T, ...]: those of a token's copies together."""
+        dpacked = dwhole.index_select(0, self.first)
+        for rows, copies in self.repeated:  # summed in one order, and in fp32 before it is rounded
+            dpacked.index_copy_(0, rows, dwhole.index_select(0, copies).unflatten(0, (len(rows), -1)).sum(1))
+        return dpacked
+
 
 class _LayOut(torch.autograd.Function):
     @staticmethod
@@ -67,10 +74,7 @@ class _LayOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dwhole: Tensor) -> tuple[Tensor, None]:
-        dpacked = dwhole.index_select(0, ctx.prefixes.first)
-        for rows, copies in ctx.prefixes.repeated:  # summed in one order, and in fp32 before it is rounded
-            dpacked.index_copy_(0, rows, dwhole.index_select(0, copies).unflatten(0, (len(rows), -1)).sum(1))
-        return dpacked, None
+        return ctx.prefixes.sum_copies(dwhole), None
 
 
 class _Pack(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Triton decides when it is imported whether its interpreter runs the kernels, for the whole process.
 
-So each file here is one test to pytest, and all of them are run in one other Python with TRITON_INTERPRET=1. To run
-some of a file: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_gate.py -k relu
+So each file of this directory is one test to pytest, and all of them are run in one other Python with
+TRITON_INTERPRET=1. To run some of a file: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_gate.py -k relu
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def far(tmp_path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
-    """A file whole, unless this already is the Python where its tests can run."""
-    return None if INTERPRETED else InterpretedFile.from_parent(parent, path=module_path)
+    """A file of this directory whole, unless this already is the Python where its tests can run."""
+    if INTERPRETED or module_path.parent != Path(__file__).parent:
+        return None
+    return InterpretedFile.from_parent(parent, path=module_path)
 
 
 class InterpretedFile(pytest.File):
@@ -78,7 +80,8 @@ class InInterpreter(pytest.Item):
             self.session.stash[DONE] = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *files],
                 cwd=self.config.rootpath,
-                env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+                # Twins are plain PyTorch.
+                env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "ACCESSORY_AVX512": "0"},
                 capture_output=True,
                 text=True,
             )

@@ -30,6 +30,16 @@ def test_under_the_interpreter_the_cpu_computes(dtype: torch.dtype) -> None:
     assert kernels.available(CPU, dtype)
 
 
+def test_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, before others; a kernel that there is not is nobody's."""
+    assert kernels.chosen("rms_norm", CPU, torch.bfloat16) is kernels.rms_norm
+    assert kernels.chosen("document_attention", CPU, torch.bfloat16) is None
+    assert kernels.computing(CPU, torch.bfloat16) == "triton"
+    monkeypatch.setenv("ACCESSORY_TRITON", "0")
+    assert kernels.chosen("rms_norm", CPU, torch.bfloat16) is None
+    assert kernels.computing(CPU, torch.bfloat16) == "none"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8])
 def test_other_dtypes_are_left_to_the_twins(dtype: torch.dtype) -> None:
     """Kernels would lose their digits."""

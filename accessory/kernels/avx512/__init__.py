@@ -1,0 +1,60 @@
+"""Kernels in C++ for CPUs with AVX512-bf16, of steps that plain PyTorch makes many calls and passes over memory of.
+
+A C++ compiler makes them at their first use on a machine. Without one, on another processor, in other dtypes, or when
+ACCESSORY_AVX512=0, plain PyTorch computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from accessory.errors import ConfigError
+from accessory.kernels.avx512.compiling import CannotCompile
+
+KERNELS = ("column_sums", "document_attention", "gate", "rms_norm", "rotary")
+CPU_INFORMATION = Path("/proc/cpuinfo")
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_AVX512."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and _wanted() and _works()
+
+
+def _wanted() -> bool:
+    value = os.environ.get("ACCESSORY_AVX512", "1")
+    if value not in ("0", "1"):
+        raise ConfigError(f"ACCESSORY_AVX512 is {value!r}; expected 1 (use C++ kernels where they work) or 0 (never).")
+    return value == "1"
+
+
+@lru_cache
+def _works() -> bool:
+    """Every kernel is tried once: a compiler may be missing, too old, or wrong."""
+    if not _processor_has_it():
+        return False
+    try:
+        wrong = import_module(f"{__name__}.trial").wrong_kernels()
+        fault = f"the results of {', '.join(wrong)} are wrong" if wrong else ""
+    except CannotCompile as error:
+        fault = str(error)
+    if fault:
+        logging.getLogger(__name__).warning(
+            "This CPU's C++ kernels do not work, plain PyTorch computes, attention at a fifth of the speed: %s", fault
+        )
+    return not fault
+
+
+def _processor_has_it() -> bool:
+    try:
+        return "avx512_bf16" in CPU_INFORMATION.read_text().split()
+    except OSError:  # not Linux
+        return False
+
+
+__all__ = ["KERNELS", "available"]

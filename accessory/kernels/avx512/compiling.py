@@ -1,0 +1,105 @@
+"""The C++ files of this directory as a library: compiled at the first use on a machine, and kept for the next.
+
+It has plain C functions that take addresses and sizes, so it knows nothing of PyTorch's or Python's version, takes two
+seconds to compile, and shares PyTorch's OpenMP threads, whose library is loaded already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = (
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-mfma", "-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq",
+    "-mavx512vl", "-mavx512bf16",
+)  # fmt: skip
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool}
+
+
+class CannotCompile(Exception):
+    """There is no compiler, or it fails; the text says which and why."""
+
+
+@lru_cache
+def compiled(name: str, arguments: str, result: type | None = None) -> ctypes._CFuncPtr:
+    """The C function `name`. Raises `CannotCompile`.
+
+    arguments: a letter each, p for an address, n int64, f float, b bool.
+    """
+    function = getattr(compiled_library(), name)
+    function.argtypes, function.restype = [_TYPES[letter] for letter in arguments], result
+    return function
+
+
+@lru_cache
+def compiled_library() -> ctypes.CDLL:
+    """The loaded library. Raises `CannotCompile`."""
+    compiler = _compiler()
+    try:
+        directory = _own_cache()
+        if directory is not None:
+            return ctypes.CDLL(str(_kept(directory, compiler) or _compile(compiler, directory)))
+        with tempfile.TemporaryDirectory(prefix="accessory-") as temporary:  # what is loaded needs its file no longer
+            return ctypes.CDLL(str(_compile(compiler, Path(temporary))))
+    except OSError as error:
+        raise CannotCompile(str(error)) from error
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, [wanted] if wanted else COMPILERS)), None)
+    if found is None:
+        missing = f"$CXX, {wanted}, is not" if wanted else f"none of {', '.join(COMPILERS)} is"
+        raise CannotCompile(f"{missing} on the PATH; install g++")
+    return found
+
+
+def _name(compiler: str) -> str:
+    """Beginning of the library's name, by all that makes it what it is; its own digest follows."""
+    parts = [compiler, *FLAGS, *(file.read_text(encoding="utf-8") for file in SOURCES + HEADERS)]
+    return f"avx512-{_digest(chr(0).join(parts).encode())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _kept(directory: Path, compiler: str) -> Path | None:
+    """The library that was compiled before, if it is whole: to load one that is cut off can end the process."""
+    kept = directory.glob(f"{_name(compiler)}-*.so")
+    return next((file for file in kept if file.stem.endswith(f"-{_digest(file.read_bytes())}")), None)
+
+
+def _own_cache() -> Path | None:
+    """A directory that nobody else can write into: what lies there is loaded. None where there is none."""
+    try:
+        around = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = around / "accessory"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.stat()
+    except (OSError, RuntimeError):  # a home that cannot be written into, or none
+        return None
+    private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return directory if private and os.access(directory, os.W_OK) else None
+
+
+def _compile(compiler: str, directory: Path) -> Path:
+    """A new file in `directory`; nobody takes it for a finished library before it has its name."""
+    handle, name = tempfile.mkstemp(prefix="compiling-", suffix=".so", dir=directory)
+    os.close(handle)
+    made = Path(name)
+    done = subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", name], capture_output=True, text=True)
+    if done.returncode:
+        made.unlink()
+        raise CannotCompile(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[:1000]}")
+    return made.replace(directory / f"{_name(compiler)}-{_digest(made.read_bytes())}.so")

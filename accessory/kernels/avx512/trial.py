@@ -1,0 +1,78 @@
+"""Each kernel once, on a few numbers, against its formula: what a machine's compiler has to pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.avx512 import column_sums, document_attention, gate, rms_norm, rotary
+
+TOLERANCE = 2e-2  # relative: some times bf16's rounding, far less than any real fault
+
+
+def wrong_kernels() -> list[str]:
+    """Names of the kernels whose results differ from plain PyTorch's. Raises `CannotCompile`."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(5, 20, generator=generator).bfloat16() for _ in range(3))
+    trials = {
+        "column_sums": [(column_sums.column_sums(a), a.float().sum(0))],
+        "document_attention": _attention(generator),
+        "gate": _gate(a, b, c),
+        "rms_norm": _norm(a, b, c[0].float()),
+        "rotary": _rotation(a[:, None], b[:, None, :8].float()),
+    }
+    return [name for name, pairs in trials.items() if not all(_close(found, wanted) for found, wanted in pairs)]
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found.float() - wanted).norm() <= TOLERANCE * wanted.norm())
+
+
+def _attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """One document of 40 tokens, two query heads, one other."""
+    q, dout, k, v = (torch.randn(40, n, 16, generator=generator).bfloat16() for n in (2, 2, 1, 1))
+    documents = document_attention.Documents.build((40,), (0,), None)
+    found = document_attention.forward(q, k, v, documents, None, 0.25)
+    gradients = document_attention.backward(q, k, v, dout, documents, None, 0.25)
+    wide_q, wide_dout, wide_k, wide_v = (t.float().transpose(0, 1) for t in (q, dout, k, v))
+    scores = (0.25 * wide_q @ wide_k.mT).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
+    weights = scores.softmax(-1)
+    dweights = wide_dout @ wide_v.mT
+    dscores = 0.25 * weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    wanted = (
+        weights @ wide_v,
+        dscores @ wide_k,
+        (dscores.mT @ wide_q).sum(0, keepdim=True),
+        (weights.mT @ wide_dout).sum(0, keepdim=True),
+    )
+    return [(t.transpose(0, 1), w) for t, w in zip((found, *gradients), wanted, strict=True)]
+
+
+def _gate(x: Tensor, up: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
+    dx, dup = gate.backward(dy, x, up, "silu")
+    y = gate.forward(x, up, "silu")
+    x, up, dy = x.float(), up.float(), dy.float()
+    share = x.sigmoid()
+    return [(y, x * share * up), (dx, dy * up * share * (1 + x * (1 - share))), (dup, dy * x * share)]
+
+
+def _norm(x: Tensor, dy: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    y, scale = rms_norm.forward(x, weight, 1e-5)
+    dx, dweight = rms_norm.backward(dy, x, weight, scale)
+    x, dy = x.float(), dy.float()
+    inverse = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    unit, dunit = x * inverse, dy * weight
+    wanted = inverse * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
+    return [(y, unit * weight), (dx, wanted), (dweight, (dy * unit).sum(0))]
+
+
+def _rotation(x: Tensor, angles: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The first 16 of 20 channels turn, the others pass."""
+    turn, wide = torch.polar(torch.ones_like(angles), angles), x.float()
+    first, second, rest = wide.split([8, 8, 4], -1)
+    halves = torch.complex(first, second) * turn
+    pairs = torch.view_as_complex(wide[..., :16].unflatten(-1, (-1, 2)).contiguous()) * turn.conj()
+    return [
+        (rotary.rotate(x, turn, "halves"), torch.cat([halves.real, halves.imag, rest], -1)),
+        (rotary.rotate(x, turn.conj(), "pairs"), torch.cat([torch.view_as_real(pairs).flatten(-2), rest], -1)),
+    ]

@@ -1,0 +1,44 @@
+// bf16 numbers in memory, fp32 in registers of LANES.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int64_t LANES = 16;
+
+// The first n lanes: none for a negative n, all for a large one.
+inline __mmask16 first(int64_t n) { return (1u << std::max<int64_t>(std::min(n, LANES), 0)) - 1; }
+
+inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// The lanes that `mask` names, the others zero.
+inline __m512 load(const bf16* x, __mmask16 mask) { return wide(_mm256_maskz_loadu_epi16(mask, x)); }
+
+inline void store(bf16* x, __mmask16 mask, __m512 value) { _mm256_mask_storeu_epi16(x, mask, narrow(value)); }
+
+// Numbers of a and of b in turn: a0 b0 a1 b1 ...
+inline __m512i paired(__m256i a, __m256i b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+// 2^x, to a unit or two in the last place.
+inline __m512 power_of_two(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.5403530e-4f);  // Taylor: ln(2)^n / n!
+    for (float factor : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(factor));
+    return _mm512_scalef_ps(y, whole);
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+}  // namespace

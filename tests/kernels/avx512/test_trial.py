@@ -1,0 +1,42 @@
+"""That each kernel's fault is found where it would show: in any one of its results."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from accessory.kernels import avx512
+from accessory.kernels.avx512 import column_sums, document_attention, gate, rms_norm, rotary, trial
+
+RESULTS = [
+    (column_sums, "column_sums", None),
+    (document_attention, "forward", None),
+    *((document_attention, "backward", i) for i in range(3)),
+    (gate, "forward", None),
+    *((gate, "backward", i) for i in range(2)),
+    (rms_norm, "forward", 0),
+    *((rms_norm, "backward", i) for i in range(2)),
+    (rotary, "rotate", None),
+]
+
+
+def test_all_are_tried_and_right() -> None:
+    """None is wrong, and a fault of every kernel is among those below."""
+    assert trial.wrong_kernels() == []
+    assert {module.__name__.rpartition(".")[2] for module, *_ in RESULTS} == set(avx512.KERNELS)
+
+
+@pytest.mark.parametrize(("module", "name", "result"), RESULTS)
+def test_wrong_by_a_twentieth(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, result: int | None
+) -> None:
+    """It is named, and no other."""
+    right = getattr(module, name)
+
+    def wrong(*given: object, **named: object) -> object:
+        found = right(*given, **named)
+        return found * 1.05 if result is None else [t * 1.05 if i == result else t for i, t in enumerate(found)]
+
+    monkeypatch.setattr(module, name, wrong)
+    assert trial.wrong_kernels() == [module.__name__.rpartition(".")[2]]
