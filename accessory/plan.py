@@ -22,7 +22,6 @@ from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
-from accessory.quant.memory import shared_bytes
 
 CPU = torch.device("cpu")
 
@@ -97,7 +96,6 @@ def memory_plan(
     head_copy = head.numel() * width if head.dtype != decoder.dtype else 0
     logits = min(tokens, CHUNK) * len(head) * (4 + width) + head_copy
     trained = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
-    packed = [m.shape.numel() for m in decoder.modules() if isinstance(m, PackedWeight)]
     step = {"checkpointing": checkpointing, "device": layout.device, "offload": offload}
     held = trainable if micro_batches > 1 else 0
     moments = [
@@ -113,7 +111,7 @@ def memory_plan(
         optimizer=state_bytes(optim, trained) // share,
         activations=activation_bytes(decoder, attachment, tokens, **step),
         logits=logits,
-        buffers=shared_bytes(max(packed, default=0) * width, layout.device),
+        buffers=_buffers(decoder, tokens, layout.device),
         working=max(moments),
     )
 
@@ -401,6 +399,18 @@ def _keeps_input(name: str, decoder: Decoder, attachment: Attachment) -> bool:
     linear = next((m for n, m in decoder.layers[0].named_modules() if n.endswith(f".{name}")), None)
     trained = any(n.startswith("layers.0.") and n.endswith(f".{name}.weight") for n in attachment.trainable)
     return trained or linear in _lora_linears(decoder)
+
+
+def _buffers(decoder: Decoder, tokens: int, device: torch.device) -> int:
+    """What packed matrices are unpacked into to be multiplied with."""
+    found = [0]
+    for part in (decoder.layers[0].attention, decoder.layers[0].feed_forward):
+        for linears in part.called_together():
+            packed = [linear.weight for linear in linears if isinstance(linear.weight, PackedWeight)]
+            if packed:
+                rank = max(len(m.lora_a.weight) if hasattr(m, "lora_a") else 0 for m in linears)
+                found.append(packed[0].memory_to_multiply(packed, rank, tokens, decoder.dtype, device))
+    return max(found)
 
 
 def _lora_linears(decoder: Decoder) -> list[Linear]:

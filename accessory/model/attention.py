@@ -56,8 +56,12 @@ class Attention(nn.Module):
 
     def prepare_decoding(self) -> None:
         """Make ready for single tokens."""
-        prepare_decoding([self.wq, self.wk, self.wv])
-        prepare_decoding([self.wo])
+        for together in self.called_together():
+            prepare_decoding(together)
+
+    def called_together(self) -> list[list[Linear]]:
+        """The linears that share an input, and those that do not."""
+        return [[self.wq, self.wk, self.wv], [self.wo]]
 
     def _rotated(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         whole = 2 * sequences.turn.shape[-1] == self.head_dim

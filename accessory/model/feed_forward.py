@@ -45,8 +45,12 @@ class FeedForward(nn.Module):
 
     def prepare_decoding(self) -> None:
         """Make ready for single tokens."""
-        prepare_decoding([self.w1, self.w3] if self.gated else [self.w1])
-        prepare_decoding([self.w2])
+        for together in self.called_together():
+            prepare_decoding(together)
+
+    def called_together(self) -> list[list[Linear]]:
+        """The linears that share an input, and those that do not."""
+        return [[self.w1, self.w3] if self.gated else [self.w1], [self.w2]]
 
     def forward(self, x: Tensor | Recomputed) -> Tensor:
         """x [T, D] -> [T, D]."""

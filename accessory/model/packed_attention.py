@@ -48,5 +48,6 @@ class _AttendPacked(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = backward(*ctx.saved_tensors, dout, ctx.sequences.documents, ctx.window, ctx.scale)
         if prefixes := ctx.sequences.prefixes:
-            dk, dv = prefixes.sum_copies(dk), prefixes.sum_copies(dv)
+            dk = prefixes.sum_copies(dk)  # one is gone before the other's sums are made
+            dv = prefixes.sum_copies(dv)
         return dq, dk, dv, None, None, None

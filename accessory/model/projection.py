@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory import kernels
 from accessory.model.low_rank import Draw
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight
+from accessory.quant.packed import LowRankTerm
+from accessory.quant.products import multiply, sum_of_turned_products
 
 PLAIN = Draw(1.0)
 """Neither scaled nor dropped out of."""
@@ -54,7 +55,7 @@ def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
     if isinstance(first, PackedWeight):
         outputs = first.multiply_with(others, x)
     else:
-        outputs = tuple(F.linear(x, product.weight.to(x.dtype)) for product in products)
+        outputs = tuple(multiply(x, product.weight) for product in products)
     for y, product in zip(outputs, products, strict=True):
         if product.a is not None:
             dropped = x * product.draw.kept(x) if product.draw.dropout else x
@@ -99,10 +100,8 @@ class _Projection(torch.autograd.Function):
             if unread:
                 outputs.append(x.new_empty(len(x), _rows(matrix, part)))
                 continue
-            y = F.linear(x, _matrix(matrix, part, x.dtype), None if part.bias is None else part.bias.to(x.dtype))
-            if low is not None:
-                y.addmm_(low, part.b.to(x.dtype).t(), alpha=draw.scale)
-            outputs.append(y)
+            beside = None if low is None else LowRankTerm(low, part.b, draw.scale)
+            outputs.append(multiply(x, part.weight if matrix is None else matrix, part.bias, beside))
         wanted = [_Tensors(*ctx.needs_input_grad[i : i + 4]) for i in range(5, len(flat) + 5, 4)]
         keeps_x = any(need.weight or need.a for need in wanted)
         ctx.packed, ctx.draws, ctx.wanted, ctx.make = packed, draws, wanted, source.make
@@ -135,10 +134,6 @@ class _Projection(torch.autograd.Function):
 
 def _rows(packed: PackedWeight | None, part: _Tensors) -> int:
     return (part.weight if packed is None else packed).shape[0]
-
-
-def _matrix(packed: PackedWeight | None, part: _Tensors, dtype: torch.dtype) -> Tensor:
-    return part.weight.to(dtype) if packed is None else packed.borrow(dtype)
 
 
 def _together(parts: list[_Tensors], draws: list[Draw]) -> list[int]:
@@ -181,12 +176,12 @@ def _input_gradient(
     parts: list[_Tensors],
     draws: list[Draw],
 ) -> Tensor:
-    dx = None
-    for dy, matrix, part in zip(gradients, packed, parts, strict=True):
-        w = _matrix(matrix, part, dy.dtype)
-        dx = dy @ w if dx is None else dx.addmm_(dy, w)
-    if shared := _together(parts, draws):
-        dx.addmm_(torch.cat([narrow[i] for i in shared], 1), _stacked(parts, shared, dx.dtype))
+    matrices = [part.weight if matrix is None else matrix for matrix, part in zip(packed, parts, strict=True)]
+    shared, beside = _together(parts, draws), None
+    if shared:
+        stacked = torch.cat([parts[i].a for i in shared])
+        beside = LowRankTerm(torch.cat([narrow[i] for i in shared], 1), stacked)
+    dx = sum_of_turned_products(list(gradients), matrices, beside)
     for dlow, part, draw in zip(narrow, parts, draws, strict=True):
         if draw.dropout:
             dx.add_((dlow @ part.a.to(dx.dtype)).mul_(draw.kept(dx)))

@@ -7,18 +7,20 @@ operations; the packed tensors are ours, because its modules repack and re-cast 
 from __future__ import annotations
 
 from functools import lru_cache
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.errors import CheckpointError
+from accessory.kernels.avx512.four_bit_product import Codes
 from accessory.quant import native
 from accessory.quant.bitsandbytes_library import functional as bnb
 from accessory.quant.fused import FusedCopy
 from accessory.quant.memory import shared_memory
-from accessory.quant.packed import PackedWeight
+from accessory.quant.packed import LowRankTerm, PackedWeight
+from accessory.quant.products import multiply
 
 PackedState = dict[str, Tensor]
 """`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""
@@ -117,6 +119,39 @@ class FourBitWeight(PackedWeight):
         native.unpack_into(by_blocks, self.codes, self._plain_scales(), BLOCK, self.quant_type)
         return matrix
 
+    @staticmethod
+    def fused_sum(
+        factors: list[Tensor],
+        weights: list[FourBitWeight],
+        *,
+        turned: bool,
+        bias: Tensor | None = None,
+        low: LowRankTerm | None = None,
+    ) -> Tensor | None:
+        """By this CPU's kernel: it unpacks a few columns at a time, where they are multiplied with."""
+        kernel = _product_kernel(weights, factors[0].dtype, factors[0].device)
+        if kernel is None:
+            return None
+        return kernel.sum_of_products(factors, [w._as_codes() for w in weights], turned=turned, bias=bias, low=low)
+
+    @staticmethod
+    def memory_to_multiply(
+        weights: list[FourBitWeight], rank: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """The kernel's workspace, where there is one."""
+        kernel = _product_kernel(weights, dtype, device)
+        if kernel is None:
+            return PackedWeight.memory_to_multiply(weights, rank, rows, dtype, device)
+        forward = max(kernel.workspace_bytes([weight.shape], rank, rows, turned=False) for weight in weights)
+        shapes = [weight.shape for weight in weights]
+        return max(forward, kernel.workspace_bytes(shapes, rank * len(shapes), rows, turned=True))
+
+    def _as_codes(self) -> Codes:
+        nested, device = None, self.codes.device
+        if self.nested:
+            nested = nested_codebook(device), self.nested_scales, self.offset
+        return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested)
+
     def multiply(self, x: Tensor) -> Tensor:
         """x [T, K] -> x W^T [T, N] in x's dtype, without a gradient; few rows by the fused copy where there is one."""
         return self.multiply_with([], x)[0]
@@ -124,7 +159,7 @@ class FourBitWeight(PackedWeight):
     def multiply_with(self, others: list[PackedWeight], x: Tensor) -> tuple[Tensor, ...]:
         """The same by this matrix and `others`; in one product where they were prepared together."""
         if self.fused is None or not self.fused.takes(x) or self.fused_with != others:
-            return tuple(F.linear(x, weight.borrow(x.dtype)) for weight in (self, *others))
+            return tuple(multiply(x, weight) for weight in (self, *others))
         y = self.fused.multiply(x)
         return y.split_with_sizes([weight.shape[0] for weight in (self, *others)], 1) if others else (y,)
 
@@ -154,6 +189,11 @@ class FourBitWeight(PackedWeight):
 
     def _plain_scales(self) -> Tensor:
         return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
+
+
+def _product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    kernel = kernels.chosen("four_bit_product", device, dtype)
+    return kernel if kernel and all(kernel.takes(weight.shape) for weight in weights) else None
 
 
 def _whole_blocks(shape: torch.Size) -> tuple[int, int]:

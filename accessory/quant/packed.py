@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from accessory.quant.memory import shared_bytes
+
+
+class LowRankTerm(NamedTuple):
+    """What a product of low rank adds to one with W [N, K]: scale * x factor^T, or scale * x factor of one with W^T.
+
+    x [T, R], in the products' dtype; factor [N, R], or [R, K], in any.
+    """
+
+    x: Tensor
+    factor: Tensor
+    scale: float = 1.0
 
 
 class PackedWeight(nn.Module, ABC):
@@ -40,6 +54,28 @@ class PackedWeight(nn.Module, ABC):
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`, to multiply with at once: one that is borrowed later may overwrite it."""
         return self.unpack(dtype)
+
+    @staticmethod
+    def fused_sum(
+        factors: list[Tensor],
+        weights: list[PackedWeight],
+        *,
+        turned: bool,
+        bias: Tensor | None,
+        low: LowRankTerm | None,
+    ) -> Tensor | None:
+        """Sum of the products of `factors` with matrices of this format, by one kernel: x W^T, or dy W if `turned`.
+
+        None where there is no kernel for them: who asked borrows the matrices (`accessory.quant.products`).
+        """
+        return None
+
+    @staticmethod
+    def memory_to_multiply(
+        weights: list[PackedWeight], rank: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Bytes kept to multiply `rows` rows with matrices that are called together, and with low terms of `rank`."""
+        return shared_bytes(max(weight.shape.numel() for weight in weights) * dtype.itemsize, device)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [T, K] -> x W^T [T, N] in x's dtype, without a gradient."""

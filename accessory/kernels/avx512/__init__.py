@@ -17,7 +17,7 @@ import torch
 from accessory.errors import ConfigError
 from accessory.kernels.avx512.compiling import CannotCompile
 
-KERNELS = ("column_sums", "document_attention", "gate", "rms_norm", "rotary")
+KERNELS = ("column_sums", "document_attention", "four_bit_product", "gate", "rms_norm", "rotary")
 CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
@@ -43,6 +43,8 @@ def _works() -> bool:
         fault = f"the results of {', '.join(wrong)} are wrong" if wrong else ""
     except CannotCompile as error:
         fault = str(error)
+    except Exception as error:  # whatever a library may raise that is not what was compiled
+        fault = f"{type(error).__name__}: {error}"
     if fault:
         logging.getLogger(__name__).warning(
             "This CPU's C++ kernels do not work, plain PyTorch computes, attention at a fifth of the speed: %s", fault

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
+from accessory.kernels.avx512.operands import address, made, whole
 
 
 def column_sums(x: Tensor) -> Tensor:
     """x [T, N] -> fp32 [N]."""
-    x, out = x.contiguous(), torch.empty(x.shape[1])
-    compiled("column_sums", "ppnnn")(x.data_ptr(), out.data_ptr(), *x.shape, torch.get_num_threads())
+    rows, width = x.shape
+    x, out = whole(x, (rows, width), "x"), made((width,), torch.float32)
+    compiled("column_sums", "ppnnn")(address(x), address(out), rows, width, torch.get_num_threads())
     return out

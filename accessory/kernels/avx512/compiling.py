@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,28 +47,30 @@ def compiled(name: str, arguments: str, result: type | None = None) -> ctypes._C
 def compiled_library() -> ctypes.CDLL:
     """The loaded library. Raises `CannotCompile`."""
     compiler = _compiler()
-    try:
-        directory = _own_cache()
-        if directory is not None:
+    directory = _own_cache()
+    if directory is not None:
+        with suppress(OSError, CannotCompile):  # a full disk, or one that nothing may be loaded from
             return ctypes.CDLL(str(_kept(directory, compiler) or _compile(compiler, directory)))
+    try:
         with tempfile.TemporaryDirectory(prefix="accessory-") as temporary:  # what is loaded needs its file no longer
             return ctypes.CDLL(str(_compile(compiler, Path(temporary))))
     except OSError as error:
         raise CannotCompile(str(error)) from error
 
 
-def _compiler() -> str:
-    wanted = os.environ.get("CXX")
-    found = next(filter(None, map(shutil.which, [wanted] if wanted else COMPILERS)), None)
-    if found is None:
-        missing = f"$CXX, {wanted}, is not" if wanted else f"none of {', '.join(COMPILERS)} is"
-        raise CannotCompile(f"{missing} on the PATH; install g++")
-    return found
+def _compiler() -> list[str]:
+    """Its path, and what $CXX says beside it."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for name, *options in [wanted] if wanted else [[name] for name in COMPILERS]:
+        if found := shutil.which(name):
+            return [found, *options]
+    missing = f"$CXX, {wanted[0]}, is not" if wanted else f"none of {', '.join(COMPILERS)} is"
+    raise CannotCompile(f"{missing} on the PATH; install g++")
 
 
-def _name(compiler: str) -> str:
+def _name(compiler: list[str]) -> str:
     """Beginning of the library's name, by all that makes it what it is; its own digest follows."""
-    parts = [compiler, *FLAGS, *(file.read_text(encoding="utf-8") for file in SOURCES + HEADERS)]
+    parts = [*compiler, *FLAGS, *(file.read_text(encoding="utf-8") for file in SOURCES + HEADERS)]
     return f"avx512-{_digest(chr(0).join(parts).encode())}"
 
 
@@ -74,32 +78,43 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _kept(directory: Path, compiler: str) -> Path | None:
-    """The library that was compiled before, if it is whole: to load one that is cut off can end the process."""
-    kept = directory.glob(f"{_name(compiler)}-*.so")
+def _kept(directory: Path, compiler: list[str]) -> Path | None:
+    """The library that was compiled before, if it is ours and whole: to load part of one can end the process."""
+    kept = filter(_private, directory.glob(f"{_name(compiler)}-*.so"))
     return next((file for file in kept if file.stem.endswith(f"-{_digest(file.read_bytes())}")), None)
 
 
 def _own_cache() -> Path | None:
-    """A directory that nobody else can write into: what lies there is loaded. None where there is none."""
+    """A directory that nobody else can write into, nor put another in its place: what lies there is loaded. Or None."""
     try:
         around = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = around / "accessory"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.stat()
+        directory = directory.resolve()
+        safe = _private(directory) and not directory.parent.stat().st_mode & stat.S_IWOTH
     except (OSError, RuntimeError):  # a home that cannot be written into, or none
         return None
-    private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return directory if private and os.access(directory, os.W_OK) else None
+    return directory if safe and os.access(directory, os.W_OK) else None
 
 
-def _compile(compiler: str, directory: Path) -> Path:
+def _private(path: Path) -> bool:
+    """Whether only this user, or root, can change it."""
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compile(compiler: list[str], directory: Path) -> Path:
     """A new file in `directory`; nobody takes it for a finished library before it has its name."""
     handle, name = tempfile.mkstemp(prefix="compiling-", suffix=".so", dir=directory)
     os.close(handle)
     made = Path(name)
-    done = subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", name], capture_output=True, text=True)
-    if done.returncode:
-        made.unlink()
-        raise CannotCompile(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[:1000]}")
-    return made.replace(directory / f"{_name(compiler)}-{_digest(made.read_bytes())}.so")
+    try:
+        done = subprocess.run(
+            [*compiler, *FLAGS, *map(str, SOURCES), "-o", name], capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            raise CannotCompile(f"{compiler[0]} ended with {done.returncode}: {done.stderr.strip()[:1000]}")
+        ctypes.CDLL(name)  # before others take it for whole
+        return made.replace(directory / f"{_name(compiler)}-{_digest(made.read_bytes())}.so")
+    finally:
+        made.unlink(missing_ok=True)

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
+from accessory.kernels.avx512.operands import address, made, whole
 
 
 class Documents(NamedTuple):
     """Where documents stand in packed tensors.
 
     table: int64 [B, 4], the longest first: where the keys of one begin, its tokens, of how many first queries nobody
-    reads the result, and the row that its first query has or would have. longest: its tokens. keys: their number.
-    order: int64 [keys], the packed row of each key; absent where they stand in that order.
+    reads the result, and the row that its first query has or would have. longest: its tokens. rows, keys: how many
+    are packed, and of all documents. order: int64 [keys], the row of each key; absent where they stand in that order.
     """
 
     table: Tensor
     longest: int
+    rows: int
     keys: int
     order: Tensor | None
 
@@ -34,8 +36,9 @@ class Documents(NamedTuple):
             place += length
             row += length - known
         entries.sort(key=lambda entry: -entry[1])
-        table = torch.tensor(entries, dtype=torch.int64).view(-1, 4)
-        return Documents(table, max(lengths, default=0), place, order)
+        table = torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 4)
+        order = None if order is None else whole(order, (place,), "order", torch.int64)
+        return Documents(table, max(lengths, default=0), row, place, order)
 
 
 def takes(head_dim: int) -> bool:
@@ -45,8 +48,8 @@ def takes(head_dim: int) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
     """q [T, H, E], k and v [T, K, E], bf16 -> [T, H, E]."""
-    q, k, v = (t.contiguous() for t in (q, k, v))
-    out = torch.empty_like(q)
+    q, k, v = _checked(q, k, v, documents, window, scale)
+    out = made(q.shape)
     _run("attention_forward", (q, k, v, out), documents, window, scale, backward=False)
     return out
 
@@ -55,8 +58,9 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, documents: Documents, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, H, E], and of k and v in the documents' order [keys, K, E]."""
-    q, k, v, dout = (t.contiguous() for t in (q, k, v, dout))
-    dq, (dk, dv) = torch.empty_like(q), (t.new_empty(documents.keys, *t.shape[1:]) for t in (k, v))
+    q, k, v = _checked(q, k, v, documents, window, scale)
+    dout, dq = whole(dout, q.shape, "dout"), made(q.shape)
+    dk, dv = (made((documents.keys, *k.shape[1:])) for _ in range(2))
     _run("attention_backward", (q, k, v, dout, dq, dk, dv), documents, window, scale, backward=True)
     return dq, dk, dv
 
@@ -67,13 +71,24 @@ def workspace_bytes(longest: int, head_dim: int, *, backward: bool) -> int:
     return torch.get_num_threads() * each
 
 
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    if heads % kv_heads or not takes(head_dim):
+        raise AssertionError(f"{heads} heads for {kv_heads} of keys, of {head_dim} channels each")
+    if scale < 0 or (window is not None and window < 1):
+        raise AssertionError(f"scale {scale}, window {window}; expected no negative scale, and a key at least")
+    shape = (documents.rows, kv_heads, head_dim)
+    return whole(q, (documents.rows, heads, head_dim), "q"), whole(k, shape, "k"), whole(v, shape, "v")
+
+
 def _run(
     name: str, tensors: tuple[Tensor, ...], documents: Documents, window: int | None, scale: float, *, backward: bool
 ) -> None:
     (_, heads, head_dim), kv_heads = tensors[0].shape, tensors[1].shape[1]
-    memory = torch.empty(workspace_bytes(documents.longest, head_dim, backward=backward), dtype=torch.uint8)
+    memory = made((workspace_bytes(documents.longest, head_dim, backward=backward),), torch.uint8)
     compiled(name, "p" * (len(tensors) + 2) + "nnnnnfpn")(
-        *(t.data_ptr() for t in tensors), None if documents.order is None else documents.order.data_ptr(),
-        documents.table.data_ptr(), len(documents.table), heads, kv_heads, head_dim, window or documents.longest, scale,
-        memory.data_ptr(), torch.get_num_threads(),
+        *map(address, (*tensors, documents.order, documents.table)), len(documents.table), heads, kv_heads, head_dim,
+        documents.longest if window is None else window, scale, address(memory), torch.get_num_threads(),
     )  # fmt: skip

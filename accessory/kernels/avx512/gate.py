@@ -6,27 +6,29 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
+from accessory.kernels.avx512.operands import address, made, whole
 
 ACTIVATIONS = ("silu",)
 
 
 def forward(x: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(x) * up, both [..., F], in x's dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _run("gate_forward", activation, x, up, y)
+    (y,) = _run("gate_forward", activation, 1, x=x, up=up)
     return y
 
 
 def backward(dy: Tensor, x: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """(dx, dup) of `forward`, in x's dtype."""
-    dx, dup = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
-    _run("gate_backward", activation, dy, x, up, dx, dup)
+    dx, dup = _run("gate_backward", activation, 2, dy=dy, x=x, up=up)
     return dx, dup
 
 
-def _run(name: str, activation: str, *tensors: Tensor) -> None:
+def _run(name: str, activation: str, results: int, **operands: Tensor) -> list[Tensor]:
     if activation not in ACTIVATIONS:
         raise AssertionError(f"activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    whole = [tensor.contiguous() for tensor in tensors]
-    addresses = (tensor.data_ptr() for tensor in whole)
-    compiled(name, "p" * len(whole) + "nn")(*addresses, whole[0].numel(), torch.get_num_threads())
+    shape = operands["x"].shape
+    given = [whole(tensor, shape, of) for of, tensor in operands.items()]
+    found = [made(shape) for _ in range(results)]
+    addresses = map(address, (*given, *found))
+    compiled(name, "p" * (len(given) + results) + "nn")(*addresses, shape.numel(), torch.get_num_threads())
+    return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
+from accessory.kernels.avx512.operands import address, made, whole
 
 
 def rotate(x: Tensor, turn: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
@@ -18,11 +19,13 @@ def rotate(x: Tensor, turn: Tensor, layout: Literal["pairs", "halves"] = "pairs"
     """
     if layout not in ("pairs", "halves"):
         raise AssertionError(f"layout {layout!r}; known: pairs, halves")
-    x, direction = x.contiguous(), -1.0 if turn.is_conj() else 1.0
-    angles = (turn.conj() if turn.is_conj() else turn).contiguous()
-    y = torch.empty_like(x)
+    tokens, heads, width = x.shape
+    half, direction = turn.shape[-1], -1.0 if turn.is_conj() else 1.0
+    if 2 * half > width:
+        raise AssertionError(f"turn is of {2 * half} channels; heads have {width}")
+    angles = whole(turn.conj() if turn.is_conj() else turn, (tokens, 1, half), "turn", torch.complex64)
+    x, y = whole(x, x.shape, "x"), made(x.shape)
     compiled("rotate", "pppnnnnbfn")(
-        x.data_ptr(), angles.data_ptr(), y.data_ptr(), *x.shape, turn.shape[-1], layout == "pairs", direction,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        *map(address, (x, angles, y)), tokens, heads, width, half, layout == "pairs", direction, torch.get_num_threads()
+    )
     return y

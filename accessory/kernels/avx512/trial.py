@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512 import column_sums, document_attention, gate, rms_norm, rotary
+from accessory.kernels.avx512 import column_sums, document_attention, four_bit_product, gate, rms_norm, rotary
 
 TOLERANCE = 2e-2  # relative: some times bf16's rounding, far less than any real fault
 
 
 def wrong_kernels() -> list[str]:
     """Names of the kernels whose results differ from plain PyTorch's. Raises `CannotCompile`."""
-    generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randn(5, 20, generator=generator).bfloat16() for _ in range(3))
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # whatever the first to ask is in
+        return _wrong_kernels(torch.Generator().manual_seed(0))
+
+
+def _wrong_kernels(generator: torch.Generator) -> list[str]:
+    a, b, c = (torch.randn(5, 20, generator=generator, dtype=torch.float32).bfloat16() for _ in range(3))
     trials = {
         "column_sums": [(column_sums.column_sums(a), a.float().sum(0))],
         "document_attention": _attention(generator),
+        "four_bit_product": _product(generator),
         "gate": _gate(a, b, c),
         "rms_norm": _norm(a, b, c[0].float()),
         "rotary": _rotation(a[:, None], b[:, None, :8].float()),
@@ -30,7 +35,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 def _attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
     """One document of 40 tokens, two query heads, one other."""
-    q, dout, k, v = (torch.randn(40, n, 16, generator=generator).bfloat16() for n in (2, 2, 1, 1))
+    q, dout, k, v = (torch.randn(40, n, 16, generator=generator, dtype=torch.float32).bfloat16() for n in (2, 2, 1, 1))
     documents = document_attention.Documents.build((40,), (0,), None)
     found = document_attention.forward(q, k, v, documents, None, 0.25)
     gradients = document_attention.backward(q, k, v, dout, documents, None, 0.25)
@@ -46,6 +51,26 @@ def _attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         (weights.mT @ wide_dout).sum(0, keepdim=True),
     )
     return [(t.transpose(0, 1), w) for t, w in zip((found, *gradients), wanted, strict=True)]
+
+
+def _product(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """One matrix of 34 rows, two of whose 68 blocks share a scale's scale, with all that may stand beside it."""
+    shape, table = (34, 128), torch.linspace(-1, 1, 16, dtype=torch.float32)
+    codes = torch.randint(256, (34 * 64,), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(256, (68,), generator=generator, dtype=torch.uint8)
+    book, nested = torch.linspace(0, 1, 256, dtype=torch.float32), torch.full((1,), 2.0, dtype=torch.float32)
+    packed = four_bit_product.Codes(shape, codes, table, scales, (book, nested, nested))
+    values = torch.stack([table[(codes >> 4).long()], table[(codes & 15).long()]], -1).view(-1, 64)
+    w = (values * (2 * book[scales.long()] + 2)[:, None]).view(shape)
+    x, dy, low, a, b, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float32)
+        for size in ((14, 128), (14, 34), (14, 4), (4, 128), (34, 4), (34,))
+    )
+    x, dy, low = x.bfloat16(), dy.bfloat16(), low.bfloat16()
+    y = four_bit_product.sum_of_products([x], [packed], turned=False, bias=bias, low=(low, b, 0.5))
+    dx = four_bit_product.sum_of_products([dy, dy], [packed, packed], turned=True, low=(low, a, 0.5))
+    wide = x.float() @ w.t() + 0.5 * low.float() @ b.t() + bias
+    return [(y, wide), (dx, 2 * dy.float() @ w + 0.5 * low.float() @ a)]
 
 
 def _gate(x: Tensor, up: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -49,14 +50,14 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_name_covers_sources_headers_and_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A change of any of them compiles anew."""
-    found = {compiling._name("g++"), compiling._name("clang++")}
+    found = {compiling._name(["g++"]), compiling._name(["clang++"]), compiling._name(["g++", "-m64"])}
     changed = tmp_path / "vectors.h"
     changed.write_text("// changed")
     for name, value in (("HEADERS", (changed,)), ("SOURCES", (changed,)), ("FLAGS", ("-O0",))):
         with monkeypatch.context() as patch:
             patch.setattr(compiling, name, value)
-            found.add(compiling._name("g++"))
-    assert len(found) == 5
+            found.add(compiling._name(["g++"]))
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize("size", [0, 1000, 8192])
@@ -71,36 +72,86 @@ def test_a_damaged_library_is_compiled_again(cache: Path, size: int) -> None:
     assert library.read_bytes() == whole
 
 
-@pytest.mark.parametrize("kind", ["writable by others", "a file", "no home"])
+@pytest.mark.parametrize("kind", ["writable by others", "in one that is", "of another user", "a file", "no home"])
 def test_without_a_cache_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """It compiles for this process alone, and leaves nothing behind, nor loads what others may have put there."""
     cache.parent.mkdir()
-    if kind == "writable by others":
-        cache.mkdir()
-        cache.chmod(0o777)
-        content = b"planted"
-        name = f"{compiling._name(compiling._compiler())}-{compiling._digest(content)}.so"
-        (cache / name).write_bytes(content)
-    elif kind == "a file":
+    if kind == "a file":
         cache.write_bytes(b"")
-    else:
+    elif kind == "no home":
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    monkeypatch.setenv("TMPDIR", str(cache.parent))
-    monkeypatch.setattr("tempfile.tempdir", None)
+    else:
+        cache.mkdir(mode=0o700)
+        content = b"planted"
+        (cache / f"{compiling._name(compiling._compiler())}-{compiling._digest(content)}.so").write_bytes(content)
+        if kind == "of another user":
+            monkeypatch.setattr(os, "getuid", lambda: 4321)
+            monkeypatch.setattr(compiling, "_private", lambda path, own=compiling._private: own(path) and path != cache)
+        else:
+            (cache if kind == "writable by others" else cache.parent).chmod(0o777)
+    elsewhere = cache.parent.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
     before = sorted(cache.parent.rglob("*"))
     assert works()
     assert sorted(cache.parent.rglob("*")) == before
+    assert not list(elsewhere.iterdir())
 
 
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+def test_a_planted_library_is_not_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may write to it, though not into the directory: it was there before that was closed."""
+    assert works()
+    (library,) = cache.iterdir()
+    library.chmod(0o666)
+    compiled = []
+    compile_again = compiling._compile
+    monkeypatch.setattr(compiling, "_compile", lambda *given: compiled.append(given) or compile_again(*given))
+    assert works()
+    assert len(compiled) == 1
+
+
+def test_a_cache_that_nothing_can_be_loaded_from(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mount without the right to execute, or a full one: a temporary directory may do."""
+    load = ctypes.CDLL
+
+    def refuse(name: str) -> ctypes.CDLL:
+        if name.startswith(str(cache)):
+            raise OSError("failed to map segment from shared object")
+        return load(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert works()
+    assert not list(cache.iterdir())
+
+
+SCRIPTS = {
+    "fails": ("echo \"unrecognized option '-mavx512bf16'\" >&2; exit 1", r"ended with 1: unrecognized option '-mavx5"),
+    "fails in Latin-1": (r"printf 'Fehler: \344' >&2; exit 1", "ended with 1: Fehler: \ufffd"),
+    "takes its output away": (
+        'for o; do :; done; rm "$o"; echo ld: cannot find -lgomp >&2; exit 1',
+        "cannot find -lgomp",
+    ),
+    "makes no library": ('for o; do :; done; echo nothing > "$o"', "invalid ELF header|file too short"),
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, kind: str) -> None:
     """What it said is said, and nothing of it stays."""
+    script, said = SCRIPTS[kind]
     compiler = tmp_path / "old-g++"
-    compiler.write_text("#!/bin/sh\necho \"unrecognized option '-mavx512bf16'\" >&2\nexit 1\n")
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(CannotCompile, match=r"old-g\+\+ ended with 1: unrecognized option '-mavx512bf16'"):
+    with pytest.raises(CannotCompile, match=said):
         compiled_library()
     assert not list(cache.iterdir())
+
+
+def test_a_compiler_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As $CXX often has."""
+    monkeypatch.setenv("CXX", f"{compiling._compiler()[0]} -m64")
+    assert works()
 
 
 def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+import torch
 
 from accessory.kernels import avx512
-from accessory.kernels.avx512 import column_sums, document_attention, gate, rms_norm, rotary, trial
+from accessory.kernels.avx512 import column_sums, document_attention, four_bit_product, gate, rms_norm, rotary, trial
 
 RESULTS = [
     (column_sums, "column_sums", None),
     (document_attention, "forward", None),
     *((document_attention, "backward", i) for i in range(3)),
+    (four_bit_product, "sum_of_products", None),
     (gate, "forward", None),
     *((gate, "backward", i) for i in range(2)),
     (rms_norm, "forward", 0),
@@ -25,6 +27,18 @@ def test_all_are_tried_and_right() -> None:
     """None is wrong, and a fault of every kernel is among those below."""
     assert trial.wrong_kernels() == []
     assert {module.__name__.rpartition(".")[2] for module, *_ in RESULTS} == set(avx512.KERNELS)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_whatever_torchs_defaults_are(default: torch.dtype) -> None:
+    """Another dtype, another device, and inference."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"), torch.inference_mode():
+            assert trial.wrong_kernels() == []
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(("module", "name", "result"), RESULTS)

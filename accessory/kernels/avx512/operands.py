@@ -1,0 +1,36 @@
+"""What the kernels are given: faults must show before a call that would read or write other memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.operands import check_shape
+
+
+def whole(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`tensor` in one piece of memory; it has to be of this shape and dtype, and on the CPU."""
+    check_shape(tensor, shape, name)
+    check_numbers(tensor, name, dtype)
+    return tensor.contiguous()
+
+
+def check_numbers(tensor: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Whether the kernels can read them."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise AssertionError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on the cpu")
+
+
+def made(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Memory for a result, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where it begins."""
+    if tensor is None:
+        return None
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise AssertionError("a tensor without memory, as under torch's FakeTensorMode; kernels need numbers")
+    return place
