@@ -52,18 +52,23 @@ def project(x: Tensor | Recomputed, products: list[Product], unread: bool = Fals
 
 def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
     first, *others = [product.weight for product in products]
-    if isinstance(first, PackedWeight):
-        outputs = first.multiply_with(others, x)
-    else:
-        outputs = tuple(multiply(x, product.weight) for product in products)
-    for y, product in zip(outputs, products, strict=True):
-        if product.a is not None:
-            dropped = x * product.draw.kept(x) if product.draw.dropout else x
-            low = dropped @ product.a.to(x.dtype).t()
-            y.addmm_(low, product.b.to(x.dtype).t(), alpha=product.draw.scale)
+    lows = [_low_term(x, product) for product in products]
+    decoded = first.decode(x, others) if isinstance(first, PackedWeight) else None
+    if decoded is None:
+        return tuple(multiply(x, p.weight, p.bias, low) for p, low in zip(products, lows, strict=True))
+    for y, product, low in zip(decoded, products, lows, strict=True):
+        if low is not None:
+            y.addmm_(low.x, low.factor.to(x.dtype).t(), alpha=low.scale)
         if product.bias is not None:
             y.add_(product.bias.to(x.dtype))
-    return outputs
+    return decoded
+
+
+def _low_term(x: Tensor, product: Product) -> LowRankTerm | None:
+    if product.a is None:
+        return None
+    dropped = x * product.draw.kept(x) if product.draw.dropout else x
+    return LowRankTerm(dropped @ product.a.to(x.dtype).t(), product.b, product.draw.scale)
 
 
 class _Tensors(NamedTuple):

@@ -20,7 +20,6 @@ from accessory.quant.bitsandbytes_library import functional as bnb
 from accessory.quant.fused import FusedCopy
 from accessory.quant.memory import shared_memory
 from accessory.quant.packed import LowRankTerm, PackedWeight
-from accessory.quant.products import multiply
 
 PackedState = dict[str, Tensor]
 """`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""
@@ -152,14 +151,10 @@ class FourBitWeight(PackedWeight):
             nested = nested_codebook(device), self.nested_scales, self.offset
         return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [T, K] -> x W^T [T, N] in x's dtype, without a gradient; few rows by the fused copy where there is one."""
-        return self.multiply_with([], x)[0]
-
-    def multiply_with(self, others: list[PackedWeight], x: Tensor) -> tuple[Tensor, ...]:
-        """The same by this matrix and `others`; in one product where they were prepared together."""
+    def decode(self, x: Tensor, others: list[PackedWeight]) -> tuple[Tensor, ...] | None:
+        """In one product, by the fused copy of those that were prepared together."""
         if self.fused is None or not self.fused.takes(x) or self.fused_with != others:
-            return tuple(multiply(x, weight) for weight in (self, *others))
+            return None
         y = self.fused.multiply(x)
         return y.split_with_sizes([weight.shape[0] for weight in (self, *others)], 1) if others else (y,)
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.quant.memory import shared_bytes
@@ -77,19 +76,15 @@ class PackedWeight(nn.Module, ABC):
         """Bytes kept to multiply `rows` rows with matrices that are called together, and with low terms of `rank`."""
         return shared_bytes(max(weight.shape.numel() for weight in weights) * dtype.itemsize, device)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [T, K] -> x W^T [T, N] in x's dtype, without a gradient."""
-        return F.linear(x, self.borrow(x.dtype))
-
-    def multiply_with(self, others: list[PackedWeight], x: Tensor) -> tuple[Tensor, ...]:
-        """The same by this matrix and by `others` of as many columns."""
-        return tuple(weight.multiply(x) for weight in (self, *others))
-
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """Make what lets `multiply`, or `multiply_with` these others, take few rows faster, where there is something.
+        """Make what `decode` needs to multiply with this matrix and these others, where there is something for it.
 
         It is gone when the module is to train or is filled anew.
         """
+
+    def decode(self, x: Tensor, others: list[PackedWeight]) -> tuple[Tensor, ...] | None:
+        """x [T, K], few rows -> x W^T [T, N] of this matrix and of `others`, without a gradient; None: not prepared."""
+        return None
 
     def extra_repr(self) -> str:
         """The logical shape, for `print(model)`."""

@@ -1,7 +1,13 @@
-"""Products with matrices that lie plain or packed, and the low-rank products and biases beside them."""
+"""Products with matrices that lie plain or packed, and the low-rank products and biases beside them.
+
+What is small is made first, and the base's product added to it: the other way round, most of a young LoRA is lost in
+bf16. A result that is rounded already stays what it is when something below half its last digit comes to it; a sum that
+is rounded once moves with it. (peft adds to the rounded result: ten steps on SmolLM2-135M ended 7 % from fp32's losses.)
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,8 +21,12 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None = None, low: LowRank
     fused = _fused([x], [matrix], turned=False, bias=bias, low=low)
     if fused is not None:
         return fused
-    y = F.linear(x, _borrowed(matrix, x), None if bias is None else bias.to(x.dtype))
-    return y if low is None else y.addmm_(low.x, low.factor.to(x.dtype).t(), alpha=low.scale)
+    bias = None if bias is None else bias.to(x.dtype)
+    if low is None:
+        return F.linear(x, _borrowed(matrix, x), bias)
+    factor = low.factor.to(x.dtype).t()
+    beside = (low.x @ factor).mul_(low.scale) if bias is None else torch.addmm(bias, low.x, factor, alpha=low.scale)
+    return beside.addmm_(x, _borrowed(matrix, x).t())
 
 
 def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRankTerm | None = None) -> Tensor:
@@ -24,11 +34,11 @@ def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRa
     fused = _fused(dys, matrices, turned=True, bias=None, low=low)
     if fused is not None:
         return fused
-    dx = None
+    dx = None if low is None else (low.x @ low.factor.to(low.x.dtype)).mul_(low.scale)
     for dy, matrix in zip(dys, matrices, strict=True):
         w = _borrowed(matrix, dy)
         dx = dy @ w if dx is None else dx.addmm_(dy, w)
-    return dx if low is None else dx.addmm_(low.x, low.factor.to(dx.dtype), alpha=low.scale)
+    return dx
 
 
 def _fused(factors: list[Tensor], matrices: list[Matrix], **more: object) -> Tensor | None:

@@ -165,20 +165,29 @@ def test_later_borrowed_ones_may_overwrite(monkeypatch) -> None:
     assert torch.equal(kept, one.borrow(torch.bfloat16))
 
 
-@pytest.mark.parametrize("rows", [1, 5, 48, 49])
-def test_multiplying_without_a_gradient(rows: int) -> None:
-    """By a copy made for it, several matrices at once, or unpacked: close to float64; the stored codes stay."""
+@pytest.mark.skipif(not native.FUSES, reason="this processor has no bf16 products of bitsandbytes'")
+@pytest.mark.parametrize("rows", [1, 5, 48])
+def test_decoding(rows: int) -> None:
+    """By a copy made for it, several matrices at once: close to float64; the stored codes stay."""
     first, second = packed("nf4", matrix((64, 128))), packed("nf4", 3 * matrix((32, 128)))
     before = [p.detach().clone() for p in first.parameters()]
     first.prepare_decoding([second])
-    for dtype, tolerance in ((torch.bfloat16, 0.01), (torch.float32, 1e-5)):
-        x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
-        for found, weight in zip(first.multiply_with([second], x), (first, second), strict=True):
-            wanted = x.double() @ weight.unpack(torch.float64).t()
-            assert (found.double() - wanted).norm() < tolerance * wanted.norm()
-            alone = weight.multiply(x)
-            assert (alone.double() - wanted).norm() < tolerance * wanted.norm()
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for found, weight in zip(first.decode(x, [second]), (first, second), strict=True):
+        wanted = x.double() @ weight.unpack(torch.float64).t()
+        assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
     assert all(torch.equal(one, other) for one, other in zip(before, first.parameters(), strict=True))
+
+
+def test_what_was_not_prepared_is_not_decoded() -> None:
+    """Many rows, other dtypes, other matrices beside it."""
+    first, second = packed("nf4", matrix((64, 128))), packed("nf4", matrix((32, 128)))
+    x = torch.ones(5, 128, dtype=torch.bfloat16)
+    assert first.decode(x, [second]) is None
+    first.prepare_decoding([second])
+    assert first.decode(x, []) is None
+    assert first.decode(x.float(), [second]) is None
+    assert first.decode(torch.ones(49, 128, dtype=torch.bfloat16), [second]) is None
 
 
 def test_training_drops_the_copy() -> None:
