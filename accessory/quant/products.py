@@ -1,7 +1,7 @@
 """Products with matrices that lie plain or packed, and the low-rank products and biases beside them.
 
-What is small is made first and the base's product added to it, or most of a young LoRA is lost in bf16: a result that is
-rounded already does not move when something below half its last digit comes to it; a sum that is rounded once does.
+What is small is made first and the base's product added to it, or most of a young LoRA is lost in bf16: a result that
+is rounded already does not move when something below half its last digit comes to it; a sum that is rounded once does.
 (peft adds to the rounded result; ten steps on SmolLM2-135M ended 7 % from the losses of fp32.)
 """
 
