@@ -21,7 +21,7 @@ from accessory.model.packed_attention import attends, packed_backward_bytes
 from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
-from accessory.quant import PackedWeight
+from accessory.quant.products import memory_to_multiply
 
 CPU = torch.device("cpu")
 
@@ -32,8 +32,8 @@ class MemoryPlan:
 
     Every document counts as a whole, though a batch keeps less of those that begin alike (see `PackedBatch`).
     activations: kept by the forward, and by the block being run again. logits: a loss chunk. buffers: what matrices are
-    unpacked into. working: of activations, logits, gradients and a block's backward, what is alive together when it is
-    most.
+    unpacked into, and kernels of them work in. working: of activations, logits, gradients and a block's backward, what
+    is alive together when it is most.
     """
 
     weights: int
@@ -402,15 +402,18 @@ def _keeps_input(name: str, decoder: Decoder, attachment: Attachment) -> bool:
 
 
 def _buffers(decoder: Decoder, tokens: int, device: torch.device) -> int:
-    """What packed matrices are unpacked into to be multiplied with."""
-    found = [0]
-    for part in (decoder.layers[0].attention, decoder.layers[0].feed_forward):
-        for linears in part.called_together():
-            packed = [linear.weight for linear in linears if isinstance(linear.weight, PackedWeight)]
-            if packed:
-                rank = max(len(m.lora_a.weight) if hasattr(m, "lora_a") else 0 for m in linears)
-                found.append(packed[0].memory_to_multiply(packed, rank, tokens, decoder.dtype, device))
-    return max(found)
+    """What kernels of packed matrices work in, and what others are unpacked into."""
+    found = [
+        memory_to_multiply([m.weight for m in linears], [_rank(m) for m in linears], tokens, decoder.dtype, device)
+        for layer in decoder.layers
+        for part in (layer.attention, layer.feed_forward)
+        for linears in part.called_together()
+    ]
+    return max(workspace for workspace, _ in found) + max(borrowed for _, borrowed in found)
+
+
+def _rank(linear: Linear) -> int:
+    return len(linear.lora_a.weight) if hasattr(linear, "lora_a") else 0
 
 
 def _lora_linears(decoder: Decoder) -> list[Linear]:

@@ -38,7 +38,7 @@ def chosen(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | 
     """
     if name in KERNELS and available(device, dtype):
         return import_module(f"{__name__}.{name}")
-    if name in avx512.KERNELS and avx512.available(device, dtype):
+    if name in avx512.KERNELS and not interpreted() and avx512.available(device, dtype):
         return import_module(f"{avx512.__name__}.{name}")
     return None
 
@@ -47,7 +47,7 @@ def computing(device: torch.device, dtype: torch.dtype) -> str:
     """Which of them compute in `dtype` on `device`: triton, avx512, or none."""
     if available(device, dtype):
         return "triton"
-    return "avx512" if avx512.available(device, dtype) else "none"
+    return "avx512" if not interpreted() and avx512.available(device, dtype) else "none"
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.model.low_rank import LowRank
-from accessory.model.projection import Product, project
+from accessory.model.projection import Product, column_sums, project
 from accessory.model.recomputed import Recomputed, runs_again
 from accessory.parallel.tensor import (
     WHOLE,
@@ -122,5 +122,4 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        return dy, dy.sum(0, dtype=wide).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return dy, column_sums(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None

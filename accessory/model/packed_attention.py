@@ -1,4 +1,4 @@
-"""Causal attention inside each document by one call, where there is a C++ kernel for this CPU (`accessory.avx512`)."""
+"""Causal attention inside each document by one call, where there is a C++ kernel for this CPU (`kernels.avx512`)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from accessory.kernels import avx512
+from accessory import kernels
 from accessory.kernels.avx512.document_attention import backward, forward, takes, workspace_bytes
 from accessory.model.sequences import Sequences
 
 
 def attends(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether there is one for queries in `dtype` on `device`."""
-    return avx512.available(device, dtype) and takes(head_dim)
+    return kernels.chosen("document_attention", device, dtype) is not None and takes(head_dim)
 
 
 def attend_packed(

@@ -52,23 +52,20 @@ def project(x: Tensor | Recomputed, products: list[Product], unread: bool = Fals
 
 def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
     first, *others = [product.weight for product in products]
-    lows = [_low_term(x, product) for product in products]
+    draws = [product.draw for product in products]
+    lows = [
+        None if low is None else LowRankTerm(low, product.b, product.draw.scale)
+        for low, product in zip(_low_products(x, products, draws), products, strict=True)
+    ]
     decoded = first.decode(x, others) if isinstance(first, PackedWeight) else None
     if decoded is None:
         return tuple(multiply(x, p.weight, p.bias, low) for p, low in zip(products, lows, strict=True))
-    for y, product, low in zip(decoded, products, lows, strict=True):
+    for y, product, low in zip(decoded, products, lows, strict=True):  # added to what is rounded: such is that kernel
         if low is not None:
             y.addmm_(low.x, low.factor.to(x.dtype).t(), alpha=low.scale)
         if product.bias is not None:
             y.add_(product.bias.to(x.dtype))
     return decoded
-
-
-def _low_term(x: Tensor, product: Product) -> LowRankTerm | None:
-    if product.a is None:
-        return None
-    dropped = x * product.draw.kept(x) if product.draw.dropout else x
-    return LowRankTerm(dropped @ product.a.to(x.dtype).t(), product.b, product.draw.scale)
 
 
 class _Tensors(NamedTuple):
@@ -130,7 +127,7 @@ class _Projection(torch.autograd.Function):
         for dy, da, low, part, need, draw in zip(gradients, das, lows, parts, ctx.wanted, ctx.draws, strict=True):
             flat += [
                 (dy.t() @ x).to(part.weight.dtype) if need.weight else None,
-                _column_sums(dy).to(part.bias.dtype) if need.bias else None,
+                column_sums(dy).to(part.bias.dtype) if need.bias else None,
                 da,
                 (dy.t() @ low).mul_(draw.scale).to(part.b.dtype) if need.b else None,
             ]
@@ -141,23 +138,19 @@ def _rows(packed: PackedWeight | None, part: _Tensors) -> int:
     return (part.weight if packed is None else packed).shape[0]
 
 
-def _together(parts: list[_Tensors], draws: list[Draw]) -> list[int]:
+def _together(parts: list[_Tensors] | list[Product], draws: list[Draw]) -> list[int]:
     """Which of the linears' A are multiplied in one product: those that read x without dropout."""
     return [
         i for i, (part, draw) in enumerate(zip(parts, draws, strict=True)) if part.a is not None and not draw.dropout
     ]
 
 
-def _stacked(parts: list[_Tensors], which: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.cat([parts[i].a for i in which]).to(dtype)
-
-
-def _low_products(x: Tensor, parts: list[_Tensors], draws: list[Draw]) -> list[Tensor | None]:
+def _low_products(x: Tensor, parts: list[_Tensors] | list[Product], draws: list[Draw]) -> list[Tensor | None]:
     """x A^T [T, R] of each linear that has an A."""
     lows: list[Tensor | None] = [None] * len(parts)
     shared = _together(parts, draws)
     if shared:
-        low = x @ _stacked(parts, shared, x.dtype).t()
+        low = x @ torch.cat([parts[i].a for i in shared]).to(x.dtype).t()
         for i, piece in zip(shared, low.split([len(parts[i].a) for i in shared], 1), strict=True):
             lows[i] = piece
     for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
@@ -209,8 +202,8 @@ def _gradients_of_a(
     return found
 
 
-def _column_sums(dy: Tensor) -> Tensor:
-    """[T, N] -> [N] in fp32 at least, however narrow the activations are."""
+def column_sums(dy: Tensor) -> Tensor:
+    """A bias's gradient: [T, N] -> [N] in fp32 at least, however narrow the activations are."""
     if kernel := kernels.chosen("column_sums", dy.device, dy.dtype):
         return kernel.column_sums(dy)
     return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))

@@ -124,8 +124,8 @@ class FourBitWeight(PackedWeight):
         weights: list[FourBitWeight],
         *,
         turned: bool,
-        bias: Tensor | None = None,
-        low: LowRankTerm | None = None,
+        bias: Tensor | None,
+        low: LowRankTerm | None,
     ) -> Tensor | None:
         """By this CPU's kernel: it unpacks a few columns at a time, where they are multiplied with."""
         kernel = _product_kernel(weights, factors[0].dtype, factors[0].device)
@@ -134,16 +134,12 @@ class FourBitWeight(PackedWeight):
         return kernel.sum_of_products(factors, [w._as_codes() for w in weights], turned=turned, bias=bias, low=low)
 
     @staticmethod
-    def memory_to_multiply(
-        weights: list[FourBitWeight], rank: int, rows: int, dtype: torch.dtype, device: torch.device
-    ) -> int:
-        """The kernel's workspace, where there is one."""
+    def fused_bytes(
+        weights: list[FourBitWeight], rank: int, rows: int, *, turned: bool, dtype: torch.dtype, device: torch.device
+    ) -> int | None:
+        """The workspace of all threads."""
         kernel = _product_kernel(weights, dtype, device)
-        if kernel is None:
-            return PackedWeight.memory_to_multiply(weights, rank, rows, dtype, device)
-        forward = max(kernel.workspace_bytes([weight.shape], rank, rows, turned=False) for weight in weights)
-        shapes = [weight.shape for weight in weights]
-        return max(forward, kernel.workspace_bytes(shapes, rank * len(shapes), rows, turned=True))
+        return kernel and kernel.workspace_bytes([weight.shape for weight in weights], rank, rows, turned=turned)
 
     def _as_codes(self) -> Codes:
         nested, device = None, self.codes.device

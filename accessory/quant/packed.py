@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from accessory.quant.memory import shared_bytes
-
 
 class LowRankTerm(NamedTuple):
     """What a product of low rank adds to one with W [N, K]: scale * x factor^T, or scale * x factor of one with W^T.
@@ -23,7 +21,7 @@ class LowRankTerm(NamedTuple):
 
 
 class PackedWeight(nn.Module, ABC):
-    """A frozen matrix W [N, K] kept in fewer bits. Who multiplies with it unpacks it each time.
+    """A frozen matrix W [N, K] kept in fewer bits. Who multiplies with it unpacks it each time, or a kernel of it does.
 
     Subclasses keep their codes and statistics as frozen parameters, so that data parallelism can shard them, and
     know no process group: under tensor parallelism W is this rank's slice.
@@ -63,18 +61,18 @@ class PackedWeight(nn.Module, ABC):
         bias: Tensor | None,
         low: LowRankTerm | None,
     ) -> Tensor | None:
-        """Sum of the products of `factors` with matrices of this format, by one kernel: x W^T, or dy W if `turned`.
+        """Sum of the products of `factors` with matrices of this format, x W^T or dy W if `turned`, of bias and low.
 
-        None where there is no kernel for them: who asked borrows the matrices (`accessory.quant.products`).
+        By one kernel; None where there is none for them: who asked borrows the matrices (`accessory.quant.products`).
         """
         return None
 
     @staticmethod
-    def memory_to_multiply(
-        weights: list[PackedWeight], rank: int, rows: int, dtype: torch.dtype, device: torch.device
-    ) -> int:
-        """Bytes kept to multiply `rows` rows with matrices that are called together, and with low terms of `rank`."""
-        return shared_bytes(max(weight.shape.numel() for weight in weights) * dtype.itemsize, device)
+    def fused_bytes(
+        weights: list[PackedWeight], rank: int, rows: int, *, turned: bool, dtype: torch.dtype, device: torch.device
+    ) -> int | None:
+        """What that kernel keeps to work in, for factors of so many rows and a low term of `rank`; None likewise."""
+        return None
 
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
         """Make what `decode` needs to multiply with this matrix and these others, where there is something for it.

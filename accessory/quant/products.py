@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.quant.memory import shared_bytes
 from accessory.quant.packed import LowRankTerm, PackedWeight
 
 Matrix = Tensor | PackedWeight
@@ -21,12 +22,16 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None = None, low: LowRank
     fused = _fused([x], [matrix], turned=False, bias=bias, low=low)
     if fused is not None:
         return fused
-    bias = None if bias is None else bias.to(x.dtype)
+    narrow = None if bias is None else bias.to(x.dtype)
     if low is None:
-        return F.linear(x, _borrowed(matrix, x), bias)
-    factor = low.factor.to(x.dtype).t()
-    beside = (low.x @ factor).mul_(low.scale) if bias is None else torch.addmm(bias, low.x, factor, alpha=low.scale)
-    return beside.addmm_(x, _borrowed(matrix, x).t())
+        return F.linear(x, _borrowed(matrix, x), narrow)
+    factor, last = low.factor.to(x.dtype).t(), narrow is not None and not bias.requires_grad
+    if narrow is None or last:  # a bias that is not trained may be large, and has nothing to lose
+        y = (low.x @ factor).mul_(low.scale)
+    else:
+        y = torch.addmm(narrow, low.x, factor, alpha=low.scale)
+    y.addmm_(x, _borrowed(matrix, x).t())
+    return y.add_(narrow) if last else y
 
 
 def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRankTerm | None = None) -> Tensor:
@@ -41,11 +46,36 @@ def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRa
     return dx
 
 
-def _fused(factors: list[Tensor], matrices: list[Matrix], **more: object) -> Tensor | None:
+def memory_to_multiply(
+    matrices: list[Matrix], ranks: list[int], rows: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """(a kernel's workspace, what is borrowed into), bytes, of each product, and of the sum of all turned ones.
+
+    ranks: of the low terms beside them; 0 where there is none.
+    """
+    products = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
+    workspace = borrowed = 0
+    for together, rank, turned in [*products, (matrices, sum(ranks), True)]:
+        kind = _one_format(together)
+        fused = kind and kind.fused_bytes(together, rank, rows, turned=turned, dtype=dtype, device=device)
+        if fused is None:
+            largest = max((m.shape.numel() for m in together if isinstance(m, PackedWeight)), default=0)
+            borrowed = max(borrowed, shared_bytes(largest * dtype.itemsize, device))
+        else:
+            workspace = max(workspace, fused)
+    return workspace, borrowed
+
+
+def _fused(
+    factors: list[Tensor], matrices: list[Matrix], *, turned: bool, bias: Tensor | None, low: LowRankTerm | None
+) -> Tensor | None:
+    kind = _one_format(matrices)
+    return None if kind is None else kind.fused_sum(factors, matrices, turned=turned, bias=bias, low=low)
+
+
+def _one_format(matrices: list[Matrix]) -> type[PackedWeight] | None:
     kind = type(matrices[0])
-    if not issubclass(kind, PackedWeight) or any(type(matrix) is not kind for matrix in matrices):
-        return None
-    return kind.fused_sum(factors, matrices, **more)
+    return kind if issubclass(kind, PackedWeight) and all(type(matrix) is kind for matrix in matrices) else None
 
 
 def _borrowed(matrix: Matrix, like: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.quant import storage
+from accessory.kernels.avx512 import four_bit_product
+from accessory.quant import memory, storage
 from accessory.quant.packed import LowRankTerm
-from accessory.quant.products import Matrix, multiply, sum_of_turned_products
+from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_turned_products
 
 KINDS = ["plain", "plain in fp32", "nf4", "nf4_single", "int8", "nf4, odd shape"]
+ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -29,9 +31,9 @@ def matrix(kind: str, seed: int = 0) -> Matrix:
     return weight
 
 
-def wide(w: Matrix) -> Tensor:
-    """What bf16 products multiply with, in float64."""
-    return (w.bfloat16() if isinstance(w, Tensor) else w.unpack(torch.bfloat16)).double()
+def wide(w: Matrix, dtype: torch.dtype) -> Tensor:
+    """What products in `dtype` multiply with, in float64."""
+    return (w.to(dtype) if isinstance(w, Tensor) else w.unpack(dtype)).double()
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -39,34 +41,68 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("avx512", ["0", "1"])
 @pytest.mark.parametrize("rank", [0, 3, 8])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [None, "frozen", "trained"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_float64(monkeypatch: pytest.MonkeyPatch, kind: str, biased: bool, rank: int, avx512: str) -> None:
-    """In bf16, to its rounding, with the CPU's kernel and without."""
+def test_equals_float64(
+    monkeypatch: pytest.MonkeyPatch, kind: str, biased: str | None, rank: int, avx512: str, dtype: torch.dtype
+) -> None:
+    """To the rounding of the dtype, with the CPU's kernel and without; of matrices that lie alike and not."""
     monkeypatch.setenv("ACCESSORY_AVX512", avx512)
-    one, other = matrix(kind), matrix(kind, seed=1)
-    (n, k), w, v = one.shape, wide(one), wide(other)
-    x, dy, dz, bias = random(20, k).bfloat16(), random(20, n).bfloat16(), random(20, n, seed=2).bfloat16(), random(n)
-    low, a, b = random(20, rank).bfloat16(), random(rank, k), random(n, rank)
-    y = multiply(x, one, bias if biased else None, LowRankTerm(low, b, 0.5) if rank else None)
-    exact = x.double() @ w.t() + 0.5 * low.double() @ b.bfloat16().double().t() + biased * bias.double()
-    dx = sum_of_turned_products([dy, dz], [one, other], LowRankTerm(low, a, 0.5) if rank else None)
-    assert y.dtype == dx.dtype == torch.bfloat16
-    assert error(y, exact) < 4e-3
-    assert error(dx, dy.double() @ w + dz.double() @ v + 0.5 * low.double() @ a.bfloat16().double()) < 5e-3
+    one, other = matrix(kind), matrix("plain" if rank == 3 and "odd" not in kind else kind, seed=1)
+    (n, k), w, v = one.shape, wide(one, dtype), wide(other, dtype)
+    x, dy, dz, bias = random(20, k).to(dtype), random(20, n).to(dtype), random(20, n, seed=2).to(dtype), random(n)
+    bias.requires_grad_(biased == "trained")
+    low, a, b = random(20, rank).to(dtype), random(rank, k), random(n, rank)
+    with torch.no_grad():
+        y = multiply(x, one, bias if biased else None, LowRankTerm(low, b, 0.5) if rank else None)
+        dx = sum_of_turned_products([dy, dz], [one, other], LowRankTerm(low, a, 0.5) if rank else None)
+        exact = x.double() @ w.t() + 0.5 * low.double() @ b.to(dtype).double().t() + bool(biased) * bias.double()
+    assert y.dtype == dx.dtype == dtype
+    assert error(y, exact) < ROUNDING[dtype]
+    exact = dy.double() @ w + dz.double() @ v + 0.5 * low.double() @ a.to(dtype).double()
+    assert error(dx, exact) < 1.5 * ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("avx512", ["0", "1"])
+@pytest.mark.parametrize("biased", [None, "frozen and large", "trained and small"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_young_lora_adds_is_not_lost(monkeypatch: pytest.MonkeyPatch, kind: str, avx512: str) -> None:
-    """A thousandth of the result each: added to one that is rounded, nothing of it would be left."""
+def test_what_a_young_lora_adds_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, kind: str, biased: str | None, avx512: str
+) -> None:
+    """A thousandth of the result each, and a young bias: added to one that is rounded, nothing of it would be left."""
     monkeypatch.setenv("ACCESSORY_AVX512", avx512)
     weight = matrix(kind)
     x = random(400, weight.shape[1]).bfloat16()
     without = multiply(x, weight).double()
-    size = 1e-3 * float(without.abs().mean())
+    size, trained = 1e-3 * float(without.abs().mean()), biased == "trained and small"
     low, b = torch.ones(400, 2, dtype=torch.bfloat16), torch.full((34, 2), size)
-    found = multiply(x, weight, None, LowRankTerm(low, b, 0.5)).double()
-    assert float((found - without).mean()) == pytest.approx(size, rel=0.25)
+    bias = None if biased is None else torch.full((34,), size if trained else 10 * float(without.abs().mean()))
+    if bias is not None:
+        bias.requires_grad_(trained)
+    with torch.no_grad():
+        found = multiply(x, weight, bias, LowRankTerm(low, b, 0.5)).double()
+        if biased == "frozen and large":
+            without = multiply(x, weight, bias).double()
+    assert float((found - without).mean()) == pytest.approx(2 * size if trained else size, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Of matrices alike; where one of them lies plain, their sum is borrowed for."""
+    monkeypatch.setattr(memory, "_pieces", {})
+    four_bit_product._kept.__dict__.clear()
+    ranks, low, b = [4, 4], random(20, 4).to(dtype), random(34, 4)
+    for kinds in (("nf4", "nf4"), ("nf4", "plain")):
+        matrices = [matrix(kind, seed=i) for i, kind in enumerate(kinds)]
+        for one in matrices:
+            multiply(random(20, 128).to(dtype), one, None, LowRankTerm(low, b))
+        beside = LowRankTerm(random(20, 8).to(dtype), random(8, 128))
+        sum_of_turned_products([random(20, 34).to(dtype)] * 2, matrices, beside)
+        workspace = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
+        lent = sum(piece.memory.nbytes for piece in memory._pieces.values())
+        found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
+        assert found[1] == lent
+        assert found[0] == workspace or (kinds[1] == "plain" and found[0] < workspace)

@@ -47,7 +47,7 @@ def _works() -> bool:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         logging.getLogger(__name__).warning(
-            "This CPU's C++ kernels do not work, plain PyTorch computes, attention at a fifth of the speed: %s", fault
+            "This CPU's C++ kernels do not work, plain PyTorch computes, in up to twice the time: %s", fault
         )
     return not fault
 

@@ -10,7 +10,7 @@ from accessory.kernels.avx512.operands import address, made, whole
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """x [T, N] -> fp32 [N]."""
+    """x bf16 [T, N] -> fp32 [N]. Raises `AssertionError` for another x."""
     rows, width = x.shape
     x, out = whole(x, (rows, width), "x"), made((width,), torch.float32)
     compiled("column_sums", "ppnnn")(address(x), address(out), rows, width, torch.get_num_threads())

@@ -1,7 +1,7 @@
 """The C++ files of this directory as a library: compiled at the first use on a machine, and kept for the next.
 
 It has plain C functions that take addresses and sizes, so it knows nothing of PyTorch's or Python's version, takes two
-seconds to compile, and shares PyTorch's OpenMP threads, whose library is loaded already.
+seconds to compile, and, compiled by g++, shares PyTorch's OpenMP threads, whose library is loaded already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-mfma", "-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq",
-    "-mavx512vl", "-mavx512bf16",
+    "-mavx512vl", "-mavx512bf16", "-ffp-contract=off",  # scales round as they do where matrices are unpacked
 )  # fmt: skip
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool}
 

@@ -182,15 +182,17 @@ void lay_out_gradients(const Document& document, int64_t query, int64_t rows, Se
 
 // Sums [keys / PANEL][width][PANEL] fp32 -> bf16 rows of n keys.
 void store_turned(const float* sums, int64_t n, int64_t width, int64_t step, bf16* out) {
-    for (int64_t begin = 0; begin < n; begin += LANES)
+    for (int64_t begin = 0; begin < n; begin += LANES) {
+        const float* panel = sums + begin / PANEL * PANEL * up(width, PANEL) + begin % PANEL;
         for (int64_t e = 0; e < width; e += LANES) {
             __m512i a[16];
             for (int i = 0; i < 16; i++)
-                a[i] = _mm512_loadu_si512(sums + begin / PANEL * PANEL * up(width, PANEL) + (e + i) * PANEL + begin % PANEL);
+                a[i] = _mm512_loadu_si512(panel + (e + i) * PANEL);
             transpose(a);
             for (int i = 0; i < min<int64_t>(n - begin, 16); i++)
                 _mm256_mask_storeu_epi16(out + (begin + i) * step + e, first(width - e), narrow((__m512)a[i]));
         }
+    }
 }
 
 // As `forward`; dk and dv [n, width], `step` numbers from row to row.

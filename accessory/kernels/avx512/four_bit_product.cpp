@@ -10,10 +10,10 @@
 
 namespace {
 
-constexpr int64_t GROUP = 4;            // panels that share what is read of A
+constexpr int64_t GROUP = 4;              // panels that share what is read of A
 constexpr int64_t GROUP_BYTES = 1 << 20;  // that these may take unpacked, unless it is one
-constexpr int64_t DEPTH = 144;          // pairs that are summed while their part of a panel stays in the first cache
-constexpr int64_t HEIGHT = 480;         // rows whose sums are alive at once
+constexpr int64_t DEPTH = 144;            // pairs that are summed while their part of a panel stays in the first cache
+constexpr int64_t HEIGHT = 480;           // rows whose sums are alive at once
 
 }  // namespace
 
@@ -35,7 +35,7 @@ struct Packed {
     }
 };
 
-// What is summed: a times the matrix, and scale * low times a plain fp32 factor of `rank` rows or columns, if any.
+// What is summed: a times the matrix, and low times scale * a plain fp32 factor of `rank` rows or columns, if any.
 struct Term {
     const bf16* a;
     Packed matrix;
@@ -105,8 +105,8 @@ void lay_factor_rows(const Term& t, int64_t n, bf16* out) {
     for (int64_t p = 0; p < t.rank; p += 2)
         for (int64_t half = 0; half < PANEL; half += LANES) {
             const auto mask = first(t.matrix.n - n - half);
-            const auto rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                                 _mm512_set1_epi32(t.rank));
+            const auto lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            const auto rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(t.rank));
             const float* from = t.factor + (n + half) * t.rank + p;
             const auto scale = _mm512_set1_ps(t.scale), zero = _mm512_setzero_ps();
             _mm512_storeu_si512(
@@ -131,7 +131,7 @@ void lay_factor_columns(const Term& t, int64_t k, bf16* out) {
 
 // How a product is cut: `turned` multiplies with W (its columns are k), else with W^T (n).
 struct Cut {
-    int64_t columns, depth = 0, rank = 0, panels, group, groups, height;
+    int64_t columns, depth = 0, panels, group, groups, height, most_rows;
     bool turned;
 
     int64_t depth_of(const Term& t) const { return turned ? t.matrix.n : t.matrix.k; }
@@ -146,9 +146,10 @@ struct Cut {
         groups = (panels + group - 1) / group;
         const int64_t blocks = max<int64_t>((rows + HEIGHT - 1) / HEIGHT, 1);
         height = up((rows + blocks - 1) / blocks, TILE);
+        most_rows = min(up(rows, TILE), HEIGHT);  // never less for more rows, as the height may be
     }
     int64_t unpacked_bytes() const { return group * PANEL * depth * sizeof(bf16); }
-    int64_t bytes() const { return unpacked_bytes() + group * PANEL * height * sizeof(float); }
+    int64_t bytes() const { return unpacked_bytes() + group * PANEL * most_rows * sizeof(float); }
 };
 
 struct Panels {
@@ -215,7 +216,8 @@ int64_t four_bit_product_workspace_bytes(const Term* terms, int64_t count, int64
     return threads * Cut(terms, count, rows, turned, threads).bytes();
 }
 
-// out [rows, columns] = sum of the terms + bias: of a W^T + scale low factor^T, or of a W + scale low factor if `turned`.
+// out [rows, columns] = sum of the terms + bias: of a W^T + low (scale factor)^T, or of a W + low scale factor if it is
+// `turned`.
 void four_bit_product(const Term* terms, int64_t count, int64_t rows, bool turned, const float* bias, bf16* out,
                       char* memory, int64_t threads) {
     const Cut cut(terms, count, rows, turned, threads);

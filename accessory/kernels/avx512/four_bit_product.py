@@ -20,10 +20,10 @@ NESTED_BLOCK = 256  # scales that share one of their own
 
 
 class Codes(NamedTuple):
-    """W [n, k]: codes uint8, high nibble first, of which `table` fp32 [16] has the values, and a scale for each 64.
+    """W [n, k]: codes uint8 [n k / 2], high nibble first, whose values `table` fp32 [16] has, and a scale for each 64.
 
-    scales: fp32, or, with `nested`, uint8: `book[scales] * nested_scales + offset`, the second for each 256.
-    nested: (book, nested_scales, offset), fp32.
+    scales: fp32 [n k / 64], or, with `nested`, uint8: `book[scales] * nested_scales + offset`.
+    nested: (book [256], nested_scales, one for each 256 scales, offset [1]), fp32.
     """
 
     shape: tuple[int, int]
@@ -35,7 +35,7 @@ class Codes(NamedTuple):
 
 def takes(shape: tuple[int, int]) -> bool:
     """Whether W [n, k] is multiplied with: blocks of one row, and an even number of rows."""
-    return shape[0] % 2 == 0 and shape[1] % BLOCK == 0
+    return min(shape) > 0 and shape[0] % 2 == 0 and shape[1] % BLOCK == 0
 
 
 def sum_of_products(
@@ -48,11 +48,15 @@ def sum_of_products(
 ) -> Tensor:
     """Sum over the matrices of a W^T [T, n], or of a W [T, k] if `turned`; summed in fp32, rounded once.
 
-    factors: the a, bf16 [T, k], or [T, n]. bias: one more summand, [n], or [k]. low: (x [T, R], plain [n, R], or
-    [R, k], scale), of which scale * x plain^T, or x plain, is another.
+    factors: the a, bf16 [T, k], or [T, n]. bias: one more summand, [n], or [k]. low: (x bf16 [T, R], plain [n, R], or
+    [R, k], scale): x times scale * plain^T, or plain, rounded to bf16 like the weights, is another.
+
+    Raises `AssertionError` for what does not fit together.
     """
     rows, (n, k) = len(factors[0]), matrices[0].shape
     shapes = ((rows, codes.shape[0 if turned else 1]) for codes in matrices)
+    if len({codes.shape[1 if turned else 0] for codes in matrices}) > 1:
+        raise AssertionError(f"results of unequal widths cannot be summed: {[codes.shape for codes in matrices]}")
     factors = [whole(a, shape, "a factor") for a, shape in zip(factors, shapes, strict=True)]
     terms = (_Term * len(matrices))(*(_term(a, codes) for a, codes in zip(factors, matrices, strict=True)))
     kept = _add_low(terms[-1], *low, rows=rows, turned=turned) if low else ()  # until the call is over
@@ -123,9 +127,12 @@ def _plain(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def workspace_bytes(shapes: list[tuple[int, int]], rank: int, rows: int, *, turned: bool) -> int:
-    """What all threads have for themselves in a sum of products with such matrices [n, k] and `rank` low columns."""
+    """What all threads have for themselves in a sum of products with such matrices [n, k] and `rank` low columns.
+
+    Never less for more rows.
+    """
     terms = (_Term * len(shapes))(*(_Term(None, _Packed(*[None] * 6, n, k)) for n, k in shapes))
-    terms[-1].rank = rank
+    terms[-1].rank = rank + rank % 2
     return _bytes(terms, rows, turned, torch.get_num_threads())
 
 
@@ -140,6 +147,7 @@ def _workspace(size: int) -> Tensor:
     """Memory of all threads, kept from call to call: it stays in their caches. Callers' threads have one each."""
     memory = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < size:
+        _kept.memory = memory = None  # the old one is gone before there is a new one
         with torch.inference_mode(False):
             memory = _kept.memory = made((size,), torch.uint8)
     return memory

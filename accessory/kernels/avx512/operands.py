@@ -9,14 +9,14 @@ from accessory.kernels.operands import check_shape
 
 
 def whole(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`tensor` in one piece of memory; it has to be of this shape and dtype, and on the CPU."""
+    """`tensor` in one piece of memory. Raises `AssertionError` where shape, dtype or device are others."""
     check_shape(tensor, shape, name)
     check_numbers(tensor, name, dtype)
     return tensor.contiguous()
 
 
 def check_numbers(tensor: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Whether the kernels can read them."""
+    """Raises `AssertionError` for numbers that the kernels would not read as what they are."""
     if tensor.dtype != dtype or tensor.device.type != "cpu":
         raise AssertionError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on the cpu")
 
@@ -27,7 +27,7 @@ def made(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where it begins."""
+    """Where it begins. Raises `AssertionError` for one without memory."""
     if tensor is None:
         return None
     place = tensor.data_ptr()

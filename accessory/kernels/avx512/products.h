@@ -52,8 +52,8 @@ void multiply_rest(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int6
 }
 
 // `panels` of B, `b_step` numbers from one to the next, and of C, `c_step` likewise.
-inline void multiply(const bf16* a, int64_t lda, int64_t rows, const bf16* b, int64_t pairs, int64_t b_step, int64_t panels,
-              float* c, int64_t ldc, int64_t c_step, bool add = false) {
+inline void multiply(const bf16* a, int64_t lda, int64_t rows, const bf16* b, int64_t pairs, int64_t b_step,
+                     int64_t panels, float* c, int64_t ldc, int64_t c_step, bool add = false) {
     for (int64_t panel = 0; panel < panels; panel++, b += b_step, c += c_step)
         for (int64_t r = 0; r < rows; r += TILE)
             multiply_rest<TILE>(min<int64_t>(rows - r, TILE), a + r * lda, lda, b, pairs, c + r * ldc, ldc, add);

@@ -24,7 +24,8 @@ void gradients(const bf16* dy, const bf16* x, const float* weight, float scale, 
         const auto mask = first(width - at);
         const auto product = _mm512_mul_ps(load(dy + at, mask), unit(x, at, mask, scale));
         along = _mm512_fmadd_ps(product, _mm512_maskz_loadu_ps(mask, weight + at), along);
-        if (sums) _mm512_mask_storeu_ps(sums + at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, sums + at), product));
+        if (!sums) continue;
+        _mm512_mask_storeu_ps(sums + at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, sums + at), product));
     }
     if (!dx) return;
     const auto mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / width);
@@ -49,14 +50,14 @@ void rms_norm_forward(const bf16* x, const float* weight, bf16* y, float* scale,
         if (!known) scale[row] = inverse_rms(here, width, eps);
         for (int64_t at = 0; at < width; at += LANES) {
             const auto mask = first(width - at);
-            const auto value = _mm512_mul_ps(unit(here, at, mask, scale[row]), _mm512_maskz_loadu_ps(mask, weight + at));
-            store(y + row * width + at, mask, value);
+            const auto factor = _mm512_maskz_loadu_ps(mask, weight + at);
+            store(y + row * width + at, mask, _mm512_mul_ps(unit(here, at, mask, scale[row]), factor));
         }
     }
 }
 
-// dx [rows, width], and sums fp32 [rows / chunk, width], zero at first, of the weight's gradient over `chunk` rows each:
-// that many whatever the number of threads, so that it changes no bits. Either may be absent.
+// dx [rows, width], and sums fp32 [rows / chunk, width], zero at first, of the weight's gradient over `chunk` rows
+// each: that many whatever the number of threads, so that it changes no bits. Either may be absent.
 void rms_norm_backward(const bf16* dy, const bf16* x, const float* weight, const float* scale, bf16* dx, float* sums,
                        int64_t rows, int64_t width, int64_t chunk, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

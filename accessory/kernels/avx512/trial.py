@@ -54,17 +54,17 @@ def _attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
 
 
 def _product(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """One matrix of 34 rows, two of whose 68 blocks share a scale's scale, with all that may stand beside it."""
-    shape, table = (34, 128), torch.linspace(-1, 1, 16, dtype=torch.float32)
-    codes = torch.randint(256, (34 * 64,), generator=generator, dtype=torch.uint8)
-    scales = torch.randint(256, (68,), generator=generator, dtype=torch.uint8)
-    book, nested = torch.linspace(0, 1, 256, dtype=torch.float32), torch.full((1,), 2.0, dtype=torch.float32)
-    packed = four_bit_product.Codes(shape, codes, table, scales, (book, nested, nested))
+    """One matrix of 130 rows, of whose 260 blocks 256 share a scale's scale, with all that may stand beside it."""
+    shape, table = (130, 128), torch.linspace(-1, 1, 16, dtype=torch.float32)
+    codes = torch.randint(256, (130 * 64,), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(256, (260,), generator=generator, dtype=torch.uint8)
+    book, nested = torch.linspace(0, 1, 256, dtype=torch.float32), torch.tensor([2.0, 0.5], dtype=torch.float32)
+    packed = four_bit_product.Codes(shape, codes, table, scales, (book, nested, nested[:1]))
     values = torch.stack([table[(codes >> 4).long()], table[(codes & 15).long()]], -1).view(-1, 64)
-    w = (values * (2 * book[scales.long()] + 2)[:, None]).view(shape)
+    w = (values * (nested.repeat_interleave(256)[:260] * book[scales.long()] + 2)[:, None]).view(shape)
     x, dy, low, a, b, bias = (
         torch.randn(size, generator=generator, dtype=torch.float32)
-        for size in ((14, 128), (14, 34), (14, 4), (4, 128), (34, 4), (34,))
+        for size in ((14, 128), (14, 130), (14, 4), (4, 128), (130, 4), (130,))
     )
     x, dy, low = x.bfloat16(), dy.bfloat16(), low.bfloat16()
     y = four_bit_product.sum_of_products([x], [packed], turned=False, bias=bias, low=(low, b, 0.5))

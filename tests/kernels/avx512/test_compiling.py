@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A cache of its own, empty."""
+    """A cache of its own, empty; and one short source, for what is the same with all."""
+    monkeypatch.setattr(compiling, "SOURCES", tuple(file for file in compiling.SOURCES if file.stem == "column_sums"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compiled_library.cache_clear()
     yield tmp_path / "cache" / "accessory"
@@ -32,7 +33,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 def works() -> bool:
     """Whether the library does what it is asked."""
     compiled_library.cache_clear()
-    return compiled_library().attention_workspace_bytes(32, 32, False) > 0
+    return hasattr(compiled_library(), "column_sums")
 
 
 def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +168,7 @@ def test_many_at_once(cache: Path) -> None:
         "from accessory.kernels.avx512.compiling import compiled_library;"
         "print(compiled_library().attention_workspace_bytes(32, 32, False))"
     )
-    ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert len({rank.communicate()[0] for rank in ranks}) == 1
-    assert [rank.returncode for rank in ranks] == [0] * 4
+    assert [rank.returncode for rank in ranks] == [0] * 2
     assert len(list(cache.iterdir())) == 1

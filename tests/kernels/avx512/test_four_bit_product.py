@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,33 +49,35 @@ def test_equals_float64(rows: int, shape: tuple[int, int], storage: dict) -> Non
     close(sum_of_products([dy], codes, turned=True), dwide @ w, dwide.abs() @ w.abs())
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rank", [1, 2, 5, 16, 48])
-def test_what_stands_beside_it(threads: int, rank: int) -> None:
-    """A bias and a product of low rank, even or odd, a slice of a wider one; and two matrices' sums."""
-    one, other = packed((34, 192)), packed((100, 192), seed=5)
+def test_what_stands_beside_it(rank: int) -> None:
+    """A bias and a product of low rank, even or odd, a slice of a wider one; and sums of matrices of unlike scales."""
+    one, other = packed((34, 192)), packed((100, 192), seed=5, nested=False)
     w, v = (m.unpack(torch.bfloat16).double() for m in (one, other))
     x, dy, dz = (random(30, n, seed=n).bfloat16() for n in (192, 34, 100))
     low, a, b, bias = random(30, rank + 3).bfloat16()[:, 3:], random(rank, 192), random(34, rank), random(34)
-    found = sum_of_products([x], [one._as_codes()], turned=False, bias=bias, low=(low, b, 0.5))
-    beside = 0.5 * low.double() @ b.bfloat16().double().t()
+    found = sum_of_products([x], [one._as_codes()], turned=False, bias=bias, low=(low, b, 0.7))
+    beside = low.double() @ (0.7 * b).bfloat16().double().t()
     close(found, x.double() @ w.t() + beside + bias.double(), x.double().abs() @ w.t().abs() + 10)
-    found = sum_of_products([dy, dz], [m._as_codes() for m in (one, other)], turned=True, low=(low, a, 0.5))
-    beside = 0.5 * low.double() @ a.bfloat16().double()
+    found = sum_of_products([dy, dz], [m._as_codes() for m in (one, other)], turned=True, low=(low, a, 0.7))
+    beside = low.double() @ (0.7 * a).bfloat16().double()
     close(found, dy.double() @ w + dz.double() @ v + beside, dy.double().abs() @ w.abs() + 10)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("turned", [False, True])
-def test_neither_threads_nor_other_rows_change_a_bit(threads: int, turned: bool) -> None:
+def test_neither_threads_nor_other_rows_change_a_bit(turned: bool) -> None:
     """A row is summed in one order."""
     weight = packed((384, 1088))
     x = random(700, 384 if turned else 1088).bfloat16()
     found = sum_of_products([x], [weight._as_codes()], turned=turned)
     assert torch.equal(found[470:490], sum_of_products([x[470:490]], [weight._as_codes()], turned=turned))
     torch.set_num_threads(1)
-    assert threads and torch.equal(found, sum_of_products([x], [weight._as_codes()], turned=turned))
+    assert torch.equal(found, sum_of_products([x], [weight._as_codes()], turned=turned))
 
 
-def test_deep_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_matrices() -> None:
     """Whose panels do not fit side by side."""
     weight = packed((128, 17408))
     x = random(20, 17408).bfloat16()
@@ -89,16 +93,31 @@ def test_what_lies_in_the_workspace_does_not_matter() -> None:
     assert torch.equal(found, sum_of_products([x], [weight._as_codes()], turned=False))
 
 
-def test_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as is said beforehand, kept, and one for each of the callers' threads."""
-    four_bit_product._kept.__dict__.clear()
-    weight, x = packed((100, 192)), random(13, 192).bfloat16()
-    low = random(13, 8).bfloat16(), random(100, 8), 1.0
-    sum_of_products([x], [weight._as_codes()], turned=False, low=low)
-    memory = four_bit_product._kept.memory
-    assert memory.nbytes == workspace_bytes([(100, 192)], 8, 13, turned=False)
-    sum_of_products([x[:4]], [weight._as_codes()], turned=False)
-    assert four_bit_product._kept.memory is memory
+@pytest.mark.parametrize("rank", [0, 7, 8])
+def test_workspace(rank: int) -> None:
+    """As large as is said beforehand, and kept; each of the callers' threads has its own."""
+    weight, x = packed((100, 192)), random(481, 192).bfloat16()
+    low = (random(481, rank).bfloat16(), random(100, rank), 1.0) if rank else None
+
+    def memory_of_a_call(rows: int) -> Tensor:
+        part = None if low is None else (low[0][:rows], *low[1:])
+        sum_of_products([x[:rows]], [weight._as_codes()], turned=False, low=part)
+        return four_bit_product._kept.memory
+
+    def in_a_thread() -> None:
+        memory = memory_of_a_call(481)
+        found.append((memory.nbytes, memory_of_a_call(480) is memory, memory_of_a_call(4) is memory, memory))
+
+    found, mine = [], memory_of_a_call(481)
+    threads = [threading.Thread(target=in_a_thread) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    size = workspace_bytes([(100, 192)], rank, 481, turned=False)
+    assert [entry[:3] for entry in found] == [(size, True, True)] * 2
+    assert len({memory.data_ptr() for memory in (mine, *(entry[3] for entry in found))}) == 3
+    assert size >= workspace_bytes([(100, 192)], rank, 480, turned=False)
 
 
 def test_no_rows() -> None:

@@ -18,8 +18,9 @@ def operands(*shape: int) -> list[Tensor]:
     return [(scale * torch.randn(shape, generator=generator)).bfloat16() for scale in (4, 1, 1)]
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4096 + 24), (0, 8)])
-def test_equals_float64(threads: int, shape: tuple[int, ...]) -> None:
+def test_equals_float64(shape: tuple[int, ...]) -> None:
     """Only the results are rounded."""
     x, up, dy = operands(*shape)
     wide = [t.double().requires_grad_() for t in (x, up)]

@@ -24,12 +24,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0, window: int |
     return document_attention.forward(q, k, v, document_attention.Documents.build((8,), (0,), None), window, scale)
 
 
-def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
-    """By a matrix of codes."""
+def codes_of(shape: tuple[int, int]) -> four_bit_product.Codes:
+    """A matrix of zeros."""
     numbers = shape[0] * shape[1]
     codes = torch.zeros(numbers // 2, dtype=torch.uint8)
-    packed = four_bit_product.Codes(shape, codes, torch.zeros(16), torch.zeros(numbers // 64), None)
-    return four_bit_product.sum_of_products([x], [packed], turned=False, **more)
+    return four_bit_product.Codes(shape, codes, torch.zeros(16), torch.zeros(numbers // 64), None)
+
+
+def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
+    """By such a matrix."""
+    return four_bit_product.sum_of_products([x], [codes_of(shape)], turned=False, **more)
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
@@ -65,6 +69,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "elsewhere": (lambda: column_sums(torch.empty(3, 8, dtype=torch.bfloat16, device="meta")), "on meta"),
     "columns": (lambda: multiply(bf16(3, 64), (4, 128)), r"a factor is \[3, 64\]; expected \[3, 128\]"),
     "blocks": (lambda: multiply(bf16(3, 96), (4, 96)), r"a matrix of \[4, 96\]; expected even rows of whole blocks"),
+    "unequal widths": (
+        lambda: four_bit_product.sum_of_products(
+            [bf16(3, 4)] * 2, [codes_of((4, 128)), codes_of((4, 64))], turned=True
+        ),
+        "results of unequal widths",
+    ),
+    "no rows": (lambda: multiply(bf16(3, 64), (0, 64)), r"a matrix of \[0, 64\]"),
     "bias": (lambda: multiply(bf16(3, 64), (4, 64), bias=torch.ones(3)), r"bias is \[3\]; expected \[4\]"),
     "low": (
         lambda: multiply(bf16(3, 64), (4, 64), low=(bf16(3, 2), torch.ones(2, 4), 1.0)),

@@ -26,9 +26,10 @@ def exact(x: Tensor, turn: Tensor, layout: str) -> Tensor:
     return torch.cat([*parts, rest], -1)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 @pytest.mark.parametrize("width", [(64, 32), (128, 64), (20, 3), (80, 40), (96, 24), (2, 1), (8, 0)])
-def test_equals_float64(threads: int, width: tuple[int, int], layout: str) -> None:
+def test_equals_float64(width: tuple[int, int], layout: str) -> None:
     """Only the result is rounded; heads that turn whole, in part, and not at all."""
     x, turn = operands(9, 3, *width)
     found = rotate(x, turn, layout)
