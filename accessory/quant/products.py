@@ -25,13 +25,10 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None = None, low: LowRank
     narrow = None if bias is None else bias.to(x.dtype)
     if low is None:
         return F.linear(x, _borrowed(matrix, x), narrow)
-    factor, last = low.factor.to(x.dtype).t(), narrow is not None and not bias.requires_grad
-    if narrow is None or last:  # a bias that is not trained may be large, and has nothing to lose
-        y = (low.x @ factor).mul_(low.scale)
-    else:
-        y = torch.addmm(narrow, low.x, factor, alpha=low.scale)
-    y.addmm_(x, _borrowed(matrix, x).t())
-    return y.add_(narrow) if last else y
+    # Beside a large bias some of LoRA is still lost here; beside the sum, all of a small one's training would be.
+    factor = low.factor.to(x.dtype).t()
+    y = (low.x @ factor).mul_(low.scale) if narrow is None else torch.addmm(narrow, low.x, factor, alpha=low.scale)
+    return y.addmm_(x, _borrowed(matrix, x).t())
 
 
 def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRankTerm | None = None) -> Tensor:
