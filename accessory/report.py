@@ -112,8 +112,9 @@ class Reporter:
             self.writer.close()
             if (self.output_dir / LOG_FILE).is_file():
                 draw_loss_curve(self.output_dir / LOG_FILE, self.output_dir / CURVE_FILE)
-        except OSError as error:  # not worth a trained model, and perhaps an effect of what ends the run
-            self.say(f"{self.output_dir / CURVE_FILE}: cannot be written ({error.strerror})")
+        except Exception as error:  # not worth a trained model, and perhaps an effect of what ends the run
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self.say(f"{self.output_dir / CURVE_FILE}: cannot be written ({reason})")
 
 
 def _in_8(value: float, decimals: int) -> str:

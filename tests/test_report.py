@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from accessory import report
 from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, read_losses
 
 REPORT = StepReport(
@@ -153,3 +154,25 @@ def test_peak_memory_counts_this_process(python) -> None:
     done = python("-c", "\n".join(lines))
     before, after, size = map(int, done.stdout.split())
     assert before < after and after > size
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("failed to map segment"), "cannot be written (ImportError: failed to map segment)"),
+        (OSError(28, "No space left on device"), "cannot be written (No space left on device)"),
+    ],
+)
+def test_a_curve_that_cannot_be_drawn_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, error: Exception, said: str
+) -> None:
+    """When memory has run out, so that not even the library that draws can be loaded: it is said, and that is all."""
+
+    def fail(_log: Path, _picture: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "draw_loss_curve", fail)
+    reporter = Reporter(tmp_path, 3, 0, enabled=True)
+    (tmp_path / LOG_FILE).write_text("")
+    reporter.close()
+    assert said in "".join(capsys.readouterr())
