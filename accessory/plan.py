@@ -16,7 +16,7 @@ from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.document_attention import backward_bytes
 from accessory.model.linear import Linear
-from accessory.model.loss import CHUNK
+from accessory.model.loss import CHUNK, chunk_bytes
 from accessory.model.packed_attention import attends, packed_backward_bytes
 from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
@@ -94,7 +94,7 @@ def memory_plan(
     width, head = torch.finfo(decoder.dtype).bits // 8, decoder.head_weight
     # A wider head (an fp32 master) is cast whole for the products with it.
     head_copy = head.numel() * width if head.dtype != decoder.dtype else 0
-    logits = min(tokens, CHUNK) * len(head) * (4 + width) + head_copy
+    logits = chunk_bytes(tokens, len(head), layout.device, decoder.dtype) + head_copy
     trained = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     step = {"checkpointing": checkpointing, "device": layout.device, "offload": offload}
     held = trainable if micro_batches > 1 else 0

@@ -17,8 +17,8 @@ from types import ModuleType
 
 import torch
 
-from accessory.errors import ConfigError
 from accessory.kernels import avx512
+from accessory.kernels.switches import switched_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
@@ -54,19 +54,12 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_TRITON."""
     # Triton launches on the current device and its stream, wherever the tensors are.
     here = device.index == torch.cuda.current_device() if device.type == "cuda" else interpreted()
-    return here and dtype in DTYPES and _wanted() and _works(device)
+    return here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels") and _works(device)
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _wanted() -> bool:
-    value = os.environ.get("ACCESSORY_TRITON", "1")
-    if value not in ("0", "1"):
-        raise ConfigError(f"ACCESSORY_TRITON is {value!r}; expected 1 (use Triton where it works) or 0 (never).")
-    return value == "1"
 
 
 @lru_cache

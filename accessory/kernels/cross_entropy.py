@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.kernels.operands import check_device, check_floats, check_shape
+from accessory.kernels.operands import check_floats, check_of_rows, check_scores
 
 BLOCK = 4096  # scores a program reads at a time
 
@@ -36,11 +36,7 @@ def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple
 def become_gradient(scores: Tensor, local: Tensor, highest: Tensor, mass: Tensor, width: int | None = None) -> None:
     """Overwrite scores [c, V / ranks] with softmax minus one-hot, padding with 0; highest and mass are all ranks'."""
     width = _check(scores, local, width)
-    for name, tensor in (("highest", highest), ("mass", mass)):
-        check_shape(tensor, (len(scores),), name)
-        check_device(scores.device, **{name: tensor})
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected float32, contiguous")
+    check_of_rows(scores, highest=highest, mass=mass)
     if scores.numel():
         grid = (len(scores), triton.cdiv(scores.shape[1], BLOCK))
         _gradient[grid](
@@ -50,13 +46,7 @@ def become_gradient(scores: Tensor, local: Tensor, highest: Tensor, mass: Tensor
 
 def _check(scores: Tensor, local: Tensor, width: int | None) -> int:
     check_floats(scores=scores)
-    check_device(scores.device, local=local)
-    check_shape(local, (len(scores),), "local")
-    if scores.stride(-1) != 1:
-        raise AssertionError(f"scores' strides are {scores.stride()}; expected adjacent columns")
-    if local.dtype != torch.int64 or not local.is_contiguous():
-        raise AssertionError(f"local is {local.dtype}, strides {local.stride()}; expected torch.int64, contiguous")
-    return scores.shape[1] if width is None else min(width, scores.shape[1])
+    return check_scores(scores, local, width)
 
 
 @triton.jit

@@ -30,6 +30,34 @@ def check_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise AssertionError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
 
 
+def check_scores(scores: Tensor, local: Tensor, width: int | None) -> int:
+    """How many columns of scores [c, V] are not padding: `width`, if there is one.
+
+    Raises `AssertionError` for scores that overlap or whose columns are apart, and for labels that are not int64 [c].
+    """
+    check_device(scores.device, local=local)
+    check_shape(local, (len(scores),), "local")
+    columns = scores.shape[1]
+    if scores.stride(1) != 1 or (scores.stride(0) < columns and len(scores) > 1):
+        raise AssertionError(
+            f"scores' strides are {scores.stride()}; expected adjacent columns, and rows for themselves"
+        )
+    if local.dtype != torch.int64 or not local.is_contiguous():
+        raise AssertionError(f"local is {local.dtype}, strides {local.stride()}; expected torch.int64, contiguous")
+    if width is not None and width < 0:
+        raise AssertionError(f"width {width}; expected 0 or more")
+    return columns if width is None else min(width, columns)
+
+
+def check_of_rows(scores: Tensor, **tensors: Tensor) -> None:
+    """Raises `AssertionError` for one that is not a number in fp32 for each row of `scores`."""
+    for name, tensor in tensors.items():
+        check_shape(tensor, (len(scores),), name)
+        check_device(scores.device, **{name: tensor})
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected float32, contiguous")
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x [..., D] as [rows, D] whose columns are adjacent; a view where that can be."""
     rows = x.reshape(-1, x.shape[-1])

@@ -7,6 +7,7 @@ rows of the vocabulary, and only sums travel (vocab-parallel cross-entropy, Mega
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,14 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: 
     return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size)
 
 
+def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Most bytes of logits at once, for so many supervised tokens and rows of a head: for a plan of memory."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    if device.type == "cpu" and kernels.chosen("cross_entropy", device, dtype):  # a GPU need not be here to be planned
+        wide = 0
+    return min(tokens, CHUNK) * rows * (dtype.itemsize + wide)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
@@ -40,14 +49,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         most = min(len(rows), CHUNK), len(head)
         narrow = hidden.new_empty(most)  # one pair of buffers: made anew they would cost more than what fills them
-        in_place = kernels.available(hidden.device, hidden.dtype)
-        scores = narrow if in_place else hidden.new_empty(most, dtype=wide)
+        kernel = kernels.chosen("cross_entropy", hidden.device, hidden.dtype)
+        scores = narrow if kernel else hidden.new_empty(most, dtype=wide)
         for begin in range(0, len(rows), CHUNK):
             chunk = rows[begin : begin + CHUNK]
             x, narrow, scores = hidden[chunk], narrow[: len(chunk)], scores[: len(chunk)]
             torch.mm(x, matrix.t(), out=narrow)
-            if in_place:
-                total += _loss_and_gradient_by_kernels(narrow, labels[chunk], vocab_size)
+            if kernel:
+                total += _loss_and_gradient_by_kernel(kernel, narrow, labels[chunk], vocab_size)
             else:
                 scores.copy_(narrow)
                 _leave_out_padding(scores, vocab_size)
@@ -103,19 +112,19 @@ def _loss_and_gradient(scores: Tensor, labels: Tensor) -> Tensor:
     return (mass.log() - target).sum(dtype=torch.float64)
 
 
-def _loss_and_gradient_by_kernels(scores: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
+def _loss_and_gradient_by_kernel(kernel: ModuleType, scores: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
     """The same of scores in any dtype, without a wide copy of them; those from `vocab_size` on are left out here."""
     group, columns = model_parallel_group(), scores.shape[1]
     before = dist.get_rank(group) * columns
     local, width = labels - before, columns if vocab_size is None else min(max(vocab_size - before, 0), columns)
-    highest, mass, target = kernels.cross_entropy.statistics(scores, local, width)
+    highest, mass, target = kernel.statistics(scores, local, width)
     if dist.get_world_size(group) > 1:
         mine = highest.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
         mass *= (mine - highest).exp()
         _sum_over_ranks(mass)
         _sum_over_ranks(target)
-    kernels.cross_entropy.become_gradient(scores, local, highest, mass, width)
+    kernel.become_gradient(scores, local, highest, mass, width)
     return (mass.log() + highest - target).sum(dtype=torch.float64)
 
 

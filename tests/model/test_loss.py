@@ -48,11 +48,15 @@ def test_equals_torch_in_float64(supervised: int) -> None:
     assert not found[1][labels < 0].any()
 
 
+@pytest.mark.parametrize("kernels_wanted", ["0", "1"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 0.002)]
 )
-def test_narrow_is_close_to_float64(dtype: torch.dtype, tolerance: float) -> None:
+def test_narrow_is_close_to_float64(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, kernels_wanted: str
+) -> None:
     """Each result within a part of its norm; the loss is fp32, gradients have the dtype of what they belong to."""
+    monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
     hidden, head, labels = problem(700, dtype)
     found = gradients(cross_entropy_sum, hidden, head, labels)
     assert [t.dtype for t in found] == [torch.float32, dtype, dtype]

@@ -7,30 +7,23 @@ ACCESSORY_AVX512=0, plain PyTorch computes.
 from __future__ import annotations
 
 import logging
-import os
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from accessory.errors import ConfigError
 from accessory.kernels.avx512.compiling import CannotCompile
+from accessory.kernels.switches import switched_on
 
-KERNELS = ("column_sums", "document_attention", "four_bit_product", "gate", "rms_norm", "rotary")
+KERNELS = ("column_sums", "cross_entropy", "document_attention", "four_bit_product", "gate", "rms_norm", "rotary")
 CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_AVX512."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and _wanted() and _works()
-
-
-def _wanted() -> bool:
-    value = os.environ.get("ACCESSORY_AVX512", "1")
-    if value not in ("0", "1"):
-        raise ConfigError(f"ACCESSORY_AVX512 is {value!r}; expected 1 (use C++ kernels where they work) or 0 (never).")
-    return value == "1"
+    here = device.type == "cpu" and dtype == torch.bfloat16
+    return here and switched_on("ACCESSORY_AVX512", "C++ kernels") and _works()
 
 
 @lru_cache

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels.avx512 import column_sums, document_attention, four_bit_product, gate, rms_norm, rotary
+from accessory.kernels.avx512 import (
+    column_sums,
+    cross_entropy,
+    document_attention,
+    four_bit_product,
+    gate,
+    rms_norm,
+    rotary,
+)
 
 TOLERANCE = 2e-2  # relative: some times bf16's rounding, far less than any real fault
 
@@ -20,6 +29,7 @@ def _wrong_kernels(generator: torch.Generator) -> list[str]:
     a, b, c = (torch.randn(5, 20, generator=generator, dtype=torch.float32).bfloat16() for _ in range(3))
     trials = {
         "column_sums": [(column_sums.column_sums(a), a.float().sum(0))],
+        "cross_entropy": _loss(a),
         "document_attention": _attention(generator),
         "four_bit_product": _product(generator),
         "gate": _gate(a, b, c),
@@ -31,6 +41,17 @@ def _wrong_kernels(generator: torch.Generator) -> list[str]:
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
     return bool((found.float() - wanted).norm() <= TOLERANCE * wanted.norm())
+
+
+def _loss(scores: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The last three of 20 columns are padding."""
+    labels, gradient, wide = torch.tensor([5, 0, 16, 1, 7]), scores.clone(), scores[:, :17].double()
+    highest, mass, target = cross_entropy.statistics(gradient, labels, 17)
+    cross_entropy.become_gradient(gradient, labels, highest, mass, 17)
+    best, shares = wide.amax(-1), wide.softmax(-1)
+    shares[range(5), labels] -= 1
+    wanted = best, (wide - best[:, None]).exp().sum(-1), wide[range(5), labels], F.pad(shares, (0, 3))
+    return list(zip((highest, mass, target, gradient), wanted, strict=True))
 
 
 def _attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from accessory.kernels.avx512 import document_attention, four_bit_product, gate, rms_norm, rotary
+from accessory.kernels.avx512 import cross_entropy, document_attention, four_bit_product, gate, rms_norm, rotary
 from accessory.kernels.avx512.column_sums import column_sums
 from accessory.kernels.avx512.operands import address, made, whole
 
@@ -22,6 +22,9 @@ def bf16(*shape: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0, window: int | None = None) -> Tensor:
     """In one document of 8 tokens."""
     return document_attention.forward(q, k, v, document_attention.Documents.build((8,), (0,), None), window, scale)
+
+
+LABELS, ONES = torch.zeros(3, dtype=torch.int64), torch.ones(3)
 
 
 def codes_of(shape: tuple[int, int]) -> four_bit_product.Codes:
@@ -65,6 +68,17 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "more angles": (lambda: rotary.rotate(bf16(9, 2, 8), torch.ones(9, 1, 5, dtype=torch.complex64)), "10 channels"),
     "wide angles": (lambda: rotary.rotate(bf16(9, 2, 8), torch.ones(9, 1, 4, dtype=torch.complex128)), "complex128"),
+    "scores in fp32": (lambda: cross_entropy.statistics(bf16(3, 8).float(), LABELS), "scores is torch.float32 on cpu"),
+    "fewer labels": (lambda: cross_entropy.statistics(bf16(4, 8), LABELS), r"local is \[3\]; expected \[4\]"),
+    "narrow labels": (lambda: cross_entropy.statistics(bf16(3, 8), LABELS.int()), "local is torch.int32"),
+    "columns apart": (lambda: cross_entropy.statistics(bf16(8, 3).t(), LABELS), "adjacent columns"),
+    "one row for all": (lambda: cross_entropy.statistics(bf16(1, 8).expand(3, 8), LABELS), "rows for themselves"),
+    "padding": (lambda: cross_entropy.statistics(bf16(3, 8), LABELS, -1), "width -1"),
+    "mass": (lambda: cross_entropy.become_gradient(bf16(3, 8), LABELS, ONES, ONES[:2]), r"mass is \[2\]"),
+    "highest": (
+        lambda: cross_entropy.become_gradient(bf16(3, 8), LABELS, ONES.double(), ONES),
+        "highest is torch.float64",
+    ),
     "sums": (lambda: column_sums(bf16(3, 8).float()), "x is torch.float32 on cpu"),
     "elsewhere": (lambda: column_sums(torch.empty(3, 8, dtype=torch.bfloat16, device="meta")), "on meta"),
     "columns": (lambda: multiply(bf16(3, 64), (4, 128)), r"a factor is \[3, 64\]; expected \[3, 128\]"),
