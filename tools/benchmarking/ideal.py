@@ -2,7 +2,8 @@
 
 Per token and weight a product takes 2 FLOPs forward and 2 for the gradient of its input; none for that of a frozen
 matrix. The head is counted for supervised tokens only, attention by documents (FlashAttention, Dao et al. 2022: two
-products forward, five backward, over the half of the scores that are seen). Elementwise work counts as free.
+products forward, five backward, over the half of the scores that are seen). Elementwise work counts as free, and so
+does unpacking beside reading what is packed: it can be done where it is multiplied.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _SHORTEST = 0.02  # seconds that are measured at once
 @dataclass(frozen=True)
 class Work:
     """FLOPs of all ranks together: of linears with their LoRA and the head, of attention, and of what recomputation
-    does of both again. unpacked: bytes of packed matrices read, and of plain ones written for them.
+    does of both again. packed: bytes of packed matrices read, as often as they are multiplied with.
     """
 
     products: int = 0
     attention: int = 0
     repeated: int = 0
-    unpacked: int = 0
+    packed: int = 0
 
     @property
     def flops(self) -> int:
@@ -55,18 +56,18 @@ def step_work(decoder: Decoder, lengths: list[int], packed: int, supervised: int
     below = _trained(decoder.tok_embeddings, decoder.pos_embeddings, decoder.tok_norm)
     for i, block in enumerate(decoder.layers):
         seen = sum(_seen(length, decoder.args.window(i)) for length in lengths)
-        work += _block_work(block, below, tokens, seen, micro_batches, decoder.dtype.itemsize)
+        work += _block_work(block, below, tokens, seen, micro_batches)
         below = below or _trained(block)
     head = 2 * decoder.head_weight.numel() * decoder.ranks * supervised
     return work + Work(products=head * (2 + decoder.head_weight.requires_grad))
 
 
-def _block_work(block: Block, below: bool, tokens: int, seen: int, micro_batches: int, width: int) -> Work:
-    """below: whether anything under the block is trained, which its gradients are carried to. width: bytes a number."""
+def _block_work(block: Block, below: bool, tokens: int, seen: int, micro_batches: int) -> Work:
+    """below: whether anything under the block is trained, which its gradients are carried to."""
     attention, ranks = block.attention, block.attention.wq.ranks
     attending = 2 * seen * attention.wq.out_features  # FLOPs of one of its products
     repeated = block.recompute and (below or _trained(block))
-    products = attended = again = unpacked = 0
+    products = attended = again = packed = 0
     for before, linears in _groups(block):
         below = below or _trained(*before)
         if linears[0] is attention.wo:
@@ -78,10 +79,9 @@ def _block_work(block: Block, below: bool, tokens: int, seen: int, micro_batches
             products += tokens * ranks * (forward + backward)
             again += tokens * ranks * (forward * twice + _low_flops(linear) * (repeated and linear.ends_block))
             if isinstance(linear.weight, PackedWeight):
-                plain = linear.weight.shape.numel() * width
-                unpacked += ranks * micro_batches * (1 + below + twice) * (linear.weight.nbytes + plain)
+                packed += ranks * micro_batches * (1 + below + twice) * linear.weight.nbytes
         below = below or _trained(*linears)
-    return Work(products, attended, again, unpacked)
+    return Work(products, attended, again, packed)
 
 
 def _groups(block: Block) -> Iterator[tuple[tuple[nn.Module | None, ...], list[Linear]]]:
@@ -179,12 +179,12 @@ def compare(work: Work, tokens: int, seconds: float, rate: float, bandwidth: flo
     ratio_to_ideal: of ideal time to real time. model_flop_share: of the products' rate, by FLOPs that are needed
     whatever is recomputed.
     """
-    ideal = (work.flops / rate + work.unpacked / bandwidth) / ranks
+    ideal = (work.flops / rate + work.packed / bandwidth) / ranks
     return {
         "matmul_flops_per_s": round(rate),
         "copy_bytes_per_s": round(bandwidth),
         "flops_per_token": round(work.flops / tokens),
-        "unpacked_bytes_per_token": round(work.unpacked / tokens),
+        "packed_bytes_per_token": round(work.packed / tokens),
         "ideal_tokens_per_s": round(tokens / ideal, 1),
         "ratio_to_ideal": round(ideal / seconds, 4),
         "model_flop_share": round((work.flops - work.repeated) / rate / ranks / seconds, 4),
