@@ -16,12 +16,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
-from accessory.parallel.data import shard_like
+from accessory.parallel.data import as_shard, is_sharded, shard_like
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, own_slice
 from accessory.quant.moments import unpack_moment, zero_code
@@ -174,12 +173,8 @@ def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]
 
 def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:
     """A moment of this rank's shard as what it is a shard of."""
-    if isinstance(moment, DTensor) or not isinstance(parameter, DTensor):
-        return moment.to(parameter.device)
-    return DTensor.from_local(
-        moment.to(parameter.device), parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+    moment = moment.to(parameter.device)
+    return moment if is_sharded(moment) or not is_sharded(parameter) else as_shard(moment, parameter)
 
 
 def _scales(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

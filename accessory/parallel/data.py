@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from accessory.parallel.groups import Layout, data_parallel_group
 
@@ -37,6 +37,8 @@ class DataParallel:
         """Shard what lies outside the blocks, and set how gradients are reduced: summed, never averaged."""
         if not self.active:
             return
+        from torch.distributed.fsdp import FSDPModule
+
         self._shard(model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -44,6 +46,8 @@ class DataParallel:
                 module.set_force_sum_reduction_for_comms(True)
 
     def _shard(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard  # half a second that a process alone need not wait
+
         frozen = {p for p in module.parameters() if not p.requires_grad} if self.mode == "sdp" else None
         fully_shard(module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen)
 
@@ -56,24 +60,35 @@ class DataParallel:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a rank holds a shard of it only. Without FSDP, whose import takes half a second, none is."""
+    sharding = sys.modules.get("torch.distributed.tensor")
+    return sharding is not None and isinstance(tensor, sharding.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor gathered from its data-parallel shards (a collective), or itself where it is not sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(values: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `values`, cut as the sharded tensor `like` is; the inverse of `whole`. No communication."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return values
     mesh, shard = like.device_mesh, like.to_local()
     chunks = values.chunk(mesh.size(), dim=0)
     rank = mesh.get_local_rank()
     mine = chunks[rank] if rank < len(chunks) else values[:0]
-    return DTensor.from_local(
-        mine.to(shard.dtype).clone(), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    return as_shard(mine.to(shard.dtype).clone(), like)
+
+
+def as_shard(part: Tensor, like: Tensor) -> Tensor:
+    """A rank's part as what it is a shard of: a tensor sharded as `like` is. No communication."""
+    return type(like).from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
