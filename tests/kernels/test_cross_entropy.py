@@ -6,44 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.kernels import DTYPES, cross_entropy
 from accessory.kernels.cross_entropy import become_gradient, statistics
 from accessory.model import loss
 from accessory.parallel import groups
+from tests.kernels.scores import exact, over_slices, problem
 
 HALF_STEP = {torch.float32: 2e-7, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
-
-
-def problem(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Random scores [c, V], far apart, and labels [c], the first, the middle and the last of the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    scores = (3 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
-    labels[0], labels[1], labels[-1] = 0, vocabulary // 2, vocabulary - 1
-    return scores, labels
-
-
-def exact(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row's loss, and their gradient, in float64."""
-    leaf = scores.double().requires_grad_()
-    losses = F.cross_entropy(leaf, labels, reduction="none")
-    losses.sum().backward()
-    return losses.detach(), leaf.grad
-
-
-def over_slices(slices: list[Tensor], labels: Tensor, vocabulary: int) -> Tensor:
-    """Losses from slices of the vocabulary, as ranks would agree on them; the slices become their gradients."""
-    step = slices[0].shape[1]
-    shares = [(part, labels - i * step, min(max(vocabulary - i * step, 0), step)) for i, part in enumerate(slices)]
-    highest, mass, target = (torch.stack(found) for found in zip(*(statistics(*s) for s in shares), strict=True))
-    top = highest.amax(0)
-    total = (mass * (highest - top).exp()).sum(0)
-    for part, local, width in shares:
-        become_gradient(part, local, top, total, width)
-    return total.log() + top - target.sum(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +27,7 @@ def test_equals_float64(monkeypatch: pytest.MonkeyPatch, ranks: int, padding: in
     wanted_losses, wanted = exact(scores, labels)
     padded = torch.cat([scores, torch.full((9, padding), 100.0, dtype=dtype)], 1)
     slices = [part.contiguous() for part in padded.chunk(ranks, 1)]
-    losses = over_slices(slices, labels, vocabulary)
+    losses = over_slices(cross_entropy, slices, labels, vocabulary)
     torch.testing.assert_close(losses.double(), wanted_losses, rtol=1e-6, atol=2e-6)
     gradient = torch.cat(slices, 1)
     assert gradient.dtype == dtype

@@ -5,42 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from accessory.kernels.avx512 import cross_entropy
 from accessory.kernels.avx512.cross_entropy import become_gradient, statistics
 from accessory.model import loss
 from accessory.parallel import groups
+from tests.kernels.scores import exact, over_slices, problem
 
 HALF_STEP = 1.01 * 2**-8
-
-
-def problem(rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Random scores [c, V], far apart, and labels [c], the first, the middle and the last of the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    scores = (3 * torch.randn(rows, vocabulary, generator=generator)).bfloat16()
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
-    labels[:3] = torch.tensor([0, vocabulary // 2, vocabulary - 1])
-    return scores, labels
-
-
-def exact(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row's loss, and their gradient, in float64."""
-    leaf = scores.double().requires_grad_()
-    losses = F.cross_entropy(leaf, labels, reduction="none")
-    losses.sum().backward()
-    return losses.detach(), leaf.grad
-
-
-def over_slices(slices: list[Tensor], labels: Tensor, vocabulary: int) -> Tensor:
-    """Losses from slices of the vocabulary, as ranks would agree on them; the slices become their gradients."""
-    step = slices[0].shape[1]
-    shares = [(part, labels - i * step, min(max(vocabulary - i * step, 0), step)) for i, part in enumerate(slices)]
-    highest, mass, target = (torch.stack(found) for found in zip(*(statistics(*s) for s in shares), strict=True))
-    top = highest.amax(0)
-    total = (mass * (highest - top).exp()).sum(0)
-    for part, local, width in shares:
-        become_gradient(part, local, top, total, width)
-    return total.log() + top - target.sum(0)
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 63, 64, 65, 1000, 49152])
@@ -49,11 +21,11 @@ def test_equals_float64(ranks: int, padding: float, columns: int) -> None:
     """Whole or in slices, around whole registers, with padding above any score that may be a whole slice."""
     padded_to = columns * ranks
     vocabulary = padded_to - (int(padding * columns) if ranks > 1 else min(int(padding), columns - 1))
-    scores, labels = problem(5, vocabulary)
+    scores, labels = problem(5, vocabulary, torch.bfloat16)
     wanted_losses, wanted = exact(scores, labels)
     padded = F.pad(scores, (0, padded_to - vocabulary), value=100.0)
     slices = [part.contiguous() for part in padded.chunk(ranks, 1)]
-    losses = over_slices(slices, labels, vocabulary)
+    losses = over_slices(cross_entropy, slices, labels, vocabulary)
     torch.testing.assert_close(losses.double(), wanted_losses, rtol=1e-6, atol=2e-6)
     gradient = torch.cat(slices, 1)
     assert gradient.dtype == torch.bfloat16
@@ -63,7 +35,7 @@ def test_equals_float64(ranks: int, padding: float, columns: int) -> None:
 
 def test_beside_the_twin() -> None:
     """Sum of losses, and the gradient but for its rounding, of the plain lines."""
-    scores, labels = problem(6, 5000)
+    scores, labels = problem(6, 5000, torch.bfloat16)
     ours, wide = scores.clone(), scores.float()
     highest, mass, target = statistics(ours, labels)
     become_gradient(ours, labels, highest, mass)
@@ -79,7 +51,7 @@ def test_beside_the_twin() -> None:
 @pytest.mark.usefixtures("threads")
 def test_neither_threads_nor_other_rows_change_a_bit() -> None:
     """Each row is one thread's."""
-    scores, labels = problem(7, 300)
+    scores, labels = problem(7, 300, torch.bfloat16)
     whole = scores.clone()
     found = statistics(whole, labels)
     become_gradient(whole, labels, *found[:2])
@@ -94,7 +66,7 @@ def test_neither_threads_nor_other_rows_change_a_bit() -> None:
 
 def test_huge_scores_do_not_overflow_and_nan_shows() -> None:
     """The highest is taken off first; a row with a NaN or an infinity has a NaN for a loss, and others do not."""
-    scores, labels = problem(4, 40)
+    scores, labels = problem(4, 40, torch.bfloat16)
     scores *= 1000
     wanted, _ = exact(scores, labels)
     highest, mass, target = statistics(scores, labels)
@@ -108,7 +80,7 @@ def test_huge_scores_do_not_overflow_and_nan_shows() -> None:
 
 def test_a_score_of_minus_infinity_has_no_probability() -> None:
     """As in PyTorch: nothing is added for it, and it gets no gradient."""
-    scores, labels = problem(3, 40)
+    scores, labels = problem(3, 40, torch.bfloat16)
     scores[:, 5] = -torch.inf
     wanted_losses, wanted = exact(scores, labels)
     highest, mass, target = statistics(scores, labels)
@@ -119,7 +91,7 @@ def test_a_score_of_minus_infinity_has_no_probability() -> None:
 
 def test_a_rank_of_padding_alone() -> None:
     """It has no highest score and no mass, and its gradient is zero."""
-    scores, labels = problem(4, 10)
+    scores, labels = problem(4, 10, torch.bfloat16)
     highest, mass, target = statistics(scores, labels - 20, 0)
     assert (highest == -torch.inf).all()
     assert not mass.any()
@@ -130,7 +102,7 @@ def test_a_rank_of_padding_alone() -> None:
 
 def test_a_label_in_the_padding_shows() -> None:
     """Its loss is infinite, as that of a token with no probability; no other's gradient is touched."""
-    scores, labels = problem(3, 10)
+    scores, labels = problem(3, 10, torch.bfloat16)
     highest, mass, target = statistics(scores, labels, 9)
     assert (mass.log() + highest - target).isinf().tolist() == [False, False, True]
     become_gradient(scores, labels, highest, mass, 9)
@@ -141,7 +113,7 @@ def test_a_label_in_the_padding_shows() -> None:
 def test_rows_of_a_wider_buffer() -> None:
     """Between the rows nothing is read or written."""
     buffer = torch.full((3, 32), torch.nan).bfloat16()
-    scores, labels = problem(3, 20)
+    scores, labels = problem(3, 20, torch.bfloat16)
     buffer[:, :20] = scores
     wanted, gradient = exact(scores, labels)
     highest, mass, target = statistics(buffer[:, :20], labels)
