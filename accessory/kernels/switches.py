@@ -8,7 +8,7 @@ from accessory.errors import ConfigError
 
 
 def switched_on(variable: str, kernels: str) -> bool:
-    """Whether `variable` leaves `kernels` on, as if it is not set. Raises `ConfigError` for a strange value."""
+    """Whether `variable` leaves `kernels` on; unset, it does. Raises `ConfigError` for a strange value."""
     value = os.environ.get(variable, "1")
     if value not in ("0", "1"):
         raise ConfigError(f"{variable} is {value!r}; expected 1 (use {kernels} where they work) or 0 (never).")

@@ -29,7 +29,7 @@ def test_equals_float64(ranks: int, padding: float, columns: int) -> None:
     torch.testing.assert_close(losses.double(), wanted_losses, rtol=1e-6, atol=2e-6)
     gradient = torch.cat(slices, 1)
     assert gradient.dtype == torch.bfloat16
-    torch.testing.assert_close(gradient[:, :vocabulary].double(), wanted, rtol=HALF_STEP, atol=1e-6)
+    torch.testing.assert_close(gradient[:, :vocabulary].double(), wanted, rtol=HALF_STEP, atol=2e-7)
     assert not gradient[:, vocabulary:].any()
 
 
