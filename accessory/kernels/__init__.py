@@ -36,11 +36,10 @@ def chosen(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | 
 
     Raises `ConfigError` for a strange ACCESSORY_TRITON or ACCESSORY_AVX512.
     """
-    if name in KERNELS and available(device, dtype):
-        return import_module(f"{__name__}.{name}")
-    if name in avx512.KERNELS and not interpreted() and avx512.available(device, dtype):
-        return import_module(f"{avx512.__name__}.{name}")
-    return None
+    if device.type == "cpu" and not interpreted():
+        found = name in avx512.KERNELS and avx512.available(device, dtype)
+        return _module(f"{avx512.__name__}.{name}") if found else None
+    return _module(f"{__name__}.{name}") if name in KERNELS and available(device, dtype) else None
 
 
 def computing(device: torch.device, dtype: torch.dtype) -> str:
@@ -57,9 +56,13 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels") and _works(device)
 
 
+@lru_cache  # Triton asks once too
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_module = lru_cache(import_module)  # which takes longer to look a module up than some kernels to compute
 
 
 @lru_cache

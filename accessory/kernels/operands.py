@@ -26,7 +26,7 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
 
 def check_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
     """Raises `AssertionError` for a tensor that has not `shape`."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise AssertionError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
 
 

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.document_attention import attend_by_document
 from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.norm import RMSNorm
 from accessory.model.packed_attention import attend_packed, attends
-from accessory.model.position import lean, rotate, rotate_halves
+from accessory.model.position import lean, rotate
 from accessory.model.recomputed import Recomputed
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import Slicing, mark
@@ -37,7 +38,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor | Recomputed, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
         projected = project_columns(x, [self.wq, self.wk, self.wv])
-        q, k, v = (y.view(len(y), -1, self.head_dim) for y in projected)
+        q, k, v = (y.view(y.shape[0], -1, self.head_dim) for y in projected)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = None
@@ -52,7 +53,9 @@ class Attention(nn.Module):
             out = attend(q, k, v, sequences, self.window, scale)
         else:
             out = attend_cached(q, cache, sequences, self.window, scale)
-        return self.wo(out[..., : self.head_dim].flatten(1))
+        if self.position == "alibi":
+            out = out[..., : self.head_dim]
+        return self.wo(out.flatten(1))
 
     def prepare_decoding(self) -> None:
         """Make ready for single tokens."""
@@ -64,10 +67,10 @@ class Attention(nn.Module):
         return [[self.wq, self.wk, self.wv], [self.wo]]
 
     def _rotated(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        whole = 2 * sequences.turn.shape[-1] == self.head_dim
-        if self.layout == "halves" and whole and not torch.is_grad_enabled():
-            return rotate_halves(torch.cat([q, k], 1), *sequences.halves).split([q.shape[1], k.shape[1]], 1)
-        return rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
+        if torch.is_grad_enabled():
+            return rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
+        both = rotate(torch.cat([q, k], 1), sequences.turn, self.layout)  # of one token, a call takes all the time
+        return both.split_with_sizes([q.shape[1], k.shape[1]], 1)
 
 
 def _head_norm(args: ModelArgs) -> RMSNorm:
@@ -122,9 +125,17 @@ def attend_cached(
 
     One document after the other, whatever stands beside it: no padding is read, and it gets what it gets alone.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kernel, lengths = kernels.chosen("cached_attention", q.device, q.dtype), sequences.lengths
+    if kernel and lengths == (1,) * len(lengths):
+        return kernel.attend(q, cache.keys, cache.values, sequences.ends, window, scale)
     parts = []
-    for i, part in enumerate(q.split(sequences.lengths)):
-        start, end = sequences.starts[i], sequences.starts[i] + sequences.lengths[i]
+    for i, part in enumerate(q.split(lengths)):
+        if kernel and len(part) == 1:
+            one = slice(i, i + 1)
+            parts.append(kernel.attend(part, cache.keys[one], cache.values[one], sequences.ends[one], window, scale))
+            continue
+        start, end = sequences.starts[i], sequences.ends[i]
         first = 0 if window is None else max(start - window + 1, 0)
         keys, values = (t[i, first:end].transpose(0, 1)[None] for t in (cache.keys, cache.values))
         if len(part) == 1:  # sees them all: heads that share keys can be rows of one head, at a fifth of the time

@@ -54,15 +54,9 @@ def rotate(x: Tensor, turn: Tensor, layout: Layout = "pairs") -> Tensor:
     Only the first rotary_dim channels of a head turn: neighbours together ("pairs"), or channel i with
     i + rotary_dim / 2 ("halves"). The rest pass through.
     """
+    if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
+        return _turned(x, turn, layout)
     return _Rotate.apply(x, turn, layout)
-
-
-def rotate_halves(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """The same bits as `rotate` for heads that turn whole, by halves, with `Sequences.halves`; has no gradient.
-
-    For few tokens, which one pass over whole heads takes least time for.
-    """
-    return _turn_whole(x, cosines, sines).to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -107,12 +101,8 @@ def _turn_halves(x: Tensor, turn: Tensor) -> Tensor:
 @fusible
 def _turn_halves_by(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     # Over whole heads: faster than over halves one by one, or complex numbers.
-    return _turn_whole(x, torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1))
-
-
-def _turn_whole(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    wide = x.to(cosines.dtype)
-    return (wide * cosines).addcmul_(wide.roll(x.shape[-1] // 2, -1), sines)
+    wide, sines = x.to(cosine.dtype), torch.cat([-sine, sine], -1)
+    return (wide * torch.cat([cosine, cosine], -1)).addcmul_(wide.roll(x.shape[-1] // 2, -1), sines)
 
 
 def alibi_slopes(heads: int) -> Tensor:

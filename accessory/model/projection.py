@@ -52,11 +52,7 @@ def project(x: Tensor | Recomputed, products: list[Product], unread: bool = Fals
 
 def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
     first, *others = [product.weight for product in products]
-    draws = [product.draw for product in products]
-    lows = [
-        None if low is None else LowRankTerm(low, product.b, product.draw.scale)
-        for low, product in zip(_low_products(x, products, draws), products, strict=True)
-    ]
+    lows = _low_terms(x, products)
     decoded = first.decode(x, others) if isinstance(first, PackedWeight) else None
     if decoded is None:
         return tuple(multiply(x, p.weight, p.bias, low) for p, low in zip(products, lows, strict=True))
@@ -66,6 +62,16 @@ def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
         if product.bias is not None:
             y.add_(product.bias.to(x.dtype))
     return decoded
+
+
+def _low_terms(x: Tensor, products: list[Product]) -> list[LowRankTerm | None]:
+    if all(product.a is None for product in products):
+        return [None] * len(products)
+    lows = _low_products(x, products, [product.draw for product in products])
+    return [
+        None if low is None else LowRankTerm(low, product.b, product.draw.scale)
+        for low, product in zip(lows, products, strict=True)
+    ]
 
 
 class _Tensors(NamedTuple):

@@ -57,10 +57,9 @@ class Sequences:
         return replace(self, lean=channels)
 
     @cached_property
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """`turn` for `rotate_halves`, made once for all layers: cosines and signed sines, each [T, 1, rotary_dim]."""
-        cosines, sines = self.turn.real, self.turn.imag
-        return torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that the cache has of each document with the new ones."""
+        return tuple(start + length for start, length in zip(self.starts, self.lengths, strict=True))
 
     @cached_property
     def offsets(self) -> Tensor:

@@ -53,7 +53,7 @@ class FusedCopy:
 
     def takes(self, x: Tensor) -> bool:
         """Whether to multiply x [T, K] by this copy."""
-        return x.is_cpu and x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS
+        return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [T, K] bf16 -> x W^T [T, N] bf16."""

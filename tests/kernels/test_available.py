@@ -16,12 +16,18 @@ from accessory.errors import ConfigError
 CPU = torch.device("cpu")
 
 
+def forget() -> None:
+    """As if nothing had been asked yet."""
+    kernels._works.cache_clear()
+    kernels.interpreted.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def untried() -> Iterator[None]:
-    """As if no device had been tried yet."""
-    kernels._works.cache_clear()
+    """Before and after."""
+    forget()
     yield
-    kernels._works.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)

@@ -117,6 +117,24 @@ def test_decoding_one_document() -> None:
     torch.testing.assert_close(torch.cat(parts).double(), written_out(q, k, v), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 1, 2)])
+def test_cached_in_bf16(lengths: tuple[int, ...], window: int | None) -> None:
+    """New tokens of documents that have 2, 9 and 16, one each or several: as in float64, and each as it is alone."""
+    starts, generator = (2, 9, 16), torch.Generator().manual_seed(0)
+    cache = LayerCache((3, 18, KV_HEADS, WIDTH), torch.bfloat16, torch.device("cpu"))
+    for t in (cache.keys, cache.values):
+        t.normal_(generator=generator)
+    q = torch.randn(sum(lengths), HEADS, WIDTH, generator=generator).bfloat16()
+    found = attend_cached(q, cache, Sequences.build(lengths, FREQUENCIES, starts), window).split(lengths)
+    for i, (part, start) in enumerate(zip(q.split(lengths), starts, strict=True)):
+        alone = Sequences.build((len(part),), FREQUENCIES, (start,))
+        assert torch.equal(found[i], attend_cached(part, cache.documents(i, i + 1), alone, window))
+        keys, values = (t[i, : start + len(part)] for t in (cache.keys, cache.values))
+        wanted = dense(part, keys, values, window=window, start=start)
+        torch.testing.assert_close(found[i].double(), wanted, rtol=2**-6, atol=1e-2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel is for CUDA")
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_cuda_kernel_equals_softmax(kv_heads: int) -> None:

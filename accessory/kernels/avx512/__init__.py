@@ -16,7 +16,10 @@ import torch
 from accessory.kernels.avx512.compiling import CannotCompile
 from accessory.kernels.switches import switched_on
 
-KERNELS = ("column_sums", "cross_entropy", "document_attention", "four_bit_product", "gate", "rms_norm", "rotary")
+KERNELS = (
+    "cached_attention", "column_sums", "cross_entropy", "document_attention", "four_bit_product", "gate", "rms_norm",
+    "rotary",
+)  # fmt: skip
 CPU_INFORMATION = Path("/proc/cpuinfo")
 
 

@@ -14,7 +14,7 @@ __m512 logistic(__m512 x) {
 // Calls `work(at, mask)` for the lanes of n numbers.
 template <class Work>
 void for_each(int64_t n, int64_t threads, Work work) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > PIECE)
     for (int64_t piece = 0; piece < n; piece += PIECE)
         for (int64_t at = piece; at < std::min(n, piece + PIECE); at += LANES) work(at, first(n - at));
 }

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from accessory.kernels.operands import check_shape
 
+CPU = torch.device("cpu")
+
 
 def whole(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """`tensor` in one piece of memory. Raises `AssertionError` where shape, dtype or device are others."""
@@ -17,13 +19,13 @@ def whole(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype 
 
 def check_numbers(tensor: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Raises `AssertionError` for numbers that the kernels would not read as what they are."""
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or not tensor.is_cpu:
         raise AssertionError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on the cpu")
 
 
 def made(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Memory for a result, whatever torch's default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=CPU)
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -44,7 +44,7 @@ extern "C" {
 // x and y [rows, width]; scale [rows], 1 / rms(x): made, or read if it is `known`.
 void rms_norm_forward(const bf16* x, const float* weight, bf16* y, float* scale, int64_t rows, int64_t width, float eps,
                       bool known, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const bf16* here = x + row * width;
         if (!known) scale[row] = inverse_rms(here, width, eps);

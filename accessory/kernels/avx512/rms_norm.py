@@ -37,7 +37,8 @@ def backward(
 
 
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, eps: float, *, known: bool) -> Tensor:
-    x, wide, y = whole(x, x.shape, "x"), _wide(weight, x), made(x.shape)
+    x, wide = whole(x, x.shape, "x"), _wide(weight, x)
+    y = torch.empty_like(x)
     compiled("rms_norm_forward", "ppppnnfbn")(
         *map(address, (x, wide, y, scale)), scale.numel(), x.shape[-1], eps, known, torch.get_num_threads()
     )

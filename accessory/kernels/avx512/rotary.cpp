@@ -31,7 +31,7 @@ extern "C" {
 // `neighbours`, else i and half + i; those behind 2 half pass through. direction: 1, or -1 to turn back.
 void rotate(const bf16* x, const float* turn, bf16* y, int64_t tokens, int64_t heads, int64_t width, int64_t half,
             bool neighbours, float direction, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens > 1)
     for (int64_t token = 0; token < tokens; token++) {
         const bf16* from = x + token * heads * width;
         bf16* to = y + token * heads * width;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, made, whole
+from accessory.kernels.avx512.operands import address, whole
 
 
 def rotate(x: Tensor, turn: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
@@ -24,7 +24,8 @@ def rotate(x: Tensor, turn: Tensor, layout: Literal["pairs", "halves"] = "pairs"
     if 2 * half > width:
         raise AssertionError(f"turn is of {2 * half} channels; heads have {width}")
     angles = whole(turn.conj() if turn.is_conj() else turn, (tokens, 1, half), "turn", torch.complex64)
-    x, y = whole(x, x.shape, "x"), made(x.shape)
+    x = whole(x, x.shape, "x")
+    y = torch.empty_like(x)
     compiled("rotate", "pppnnnnbfn")(
         *map(address, (x, angles, y)), tokens, heads, width, half, layout == "pairs", direction, torch.get_num_threads()
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.kernels.avx512 import (
+    cached_attention,
     column_sums,
     cross_entropy,
     document_attention,
@@ -28,6 +29,7 @@ def wrong_kernels() -> list[str]:
 def _wrong_kernels(generator: torch.Generator) -> list[str]:
     a, b, c = (torch.randn(5, 20, generator=generator, dtype=torch.float32).bfloat16() for _ in range(3))
     trials = {
+        "cached_attention": _cached_attention(generator),
         "column_sums": [(column_sums.column_sums(a), a.float().sum(0))],
         "cross_entropy": _loss(a),
         "document_attention": _attention(generator),
@@ -72,6 +74,17 @@ def _attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         (weights.mT @ wide_dout).sum(0, keepdim=True),
     )
     return [(t.transpose(0, 1), w) for t, w in zip((found, *gradients), wanted, strict=True)]
+
+
+def _cached_attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Two query heads, one other; 19 keys of 24, of which 17 are seen."""
+    q, keys, values = (
+        torch.randn(*shape, 20, generator=generator, dtype=torch.float32).bfloat16()
+        for shape in ((1, 2), (1, 24, 1), (1, 24, 1))
+    )
+    found = cached_attention.attend(q, keys, values, (19,), 17, 0.25)
+    weights = (0.25 * q[0].float() @ keys[0, 2:19, 0].float().t()).softmax(-1)
+    return [(found[0], weights @ values[0, 2:19, 0].float())]
 
 
 def _product(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

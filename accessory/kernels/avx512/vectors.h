@@ -60,6 +60,18 @@ inline void transpose(__m512i (&a)[16]) {
     }
 }
 
+// The sum of each of 16 vectors, in its lane.
+inline __m512 sum_each(const __m512 (&x)[16]) {
+    __m512i turned[16];
+    for (int i = 0; i < 16; i++) turned[i] = (__m512i)x[i];
+    transpose(turned);
+    __m512 sums[16];
+    for (int i = 0; i < 16; i++) sums[i] = (__m512)turned[i];
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] = _mm512_add_ps(sums[i], sums[i + half]);
+    return sums[0];
+}
+
 // 2^x, to a unit or two in the last place.
 inline __m512 power_of_two(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from accessory.kernels.avx512 import cross_entropy, document_attention, four_bit_product, gate, rms_norm, rotary
+from accessory.kernels.avx512 import (
+    cached_attention,
+    cross_entropy,
+    document_attention,
+    four_bit_product,
+    gate,
+    rms_norm,
+    rotary,
+)
 from accessory.kernels.avx512.column_sums import column_sums
 from accessory.kernels.avx512.operands import address, made, whole
 
@@ -22,6 +30,13 @@ def bf16(*shape: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0, window: int | None = None) -> Tensor:
     """In one document of 8 tokens."""
     return document_attention.forward(q, k, v, document_attention.Documents.build((8,), (0,), None), window, scale)
+
+
+def attend_cached(
+    q: Tensor, keys: Tensor, counts: tuple[int, ...] = (5, 5), *, scale: float = 1.0, window: int | None = None
+) -> Tensor:
+    """To values that are the keys."""
+    return cached_attention.attend(q, keys, keys, counts, window, scale)
 
 
 LABELS, ONES = torch.zeros(3, dtype=torch.int64), torch.ones(3)
@@ -51,6 +66,16 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "odd heads": (lambda: attend(bf16(8, 4, 7), bf16(8, 2, 7), bf16(8, 2, 7)), "of 7 channels each"),
     "scale": (lambda: attend(bf16(8, 4, 16), bf16(8, 2, 16), bf16(8, 2, 16), scale=-1.0), "scale -1.0"),
     "window": (lambda: attend(bf16(8, 4, 16), bf16(8, 2, 16), bf16(8, 2, 16), window=0), "window 0"),
+    "more documents": (lambda: attend_cached(bf16(3, 4, 16), bf16(2, 8, 2, 16)), r"q is \[3, 4, 16\]; expected \[2, 4"),
+    "cached heads": (lambda: attend_cached(bf16(2, 5, 16), bf16(2, 8, 2, 16)), "5 heads for 2 of keys"),
+    "a cached scale": (lambda: attend_cached(bf16(2, 4, 16), bf16(2, 8, 2, 16), scale=-1.0), "scale -1.0"),
+    "a cached window": (lambda: attend_cached(bf16(2, 4, 16), bf16(2, 8, 2, 16), window=0), "window 0"),
+    "fewer counts": (
+        lambda: attend_cached(bf16(2, 4, 16), bf16(2, 8, 2, 16), (5,)),
+        r"keys \(5,\); expected 2, of 1 to 8",
+    ),
+    "more keys": (lambda: attend_cached(bf16(2, 4, 16), bf16(2, 8, 2, 16), (5, 9)), r"keys \(5, 9\); expected 2, of 1"),
+    "no keys": (lambda: attend_cached(bf16(2, 4, 16), bf16(2, 8, 2, 16), (0, 8)), r"keys \(0, 8\); expected 2, of 1"),
     "a gate's other": (lambda: gate.forward(bf16(3, 8), bf16(2, 8), "silu"), r"up is \[2, 8\]; expected \[3, 8\]"),
     "a gate in fp32": (
         lambda: gate.backward(bf16(3, 8), bf16(3, 8), bf16(3, 8).float(), "silu"),

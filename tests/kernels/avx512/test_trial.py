@@ -9,6 +9,7 @@ import torch
 
 from accessory.kernels import avx512
 from accessory.kernels.avx512 import (
+    cached_attention,
     column_sums,
     cross_entropy,
     document_attention,
@@ -20,6 +21,7 @@ from accessory.kernels.avx512 import (
 )
 
 RESULTS = [
+    (cached_attention, "attend", None),
     (column_sums, "column_sums", None),
     *((cross_entropy, "statistics", i) for i in range(3)),
     (cross_entropy, "become_gradient", None),

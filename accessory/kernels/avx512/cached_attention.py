@@ -1,0 +1,37 @@
+"""Attention of one new token a document to a key/value cache, in bf16: softmax and sums in fp32, rounded once."""
+
+from __future__ import annotations
+
+from ctypes import c_int64
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.avx512.compiling import compiled
+from accessory.kernels.avx512.operands import address, whole
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, counts: tuple[int, ...], window: int | None, scale: float
+) -> Tensor:
+    """q [B, H, E], keys and values [B, longest, K, E], bf16 -> [B, H, E].
+
+    counts: how many keys each document has, one at least. window: how many of them, the last ones, are seen.
+
+    Raises `AssertionError` for what does not fit together.
+    """
+    (documents, longest, kv_heads, width), heads = keys.shape, q.shape[1]
+    q, values = whole(q, (documents, heads, width), "q"), whole(values, keys.shape, "values")
+    keys = whole(keys, keys.shape, "keys")
+    if heads % kv_heads:
+        raise AssertionError(f"{heads} heads for {kv_heads} of keys")
+    if scale < 0 or (window is not None and window < 1):
+        raise AssertionError(f"scale {scale}, window {window}; expected no negative scale, and a key at least")
+    if len(counts) != documents or not all(0 < count <= longest for count in counts):
+        raise AssertionError(f"keys {counts}; expected {documents}, of 1 to {longest}")
+    out = torch.empty_like(q)
+    compiled("cached_attention", "pppppnnnnnnfn")(
+        *map(address, (q, keys, values, out)), (c_int64 * documents)(*counts), documents, longest, heads, kv_heads,
+        width, longest if window is None else window, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
