@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.errors import ConfigError
+from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
-from accessory.quant.fused import MOST_ROWS
 
 
 @torch.inference_mode()

@@ -15,16 +15,20 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.errors import ConfigError
 from accessory.generate import generate_tokens, next_token_logits, sample
+from accessory.kernels import avx512
+from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs, RopeScaling
 from accessory.model.decoder import Decoder
 from accessory.model.sequences import Sequences
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
-from accessory.quant import native, storage
+from accessory.quant import storage
 from accessory.quant.four_bit import FourBitWeight
-from accessory.quant.fused import MOST_ROWS
 
+needs_kernel = pytest.mark.skipif(
+    not avx512.available(torch.device("cpu"), torch.bfloat16), reason="no AVX512-bf16 or no compiler"
+)
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
 LENGTH = 15
 
@@ -288,7 +292,7 @@ def random_values(name: str, shape: tuple[int, ...]) -> Callable[[torch.Generato
 
 @pytest.fixture(scope="module")
 def four_bit(layout: groups.Layout) -> Decoder:
-    """A random NF4 decoder in bf16 whose matrices have copies to decode with where the processor knows them."""
+    """A random NF4 decoder in bf16."""
     args = ModelArgs(
         dim=128, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=192, vocab_size=96, rotary_layout="halves"
     )
@@ -314,7 +318,7 @@ def test_four_bits_step_by_step_equal_all_at_once(four_bit: Decoder) -> None:
         assert (logits.max(1).values - chosen).max() <= 0.02 * logits.abs().max()  # near ties may fall either way
 
 
-@pytest.mark.skipif(not native.FUSES, reason="other products round a row by what stands beside it")
+@needs_kernel
 def test_four_bits_in_a_batch_equal_alone(four_bit: Decoder) -> None:
     """In bf16, token for token: prompts that are read together, in groups, and one with the unpacked matrices."""
     generator = torch.Generator().manual_seed(0)
@@ -324,11 +328,12 @@ def test_four_bits_in_a_batch_equal_alone(four_bit: Decoder) -> None:
     assert len({token for answer in together for token in answer}) > 10
 
 
-def test_training_after_asking_needs_no_copies(four_bit: Decoder) -> None:
-    """They go when the decoder is to train, and are made again when it is asked."""
+@needs_kernel
+def test_training_ends_what_was_prepared(four_bit: Decoder) -> None:
+    """It is made again when the decoder is asked."""
     list(generate_tokens(four_bit, PROMPTS[:1], max_gen_len=1, max_seq_len=64, stop_ids=set()))
     weights = [m for m in four_bit.modules() if isinstance(m, FourBitWeight)]
-    assert not native.FUSES or any(weight.fused for weight in weights)
+    assert sum(weight.together is not None for weight in weights) == 4 * len(four_bit.layers)
     four_bit.train()
-    assert not any(weight.fused for weight in weights)
+    assert not any(weight.together for weight in weights)
     four_bit.eval()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory import kernels
+from accessory.kernels.avx512.four_bit_gemv import Beside
 from accessory.model.low_rank import Draw
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight
@@ -52,26 +53,22 @@ def project(x: Tensor | Recomputed, products: list[Product], unread: bool = Fals
 
 def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
     first, *others = [product.weight for product in products]
-    lows = _low_terms(x, products)
-    decoded = first.decode(x, others) if isinstance(first, PackedWeight) else None
-    if decoded is None:
-        return tuple(multiply(x, p.weight, p.bias, low) for p, low in zip(products, lows, strict=True))
-    for y, product, low in zip(decoded, products, lows, strict=True):  # added to what is rounded: such is that kernel
-        if low is not None:
-            y.addmm_(low.x, low.factor.to(x.dtype).t(), alpha=low.scale)
-        if product.bias is not None:
-            y.add_(product.bias.to(x.dtype))
-    return decoded
-
-
-def _low_terms(x: Tensor, products: list[Product]) -> list[LowRankTerm | None]:
-    if all(product.a is None for product in products):
-        return [None] * len(products)
-    lows = _low_products(x, products, [product.draw for product in products])
-    return [
+    draws = [product.draw for product in products]
+    if isinstance(first, PackedWeight) and not any(draw.dropout for draw in draws):
+        decoded = first.decode(x, others, _beside(products))
+        if decoded is not None:
+            return decoded
+    lows = [
         None if low is None else LowRankTerm(low, product.b, product.draw.scale)
-        for low, product in zip(lows, products, strict=True)
+        for low, product in zip(_low_products(x, products, draws), products, strict=True)
     ]
+    return tuple(multiply(x, p.weight, p.bias, low) for p, low in zip(products, lows, strict=True))
+
+
+def _beside(products: list[Product]) -> list[Beside] | None:
+    if all(product.bias is None and product.a is None for product in products):
+        return None
+    return [Beside(product.bias, product.a, product.b, product.draw.scale) for product in products]
 
 
 class _Tensors(NamedTuple):

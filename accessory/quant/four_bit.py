@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.errors import CheckpointError
-from accessory.kernels.avx512.four_bit_product import Codes
+from accessory.kernels.avx512.four_bit import Codes, takes
+from accessory.kernels.avx512.four_bit_gemv import Beside, Matrices
 from accessory.quant import native
 from accessory.quant.bitsandbytes_library import functional as bnb
-from accessory.quant.fused import FusedCopy
 from accessory.quant.memory import shared_memory
 from accessory.quant.packed import LowRankTerm, PackedWeight
 
@@ -54,8 +54,8 @@ class FourBitWeight(PackedWeight):
         if shape[1] % 2:
             raise AssertionError(f"4-bit rows hold pairs of weights; got {shape[1]} columns")
         self.quant_type, self.nested = quant_type, nested
-        self.fused: FusedCopy | None = None
-        self.fused_with: list[PackedWeight] = []
+        self.together: Matrices | None = None
+        self.together_with: list[PackedWeight] = []
         numel = shape[0] * shape[1]
         blocks = -(-numel // BLOCK)
         self.codes = _frozen(torch.empty(numel // 2, dtype=torch.uint8, device="meta"))
@@ -67,7 +67,7 @@ class FourBitWeight(PackedWeight):
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
         """Quantize `weight` [N, K] on its own device; the same bits as bitsandbytes' `quantize_4bit` of the whole."""
-        self.fused = None
+        self.together = None
         flat = weight.contiguous().view(-1)
         # On the CPU pieces whose intermediates stay in the cache take a third of the time of the whole at once.
         piece = CPU_PIECE if weight.device.type == "cpu" else max(flat.numel(), 1)
@@ -85,7 +85,7 @@ class FourBitWeight(PackedWeight):
 
     def adopt(self, state: PackedState) -> None:
         """Take codes and statistics as they are; those of a slice may be single-level though the rest are nested."""
-        self.nested, self.fused = "nested_scales" in state, None
+        self.nested, self.together = "nested_scales" in state, None
         for name in ("codes", "scales", "nested_scales", "offset"):
             self._parameters.pop(name, None)
             if name in state:
@@ -147,28 +147,24 @@ class FourBitWeight(PackedWeight):
             nested = nested_codebook(device), self.nested_scales, self.offset
         return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested)
 
-    def decode(self, x: Tensor, others: list[PackedWeight]) -> tuple[Tensor, ...] | None:
-        """In one product, by the fused copy of those that were prepared together."""
-        if self.fused is None or not self.fused.takes(x) or self.fused_with != others:
+    def decode(self, x: Tensor, others: list[PackedWeight], beside: list[Beside] | None) -> tuple[Tensor, ...] | None:
+        """By this CPU's kernel for few rows, in one call."""
+        if self.together is None or not self.together.takes(x) or self.together_with != others:
             return None
-        y = self.fused.multiply(x)
-        return y.split_with_sizes([weight.shape[0] for weight in (self, *others)], 1) if others else (y,)
+        return self.together.multiply(x, beside)
 
     @torch.no_grad()
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """Keep a copy to decode with, where one is of use, until the module is to train or is filled anew."""
-        if self.fused is not None and self.fused_with == others:
+        """Keep the addresses of all, where there is a kernel for them."""
+        weights = [self, *others]
+        if not all(isinstance(weight, FourBitWeight) and takes(weight.shape) for weight in weights):
             return
-        together = [self, *others]
-        if any(not isinstance(w, FourBitWeight) or w.quant_type != self.quant_type for w in together):
-            return
-        copies = [FusedCopy.of(w.codes, w._plain_scales(), w.shape, BLOCK, w.quant_type) for w in together]
-        if all(copies):
-            self.fused, self.fused_with = FusedCopy.joined(copies), others
+        if kernel := kernels.chosen("four_bit_gemv", self.codes.device, torch.bfloat16):
+            self.together, self.together_with = kernel.Matrices([w._as_codes() for w in weights]), others
 
     def train(self, mode: bool = True) -> FourBitWeight:
-        """As every module's; training has no use for the copy."""
-        self.fused = None if mode else self.fused
+        """As every module's; addresses are kept for no longer than they are of use."""
+        self.together = None if mode else self.together
         return super().train(mode)
 
     def _unpack_by_kernel(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from accessory.kernels.avx512.four_bit_gemv import Beside
+
 
 class LowRankTerm(NamedTuple):
     """What a product of low rank adds to one with W [N, K]: scale * x factor^T, or scale * x factor of one with W^T.
@@ -80,8 +82,11 @@ class PackedWeight(nn.Module, ABC):
         It is gone when the module is to train or is filled anew.
         """
 
-    def decode(self, x: Tensor, others: list[PackedWeight]) -> tuple[Tensor, ...] | None:
-        """x [T, K], few rows -> x W^T [T, N] of this matrix and of `others`, without a gradient; None: not prepared."""
+    def decode(self, x: Tensor, others: list[PackedWeight], beside: list[Beside] | None) -> tuple[Tensor, ...] | None:
+        """x [T, K], few rows -> [T, N] of this matrix and of `others`: x W^T and what is beside it, without a gradient.
+
+        None where they were not prepared together, or not for such an x.
+        """
         return None
 
     def extra_repr(self) -> str:

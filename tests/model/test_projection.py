@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.kernels import avx512
+from accessory.kernels.avx512.four_bit_gemv import Beside
 from accessory.model.low_rank import Draw
 from accessory.model.projection import Product, project
 from accessory.model.recomputed import Recomputed
@@ -183,3 +185,24 @@ def test_bias_gradient_is_summed_in_fp32() -> None:
     (y,) = project(torch.zeros(4097, 3, dtype=torch.bfloat16), [Product(torch.zeros(2, 3).bfloat16(), bias)])
     y.backward(torch.ones(4097, 2, dtype=torch.bfloat16))
     assert bias.grad.tolist() == [4097.0, 4097.0]
+
+
+@pytest.mark.skipif(
+    not avx512.available(torch.device("cpu"), torch.bfloat16), reason="no AVX512-bf16 or no C++ compiler"
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (False, True), (True, True)])
+def test_few_rows_that_are_prepared(lora: bool, bias: bool, dropout: float) -> None:
+    """Without a gradient, by the kernel for them with all that stands beside; what drops out, as with a gradient."""
+    made, _ = products("nf4", lora=lora, bias=bias, dropout=dropout, dtype=torch.float32)
+    made[0].weight.prepare_decoding([made[1].weight])
+    x = random(TOKENS, INPUTS, seed=5).bfloat16()
+    with torch.no_grad():
+        found = project(x, made)
+        beside = [Beside(product.bias, product.a, product.b, product.draw.scale) for product in made]
+        by_kernel = made[0].weight.decode(x, [made[1].weight], beside)
+    wanted = project(x, made) if lora and dropout else by_kernel
+    for one, other, product in zip(found, wanted, made, strict=True):
+        assert torch.equal(one, other)
+        exact = written_out(x.double(), product)
+        assert (one.double() - exact).norm() < 0.01 * exact.norm()

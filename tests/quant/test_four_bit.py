@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.kernels import avx512
 from accessory.model.projection import Product, project
-from accessory.quant import memory, native, storage
-from accessory.quant.four_bit import FourBitWeight, plain_scales
+from accessory.quant import memory, storage
+from accessory.quant.four_bit import CPU, FourBitWeight, plain_scales
 
 FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
 """Our name -> bitsandbytes' quant_type and compress_statistics."""
@@ -165,39 +166,48 @@ def test_later_borrowed_ones_may_overwrite(monkeypatch) -> None:
     assert torch.equal(kept, one.borrow(torch.bfloat16))
 
 
-@pytest.mark.skipif(not native.FUSES, reason="this processor has no bf16 products of bitsandbytes'")
+needs_kernel = pytest.mark.skipif(not avx512.available(CPU, torch.bfloat16), reason="no AVX512-bf16 or no compiler")
+
+
+@needs_kernel
 @pytest.mark.parametrize("rows", [1, 5, 48])
 def test_decoding(rows: int) -> None:
-    """By a copy made for it, several matrices at once: close to float64; the stored codes stay."""
+    """Several matrices at once: close to float64; the stored codes stay."""
     first, second = packed("nf4", matrix((64, 128))), packed("nf4", 3 * matrix((32, 128)))
     before = [p.detach().clone() for p in first.parameters()]
     first.prepare_decoding([second])
     x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for found, weight in zip(first.decode(x, [second]), (first, second), strict=True):
+    for found, weight in zip(first.decode(x, [second], None), (first, second), strict=True):
         wanted = x.double() @ weight.unpack(torch.float64).t()
         assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
     assert all(torch.equal(one, other) for one, other in zip(before, first.parameters(), strict=True))
 
 
 def test_what_was_not_prepared_is_not_decoded() -> None:
-    """Many rows, other dtypes, other matrices beside it."""
-    first, second = packed("nf4", matrix((64, 128))), packed("nf4", matrix((32, 128)))
+    """Many rows, other dtypes, other matrices beside it, or ones that the kernel does not take."""
+    first, second, odd = (packed("nf4", matrix((n, 128))) for n in (64, 32, 33))
     x = torch.ones(5, 128, dtype=torch.bfloat16)
-    assert first.decode(x, [second]) is None
+    assert first.decode(x, [second], None) is None
     first.prepare_decoding([second])
-    assert first.decode(x, []) is None
-    assert first.decode(x.float(), [second]) is None
-    assert first.decode(torch.ones(49, 128, dtype=torch.bfloat16), [second]) is None
+    assert first.decode(x, [], None) is None
+    assert first.decode(x.float(), [second], None) is None
+    assert first.decode(torch.ones(49, 128, dtype=torch.bfloat16), [second], None) is None
+    for others in ([odd], [storage("int8")((32, 128))]):
+        first.prepare_decoding(others)
+        assert first.decode(x, others, None) is None
 
 
-def test_training_drops_the_copy() -> None:
-    """It would be memory for nothing; filled anew, it would be wrong."""
-    ours = packed("nf4", matrix((64, 128)))
+@needs_kernel
+@pytest.mark.parametrize("ends", ["train", "pack", "adopt"])
+def test_what_was_prepared_ends(ends: str) -> None:
+    """When the module is to train, or is filled anew: its addresses would be of other weights."""
+    ours, x = packed("nf4", matrix((64, 128))), torch.ones(5, 128, dtype=torch.bfloat16)
     ours.eval().prepare_decoding([])
-    if native.FUSES:
-        assert ours.fused is not None
-    ours.train()
-    assert ours.fused is None
-    ours.eval().prepare_decoding([])
-    ours.pack(2 * matrix((64, 128)))
-    assert ours.fused is None
+    assert ours.decode(x, [], None) is not None
+    if ends == "train":
+        ours.train()
+    elif ends == "pack":
+        ours.pack(2 * matrix((64, 128)))
+    else:
+        ours.adopt({name: p.data.clone() for name, p in ours.named_parameters()})
+    assert ours.decode(x, [], None) is None

@@ -17,9 +17,16 @@ from accessory.kernels.avx512.compiling import CannotCompile
 from accessory.kernels.switches import switched_on
 
 KERNELS = (
-    "cached_attention", "column_sums", "cross_entropy", "document_attention", "four_bit_product", "gate", "rms_norm",
+    "cached_attention",
+    "column_sums",
+    "cross_entropy",
+    "document_attention",
+    "four_bit_gemv",
+    "four_bit_product",
+    "gate",
+    "rms_norm",
     "rotary",
-)  # fmt: skip
+)
 CPU_INFORMATION = Path("/proc/cpuinfo")
 
 

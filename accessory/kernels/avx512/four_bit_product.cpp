@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "four_bit.h"
 #include "products.h"
 
 namespace {
@@ -18,22 +19,6 @@ constexpr int64_t HEIGHT = 480;           // rows whose sums are alive at once
 }  // namespace
 
 extern "C" {
-
-// W [n, k]: codes [n, k / 2], high nibble first, of which `table` holds the 16 values, a scale for each 64 of a row.
-// scales: fp32, or codes into the 256 values of `book`, times one of nested_scales for each 256, plus an offset.
-struct Packed {
-    const uint8_t* codes;
-    const float* table;
-    const void* scales;
-    const float *book, *nested_scales, *offset;
-    int64_t n, k;
-
-    float scale(int64_t row, int64_t column) const {
-        const int64_t block = (row * k + column) / 64;
-        if (!book) return static_cast<const float*>(scales)[block];
-        return book[static_cast<const uint8_t*>(scales)[block]] * nested_scales[block / 256] + *offset;
-    }
-};
 
 // What is summed: a times the matrix, and low times scale * a plain fp32 factor of `rank` rows or columns, if any.
 struct Term {

@@ -11,11 +11,13 @@ from accessory.kernels.avx512 import (
     column_sums,
     cross_entropy,
     document_attention,
+    four_bit_gemv,
     four_bit_product,
     gate,
     rms_norm,
     rotary,
 )
+from accessory.kernels.avx512.four_bit import Codes
 
 TOLERANCE = 2e-2  # relative: some times bf16's rounding, far less than any real fault
 
@@ -33,6 +35,7 @@ def _wrong_kernels(generator: torch.Generator) -> list[str]:
         "column_sums": [(column_sums.column_sums(a), a.float().sum(0))],
         "cross_entropy": _loss(a),
         "document_attention": _attention(generator),
+        "four_bit_gemv": _few_rows(generator),
         "four_bit_product": _product(generator),
         "gate": _gate(a, b, c),
         "rms_norm": _norm(a, b, c[0].float()),
@@ -87,15 +90,33 @@ def _cached_attention(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]
     return [(found[0], weights @ values[0, 2:19, 0].float())]
 
 
-def _product(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """One matrix of 130 rows, of whose 260 blocks 256 share a scale's scale, with all that may stand beside it."""
+def _matrix(generator: torch.Generator) -> tuple[Codes, Tensor]:
+    """Of 130 rows, of whose 260 blocks 256 share a scale's scale; and plain."""
     shape, table = (130, 128), torch.linspace(-1, 1, 16, dtype=torch.float32)
     codes = torch.randint(256, (130 * 64,), generator=generator, dtype=torch.uint8)
     scales = torch.randint(256, (260,), generator=generator, dtype=torch.uint8)
     book, nested = torch.linspace(0, 1, 256, dtype=torch.float32), torch.tensor([2.0, 0.5], dtype=torch.float32)
-    packed = four_bit_product.Codes(shape, codes, table, scales, (book, nested, nested[:1]))
     values = torch.stack([table[(codes >> 4).long()], table[(codes & 15).long()]], -1).view(-1, 64)
     w = (values * (nested.repeat_interleave(256)[:260] * book[scales.long()] + 2)[:, None]).view(shape)
+    return Codes(shape, codes, table, scales, (book, nested, nested[:1])), w
+
+
+def _few_rows(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Fifteen, so that each number of rows that go together is among them; two matrices, LoRA, a bias."""
+    (one, w), (other, v) = _matrix(generator), _matrix(generator)
+    x, a, b, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float32) for size in ((15, 128), (4, 128), (130, 4), (130,))
+    )
+    x = x.bfloat16()
+    beside = [four_bit_gemv.Beside(a=a, b=b, scale=0.5), four_bit_gemv.Beside(bias)]
+    found = four_bit_gemv.Matrices([one, other]).multiply(x, beside)
+    wanted = x.float() @ (w + 0.5 * b @ a).t(), x.float() @ v.t() + bias
+    return list(zip(found, wanted, strict=True))
+
+
+def _product(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """One matrix, with all that may stand beside it."""
+    packed, w = _matrix(generator)
     x, dy, low, a, b, bias = (
         torch.randn(size, generator=generator, dtype=torch.float32)
         for size in ((14, 128), (14, 130), (14, 4), (4, 128), (130, 4), (130,))

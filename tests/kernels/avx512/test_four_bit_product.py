@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512 import four_bit_product
-from accessory.kernels.avx512.four_bit_product import sum_of_products, takes, workspace_bytes
+from accessory.kernels.avx512.four_bit_product import sum_of_products, workspace_bytes
 from accessory.quant.four_bit import FourBitWeight
 
 SHAPES = [(192, 128), (34, 64), (2, 640), (100, 192), (384, 1088)]
@@ -124,10 +124,3 @@ def test_no_rows() -> None:
     """A rank without a document."""
     weight = packed((34, 64))
     assert sum_of_products([random(0, 64).bfloat16()], [weight._as_codes()], turned=False).shape == (0, 34)
-
-
-def test_which_shapes() -> None:
-    """Others are unpacked whole."""
-    assert takes((34, 64))
-    assert not takes((33, 64))
-    assert not takes((34, 96))

@@ -13,12 +13,14 @@ from accessory.kernels.avx512 import (
     cached_attention,
     cross_entropy,
     document_attention,
+    four_bit_gemv,
     four_bit_product,
     gate,
     rms_norm,
     rotary,
 )
 from accessory.kernels.avx512.column_sums import column_sums
+from accessory.kernels.avx512.four_bit import Codes
 from accessory.kernels.avx512.operands import address, made, whole
 
 
@@ -42,16 +44,22 @@ def attend_cached(
 LABELS, ONES = torch.zeros(3, dtype=torch.int64), torch.ones(3)
 
 
-def codes_of(shape: tuple[int, int]) -> four_bit_product.Codes:
+def codes_of(shape: tuple[int, int]) -> Codes:
     """A matrix of zeros."""
     numbers = shape[0] * shape[1]
     codes = torch.zeros(numbers // 2, dtype=torch.uint8)
-    return four_bit_product.Codes(shape, codes, torch.zeros(16), torch.zeros(numbers // 64), None)
+    return Codes(shape, codes, torch.zeros(16), torch.zeros(numbers // 64), None)
 
 
 def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
     """By such a matrix."""
     return four_bit_product.sum_of_products([x], [codes_of(shape)], turned=False, **more)
+
+
+def few(x: Tensor, *shapes: tuple[int, int], **beside: Tensor) -> tuple[Tensor, ...]:
+    """By such matrices, beside the first of which something stands."""
+    first, *others = [four_bit_gemv.Beside(**beside), *[four_bit_gemv.Beside()] * (len(shapes) - 1)]
+    return four_bit_gemv.Matrices([codes_of(shape) for shape in shapes]).multiply(x, [first, *others])
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
@@ -119,6 +127,23 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "low": (
         lambda: multiply(bf16(3, 64), (4, 64), low=(bf16(3, 2), torch.ones(2, 4), 1.0)),
         r"low factor is \[2, 4\]; expected \[4, 2\]",
+    ),
+    "columns of few rows": (lambda: few(bf16(3, 64), (4, 128)), r"x is \[3, 64\]; expected \[3, 128\]"),
+    "few rows in fp32": (lambda: few(bf16(3, 64).float(), (4, 64)), "x is torch.float32 on cpu"),
+    "unlike columns": (lambda: few(bf16(3, 64), (4, 64), (4, 128)), "expected as many columns in each"),
+    "blocks of few rows": (lambda: few(bf16(3, 96), (4, 96)), r"a matrix of \[4, 96\]; expected even rows"),
+    "a bias of few rows": (lambda: few(bf16(3, 64), (4, 64), bias=torch.ones(3)), r"bias is \[3\]; expected \[4\]"),
+    "a": (
+        lambda: few(bf16(3, 64), (4, 64), a=torch.ones(2, 32), b=torch.ones(4, 2)),
+        r"a is \[2, 32\]; expected \[2, 64\]",
+    ),
+    "b": (
+        lambda: few(bf16(3, 64), (4, 64), a=torch.ones(2, 64), b=torch.ones(2, 4)),
+        r"b is \[2, 4\]; expected \[4, 2\]",
+    ),
+    "too little beside": (
+        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [four_bit_gemv.Beside()]),
+        "1 stand beside 2 matrices",
     ),
     "rows of low": (
         lambda: multiply(bf16(3, 64), (4, 64), low=(bf16(2, 2), torch.ones(4, 2), 1.0)),

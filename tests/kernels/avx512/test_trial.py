@@ -13,6 +13,7 @@ from accessory.kernels.avx512 import (
     column_sums,
     cross_entropy,
     document_attention,
+    four_bit_gemv,
     four_bit_product,
     gate,
     rms_norm,
@@ -27,6 +28,7 @@ RESULTS = [
     (cross_entropy, "become_gradient", None),
     (document_attention, "forward", None),
     *((document_attention, "backward", i) for i in range(3)),
+    *((four_bit_gemv.Matrices, "multiply", i) for i in range(2)),
     (four_bit_product, "sum_of_products", None),
     (gate, "forward", None),
     *((gate, "backward", i) for i in range(2)),
@@ -39,7 +41,12 @@ RESULTS = [
 def test_all_are_tried_and_right() -> None:
     """None is wrong, and a fault of every kernel is among those below."""
     assert trial.wrong_kernels() == []
-    assert {module.__name__.rpartition(".")[2] for module, *_ in RESULTS} == set(avx512.KERNELS)
+    assert {kernel_of(owner) for owner, *_ in RESULTS} == set(avx512.KERNELS)
+
+
+def kernel_of(owner: ModuleType | type) -> str:
+    """The name of its file."""
+    return getattr(owner, "__module__", owner.__name__).rpartition(".")[2]
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
@@ -54,12 +61,12 @@ def test_whatever_torchs_defaults_are(default: torch.dtype) -> None:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize(("module", "name", "result"), RESULTS)
+@pytest.mark.parametrize(("owner", "name", "result"), RESULTS)
 def test_wrong_by_a_twentieth(
-    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, result: int | None
+    monkeypatch: pytest.MonkeyPatch, owner: ModuleType | type, name: str, result: int | None
 ) -> None:
     """It is named, and no other."""
-    right = getattr(module, name)
+    right = getattr(owner, name)
 
     def wrong(*given: object, **named: object) -> object:
         found = right(*given, **named)
@@ -67,5 +74,5 @@ def test_wrong_by_a_twentieth(
             return given[0].mul_(1.05)
         return found * 1.05 if result is None else [t * 1.05 if i == result else t for i, t in enumerate(found)]
 
-    monkeypatch.setattr(module, name, wrong)
-    assert trial.wrong_kernels() == [module.__name__.rpartition(".")[2]]
+    monkeypatch.setattr(owner, name, wrong)
+    assert trial.wrong_kernels() == [kernel_of(owner)]

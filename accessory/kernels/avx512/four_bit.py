@@ -1,0 +1,68 @@
+"""Matrices of 4-bit codes as the kernels read them: where their codes and scales lie."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.avx512.operands import address, whole
+
+BLOCK = 64  # weights of a row that share a scale
+NESTED_BLOCK = 256  # scales that share one of their own
+
+
+class Codes(NamedTuple):
+    """W [n, k]: codes uint8 [n k / 2], high nibble first, whose values `table` fp32 [16] has, and a scale for each 64.
+
+    scales: fp32 [n k / 64], or, with `nested`, uint8: `book[scales] * nested_scales + offset`.
+    nested: (book [256], nested_scales, one for each 256 scales, offset [1]), fp32.
+    """
+
+    shape: tuple[int, int]
+    codes: Tensor
+    table: Tensor
+    scales: Tensor
+    nested: tuple[Tensor, Tensor, Tensor] | None
+
+
+class Packed(ctypes.Structure):
+    """The same in C: addresses, of tensors that whoever calls has to keep."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "table", "scales", "book", "nested_scales", "offset")),
+        *((name, c_int64) for name in ("n", "k")),
+    )
+
+
+def takes(shape: tuple[int, int]) -> bool:
+    """Whether W [n, k] is multiplied with: blocks of one row, and an even number of rows."""
+    return min(shape) > 0 and shape[0] % 2 == 0 and shape[1] % BLOCK == 0
+
+
+def packed(w: Codes) -> Packed:
+    """Raises `AssertionError` for what a kernel does not take, or would not read as what it is."""
+    (n, k), nested = w.shape, w.nested is not None
+    blocks = n * k // BLOCK
+    parts = {
+        "codes": whole(w.codes, (n * k // 2,), "codes", torch.uint8),
+        "table": whole(w.table, (16,), "table", torch.float32),
+        "scales": whole(w.scales, (blocks,), "scales", torch.uint8 if nested else torch.float32),
+    }
+    if nested:
+        shapes = (256,), (-(-blocks // NESTED_BLOCK),), (1,)
+        for name, part, shape in zip(("book", "nested_scales", "offset"), w.nested, shapes, strict=True):
+            parts[name] = whole(part, shape, name, torch.float32)
+    if not all(part.is_contiguous() for part in (w.codes, w.table, w.scales, *(w.nested or ()))):
+        raise AssertionError("codes and scales lie in one piece each")  # a copy would be gone before the call
+    if not takes(w.shape):
+        raise AssertionError(f"a matrix of {list(w.shape)}; expected even rows of whole blocks of {BLOCK}")
+    return Packed(n=n, k=k, **{name: address(part) for name, part in parts.items()})
+
+
+def plain(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """What stands beside a matrix, in fp32 and in one piece. Raises `AssertionError` for another shape or device."""
+    return whole(tensor.to(torch.float32), shape, name, torch.float32)

@@ -1,0 +1,80 @@
+"""Products of few rows in bf16 with matrices of 4-bit codes, with their biases and LoRA: what decoding consists of."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.avx512.compiling import compiled
+from accessory.kernels.avx512.four_bit import Codes, Packed, packed, plain
+from accessory.kernels.avx512.operands import address, whole
+
+MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
+
+
+class Beside(NamedTuple):
+    """What is added to x W^T, W [n, k]: a bias [n], and scale * (x a^T) b^T with a [R, k] and b [n, R], or neither."""
+
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+
+
+class Matrices:
+    """Some W [n, k] that the same x [T, k] is multiplied with, in one call.
+
+    The 16 code values are rounded to bf16, scales are not, and a sum in fp32 of all that there is is rounded once. A
+    row comes out the same bits whatever rows it is among.
+    """
+
+    def __init__(self, matrices: list[Codes]) -> None:
+        if len({codes.shape[1] for codes in matrices}) != 1:
+            raise AssertionError(f"matrices of {[codes.shape for codes in matrices]}; expected as many columns in each")
+        self._kept = matrices
+        self._packed = (Packed * len(matrices))(*map(packed, matrices))
+        self.columns = matrices[0].shape[1]
+        self.widths = [codes.shape[0] for codes in matrices]
+        self.width = sum(self.widths)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether they are for x: bf16 on a CPU, and few rows."""
+        return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS
+
+    def multiply(self, x: Tensor, beside: list[Beside] | None = None) -> tuple[Tensor, ...]:
+        """x bf16 [T, k] -> [T, n] for each matrix, and what is beside it. Raises `AssertionError` for other shapes."""
+        rows = x.shape[0]
+        x = whole(x, (rows, self.columns), "x")
+        out = x.new_empty(rows, self.width)
+        more, kept = self._beside(beside) if beside else (None, None)  # `kept` until the call is over
+        compiled("four_bit_gemv", "ppnppnn")(
+            self._packed, more, len(self.widths), address(x), address(out), rows, torch.get_num_threads()
+        )
+        del kept
+        return (out,) if len(self.widths) == 1 else out.split_with_sizes(self.widths, 1)
+
+    def _beside(self, beside: list[Beside]) -> tuple[ctypes.Array[_Beside], list[Tensor]]:
+        if len(beside) != len(self.widths):
+            raise AssertionError(f"{len(beside)} stand beside {len(self.widths)} matrices")
+        table, kept = (_Beside * len(beside))(), []
+        for to, one, n in zip(table, beside, self.widths, strict=True):
+            if one.bias is not None:
+                kept.append(plain(one.bias, (n,), "bias"))
+                to.bias = address(kept[-1])
+            if one.a is not None:
+                rank = one.a.shape[0]
+                kept += plain(one.a, (rank, self.columns), "a"), plain(one.b, (n, rank), "b")
+                to.a, to.b, to.rank, to.scale = address(kept[-2]), address(kept[-1]), rank, one.scale
+        return table, kept
+
+
+class _Beside(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("bias", "a", "b")),
+        ("rank", c_int64),
+        ("scale", ctypes.c_float),
+    )
