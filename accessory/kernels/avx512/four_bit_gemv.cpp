@@ -70,6 +70,7 @@ struct Low {
 template <int N, int ROWS>
 void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512 (*sums)[16], int64_t place) {
     __m512 sum[ROWS][N] = {};
+#pragma GCC unroll 2
     for (int64_t column = 0; column < w.k; column += WEIGHTS) {
         __m512bh even[N], odd[N];
         __m512 scale[N];
@@ -98,7 +99,7 @@ void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512
 template <int ROWS>
 void tile(const Packed& w, const Beside* beside, int64_t n, const bf16* x, const float* low, int64_t low_step, bf16* out,
           int64_t step) {
-    constexpr int N = ROWS == 4 ? 2 : 1;  // as many as is fastest
+    constexpr int N = ROWS >= 4 ? 2 : 1;  // as many as is fastest
     const auto table = _mm512_broadcast_i64x4(narrow(_mm512_loadu_ps(w.table)));
     __m512 sums[ROWS][16] = {};
     const int64_t there = std::min(LANES, w.n - n);
