@@ -131,23 +131,26 @@ def attend_cached(
         return kernel.attend(q, cache.keys, cache.values, sequences.ends, window, scale)
     parts = []
     for i, part in enumerate(q.split(lengths)):
+        keys, values, end = cache.keys[i : i + 1], cache.values[i : i + 1], sequences.ends[i]
         if kernel and len(part) == 1:
-            one = slice(i, i + 1)
-            parts.append(kernel.attend(part, cache.keys[one], cache.values[one], sequences.ends[one], window, scale))
-            continue
-        start, end = sequences.starts[i], sequences.ends[i]
-        first = 0 if window is None else max(start - window + 1, 0)
-        keys, values = (t[i, first:end].transpose(0, 1)[None] for t in (cache.keys, cache.values))
-        if len(part) == 1:  # sees them all: heads that share keys can be rows of one head, at a fifth of the time
-            rows = part.view(1, keys.shape[1], -1, part.shape[-1])
-            parts.append(F.scaled_dot_product_attention(rows, keys, values, scale=scale).view(part.shape))
-            continue
-        out = F.scaled_dot_product_attention(
-            part.transpose(0, 1)[None], keys, values, attn_mask=_seen(len(part), end - first, window, q.device),
-            scale=scale, enable_gqa=part.shape[1] != keys.shape[1],
-        )  # fmt: skip
-        parts.append(out[0].transpose(0, 1))
+            parts.append(kernel.attend(part, keys, values, (end,), window, scale))
+        else:
+            parts.append(_attend_document(part, keys[0, :end], values[0, :end], window, scale))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _attend_document(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:
+    """The last tokens' queries [S, H, E] of one document, keys and values [n, K, E] of all -> [S, H, E]."""
+    first = 0 if window is None else max(len(keys) - len(q) - window + 1, 0)
+    keys, values = (t[first:].transpose(0, 1)[None] for t in (keys, values))
+    if len(q) == 1:  # sees them all: heads that share keys can be rows of one head, at a fifth of the time
+        rows = q.view(1, keys.shape[1], -1, q.shape[-1])
+        return F.scaled_dot_product_attention(rows, keys, values, scale=scale).view(q.shape)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, attn_mask=_seen(len(q), keys.shape[2], window, q.device),
+        scale=scale, enable_gqa=q.shape[1] != keys.shape[1],
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
 
 
 def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

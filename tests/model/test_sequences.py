@@ -23,6 +23,7 @@ def test_positions_go_on_from_the_cache() -> None:
     """New tokens of documents that have 5 and 0 tokens already."""
     found = Sequences.build((2, 1), FREQUENCIES, starts=(5, 0))
     assert torch.equal(found.turn, rotations(FREQUENCIES, torch.tensor([5, 6, 0])))
+    assert found.ends == (7, 1)
 
 
 def test_offsets_and_longest() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import bitsandbytes
 import bitsandbytes.functional as reference
 import pytest
@@ -195,6 +197,18 @@ def test_what_was_not_prepared_is_not_decoded() -> None:
     for others in ([odd], [storage("int8")((32, 128))]):
         first.prepare_decoding(others)
         assert first.decode(x, others, None) is None
+
+
+@needs_kernel
+def test_a_copy_of_what_was_prepared() -> None:
+    """Is of the copied weights, whatever becomes of the others."""
+    ours, x = packed("nf4", matrix((64, 128))), torch.ones(5, 128, dtype=torch.bfloat16)
+    ours.prepare_decoding([])
+    (before,), copied = ours.decode(x, [], None), copy.deepcopy(ours)
+    ours.codes.data.zero_()
+    assert torch.equal(copied.decode(x, [], None)[0], before)
+    copied.codes.data.zero_()
+    assert not torch.equal(copied.decode(x, [], None)[0], before)
 
 
 @needs_kernel

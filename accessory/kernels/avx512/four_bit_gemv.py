@@ -41,6 +41,10 @@ class Matrices:
         self.widths = [codes.shape[0] for codes in matrices]
         self.width = sum(self.widths)
 
+    def __reduce__(self) -> tuple[type[Matrices], tuple[list[Codes]]]:
+        """A copy, of whatever holds it, has the copied tensors' addresses."""
+        return Matrices, (self._kept,)
+
     def takes(self, x: Tensor) -> bool:
         """Whether they are for x: bf16 on a CPU, and few rows."""
         return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS
