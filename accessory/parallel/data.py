@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from accessory.errors import ConfigError
 from accessory.parallel.groups import Layout, data_parallel_group
 
 
@@ -49,7 +51,15 @@ class DataParallel:
         from torch.distributed.fsdp import fully_shard  # half a second that a process alone need not wait
 
         frozen = {p for p in module.parameters() if not p.requires_grad} if self.mode == "sdp" else None
-        fully_shard(module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen)
+        try:
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen)
+        except RuntimeError as error:
+            if "floating point" not in str(error):
+                raise
+            raise ConfigError(
+                f"--data_parallel fsdp: torch {torch.__version__} cannot shard integers, which packed weights are. "
+                "Give --data_parallel sdp, leave out --quant, or install torch 2.13."
+            ) from error
 
     def reduce_gradients(self, model: nn.Module, last: bool) -> None:
         """Tell the next backward whether to reduce gradients: only the last micro-batch of a step does."""
