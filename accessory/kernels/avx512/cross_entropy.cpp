@@ -70,7 +70,8 @@ void cross_entropy_gradient(bf16* scores, const int64_t* labels, const float* hi
             const auto share = exponential(load(here + at, first(columns - at)), highest[row]);
             store(here + at, first(columns - at), _mm512_maskz_mul_ps(first(width - at), share, scale));
         }
-        if (known) store(here + label, 1, _mm512_fmsub_ps(exponential(of_label, highest[row]), scale, _mm512_set1_ps(1)));
+        const auto one = _mm512_set1_ps(1);
+        if (known) store(here + label, 1, _mm512_fmsub_ps(exponential(of_label, highest[row]), scale, one));
     }
 }
 }

@@ -79,7 +79,7 @@ void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512
             _mm_prefetch(reinterpret_cast<const char*>(codes) + AHEAD, _MM_HINT_T0);
             const auto words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
             even[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-            odd[i] = (__m512bh)_mm512_permutexvar_epi16(words, table);  // the table is there twice: bit 4 is of no account
+            odd[i] = (__m512bh)_mm512_permutexvar_epi16(words, table);  // bit 4 is moot: the table is there twice
             scale[i] = _mm512_set1_ps(w.scale(row + i, column));
         }
         for (int r = 0; r < ROWS; r++) {
@@ -97,8 +97,8 @@ void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512
 
 // 16 columns of a result, from W's row n on.
 template <int ROWS>
-void tile(const Packed& w, const Beside* beside, int64_t n, const bf16* x, const float* low, int64_t low_step, bf16* out,
-          int64_t step) {
+void tile(const Packed& w, const Beside* beside, int64_t n, const bf16* x, const float* low, int64_t low_step,
+          bf16* out, int64_t step) {
     constexpr int N = ROWS >= 4 ? 2 : 1;  // as many as is fastest
     const auto table = _mm512_broadcast_i64x4(narrow(_mm512_loadu_ps(w.table)));
     __m512 sums[ROWS][16] = {};
@@ -107,7 +107,8 @@ void tile(const Packed& w, const Beside* beside, int64_t n, const bf16* x, const
     for (int r = 0; r < ROWS; r++) {
         for (int64_t i = 0; beside && i < there; i++)
             for (int64_t q = 0; q < beside->rank; q += LANES) {
-                const auto factor = _mm512_maskz_loadu_ps(first(beside->rank - q), beside->b + (n + i) * beside->rank + q);
+                const float* b = beside->b + (n + i) * beside->rank + q;
+                const auto factor = _mm512_maskz_loadu_ps(first(beside->rank - q), b);
                 sums[r][i] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(low + r * low_step + q), sums[r][i]);
             }
         auto sum = sum_each(sums[r]);
