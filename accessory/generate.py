@@ -69,8 +69,8 @@ def generate_tokens(
 def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache]) -> Tensor:
     """Fill an empty `cache`; returns what the head multiplies of each prompt's last token [B, embedding_dim].
 
-    On a CPU, prompts that are short enough for the fused product are read no more at once than it takes, so that what
-    stands beside a prompt does not decide which product rounds its numbers.
+    On a CPU, prompts that are short enough for the kernel of few rows are read no more at once than it takes, so that
+    what stands beside a prompt does not decide which product rounds its numbers.
     """
     device = decoder.frequencies.device
     most = MOST_ROWS if device.type == "cpu" else sum(map(len, prompts))

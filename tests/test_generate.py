@@ -129,7 +129,7 @@ def test_what_ended_is_computed_no_further(decoder: Decoder, greedy: list[list[i
 
 
 def test_prompts_read_in_groups(pair) -> None:
-    """More tokens than the fused product takes, whole prompts at a time; one that is longer alone."""
+    """More tokens than the kernel of few rows takes, whole prompts at a time; one that is longer alone."""
     model, decoder = pair
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 96, (n,), generator=generator).tolist() for n in (30, 18, 1, 60, 20, 29)]
