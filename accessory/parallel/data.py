@@ -54,7 +54,7 @@ class DataParallel:
         try:
             fully_shard(module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen)
         except RuntimeError as error:
-            if "floating point" not in str(error):
+            if "floating point dtype can require gradients" not in str(error):
                 raise
             raise ConfigError(
                 f"--data_parallel fsdp: torch {torch.__version__} cannot shard integers, which packed weights are. "

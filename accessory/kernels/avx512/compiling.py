@@ -1,6 +1,6 @@
 """The C++ files of this directory as a library: compiled at the first use on a machine, and kept for the next.
 
-It has plain C functions that take addresses and sizes, so it knows nothing of PyTorch's or Python's version, takes two
+It has plain C functions that take addresses and sizes, so it knows nothing of PyTorch's or Python's version, takes six
 seconds to compile, and, compiled by g++, shares PyTorch's OpenMP threads, whose library is loaded already.
 """
 

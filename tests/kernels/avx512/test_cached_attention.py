@@ -54,12 +54,13 @@ def test_large_scores_do_not_overflow() -> None:
     assert torch.equal(found.float(), torch.full((1, 1, 2), 3.0))
 
 
-def test_threads_change_nothing(threads: int) -> None:
+@pytest.mark.usefixtures("threads")
+def test_threads_change_nothing() -> None:
     """Not a bit: a head is one thread's."""
     given = operands(6, 3, 64)
     found = attend(*given, COUNTS, None, 0.125)
     torch.set_num_threads(1)
-    assert threads and torch.equal(found, attend(*given, COUNTS, None, 0.125))
+    assert torch.equal(found, attend(*given, COUNTS, None, 0.125))
 
 
 def test_other_documents_change_nothing() -> None:

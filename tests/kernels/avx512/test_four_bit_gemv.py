@@ -75,7 +75,7 @@ def test_what_stands_beside_it(rows: int, rank: int) -> None:
     beside = [
         Beside(a=a, b=b, scale=0.7),
         Beside(),
-        Beside(d, a[:, :], c, -1.5),
+        Beside(d, a, c, -1.5),
         Beside(random(100, seed=6).double()),
     ]
     wide, low = x.double(), x.double() @ a.double().t()
