@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, fields
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -18,19 +18,25 @@ from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
 from accessory.tokenizer.trial import try_apart
 
-FILE_NAME = "tokenizer.json"
+FILE_NAME, MODEL_FILE_NAME = "tokenizer.json", "tokenizer.model"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
 _STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
 """What a sequence of steps is called, by the stage it is of."""
+_FLAGS = [field.name for field in fields(Added)]
 _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
 class JsonTokenizer(Tokenizer):
     """A pipeline of the `tokenizers` library; its own file names no BOS and EOS, the files beside it (`special`) do."""
 
-    def __init__(self, definition: str, special: SpecialTokens, *, source: str = FILE_NAME) -> None:
-        """`definition` is the text of a tokenizer.json; `source` is named in the TokenizerError of an unusable one."""
-        self._definition, self.special, self.source = definition, special, source
+    def __init__(
+        self, definition: str, special: SpecialTokens, *, source: str = FILE_NAME, model_file: bytes | None = None
+    ) -> None:
+        """`definition` is the text of a tokenizer.json; `source` is named in the TokenizerError of an unusable one.
+
+        `model_file` is the tokenizer.model that lay beside it: other readers' form of it, saved as it is.
+        """
+        self._definition, self.special, self.source, self.model_file = definition, special, source, model_file
         pipeline = self.pipeline()
         self._main = _load(pipeline, source)
         self._check_added()
@@ -79,11 +85,7 @@ class JsonTokenizer(Tokenizer):
 
     def control_tokens(self) -> dict[int, Added]:
         """See `Tokenizer.control_tokens`: the special ones among the added tokens."""
-        flags = {token_id: token for token_id, token in self._main.get_added_tokens_decoder().items() if token.special}
-        return {
-            token_id: Added(token.content, lstrip=token.lstrip, rstrip=token.rstrip)
-            for token_id, token in flags.items()
-        }
+        return {token_id: token for token_id, token in self.added_tokens().items() if token.special}
 
     def has_token(self, name: str) -> bool:
         """Whether a token is spelled so."""
@@ -91,7 +93,7 @@ class JsonTokenizer(Tokenizer):
 
     def with_special(self, special: SpecialTokens) -> JsonTokenizer:
         """The same vocabulary with other special tokens."""
-        return JsonTokenizer(self._definition, special, source=self.source)
+        return JsonTokenizer(self._definition, special, source=self.source, model_file=self.model_file)
 
     def special_names(self) -> dict[str, str]:
         """See `Tokenizer.special_names`."""
@@ -117,9 +119,14 @@ class JsonTokenizer(Tokenizer):
         return _load({**pipeline, "pre_tokenizer": without}, self.source)
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json as it was read, tokenizer_config.json, and the ids that end an answer."""
+        """Write tokenizer.json and tokenizer.model as they were read, tokenizer_config.json, and the stop ids.
+
+        Beside a tokenizer.model, tokenizer_config.json lists all added tokens, for those who read no tokenizer.json.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FILE_NAME).write_text(self._definition, encoding="utf-8", newline="")
+        if self.model_file is not None:
+            (directory / MODEL_FILE_NAME).write_bytes(self.model_file)
         write_special_tokens(
             directory,
             {"tokenizer_class": "PreTrainedTokenizerFast", **self.special.config},
@@ -127,8 +134,15 @@ class JsonTokenizer(Tokenizer):
             eos=self._main.id_to_token(self.eos_id),
             add_bos=self.bos_id in self.opening,
             stop_ids=self._ordered_stop_ids,
-            added=self._added,
+            added=self._added if self.model_file is None else self.added_tokens(),
         )
+
+    def added_tokens(self) -> dict[int, Added]:
+        """All added tokens by id, ordinary ones too, as tokenizer.json and the files beside it state them."""
+        stated = self._main.get_added_tokens_decoder()
+        return {
+            token_id: Added(**{name: getattr(token, name) for name in _FLAGS}) for token_id, token in stated.items()
+        }
 
     def _resolve(self, key: str, name: str | None, token_id: int | None, source: str) -> int | None:
         found = self._main.token_to_id(name) if name is not None else token_id
@@ -160,11 +174,13 @@ class JsonTokenizer(Tokenizer):
 
 def open_json(path: Path, special: SpecialTokens) -> JsonTokenizer:
     """Read a tokenizer.json. Raises TokenizerError saying what the file is where it is not one."""
+    beside = path.with_name(MODEL_FILE_NAME)
     try:
         definition = path.read_bytes().decode("utf-8-sig")
+        model_file = beside.read_bytes() if path.name == FILE_NAME and beside.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; {_EXPECTED}.") from error
-    return JsonTokenizer(definition, special, source=str(path))
+    return JsonTokenizer(definition, special, source=str(path), model_file=model_file)
 
 
 def _parse(definition: str, source: str) -> dict:
@@ -186,10 +202,7 @@ def _add_missing(pipeline: dict, added: dict[int, Added]) -> dict[int, Added]:
     listed = pipeline.get("added_tokens") or []
     known = {token["content"] for token in listed}
     missing = {token_id: token for token_id, token in sorted(added.items()) if token.content not in known}
-    flags = {"single_word": False, "normalized": False}
-    pipeline["added_tokens"] = listed + [
-        {"id": token_id, **asdict(token), **flags} for token_id, token in missing.items()
-    ]
+    pipeline["added_tokens"] = listed + [{"id": token_id, **asdict(token)} for token_id, token in missing.items()]
     return missing
 
 

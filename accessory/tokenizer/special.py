@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,13 +22,16 @@ _Found = TypeVar("_Found")
 class Added:
     """A token beside the vocabulary proper. Special ones are never matched in text and decode to none.
 
-    `lstrip` and `rstrip` let a match swallow the blanks before or after it.
+    `lstrip` and `rstrip` let a match swallow the blanks before or after it; `normalized` ones are looked for in the
+    normalized text, `single_word` ones only between the ends of words.
     """
 
     content: str
     special: bool = True
     lstrip: bool = False
     rstrip: bool = False
+    normalized: bool = False
+    single_word: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def write_special_tokens(
     """
     stated = {**config, "bos_token": bos, "eos_token": eos, "add_bos_token": add_bos}
     if added:
-        listed = {str(token_id): _plain(token) for token_id, token in sorted(added.items())}
+        listed = {str(token_id): asdict(token) for token_id, token in sorted(added.items())}
         stated["added_tokens_decoder"] = {**listed, **(config.get("added_tokens_decoder") or {})}
     _write(directory / NAMING_FILES[0], stated)
     if len(stop_ids) > 1:
@@ -127,11 +130,6 @@ def read_object(path: Path) -> dict:
     if not isinstance(content, dict):
         raise TokenizerError(f"{path}: found a JSON {type(content).__name__}; expected an object.")
     return content
-
-
-def _plain(token: Added) -> dict:
-    flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": False, "single_word": False}
-    return {"content": token.content, "special": token.special, **flags}
 
 
 def _write(path: Path, content: dict) -> None:
@@ -163,7 +161,7 @@ def _token(path: Path, key: str, value: object) -> Added:
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str) or not content:
         raise TokenizerError(f"{path}: token {key} of 'added_tokens_decoder' is {value!r}; expected 'content' in it.")
-    return Added(content, *(bool(value.get(name)) for name in ("special", "lstrip", "rstrip")))
+    return Added(content, **{flag.name: bool(value.get(flag.name)) for flag in fields(Added)[1:]})
 
 
 def _named(naming: list[tuple[Path, dict]]) -> tuple[str, ...]:

@@ -104,9 +104,12 @@ class SentencePieceTokenizer(Tokenizer):
         return {**further_names(self.special.config), **own}
 
     def encode_stretch(self, text: str, place: Place) -> list[int]:
-        """See `Tokenizer.encode_stretch`. Behind a control token only `"legacy": true` makes up a space."""
-        continued = place == "continued" or (place == "behind_control" and not self.special.config.get("legacy"))
-        return self.encode(text, continuation=continued)
+        """See `Tokenizer.encode_stretch`. Behind a control token a space is made up unless `"legacy": false`.
+
+        So do Meta's code, which encodes each message by itself, llama.cpp, and transformers before version 5.
+        """
+        legacy = self.special.config.get("legacy") is not False
+        return self.encode(text, continuation=place == "continued" or (place == "behind_control" and not legacy))
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.model as it was read, tokenizer_config.json, and the ids that end an answer."""

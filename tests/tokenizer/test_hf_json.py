@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer
+from accessory.tokenizer import open_tokenizer, with_added_tokens
 
 CHATML = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -220,3 +220,23 @@ def test_what_the_library_loads_and_nothing_of_ours_reads_is_no_fault(byte_level
     theirs = Tokenizer.from_str(json.dumps(definition))
     theirs.no_truncation()
     assert open_tokenizer(directory).encode("Write 12 times") == theirs.encode("Write 12 times").ids
+
+
+def test_a_tokenizer_model_beside_travels_as_it_is(llama_like, spm_model, tmp_path):
+    """Tokens that it lacks are stated beside it, wherever they were listed and however they are matched."""
+    pipeline = copy(llama_like)
+    pipeline.add_tokens([AddedToken("<one>", lstrip=True, normalized=True, single_word=True)])
+    plain = {"special": False, "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+    beside = {"501": {"content": "<two>", **plain}}
+    directory = lay(tmp_path / "base", pipeline, {**LLAMA, "added_tokens_decoder": beside})
+    (directory / "tokenizer.model").write_bytes(spm_model)
+    ours = with_added_tokens(open_tokenizer(directory), ["<new>"])
+    ours.save(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.model").read_bytes() == spm_model
+    assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    stated = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert stated["500"] == {"content": "<one>", **plain, "lstrip": True, "single_word": True}
+    assert stated["501"] == {"content": "<two>", **plain}
+    assert stated["502"] == {"content": "<new>", **plain, "special": True, "normalized": False}
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert again.convert_tokens_to_ids(["<one>", "<two>", "<new>"]) == [500, 501, 502]

@@ -35,6 +35,17 @@ def test_only_a_continuation_has_no_made_up_space(spm_file, spm_model):
     assert ours.encode(" task", continuation=True) == ours.encode("task")
 
 
+@pytest.mark.parametrize("config", [None, {}, {"legacy": None}, {"legacy": True}, {"legacy": False}])
+def test_behind_a_control_token_a_space_is_made_up_unless_a_file_says_not(spm_file, spm_model, tmp_path, config):
+    """Meta's code and llama.cpp do so, and transformers 4 where `legacy` is absent."""
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, alone = open_tokenizer(spm_file), reference(spm_model).encode("[task] one")
+    made_up = config is None or config.get("legacy") is not False
+    assert (ours.encode_stretch("[task] one", "behind_control") == alone) is made_up
+    assert ours.encode_stretch("[task] one", "start") == alone != ours.encode_stretch("[task] one", "continued")
+
+
 def test_a_continuation_keeps_its_space_in_a_model_that_strips(tmp_path, train_sentencepiece):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_sentencepiece(remove_extra_whitespaces=True))
