@@ -1,6 +1,37 @@
-"""Fine-tuning of quantized large language models."""
+"""Fine-tuning of quantized large language models: `from accessory import MetaModel` asks what was trained."""
 
+from __future__ import annotations
+
+import importlib
 import logging
+from pathlib import Path
+
+_HOMES = {
+    "MetaModel": "accessory.meta",
+    "FinetuneConfig": "accessory.config",
+    "AccessoryError": "accessory.errors",
+}
+"""The public names and where they are: loaded when first asked for, as they bring PyTorch along."""
+__all__ = ["AccessoryError", "FinetuneConfig", "MetaModel", "__version__"]
 
 # On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> object:
+    """A public name, or the version: that of the source tree this lies in, else of what is installed."""
+    if name == "__version__":
+        return _version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    import importlib.metadata
+    import tomllib
+
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if project.is_file():
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    return importlib.metadata.version(__name__)

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from accessory.checkpoint.retention import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
+from accessory.data.templates import LAYOUTS
 from accessory.errors import ConfigError, explain_validation, is_there, nearest
 from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
@@ -195,8 +196,8 @@ class DemoConfig(BaseModel):
     """Format of the packed base; absent: as trained, or nf4."""
     prompt: list[str] = []
     """Questions to answer in the terminal; without any, a page is served."""
-    system_prompt: Literal["alpaca", "none", "chat"] = "alpaca"
-    """Template around the question; `chat` is the checkpoint's own chat template."""
+    system_prompt: Literal[LAYOUTS] | None = None
+    """Layout of the question: a prompt_type, or dialog; absent: as the part was trained, alpaca for a base."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.1, ge=0)

@@ -26,10 +26,9 @@ from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 
 FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
-PROBE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\nExplain in a few sentences why the sky looks blue during the day and red at sunset.\n\n"
-    "### Response:Sunlight holds all colours. Air scatters short waves more than long ones, so that blue light reaches "
+PROBE_QUESTION = "Explain in a few sentences why the sky looks blue during the day and red at sunset."
+PROBE_ANSWER = (
+    "Sunlight holds all colours. Air scatters short waves more than long ones, so that blue light reaches "
     "the eye from all over the sky; in the evening the light comes a longer way, and mostly red is left of it."
 )
 PROBE_TOKENS = 256  # whose logits are held at once
@@ -185,20 +184,24 @@ def trained_quantization(sources: list[Source]) -> str | None:
     return packed or next((source.run["quantization"] for source in reversed(sources) if source.run), None)
 
 
-def logit_error(trained: list[Path], written: Path, probe: str, precision: str = "bf16") -> LogitError:
+def logit_error(trained: list[Path], written: Path, probe: str | None = None, precision: str = "bf16") -> LogitError:
     """Compare the model as trained with what was written, both loaded from their files, one after the other.
 
-    The probe is cut where it is longer than `PROBE_TOKENS` or than the model's documents. Raises `ConfigError`.
+    probe: a text; None: a question and its answer, laid out as the trained part's were. It is cut where it is longer
+    than `PROBE_TOKENS` or than the model's documents. Raises `ConfigError`.
     """
     check_precision(precision)
     layout = groups.start("cpu")
-    tokens, first = _probe_logits(trained, probe, precision, layout)
-    _, second = _probe_logits([written], probe, precision, layout)
+    model = MetaModel.from_pretrained(list(trained), dtype=precision, layout=layout)
+    tokens = _probe_tokens(model, probe)
+    first = model.logits(tokens, (len(tokens),))
+    del model
+    second = MetaModel.from_pretrained(written, dtype=precision, layout=layout).logits(tokens, (len(tokens),))
     shared = min(first.shape[1], second.shape[1])  # one of them may pad its vocabulary
     first, second = first[:, :shared], second[:, :shared]
     difference = (first - second).abs()
     moved = int((first.argmax(-1) != second.argmax(-1)).sum())
-    return LogitError(float(difference.max()), float(difference.mean()), moved, tokens)
+    return LogitError(float(difference.max()), float(difference.mean()), moved, len(tokens))
 
 
 def check_precision(precision: str) -> None:
@@ -209,10 +212,12 @@ def check_precision(precision: str) -> None:
         )
 
 
-def _probe_logits(paths: list[Path], probe: str, precision: str, layout: Layout) -> tuple[int, torch.Tensor]:
-    model = MetaModel.from_pretrained(list(paths), dtype=precision, layout=layout)
-    length = min(PROBE_TOKENS, model.max_seq_len)
-    tokens = torch.tensor([*model.tokenizer.opening, *model.tokenizer.encode(probe)][:length], dtype=torch.int64)
-    if not len(tokens):
+def _probe_tokens(model: MetaModel, probe: str | None) -> torch.Tensor:
+    if probe is None:
+        ids = model.prompt_tokens(model.question(PROBE_QUESTION))
+        ids += model.tokenizer.encode(PROBE_ANSWER, continuation=True)
+    else:
+        ids = [*model.tokenizer.opening, *model.tokenizer.encode(probe)]
+    if not ids:
         raise ConfigError("--probe '' has no tokens to compare the logits of.")
-    return len(tokens), model.logits(tokens, (len(tokens),))
+    return torch.tensor(ids[: min(PROBE_TOKENS, model.max_seq_len)], dtype=torch.int64)

@@ -369,7 +369,9 @@ def _saver(
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
-        RUN_FILE: run_record(plain(config), base, blueprint.quant_type, job.corpus.fingerprint),
+        RUN_FILE: run_record(
+            plain(config), base, blueprint.quant_type, job.corpus.fingerprint, job.corpus.documents_by_layout()
+        ),
     }
     stem = "trainable" if only_trainable else "model"
     saver = Saver(

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from accessory.blueprint import Blueprint, draw_blueprint
+from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
 from accessory.checkpoint.load import fill, resolve
-from accessory.checkpoint.run_record import with_base
+from accessory.checkpoint.run_record import trained_layouts, with_base
 from accessory.data.batch import PackedBatch
+from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
+from accessory.errors import ConfigError, nearest
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
@@ -21,16 +23,22 @@ from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.tokenizer import Tokenizer
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A text, or messages of `role` and `content` for the checkpoint's chat template."""
+Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
+"""A text, messages of `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
+Paths = str | Path | Sequence[str | Path]
+_UNFINISHED = ("\N{REPLACEMENT CHARACTER}", *(DIALOG_END[:length] for length in range(1, len(DIALOG_END))))
+"""What an answer that is being shown must not end in: half a character, or the beginning of a dialog turn's end."""
 
 
 class MetaModel(nn.Module):
-    """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch."""
+    """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
-    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    layouts: how questions were laid out in what was trained, that of most documents first; empty where nothing says.
+    """
+
+    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, layouts: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.llma, self.tokenizer = llma, tokenizer
+        self.llma, self.tokenizer, self.layouts = llma, tokenizer, layouts
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -40,20 +48,37 @@ class MetaModel(nn.Module):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Packed token ids [T] of documents of `lengths` -> logits [T, V] fp32. For measuring: it holds them all."""
-        hidden = self.llma(tokens, self.llma.sequences(lengths))
-        return next_token_logits(self.llma, hidden)
+        """Packed token ids [T] of documents of `lengths` -> logits [T, V] fp32, on the device that `tokens` are on.
+
+        For measuring: it holds them all.
+        """
+        hidden = self.llma(tokens.to(self.llma.frequencies.device), self.llma.sequences(lengths))
+        return next_token_logits(self.llma, hidden).to(tokens.device)
+
+    @property
+    def layout(self) -> str:
+        """How a question is laid out where nobody says: as most of what was trained, else as Alpaca's."""
+        return self.layouts[0] if self.layouts else "alpaca"
+
+    def question(self, question: str, context: str = "", layout: str | None = None) -> Prompt:
+        """A question, and perhaps an input that belongs to it, as the prompt it was in training; for `generate`.
+
+        layout: one of `accessory.data.templates.LAYOUTS`; absent: `self.layout`. Raises `ConfigError` for another.
+        """
+        return question_prompt(question, context, layout or self.layout)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """A prompt as training laid it out; its end is kept where it is too long.
 
         A text stands behind what opens the tokenizer's documents; messages are laid out by the checkpoint's template.
         """
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str | DialogPrompt):
             return self.tokenizer.chat_ids(prompt)[-max(self.max_seq_len - 1, 1) :]
         start = list(self.tokenizer.opening)
         room = max(self.max_seq_len - 1 - len(start), 1)
-        return start + self.tokenizer.encode(prompt)[-room:]
+        first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
+        pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
+        return start + [token for piece in pieces for token in piece][-room:]
 
     def generate(
         self,
@@ -64,13 +89,15 @@ class MetaModel(nn.Module):
         top_p: float = 0.95,
         seed: int = 0,
     ) -> list[str]:
-        """Answers to a batch of prompts."""
+        """Answers to a batch of prompts. Raises `ConfigError` for what is no list of them."""
         answers: list[list[int]] = [[] for _ in prompts]
         for tokens in self._steps(prompts, max_gen_len, temperature, top_p, seed):
             for answer, token in zip(answers, tokens, strict=True):
                 if token is not None:
                     answer.append(token)
-        return [self.tokenizer.decode(answer) for answer in answers]
+            if all(self._answer(*pair)[1] for pair in zip(prompts, answers, strict=True)):
+                break
+        return [self._answer(*pair)[0] for pair in zip(prompts, answers, strict=True)]
 
     def stream_generate(
         self, prompt: Prompt, *, max_gen_len: int = 512, temperature: float = 0.0, top_p: float = 0.95, seed: int = 0
@@ -83,17 +110,28 @@ class MetaModel(nn.Module):
         shown = text = ""
         for (token,) in self._steps([prompt], max_gen_len, temperature, top_p, seed):
             answer.append(token)
-            text = self.tokenizer.decode(answer)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            text, ended = self._answer(prompt, answer)
+            if ended:
+                break
+            if not text.endswith(_UNFINISHED if isinstance(prompt, DialogPrompt) else _UNFINISHED[:1]):
                 shown = text
                 yield text
         if text != shown:
             yield text
 
+    def _answer(self, prompt: Prompt, answer: list[int]) -> tuple[str, bool]:
+        """The text of an answer so far, and whether what follows belongs to the next turn of a conversation of ours."""
+        text = self.tokenizer.decode(answer)
+        if not isinstance(prompt, DialogPrompt):
+            return text, False
+        words, end, _ = text.partition(DIALOG_END)
+        return words.removeprefix(" "), bool(end)
+
     def _steps(
         self, prompts: list[Prompt], max_gen_len: int, temperature: float, top_p: float, seed: int
     ) -> Iterator[list[int | None]]:
-        chats = not all(isinstance(prompt, str) for prompt in prompts)
+        _check_prompts(prompts)
+        chats = not all(isinstance(prompt, str | DialogPrompt) for prompt in prompts)
         return generate_tokens(
             self.llma,
             [self.prompt_tokens(prompt) for prompt in prompts],
@@ -107,24 +145,26 @@ class MetaModel(nn.Module):
 
     @staticmethod
     def from_pretrained(
-        pretrained_path: str | Path | list[str | Path],
+        pretrained_path: Paths,
         *,
         llama_type: str | None = None,
-        llama_config: list[Path] | None = None,
-        tokenizer_path: Path | None = None,
+        llama_config: Paths = (),
+        tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
-        dtype: str = "bf16",
+        dtype: str | torch.dtype = "bf16",
         quant: bool | None = None,
         quant_type: str | None = None,
+        device: str | torch.device = "auto",
         layout: Layout | None = None,
     ) -> MetaModel:
         """Load a model for asking. What is not said is taken from the checkpoints and their run.json.
 
-        pretrained_path: base, then trained parts, or a trained part alone. quant: None follows the training run.
-        layout: from `groups.start`; absent, one process is assumed. Raises `AccessoryError`s.
+        pretrained_path: base, then trained parts, or a trained part alone. dtype: bf16, fp16, fp32, or torch's name of
+        one. quant: None follows the training run. device: auto (CUDA where there is any), cpu, cuda or cuda:N.
+        layout: from `groups.start`, with its device; absent, one process is assumed. Raises `AccessoryError`s.
         """
-        paths = pretrained_path if isinstance(pretrained_path, list) else [pretrained_path]
-        layout = layout or groups.start("cpu")
+        paths, precision = _paths(pretrained_path), _precision(dtype)
+        layout = layout or groups.start(str(device))
         sources = together(lambda: with_base(paths))
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
         wanted = (quant_type or recorded) if (quant or (quant is None and recorded)) else None
@@ -132,11 +172,11 @@ class MetaModel(nn.Module):
             lambda: draw_blueprint(
                 sources,
                 llama_type=llama_type,
-                llama_config=llama_config or [],
-                tokenizer_path=tokenizer_path,
+                llama_config=_paths(llama_config),
+                tokenizer_path=Path(tokenizer_path) if tokenizer_path else None,
                 quant=bool(quant),
                 quant_type=wanted,
-                precision=dtype,
+                precision=precision,
                 train=False,
             )
         )
@@ -148,5 +188,32 @@ def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq
     decoder, attachment = together(lambda: blueprint.build(layout))
     tensors = together(lambda: resolve(decoder, sources, attachment, initialize=False))
     together(lambda: fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False)))
-    model = MetaModel(decoder, blueprint.tokenizer, max_seq_len)
+    model = MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_layouts(sources))
     return model.requires_grad_(False).eval()
+
+
+def _paths(given: Paths) -> list[Path]:
+    """One path or several, as `Path`s."""
+    return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]
+
+
+def _precision(dtype: str | torch.dtype) -> str:
+    """A name of `DTYPES` for what may be torch's own. Raises `ConfigError`."""
+    spelled = str(dtype).removeprefix("torch.")
+    name = next((name for name, kind in DTYPES.items() if spelled in (name, str(kind).removeprefix("torch."))), None)
+    if name is None:
+        raise ConfigError(f"dtype {dtype!r} is unknown.{nearest(spelled, DTYPES)} Known: {', '.join(DTYPES)}.")
+    return name
+
+
+def _check_prompts(prompts: object) -> None:
+    """Raise `ConfigError` for one prompt where a list of them is expected, and for what is no prompt."""
+    if isinstance(prompts, str | DialogPrompt):
+        raise ConfigError(f"generate() was given {prompts!r}; expected a list of prompts: generate([prompt]).")
+    for place, prompt in enumerate(prompts):
+        chat = isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt)
+        if not (chat or isinstance(prompt, str | DialogPrompt)):
+            raise ConfigError(
+                f"prompt {place} is {prompt!r}; expected a text, a list of messages with role and content, or what "
+                "question() gives."
+            )

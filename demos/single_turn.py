@@ -15,10 +15,10 @@ import torch.distributed as dist
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import DemoConfig
-from accessory.data.templates import CHAT, format_prompt, question_messages
+from accessory.data.templates import CHAT, LAYOUTS
 from accessory.entry import run_entry
 from accessory.errors import ConfigError
-from accessory.meta import MetaModel, Prompt
+from accessory.meta import MetaModel
 from accessory.parallel import groups
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
@@ -54,8 +54,11 @@ def main(config: DemoConfig) -> None:
         quant_type=config.quant_type,
         layout=layout,
     )
+    config = config.model_copy(update={"system_prompt": config.system_prompt or model.layout})
     if config.system_prompt == CHAT:
         _ = model.tokenizer.chat  # says what is missing before anybody asks
+    if layout.is_main and (note := layout_note(model, config.system_prompt)):
+        print(note, file=sys.stderr, flush=True)
     if config.prompt:
         answer_in_terminal(model, config, speaks=layout.is_main)
     elif layout.is_main:
@@ -67,7 +70,7 @@ def main(config: DemoConfig) -> None:
 def answer(model: MetaModel, question: Question) -> Iterator[str]:
     """The answer so far, growing. Every rank must go through it together."""
     return model.stream_generate(
-        prompt_of(question),
+        model.question(question.question, question.input, question.system_prompt),
         max_gen_len=question.max_gen_len,
         temperature=question.temperature,
         top_p=question.top_p,
@@ -75,11 +78,16 @@ def answer(model: MetaModel, question: Question) -> Iterator[str]:
     )
 
 
-def prompt_of(question: Question) -> Prompt:
-    """The question with its template around it, or as a message for the checkpoint's own."""
-    if question.system_prompt == CHAT:
-        return question_messages(question.question, question.input)
-    return format_prompt(question.question, question.input, question.system_prompt)
+def layout_note(model: MetaModel, asked: str) -> str:
+    """What to say where a part was trained on several layouts, or on another than is asked in; else nothing."""
+    trained = ", ".join(model.layouts)
+    if model.layouts and asked not in model.layouts:
+        return (
+            f"--system_prompt {asked}: the part was trained on questions laid out as {trained}, and may answer worse."
+        )
+    if len(model.layouts) > 1:
+        return f"The part was trained on questions laid out as {trained}; these are asked as {asked} (--system_prompt)."
+    return ""
 
 
 def answer_in_terminal(model: MetaModel, config: DemoConfig, speaks: bool) -> None:
@@ -119,7 +127,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     except ImportError as error:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
     one_at_a_time = threading.Lock()
-    offered = ("alpaca", "none") if model.tokenizer.chat_template is None else ("alpaca", "none", CHAT)
+    offered = tuple(name for name in LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
     def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
         try:

@@ -18,10 +18,12 @@ from torch import Tensor
 from accessory.checkpoint.formats import hugging_face_writing
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import with_base
+from accessory.data.templates import format_prompt
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
-from accessory.export import PROBE, Destination, convert, logit_error, merge, open_base, open_whole
+from accessory.export import PROBE_ANSWER, Destination, convert, logit_error, merge, open_base, open_whole
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from accessory.tokenizer import open_tokenizer
 from tests.checkpoint.trained import write_trained
 from tests.model.families.matrix import GROUPED, OPT, SIZES, known
 
@@ -338,7 +340,7 @@ class TestLogitError:
 
     def test_zero_for_the_same(self, part: Path) -> None:
         """Bit for bit."""
-        found = logit_error([part], part, PROBE)
+        found = logit_error([part], part, PROBE_ANSWER)
         assert (found.largest, found.mean, found.moved) == (0.0, 0.0, 0)
 
     def test_by_hand(self, tiny_base: Path, tmp_path: Path) -> None:
@@ -372,14 +374,25 @@ class TestLogitError:
         save_file(stored, padded / "model.safetensors")
         config = json.loads((padded / "config.json").read_text())
         (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 520}))
-        assert logit_error([tiny_base], padded, PROBE, "fp32").largest < 1e-4
+        assert logit_error([tiny_base], padded, PROBE_ANSWER, "fp32").largest < 1e-4
+
+    def test_probe_is_asked_as_it_was_trained(self, tiny_base: Path, tmp_path: Path) -> None:
+        part = write_trained(tiny_base, tmp_path / "part")
+        run = json.loads((part / "run.json").read_text())
+        counts = []
+        for layout in ("alpaca", "none"):
+            (part / "run.json").write_text(json.dumps(run | {"layouts": {layout: 9}}))
+            counts.append(logit_error([part], part).tokens)
+        tokenizer = open_tokenizer(tiny_base)
+        words = len(tokenizer.encode(format_prompt("Why?"))) - len(tokenizer.encode("Why?"))
+        assert counts[0] - counts[1] == words
 
     def test_probe_is_cut(self, base_of, tiny_base: Path) -> None:
         """To 256 tokens, and to what the model has positions for."""
-        assert logit_error([tiny_base], tiny_base, PROBE * 9).tokens == 256
-        assert logit_error([base_of("opt")], base_of("opt"), PROBE).tokens == 32
+        assert logit_error([tiny_base], tiny_base, PROBE_ANSWER * 9).tokens == 256
+        assert logit_error([base_of("opt")], base_of("opt"), PROBE_ANSWER).tokens == 32
 
     def test_precision(self, tiny_base: Path) -> None:
         """An unknown one is named with the nearest."""
         with pytest.raises(ConfigError, match=r"--precision 'fp33' is unknown. Did you mean 'fp32'"):
-            logit_error([tiny_base], tiny_base, PROBE, "fp33")
+            logit_error([tiny_base], tiny_base, PROBE_ANSWER, "fp33")

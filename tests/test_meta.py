@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from accessory import meta
 from accessory.data.batch import PackedBatch
+from accessory.data.corpus import build_corpus
+from accessory.data.templates import CHAT, DIALOG, LAYOUTS
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
@@ -73,6 +77,12 @@ def checkpoint(tmp_path: Path) -> Callable[..., transformers.PreTrainedModel]:
         return model
 
     return make
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 @pytest.fixture
@@ -205,3 +215,91 @@ def test_empty_prompt_without_bos_is_refused(model: MetaModel) -> None:
     model.tokenizer.opening = ()
     with pytest.raises(ConfigError, match="A prompt has 0 tokens"):
         model.generate([""], max_gen_len=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_question_is_asked_in_the_tokens_training_laid_out(
+    checkpoint, tmp_path: Path, tiny_base: Path, layout: str
+) -> None:
+    """Every layout: what stands before the first learned token."""
+    checkpoint(vocab_size=512)
+    shutil.copy(tiny_base / "tokenizer.json", tmp_path)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    record = {"instruction": "What is QST?", "input": "In Accessory", "output": "A side network."}
+    if layout == DIALOG:
+        words = "What is QST?\n\nIn Accessory"
+        record = {"conversations": [{"from": "human", "value": words}, {"from": "gpt", "value": "A side network."}]}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    kind = CHAT if layout == CHAT else "alpaca" if layout == DIALOG else layout
+    (tmp_path / "data.yaml").write_text(f"META: [{{path: data.json, prompt_type: {kind}}}]")
+    corpus = build_corpus(tmp_path / "data.yaml", model.tokenizer, max_words=400, dialog=layout == DIALOG)
+    assert corpus.documents_by_layout() == {layout: 1}
+    before = corpus.tokens[: corpus.learned.argmax()].tolist()
+    assert model.prompt_tokens(model.question("What is QST?", "In Accessory", layout)) == before
+
+
+def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch) -> None:
+    """The next turn, which a model trained on conversations goes on with, is neither shown nor computed."""
+    said = [*model.tokenizer.encode(" Paris.\n# 1\n### Human: more"), EOS]
+    computed = []
+    monkeypatch.setattr(meta, "generate_tokens", lambda *_, **__: ([computed.append(token) or token] for token in said))
+    prompt = model.question("q", layout=DIALOG)
+    assert model.generate([prompt]) == ["Paris.\n# 1"]
+    assert len(computed) == len(" Paris.\n# 1\n###")
+    texts = list(model.stream_generate(prompt))
+    assert texts[-1] == "Paris.\n# 1"
+    assert not any(text.endswith(("\n", "\n#", "\n##")) for text in texts)  # what may be the turn's end is held back
+    assert "Human: more" in model.generate(["q"])[0]
+
+
+@pytest.mark.parametrize(("dtype", "width"), [
+    (torch.bfloat16, torch.bfloat16), ("bfloat16", torch.bfloat16), ("torch.float32", torch.float32),
+    (torch.float16, torch.float16), ("fp16", torch.float16),
+])  # fmt: skip
+def test_dtype_by_any_of_its_names(checkpoint, tmp_path: Path, dtype: str | torch.dtype, width: torch.dtype) -> None:
+    checkpoint()
+    assert MetaModel.from_pretrained(tmp_path, dtype=dtype).llma.layers[0].attention.wq.weight.dtype == width
+
+
+def test_settings_and_tokenizer_by_name(checkpoint, tmp_path: Path) -> None:
+    """One path where several may stand, and texts for paths."""
+    checkpoint()
+    settings = tmp_path / "more.json"
+    settings.write_text('{"rope_theta": 5000.0}')
+    model = MetaModel.from_pretrained(str(tmp_path), llama_config=str(settings), tokenizer_path=str(tmp_path))
+    assert model.llma.args.rope_theta == 5000.0
+    assert MetaModel.from_pretrained((tmp_path,), llama_config=[str(settings)]).llma.args.rope_theta == 5000.0
+
+
+def test_the_device(checkpoint, tmp_path: Path) -> None:
+    """CUDA where there is any, else the CPU, unless said; logits come back to where the tokens are."""
+    checkpoint()
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    assert MetaModel.from_pretrained(tmp_path).llma.norm.weight.device.type == place
+    model = MetaModel.from_pretrained(tmp_path, device=torch.device("cpu"))
+    assert model.llma.norm.weight.device.type == "cpu"
+    assert model.logits(random_ids(3), (3,)).device.type == "cpu"
+    if place == "cpu":
+        with pytest.raises(AccessoryError, match="--device cuda: PyTorch sees no CUDA device here"):
+            MetaModel.from_pretrained(tmp_path, device="cuda:1")
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"dtype": torch.int8}, r"dtype torch.int8 is unknown. Known: bf16, fp16"),
+    ({"dtype": "bf61"}, r"dtype 'bf61' is unknown. Did you mean 'bf16'\?"),
+    ({"device": "gpu"}, "--device 'gpu' is not one of auto, cpu, cuda"),
+    ({"llama_config": "absent.json"}, "absent.json: cannot be read"),
+])  # fmt: skip
+def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> None:
+    checkpoint()
+    with pytest.raises(AccessoryError, match=said):
+        MetaModel.from_pretrained(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("prompts", ["Hello", [3], [["a", "b"]], [{"role": "user", "content": "q"}]])
+def test_what_is_no_list_of_prompts(model: MetaModel, prompts: object) -> None:
+    """A single text would be answered letter by letter."""
+    with pytest.raises(ConfigError, match=r"generate\(\[prompt\]\)|expected a text, a list of messages"):
+        model.generate(prompts)

@@ -85,3 +85,17 @@ def test_command(command: str, workshop: Path, shell) -> None:
         assert (workshop / "output" / target).exists()
     if "single_turn" in shlex.split(command)[1]:
         assert "A: " in done.stdout
+
+
+def test_python_example(workshop: Path, python) -> None:
+    """What the commands above left is asked as the demo asks it."""
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    part = workshop / "output" / "mine" / "epoch2"
+    if not part.is_dir():  # this test alone
+        run = next(command for command in COMMANDS if "main_finetune" in command)
+        assert python(*shlex.split(run)[1:], cwd=workshop).returncode == 0
+    done = python("-c", example, cwd=workshop, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    flags = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max_gen_len", "64")
+    asked = python(ROOT / "demos" / "single_turn.py", "--pretrained_path", part, *flags)
+    assert asked.stdout == f"Q: What is the capital of France?\nA: {done.stdout}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool
-from accessory.export import PROBE, Destination, check_precision, logit_error, merge
+from accessory.export import Destination, check_precision, logit_error, merge
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     model_parallel_size: int = 1,
     architecture: str = "",
     drop_biases: bool = False,
-    probe: str = PROBE,
+    probe: str | None = None,
     precision: str = "bf16",
 ) -> None:
     """Merge TRAINED into its base and write the new TARGET.
@@ -37,7 +37,7 @@ def main(
         model_parallel_size: shards of a meta or upstream checkpoint.
         architecture: model type to write it as; absent: its own.
         drop_biases: leave out the biases that training added.
-        probe: text whose logits are compared.
+        probe: text whose logits are compared; absent: a question and its answer as the part was trained on.
         precision: of that comparison.
     """
     paths = _paths(",".join(map(str, trained)) if isinstance(trained, (tuple, list)) else str(trained))
@@ -45,7 +45,8 @@ def main(
     destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
     merge(paths, Path(str(target)), destination, base=base, drop_biases=drop_biases)
     print(f"{' + '.join(map(str, paths))} -> {target} ({to}, base {base})")
-    print(f"against the model as trained: {logit_error(paths, Path(str(target)), str(probe), precision)}")
+    text = None if probe is None else str(probe)
+    print(f"against the model as trained: {logit_error(paths, Path(str(target)), text, precision)}")
 
 
 def _paths(text: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from accessory.errors import CheckpointError, is_there
 RUN_FILE = "run.json"
 
 
-def run_record(arguments: dict[str, Any], base: list[Source], quantization: str | None, data: str) -> dict[str, Any]:
-    """The contents of `run.json`. `data` is the fingerprint of the training data."""
+def run_record(
+    arguments: dict[str, Any],
+    base: list[Source],
+    quantization: str | None,
+    data: str,
+    layouts: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The contents of `run.json`.
+
+    data: the fingerprint of the training data. layouts: its documents by how their questions are laid out, most first.
+    """
     return {
         "arguments": arguments,
         "base": [
@@ -24,6 +34,7 @@ def run_record(arguments: dict[str, Any], base: list[Source], quantization: str 
         ],
         "quantization": quantization,
         "data_fingerprint": data,
+        "layouts": dict(layouts or {}),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "safetensors")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -51,6 +62,15 @@ def with_base(paths: list[str | Path]) -> list[Source]:
     for entry in first.run["base"]:
         recorded.append(_recorded_base(first.path, entry, recorded[0] if recorded else None))
     return recorded + sources
+
+
+def trained_layouts(sources: list[Source]) -> tuple[str, ...]:
+    """How questions are laid out in what the last part was trained on, that of most documents first.
+
+    Empty where no run.json says so: for a base, or a part of an earlier version.
+    """
+    run = next((source.run for source in reversed(sources) if source.run), {})
+    return tuple(run.get("layouts", ()))
 
 
 def _recorded_base(delta: Path, entry: dict[str, str], base: Source | None) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.records import Record, read_records
 from accessory.data.templates import (
     CHAT,
+    DIALOG,
     Segment,
     UnusableRecord,
     conversation,
@@ -61,7 +62,8 @@ class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
     `origins` int32 [documents, 2] has each one's place in `files` and its line there. `lengths` and `supervised`
-    [documents] count a document's tokens and the labels in it that count.
+    [documents] count a document's tokens and the labels in it that count. `layouts` names, for each of `files`, the
+    one of `LAYOUTS` its records are in.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class Corpus:
         omissions: Omissions,
         fingerprint: str,
         tokenizer: Tokenizer,
+        layouts: Sequence[str] = (),
     ) -> None:
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
-        self.origins, self.files = arrays["origins"], files
+        self.origins, self.files, self.layouts = arrays["origins"], files, layouts
         self.fingerprint, self.omissions, self.tokenizer = fingerprint, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
         # A document's first token is nobody's label.
@@ -95,6 +98,11 @@ class Corpus:
         """A document as a message names it: its number, file and line."""
         file, line = self.origins[index].tolist()
         return f"{index} ({self.files[file]}:{line})"
+
+    def documents_by_layout(self) -> dict[str, int]:
+        """How many documents each layout has, the one with most first."""
+        counts = Counter(self.layouts[file] for file in self.origins[:, 0].tolist())
+        return dict(counts.most_common())
 
     @property
     def report(self) -> str:
@@ -146,7 +154,8 @@ def build_corpus(
     fingerprint = _fingerprint(entries, tokenizer, max_words, dialog)
     cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
     files = [str(entry.path) for entry in entries]
-    if cached and (kept := _from_cache(cached, files, fingerprint, tokenizer)):
+    layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
+    if cached and (kept := _from_cache(cached, files, fingerprint, tokenizer, layouts)):
         kept.omissions.check(len(kept), max_skipped)
         return kept
     omissions = Omissions()
@@ -157,7 +166,7 @@ def build_corpus(
     omissions.check(len(arrays["origins"]), max_skipped)
     if cached:
         _to_cache(cached, arrays, omissions)
-    return Corpus(arrays, files, omissions, fingerprint, tokenizer)
+    return Corpus(arrays, files, omissions, fingerprint, tokenizer, layouts)
 
 
 def _documents(entries: list[DataEntry], tokenizer: Tokenizer, dialog: bool, omissions: Omissions):
@@ -268,7 +277,9 @@ def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -
         raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
 
 
-def _from_cache(path: Path, files: list[str], fingerprint: str, tokenizer: Tokenizer) -> Corpus | None:
+def _from_cache(
+    path: Path, files: list[str], fingerprint: str, tokenizer: Tokenizer, layouts: list[str]
+) -> Corpus | None:
     """The corpus kept at `path`, or None where there is none or it is damaged."""
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
@@ -278,4 +289,4 @@ def _from_cache(path: Path, files: list[str], fingerprint: str, tokenizer: Token
         omissions = Omissions(defaultdict(list, json.loads(story["skipped"])), int(story["truncated"]))
     except (OSError, SafetensorError):
         return None
-    return Corpus(arrays, files, omissions, fingerprint, tokenizer)
+    return Corpus(arrays, files, omissions, fingerprint, tokenizer, layouts)

@@ -36,6 +36,10 @@ PROMPT_TYPES: dict[str, Callable[[str, str], str]] = {
 """Name of a template -> function of (instruction, input) giving the prompt."""
 CHAT = "chat"
 """Name of the template that the checkpoint brings along: conversations are laid out by it, no prompt of ours around."""
+DIALOG = "dialog"
+"""Name of the layout that --dialog gives conversations, where `prompt_type` is not `chat`."""
+LAYOUTS = (*PROMPT_TYPES, CHAT, DIALOG)
+"""All the ways a question may have stood in what was trained."""
 
 DIALOG_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -55,6 +59,13 @@ class Segment:
     text: str
     supervised: bool
     ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DialogPrompt:
+    """What stands before an answer in a conversation of ours, cut where training cuts it into tokens."""
+
+    pieces: tuple[str, ...]
 
 
 class UnusableRecord(Exception):
@@ -118,13 +129,28 @@ def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(fields: dict[str, Any]) -> list[Segment]:
     """Segments of a conversation, upstream's layout conv_v1_2; the assistant's words and their end are learned."""
-    turns = _dialog(fields)
+    segments = _dialog_segments(_dialog(fields))
+    _check_text(segment.text for segment in segments)
+    return segments
+
+
+def question_prompt(question: str, context: str, layout: str) -> str | list[dict[str, str]] | DialogPrompt:
+    """A question as it stood in training, by the name of one of `LAYOUTS`. Raises `ConfigError` for another."""
+    if layout == CHAT:
+        return question_messages(question, context)
+    if layout == DIALOG:
+        words = question_messages(question, context)[0]["content"].strip()
+        segments = _dialog_segments([("Human", words), ("Assistant", "")])
+        return DialogPrompt(tuple(segment.text for segment in segments[:-1]))
+    return format_prompt(question, context, layout)
+
+
+def _dialog_segments(turns: list[tuple[str, str]]) -> list[Segment]:
     segments = [Segment(DIALOG_SYSTEM + "\n", False)]
     for role, words in turns:
         segments.append(Segment(f"\n### {role}:" if len(segments) == 1 else f" {role}:", False))
         # The blank belongs to the words: vocabularies join it to the word that follows.
         segments.append(Segment(f" {words}{DIALOG_END}", role == "Assistant"))
-    _check_text(segment.text for segment in segments)
     return segments
 
 

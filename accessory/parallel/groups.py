@@ -71,10 +71,12 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return CPU
-    if name.split(":")[0] != "cuda":
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
         raise ParallelError(f"--device {name!r} is not one of auto, cpu, cuda.")
     if not torch.cuda.is_available():
         raise ParallelError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
+    local_rank = int(number) if number else local_rank
     if local_rank >= torch.cuda.device_count():
         visible = torch.cuda.device_count()
         raise ParallelError(f"Local rank {local_rank} has no GPU: {visible} visible. Start fewer processes per node.")

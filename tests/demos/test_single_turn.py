@@ -60,6 +60,32 @@ def test_trained_part_alone(trained: Path, expected: str, python) -> None:
     assert answer_in(done.stdout) == expected
 
 
+def test_asked_as_it_was_trained(tiny_base: Path, lora_config: Path, tmp_path: Path, python) -> None:
+    """Two layouts: that of most documents is followed, and said; another is said to be another."""
+    records = json.loads((ROOT / "data_example" / "accessory_qa.json").read_text())
+    (tmp_path / "few.json").write_text(json.dumps(records[:2]))
+    (tmp_path / "most.json").write_text(json.dumps(records[2:9]))
+    (tmp_path / "data.yaml").write_text("META: [{path: few.json}, {path: most.json, prompt_type: none}]")
+    done = python(
+        ROOT / "accessory" / "main_finetune.py", "--pretrained_path", tiny_base, "--llama_type", "llama_peft",
+        "--llama_config", lora_config, "--data_config", tmp_path / "data.yaml", "--device", "cpu",
+        "--only_save_trainable", "--max_words", "160", "--max_steps", "1", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (part,) = (tmp_path / "out").glob("epoch*")
+    model = MetaModel.from_pretrained(part, max_seq_len=300)
+    expected = model.generate([QUESTION], max_gen_len=12)[0]
+    as_alpaca = model.generate([format_prompt(QUESTION)], max_gen_len=12)[0]
+    assert expected != as_alpaca
+    done = python(DEMO, "--pretrained_path", part, *GREEDY)
+    assert answer_in(done.stdout) == expected
+    assert "laid out as none, alpaca; these are asked as none (--system_prompt)" in done.stderr
+    done = python(DEMO, "--pretrained_path", part, "--system_prompt", "alpaca", *GREEDY)
+    assert answer_in(done.stdout) == as_alpaca
+    done = python(DEMO, "--pretrained_path", part, "--system_prompt", "shortqa", *GREEDY)
+    assert "--system_prompt shortqa: the part was trained on questions laid out as none, alpaca" in done.stderr
+
+
 def test_base_and_trained_part(trained: Path, tiny_base: Path, expected: str, python) -> None:
     done = python(DEMO, "--pretrained_path", tiny_base, trained, "--quant", *GREEDY)
     assert answer_in(done.stdout) == expected
