@@ -21,3 +21,19 @@ install() {
         (cd "$ROOT" && sha256sum requirements.txt pyproject.toml > "$stamp")
     fi
 }
+
+# install_llama_cpp: the prebuilt library of llama.cpp by which tests judge GGUF files, 29 MB; a failure is said, no more.
+install_llama_cpp() {
+    local version=3.21.1 platform target="$VENV/llama.cpp"
+    case "$(uname -s)-$(uname -m)" in
+        Linux-x86_64) platform=linux-x64 ;;
+        Linux-aarch64) platform=linux-arm64 ;;
+        Darwin-arm64) platform=mac-arm64-metal ;;
+        Darwin-x86_64) platform=mac-x64 ;;
+        *) platform=none ;;
+    esac
+    grep -qs "\"version\": \"$version\"" "$target/node_modules/@node-llama-cpp/$platform/package.json" && return
+    echo "== installing llama.cpp into $target"
+    npm install --prefix "$target" --silent --no-audit --no-fund --no-save --fetch-retries 1 --fetch-timeout 60000 \
+        "@node-llama-cpp/$platform@$version" || echo "== llama.cpp is not installed: tests that ask it are skipped" >&2
+}

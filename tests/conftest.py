@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.llama_cpp import LlamaCpp, find_library
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data_example" / "accessory_qa.json"
@@ -168,3 +170,14 @@ def shell() -> Callable:
 def torchrun() -> Callable:
     """`run_ranks`."""
     return run_ranks
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Iterator[LlamaCpp]:
+    """llama.cpp itself, to read what we write; where it is not there, the test says so and is skipped."""
+    library = find_library()
+    if isinstance(library, str):
+        pytest.skip(f"llama.cpp cannot be asked: {library}")
+    client = LlamaCpp(library)
+    yield client
+    client.close()

@@ -9,6 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../exps/environment.sh"
 install "[test]"
+install_llama_cpp
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 if [ "${1:-}" = --chaos ]; then

@@ -205,8 +205,14 @@ def args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture,
     if "parallel_residual" in architecture.keys:
         values["parallel_residual"] = stated.get("use_parallel_residual", architecture.defaults["parallel_residual"])
     values |= dict(architecture.fixed) | {"rotary_layout": architecture.gguf.rotary_layout}
-    if values["n_layers"] == architecture.gguf.alibi_blocks:
-        values["position"] = "alibi"
+    if positions := architecture.gguf.positions:
+        if values["n_layers"] not in positions:
+            known = " or ".join(f"{blocks} ({position})" for blocks, position in positions.items())
+            raise CheckpointError(
+                f"{path}: has {values['n_layers']} blocks; expected {known}, by which llama.cpp tells the kinds of "
+                f"{architecture.gguf.architecture}."
+            )
+        values["position"] = positions[values["n_layers"]]
     values["norm_eps"] = _positive(stated, EPSILON[values.get("norm", "rms")], None, prefix, path)
     if values.get("position", "rotary") == "rotary":
         values["rope_theta"] = _positive(stated, "rope.freq_base", 10000.0, prefix, path)

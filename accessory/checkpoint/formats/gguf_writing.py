@@ -16,7 +16,6 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from accessory.checkpoint.formats.gguf_file import (
-    EMBEDDING,
     EPSILON,
     FACTORS,
     PLAIN,
@@ -61,31 +60,60 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     if target.exists():
         raise CheckpointError(f"{target}: found {what_is(target)} there; expected a new file.")
     architecture = ARCHITECTURES[model.args.architecture]
-    if architecture.gguf is None:
-        known = ", ".join(name for name, its in ARCHITECTURES.items() if its.gguf)
-        raise CheckpointError(
-            f"GGUF has no form for {architecture.name}; write another format, or give the --architecture of one that "
-            f"computes the same: {known}."
+    try:
+        fields, theirs = _laid_out(model, architecture, target)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_way_out(model, target)}") from error
+    vocabulary = vocabulary_fields(model.tokenizer, model.args.vocab_size)
+    with _fresh_file(target) as partial:
+        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
+    window = model.args.sliding_window
+    if window and window < model.args.max_seq_len:
+        print(
+            f"{target}: states a context of {window} tokens, the model's sliding window: llama.cpp knows no window for "
+            f"it and is exact up to there, not up to {model.args.max_seq_len}."
         )
+
+
+def _laid_out(model: WholeModel, architecture: Architecture, target: Path) -> tuple[dict[str, Any], Tensors]:
+    """The fields and tensors of a file of `architecture`. Raises `CheckpointError` for what would be lost in it."""
+    if architecture.gguf is None:
+        raise CheckpointError(f"{target}: llama.cpp has no {architecture.name}.")
     model = model.in_layout(architecture.gguf.rotary_layout)
-    args = _within_context(model.args)
-    theirs = theirs_from_ours(model.tensors, architecture.gguf.names, args)
+    args, tensors = _within_context(model.args), model.tensors
+    if "tok_embeddings.weight" not in tensors:
+        raise CheckpointError(f"{target}: cannot be written: the model has no embedding.")
+    if args.tie_word_embeddings and not architecture.gguf.tied:
+        args = args.model_copy(update={"tie_word_embeddings": False})
+        tensors = {**tensors, "output.weight": tensors["tok_embeddings.weight"]}
+    theirs = theirs_from_ours(tensors, architecture.gguf.names, args)
     if architecture.gguf.rope_factors and args.rope_scaling and args.rope_scaling.kind == "llama3":
         theirs = {FACTORS: HeldTensor(wavelength_factors(args)), **theirs}
     fields = _fields(args, architecture)
     _check_nothing_lost(args, fields, theirs, architecture, target)
-    vocabulary = vocabulary_fields(model.tokenizer, args.vocab_size)
-    with _fresh_file(target) as partial:
-        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
+    return fields, theirs
+
+
+def _way_out(model: WholeModel, target: Path) -> str:
+    """What to do with a model that its own architecture cannot hold."""
+    for architecture in ARCHITECTURES.values():
+        with suppress(CheckpointError):
+            _laid_out(model, architecture, target)
+            return f"As {architecture.name} it computes the same: give --architecture {architecture.name}."
+    return "None of llama.cpp's architectures known here computes the same; write it --to hf."
 
 
 def _within_context(args: ModelArgs) -> ModelArgs:
-    """The same settings without what changes nothing within the model's context, for which GGUF has no words."""
+    """The same settings without what changes nothing within the context, for which llama.cpp has no words.
+
+    A sliding window is the context then: within it every token attends to all before.
+    """
     update: dict[str, Any] = {}
     if args.rope_scaling and args.rope_scaling.kind == "dynamic":
         update["rope_scaling"] = None
-    if args.sliding_window and args.sliding_window >= args.max_seq_len:
+    if args.sliding_window:
         update |= {"sliding_window": None, "sliding_layers": None}
+        update["max_seq_len"] = min(args.sliding_window, args.max_seq_len)
     return args.model_copy(update=update)
 
 
@@ -110,15 +138,18 @@ def _fields(args: ModelArgs, architecture: Architecture) -> dict[str, Any]:
 def _check_nothing_lost(
     args: ModelArgs, fields: dict[str, Any], theirs: Tensors, architecture: Architecture, target: Path
 ) -> None:
-    """Raise `CheckpointError` naming the settings that a reader of the file would not find."""
-    if EMBEDDING not in theirs:
-        raise CheckpointError(f"{target}: cannot be written: the model has no embedding.")
+    """Raise `CheckpointError` naming the settings that llama.cpp would not find in the file, or not go by."""
     reread = args_of(fields, theirs, architecture, target)
     rounded = {"norm_eps": as_float32(args.norm_eps), "rope_theta": as_float32(args.rope_theta)}
     if args.rope_scaling:
         rounded["rope_scaling"] = args.rope_scaling.model_copy(update={"factor": as_float32(args.rope_scaling.factor)})
     lost = architecture.lost(_comparable(args.model_copy(update=rounded)), _comparable(reread))
-    lost += [bias for bias in BIASES if getattr(args, bias) and bias not in architecture.gguf.biases]
+    form = architecture.gguf
+    lost += [bias for bias in BIASES if getattr(args, bias) and bias not in form.biases]
+    if args.n_heads * args.head_dim != args.dim and not form.wide_heads:
+        lost.append("head_dim")
+    if args.position == "rotary" and args.rotary_dim != args.head_dim and not form.partial_rotary:
+        lost.append("rotary_dim")
     if lost:
         place = f"{target}: a GGUF file of architecture {architecture.gguf.architecture}"
         raise inexpressible(place, lost, args)

@@ -104,16 +104,21 @@ class Gguf:
     """How GGUF files hold this model type: their architecture, which channels of q and k rotate together, names.
 
     rope_factors: whether llama.cpp knows factors on its wavelengths, which is how Llama 3's scaling is stored.
-    alibi_blocks: a model of this many blocks has ALiBi, which no key says (Baichuan 13B).
+    positions: number of blocks -> kind of position, which no key says; it computes no other numbers (Baichuan).
     biases: our settings of the biases that llama.cpp has a place for.
+    tied: whether a file may lack the head, which is the embedding then. wide_heads: whether H x E may differ from D.
+    partial_rotary: whether fewer channels than a head has may rotate.
     """
 
     architecture: str
     rotary_layout: Literal["pairs", "halves"]
     names: Names
     rope_factors: bool = False
-    alibi_blocks: int | None = None
+    positions: Mapping[int, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("qkv_bias",)
+    tied: bool = True
+    wide_heads: bool = False
+    partial_rotary: bool = False
 
 
 @dataclass(frozen=True)

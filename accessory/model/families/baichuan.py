@@ -51,6 +51,6 @@ ARCHITECTURES = (
         keys={**UNGROUPED_KEYS, "max_seq_len": "max_position_embeddings|model_max_length"},
         defaults=DEFAULTS,
         fixed=HALVES,
-        gguf=Gguf("baichuan", "pairs", GGUF_NAMES, alibi_blocks=40),
+        gguf=Gguf("baichuan", "pairs", GGUF_NAMES, positions={32: "rotary", 40: "alibi"}, tied=False),
     ),
 )

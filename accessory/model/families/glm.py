@@ -38,7 +38,7 @@ _GGUF_NAMES = Names(
     inner=_GGUF_INNER,
     needless=r"rope_freqs\.weight",
 )
-_GLM_GGUF = Gguf("chatglm", "pairs", _GGUF_NAMES)
+_GLM_GGUF = Gguf("chatglm", "pairs", _GGUF_NAMES, partial_rotary=True)
 _GLM4_NORMS = {"post_attention_norm": "attention_post_norm", "post_ffw_norm": "ffn_post_norm"}
 _ROPE = Rope(share_key="partial_rotary_factor", share=0.5)
 
@@ -77,7 +77,12 @@ ARCHITECTURES = (
         defaults=DEFAULTS | {"qkv_bias": True, "norm_eps": 1.5625e-07},
         fixed=_PAIRS | {"norm_placement": "both"},
         rope=_ROPE,
-        gguf=Gguf("glm4", "pairs", replace(_GGUF_NAMES, inner={**_GGUF_INNER, **_GLM4_NORMS})),
+        gguf=replace(
+            _GLM_GGUF,
+            architecture="glm4",
+            names=replace(_GGUF_NAMES, inner={**_GGUF_INNER, **_GLM4_NORMS}),
+            wide_heads=True,
+        ),
     ),
     _ChatGlm(
         name="chatglm",

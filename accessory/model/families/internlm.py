@@ -49,7 +49,7 @@ ARCHITECTURES = (
         defaults=DEFAULTS | {"qkv_bias": True, "out_bias": True},
         fixed=HALVES,
         rope=Rope(theta=10000.0),
-        gguf=Gguf("internlm2", "pairs", GGUF_NAMES),
+        gguf=Gguf("internlm2", "pairs", GGUF_NAMES, tied=False),
     ),
     Architecture(
         name="internlm3",

@@ -58,7 +58,7 @@ BIASES = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias"
 NO_BIASES = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 HALVES = {"rotary_layout": "halves"}
 """Hugging Face rotates channel i of a head with channel i + E / 2."""
-GGUF = Gguf("llama", "pairs", GGUF_NAMES, rope_factors=True, biases=tuple(BIASES))
+GGUF = Gguf("llama", "pairs", GGUF_NAMES, rope_factors=True, biases=tuple(BIASES), wide_heads=True)
 
 ARCHITECTURES = (
     Architecture(

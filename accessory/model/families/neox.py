@@ -59,6 +59,8 @@ ARCHITECTURES = (
             "halves",
             GGUF_NAMES,
             biases=("qkv_bias", "out_bias", "mlp_bias"),
+            tied=False,
+            partial_rotary=True,
         ),
     ),
 )

@@ -31,6 +31,11 @@ ARCHITECTURES = (
         defaults=DEFAULTS | {"qkv_bias": False, "out_bias": False},
         fixed=HALVES | {"qk_norm": True},
         sliding="switched",
-        gguf=Gguf("qwen3", "halves", replace(GGUF_NAMES, inner={**GGUF_NAMES.inner, **_GGUF_QK_NORMS})),
+        gguf=Gguf(
+            "qwen3",
+            "halves",
+            replace(GGUF_NAMES, inner={**GGUF_NAMES.inner, **_GGUF_QK_NORMS}),
+            wide_heads=True,
+        ),
     ),
 )
