@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import fire
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from accessory.config import parse
-from accessory.errors import AccessoryError
+from accessory.errors import AccessoryError, ConfigError
 from accessory.parallel import groups
 from accessory.parallel.launcher import die_with_launcher
 
@@ -64,6 +65,13 @@ def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
         return [main(*args, **kwargs) for args, kwargs in calls]
 
     return call
+
+
+def sources_and_target(paths: tuple[object, ...]) -> list[Path]:
+    """A tool's positional arguments, what is read and last what is written, as paths. Raises `ConfigError`."""
+    if len(paths) < 2:
+        raise ConfigError(f"Found {' '.join(map(str, paths)) or 'nothing'}; expected SOURCE [SOURCE ...] TARGET.")
+    return [Path(str(path)) for path in paths]
 
 
 def _leave(error: AccessoryError) -> None:

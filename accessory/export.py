@@ -134,16 +134,17 @@ def convert(paths: list[Path], target: Path, destination: Destination, **reading
     return model
 
 
-def merge(paths: list[Path], target: Path, destination: Destination, *, base: str, drop_biases: bool) -> list[Source]:
-    """Write base and trained part as one model; returns the sources.
+def merge(paths: list[Path], target: Path, destination: Destination, *, base: str | None, drop_biases: bool) -> str:
+    """Write base and trained part as one model; returns which base was added to.
 
-    base "full" adds to the weights as they are in the base's files, "dequantized" to what 4 bits left of them, which is
-    what training saw. Raises `CheckpointError`.
+    base "full" adds to the weights as they are in the base's files, "dequantized" to what 4 bits left of them. None is
+    what training saw: "dequantized" where that was a packed base, else "full". Raises `CheckpointError`.
     """
     model, sources, blueprint = open_whole(paths)
     if not isinstance(blueprint.method, Peft):
         raise CheckpointError(f"{paths[-1]}: nothing to merge: its llama_type is {blueprint.llama_type}.")
     quantization = trained_quantization(sources)
+    base = base or ("dequantized" if quantization else "full")
     tensors = model.tensors
     if base == "dequantized":
         if quantization is None:
@@ -154,27 +155,46 @@ def merge(paths: list[Path], target: Path, destination: Destination, *, base: st
         raise ConfigError(f"--base {base!r} is neither full nor dequantized.")
     elif any(source.storage for source in sources):
         raise CheckpointError(
-            f"{sources[0].path}: is a quantized base: its full weights are gone. Give --base dequantized."
+            f"{sources[0].path}: is a quantized base: its full weights are gone. Leave out --base full."
         )
     args, tensors = merged(tensors, model.args, blueprint.method.settings, drop_biases=drop_biases)
     destination.write(WholeModel(args, tensors, model.tokenizer), target)
-    return sources
+    return base
 
 
-def export_adapter(paths: list[Path], target: Path, *, drop_biases: bool) -> None:
-    """Write a trained part as a PEFT adapter of its base. Raises `CheckpointError`."""
+def export_adapter(paths: list[Path], target: Path, *, drop_biases: bool, base_name: str | None = None) -> str | None:
+    """Write what was trained as one PEFT adapter of its base; returns what its user should hear.
+
+    Where parts were trained one upon the other, each began from those before and holds its own values in their place:
+    what the last says counts, and what it leaves out is theirs. base_name: what PEFT is told the base is; absent, the
+    base's path. Raises `CheckpointError`.
+    """
     _, sources, blueprint = open_whole(paths)
-    deltas = [source for source in sources if source.is_delta]
-    if len(deltas) != 1 or len(sources) != 2 or not isinstance(blueprint.method, Peft):
+    base, *parts = sources
+    if not parts or not all(part.is_delta for part in parts) or not isinstance(blueprint.method, Peft):
         found = ", ".join(f"{source.path} ({source.format})" for source in sources)
-        raise CheckpointError(f"Expected one base and one trained part to write an adapter of; found {found}.")
+        raise CheckpointError(f"Expected a base and what was trained on it to write an adapter of; found {found}.")
+    if differences := [source.path for source in sources if source.is_difference]:
+        raise CheckpointError(
+            f"{differences[0]}: is the difference of two models; PEFT has no place for one. Write it with its base as "
+            "one model first: tools/convert.py BASE DIFFERENCE TARGET."
+        )
+    args = model_args_of(base) or blueprint.args
+    tensors, _ = overlay(parts, args)
+    settings = (parts[-1].settings or {}) | {"rotary_layout": args.rotary_layout}
     write_adapter(
-        deltas[0],
-        model_args_of(sources[0]),
+        replace(parts[-1], tensors=tensors, settings=settings),
+        args,
         blueprint.method.settings,
         target,
-        base_path=str(sources[0].path.resolve()),
+        base_path=base_name or str(base.path.resolve()),
         drop_biases=drop_biases,
+    )
+    if base_name or base.format == "Hugging Face":
+        return None
+    return (
+        f"adapter_config.json names the base {base.path}, which transformers cannot open as it is ({base.format}): "
+        "write it with --to hf, and give that directory or a Hub name with --base_model"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -20,7 +21,16 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import with_base
 from accessory.data.templates import format_prompt
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
-from accessory.export import PROBE_ANSWER, Destination, convert, logit_error, merge, open_base, open_whole
+from accessory.export import (
+    PROBE_ANSWER,
+    Destination,
+    convert,
+    export_adapter,
+    logit_error,
+    merge,
+    open_base,
+    open_whole,
+)
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.tokenizer import open_tokenizer
@@ -103,7 +113,9 @@ def apart(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / second.abs().max())
 
 
-def written(paths: list[Path], target: Path, to: str = "hf", *, base: str = "full", drop_biases: bool = False) -> Path:
+def written(
+    paths: list[Path], target: Path, to: str = "hf", *, base: str | None = None, drop_biases: bool = False
+) -> Path:
     """`paths` merged in fp32."""
     merge(paths, target, Destination(to, "fp32", gguf_type="f32"), base=base, drop_biases=drop_biases)
     return target
@@ -162,9 +174,9 @@ class TestMerge:
         assert apart(ours(target), expected) < TOLERANCE
 
     def test_dequantized_is_what_was_trained(self, nf4_part: Path, tmp_path: Path) -> None:
-        """Base "dequantized" is the model as trained, "full" the same part on the base in full precision."""
-        dequantized = ours(written([nf4_part], tmp_path / "dequantized", "accessory", base="dequantized"))
-        full = ours(written([nf4_part], tmp_path / "full", "accessory"))
+        """Unasked, it is the model as trained; "full" is the same part on the base in full precision."""
+        dequantized = ours(written([nf4_part], tmp_path / "dequantized", "accessory"))
+        full = ours(written([nf4_part], tmp_path / "full", "accessory", base="full"))
         assert apart(dequantized, ours(nf4_part)) < TOLERANCE
         assert apart(full, ours(nf4_part, quant=False)) < TOLERANCE
         assert apart(full, dequantized) > 0.03
@@ -173,7 +185,7 @@ class TestMerge:
     def test_packed_base_becomes_plain(self, packed: Path, targets: list[str], tmp_path: Path) -> None:
         """Also where LoRA was beside some matrices, or none: transformers could not load a mixture."""
         trained = write_trained(packed, tmp_path / "part", "nf4", lora_targets=targets)
-        target = written([trained], tmp_path / "hf", base="dequantized")
+        target = written([trained], tmp_path / "hf")
         assert open_source(target).storage is None
         assert apart(theirs(target), ours(trained)) < TOLERANCE
 
@@ -204,7 +216,7 @@ class TestMerge:
             assert "no place for the biases of wq, wk, wv, wo, w1, w2, w3" in said and "--drop_biases" in said
             assert sorted(path.name for path in tmp_path.iterdir()) == ["part"]
         as_llama = replace(Destination("hf", "fp32"), architecture="llama")
-        merge([trained], tmp_path / "llama", as_llama, base="full", drop_biases=False)
+        merge([trained], tmp_path / "llama", as_llama, base=None, drop_biases=False)
         assert apart(theirs(tmp_path / "llama"), ours(trained)) < TOLERANCE
         dropped = written([trained], tmp_path / "dropped", drop_biases=True)
         assert json.loads((dropped / "config.json").read_text())["model_type"] == "mistral"
@@ -224,7 +236,7 @@ class TestMerge:
         ("which", "base", "message"),
         [
             ("part", "dequantized", "was not trained on a quantized base; leave out --base dequantized"),
-            ("packed_part", "full", "is a quantized base: its full weights are gone. Give --base dequantized"),
+            ("packed_part", "full", "is a quantized base: its full weights are gone. Leave out --base full"),
             ("part", "quantized", "--base 'quantized' is neither full nor dequantized"),
             ("base", "full", "nothing to merge: its llama_type is llama"),
         ],
@@ -285,6 +297,58 @@ class TestConvert:
         with pytest.raises(CheckpointError, match=r"holds what was trained .* llama_peft.*merge it"):
             convert([tmp_path / "upstream"], tmp_path / "hf", Destination())
         assert apart(theirs(written([tmp_path / "upstream"], tmp_path / "hf")), theirs(base)) < TOLERANCE
+
+
+class TestAdapter:
+    """What was trained, for peft."""
+
+    @pytest.fixture
+    def stacked(self, tiny_base: Path, tmp_path: Path) -> list[Path]:
+        """A base, LoRA and norms trained on it, and LoRA trained on from those, whose scale is another."""
+        first = write_trained(tiny_base, tmp_path / "first", bias_tuning=False)
+        second = write_trained(tiny_base, tmp_path / "second", bias_tuning=False, norm_tuning=False, lora_alpha=10)
+        stored = load_file(second / "trainable.safetensors")
+        save_file({name: -0.7 * value for name, value in stored.items()}, second / "trainable.safetensors")
+        run = json.loads((second / "run.json").read_text())
+        run["base"].append({"path": str(first), "format": "ours", "fingerprint": open_source(first).fingerprint()})
+        (second / "run.json").write_text(json.dumps(run))
+        return [tiny_base, first, second]
+
+    def test_part_on_a_part(self, stacked: list[Path], tmp_path: Path) -> None:
+        """What the last holds, and of those before what it leaves out (here the norms), is one adapter of the base."""
+        base, first, second = stacked
+        expected = ours(second)
+        for i, paths in enumerate(([second], stacked)):
+            target = tmp_path / f"adapter{i}"
+            assert export_adapter(paths, target, drop_biases=False) is None
+            model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model = peft.PeftModel.from_pretrained(model, target).eval()
+            with torch.no_grad():
+                assert apart(model(TOKENS[None]).logits[0], expected) < TOLERANCE
+            assert apart(ours(base, target), expected) < TOLERANCE
+        for other in ([base, first], [base]):
+            assert apart(ours(*other), expected) > 0.1
+        assert apart(theirs(written(stacked, tmp_path / "merged")), expected) < TOLERANCE
+
+    def test_base_that_transformers_cannot_open(self, tiny_base: Path, tmp_path: Path) -> None:
+        """Said, with the way out, which is silent."""
+        own = tmp_path / "own"
+        convert([tiny_base], own, Destination("accessory", "fp32"))
+        part = write_trained(own, tmp_path / "part", bias_tuning=False)
+        note = export_adapter([part], tmp_path / "adapter", drop_biases=False)
+        assert note.startswith(
+            f"adapter_config.json names the base {own}, which transformers cannot open as it is (Acc"
+        )
+        assert export_adapter([part], tmp_path / "named", drop_biases=False, base_name="me/base") is None
+        config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "me/base"
+
+    def test_refusals(self, tiny_base: Path, part: Path, tmp_path: Path) -> None:
+        """What is no trained part beside a base."""
+        whole = saved_whole(part, tmp_path / "whole")
+        for paths in ([tiny_base], [tiny_base, whole], [whole]):
+            with pytest.raises(CheckpointError, match="Expected a base and what was trained on it"):
+                export_adapter(paths, tmp_path / "out", drop_biases=True)
 
 
 class TestDestination:

@@ -2,6 +2,7 @@
 
 python tools/convert.py SOURCE TARGET --to hf|gguf|meta|upstream|accessory      a whole model
 python tools/convert.py TRAINED TARGET --to peft                                a trained part, for peft
+python tools/convert.py BASE PART [PART ...] TARGET --to peft                   parts trained one upon the other
 """
 
 import sys
@@ -9,14 +10,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from accessory.entry import from_command_line, run_tool
+from accessory.entry import from_command_line, run_tool, sources_and_target
 from accessory.errors import ConfigError
 from accessory.export import Destination, convert, export_adapter
 
 
 def main(
-    source: str,
-    target: str,
+    *paths: str,
     to: str = "accessory",
     dtype: str = "bf16",
     gguf_type: str = "f16",
@@ -25,12 +25,11 @@ def main(
     llama_config: str = "",
     tokenizer_path: str = "",
     drop_biases: bool = False,
+    base_model: str = "",
 ) -> None:
-    """Convert SOURCE into the new TARGET.
+    """Convert the first PATHS, all of which make one model as for --pretrained_path, into the last, a new TARGET.
 
     Args:
-        source: any checkpoint that --pretrained_path takes.
-        target: what to write: a new directory, or for gguf a new file.
         to: accessory, hf, gguf, meta, upstream (LLaMA2-Accessory), or peft for a trained part.
         dtype: of plain weights: bf16, fp16 or fp32.
         gguf_type: of a GGUF file's matrices: f16, bf16, f32 or q8_0.
@@ -39,21 +38,25 @@ def main(
         llama_config: a JSON file of settings for a source that has none.
         tokenizer_path: a tokenizer for a source that has none.
         drop_biases: with --to peft, leave out biases the base has no place for.
+        base_model: with --to peft, the directory or Hub name that peft's users load; absent: where the base lies.
     """
+    *sources, target = sources_and_target(paths)
     if to == "peft":
-        export_adapter([Path(str(source))], Path(str(target)), drop_biases=drop_biases)
-    elif drop_biases:
-        raise ConfigError("--drop_biases goes with --to peft, or with tools/merge.py.")
+        note = export_adapter(sources, target, drop_biases=drop_biases, base_name=str(base_model) or None)
+    elif drop_biases or base_model:
+        flag, place = ("--base_model", "") if base_model else ("--drop_biases", ", or with tools/merge.py")
+        raise ConfigError(f"{flag} goes with --to peft{place}.")
     else:
         destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
+        note = None
         convert(
-            [Path(str(source))],
-            Path(str(target)),
+            sources,
+            target,
             destination,
             llama_config=[Path(str(llama_config))] if llama_config else [],
             tokenizer_path=Path(str(tokenizer_path)) if tokenizer_path else None,
         )
-    print(f"{source} -> {target} ({to})")
+    print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *([note] if note else []), sep="\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def part(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_merged_model_and_its_error(python, part: Path, tmp_path: Path) -> None:
     """What was trained on is merged into; the second line says that what was written is what was trained."""
     target = tmp_path / "out"
-    arguments = ("--to", "hf", "--base", "dequantized", "--dtype", "fp32", "--precision", "fp32")
+    arguments = ("--to", "hf", "--dtype", "fp32", "--precision", "fp32")
     done = python("tools/merge.py", part, target, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = done.stdout.splitlines()
@@ -43,9 +43,10 @@ def test_merged_model_and_its_error(python, part: Path, tmp_path: Path) -> None:
 
 
 def test_full_base_is_further_away(called, tiny_base: Path, part: Path, tmp_path: Path) -> None:
-    """By default it is added to the weights in full precision, which training did not see; BASE,TRAINED is taken."""
+    """Asked for, it is added to the weights in full precision, which training did not see; BASE TRAINED is taken."""
     target = tmp_path / "out.gguf"
-    done = called("tools/merge.py", f"{tiny_base},{part}", target, "--to", "gguf", "--probe", "What is this?")
+    arguments = ("--to", "gguf", "--base", "full", "--probe", "What is this?")
+    done = called("tools/merge.py", tiny_base, part, target, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = done.stdout.splitlines()
     assert first == f"{tiny_base} + {part} -> {target} (gguf, base full)"
@@ -73,6 +74,13 @@ def test_user_errors(called, part: Path, tmp_path: Path, arguments: tuple[str, .
     check_refusal(called("tools/merge.py", part, tmp_path / "out", *arguments), message, tmp_path)
 
 
+def test_no_target(called, part: Path) -> None:
+    """One path is what to read, or what to write: which, is not guessed."""
+    done = called("tools/merge.py", part)
+    assert done.returncode == 1
+    assert done.stderr == f"ConfigError: Found {part}; expected SOURCE [SOURCE ...] TARGET.\n"
+
+
 def check_refusal(done: subprocess.CompletedProcess, message: str, directory: Path) -> None:
     """One line that begins with `message`, status 1, an empty directory."""
     assert done.returncode == 1 and done.stdout == ""
@@ -85,6 +93,6 @@ def test_help(called) -> None:
     done = called("tools/merge.py", "--help")
     assert done.returncode == 0
     text = done.stdout + done.stderr
-    for word in ("TRAINED", "TARGET", "--to", "--base", "--dtype", "--drop_biases", "--probe", "--precision"):
+    for word in ("PATHS", "TARGET", "--to", "--base", "--dtype", "--drop_biases", "--probe", "--precision"):
         assert word in text, word
     assert "leave out the biases that training added" in text

@@ -68,8 +68,6 @@ def write_adapter(
 
 
 def _check(tensors: Tensors, places: Places, rank: int, delta: Source) -> None:
-    if delta.is_difference:
-        raise CheckpointError(f"{delta.path}: is the difference of two models; PEFT has no place for one. Merge it.")
     expected: dict[str, tuple[int, ...]] = {name: (size,) for name, size in places.norms.items()}
     for name, (out, width) in places.linears.items():
         expected[f"{name}.bias"] = (out,)
