@@ -47,7 +47,7 @@ class FinetuneConfig(BaseModel):
     pretrained_path: list[Path] = Field(min_length=1)
     """Base first, then trained parts, in any format of README's table."""
     data_config: Path
-    """What to train on: a YAML with META entries, or a .json, .jsonl or .csv file."""
+    """What to train on: a YAML with META entries, or a .json, .jsonl, .csv or .tsv file."""
     output_dir: Path | None = Path("./output_dir")
     """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
     llama_type: str = "llama"

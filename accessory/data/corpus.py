@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from accessory.data.batch import IGNORE
 from accessory.data.meta_config import DataEntry, load_data_config
-from accessory.data.records import Record, read_records
+from accessory.data.records import Record, place, read_records
 from accessory.data.templates import (
     CHAT,
     DIALOG,
@@ -61,9 +61,9 @@ class Omissions:
 class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
-    `origins` int32 [documents, 2] has each one's place in `files` and its line there. `lengths` and `supervised`
-    [documents] count a document's tokens and the labels in it that count. `layouts` names, for each of `files`, the
-    one of `LAYOUTS` its records are in.
+    `origins` int32 [documents, 3] has each one's place in `files`, its line there, and its number (see `Record`).
+    `lengths` and `supervised` [documents] count a document's tokens and the labels in it that count. `layouts` names,
+    for each of `files`, the one of `LAYOUTS` its records are in.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Corpus:
 
     def where(self, index: int) -> str:
         """A document as a message names it: its number, file and line."""
-        file, line = self.origins[index].tolist()
-        return f"{index} ({self.files[file]}:{line})"
+        file, line, number = self.origins[index].tolist()
+        return f"{index} ({place(self.files[file], line, number)})"
 
     def documents_by_layout(self) -> dict[str, int]:
         """How many documents each layout has, the one with most first."""
@@ -229,13 +229,13 @@ def _tokenize(
             tokens.append(ids[:max_words])
             learned.append(flags[:max_words])
             lengths.append(len(tokens[-1]))
-            origins.append((files.index(str(record.path)), record.line))
+            origins.append((files.index(str(record.path)), record.line, record.number))
     empty = [np.zeros(0, np.int32)]
     return {
         "tokens": np.concatenate(tokens or empty),
         "learned": np.concatenate(learned or empty).astype(bool),
         "offsets": np.cumsum(lengths, dtype=np.int64),
-        "origins": np.array(origins, dtype=np.int32).reshape(-1, 2),
+        "origins": np.array(origins, dtype=np.int32).reshape(-1, 3),
     }
 
 
@@ -255,7 +255,7 @@ def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.nd
 
 
 def _fingerprint(entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool) -> str:
-    digest = hashlib.sha256(f"4:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
+    digest = hashlib.sha256(f"5:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
     if any(entry.prompt_type == CHAT for entry in entries):
         digest.update(str(tokenizer.chat_template).encode())
     for entry in entries:

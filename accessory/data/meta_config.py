@@ -8,10 +8,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from accessory.data.records import SUFFIXES
+from accessory.data.records import SUFFIXES, is_data_file, what_to_do
 from accessory.data.templates import CHAT, PROMPT_TYPES
-from accessory.errors import DataError, explain_validation, is_file, nearest
+from accessory.errors import DataError, explain_validation, is_there, nearest
 from accessory.tokenizer.sniff import what_is
+
+_EXPECTED = f"a data file ({', '.join(SUFFIXES)}) or a YAML with the key META"
 
 
 class DataEntry(BaseModel):
@@ -41,9 +43,11 @@ class DataEntry(BaseModel):
 
 def load_data_config(path: Path) -> list[DataEntry]:
     """The entries of a YAML, or one entry for a plain data file. Raises `DataError` listing all faults."""
-    if path.suffix in SUFFIXES:
+    if fault := what_to_do(path):
+        raise DataError(fault)
+    if is_data_file(path):
         if not path.is_file():
-            raise DataError(f"{path}: found {what_is(path)}; expected a data file or a YAML with the key META.")
+            raise DataError(f"{path}: found {what_is(path)}; expected {_EXPECTED}.")
         return [DataEntry(path=path)]
     raw = _read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("META"), list) or not raw["META"]:
@@ -71,25 +75,30 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
         entry = DataEntry(**{str(key): value for key, value in item.items()})
     except ValidationError as error:
         raise DataError(explain_validation(error, where, DataEntry.model_fields)) from error
-    if entry.path.suffix not in SUFFIXES:
-        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(SUFFIXES)}.")
     found = _find(entry.path, beside)
+    if fault := what_to_do(found or entry.path):
+        raise DataError(f"{where}: {fault}")
+    if not is_data_file(entry.path):
+        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(SUFFIXES)}.")
     if found is None:
         raise DataError(f"{where}: path {entry.path} is neither in {beside.resolve()} nor in {Path.cwd()}.")
     return entry.model_copy(update={"path": found})
 
 
 def _find(path: Path, beside: Path) -> Path | None:
-    return next((p for p in (beside / path, path) if is_file(p)), None)
+    return next((p for p in (beside / path, path) if is_there(p)), None)
 
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
+        return _StrictLoader(path.read_text(encoding="utf-8-sig")).get_single_data()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: found {what_is(path)}; expected {_EXPECTED}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2023-02-30
-        raise DataError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: is not valid YAML ({reason}); expected {_EXPECTED}.") from error
 
 
 class _StrictLoader(yaml.SafeLoader):

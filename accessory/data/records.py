@@ -8,32 +8,56 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accessory.errors import DataError
 from accessory.tokenizer.sniff import what_is
 
-SUFFIXES = (".json", ".jsonl", ".csv")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+"""Of data files, in small letters or capitals."""
+_LISTED = "a JSON list of objects, an object a line, or one object that holds one list of objects"
+_SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
+_SHOWN = 12  # keys named in a message
+_UNPACK = "unpack it first"
+_REMEDIES = {
+    ".parquet": 'write it as JSON Lines: pandas.read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True)',
+    ".arrow": 'write it as JSON Lines: datasets.Dataset.from_file(FILE).to_json("data.jsonl")',
+    ".xlsx": "save the sheet as .csv in UTF-8",
+    ".txt": 'put each text into a .jsonl as {"output": TEXT}, and name that in a YAML with prompt_type: caption',
+    ".ndjson": "name it .jsonl",
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), _UNPACK),
+}
 _SPACE = re.compile(r"[ \t\n\r]*")
+_HEADER = re.compile(r'(?:"[^"]*"|[^"\n])*')
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of a data file. `fault` says why it cannot be read, if it cannot."""
+    """One entry of a data file. `fault` says why it cannot be read, if it cannot.
+
+    number: which record of its file it is, from 1 on, where its line holds others too; 0 where the line says enough.
+    """
 
     fields: dict[str, Any]
     path: Path
     line: int
     fault: str | None = None
+    number: int = 0
 
     @property
     def where(self) -> str:
-        """`file:line`."""
-        return f"{self.path}:{self.line}"
+        """See `place`."""
+        return place(self.path, self.line, self.number)
+
+
+def place(path: Path | str, line: int, number: int) -> str:
+    """`file:line`, and which record of the file where the line alone does not tell."""
+    return f"{path}:{line} record {number}" if number else f"{path}:{line}"
 
 
 def kind(value: Any) -> str:
@@ -41,32 +65,81 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), "a number")
 
 
-def read_records(path: Path) -> list[Record]:
-    """All records of a .json list, a .jsonl, or a tab-separated .csv with a header.
+def is_data_file(path: Path) -> bool:
+    """Whether a path is named like a file of records."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def what_to_do(path: Path) -> str | None:
+    """What is wrong with a path that is a directory, or a file of a kind known but not read here; None for others."""
+    if path.is_dir():
+        return f"{path}: is a directory; expected a file. Name several in a YAML, each as an entry of META."
+    remedy = _REMEDIES.get(path.suffix.lower())
+    return f"{path}: {path.suffix} files are not read here; {remedy}." if remedy else None
+
+
+def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
+    """All records of a JSON list, of JSON Lines, or of a table with a header; `notes` is given what was not obvious.
+
+    A .json may hold an object a line too, or an object with one list of objects in it, and a .jsonl one list. A .csv is
+    separated by that of tabs, commas and semicolons which its header holds, a .tsv by tabs.
 
     Raises `DataError` for a file that is missing, undecodable, not of its kind, or breaks off. A record that is not an
-    object, repeats a key or holds NaN is returned with its `fault`; so is a line of a .jsonl that is no JSON, or no
+    object, repeats a key or holds NaN is returned with its `fault`; so is a line of JSON Lines that is no JSON, or no
     UTF-8, unless not one is.
     """
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: is not a data file; expected one of {', '.join(SUFFIXES)}.")
-    if path.suffix == ".jsonl":
-        return _read_lines(path)
+    if not is_data_file(path):
+        expected = f"{path}: is not a data file; expected one of {', '.join(SUFFIXES)}."
+        raise DataError(what_to_do(path) or expected)
+    notes = [] if notes is None else notes
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(what_to_do(path) or f"{path}: cannot be read ({error.strerror}).") from error
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return list(_read_table(_text(content, path), path, notes))
+    return _read_json(content, path, notes)
+
+
+def _text(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text: byte {error.start} cannot be decoded.") from error
-    return list((_read_list if path.suffix == ".json" else _read_table)(text, path))
+        found = what_is(path)
+        raise DataError(f"{path}: found {found}; is not UTF-8: byte {error.start} cannot be decoded.") from error
 
 
-def _read_list(text: str, path: Path) -> Iterator[Record]:
+def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:
+    first, _, rest = content.removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")
+    named_lines = path.suffix.lower() == ".jsonl"
+    if (named_lines and first[:1] != b"[") or (rest and _is_json(first)):
+        notes += [] if named_lines else ["read as JSON Lines, an object a line"]
+        return _read_lines(content, path)
+    text = _text(content, path)
     start = _after_space(text, 0)
+    if text[start : start + 1] == "{":
+        return _read_list(text, _list_within(text, start, path, notes), path)[0]
     if text[start : start + 1] != "[":
-        raise DataError(f"{path}: found {what_is(path)}; expected a JSON list of objects.")
+        raise DataError(f"{path}: found {what_is(path)}; expected {_LISTED}.")
+    records, end = _read_list(text, start, path)
+    if _after_space(text, end) != len(text):
+        line = text.count("\n", 0, end) + 1
+        raise DataError(f"{path}:{line}: goes on after the end of the list; expected one JSON list.")
+    return records
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_list(text: str, start: int, path: Path) -> tuple[list[Record], int]:
+    """The records of the list that opens at `start`, and where the text goes on after it."""
     newlines = [match.start() for match in re.finditer("\n", text)]
-    decoder = _StrictDecoder()
+    decoder, records = _StrictDecoder(), []
     at = _after_space(text, start + 1)
     more = text[at : at + 1] != "]"
     while more:
@@ -74,27 +147,61 @@ def _read_list(text: str, path: Path) -> Iterator[Record]:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{_fault_line(error, line)}: is not valid JSON ({_reason(error)}).") from error
-        yield decoder.record(value, path, line)
+            where = f"{path}:{_fault_line(error, line)}"
+            raise DataError(f"{where}: is not valid JSON in record {len(records) + 1} ({_reason(error)}).") from error
+        records.append(decoder.record(value, path, line))
         at = _after_space(text, end)
         more = text[at : at + 1] == ","
         if not more and text[at : at + 1] != "]":
-            raise DataError(f"{path}:{bisect.bisect_left(newlines, end) + 1}: expected ',' or ']' after a record.")
+            line = bisect.bisect_left(newlines, end) + 1
+            raise DataError(f"{path}:{line}: expected ',' or ']' after record {len(records)}.")
         at = _after_space(text, at + 1) if more else at
-    if _after_space(text, at + 1) != len(text):
-        line = bisect.bisect_left(newlines, at) + 1
-        raise DataError(f"{path}:{line}: goes on after the end of the list; expected one JSON list.")
+    on_line = Counter(record.line for record in records)
+    numbered = [replace(r, number=n) if on_line[r.line] > 1 else r for n, r in enumerate(records, 1)]
+    return numbered, at + 1
+
+
+def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
+    """Where the one list of objects begins that the object at `start` holds."""
+    try:
+        values = json.loads(text[start:])
+    except (ValueError, RecursionError) as error:
+        line = text.count("\n", 0, start) + _fault_line(error, 1)
+        raise DataError(f"{path}:{line}: is not valid JSON ({_reason(error)}); expected {_LISTED}.") from error
+    lists = [key for key, value in values.items() if isinstance(value, list) and dict in map(type, value)]
+    if len(lists) != 1:
+        found = f"an object with the keys {shown_keys(values)}, of which {len(lists) or 'none'} hold a list of objects"
+        raise DataError(f"{path}: found {found}; expected {_LISTED}.")
+    (key,) = lists
+    others = [other for other in values if other != key]
+    notes.append(f"the list {key!r} is read" + (f", {shown_keys(others)} beside it not" if others else ""))
+    return _place_of(key, text, start, path)
+
+
+def _place_of(key: str, text: str, at: int, path: Path) -> int:
+    """Where the value of `key` begins in a JSON object that is known to be right and opens at `at`."""
+    decoder, places = json.JSONDecoder(), {}
+    while text[at] != "}":
+        found, at = decoder.raw_decode(text, _after_space(text, at + 1))
+        if found in places:
+            raise DataError(f"{path}: holds the key {found!r} twice.")
+        places[found] = _after_space(text, _after_space(text, at) + 1)
+        at = _after_space(text, decoder.raw_decode(text, places[found])[1])
+    return places[key]
+
+
+def shown_keys(keys: Iterable[str]) -> str:
+    """Names for a message, the first dozen of them."""
+    names = [repr(key) for key in keys]
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _after_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()
 
 
-def _read_lines(path: Path) -> list[Record]:
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+def _read_lines(content: bytes, path: Path) -> list[Record]:
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     decoder, records, unreadable = _StrictDecoder(), [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -111,13 +218,17 @@ def _read_lines(path: Path) -> list[Record]:
     return records
 
 
-def _read_table(text: str, path: Path) -> Iterator[Record]:
-    rows = csv.reader(io.StringIO(text), delimiter="\t", strict=True)
+def _read_table(text: str, path: Path, notes: list[str]) -> Iterator[Record]:
+    separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text, path)
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    rows = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    named = _SEPARATORS[separator]
+    notes.append(f"columns separated by {named}")
     try:
         header = next(rows, [])
         if len(set(header)) != len(header) or len(header) < 2:
             raise DataError(
-                f"{path}:1: the columns are {header}; expected two or more, separated by tabs, none of them twice."
+                f"{path}:1: the columns are {header}; expected two or more, separated by {named}, none of them twice."
             )
         line = rows.line_num + 1
         for row in rows:
@@ -126,7 +237,21 @@ def _read_table(text: str, path: Path) -> Iterator[Record]:
                 yield Record({} if fault else dict(zip(header, row, strict=True)), path, line, fault)
             line = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: is not a tab-separated table ({error}).") from error
+        raise DataError(f"{path}:{rows.line_num}: is not a table separated by {named} ({error}).") from error
+
+
+def _separator(text: str, path: Path) -> str:
+    """The one of tabs, commas and semicolons that the header holds outside of quotes; cells may hold all of them."""
+    header = _HEADER.match(text)[0]
+    bare = re.sub(r'"[^"]*"', "", header)
+    found = [separator for separator in _SEPARATORS if separator in bare]
+    if len(found) != 1:
+        held = " and ".join(_SEPARATORS[separator] for separator in found) or "nothing that separates columns"
+        raise DataError(
+            f"{path}:1: the header {header[:200]!r} holds {held}; expected tabs, commas or semicolons, and only one of "
+            "these outside of quotes. Name a file .tsv if tabs separate it whatever its header holds."
+        )
+    return found[0]
 
 
 class _StrictDecoder(json.JSONDecoder):

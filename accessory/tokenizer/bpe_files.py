@@ -54,7 +54,7 @@ def _way(directory: Path, special: SpecialTokens) -> str:
 
 def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, ...]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; expected merges, one a line.") from error
     begin = 1 if lines[0].startswith("#version") else 0

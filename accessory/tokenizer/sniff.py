@@ -34,6 +34,10 @@ def _kind(head: bytes) -> str:
         return "a zip archive"
     if start.startswith(b"\x1f\x8b"):
         return "a gzip archive"
+    if start.startswith(b"PAR1"):
+        return "a Parquet file"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16 text (save it as UTF-8)"
     if start.startswith((b"{", b"[")):
         return "a JSON-like text"
     return "a binary file" if _is_binary(head) else "a text file"

@@ -177,7 +177,7 @@ def _with_template(directory: Path, config: dict) -> dict:
     if not path.is_file():
         return config
     try:
-        return {**config, "chat_template": path.read_text(encoding="utf-8")}
+        return {**config, "chat_template": path.read_text(encoding="utf-8-sig")}
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; expected a Jinja template ({error}).") from error
 

@@ -35,6 +35,12 @@ def test_read_json(tmp_path: Path, content: str, expected: str) -> None:
         read_json(tmp_path / "gone.json")
 
 
+def test_a_byte_order_mark_before_json_is_none_of_it(tmp_path: Path) -> None:
+    """As editors on Windows write one."""
+    (tmp_path / "lora.json").write_text('{"lora_rank": 8}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "lora.json") == {"lora_rank": 8}
+
+
 def test_fingerprint_moves_with_every_part(tiny_base: Path, copy) -> None:
     """The same for a copy; another for a changed first or last byte, and for another name."""
     directory = copy(tiny_base)

@@ -198,8 +198,8 @@ def test_a_ratio_of_nothing_is_nothing(write, tokenizer):
 def test_the_cache_of_one_format_does_not_serve_another(write, tokenizer, tmp_path):
     line = '[{"instruction": "q", "output": "ab"}]'
     make(write("x.json", line), tokenizer, cache_dir=tmp_path / "cache")
-    with pytest.raises(DataError, match="is a list, not an object"):
-        make(write("x.jsonl", line), tokenizer, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="the columns are"):
+        make(write("x.tsv", line), tokenizer, cache_dir=tmp_path / "cache")
 
 
 def test_a_cache_that_cannot_be_written_is_named(write, tokenizer, tmp_path):
@@ -286,7 +286,7 @@ def test_a_record_the_template_refuses_is_named(write, chat_tokenizer):
     template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
     tokenizer = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     write("x.json", [GOOD, {"instruction": "bad", "output": "x"}])
-    with pytest.raises(TokenizerError, match=r"x\.json:1: .*no bad"):
+    with pytest.raises(TokenizerError, match=r"x\.json:1 record 2: .*no bad"):
         make(write("c.yaml", CHAT), tokenizer)
 
 

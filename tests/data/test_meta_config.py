@@ -46,7 +46,7 @@ def test_paths_are_sought_beside_the_yaml_then_here(write, data, tmp_path, monke
     assert load_data_config(deep)[0].path.resolve() == tmp_path / "configs/y.json"
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "JSON"])
 def test_a_data_file_is_a_config_of_one_entry(write, suffix):
     path = write(f"y.{suffix}", "")
     (entry,) = load_data_config(path)
@@ -108,7 +108,7 @@ def test_a_null_prompt_type_is_upstreams_none(write, data):
 def test_a_file_of_another_kind_is_told_with_the_other_faults(write, data):
     write("x.parquet", "")
     message = refused(write("c.yaml", "META:\n- path: x.parquet\n- path: absent.json\n"))
-    assert "META[0]: path x.parquet is not a data file; expected one of .json" in message
+    assert "META[0]: " in message and "x.parquet: .parquet files are not read here; write it as JSON" in message
     assert "META[1]: path absent.json is neither" in message
 
 
@@ -118,6 +118,35 @@ def test_the_keys_found_are_named_where_meta_is_missing(write, data):
 
 def test_an_impossible_date_is_a_fault_of_the_yaml(write, data):
     assert "c.yaml: is not valid YAML" in refused(write("c.yaml", "META:\n- {path: x.json, type: 2023-02-30}\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.parquet", "PAR1", ".parquet files are not read here; write it as JSON Lines"),
+        ("x.txt", "words", ".txt files are not read here; put each text into a .jsonl"),
+        ("x.JSON.gz", "", ".gz files are not read here; unpack it first"),
+        (
+            "x.bin",
+            b"PAR1\xff",
+            "found a Parquet file of 5 bytes; expected a data file (.json, .jsonl, .csv, .tsv) or a",
+        ),
+        ("x.data", "{", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_neither_data_nor_yaml_is_told_what_to_do(write, name, content, words):
+    assert words in refused(write(name, content))
+
+
+def test_a_directory_is_told_what_to_do(write, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "folder: is a directory; expected a file. Name several in a YAML" in refused(tmp_path / "folder")
+    message = refused(write("c.yaml", "META:\n- path: folder\n"))
+    assert "META[0]: " in message and "folder: is a directory" in message
+
+
+def test_a_yaml_may_open_with_a_byte_order_mark(write, data):
+    assert load_data_config(write("c.yaml", "\ufeffMETA:\n- path: x.json\n"))[0].path == data
 
 
 def test_the_checkpoints_own_template_is_a_prompt_type(write, data):

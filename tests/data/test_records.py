@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import random
 import time
@@ -60,14 +62,22 @@ def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault
         ("x.json", '[{"a": 1},\n{"a": 1', r"x\.json:2: "),
         ("x.json", '[{"a": 1}\n', r"x\.json:1: expected ',' or '\]'"),
         ("x.json", '[{"a": 1}\n{"a": 2}]', r"x\.json:1: expected ','"),
-        ("x.json", '{"a": 1}', "found a JSON-like text.*expected a JSON list"),
+        ("x.json", '{"a": 1}', "the keys 'a', of which none hold a list of objects; expected a JSON list"),
+        ("x.json", '{"a": [{}], "b": [{}]}', "the keys 'a', 'b', of which 2 hold a list of objects"),
+        ("x.json", '{"a": [{}], "b": 1, "b": 2}', "holds the key 'b' twice"),
+        ("x.json", '\n{"a": [{}],\n"b": }', r"x\.json:3: is not valid JSON.*expected a JSON list"),
         ("x.json", "", "an empty file"),
         ("x.json", "<!DOCTYPE html>", "an HTML page"),
         ("x.json", "version https://git-lfs.github.com/spec/v1", "Git-LFS"),
         ("x.jsonl", '{"a": ' + "[" * 100_000, r"x\.jsonl:1: .*nested too deeply"),
         ("x.json", b'[{"a": "\xff"}]', "is not UTF-8"),
-        ("x.csv", 'a\tb\n"open', "tab-separated"),
-        ("x.txt", "words", "expected one of .json, .jsonl, .csv"),
+        ("x.csv", 'a\tb\n"open', "separated by tabs"),
+        ("x.csv", "a\tb,c\n1\t2\n", r"x\.csv:1: the header 'a.tb,c' holds tabs and commas; expected .*only one"),
+        ("x.csv", "a\n1\n", r"x\.csv:1: the header 'a' holds nothing that separates"),
+        ("x.json", "\ufeffa".encode("utf-16"), "UTF-16 text .save it as UTF-8"),
+        ("x.conf", "words", "expected one of .json, .jsonl, .csv"),
+        ("x.txt", "words", r"\.txt files are not read here; .*\.jsonl.*prompt_type: caption"),
+        ("x.Parquet", b"PAR1", r"\.Parquet files are not read here; write it as JSON Lines"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(write, name, content, words):
@@ -137,10 +147,70 @@ def test_a_number_beyond_bounds_is_not_said_to_be_nested(write):
         read_records(write("x.jsonl", '{"a": ' + "1" * 5000 + "}"))
 
 
-@pytest.mark.parametrize("header", ["instruction,output", "a\ta\tb", ""])
-def test_a_header_must_have_columns_and_none_twice(write, header):
-    with pytest.raises(DataError, match=r"x\.csv:1: the columns are .*separated by tabs"):
-        read_records(write("x.csv", f"{header}\n1\t2\t3\n"))
+@pytest.mark.parametrize(("name", "header"), [("x.tsv", "instruction,output"), ("x.csv", "a\ta\tb"), ("x.tsv", "")])
+def test_a_header_must_have_columns_and_none_twice(write, name, header):
+    with pytest.raises(DataError, match=r":1: the columns are .*separated by tabs"):
+        read_records(write(name, f"{header}\n1\t2\t3\n"))
+
+
+ROWS = [{"instruction": 'a,\tb;"c', "output": "two\nlines"}, {"instruction": "", "output": "é;,\t"}]
+
+
+@pytest.mark.parametrize(("separator", "named"), [("\t", "tabs"), (",", "commas"), (";", "semicolons")])
+def test_a_table_is_read_as_it_was_written_whatever_separates_it(write, separator, named):
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["instruction", "output"], delimiter=separator)
+    table.writeheader()
+    table.writerows(ROWS)
+    notes = []
+    found = read_records(write("x.csv", "\ufeff" + text.getvalue()), notes)
+    assert [record.fields for record in found] == ROWS and notes == [f"columns separated by {named}"]
+
+
+def test_a_cell_may_be_as_long_as_it_likes(write):
+    for name in ("x.csv", "x.tsv"):
+        assert read_records(write(name, f"a\tb\n1\t{'x' * 300_000}\n"))[0].fields["b"] == "x" * 300_000
+
+
+@pytest.mark.parametrize("name", ["x.JSON", "x.Jsonl", "x.CSV", "x.TSV"])
+def test_a_suffix_may_stand_in_capitals(write, name):
+    text = {"x.JSON": '[{"a": "b"}]', "x.Jsonl": '{"a": "b"}'}.get(name, "a\tc\nb\td\n")
+    assert read_records(write(name, text))[0].fields["a"] == "b"
+
+
+def test_json_lines_may_be_named_json_and_a_list_jsonl(write):
+    notes = []
+    lines = read_records(write("x.json", '\ufeff{"a": [{}]}\n\n{"a": \n{"a": 3}\n'), notes)
+    assert [(record.line, record.fault is None) for record in lines] == [(1, True), (3, False), (4, True)]
+    assert notes == ["read as JSON Lines, an object a line"]
+    for indent in (None, 1):
+        found = read_records(write("x.jsonl", json.dumps(RECORDS, indent=indent)))
+        assert [record.fields for record in found] == RECORDS
+
+
+def test_an_object_may_hold_the_list(write):
+    text = json.dumps({"version": {"data": [{}]}, "tags": ["]"], "data": RECORDS, "n": 1}, indent=1)
+    notes, lines = [], text.split("\n")
+    found = read_records(write("x.json", text), notes)
+    assert [record.fields for record in found] == RECORDS
+    assert all(lines[record.line - 1].strip().startswith("{") for record in found)
+    assert notes == ["the list 'data' is read, 'version', 'tags', 'n' beside it not"]
+
+
+def test_a_record_is_known_by_its_number_where_others_stand_on_its_line(write):
+    found = read_records(write("x.json", '[{"a": 1}, 2,\n{"a": 3}, {"a": 4},\n\n{"a": 5}]'))
+    path = found[0].path
+    assert [record.where for record in found] == [
+        *(f"{path}:1 record 1", f"{path}:1 record 2", f"{path}:2 record 3", f"{path}:2 record 4", f"{path}:4"),
+    ]
+    with pytest.raises(DataError, match=r"x\.json:1: is not valid JSON in record 3"):
+        read_records(write("x.json", '[{"a": 1}, {"a": 2}, {"a" 3}]'))
+
+
+def test_a_directory_is_no_data_file(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(DataError, match="is a directory; expected a file"):
+        read_records(tmp_path / "x.json")
 
 
 def test_blank_rows_of_a_table_count_as_lines(write):

@@ -47,6 +47,14 @@ def test_ids_are_those_of_transformers(lay, config, awkward, sentences):
     assert (ours.eos_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
 
 
+def test_a_byte_order_mark_is_no_merge(lay):
+    directory = lay(OPT)
+    plain = open_tokenizer(directory).fingerprint
+    for name in ("vocab.json", "merges.txt"):
+        (directory / name).write_bytes(b"\xef\xbb\xbf" + (directory / name).read_bytes())
+    assert open_tokenizer(directory).fingerprint == plain
+
+
 def test_a_document_of_opt_opens_with_its_end_token(lay):
     ours = open_tokenizer(lay(OPT))
     assert ours.opening == (2,) == (ours.bos_id,) == (ours.eos_id,)

@@ -84,9 +84,9 @@ def test_names_without_ids_are_gathered_once(tmp_path):
 
 def test_the_template_file_takes_precedence(tmp_path):
     put(tmp_path, tokenizer_config={"chat_template": "old"})
-    (tmp_path / "chat_template.jinja").write_text("new é", encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("new é", encoding="utf-8-sig")
     assert read_special_tokens(tmp_path).config == {"chat_template": "new é"}
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xff")
     with pytest.raises(TokenizerError, match=r"chat_template.jinja: found a binary file.*expected a Jinja template"):
         read_special_tokens(tmp_path)
 

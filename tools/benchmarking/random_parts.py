@@ -54,6 +54,6 @@ def random_corpus(lengths: list[int], supervised: float, vocab_size: int) -> Cor
         "tokens": np.random.default_rng(0).integers(vocab_size, size=offsets[-1], dtype=np.int32),
         "learned": np.concatenate(learned),
         "offsets": offsets,
-        "origins": np.zeros((len(lengths), 2), dtype=np.int32),
+        "origins": np.zeros((len(lengths), 3), dtype=np.int32),
     }
     return Corpus(arrays, ["random documents"], Omissions(), fingerprint="random", tokenizer=None)
