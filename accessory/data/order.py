@@ -118,7 +118,7 @@ class GlobalOrder:
         """
         lengths = self.corpus.lengths[ids]
         by_length = np.argsort(-lengths, kind="stable")
-        rounds = max(-(-int(lengths.sum()) // (self.max_tokens * self.dp_size)), 1)
+        rounds = -(-int(lengths.sum()) // (self.max_tokens * self.dp_size))
         while True:  # ends at the latest with a slot for each document
             loads = [(0, slot) for slot in range(rounds * self.dp_size)]
             slots: list[list[int]] = [[] for _ in loads]
@@ -128,7 +128,7 @@ class GlobalOrder:
                 slots[slot].append(place)
             if max(loads)[0] <= self.max_tokens:
                 fullest_first = sorted(loads, key=lambda entry: (-entry[0], entry[1]))
-                return [ids[slots[slot]] if slots[slot] else ids[:0] for _, slot in fullest_first]
+                return [ids[slots[slot]] for _, slot in fullest_first]
             rounds += 1
 
     def _permutation(self, epoch: int) -> np.ndarray:

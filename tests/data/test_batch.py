@@ -28,6 +28,7 @@ def test_token_zero_is_a_label_like_any_other(batch):
 def test_idle_is_one_token_with_nothing_to_learn():
     idle = PackedBatch.idle(9)
     assert (idle.tokens.tolist(), idle.labels.tolist(), idle.lengths) == ([9], [IGNORE], (1,))
+    assert (idle.sample_ids, idle.shared) == ((), (0,))
     assert idle.supervised == 0 and idle.tokens.dtype == torch.int64
 
 
@@ -35,6 +36,14 @@ def test_moving_keeps_everything(batch):
     moved = batch.to("meta", non_blocking=True)
     assert moved.tokens.device.type == moved.labels.device.type == "meta"
     assert (moved.lengths, moved.sample_ids) == (batch.lengths, batch.sample_ids)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only memory for a GPU can be pinned")
+def test_pinned_it_is_the_same_batch(batch):
+    pinned = batch.pin_memory()
+    assert pinned.tokens.is_pinned() and pinned.labels.is_pinned()
+    assert torch.equal(pinned.tokens, batch.tokens) and torch.equal(pinned.labels, batch.labels)
+    assert (pinned.lengths, pinned.sample_ids, pinned.shared) == (batch.lengths, batch.sample_ids, batch.shared)
 
 
 def test_a_batch_does_not_change(batch):
@@ -67,6 +76,13 @@ def test_tokens_with_a_label_are_nobody_elses():
     assert packed.shared == (0, 2, 2) and packed.supervised == 6
     learned = [document([1, 2, 3, 4, 5], 4, i) for i in range(3)]
     assert PackedBatch.pack(learned).shared == (0, 0, 0)
+    zero = [document([1, 2, 0, 5], 2, i) for i in range(2)]
+    assert PackedBatch.pack(zero).shared == (0, 1) and PackedBatch.pack(zero).supervised == 4
+
+
+def test_a_document_that_begins_another_is_shared_whole():
+    packed = PackedBatch.pack([document([1, 2, 3, 4], 1, 0), document([1, 2], 0, 1)])
+    assert (packed.sample_ids, packed.shared, packed.tokens.tolist()) == ((1, 0), (0, 2), [1, 2, 3, 4])
 
 
 def test_documents_stay_as_given_where_sharing_is_not_allowed_or_worth_it():

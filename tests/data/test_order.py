@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from accessory.data.order import GlobalOrder
+from accessory.errors import ConfigError
 
 SIZES = [int(size) for size in np.random.default_rng(3).integers(1, 60, 23)]
 LAYOUTS = [(2, 4, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)]  # (batch_size, accum_iter, ranks), global batch 8
@@ -137,16 +138,43 @@ def test_batches_hold_the_documents_they_name(corpus_of):
         assert batch.tokens.tolist() == tokens.tolist() and batch.labels.tolist() == labels.tolist()
 
 
-@pytest.mark.parametrize("settings", [{"dp_rank": 2, "dp_size": 2}, {"seed": -1}, {"batch_size": 0}])
-def test_settings_that_cannot_be_are_refused_at_once(corpus_of, settings):
-    from accessory.errors import ConfigError
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("max_tokens", [None, 10**6])
+def test_documents_of_one_length_keep_their_order(corpus_of, shuffle, max_tokens):
+    """Whatever the machine's sorting makes of ties: ranks on other CPUs must deal alike."""
+    order = orders(corpus_of([10, 20] * 32), (64, 1, 1), shuffle=shuffle, max_tokens=max_tokens)[0]
+    ids = order.global_ids(0, 0).tolist()
+    found = [i for batch in order.micro_batches(0, 0) for i in batch.sample_ids]
+    assert found == (sorted(ids, key=lambda i: -(i % 2)) if shuffle or max_tokens else ids)
 
-    with pytest.raises(ConfigError):
-        GlobalOrder(corpus_of(SIZES), **{"batch_size": 1, "accum_iter": 1, **settings})
+
+def test_alone_unless_told(corpus_of):
+    """One rank, seed 0, what documents share packed once, no bound on tokens."""
+    corpus = corpus_of(SIZES)
+    given = GlobalOrder(
+        corpus, batch_size=2, accum_iter=4, dp_rank=0, dp_size=1, seed=0, shuffle=True, max_tokens=None,
+        share_prefixes=True,
+    )  # fmt: skip
+    found, wanted = (
+        [(batch.sample_ids, batch.shared) for batch in order.micro_batches(1, 0)]
+        for order in (GlobalOrder(corpus, batch_size=2, accum_iter=4), given)
+    )
+    assert found == wanted and any(sum(shared) for _, shared in found)
+
+
+@pytest.mark.parametrize("settings", [{"dp_rank": 2, "dp_size": 2}, {"seed": -1}, {"batch_size": 0}, {"accum_iter": 0}])
+def test_settings_that_cannot_be_are_refused_at_once(corpus_of, settings):
+    given = {"batch_size": 1, "accum_iter": 1, "dp_rank": 0, "dp_size": 1, "seed": 0} | settings
+    with pytest.raises(ConfigError) as caught:
+        GlobalOrder(corpus_of(SIZES), **given)
+    assert str(caught.value) == (
+        "batch_size {batch_size}, accum_iter {accum_iter}, data-parallel rank {dp_rank} of {dp_size}, seed {seed}: "
+        "expected batch_size and accum_iter of 1 or more, a rank below the number of ranks, and a seed of 0 or more."
+    ).format(**given)
 
 
 def test_a_step_beyond_the_epoch_is_an_error(corpus_of):
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"^step 3 is not among the 3 of an epoch$"):
         list(orders(corpus_of(SIZES), (2, 4, 1))[0].micro_batches(0, 3))
 
 
@@ -210,8 +238,6 @@ def test_ranks_without_a_document_idle_by_tokens_too(corpus_of):
 
 
 def test_a_document_longer_than_a_micro_batch_is_refused_at_once(corpus_of):
-    from accessory.errors import ConfigError
-
     corpus = corpus_of([5, 50, 7])
     longest = int(corpus.lengths[1])
     with pytest.raises(ConfigError) as caught:

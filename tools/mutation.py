@@ -1,0 +1,267 @@
+"""Would a test notice?  Every small change to a file (mutmut's operators make them) against its tests, from the root:
+
+python tools/mutation.py accessory/data/order.py tests/data/test_order.py --then tests/data
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gc
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import libcst
+import pytest
+from _pytest.main import pytest_runtestloop
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation.file_mutation import NEVER_MUTATE_FUNCTION_CALLS
+from mutmut.mutation.mutators import mutation_operators
+
+from accessory.entry import from_command_line, run_tool
+from accessory.errors import ConfigError
+
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "output")
+"""What no test needs of the working tree."""
+PATIENCE = 10
+"""No mutant is waited for longer than so many times what its tests take, and 5 seconds."""
+MOST_MEMORY = 8 << 30
+"""Bytes a process of a mutant may take: one that never ends may also never stop growing."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file with one thing changed."""
+
+    number: int
+    line: int
+    code: str
+
+    def beside(self, original: str) -> str:
+        """Which it is, and the lines that differ."""
+        _, _, *lines = difflib.unified_diff(original.splitlines(), self.code.splitlines(), n=0, lineterm="")
+        return "\n".join([f"mutant {self.number}, line {self.line}:", *(line for line in lines if line[0] != "@")])
+
+
+class _Sites(libcst.CSTVisitor):
+    """Finds (line, node, what it becomes). Annotations do nothing; changed decorators break imports."""
+
+    METADATA_DEPENDENCIES = (PositionProvider,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, libcst.CSTNode, libcst.CSTNode]] = []
+
+    def on_visit(self, node: libcst.CSTNode) -> bool:
+        if isinstance(node, libcst.Annotation | libcst.Decorator):
+            return False
+        if isinstance(node, libcst.Call) and getattr(node.func, "value", None) in NEVER_MUTATE_FUNCTION_CALLS:
+            return True
+        for kind, operator in mutation_operators:
+            if isinstance(node, kind):
+                line = self.get_metadata(PositionProvider, node).start.line
+                self.found += [(line, node, other) for other in operator(node)]
+        return True
+
+
+def mutants(code: str) -> Iterator[Mutant]:
+    """All of `code`, numbered from 0 in its order."""
+    wrapper, sites = MetadataWrapper(libcst.parse_module(code)), _Sites()
+    wrapper.visit(sites)
+    for number, (line, node, other) in enumerate(sites.found):
+        yield Mutant(number, line, wrapper.module.deep_replace(node, other).code)
+
+
+class Project:
+    """A copy of the current directory whose files may be changed, and its tests.
+
+    Tests run in forks of this process, which by then has imported all that they need from elsewhere.
+    """
+
+    def __init__(self, root: Path) -> None:
+        shutil.copytree(Path.cwd(), root, ignore=LEFT_OUT, symlinks=True)
+        self.root, self.patience = root, None
+        sys.path[0] = os.environ["PYTHONPATH"] = str(root)
+        for name in [name for name in sys.modules if self._holds(name)]:
+            del sys.modules[name]  # imported by this tool: not from the copy
+
+    def prepare(self, tests: list[str]) -> None:
+        """Run `tests` without a mutant, and once more as mutants will. Raises `ConfigError` where they fail."""
+        for _ in range(2):
+            begun = time.monotonic()
+            if self.end(tests, self.patience):
+                said = (self.root / "said").read_text(errors="replace")
+                raise ConfigError(f"{' '.join(tests)}: fails without a mutant, too.\n{said[-3000:]}")
+            self.patience = PATIENCE * (time.monotonic() - begun) + 5
+            for name in (self.root / "imported").read_text().split():
+                with contextlib.suppress(Exception):  # some can be imported by others only
+                    importlib.import_module(name)
+        gc.freeze()  # a fork that collected garbage would copy the memory it shares
+        # Compiled files are told apart by size and second: a mutant could pass for another.
+        os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
+
+    def ends_in_place(self, tests: list[str], file: Path, code: str, tried: list[Mutant]) -> dict[int, str]:
+        """What ends which mutant, as far as `InPlace` finds it."""
+        ends = self.root / "ends"
+        ends.write_text("{}")
+        self.end(tests, None, InPlace(file, code, tried, self.patience, ends))
+        return {int(number): end for number, end in json.loads(ends.read_text()).items()}
+
+    def end(self, tests: list[str], patience: float | None, *plugins: object) -> str:
+        """What ends `tests`, "a test" or "the clock"; empty where all pass."""
+
+        def run() -> int:
+            os.chdir(self.root)
+            with open("said", "wb") as said:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--basetemp=tmp", *tests], plugins)
+            Path("imported").write_text("\n".join(name for name in sys.modules if not self._holds(name)))
+            return status
+
+        return end_of(run, patience)
+
+    def _holds(self, module: str) -> bool:
+        top = self.root / module.split(".")[0]
+        return top.is_dir() or top.with_suffix(".py").is_file()
+
+
+class InPlace:
+    """A plugin of pytest: collects tests once, and runs them on each mutant in a fork that has put its functions in.
+
+    What does not lie in functions (constants, defaults that a class keeps) is not put in everywhere. So this shows what
+    fails, not what survives. In `ends`, a file, are the number of each mutant that failed, and what ended it.
+    """
+
+    def __init__(self, file: Path, code: str, mutants: list[Mutant], patience: float, ends: Path) -> None:
+        self.file, self.code, self.mutants, self.patience, self.ends = file, code, mutants, patience, ends
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """In place of pytest's, of the same name."""
+        name = ".".join(self.file.with_suffix("").parts)
+        module = sys.modules.get(name)
+
+        def run(code: str) -> int:
+            new = types.ModuleType(name)
+            new.__dict__.update(__file__=module.__file__, __package__=module.__package__)
+            exec(compile(code, module.__file__, "exec"), new.__dict__)
+            put_in(module, new)
+            pytest_runtestloop(session)
+            return session.testsfailed
+
+        gc.freeze()
+        if module and not end_of(lambda: run(self.code), self.patience):
+            ends = {mutant.number: end_of(partial(run, mutant.code), self.patience) for mutant in self.mutants}
+            self.ends.write_text(json.dumps({number: end for number, end in ends.items() if end}))
+        return True
+
+
+def put_in(old: object, new: object) -> None:
+    """Have the functions of a module or class do what those of `new` do, wherever they were imported."""
+    for name, value in vars(new).items():
+        known, value = _bare(vars(old).get(name)), _bare(value)
+        if inspect.isfunction(known) and inspect.isfunction(value):
+            for part in ("__code__", "__defaults__", "__kwdefaults__"):
+                setattr(known, part, getattr(value, part))
+        elif inspect.isclass(known) and inspect.isclass(value) and known is not value:
+            put_in(known, value)
+        elif not name.startswith("__") and not hasattr(type(value), "__get__"):
+            setattr(old, name, value)
+
+
+def _bare(value: object) -> object:
+    """The function that a property, a method of a class or what a decorator made is of."""
+    return inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+
+
+def end_of(run: Callable[[], int], patience: float | None) -> str:
+    """What ends `run` in a fork of this process, "a test" or "the clock"; empty where it returns 0."""
+
+    def alone() -> None:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+        status = run()
+        sys.stdout.flush()
+        os._exit(status)  # without freeing what torch holds
+
+    child = multiprocessing.get_context("fork").Process(target=alone)
+    child.start()
+    child.join(patience)
+    late = child.is_alive()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # and what it started
+    child.join()
+    return "the clock" if late else "a test" if child.exitcode else ""
+
+
+def main(
+    file: str,
+    *tests: str,
+    deselect: str | tuple[str, ...] = (),
+    then: str | tuple[str, ...] = (),
+    only: int | tuple[int, ...] = (),
+    every: int = 1,
+) -> None:
+    """Print the mutants of FILE that TESTS do not notice, and how many there are.
+
+    Args:
+        file: a Python file.
+        tests: its fast tests, files or pytest's names; the first that fails ends a mutant.
+        deselect: slow ones among them, left out, separated by commas.
+        then: tests for the mutants that survive those, separated by commas.
+        only: numbers of the mutants to try, as they are printed, separated by commas.
+        every: try one mutant in so many.
+    """
+    path = Path(file)
+    if not path.is_file() or not tests:
+        raise ConfigError(f"{file} {' '.join(tests)}: expected a Python file and at least one file of tests.")
+    code, numbers = path.read_text(), set(_several(only))
+    left = [mutant for mutant in mutants(code) if (mutant.number in numbers if numbers else mutant.number % every == 0)]
+    fast = [*tests, *(f"--deselect={name}" for name in _several(deselect))]
+    ends, tried = Counter(), len(left)
+    with tempfile.TemporaryDirectory() as directory:
+        project = Project(Path(directory) / "project")
+        for chosen in filter(None, (fast, _several(then))):
+            (project.root / path).write_text(code)
+            project.prepare(chosen)
+            found, survivors = project.ends_in_place(chosen, path, code, left), []
+            for mutant in left:
+                (project.root / path).write_text(mutant.code)
+                end = found.get(mutant.number) or project.end(chosen, project.patience)
+                if end:
+                    ends[end] += 1
+                else:
+                    survivors.append(mutant)
+                    print(mutant.beside(code), flush=True)
+            left = survivors
+            print(
+                f"{file}: of {tried} mutants {ends['a test']} were ended by a test, {ends['the clock']} by the clock; "
+                f"{len(left)} survive {' '.join(chosen)}.",
+                flush=True,
+            )
+
+
+def _several(given: int | str | tuple) -> list:
+    """What fire makes of a flag whose values are separated by commas: a tuple, or the only one."""
+    return list(given) if isinstance(given, tuple) else [given]
+
+
+if __name__ == "__main__":
+    run_tool(from_command_line(main))
