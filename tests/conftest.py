@@ -49,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
+@pytest.fixture(scope="session")
+def strings() -> list[str]:
+    """Some 350 texts over which tokenizers disagree: scripts, emoji, code, blanks, spelled control tokens."""
+    few = json.loads((ROOT / "tests" / "strings.json").read_text(encoding="utf-8"))
+    return [*few, *map("".join, zip(few, few[7:], strict=False)), *map(" ".join, zip(few, few[31:], strict=False))]
+
+
 def write_tokenizer(directory: Path) -> None:
     """A byte-level BPE of 512 tokens learned from the quickstart's data: tokenizer.json, tokenizer_config.json."""
     tokenizer = Tokenizer(models.BPE())

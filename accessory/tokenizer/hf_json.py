@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -15,14 +15,14 @@ import tokenizers
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import what_is
-from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.special import FLAGS, Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.spm_pipeline import EXTRA_BLANKS
 from accessory.tokenizer.trial import try_apart
 
 FILE_NAME, MODEL_FILE_NAME = "tokenizer.json", "tokenizer.model"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
 _STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
 """What a sequence of steps is called, by the stage it is of."""
-_FLAGS = [field.name for field in fields(Added)]
 _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
@@ -54,7 +54,7 @@ class JsonTokenizer(Tokenizer):
         self._set_special(
             bos_id=bos_id,
             eos_id=eos_id,
-            opening=document_opening(self._usual_opening(eos_id), bos_id, special.add_bos),
+            opening=document_opening(self.usual_opening(eos_id), bos_id, special.add_bos),
             stop_ids=special.stop_ids,
             definition=definition.encode() + added.encode(),
             source=source,
@@ -65,10 +65,14 @@ class JsonTokenizer(Tokenizer):
 
     def pipeline(self) -> dict:
         """The tokenizer.json it works with, parsed: added tokens are in it, and control tokens are special."""
-        pipeline = _parse(self._definition, self.source)
-        special = self.special
-        self._added = _add_missing(pipeline, special.added)
+        pipeline, special = self.stated_pipeline(), self.special
         _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id})
+        return pipeline
+
+    def stated_pipeline(self) -> dict:
+        """The tokenizer.json as it was read, parsed, and the tokens that only files beside it list."""
+        pipeline = _parse(self._definition, self.source)
+        self._added = _add_missing(pipeline, self.special.added)
         return pipeline
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False, threads: int = 1) -> list[list[int]]:
@@ -140,9 +144,7 @@ class JsonTokenizer(Tokenizer):
     def added_tokens(self) -> dict[int, Added]:
         """All added tokens by id, ordinary ones too, as tokenizer.json and the files beside it state them."""
         stated = self._main.get_added_tokens_decoder()
-        return {
-            token_id: Added(**{name: getattr(token, name) for name in _FLAGS}) for token_id, token in stated.items()
-        }
+        return {token_id: Added(**{name: getattr(token, name) for name in FLAGS}) for token_id, token in stated.items()}
 
     def _resolve(self, key: str, name: str | None, token_id: int | None, source: str) -> int | None:
         found = self._main.token_to_id(name) if name is not None else token_id
@@ -162,7 +164,7 @@ class JsonTokenizer(Tokenizer):
                     f"where this vocabulary has {found}; expected ids that go on where it ends."
                 )
 
-    def _usual_opening(self, eos_id: int) -> tuple[int, ...]:
+    def usual_opening(self, eos_id: int) -> tuple[int, ...]:
         """What the pipeline's post-processor puts before a text."""
         found = self._main.encode("a", add_special_tokens=True)
         made_up = list(takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True)))
@@ -224,7 +226,7 @@ def _never_match_special(pipeline: dict) -> None:
 
 
 def _without_leading_space(pipeline: dict) -> dict:
-    """The same pipeline for text that continues another: no step of it makes up a leading space."""
+    """The same pipeline for text that continues another: no step of it makes up a leading space or removes one."""
     continuing = copy.deepcopy({key: value for key, value in pipeline.items() if key != "model"})
     for stage in _STEPS:
         continuing[stage] = _strip_prefix_steps(continuing.get(stage), stage)
@@ -244,7 +246,7 @@ def _strip_prefix_steps(step: dict | None, stage: str, *, only_first: bool = Fal
         return {**without, "prepend_scheme": "never"}
     if only_first:
         return step
-    if kind == "Prepend":
+    if kind == "Prepend" or (kind == "Replace" and step["pattern"].get("Regex") in EXTRA_BLANKS):
         return None
     if kind == "ByteLevel":
         return {**step, "add_prefix_space": False}

@@ -34,6 +34,9 @@ class Added:
     single_word: bool = False
 
 
+FLAGS = [flag.name for flag in fields(Added)]
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """What was stated; None where no file says anything.
@@ -161,7 +164,7 @@ def _token(path: Path, key: str, value: object) -> Added:
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str) or not content:
         raise TokenizerError(f"{path}: token {key} of 'added_tokens_decoder' is {value!r}; expected 'content' in it.")
-    return Added(content, **{flag.name: bool(value.get(flag.name)) for flag in fields(Added)[1:]})
+    return Added(content, **{flag: bool(value.get(flag)) for flag in FLAGS[1:]})
 
 
 def _named(naming: list[tuple[Path, dict]]) -> tuple[str, ...]:

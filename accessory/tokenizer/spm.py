@@ -32,15 +32,18 @@ _Piece = ModelProto.SentencePiece
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, with BOS, EOS and unknown as the model states them unless `special` says otherwise.
 
-    `proto` is the model it works with: added tokens are pieces of it, and control tokens are control pieces. `special`
-    is what the files beside it state.
+    `definition` is the model as it was read, `proto` the one it works with: added tokens are pieces of it, and control
+    tokens are control pieces. `special` is what the files beside it state, `legacy` among it: whether a space is made
+    up behind a control token. Meta's code, which encodes each message by itself, llama.cpp and transformers before
+    version 5 do so where no file speaks of it.
     """
 
     def __init__(self, definition: bytes, special: SpecialTokens | None = None, *, source: str = FILE_NAME) -> None:
         """`definition` is a serialized ModelProto; `source` is named in the TokenizerError of an unusable one."""
         special = special or SpecialTokens()
         proto = _parse(definition, source)
-        self._definition, self.special = definition, special
+        self.definition, self.special = definition, special
+        self.legacy = special.config.get("legacy") is not False
         self._added = _all_added(special, proto)
         add_pieces(proto, self._added, source)
         self._pieces = [piece.piece for piece in proto.pieces]
@@ -95,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def with_special(self, special: SpecialTokens) -> SentencePieceTokenizer:
         """The same vocabulary with other special tokens."""
-        return SentencePieceTokenizer(self._definition, special, source=self.source)
+        return SentencePieceTokenizer(self.definition, special, source=self.source)
 
     def special_names(self) -> dict[str, str]:
         """See `Tokenizer.special_names`."""
@@ -104,19 +107,15 @@ class SentencePieceTokenizer(Tokenizer):
         return {**further_names(self.special.config), **own}
 
     def encode_stretch(self, text: str, place: Place) -> list[int]:
-        """See `Tokenizer.encode_stretch`. Behind a control token a space is made up unless `"legacy": false`.
-
-        So do Meta's code, which encodes each message by itself, llama.cpp, and transformers before version 5.
-        """
-        legacy = self.special.config.get("legacy") is not False
-        return self.encode(text, continuation=place == "continued" or (place == "behind_control" and not legacy))
+        """See `Tokenizer.encode_stretch`."""
+        return self.encode(text, continuation=place == "continued" or (place == "behind_control" and not self.legacy))
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.model as it was read, tokenizer_config.json, and the ids that end an answer."""
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / "tokenizer.json").exists():
             raise TokenizerError(f"{directory} holds a tokenizer.json, which would be read in place of {FILE_NAME}.")
-        (directory / FILE_NAME).write_bytes(self._definition)
+        (directory / FILE_NAME).write_bytes(self.definition)
         write_special_tokens(
             directory,
             self.special.config,

@@ -21,6 +21,7 @@ from accessory.model.families import Architecture, architecture_of
 from accessory.model.families.architecture import Fused
 from accessory.quant import storage
 from accessory.quant.four_bit import FourBitWeight
+from accessory.tokenizer.transformers_files import save_for_transformers
 
 
 def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None = None) -> None:
@@ -47,7 +48,7 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
     with fresh_directory(target) as directory:
         _write_shards(directory, _written(theirs, architecture, dtype, quant_type))
         write_json(directory / "config.json", config)
-        model.tokenizer.save(directory)
+        save_for_transformers(model.tokenizer, directory)
 
 
 def _token_ids(model: WholeModel) -> dict[str, Any]:

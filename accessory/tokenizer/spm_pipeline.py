@@ -1,0 +1,137 @@
+"""A sentencepiece model as a pipeline of the `tokenizers` library, the form in which transformers reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from accessory.errors import TokenizerError
+from accessory.tokenizer.special import Added
+from accessory.tokenizer.spm import SentencePieceTokenizer
+
+EXTRA_BLANKS = {" {2,}": " ", r"\A | \z": ""}
+"""What makes one blank of several, and none of those around a text, as regular expressions."""
+_BLANK = "▁"
+_CHECKED = 64  # pieces that make up one of the texts by which a pipeline is checked
+_HINT = "Write the model in another format, or give another form of its tokenizer."
+_Piece = ModelProto.SentencePiece
+
+
+def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
+    """The tokenizer.json (parsed), without post-processor, that cuts text as `tokenizer` does.
+
+    Raises TokenizerError for a model that the library cannot imitate: one with blanks behind words, one of
+    `"legacy": false` that rewrites what a text begins with, or one whose own pieces it would cut otherwise.
+    """
+    proto, spec = tokenizer.proto, tokenizer.proto.normalizer_spec
+    if proto.trainer_spec.treat_whitespace_as_suffix or not spec.escape_whitespaces:
+        raise TokenizerError(
+            f"{tokenizer.source}: is not a sentencepiece model with blanks before words, which is all that a "
+            f"tokenizer.json has words for. {_HINT}"
+        )
+    if spec.add_dummy_prefix and not tokenizer.legacy and (spec.remove_extra_whitespaces or spec.precompiled_charsmap):
+        raise TokenizerError(
+            f'{tokenizer.source}: removes letters and makes up a blank before a text, but, by "legacy": false, not '
+            f"behind a control token, for which a tokenizer.json has no words. {_HINT}"
+        )
+    pipeline = Tokenizer(_model(proto))
+    pipeline.normalizer = normalizers.Sequence(_normalizers(proto, tokenizer.legacy))
+    if steps := _pre_tokenizers(proto, tokenizer.legacy):
+        pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    pipeline.decoder = decoders.Sequence(_decoders(proto))
+    _check(pipeline, tokenizer)
+    unknown = {index: Added(piece.piece) for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN}
+    added = sorted((unknown | tokenizer.control_tokens()).items())
+    stated = [{"id": token_id, **asdict(token)} for token_id, token in added]
+    return {**json.loads(pipeline.to_str()), "added_tokens": stated}
+
+
+def _model(proto: ModelProto) -> models.Model:
+    """The pieces at work. User-defined ones, to which no merge leads, are taken whole where `_pre_tokenizers` cuts."""
+    (unknown,) = (index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN)
+    fallback = proto.trainer_spec.byte_fallback
+    if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
+        scores = [piece.score if piece.type == _Piece.NORMAL else 0.0 for piece in proto.pieces]
+        return models.Unigram(
+            [(p.piece, score) for p, score in zip(proto.pieces, scores, strict=True)], unknown, fallback
+        )
+    return models.BPE(
+        {piece.piece: index for index, piece in enumerate(proto.pieces)},
+        _merges(proto),
+        unk_token=proto.pieces[unknown].piece,
+        fuse_unk=True,
+        byte_fallback=fallback,
+        ignore_merges=any(piece.type == _Piece.USER_DEFINED for piece in proto.pieces),
+    )
+
+
+def _merges(proto: ModelProto) -> list[tuple[str, str]]:
+    """Every way to put a piece together of two, in the order in which sentencepiece prefers them.
+
+    It merges what scores highest, the leftmost pair among equals, so that in a run of equal letters the longer parts
+    stand left: of the pairs that give one piece, the one with the longer left part comes first.
+    """
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+    ways = (
+        (-score, -cut, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    )
+    return [(left, right) for _, _, left, right in sorted(ways)]
+
+
+def _normalizers(proto: ModelProto, legacy: bool) -> list[normalizers.Normalizer]:
+    spec, steps = proto.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in EXTRA_BLANKS.items()]
+    if spec.add_dummy_prefix and legacy:
+        steps.append(normalizers.Prepend(_BLANK))
+    return [*steps, normalizers.Replace(" ", _BLANK)]
+
+
+def _pre_tokenizers(proto: ModelProto, legacy: bool) -> list[pre_tokenizers.PreTokenizer]:
+    steps = []
+    if proto.normalizer_spec.add_dummy_prefix and not legacy:
+        # Only this step knows where a text begins, but it adds no blank before a blank: there is none left here.
+        steps.append(pre_tokenizers.Metaspace(" ", "first", split=False))
+        steps.append(pre_tokenizers.Metaspace(_BLANK, "never", split=False))
+    # The library looks for all entries of a Unigram, and for those that are a word by themselves where some are taken
+    # whole. A text that spells one of these kinds would become it: its first letter is cut off.
+    others = f"(?:{_alternatives(proto, _Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE, _Piece.UNUSED)})"
+    whole, cuts = _alternatives(proto, _Piece.USER_DEFINED), []
+    if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
+        cuts = [f"(?={others})."]
+    elif whole:
+        cuts = [rf"(?<=\A|{whole})(?={others}(?:\z|{whole}))."]
+    if patterns := [*filter(None, [whole]), *cuts]:
+        steps.append(pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"))
+    return steps
+
+
+def _alternatives(proto: ModelProto, *kinds: int) -> str:
+    """A regular expression of the pieces of some types, longest first, as sentencepiece looks for them."""
+    names = sorted((piece.piece for piece in proto.pieces if piece.type in kinds), key=len, reverse=True)
+    return "|".join(map(re.escape, names))
+
+
+def _decoders(proto: ModelProto) -> list[decoders.Decoder]:
+    steps = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return [*steps, decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else steps
+
+
+def _check(pipeline: Tokenizer, tokenizer: SentencePieceTokenizer) -> None:
+    """Compare both over texts of all pieces: the library has no words for everything that sentencepiece does."""
+    pieces = [piece.piece for piece in tokenizer.proto.pieces]
+    for start in range(0, len(pieces), _CHECKED):
+        text = "".join(pieces[start : start + _CHECKED]).replace(_BLANK, " ")
+        if pipeline.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            raise TokenizerError(
+                f"{tokenizer.source}: as a tokenizer.json it would cut {text!r} otherwise than sentencepiece. {_HINT}"
+            )

@@ -1,0 +1,77 @@
+"""The files from which transformers, whatever its version, reads a tokenizer as we do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from accessory.errors import TokenizerError
+from accessory.tokenizer import hf_json, spm
+from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.special import FLAGS, Added, write_special_tokens
+from accessory.tokenizer.spm import SentencePieceTokenizer
+from accessory.tokenizer.spm_pipeline import pipeline_of
+
+_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is; others lay out parts of it anew
+# Keys that speak of files which are not there, or that the pipeline's own tokens answer.
+_UNFIT = ("auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path", "added_tokens_decoder")
+
+
+def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write a whole tokenizer.json, its tokenizer_config.json, and the tokenizer.model where there is one.
+
+    What opens a document stands in the post-processor, since transformers 5 ignores `add_bos_token` beside a
+    tokenizer.json. `open_tokenizer` gives the same ids. Raises TokenizerError for a tokenizer without such a form.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        pipeline, model_file = pipeline_of(tokenizer), tokenizer.definition
+    elif isinstance(tokenizer, JsonTokenizer):
+        pipeline, model_file = tokenizer.stated_pipeline(), tokenizer.model_file
+    else:
+        raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written for transformers.")
+    pipeline |= {"truncation": None, "padding": None}
+    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.usual_opening(tokenizer.eos_id) != tokenizer.opening:
+        pipeline["post_processor"] = _opening_with(tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(pipeline, ensure_ascii=False, indent=1)
+    (directory / hf_json.FILE_NAME).write_text(text, encoding="utf-8", newline="")
+    if model_file is not None:
+        (directory / spm.FILE_NAME).write_bytes(model_file)
+    _write_config(tokenizer, pipeline["added_tokens"], directory)
+
+
+def _opening_with(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict:
+    """A post-processor that puts the ids which open a document before each text, the second of a pair as well."""
+    names = {token_id: token.content for token_id, token in tokenizer.control_tokens().items()}
+    names[tokenizer.bos_id] = tokenizer.special_names().get("bos_token")
+    opening = {names[token_id]: token_id for token_id in tokenizer.opening}
+
+    def text(sequence: str, type_id: int) -> list[dict]:
+        tokens = [{"SpecialToken": {"id": name, "type_id": type_id}} for name in opening]
+        return [*tokens, {"Sequence": {"id": sequence, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in opening.items()},
+    }
+
+
+def _write_config(tokenizer: SentencePieceTokenizer | JsonTokenizer, added: list[dict], directory: Path) -> None:
+    read = {key: value for key, value in tokenizer.special.config.items() if key not in _UNFIT}
+    config = {"clean_up_tokenization_spaces": False, **read, "tokenizer_class": _CLASS}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        unknown = tokenizer.proto.pieces[tokenizer.proto.trainer_spec.unk_id].piece
+        config = {"unk_token": unknown, **config, "legacy": tokenizer.legacy}
+    names = tokenizer.special_names()
+    write_special_tokens(
+        directory,
+        config,
+        bos=names.get("bos_token"),
+        eos=names["eos_token"],
+        add_bos=tokenizer.bos_id in tokenizer.opening,
+        stop_ids=(tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})),
+        added={token["id"]: Added(**{flag: token[flag] for flag in FLAGS}) for token in added},
+    )
