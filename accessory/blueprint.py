@@ -98,6 +98,8 @@ def draw_blueprint(
     args, note = _with_vocabulary(args, sources, tokenizer)
     if args.vocab_size > _embedding_rows(sources, args) and train and not method.trains_vocabulary:
         note += ("nothing trains those rows: set vocabulary_tuning in --llama_config to have them learned",)
+    if train:
+        note += tuple(f"{source.path}: {said}" for source in sources for said in source.notes)
     plain = _plain_linears(sources)
     return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note)
 
@@ -181,7 +183,11 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
             faults.append(explain_validation(error, " + ".join(files), keys))
     if faults:
         raise ConfigError("\n".join(faults))
-    return parts[0], method_class(parts[1])
+    method = method_class(parts[1])
+    trained = next((s for s in reversed(sources) if any(".lora_" in name for name in s.tensors)), None)
+    if trained and (conflict := method.conflict(trained.settings or {})):
+        raise ConfigError(f"{trained.path}: {conflict}.")
+    return parts[0], method
 
 
 def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:

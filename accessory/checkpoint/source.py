@@ -39,6 +39,7 @@ class Source:
     is_difference: bool = False
     run: dict[str, Any] | None = field(default=None, repr=False)
     base: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def rotary_layout(self) -> str:

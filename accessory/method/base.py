@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -43,6 +43,13 @@ class Method(ABC):
 
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
+
+    def conflict(self, stated: Mapping[str, Any]) -> str | None:
+        """Why a part trained with the settings `stated` would compute something else with these; None if it would not.
+
+        Shapes are compared elsewhere.
+        """
+        return None
 
     @abstractmethod
     def attach(self, decoder: Decoder) -> Attachment:

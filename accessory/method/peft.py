@@ -6,13 +6,15 @@ NormBiasLoRA adds `lora_rank`. Embedding and head are touched by `vocabulary_tun
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from accessory.method.base import Attachment, Method
+from accessory.method.base import Attachment, Initializer, Method
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
 from accessory.model.low_rank import LoraFactor, LowRank
@@ -69,6 +71,24 @@ class Peft(Method):
         """Of what LoRA reads."""
         return self.settings.lora_rank > 0 and self.settings.lora_dropout > 0
 
+    def conflict(self, stated: Mapping[str, Any]) -> str | None:
+        """See `Method.conflict`: LoRA adds the product of its factors times a scale that the settings alone say."""
+        keys = ("lora_rank", "lora_alpha")
+        try:
+            trained = type(self.settings)(**{key: stated[key] for key in keys})
+        except (KeyError, ValidationError):  # nothing is said that could be kept to
+            return None
+        if min(trained.lora_rank, self.settings.lora_rank) <= 0:
+            return None
+        if math.isclose(trained.lora_scale, self.settings.lora_scale, rel_tol=1e-6):
+            return None
+        before, now = ({key: getattr(its, key) for key in keys} for its in (trained, self.settings))
+        return (
+            f"its LoRA was trained with {before}, a scale of {trained.lora_scale:g}; {now} makes it "
+            f"{self.settings.lora_scale:g}. Leave both out of --llama_config, or give a lora_alpha of "
+            f"{trained.lora_scale * self.settings.lora_rank:g} (--llama_config's scale is lora_alpha / lora_rank)"
+        )
+
     def attach(self, decoder: Decoder) -> Attachment:
         """Add biases and LoRA factors; choose norms, biases and factors as the settings say."""
         attachment = Attachment()
@@ -112,7 +132,7 @@ class Peft(Method):
             self.settings.lora_dropout,
             slices_input=linear.cut == "row",
         )
-        attachment.initial[f"{name}.lora_a.weight"] = _truncated_normal(rank, linear.in_features)
+        attachment.initial[f"{name}.lora_a.weight"] = truncated_normal(rank, linear.in_features)
         attachment.initial[f"{name}.lora_b.weight"] = _zeros(linear.out_features, rank)
         attachment.trainable |= {f"{name}.lora_a.weight", f"{name}.lora_b.weight"}
 
@@ -121,7 +141,8 @@ def _zeros(*shape: int):
     return lambda _generator: torch.zeros(shape)
 
 
-def _truncated_normal(*shape: int, std: float = 0.02):
+def truncated_normal(*shape: int, std: float = 0.02) -> Initializer:
+    """What a new lora_a starts as, fp32."""
     return lambda generator: nn.init.trunc_normal_(
         torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator
     )

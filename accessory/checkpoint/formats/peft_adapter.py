@@ -16,7 +16,7 @@ from accessory.checkpoint.formats.peft_config import (
     AdapterConfig,
     read_adapter_config,
 )
-from accessory.checkpoint.formats.peft_factors import Factors, no_factors
+from accessory.checkpoint.formats.peft_factors import Factors, new_factors
 from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
 from accessory.checkpoint.formats.torch_shards import load_torch_file
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor, SafetensorsTensor, ZeroTensor
@@ -54,10 +54,10 @@ def open_adapter(path: Path, base: Source | None) -> Source:
     adapter = _Adapter(path, config, args, architecture, places_of(args, architecture.names), _parts_in(file))
     adapter.sort(_open_weights(file))
     adapter.check()
-    tensors, settings = adapter.as_ours()
+    tensors, settings, notes = adapter.as_ours()
     llama_type = f"{architecture.family}_peft"
     files = [file, path / CONFIG_FILE]  # the scale stands in the config: both make the fingerprint
-    return Source(path, "PEFT adapter", files, tensors, settings, llama_type, is_delta=True, base=named)
+    return Source(path, "PEFT adapter", files, tensors, settings, llama_type, is_delta=True, base=named, notes=notes)
 
 
 def _named_base(path: Path, config: AdapterConfig) -> Path:
@@ -180,8 +180,8 @@ class _Adapter:
         return [f"{name} has shape {found}; {CONFIG_FILE} and the base ask for {expected}."
                 for name, found, expected in wanted if found != expected]  # fmt: skip
 
-    def as_ours(self) -> tuple[Tensors, dict[str, Any]]:
-        """(tensors by our names, settings in the method's terms): one rank and one scale for all."""
+    def as_ours(self) -> tuple[Tensors, dict[str, Any], tuple[str, ...]]:
+        """(tensors by our names, settings in the method's terms, notes): one rank and one scale for all."""
         found = self._our_factors()
         rank = max((factors.rank for factors in found.values()), default=-1)
         scale = max((factors.scale for factors in found.values()), key=abs, default=1.0)
@@ -189,14 +189,24 @@ class _Adapter:
         tensors = dict(self.plain)
         for name, shape in self.places.linears.items():
             if name.rsplit(".", 1)[-1] in kinds:
-                factors = found.get(name) or no_factors(shape, rank, scale)
-                factors = factors.fitted(rank, scale)
+                factors = found.get(name) or new_factors(shape, rank, scale, name)
+                factors = factors.fitted(rank, scale, name)
                 tensors |= {f"{name}.lora_a.weight": factors.a, f"{name}.lora_b.weight": factors.b}
         biases = any(f"{name}.bias" in self.plain for name in self.places.linears)
         if biases:
             for name in self.places.linears.keys() - self.places.biased:
                 tensors.setdefault(f"{name}.bias", ZeroTensor(self.places.linears[name][:1]))
-        return tensors, self._settings(rank, scale, kinds, biases)
+        return tensors, self._settings(rank, scale, kinds, biases), self._notes(found, rank, kinds)
+
+    def _notes(self, found: dict[str, Factors], rank: int, kinds: set[str]) -> tuple[str, ...]:
+        """What was added to make rank and linears alike in all blocks, as ours are."""
+        linears = [name for name in self.places.linears if name.rsplit(".", 1)[-1] in kinds]
+        absent, lower = len(linears) - len(found), sum(factors.rank < rank for factors in found.values())
+        if not (absent or lower):
+            return ()
+        said = [f"has no LoRA on {absent} of {len(linears)} {', '.join(sorted(kinds))}"] if absent else []
+        said += [f"has a rank below {rank} on {lower}"] if lower else []
+        return (f"{' and '.join(said)}: what is missing there begins as a new LoRA does, and is trained, too",)
 
     def _our_factors(self) -> dict[str, Factors]:
         """Our linear -> its factors, at the file's rank and scale."""

@@ -8,15 +8,46 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.lazy import LazyTensor, ZeroTensor
+from accessory.checkpoint.load import named_generator
+from accessory.method.peft import truncated_normal
 
 
 @dataclass(frozen=True)
-class PaddedTensor(LazyTensor):
-    """A matrix times a factor, in the corner of a larger one of zeros."""
+class DrawnRows(LazyTensor):
+    """A's first rows from a file, where there are any, and below them rows as a new LoRA starts with, drawn by `name`.
+
+    Beside columns of zeros in B they add nothing, and learn; rows of zeros would have no gradient for ever.
+    """
+
+    first: LazyTensor | None
+    shape: tuple[int, int]
+    name: str
+
+    @property
+    def dtype(self) -> str:
+        """That of what is read."""
+        return "float32"
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Draws the whole, so that every layout gets the same; a range is cut out of it."""
+        values = truncated_normal(*self.shape)(named_generator(0, self.name))
+        if self.first is not None:
+            values[: self.first.shape[0]] = self.first.read().float()
+        return values if dim is None else values.narrow(dim, start, stop - start).contiguous()
+
+
+@dataclass(frozen=True)
+class PaddedColumns(LazyTensor):
+    """A matrix times a factor, with columns of zeros to its right."""
 
     inner: LazyTensor
-    shape: tuple[int, int]
+    columns: int
     factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As many columns as asked for."""
+        return (self.inner.shape[0], self.columns)
 
     @property
     def dtype(self) -> str:
@@ -25,15 +56,13 @@ class PaddedTensor(LazyTensor):
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read what of the inner matrix lies in the range, in fp32."""
-        shape = list(self.shape)
-        if dim is None:
-            values = self.inner.read()
+        if dim == 1:
+            end = self.inner.shape[1]
+            values, columns = self.inner.read(1, min(start, end), min(stop, end)), stop - start
         else:
-            shape[dim] = stop - start
-            end = self.inner.shape[dim]
-            values = self.inner.read(dim, min(start, end), min(stop, end))
-        padded = torch.zeros(shape)
-        padded[: values.shape[0], : values.shape[1]] = values.float() * self.factor
+            values, columns = self.inner.read(dim, start, stop), self.columns
+        padded = torch.zeros(len(values), columns)
+        padded[:, : values.shape[1]] = values.float() * self.factor
         return padded
 
 
@@ -86,15 +115,14 @@ class Factors:
         first, last = i * rank, (i + 1) * rank
         return replace(self, a=self.a.select(torch.arange(first, last)), b=SomeColumns(self.b, first, last))
 
-    def fitted(self, rank: int, scale: float) -> Factors:
-        """The same product at another scale, which B makes up for, and at a rank no smaller."""
+    def fitted(self, rank: int, scale: float, name: str) -> Factors:
+        """The same product at another scale, which B makes up for, and at a rank no smaller; `name`: the linear's."""
         factor = self.scale / scale if scale else 1.0
-        a = PaddedTensor(self.a, (rank, self.a.shape[1])) if self.rank < rank else self.a
+        a = DrawnRows(self.a, (rank, self.a.shape[1]), name) if self.rank < rank else self.a
         exact = self.rank == rank and factor == 1.0
-        b = self.b if exact else PaddedTensor(self.b, (self.b.shape[0], rank), factor)
-        return Factors(a, b, scale)
+        return Factors(a, self.b if exact else PaddedColumns(self.b, rank, factor), scale)
 
 
-def no_factors(shape: tuple[int, int], rank: int, scale: float) -> Factors:
-    """Factors that add nothing to a linear whose weight has `shape` [out, in]."""
-    return Factors(ZeroTensor((rank, shape[1])), ZeroTensor((shape[0], rank)), scale)
+def new_factors(shape: tuple[int, int], rank: int, scale: float, name: str) -> Factors:
+    """Factors that add nothing yet to the linear `name`, whose weight has `shape` [out, in]."""
+    return Factors(DrawnRows(None, (rank, shape[1]), name), ZeroTensor((shape[0], rank)), scale)

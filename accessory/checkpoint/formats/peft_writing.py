@@ -15,12 +15,13 @@ from torch import Tensor
 from accessory.checkpoint.formats.peft_adapter import PARTS_KEY, WEIGHT_FILES, without_number
 from accessory.checkpoint.formats.peft_config import CONFIG_FILE
 from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
+from accessory.checkpoint.load import named_generator
 from accessory.checkpoint.naming import Tensors, in_rotary_layout, theirs_from_ours
 from accessory.checkpoint.save import fresh_directory, write_json
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.whole import read_as, refuse_existing
 from accessory.errors import CheckpointError
-from accessory.method.peft import Peft
+from accessory.method.peft import Peft, truncated_normal
 from accessory.model.args import ModelArgs
 from accessory.model.families import Architecture, architecture_of
 
@@ -107,7 +108,7 @@ def _shared(tensors: Tensors, places: Places) -> Shared:
     }
     if any(shared.values()):
         return {name: parts for name, parts in shared.items() if parts}
-    # PEFT wants LoRA somewhere: where none was trained, zeros of rank 1 on one kind of linear, which add nothing.
+    # PEFT wants LoRA somewhere: where none was trained, a new one of rank 1 on one kind of linear, which adds nothing.
     return {name: () for name, linear in places.theirs.items() if linear.parts[0].endswith(".wo")}
 
 
@@ -179,4 +180,5 @@ def _stacked(tensors: Tensors, linear: TheirLinear, parts: tuple[str, ...], rank
 
 
 def _nothing(linear: TheirLinear) -> tuple[Tensor, Tensor]:
-    return torch.zeros(1, linear.in_features), torch.zeros(linear.out_features, 1)
+    a = truncated_normal(1, linear.in_features)(named_generator(0, linear.name))  # zeros could never learn
+    return a, torch.zeros(linear.out_features, 1)

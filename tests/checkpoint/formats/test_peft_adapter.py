@@ -23,7 +23,8 @@ from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.naming import in_rotary_layout
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source, model_args_of
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, ConfigError
+from accessory.export import export_adapter
 from accessory.meta import MetaModel
 from accessory.method.peft import Peft
 from accessory.model.decoder import Decoder
@@ -218,12 +219,24 @@ def test_a_range_is_cut_out_of_the_whole(base_of, tmp_path: Path) -> None:
                     assert torch.equal(found, whole.narrow(dim, start, stop - start)), (name, dim, start)
 
 
-def test_a_config_of_the_user_overrides_the_adapter(adapter: Path, base_of, tmp_path: Path) -> None:
+def test_a_config_of_the_user_cannot_rescale_an_adapter(base_of, tmp_path: Path) -> None:
+    """PEFT's own numbers mean another scale here (rslora): refused with both, and what keeps it is taken."""
     base, config = base_of("llama"), tmp_path / "lora.json"
-    config.write_text('{"lora_alpha": 0}')
-    assert distance(ours(base, adapter, llama_config=[config]), logits_of(theirs(base).eval())) < TOLERANCE
-    config.write_text('{"lora_rank": 8}')
+    adapter, expected = made_by_peft(base, tmp_path / "adapter", use_rslora=True)
+    for said, now in (('{"lora_alpha": 6}', "1.5"), ('{"lora_alpha": null}', "1"), ('{"lora_rank": 8}', "1.5")):
+        config.write_text(said)
+        with pytest.raises(ConfigError) as caught:
+            ours(base, adapter, llama_config=[config])
+        message = str(caught.value)
+        assert message.startswith(f"{adapter}: its LoRA was trained with {{'lora_rank': 4, 'lora_alpha': 12.0}}, ")
+        assert "a scale of 3; {" in message and f"makes it {now}. " in message
+    config.write_text('{"lora_rank": 4, "lora_alpha": 12}')
+    assert distance(ours(base, adapter, llama_config=[config]), expected) < TOLERANCE
+    config.write_text('{"lora_rank": 8, "lora_alpha": 24}')
     with pytest.raises(CheckpointError, match=r"lora_a.weight has shape \(4, 64\), the model \(8, 64\).*lora_rank"):
+        ours(base, adapter, llama_config=[config])
+    config.write_text('{"lora_targets": ["wq"]}')
+    with pytest.raises(CheckpointError, match=r"have no place in this model. .*\(lora_rank, lora_targets\)"):
         ours(base, adapter, llama_config=[config])
 
 
@@ -501,6 +514,19 @@ def test_beside_an_nf4_base(name: str, storage: str, precision: str, base_of, tm
         assert distance(found, expected) < NF4_TOLERANCE[precision]
 
 
+def trained_on(base: Path, adapter: Path, out: Path, python: Callable, *flags: str) -> tuple[Path, str]:
+    """What two steps of main_finetune.py upon the adapter leave behind, and what they say."""
+    done = python(
+        ROOT / "accessory" / "main_finetune.py",
+        *("--pretrained_path", base, adapter, "--llama_type", "llama_peft", "--only_save_trainable"),
+        *("--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu", "--max_words", "160"),
+        *("--batch_size", "4", "--accum_iter", "1", "--max_steps", "2", "--precision", "fp32"),
+        *("--min_lr", "0", "--output_dir", out, *flags),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out / "epoch0-iter2", done.stdout
+
+
 def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, python) -> None:
     """Base and adapter give everything: rank, targets, family; what it leaves behind needs neither flag."""
     settings = {
@@ -510,15 +536,7 @@ def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, pytho
     }
     adapter, _ = made_by_peft(tiny_base, tmp_path / "adapter", **settings)
     change(adapter, base_model_name_or_path="nobody/nothing")
-    flags = [
-        *("--pretrained_path", tiny_base, adapter, "--llama_type", "llama_peft", "--only_save_trainable"),
-        *("--data_config", ROOT / "data_example" / "accessory_qa.json", "--device", "cpu", "--max_words", "160"),
-        *("--batch_size", "4", "--accum_iter", "1", "--max_steps", "2", "--precision", "fp32"),
-        *("--lr", "1e-6", "--min_lr", "0", "--output_dir", tmp_path / "out"),
-    ]
-    done = python(ROOT / "accessory" / "main_finetune.py", *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    saved = tmp_path / "out" / "epoch0-iter2"
+    saved, _ = trained_on(tiny_base, adapter, tmp_path / "out", python, "--lr", "1e-6")
     expected = open_adapter(adapter, open_source(tiny_base))
     found = open_source(saved)
     assert found.settings["lora_targets"] == ["wq", "wv"]
@@ -528,3 +546,21 @@ def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, pytho
         torch.testing.assert_close(tensor.read(), expected.tensors[name].read(), atol=1e-5, rtol=0)
     assert not all(torch.equal(t.read(), expected.tensors[name].read()) for name, t in found.tensors.items())
     assert distance(ours(saved), ours(tiny_base, adapter)) < 1e-3
+    export_adapter([saved], tmp_path / "again", drop_biases=False)  # run.json knows base and adapter
+    again = peft.PeftModel.from_pretrained(theirs(tiny_base), tmp_path / "again").eval()
+    assert distance(logits_of(again), ours(saved)) < TOLERANCE
+
+
+def test_what_an_adapter_lacks_learns(tiny_base: Path, tmp_path: Path, python) -> None:
+    """LoRA on one block of two, and of a smaller rank on one linear: widened, it adds nothing and still learns."""
+    settings = {"target_modules": r".*1.*(q_proj|v_proj|down_proj)", "rank_pattern": {"v_proj": 2}}
+    adapter, expected = made_by_peft(tiny_base, tmp_path / "adapter", **settings)
+    assert distance(ours(tiny_base, adapter), expected) < TOLERANCE
+    saved, said = trained_on(tiny_base, adapter, tmp_path / "out", python, "--lr", "1e-3")
+    assert f"{adapter}: has no LoRA on 3 of 6 w2, wq, wv and has a rank below 4 on 1: what is missing there" in said
+    before, after = open_adapter(adapter, open_source(tiny_base)).tensors, open_source(saved).tensors
+    assert len(after) == 12
+    for name, tensor in after.items():
+        new, old = tensor.read(), before[name].read()
+        pairs = 0 if name.endswith("lora_a.weight") else 1
+        assert (new != old).any(1 - pairs).all(), name  # each of the rank's pairs moved
