@@ -15,7 +15,7 @@ from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.load import overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked
-from accessory.checkpoint.run_record import with_base
+from accessory.checkpoint.run_record import trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, nearest
@@ -97,7 +97,10 @@ class LogitError:
 def open_whole(
     paths: list[Path], llama_config: list[Path] | None = None, tokenizer_path: Path | None = None
 ) -> tuple[WholeModel, list[Source], Blueprint]:
-    """Base and, where given, trained parts, as they lie; checked to be a complete model that fits together."""
+    """Base and, where given, trained parts, as they lie; checked to be a complete model that fits together.
+
+    A tokenizer given in the place of the parts' own gets the tokens that their runs added.
+    """
     sources = with_base(list(paths))
     blueprint = draw_blueprint(
         sources,
@@ -107,6 +110,7 @@ def open_whole(
         quant_type=None,
         precision="bf16",
         train=False,
+        new_tokens=trained_tokens(sources) if tokenizer_path else (),
     )
     decoder, attachment = blueprint.build(Layout())
     resolve(decoder, sources, attachment, initialize=False)  # refuses what is not a whole model
@@ -134,13 +138,15 @@ def convert(paths: list[Path], target: Path, destination: Destination, **reading
     return model
 
 
-def merge(paths: list[Path], target: Path, destination: Destination, *, base: str | None, drop_biases: bool) -> str:
-    """Write base and trained part as one model; returns which base was added to.
+def merge(
+    paths: list[Path], target: Path, destination: Destination, *, base: str | None, drop_biases: bool, **reading
+) -> str:
+    """Write base and trained part as one model, read as `open_whole` does; returns which base was added to.
 
     base "full" adds to the weights as they are in the base's files, "dequantized" to what 4 bits left of them. None is
     what training saw: "dequantized" where that was a packed base, else "full". Raises `CheckpointError`.
     """
-    model, sources, blueprint = open_whole(paths)
+    model, sources, blueprint = open_whole(paths, **reading)
     if not isinstance(blueprint.method, Peft):
         raise CheckpointError(f"{paths[-1]}: nothing to merge: its llama_type is {blueprint.llama_type}.")
     quantization = trained_quantization(sources)
@@ -204,15 +210,17 @@ def trained_quantization(sources: list[Source]) -> str | None:
     return packed or next((source.run["quantization"] for source in reversed(sources) if source.run), None)
 
 
-def logit_error(trained: list[Path], written: Path, probe: str | None = None, precision: str = "bf16") -> LogitError:
-    """Compare the model as trained with what was written, both loaded from their files, one after the other.
+def logit_error(
+    trained: list[Path], written: Path, probe: str | None = None, precision: str = "bf16", **reading
+) -> LogitError:
+    """Compare the model as trained (`reading`: its llama_config, tokenizer_path) with what was written, from files.
 
     probe: a text; None: a question and its answer, laid out as the trained part's were. It is cut where it is longer
     than `PROBE_TOKENS` or than the model's documents. Raises `ConfigError`.
     """
     check_precision(precision)
     layout = groups.start("cpu")
-    model = MetaModel.from_pretrained(list(trained), dtype=precision, layout=layout)
+    model = MetaModel.from_pretrained(list(trained), dtype=precision, layout=layout, **reading)
     tokens = _probe_tokens(model, probe)
     first = model.logits(tokens, (len(tokens),))
     del model

@@ -20,6 +20,8 @@ def main(
     gguf_type: str = "f16",
     model_parallel_size: int = 1,
     architecture: str = "",
+    llama_config: str = "",
+    tokenizer_path: str = "",
     drop_biases: bool = False,
     probe: str | None = None,
     precision: str = "bf16",
@@ -36,6 +38,8 @@ def main(
         gguf_type: of a GGUF file's matrices: f16, bf16, f32 or q8_0.
         model_parallel_size: shards of a meta or upstream checkpoint.
         architecture: model type to write it as; absent: its own.
+        llama_config: a JSON file of settings for a base that has none.
+        tokenizer_path: the tokenizer to write, such as the base's own; tokens that training added are added to it.
         drop_biases: leave out the biases that training added.
         probe: text whose logits are compared; absent: a question and its answer as the part was trained on.
         precision: of that comparison.
@@ -43,10 +47,14 @@ def main(
     *sources, target = sources_and_target(paths)
     check_precision(precision)
     destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
-    base = merge(sources, target, destination, base=str(base) or None, drop_biases=drop_biases)
+    reading = {
+        "llama_config": [Path(str(llama_config))] if llama_config else [],
+        "tokenizer_path": Path(str(tokenizer_path)) if tokenizer_path else None,
+    }
+    base = merge(sources, target, destination, base=str(base) or None, drop_biases=drop_biases, **reading)
     print(f"{' + '.join(map(str, sources))} -> {target} ({to}, base {base})")
     text = None if probe is None else str(probe)
-    print(f"against the model as trained: {logit_error(sources, target, text, precision)}")
+    print(f"against the model as trained: {logit_error(sources, target, text, precision, **reading)}")
 
 
 if __name__ == "__main__":

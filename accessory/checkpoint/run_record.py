@@ -73,6 +73,12 @@ def trained_layouts(sources: list[Source]) -> tuple[str, ...]:
     return tuple(run.get("layouts", ()))
 
 
+def trained_tokens(sources: list[Source]) -> list[str]:
+    """The tokens that runs added to the vocabulary, in their order."""
+    added = [source.run.get("arguments", {}).get("new_tokens") or [] for source in sources if source.run]
+    return list(dict.fromkeys(token for tokens in added for token in tokens))
+
+
 def _recorded_base(delta: Path, entry: dict[str, str], base: Source | None) -> Source:
     if not is_there(Path(entry["path"])):
         raise CheckpointError(

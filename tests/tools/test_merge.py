@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from accessory.meta import MetaModel
+from accessory.tokenizer import open_tokenizer, with_added_tokens
 from tests.checkpoint.trained import write_trained
+from tests.conftest import small_sentencepiece
 
+NEW = ["<one>", "<two>"]
 TOKENS = torch.arange(40) * 7 % 500
 
 
@@ -96,3 +102,29 @@ def test_help(called) -> None:
     for word in ("PATHS", "TARGET", "--to", "--base", "--dtype", "--drop_biases", "--probe", "--precision"):
         assert word in text, word
     assert "leave out the biases that training added" in text
+
+
+def test_the_tokenizer_given_is_written_with_the_tokens_of_training(
+    called, tiny_base: Path, tmp_path: Path, strings: list[str]
+) -> None:
+    """A part of a run with --new_tokens, with the base's own tokenizer.json and .model; settings are taken, too."""
+    part = write_trained(tiny_base, tmp_path / "part", vocabulary_tuning=True)
+    tensors = load_file(part / "trainable.safetensors")
+    for name in ("tok_embeddings.weight", "output.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:2]])
+    save_file(tensors, part / "trainable.safetensors")
+    for name, change in (("config.json", {"vocab_size": 514}), ("run.json", {"arguments": {"new_tokens": NEW}})):
+        (part / name).write_text(json.dumps(json.loads((part / name).read_text()) | change))
+    trained = with_added_tokens(open_tokenizer(tiny_base), NEW)
+    trained.save(part)
+    given = Path(shutil.copytree(tiny_base, tmp_path / "given", ignore=shutil.ignore_patterns("*.safetensors")))
+    (given / "tokenizer.model").write_bytes(small_sentencepiece())
+    (tmp_path / "longer.json").write_text('{"max_seq_len": 600}')
+    arguments = ("--tokenizer_path", given, "--llama_config", tmp_path / "longer.json", "--dtype", "fp32")
+    done = called("tools/merge.py", part, tmp_path / "out", *arguments, "--precision", "fp32")
+    assert done.returncode == 0 and "another at 0 of them" in done.stdout, done.stderr[-3000:]
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == small_sentencepiece()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", split_special_tokens=True)
+    assert theirs.convert_tokens_to_ids(NEW) == [512, 513]
+    assert [theirs(text).input_ids for text in strings] == [[0, *trained.encode(text)] for text in strings]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 600
