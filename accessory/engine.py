@@ -17,9 +17,11 @@ from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
 from accessory.optim import (
-    LossScale,
+    FIRST_LOSS_SCALE,
+    LEAST_LOSS_SCALE,
     gradient_norm,
     learning_rate,
+    next_loss_scale,
     scale_gradients,
     sum_partial_gradients,
 )
@@ -30,9 +32,11 @@ from accessory.parallel.tensor import Slicing
 from accessory.report import Reporter, StepReport, peak_memory
 from accessory.stop_signals import StopSignals, name_of
 
-MOST_SKIPPED = 10
-"""Steps in a row that may be skipped: after more, it is not the documents."""
+MOST_SKIPPED = int(math.log2(FIRST_LOSS_SCALE / LEAST_LOSS_SCALE))
+"""Steps in a row that may be skipped, as many as bring fp16's loss scale to its floor: more are no accident."""
 _NAMED = 8  # documents in a message
+_OVERFLOWS = 1  # a gradient in fp16, which a smaller loss scale may mend
+_NOT_FINITE = 2
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ class Schedule:
     save_every_steps: int
     max_steps: int | None = None
     save_every_minutes: float | None = None
+    skipped_count: bool = True
+    """Whether steps that changed nothing count towards `max_steps`."""
 
     def is_over(self, progress: Progress) -> bool:
         """Whether nothing is left to train."""
-        return progress.epoch >= self.epochs or (self.max_steps is not None and progress.total_steps >= self.max_steps)
+        taken = progress.total_steps - (0 if self.skipped_count else progress.skipped)
+        return progress.epoch >= self.epochs or (self.max_steps is not None and taken >= self.max_steps)
 
     def total_steps(self, progress: Progress) -> int:
         """Steps of the whole run, those up to `progress` included."""
@@ -67,7 +74,7 @@ class Schedule:
 
 
 class Asked(NamedTuple):
-    """What at least one rank asks of all: to drop the step, to save, to stop (the number of the signal it got)."""
+    """What at least one rank asks of all: to skip the step (and why), to save, to stop (the signal it got)."""
 
     not_finite: int
     save: int
@@ -79,7 +86,8 @@ class Engine:
     """Trains `model`, whose trained parameters are `parameters` (by name, fp32, cut as `slicings` says).
 
     `save(progress, name, loss)` is given the mean loss since the save before. With `skip_not_finite`, a step whose loss
-    or gradient is not finite changes nothing, instead of ending the run. `spare_memory` says what makes a step smaller.
+    or gradient is not finite changes nothing, instead of ending the run. With `scales_loss` gradients are computed of
+    the loss times `Progress.loss_scale`, which fp16 needs. `spare_memory` says what makes a step smaller.
     """
 
     model: nn.Module
@@ -92,8 +100,8 @@ class Engine:
     layout: Layout
     reporter: Reporter
     save: Callable[[Progress, str, float | None], None]
-    loss_scale: LossScale
     signals: StopSignals
+    scales_loss: bool = False
     pin_memory: bool = False
     skip_not_finite: bool = False
     spare_memory: str = ""
@@ -107,14 +115,14 @@ class Engine:
         `NotFiniteError`. On the one rank it happens to: `OutOfMemoryError`.
         """
         self.model.train()
-        self.loss_scale.value = progress.loss_scale if self.loss_scale.enabled else 1.0
-        self.loss_scale.good_steps = progress.good_steps
         schedule, saved_at = self.schedule, progress.total_steps
         while not schedule.is_over(progress):
             report, asked = self.step(progress)
             self.reporter.step(report)
             if progress.step == schedule.steps_per_epoch:
                 progress.epoch, progress.step = progress.epoch + 1, 0
+            if schedule.is_over(progress) and progress.skipped == progress.total_steps:
+                raise self._fault(f"All {progress.skipped} steps of the run were skipped: nothing is learned.")
             if asked.stop or asked.save or self._is_time_to_save(progress):
                 self._save(progress)
                 saved_at = progress.total_steps
@@ -128,23 +136,26 @@ class Engine:
         began = time.monotonic()
         at = progress.epoch, progress.step
         supervised = self.order.supervised_tokens(*at)
-        losses = self._accumulate(progress, supervised)
+        scale = progress.loss_scale if self.scales_loss else 1.0
+        losses = self._accumulate(progress, scale / supervised)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / supervised).item()
         sum_partial_gradients(self.parameters, self.slicings)
-        norm = gradient_norm(self.parameters, self.slicings).item() / self.loss_scale.value
+        norm = gradient_norm(self.parameters, self.slicings).item() / scale
         asked = self._agree(loss, norm)
-        if asked.not_finite:
-            self._not_finite(loss, norm, losses, progress)
-        progress.skipped = progress.skipped + 1 if asked.not_finite else 0
-        progress.step, progress.total_steps = progress.step + 1, progress.total_steps + 1
-        epoch = progress.epoch + progress.step / self.schedule.steps_per_epoch
+        epoch = progress.epoch + (progress.step + 1) / self.schedule.steps_per_epoch
         lr = self.schedule.learning_rate(epoch)
         if asked.not_finite:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._skip(asked.not_finite == _OVERFLOWS, loss, norm, losses, progress)
         else:
-            self._update(norm, lr)
+            self._update(norm, lr, scale)
             self._losses.append(loss)
-        progress.loss_scale, progress.good_steps = self.loss_scale.value, self.loss_scale.good_steps
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scales_loss and asked.not_finite != _NOT_FINITE:
+            progress.loss_scale, progress.good_steps = next_loss_scale(
+                progress.loss_scale, progress.good_steps, finite=not asked.not_finite
+            )
+        progress.skipped = progress.skipped + 1 if asked.not_finite else 0
+        progress.step, progress.total_steps = progress.step + 1, progress.total_steps + 1
         return StepReport(
             step=progress.total_steps,
             epoch=epoch,
@@ -157,10 +168,10 @@ class Engine:
             peak_bytes=peak_memory(self.layout.device),
         ), asked
 
-    def _accumulate(self, progress: Progress, supervised: int) -> list[Tensor]:
-        """Gradients of the mean loss over the global batch's supervised tokens; returns each micro-batch's sum of it.
+    def _accumulate(self, progress: Progress, factor: float) -> list[Tensor]:
+        """Gradients of the global batch's loss, summed over tokens, times `factor`; returns each micro-batch's sum.
 
-        fp64 scalars, on the device.
+        fp64 scalars, on the device, without the factor.
         """
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
         losses = []
@@ -168,7 +179,7 @@ class Engine:
             self.data_parallel.reduce_gradients(self.model, last=i == len(pending) - 1)
             try:
                 loss = self._forward(batch)
-                (loss * (self.loss_scale.value / supervised)).backward()
+                (loss * factor).backward()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -182,14 +193,16 @@ class Engine:
         return self.model(batch.to(self.layout.device, non_blocking=self.pin_memory))
 
     def _agree(self, loss: float, norm: float) -> Asked:
-        """What all ranks do about this step, since one alone must never decide. fp16 meets infinite norms by itself."""
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.loss_scale.enabled)
+        """What all ranks do about this step, since one alone must never decide."""
+        not_finite = 0
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            not_finite = _OVERFLOWS if self.scales_loss and math.isfinite(loss) else _NOT_FINITE
         minutes = self.schedule.save_every_minutes
         late = minutes is not None and time.monotonic() - self._saved_at_time >= 60 * minutes
-        return Asked(*highest([int(not finite), int(late), self.signals.received], self.layout.device))
+        return Asked(*highest([not_finite, int(late), self.signals.received], self.layout.device))
 
-    def _not_finite(self, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:
-        """Say which documents it was, and end the run, unless such steps are to be skipped."""
+    def _skip(self, overflows: bool, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:
+        """Say that this step changes nothing, and which documents it is of, or end the run over it."""
         batches = self.order.micro_batches(progress.epoch, progress.step)
         mine = [i for batch, own in zip(batches, losses, strict=True) if not own.isfinite() for i in batch.sample_ids]
         of_all: list[list[int]] = [[]] * self.layout.world_size
@@ -201,17 +214,25 @@ class Engine:
             where = "Every micro-batch has a finite loss; documents of the step"
             ids = sorted(self.order.global_ids(progress.epoch, progress.step).tolist())
         shown = ", ".join(self.order.corpus.where(i) for i in ids[:_NAMED])
+        scaled = f" at a loss scale of {progress.loss_scale:g}" if self.scales_loss else ""
         said = (
-            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}. {where}: {shown}"
+            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}{scaled}. {where}: {shown}"
             f"{f' and {len(ids) - _NAMED} more' if len(ids) > _NAMED else ''}."
         )
-        if self.skip_not_finite and progress.skipped < MOST_SKIPPED:
-            self.reporter.say(f"{said} The step is skipped: nothing is changed by it.")
+        may_go_on = progress.loss_scale > LEAST_LOSS_SCALE if overflows else self.skip_not_finite
+        if may_go_on and progress.skipped < MOST_SKIPPED:
+            halved = ", and the loss scale halved" if overflows else ""
+            self.reporter.say(f"{said} The step is skipped: nothing is changed by it{halved}.")
             return
-        skipped = f" {progress.skipped} steps before it were skipped." if progress.skipped else ""
-        fault = NotFiniteError(f"{said}{skipped} Look at them, lower --lr, or set --clip_grad; what is saved is whole.")
+        raise self._fault(f"{said}{f' {progress.skipped} steps before it were skipped.' if progress.skipped else ''}")
+
+    def _fault(self, said: str) -> NotFiniteError:
+        wider = "give --precision bf16 or fp32, whose range is wider, " if self.scales_loss else ""
+        fault = NotFiniteError(
+            f"{said} Look at the documents, {wider}lower --lr, or set --clip_grad; what is saved is whole."
+        )
         fault.common = True
-        raise fault
+        return fault
 
     def _out_of_memory(self, number: int, count: int, batch: PackedBatch, progress: Progress) -> OutOfMemoryError:
         return OutOfMemoryError(
@@ -220,18 +241,15 @@ class Engine:
             f"What is saved is whole. Less memory is needed with {self.spare_memory}."
         )
 
-    def _update(self, norm: float, lr: float) -> None:
-        finite = math.isfinite(norm)
-        if finite:
-            factor = 1.0 / self.loss_scale.value
-            if self.schedule.clip_grad > 0:
-                factor *= min(1.0, self.schedule.clip_grad / (norm + 1e-6))
-            scale_gradients(self.parameters, factor)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.loss_scale.update(finite)
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update(self, norm: float, lr: float, scale: float) -> None:
+        """Let the optimizer step on the gradients, which are `scale` times too large; `norm` is their true one."""
+        factor = 1.0 / scale
+        if self.schedule.clip_grad > 0:
+            factor *= min(1.0, self.schedule.clip_grad / (norm + 1e-6))
+        scale_gradients(self.parameters, factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
 
     def _save(self, progress: Progress) -> None:
         mean = sum(self._losses) / len(self._losses) if self._losses else None

@@ -31,7 +31,7 @@ from accessory.kernels.torch_compile import compile_fusible
 from accessory.meta import MetaModel
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
-from accessory.optim import LossScale, build_optimizer
+from accessory.optim import FIRST_LOSS_SCALE, build_optimizer
 from accessory.parallel import groups
 from accessory.parallel.agree import check_alike, together
 from accessory.parallel.data import DataParallel
@@ -129,8 +129,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
             layout=layout,
             reporter=reporter,
             save=_saver(job, decoder, parameters, slicings, optimizer, reporter, status),
-            loss_scale=LossScale(config.precision == "fp16"),
             signals=signals,
+            scales_loss=config.precision == "fp16",
             pin_memory=config.pin_mem and layout.device.type == "cuda",
             skip_not_finite=config.not_finite == "skip",
             spare_memory=_remedies(config),
@@ -326,10 +326,12 @@ def _find_resumption(job: _Job) -> Resumption | None:
 
 
 def _progress(found: Resumption | None, layout: Layout) -> Progress:
-    """Where to begin. An epoch of which other documents would come now begins anew."""
+    """Where to begin. An epoch of which other documents would come now begins anew; another precision's scale does."""
     if found is None:
         return Progress()
     progress = found.progress
+    if "precision" in found.changed:
+        progress = replace(progress, loss_scale=FIRST_LOSS_SCALE, good_steps=0)
     if progress.step and _ORDER.intersection(found.changed):
         _say(layout, f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
         return replace(progress, step=0)
@@ -348,6 +350,7 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder, progress: Progress) ->
         save_every_steps=config.save_steps or max(config.save_iteration_interval // config.accum_iter, 1),
         save_every_minutes=config.save_minutes,
         max_steps=progress.total_steps + 1 if config.dry_run else config.max_steps,
+        skipped_count=not config.dry_run,
     )
 
 

@@ -20,6 +20,9 @@ BETAS = (0.9, 0.95)
 EPS = 1e-8
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw")
 """Values of `--optim`."""
+FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
+"""What an fp16 run's loss is first scaled by, and at least."""
+LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
 MIN_8BIT = 4096  # values from which on bitsandbytes' own optimizers use 8 bits
 MIN_PAGED = 100_000  # values from which on they page
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -184,22 +187,12 @@ def scale_gradients(parameters: dict[str, nn.Parameter], factor: float) -> None:
         torch._foreach_mul_(gradients, factor)
 
 
-class LossScale:
-    """Keeps fp16 gradients in range (Micikevicius et al. 2018): doubled after many good steps, halved after a bad."""
+def next_loss_scale(scale: float, good_steps: int, finite: bool) -> tuple[float, int]:
+    """What fp16's loss is scaled by next, and good steps in a row, after a step whose gradients were `finite` or not.
 
-    GROWTH_INTERVAL = 2000
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.value = 65536.0 if enabled else 1.0
-        self.good_steps = 0
-
-    def update(self, finite: bool) -> None:
-        """Learn from whether the step's gradients were finite."""
-        if not self.enabled:
-            return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value = max(self.value / 2, 1.0)
-        elif self.good_steps % self.GROWTH_INTERVAL == 0:
-            self.value *= 2
+    Doubled after many good steps, halved after a bad one (Micikevicius et al. 2018, section 3.2).
+    """
+    if not finite:
+        return max(scale / 2, LEAST_LOSS_SCALE), 0
+    good_steps += 1
+    return scale * 2 if good_steps % LOSS_SCALE_GROWTH == 0 else scale, good_steps

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from accessory.checkpoint.training_state import Progress
 from accessory.data.corpus import build_corpus
@@ -16,7 +17,7 @@ from accessory.data.order import GlobalOrder
 from accessory.engine import MOST_SKIPPED, Engine, Schedule, is_out_of_memory
 from accessory.errors import NotFiniteError, Preempted
 from accessory.meta import MetaModel
-from accessory.optim import LossScale, build_adamw
+from accessory.optim import build_adamw
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.tensor import WHOLE
@@ -45,7 +46,6 @@ def engine(tiny_base: Path, tmp_path: Path) -> Engine:
         layout=layout,
         reporter=Reporter(None, 4, 0, enabled=False),
         save=lambda *_: None,
-        loss_scale=LossScale(False),
         signals=StopSignals(),
     )
 
@@ -124,15 +124,83 @@ def test_stops_before_the_optimizer_when_not_finite(engine: Engine) -> None:
         torch.testing.assert_close(engine.parameters[name].data, value, equal_nan=True, rtol=0, atol=0)
 
 
+def test_fp16_scales_the_loss_from_the_first_step_on(engine: Engine) -> None:
+    """What the backward pass starts from, as autograd sees it: 65,536 over the supervised tokens, or what was saved."""
+    engine.scales_loss, seen = True, []
+
+    def watch(model: nn.Module, inputs: tuple, loss: torch.Tensor) -> None:
+        loss.register_hook(lambda gradient: seen.append(gradient.item()))
+
+    engine.model.register_forward_hook(watch)
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, max_steps=1)
+    engine.train(Progress())
+    assert seen == pytest.approx([65536 / engine.order.supervised_tokens(0, 0)] * 2, rel=1e-6)
+    seen.clear()
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, max_steps=2)
+    progress = Progress(step=1, total_steps=1, loss_scale=512.0, good_steps=1999)
+    engine.train(progress)
+    assert seen == pytest.approx([512 / engine.order.supervised_tokens(0, 1)], rel=1e-6)
+    assert (progress.loss_scale, progress.good_steps) == (1024, 2000)
+
+
+def test_the_scale_changes_no_step(engine: Engine) -> None:
+    """By a power of two, in fp32: the norm that is reported and what the optimizer is given, bit for bit."""
+    given, reports = [], []
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: given.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]))
+    )
+    engine.schedule = Schedule(2, 2, 0.0, 1e-12, 1e-12, 0.1, 9, 9)
+    before = {name: p.detach().clone() for name, p in engine.parameters.items()}
+    for scaled in (False, True):
+        engine.scales_loss = scaled
+        for name, value in before.items():
+            engine.parameters[name].data.copy_(value)
+        reports.append(engine.step(Progress())[0])
+    assert torch.equal(*given) and reports[0].grad_norm == reports[1].grad_norm
+
+
 def test_fp16_skips_the_step_and_halves_the_scale(engine: Engine) -> None:
-    engine.loss_scale = LossScale(True)
-    engine.loss_scale.value = 1e38  # overflows any gradient
+    """And says so, with the documents."""
+    engine.scales_loss, said = True, []
+    engine.reporter.say = said.append
     before = engine.model.llma.norm.weight.detach().clone()
-    progress = Progress()
+    progress = Progress(loss_scale=1e38, good_steps=7)  # overflows any gradient
     engine.step(progress)
-    assert torch.equal(engine.model.llma.norm.weight, before)
-    assert engine.loss_scale.value == 5e37
-    assert progress.total_steps == 1
+    assert torch.equal(engine.model.llma.norm.weight, before) and not engine.optimizer.state
+    assert progress == Progress(step=1, total_steps=1, loss_scale=5e37, good_steps=0, skipped=1)
+    (line,) = said
+    assert line.startswith("Step 1: the loss is ") and "at a loss scale of 1e+38. Every micro-batch has a fin" in line
+    assert line.count("data.json:1)") == 6 and line.endswith("by it, and the loss scale halved.")
+
+
+def test_a_loss_scale_at_its_floor_ends_the_run(engine: Engine) -> None:
+    engine.scales_loss = True
+    engine.model.llma.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    progress = Progress(loss_scale=2.0)
+    engine.step(progress)
+    with pytest.raises(NotFiniteError, match=r"Step 2: .* at a loss scale of 1\. .* give --precision bf16 or fp32"):
+        engine.step(progress)
+    assert not engine.optimizer.state
+
+
+def test_a_run_that_only_skipped_is_not_finished(engine: Engine) -> None:
+    """Nor is what it did not learn saved at its end."""
+    saved = []
+    engine.skip_not_finite, engine.save = True, lambda *_: saved.append(1)
+    engine.model.llma.norm.weight.data[0] = math.nan
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
+    with pytest.raises(NotFiniteError, match="All 4 steps of the run were skipped: nothing is learned"):
+        engine.train(Progress())
+    assert not saved
+
+
+def test_skipped_steps_may_not_count(engine: Engine) -> None:
+    """For a run that is to take one true step: the first one whose gradient is finite is its last."""
+    engine.scales_loss = True
+    engine.schedule = Schedule(9, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, max_steps=1, skipped_count=False)
+    progress = Progress(loss_scale=2.0**70)
+    engine.train(progress)
+    assert progress.skipped == 0 and progress.good_steps == 1 and progress.total_steps > 1
 
 
 def test_saves_when_minutes_have_passed(engine: Engine) -> None:
@@ -178,7 +246,7 @@ def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
 
 
 def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
-    """Eleven in a row are no accident."""
+    """More in a row are no accident."""
     engine.skip_not_finite = True
     engine.schedule = Schedule(9, 2, 0.0, 1e-3, 1e-3, -1.0, 99, 99)
     engine.model.llma.norm.weight.data[0] = math.nan

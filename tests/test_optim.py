@@ -14,11 +14,12 @@ from torch import nn
 from accessory.engine import Engine, Schedule
 from accessory.optim import (
     BETAS,
-    LossScale,
+    FIRST_LOSS_SCALE,
     build_adamw,
     build_optimizer,
     gradient_norm,
     learning_rate,
+    next_loss_scale,
     scale_gradients,
     sum_partial_gradients,
 )
@@ -239,45 +240,29 @@ def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], layout, clip:
     if clip > 0:
         nn.utils.clip_grad_norm_(reference, clip)
     schedule = Schedule(1, 1, 0.0, 0.1, 0.1, clip, 1, 1)
-    loss_scale = LossScale(scale != 1.0)
-    loss_scale.value = scale
     engine = Engine(
         model=None, parameters=parameters, slicings=SLICINGS, optimizer=Sgd(parameters.values(), lr=0.0), order=None,
-        schedule=schedule, data_parallel=None, layout=layout, reporter=None, save=None, loss_scale=loss_scale,
+        schedule=schedule, data_parallel=None, layout=layout, reporter=None, save=None,
         signals=StopSignals(),
     )  # fmt: skip
-    engine._update(gradient_norm(parameters, SLICINGS).item() / scale, lr=0.1)
+    engine._update(gradient_norm(parameters, SLICINGS).item() / scale, lr=0.1, scale=scale)
     for theirs, ours in zip(reference, parameters.values(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     assert engine.optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_loss_scale_grows_and_backs_off() -> None:
-    """Doubled after 2000 good steps in a row, halved at once after a bad one, never below 1."""
-    scale = LossScale(enabled=True)
-    assert scale.value == 65536
-    for _ in range(1999):
-        scale.update(finite=True)
-    assert scale.value == 65536
-    scale.update(finite=True)
-    assert scale.value == 131072
-    for _ in range(1999):
-        scale.update(finite=True)
-    scale.update(finite=False)
-    assert (scale.value, scale.good_steps) == (65536, 0)
-    for _ in range(1999):
-        scale.update(finite=True)
-    assert scale.value == 65536
-    scale.update(finite=True)
-    assert scale.value == 131072
-    for _ in range(40):
-        scale.update(finite=False)
-    assert scale.value == 1
+    """Doubled after every 2000 good steps in a row, halved at once after a bad one, never below 1."""
+    scale, good = FIRST_LOSS_SCALE, 0
+    assert scale == 65536
 
+    def after(steps: int, finite: bool = True) -> float:
+        nonlocal scale, good
+        for _ in range(steps):
+            scale, good = next_loss_scale(scale, good, finite)
+        return scale
 
-def test_loss_scale_off() -> None:
-    """Always 1."""
-    scale = LossScale(enabled=False)
-    for finite in (True, False) * 1000:
-        scale.update(finite)
-    assert scale.value == 1
+    assert [after(1999), after(1), after(1999)] == [65536, 131072, 131072]
+    assert (after(1, finite=False), good) == (65536, 0)
+    assert [after(1999), after(1), after(2000)] == [65536, 131072, 262144]
+    assert after(40, finite=False) == 1

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
+from accessory.optim import FIRST_LOSS_SCALE
 from accessory.parallel.data import as_shard, is_sharded, shard_like
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, own_slice
@@ -39,13 +40,15 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 class Progress:
     """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` over all epochs.
 
-    `skipped` counts those in a row, up to now, that changed nothing because they were not finite.
+    `loss_scale` is what the next step's loss is scaled by in fp16, and `good_steps` how many in a row it has served;
+    in other precisions they stay as they are. `skipped` counts steps in a row, up to now, that changed nothing because
+    they were not finite.
     """
 
     epoch: int = 0
     step: int = 0
     total_steps: int = 0
-    loss_scale: float = 1.0
+    loss_scale: float = FIRST_LOSS_SCALE
     good_steps: int = 0
     skipped: int = 0
 

@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from accessory.checkpoint.manifest import verify
+from accessory.config import FinetuneConfig, parse
+from accessory.errors import NotFiniteError
+from accessory.finetune import finetune
+from tests.conftest import TINY_CONFIG, environment, write_model, write_tokenizer
 from tests.faults.job import Job, said
 
 
@@ -58,6 +63,94 @@ def test_22_or_all_skip_the_step(not_finite: Path) -> None:
         assert not all(skipped[name].equal(after[name]) for name in moved)
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert losses[2] is None and all(losses[:2] + losses[3:])
+
+
+def rescaled(folder: Path, factor: float, head: float = 1.0) -> Path:
+    """A base whose MLPs go up by less and down by more: the same function, gradients `factor` times as large within.
+
+    Those of a steeper `head` are larger everywhere.
+    """
+    base = folder / f"base-{factor:g}-{head:g}"
+    base.mkdir()
+    write_model(base, TINY_CONFIG)
+    write_tokenizer(base)
+    weights = load_file(base / "model.safetensors")
+    for name in weights:
+        scale = {"up_proj": 1 / factor, "down_proj": factor, "lm_head": head}.get(name.split(".")[-2], 1.0)
+        weights[name] = weights[name] * scale
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
+@pytest.fixture
+def fp16(tmp_path: Path) -> Job:
+    """LoRA in fp16 on a base in which a gradient overflows at the first loss scales, in this process unless started."""
+    (tmp_path / "lora.json").write_text('{"lora_rank": 4, "norm_tuning": false, "bias_tuning": false}')
+    return Job(rescaled(tmp_path, 1e3), tmp_path / "lora.json", tmp_path / "run", environment(), ranks=1)
+
+
+def alone(job: Job, *more: str, precision: str = "fp16") -> None:
+    """In this process, without --quant."""
+    flags = [flag for flag in job.flags(*more, "--precision", precision) if flag != "--quant"]
+    finetune(parse(FinetuneConfig, flags))
+
+
+def state(job: Job, checkpoint: str) -> dict:
+    """Progress, as that checkpoint has it."""
+    return json.loads((job.output / checkpoint / "training_state.json").read_text())["progress"]
+
+
+def test_22_fp16_finds_its_scale_and_goes_on_with_it(fp16: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Halvings at the start are said, and end nothing. Cut amid them and resumed: the same bits as in one piece."""
+    alone(fp16, "--max_steps", "8", "--save_steps", "2")
+    first = state(fp16, "epoch0-iter2")
+    assert (first["loss_scale"], first["skipped"]) == (16384, 2)
+    assert (
+        capsys.readouterr().out.count(" The step is skipped: nothing is changed by it, and the loss scale halved.") >= 3
+    )
+    whole, fp16.output = fp16.output, tmp_path / "halves"
+    alone(fp16, "--max_steps", "8", "--save_steps", "2", "--resume", str(whole / "epoch0-iter2"))
+    last = state(fp16, "epoch0-iter8")
+    assert last["skipped"] == 0 and 65536 > last["loss_scale"] > 1024
+    assert last == json.loads((whole / "epoch0-iter8" / "training_state.json").read_text())["progress"]
+    trained, twin = (load_file(run / "epoch0-iter8" / "trainable.safetensors") for run in (fp16.output, whole))
+    assert all(torch.equal(value, twin[name]) for name, value in trained.items())
+    assert all(value.any() for name, value in trained.items() if "lora_b" in name)
+
+
+@pytest.mark.parametrize("layout", [(), ("--model_parallel_size", "2")], ids=["data", "tensors"])
+def test_22_fp16_that_overflows_at_any_scale_ends_the_run(fp16: Job, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    """At the floor, on both ranks after the same step, with status 5 and the flag that mends it."""
+    fp16.base, fp16.ranks = rescaled(tmp_path, 1e5, head=1e3), 2
+    more = ("--precision", "fp16", "--epochs", "9", "--batch_size", "1", "--accum_iter", "1", "--max_steps", "40")
+    done = fp16.run(*more, *layout)
+    found = re.search(
+        r"NotFiniteError: Step 17: the loss is [\d.]+, the gradient norm (nan|inf) at a loss scale of 1\.", said(done)
+    )
+    assert found, done.stderr[-3000:]
+    assert "16 steps before it were skipped. Look at the documents, give --precision bf16 or fp32" in said(done)
+    assert (fp16.status["state"], fp16.status["status"], fp16.status["reason"]) == ("failed", 5, "NotFiniteError")
+    assert not any(load_file(file)[name].any() for file in fp16.output.glob("*/trainable.safetensors")
+                   for name in load_file(file) if "lora_b" in name)  # fmt: skip
+
+
+def test_22_a_dry_run_in_fp16_takes_a_true_step(fp16: Job, capsys: pytest.CaptureFixture) -> None:
+    """However often it has to halve the scale before."""
+    alone(fp16, "--dry_run")
+    norms = re.findall(r"grad norm +(\S+)", capsys.readouterr().out)
+    assert len(norms) > 2 and not any(norm[0].isdigit() for norm in norms[:-1]) and norms[-1][0].isdigit()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_22_a_run_of_skipped_steps_is_no_finished_one(fp16: Job, precision: str) -> None:
+    """In any precision, and no checkpoint says otherwise."""
+    weights = load_file(fp16.base / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, fp16.base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotFiniteError, match="All 3 steps of the run were skipped: nothing is learned"):
+        alone(fp16, "--max_steps", "3", "--not_finite", "skip", precision=precision)
+    assert (fp16.status["state"], fp16.status["status"]) == ("failed", 5)
+    assert not list(fp16.output.glob("epoch*"))
 
 
 def test_23_out_of_memory_on_one_rank(job: Job) -> None:

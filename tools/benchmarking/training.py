@@ -20,7 +20,7 @@ from accessory.method import Method
 from accessory.method.full import Full
 from accessory.method.peft import Peft
 from accessory.model.families import architecture_of
-from accessory.optim import LossScale, build_optimizer
+from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.report import Reporter
@@ -94,8 +94,8 @@ class Training:
             layout=layout,
             reporter=Reporter(None, 0, 0, enabled=False),
             save=lambda *_: None,
-            loss_scale=LossScale(self.precision == "fp16"),
             signals=StopSignals(),
+            scales_loss=self.precision == "fp16",
         )
 
     def _blueprint(self, layout: Layout) -> tuple[Blueprint, list[Source]]:
