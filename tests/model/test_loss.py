@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accessory.model.loss import CHUNK, cross_entropy_sum
+from accessory.model.loss import CHUNK, chunk_bytes, cross_entropy_sum
 
 WIDTH, VOCABULARY = 16, 50
 
@@ -89,12 +89,16 @@ def test_frozen_head_gets_no_gradient() -> None:
     """And costs none: the head alone, or hidden alone."""
     hidden, head, labels = problem(9)
     hidden.requires_grad_()
-    cross_entropy_sum(hidden, head, labels).backward()
+    loss = cross_entropy_sum(hidden, head, labels)
+    assert [kept is None for kept in loss.grad_fn.saved_tensors] == [False, False, True]
+    loss.backward()
     assert head.grad is None
     wanted = gradients(by_torch, hidden.detach(), head, labels)[1] / 0.37
     torch.testing.assert_close(hidden.grad, wanted)
     head.requires_grad_()
-    cross_entropy_sum(hidden.detach(), head, labels).backward()
+    loss = cross_entropy_sum(hidden.detach(), head, labels)
+    assert [kept is None for kept in loss.grad_fn.saved_tensors] == [False, True, False]
+    loss.backward()
     torch.testing.assert_close(head.grad, gradients(by_torch, hidden.detach(), head.detach(), labels)[2] / 0.37)
 
 
@@ -141,6 +145,32 @@ def test_logits_are_never_all_alive() -> None:
         cross_entropy_sum(hidden, head, labels).backward()
     assert largest.numel == max(CHUNK * VOCABULARY, hidden.numel())
     assert largest.numel < len(labels) * VOCABULARY
+
+
+class Logits(TorchDispatchMode):
+    """Counts the bytes of the buffers with a column for each token of the vocabulary."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default and result.shape[1:] == (VOCABULARY,):
+            self.bytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("kernels_wanted", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_logits_are_known_before(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kernels_wanted: str
+) -> None:
+    """Fewer than a chunk's and more; a GPU's are wide ones beside those of the dtype, whatever this CPU can do."""
+    monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
+    for tokens in (7, CHUNK + 9):
+        with Logits() as logits:
+            cross_entropy_sum(*problem(tokens, dtype, ignore_every=0))
+        assert chunk_bytes(tokens, VOCABULARY, torch.device("cpu"), dtype) == logits.bytes > 0
+    assert chunk_bytes(700, 50, torch.device("cuda"), dtype) == CHUNK * 50 * (dtype.itemsize + 4)
 
 
 def test_padded_rows_of_the_head_take_no_part() -> None:

@@ -115,3 +115,23 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
         assert found[1] == lent
         assert found[0] == workspace or (kinds[1] == "plain" and found[0] < workspace)
+
+
+def test_memory_for_what_lies_plain_is_none() -> None:
+    """Nothing is unpacked."""
+    found = memory_to_multiply([matrix("plain")] * 2, [0, 4], 20, torch.bfloat16, torch.device("cpu"))
+    assert found == (0, 0)
+
+
+@pytest.mark.skipif(
+    kernels.chosen("four_bit_product", torch.device("cpu"), torch.bfloat16) is None, reason="no kernel for this CPU"
+)
+def test_memory_of_a_wide_matrix_is_that_of_the_forward() -> None:
+    """A row of it is longer than a column."""
+    weight = storage("nf4")((34, 512))
+    weight.pack(random(34, 512))
+    four_bit_product._kept.__dict__.clear()
+    multiply(random(20, 512).bfloat16(), weight)
+    sum_of_turned_products([random(20, 34).bfloat16()], [weight])
+    found, _ = memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"))
+    assert found == four_bit_product._kept.memory.nbytes
