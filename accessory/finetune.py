@@ -197,8 +197,10 @@ def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Cor
         cache_dir=CACHE_DIR if config.cache_ann_on_disk else None,
         max_skipped=config.max_skipped,
     )
+    args = blueprint.args
     _say(
         layout,
+        *corpus.check_lengths(args.longest_document, args.stated_length),
         f"data {config.data_config}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
     )
     return corpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -68,17 +69,23 @@ class MetaModel(nn.Module):
         return question_prompt(question, context, layout or self.layout)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """A prompt as training laid it out; its end is kept where it is too long.
+        """A prompt as training laid it out; where it is too long its end is kept, with a warning.
 
         A text stands behind what opens the tokenizer's documents; messages are laid out by the checkpoint's template.
         """
-        if not isinstance(prompt, str | DialogPrompt):
-            return self.tokenizer.chat_ids(prompt)[-max(self.max_seq_len - 1, 1) :]
-        start = list(self.tokenizer.opening)
+        if isinstance(prompt, str | DialogPrompt):
+            start = list(self.tokenizer.opening)
+            first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
+            pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
+        else:
+            start, pieces = [], [self.tokenizer.chat_ids(prompt)]
+        tokens = [token for piece in pieces for token in piece]
         room = max(self.max_seq_len - 1 - len(start), 1)
-        first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
-        pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
-        return start + [token for piece in pieces for token in piece][-room:]
+        if lost := len(tokens[:-room]):
+            warnings.warn(
+                f"The first {lost} tokens of a prompt are left out: max_seq_len is {self.max_seq_len}.", stacklevel=2
+            )
+        return start + tokens[-room:]
 
     def generate(
         self,
@@ -132,9 +139,12 @@ class MetaModel(nn.Module):
     ) -> Iterator[list[int | None]]:
         _check_prompts(prompts)
         chats = not all(isinstance(prompt, str | DialogPrompt) for prompt in prompts)
+        ids, stated = [self.prompt_tokens(prompt) for prompt in prompts], self.llma.args.stated_length
+        if stated and min(max(map(len, ids), default=0) + max_gen_len, self.max_seq_len) > stated:
+            warnings.warn(f"An answer may go beyond the {stated} tokens that the model was made for.", stacklevel=2)
         return generate_tokens(
             self.llma,
-            [self.prompt_tokens(prompt) for prompt in prompts],
+            ids,
             max_gen_len=max_gen_len,
             max_seq_len=self.max_seq_len,
             stop_ids=self.tokenizer.chat.stop_ids if chats else self.tokenizer.stop_ids,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from accessory.meta import MetaModel
@@ -49,6 +52,37 @@ def test_torchrun_from_inside_accessory(flags: list[str], tmp_path: Path, torchr
 
 def test_torchrun_module(flags: list[str], tmp_path: Path, torchrun) -> None:
     check(torchrun(1, "-m", "accessory.main_finetune", *flags), tmp_path)
+
+
+def test_documents_beyond_learned_positions_end_the_run_before_it_begins(
+    flags: list[str], tiny_base: Path, tmp_path: Path, python
+) -> None:
+    """In a dry run too; what --max_words cuts is short enough. Rotation goes on, which is said."""
+    data, base = tmp_path / "data.jsonl", tmp_path / "opt"
+    lines = [json.dumps({"instruction": "q", "output": "word " * words}) for words in (3, 90, 3)]
+    data.write_text("\n".join(lines))
+    opt = transformers.OPTConfig(
+        vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32,
+        max_position_embeddings=150, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(opt).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / name, base / name)
+    opt_flags = [*flags, "--pretrained_path", base, "--llama_type", "opt_peft", "--data_config", data]
+    done = python(MAIN, *opt_flags, "--dry_run")
+    assert done.returncode == 3, done.stderr[-2000:]
+    found = re.search(r"1 of 3 documents have more than 150 tokens; document 1 \((.*?):2\) has (\d+)\.", done.stderr)
+    assert found and found[1] == str(data) and int(found[2]) > 150
+    assert "cut them with --max_words 150." in done.stderr
+    assert python(MAIN, *opt_flags, "--dry_run", "--max_words", "150").returncode == 0
+    settings = json.loads((tiny_base / "config.json").read_text()) | {"max_position_embeddings": 150}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(tiny_base / name, tmp_path / "base" / name)
+    done = python(MAIN, *flags, "--pretrained_path", tmp_path / "base", "--data_config", data, "--dry_run")
+    assert done.returncode == 0 and done.stdout.count("1 of 3 documents have more than 150 tokens") == 1
+    assert "The model was made for no more, its settings say; --max_words 150 cuts them" in done.stdout
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "openmpi"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -165,10 +166,20 @@ def test_dtype(checkpoint, tmp_path: Path) -> None:
 
 
 def test_prompt_keeps_its_end(model: MetaModel) -> None:
-    """BOS, then what fits with room for one new token."""
+    """BOS, then what fits with room for one new token; what does not is said."""
     assert model.prompt_tokens("ab") == [BOS, *model.tokenizer.encode("ab")]
     model.max_seq_len = 6
-    assert model.prompt_tokens("abcdefgh") == [BOS, *model.tokenizer.encode("efgh")]
+    with pytest.warns(UserWarning, match="The first 4 tokens of a prompt are left out: max_seq_len is 6"):
+        assert model.prompt_tokens("abcdefgh") == [BOS, *model.tokenizer.encode("efgh")]
+
+
+def test_an_answer_beyond_what_the_model_was_made_for_is_said(model: MetaModel) -> None:
+    """Which has max_position_embeddings 256."""
+    with pytest.warns(UserWarning, match="beyond the 256 tokens"):
+        model.generate(["a" * 250], max_gen_len=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(["a" * 249], max_gen_len=6)
 
 
 @torch.no_grad()

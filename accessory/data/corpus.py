@@ -104,6 +104,24 @@ class Corpus:
         counts = Counter(self.layouts[file] for file in self.origins[:, 0].tolist())
         return dict(counts.most_common())
 
+    def check_lengths(self, positions: int | None, made_for: int | None) -> list[str]:
+        """What to say of documents longer than the `made_for` tokens that a model learned to read at once.
+
+        None: without such a bound, or unknown. Raises `DataError` for more tokens than the model has `positions` for.
+        """
+        longest = int(self.lengths.argmax())
+        for bound in (positions, made_for):
+            if bound is None or self.lengths[longest] <= bound:
+                continue
+            found = (
+                f"{int((self.lengths > bound).sum()):,} of {len(self):,} documents have more than {bound:,} tokens; "
+                f"document {self.where(longest)} has {self.lengths[longest]:,}"
+            )
+            if bound == positions:
+                raise DataError(f"{found}. The model has no positions beyond; cut them with --max_words {bound}.")
+            return [f"{found}. The model was made for no more, its settings say; --max_words {bound} cuts them"]
+        return []
+
     @property
     def report(self) -> str:
         """What is used, cut and skipped, a line each."""

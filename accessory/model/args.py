@@ -12,6 +12,8 @@ from accessory.errors import ParallelError
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 MOST_BLOCKS = 1 << 12
 Count = Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
+ALIBI_REACH = 1 << 16
+"""Positions that ALiBi's channels tell apart in every dtype: two parts of 8 bits each, which is what bf16 holds."""
 
 
 class RopeScaling(BaseModel):
@@ -147,9 +149,16 @@ class ModelArgs(BaseModel):
     @property
     def longest_document(self) -> int | None:
         """Tokens beyond which the model has no positions, or none that mean what they did; None where it has no end."""
+        if self.position == "alibi":
+            return ALIBI_REACH
         dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"
         bounded = self.position == "learned" or (self.position == "rotary" and dynamic)
         return self.max_seq_len if bounded else None
+
+    @property
+    def stated_length(self) -> int | None:
+        """Tokens of the longest document the model was made for, as its files state it; None where they do not."""
+        return self.max_seq_len if "max_seq_len" in self.model_fields_set else None
 
     def window(self, layer: int) -> int | None:
         """Tokens that block `layer` attends to; None for all."""

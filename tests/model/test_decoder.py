@@ -192,6 +192,13 @@ def test_documents_beyond_the_last_position_are_refused(random_decoder, changes:
     Decoder(ARGS.model_copy(update={"max_seq_len": 20}), dtype=torch.float32).sequences((500,))
 
 
+def test_alibi_ends_where_bf16_no_longer_tells_positions_apart() -> None:
+    decoder = Decoder(other("alibi"), dtype=torch.bfloat16)
+    decoder.sequences((1,), (65_535,))
+    with pytest.raises(ConfigError, match=r"65537 tokens.* for 65536"):
+        decoder.sequences((1,), (65_536,))
+
+
 def test_heads_of_a_rank_have_their_own_slopes() -> None:
     """Rank 1 of 2 has the last three of six."""
     whole = Decoder(other("alibi"), dtype=torch.float32).sequences((4,)).lean

@@ -36,7 +36,7 @@ PUBLISHED = {
         {"dim": 1024, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "head_dim": 64, "hidden_dim": 4096,
          "vocab_size": 250880, "norm": "layer", "norm_eps": 1e-5, "embedding_norm": True, "position": "alibi",
          "activation": "gelu_tanh", "gated": False, "tie_word_embeddings": True, "max_seq_len": 2048,
-         "longest_document": None} | LINEAR_BIASES,
+         "longest_document": 65536} | LINEAR_BIASES,
     ),
     "EleutherAI/pythia-160m": (
         {"model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768, "intermediate_size": 3072,
@@ -104,7 +104,7 @@ PUBLISHED = {
          "intermediate_size": 13696, "model_max_length": 4096, "num_attention_heads": 40, "num_hidden_layers": 40,
          "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "vocab_size": 64000},
         {"position": "alibi", "dim": 5120, "n_heads": 40, "n_kv_heads": 40, "head_dim": 128, "hidden_dim": 13696,
-         "max_seq_len": 4096, "longest_document": None} | NO_BIASES,
+         "max_seq_len": 4096, "longest_document": 65536} | NO_BIASES,
     ),
     "internlm/internlm-7b": (
         {"model_type": "internlm", "bias": True, "hidden_act": "silu", "hidden_size": 4096,
