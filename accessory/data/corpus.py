@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from accessory.data.templates import (
     single_turn_messages,
 )
 from accessory.errors import DataError, TokenizerError
-from accessory.tokenizer import Tokenizer
+from accessory.tokenizer import Chat, Tokenizer
 
 _SHOWN = 3  # records named per cause
 _CHUNK = 4096  # records tokenized at a time
@@ -48,8 +49,12 @@ class Omissions:
             for cause, places in self.skipped.items()
         ]
 
-    def check(self, used: int, most: float) -> None:
-        """Raise `DataError` where more than the share `most` of all records was skipped, `used` having been taken."""
+    def check(self, origins: np.ndarray, most: float) -> None:
+        """Raise `DataError` where more than the share `most` of all records was skipped.
+
+        `origins` are those of the documents that were made; one record may have made several.
+        """
+        used = len(np.unique(origins, axis=0))
         skipped = sum(map(len, self.skipped.values()))
         if skipped > most * (used + skipped):
             raise DataError(
@@ -159,35 +164,39 @@ def build_corpus(
     threads: int = 1,
     cache_dir: Path | None = None,
     max_skipped: float = 1.0,
+    clock: datetime | None = None,
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
+    `clock` is the time for chat templates that print it (absent: the present); it is part of the fingerprint of those.
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
     Raises `DataError` if a file is broken, not one record can be used, or more than the share `max_skipped` cannot;
     `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.
     """
     entries = load_data_config(data_config)
-    if any(entry.prompt_type == CHAT for entry in entries):
-        _ = tokenizer.chat.stop_ids  # works out how the template ends an answer, before any file is read
-    fingerprint = _fingerprint(entries, tokenizer, max_words, dialog)
+    chat = Chat(tokenizer, clock) if any(entry.prompt_type == CHAT for entry in entries) else None
+    _ = chat and chat.stop_ids  # works out how the template ends an answer, before any file is read
+    fingerprint = _fingerprint(entries, tokenizer, max_words, dialog, chat)
     cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
     files = [str(entry.path) for entry in entries]
     layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
     if cached and (kept := _from_cache(cached, files, fingerprint, tokenizer, layouts)):
-        kept.omissions.check(len(kept), max_skipped)
+        kept.omissions.check(kept.origins, max_skipped)
         return kept
     omissions = Omissions()
-    documents = list(_documents(entries, tokenizer, dialog, omissions))
+    documents = list(_documents(entries, chat, dialog, omissions))
     arrays = _tokenize(documents, files, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
         raise DataError("\n".join([f"{', '.join(files)}: not one record can be trained on.", *omissions.lines()]))
-    omissions.check(len(arrays["origins"]), max_skipped)
+    omissions.check(arrays["origins"], max_skipped)
     if cached:
         _to_cache(cached, arrays, omissions)
     return Corpus(arrays, files, omissions, fingerprint, tokenizer, layouts)
 
 
-def _documents(entries: list[DataEntry], tokenizer: Tokenizer, dialog: bool, omissions: Omissions):
+def _documents(
+    entries: list[DataEntry], chat: Chat | None, dialog: bool, omissions: Omissions
+) -> Iterator[tuple[Record, list[Segment]]]:
     for entry in entries:
         records = read_records(entry.path)
         if entry.ratio < 1:
@@ -196,27 +205,27 @@ def _documents(entries: list[DataEntry], tokenizer: Tokenizer, dialog: bool, omi
             records = [records[i] for i in sorted(chosen)]
         for record in records:
             try:
-                yield record, _segments(record, entry, tokenizer, dialog)
+                yield from ((record, segments) for segments in _segments(record, entry, chat, dialog))
             except UnusableRecord as cause:
                 omissions.skipped[str(cause)].append(record.where)
 
 
-def _segments(record: Record, entry: DataEntry, tokenizer: Tokenizer, dialog: bool) -> list[Segment]:
+def _segments(record: Record, entry: DataEntry, chat: Chat | None, dialog: bool) -> list[list[Segment]]:
+    """The documents of a record: one, unless a chat template lays out each turn of a conversation anew."""
     if record.fault:
         raise UnusableRecord(record.fault)
     fields = single_turn_llava(record.fields) if entry.preprocess and not dialog else record.fields
     if entry.prompt_type == CHAT:
-        return _by_chat_template(
-            conversation_messages(fields) if dialog else single_turn_messages(fields), record, tokenizer
-        )
-    return conversation(fields) if dialog else single_turn(fields, entry.prompt_type)
+        return _by_chat_template(conversation_messages(fields) if dialog else single_turn_messages(fields), chat)
+    return [conversation(fields) if dialog else single_turn(fields, entry.prompt_type)]
 
 
-def _by_chat_template(messages: list[dict[str, str]], record: Record, tokenizer: Tokenizer) -> list[Segment]:
+def _by_chat_template(messages: list[dict[str, str]], chat: Chat) -> list[list[Segment]]:
     try:
-        return [Segment("", learned, tuple(ids)) for ids, learned in tokenizer.chat.learnable(messages)]
+        documents = chat.documents(messages)
     except TokenizerError as error:
-        raise TokenizerError(f"{record.where}: {error}") from error
+        raise UnusableRecord(str(error)) from error
+    return [[Segment("", learned, tuple(ids)) for ids, learned in stretches] for stretches in documents]
 
 
 def _tokenize(
@@ -272,10 +281,10 @@ def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.nd
     return np.array(ids, dtype=np.int32), flags
 
 
-def _fingerprint(entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool) -> str:
-    digest = hashlib.sha256(f"5:{tokenizer.fingerprint}:{max_words}:{dialog}".encode())
-    if any(entry.prompt_type == CHAT for entry in entries):
-        digest.update(str(tokenizer.chat_template).encode())
+def _fingerprint(
+    entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool, chat: Chat | None
+) -> str:
+    digest = hashlib.sha256(f"6:{tokenizer.fingerprint}:{max_words}:{dialog}:{chat and chat.layout}".encode())
     for entry in entries:
         try:
             content = hashlib.sha256(entry.path.read_bytes()).hexdigest()

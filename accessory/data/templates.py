@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from accessory.data.records import kind
 from accessory.errors import ConfigError, nearest
+from accessory.tokenizer.chat import ROLES
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -47,6 +49,11 @@ DIALOG_SYSTEM = (
 )
 DIALOG_END = "\n###"
 _ROLES = {"human": "Human", "user": "Human", "gpt": "Assistant", "assistant": "Assistant"}
+_CHAT_ROLES = {
+    **{"human": "user", "gpt": "assistant", "observation": "tool"},
+    **{role: role for role in ROLES},
+}
+"""Name of a speaker -> role of his messages, for a chat template."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def _question_and_answer(fields: dict[str, Any], prompt_type: str) -> tuple[str,
 
 def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
     """The first question and answer of a conversation, as instruction and output. Raises `UnusableRecord`."""
-    turns = _turns(fields)
+    turns = _alternating(_turns(fields, _ROLES))
     if len(turns) < 2:
         raise UnusableRecord("'conversations' has fewer than two turns")
     return {"instruction": turns[0][1], "output": turns[1][1], "image": fields.get("image")}
@@ -129,7 +136,7 @@ def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(fields: dict[str, Any]) -> list[Segment]:
     """Segments of a conversation, upstream's layout conv_v1_2; the assistant's words and their end are learned."""
-    segments = _dialog_segments(_dialog(fields))
+    segments = _dialog_segments(_alternating(_dialog(fields, _ROLES)))
     _check_text(segment.text for segment in segments)
     return segments
 
@@ -156,19 +163,27 @@ def _dialog_segments(turns: list[tuple[str, str]]) -> list[Segment]:
 
 def conversation_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
     """The messages of a conversation, for a chat template. Raises `UnusableRecord`."""
-    turns = _dialog(fields)
+    turns = _dialog(fields, _CHAT_ROLES)
     _check_text(words for _, words in turns)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[role], "content": words} for role, words in turns]
+    said = [role for role, _ in turns]
+    if any(role == "assistant" and before not in ("user", "tool") for before, role in pairwise([None, *said])):
+        raise UnusableRecord("'conversations' holds an answer that follows no turn of the human or a tool")
+    return [{"role": role, "content": words} for role, words in turns]
 
 
-def _dialog(fields: dict[str, Any]) -> list[tuple[str, str]]:
+def _dialog(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
     """Turns of which at least one can be learned."""
     if fields.get("image"):
         raise UnusableRecord("has an image, and there is no vision part yet")
-    turns = _turns(fields)
-    if len(turns) < 2:  # the human speaks first
+    turns = _turns(fields, roles)
+    if all(role != roles["assistant"] for role, _ in turns):
         raise UnusableRecord("'conversations' has no turn of the assistant")
+    return turns
+
+
+def _alternating(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    if any(role != ("Human", "Assistant")[place % 2] for place, (role, _) in enumerate(turns)):
+        raise UnusableRecord("'conversations' does not go from human to assistant and back, the human first")
     return turns
 
 
@@ -180,22 +195,20 @@ def _check_text(texts: Iterable[str]) -> None:
         raise UnusableRecord("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from error
 
 
-def _turns(fields: dict[str, Any]) -> list[tuple[str, str]]:
+def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
     turns = fields.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise UnusableRecord(f"has no list 'conversations'{_nearest_key(fields, 'conversations')}")
-    found = [_turn(turn) for turn in turns]
-    if any(role != ("Human", "Assistant")[place % 2] for place, (role, _) in enumerate(found)):
-        raise UnusableRecord("'conversations' does not go from human to assistant and back, the human first")
-    if any(role == "Assistant" and not words for role, words in found):
+    found = [_turn(turn, roles) for turn in turns]
+    if any(role == roles["assistant"] and not words for role, words in found):
         raise UnusableRecord("'conversations' holds an empty answer")
     return found
 
 
-def _turn(turn: Any) -> tuple[str, str]:
-    role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
+def _turn(turn: Any, roles: dict[str, str]) -> tuple[str, str]:
+    role = roles.get(str(turn.get("from"))) if isinstance(turn, dict) else None
     if role is None or not isinstance(turn.get("value"), str):
-        raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(_ROLES)}) and 'value'")
+        raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(roles)}) and 'value'")
     return role, turn["value"].replace("<image>", "").strip()
 
 

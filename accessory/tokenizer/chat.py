@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from accessory.errors import TokenizerError
+from accessory.tokenizer.answers import holds, laid_out
 from accessory.tokenizer.sandbox import ChatTemplate
 
 if TYPE_CHECKING:
-    from accessory.tokenizer.base import Tokenizer
-    from accessory.tokenizer.special import Added
+    from accessory.tokenizer.base import Place, Tokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Noncharacters of Unicode: no text has a use for them, so that they can stand for what must pass the template unread.
 _BEGIN, _END, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _STANDING_IN = re.compile(f"{_BEGIN}([0-9]+){_END}")
-_HINT = "Train with another prompt_type."
 
 
 def default_template(config: Mapping[str, object], source: str) -> str | None:
@@ -37,20 +37,26 @@ def default_template(config: Mapping[str, object], source: str) -> str | None:
 
 
 class Chat:
-    """A tokenizer's chat template, rendering messages to ids.
+    """A tokenizer's chat template, rendering messages to ids, the same for training and asking.
 
     Control tokens that the template writes become their ids. Spelled inside a message they stay plain text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises TokenizerError for a tokenizer without template, or with one that is no Jinja."""
+    def __init__(self, tokenizer: Tokenizer, clock: datetime | None = None) -> None:
+        """`clock` is the time for templates that print it; absent: the present.
+
+        Raises TokenizerError for a tokenizer without template, or with one that is no Jinja.
+        """
         if tokenizer.chat_template is None:
             raise TokenizerError(
                 f"{tokenizer.source}: the checkpoint has no chat template; expected 'chat_template' in "
                 "tokenizer_config.json, a chat_template.jinja, or tokenizer.chat_template in a GGUF file."
             )
         self._tokenizer, self._source = tokenizer, tokenizer.source
-        self._template = ChatTemplate(tokenizer.chat_template, tokenizer.source)
+        self._template = ChatTemplate(tokenizer.chat_template, tokenizer.source, clock)
+        self.layout = tokenizer.chat_template + (str(clock) if "strftime_now" in tokenizer.chat_template else "")
+        """Equal ones lay out equally, given the same tokenizer."""
+        self._left_out: dict[str, bool] = {}
         # Longest first, as a longer token may begin like a shorter one.
         self._controls = sorted(tokenizer.control_tokens().items(), key=lambda item: -len(item[1].content))
         spelled = [re.escape(token.content) for _, token in self._controls]
@@ -67,40 +73,36 @@ class Chat:
     def ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation, nothing added before or behind: the template writes BOS where it belongs.
 
-        Each message has a `role` (system, user, assistant) and a `content`. Raises TokenizerError for other messages,
-        and for those that the template refuses.
+        Each message has a `role` (of `ROLES`) and a `content`. Raises TokenizerError for other messages, and for those
+        that the template refuses or leaves out.
         """
         hidden: list[str] = []
-        return self._encode(self._render(self._hide(messages, hidden), add_generation_prompt), hidden, at_start=True)
+        return self._encode(self._render(self._hide(messages, hidden), add_generation_prompt), hidden)[0]
 
-    def learnable(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
-        """A conversation in stretches of ids, each with whether it is the assistant's: its words, and their end.
+    def documents(self, messages: Sequence[Mapping[str, str]]) -> list[list[tuple[list[int], bool]]]:
+        """What is learned of a conversation: documents in stretches of ids, each with whether it is learned.
 
-        Raises TokenizerError where the template lays out a beginning otherwise than as the beginning of the whole,
-        since what is trained would then not be what is asked.
+        Learned is every answer, whole, and its end, behind the very ids with which it is asked for. Answers share a
+        document as long as that allows; where a template lays out earlier turns anew, without their reasoning say,
+        another begins. Raises TokenizerError as `ids` does, and for an answer that the template does not end.
         """
         hidden: list[str] = []
         plain = self._hide(messages, hidden)
-        stretches: list[tuple[str, bool]] = []
-        done, end = "", self._after_answer
+        documents: list[list[tuple[list[int], bool]]] = []
+        done: list[int] = []
         for place, message in enumerate(plain):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(plain[:place], True)
-            answered = self._render(plain[: place + 1], False)
-            self._check_grows(done, asked)
-            self._check_grows(asked, answered)
-            if not answered.endswith(end.rest) or len(answered) - len(end.rest) < len(asked):
-                raise TokenizerError(f"{self._source}: its chat template does not end all answers alike. {_HINT}")
-            cut = len(answered) - len(end.rest) + len(end.closing)
-            stretches += [(asked[len(done) :], False), (answered[len(asked) : cut], True)]
-            done = answered[:cut]
-        encoded = []
-        for number, (text, learned) in enumerate(stretches):
-            encoded.append((self._encode(text, hidden, at_start=number == 0), learned))
-        if encoded and not end.closing:
-            encoded[-1][0].append(self._tokenizer.eos_id)
-        return encoded
+            asked, answer, end = self._turn(plain[:place], message["content"])
+            prompt, behind = self._encode(asked, hidden)
+            learned, _ = self._encode(answer + end, hidden, behind)
+            learned += [] if end else [self._tokenizer.eos_id]
+            if not documents or prompt[: len(done)] != done:
+                documents.append([])
+                done = []
+            documents[-1] += [(prompt[len(done) :], False), (learned, True)]
+            done = prompt + learned
+        return documents
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -108,30 +110,56 @@ class Chat:
         found = self._after_answer.control
         return self._tokenizer.stop_ids | (frozenset() if found is None else {found})
 
+    def _turn(self, before: list[dict[str, str]], content: str) -> tuple[str, str, str]:
+        """The text that an answer is asked for with, what is said to it, and what ends that."""
+        asked, end = self._render(before, True), self._after_answer
+        whole = self._render([*before, {"role": "assistant", "content": content}], False)
+        answer = whole.removesuffix(end.rest)[len(asked) :]
+        if whole == asked + answer + end.rest and holds(asked, answer, content):
+            return asked, answer, end.closing
+        # The template cuts or rewrites this answer, or opens one otherwise where it is asked for: the words are laid
+        # where it would put others.
+        framed, rest = self._around_answer(before)
+        end = self._ending(rest)
+        if end.control is not None and end.control not in self.stop_ids:
+            raise TokenizerError(f"{self._source}: its chat template does not end all answers alike.")
+        return asked, laid_out(asked, framed, content), end.closing
+
     @cached_property
     def _after_answer(self) -> _Ending:
         """What the template puts behind an assistant's words, found out with words that occur nowhere else."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-        rest = self._behind_probe(messages)
-        found = self._written.search(rest)
-        if found:
-            return _Ending(rest, rest[: found.end()], self._id(found))
+        asked = [{"role": "user", "content": "a"}]
+        found = self._ending(self._around_answer(asked)[1])
+        if found.control is not None:
+            return found
         # ChatGLM3 has nothing there: a turn ends where the next begins.
-        found = self._written.search(self._behind_probe([*messages, {"role": "user", "content": "a"}]))
-        return _Ending(rest, "", self._id(found) if found else None)
+        control = self._written.search(self._around_answer(asked, asked)[1])
+        return _Ending(found.rest, "", self._id(control) if control else None)
 
-    def _behind_probe(self, messages: list[dict[str, str]]) -> str:
-        rendered = self._render(messages, False)
+    def _ending(self, rest: str) -> _Ending:
+        found = self._written.search(rest)
+        return _Ending(rest, rest[: found.end()], self._id(found)) if found else _Ending(rest, "", None)
+
+    def _around_answer(self, before: list[dict[str, str]], behind: Sequence[dict[str, str]] = ()) -> tuple[str, str]:
+        rendered = self._render([*before, {"role": "assistant", "content": _PROBE}, *behind], False)
         if rendered.count(_PROBE) != 1:
-            raise TokenizerError(f"{self._source}: its chat template does not write an answer as it is. {_HINT}")
-        return rendered.partition(_PROBE)[2]
-
-    def _check_grows(self, beginning: str, whole: str) -> None:
-        if not whole.startswith(beginning):
             raise TokenizerError(
-                f"{self._source}: its chat template lays out the beginning of a conversation otherwise once it goes "
-                f"on. {_HINT}"
+                f"{self._source}: its chat template does not write an answer as it is. Train with another prompt_type."
             )
+        begin, _, rest = rendered.partition(_PROBE)
+        return begin, rest
+
+    def _check_role(self, role: str) -> None:
+        """Raise TokenizerError for a role that the template silently leaves out."""
+        if role not in self._left_out:
+            probe, user = {"role": role, "content": _PROBE}, {"role": "user", "content": "a"}
+            messages = [user, {"role": "assistant", "content": "a"}, probe] if role == "tool" else [probe, user]
+            try:
+                self._left_out[role] = _PROBE not in self._render(messages, True)
+            except TokenizerError:  # it says so of the conversation, too
+                self._left_out[role] = False
+        if self._left_out[role]:
+            raise TokenizerError(f"{self._source}: its chat template leaves out what the role {role!r} says.")
 
     def _hide(self, messages: Sequence[Mapping[str, str]], hidden: list[str]) -> list[dict[str, str]]:
         """The messages with a stand-in for each control token spelled in them; what it stands for goes to `hidden`."""
@@ -141,6 +169,8 @@ class Chat:
             return f"{_BEGIN}{len(hidden) - 1}{_END}"
 
         _check(messages, self._source)
+        for role in sorted({message["role"] for message in messages} - {"user", "assistant"}):
+            self._check_role(role)
         contents = [self._seal(self._spelled.sub(stand_in, m["content"]), stand_in) for m in messages]
         return [{"role": m["role"], "content": content} for m, content in zip(messages, contents, strict=True)]
 
@@ -165,18 +195,19 @@ class Chat:
             **self._tokenizer.special_names(),
         )
 
-    def _encode(self, text: str, hidden: list[str], *, at_start: bool) -> list[int]:
-        """Ids of rendered text. `at_start` False: it goes on where other text ended."""
-        ids, position, place = [], 0, "start" if at_start else "continued"
+    def _encode(self, text: str, hidden: list[str], place: Place = "start") -> tuple[list[int], Place]:
+        """Ids of rendered text that stands at `place`, and the place of what follows it."""
+        ids, position = [], 0
         for found in [*self._written.finditer(text), None]:
             stretch = text[position : found.start() if found else len(text)]
             if stretch:
                 words = _STANDING_IN.sub(lambda m: hidden[int(m[1])] if int(m[1]) < len(hidden) else "", stretch)
                 ids += self._tokenizer.encode_stretch(words, place)
+                place = "continued"
             if found:
                 ids.append(self._id(found))
                 position, place = found.end(), "behind_control"
-        return ids
+        return ids, place
 
     def _id(self, found: re.Match) -> int:
         return self._controls[found.lastindex - 1][0]
@@ -189,11 +220,6 @@ class _Ending:
     rest: str
     closing: str
     control: int | None
-
-
-def _pattern(token: Added) -> str:
-    """A group that matches the token, and the blanks it swallows."""
-    return "(" + r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip + ")"
 
 
 def _check(messages: Sequence[Mapping[str, str]], source: str) -> None:

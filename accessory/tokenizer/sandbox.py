@@ -33,14 +33,17 @@ _LEFT_OUT = {"lipsum", "cycler", "joiner"}
 class ChatTemplate:
     """A compiled template, rendered with the names that transformers gives to a chat template."""
 
-    def __init__(self, text: str, source: str) -> None:
-        """`source` is named in errors. Raises TokenizerError for a template that is no Jinja, or too long."""
+    def __init__(self, text: str, source: str, clock: datetime | None = None) -> None:
+        """`source` is named in errors; `clock` is the time for a template that prints it, absent: the present.
+
+        Raises TokenizerError for a template that is no Jinja, or too long.
+        """
         self._source, self._lock = source, threading.Lock()
         if len(text) > _LONGEST_TEMPLATE:
             raise TokenizerError(
                 f"{source}: its chat template has {len(text):,} characters; expected at most {_LONGEST_TEMPLATE:,}."
             )
-        self._environment = _Bounded()
+        self._environment = _Bounded(clock)
         try:
             self._template = self._environment.from_string(text)
         except (TemplateError, RecursionError) as error:
@@ -64,15 +67,18 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self) -> None:
+    def __init__(self, clock: datetime | None) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension])
         for name in _LEFT_OUT:
             del self.globals[name]
         self.filters["tojson"] = _tojson
-        del self.filters["format"]
+        del self.filters["format"], self.filters["random"]  # no template may write one thing now, another later
         self.filters = {name: self._watched(function) for name, function in self.filters.items()}
         self.filters |= {_COUNTED: self._counted, _BOUNDED: self._put_out}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda layout: (clock or datetime.now()).strftime(layout),
+        }
         self.refill()
 
     def refill(self) -> None:
@@ -199,10 +205,6 @@ def _size(value: Any) -> int:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **layout: Any) -> str:

@@ -1,5 +1,6 @@
 import io
 import multiprocessing
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -282,12 +283,55 @@ def test_a_chat_without_template_is_refused_before_anything_is_read(write, chat_
         make(write("c.yaml", CHAT), chat_tokenizer(None))
 
 
-def test_a_record_the_template_refuses_is_named(write, chat_tokenizer):
+def test_a_record_the_template_refuses_costs_that_record(write, chat_tokenizer):
     template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
     tokenizer = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-    write("x.json", [GOOD, {"instruction": "bad", "output": "x"}])
-    with pytest.raises(TokenizerError, match=r"x\.json:1 record 2: .*no bad"):
-        make(write("c.yaml", CHAT), tokenizer)
+    path = write("x.json", [{"instruction": "bad", "output": "x"}, GOOD, {"instruction": "bad", "output": "y"}])
+    config = write("c.yaml", CHAT)
+    report = make(config, tokenizer).report
+    assert report.startswith("1 documents") and "skipped 2: " in report and f"no bad). ({path}" in report
+    with pytest.raises(DataError, match=r"2 of 3 records cannot be used, more than --max_skipped 0\.5"):
+        make(config, tokenizer, max_skipped=0.5)
+
+
+DROPPING = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def conversation(*turns):
+    return {"conversations": [{"from": role, "value": words} for role, words in turns]}
+
+
+def test_turns_that_are_laid_out_anew_are_documents_of_their_own(write, chat_tokenizer):
+    turns = [("human", "a"), ("gpt", "<think>1</think>red"), ("human", "b"), ("gpt", "<think>2</think>green")]
+    path = write("x.jsonl", [conversation(*turns), conversation(*turns[:2])])
+    corpus = make(write("c.yaml", CHAT.replace("x.json", "x.jsonl")), chat_tokenizer(DROPPING), dialog=True)
+    assert [corpus.show(index) for index in range(len(corpus))] == [
+        "user:aassistant:«<think>1</think>red<end>»",
+        "user:aassistant:reduser:bassistant:«<think>2</think>green<end>»",
+        "user:aassistant:«<think>1</think>red<end>»",
+    ]
+    assert [f"{path}:{line}" in corpus.where(index) for index, line in enumerate((1, 1, 2))] == [True] * 3
+
+
+def test_what_tools_and_the_system_say_is_laid_out_and_not_learned(write, chat_tokenizer):
+    turns = [("system", "s"), ("human", "a"), ("gpt", "look"), ("tool", "42"), ("gpt", "it is 42")]
+    write("x.json", [conversation(*turns)])
+    corpus = make(write("c.yaml", CHAT), chat_tokenizer(), dialog=True)
+    assert corpus.show(0) == "system\ns\nuser\na\nassistant\n«look<end>»\ntool\n42\nassistant\n«it is 42<end>»"
+
+
+def test_the_time_that_a_template_prints_is_the_clocks(write, chat_tokenizer):
+    write("x.json", [GOOD])
+    config, morning = write("c.yaml", CHAT), datetime(2024, 2, 29, 8, 30)
+    for template, told in (("{{ strftime_now('%d %b %Y %H:%M') }}", "29 Feb 2024 08:30"), ("", "")):
+        tokenizer = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+        one, same_time = (make(config, tokenizer, clock=morning) for _ in range(2))
+        assert one.show(0) == f"{told}q«ab<end>»" and same(one, same_time)
+        other = make(config, tokenizer, clock=morning.replace(minute=31))
+        assert (other.fingerprint == one.fingerprint) is (template == "")
 
 
 def test_fingerprint_tells_chat_templates_apart_where_one_is_used(write, chat_tokenizer):

@@ -172,3 +172,28 @@ def test_a_conversation_as_messages():
     ):
         with pytest.raises(UnusableRecord):
             conversation_messages(wrong)
+
+
+def test_speakers_as_roles():
+    found = conversation_messages(
+        turns(
+            ("system", "s"), ("developer", "d"), ("human", "q"), ("gpt", "a"), ("observation", "o"), ("assistant", "b")
+        )
+    )
+    assert [message["role"] for message in found] == ["system", "developer", "user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "cause"),
+    [
+        ([("gpt", "a"), ("human", "q")], "follows no turn"),
+        ([("human", "q"), ("gpt", "a"), ("gpt", "b")], "follows no turn"),
+        ([("system", "s"), ("gpt", "a")], "follows no turn"),
+        ([("system", "s"), ("human", "q")], "no turn of the assistant"),
+        ([("human", "q"), ("gpt", " ")], "empty answer"),
+        ([("human", "q"), ("robot", "a")], r"without 'from' \(human, gpt, observation, system, .*tool\)"),
+    ],
+)
+def test_messages_that_nobody_answers_are_a_cause(pairs, cause):
+    with pytest.raises(UnusableRecord, match=cause):
+        conversation_messages(turns(*pairs))

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
@@ -151,8 +152,8 @@ def test_words_around_a_spelled_control_token_are_cut_as_always(spm_model, tmp_p
     words = ours.encode("\n the philosophy")  # ChatGLM's own code encodes what follows a role by itself, too
     assert ids == [421, 423, 426, *words, 427]
     assert ours.chat.stop_ids == {2, 426}  # a turn ends where the user's begins
-    stretches = ours.chat.learnable(said(("user", "q"), ("assistant", "a")))
-    answer = ours.encode("\n a", continuation=True)
+    (stretches,) = ours.chat.documents(said(("user", "q"), ("assistant", "a")))
+    answer = ours.encode("\n a")
     assert stretches == [(ours.chat_ids(said(("user", "q"))), False), ([*answer, 2], True)]
 
 
@@ -162,7 +163,7 @@ ENDS = {"chatml": 2, "llama3": 402, "first": 2, "sentencepiece": 2}
 @pytest.mark.parametrize(("checkpoint", "end"), ENDS.items(), indirect=["checkpoint"])
 def test_what_is_learned_is_the_answer_and_its_end(checkpoint, end):
     ours = open_tokenizer(checkpoint)
-    (prompt, answer) = ours.chat.learnable(said(("user", "What?"), ("assistant", "The quick fox <s>")))
+    ((prompt, answer),) = ours.chat.documents(said(("user", "What?"), ("assistant", "The quick fox <s>")))
     assert prompt == (ours.chat_ids(said(("user", "What?"))), False)
     assert answer[1] and answer[0][-1] == end and ours.decode(answer[0]).strip() == "The quick fox <s>"
     assert ours.chat.stop_ids == ours.stop_ids | {end}
@@ -172,33 +173,147 @@ def test_what_is_learned_is_the_answer_and_its_end(checkpoint, end):
 def test_every_answer_of_a_conversation_is_learned(checkpoint):
     ours = open_tokenizer(checkpoint)
     messages = said(("user", "a"), ("assistant", "red"), ("user", "b <|im_end|>"), ("assistant", "green"))
-    stretches = ours.chat.learnable(messages)
+    (stretches,) = ours.chat.documents(messages)
     assert [learned for _, learned in stretches] == [False, True, False, True]
     assert [ours.decode(ids).strip() for ids, learned in stretches if learned] == ["red", "green"]
     whole = [i for ids, _ in stretches for i in ids]
     rendered = ours.chat_ids(messages, add_generation_prompt=False)
     assert ours.decode(whole).rstrip() == ours.decode(rendered).rstrip()
-    assert stretches[:2] == ours.chat.learnable(messages[:2])
+    assert [stretches[:2]] == ours.chat.documents(messages[:2])
 
 
-FORGETTING = "message['content'] if loop.last or message['role'] == 'user' else ''"
+# Written for these tests after what published templates do. Earlier answers lose their reasoning:
+THINKING = (
+    "{%- set last = namespace(user=0) %}"
+    "{%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- set parts = m.content.split('</think>') %}"
+    "{%- if m.role == 'assistant' and loop.index0 > last.user %}"
+    "{{- '<think>\n' + (parts[0].split('<think>')[-1] | trim if parts | length > 1 else '') + '\n</think>\n\n' }}"
+    "{%- endif %}"
+    "{{- parts[-1].lstrip('\n') if m.role == 'assistant' else m.content }}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+# The question opens the reasoning, a finished answer shows none:
+OPENING = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+DROPPING = {
+    "thinking": THINKING,
+    "opening": OPENING,
+    "cutting": CHATML.replace("message['content'] +", "message['content'][:9] +"),
+    "shouting": CHATML.replace("message['content'] +", "message['content'] | upper +"),
+    "one-line": CHATML.replace("message['content'] +", "message['content'].split() | join(' ') +"),
+    "forgetting": CHATML.replace(
+        "message['content'] +", "(message['content'] if loop.last or message['role'] == 'user' else '') +"
+    ),
+    "counting": "{{ messages|length }}" + CHATML,
+    "another-name": CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'"),
+    "another-end": CHATML + "{% if messages|length == 4 %}!{% endif %}",
+    "no-end": CHATML.replace("'<|im_end|>' + '\n'", "'\n\n'"),
+}
+ANSWERS = {
+    "plain": ("red and green", "    if it:\n\n        blue <|im_end|>"),
+    "reasoning": ("<think>\nbecause of\n\n  it\n</think>\n\nred and green", "<think>so</think>blue"),
+    "mentioned": ("close it with </think> and go on", "I said </think>, not <think>"),
+}
+
+
+def reasoned(text):
+    """A text without the blanks that templates set around reasoning, and outer ones."""
+    return re.sub(r"\s*(</?think>)\s*", r"\1", text).strip()
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("template", DROPPING.values(), ids=DROPPING)
+def test_every_answer_is_learned_whole_behind_what_asks_for_it(byte_level, tmp_path, template, answers):
+    ours = chatml(tmp_path, byte_level, chat_template=template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = said(("user", "a"), ("assistant", answers[0]), ("user", "b"), ("assistant", answers[1]))
+    found = [(stretches[:place], ids) for stretches in ours.chat.documents(messages) for place, (ids, learned)
+             in enumerate(stretches) if learned]  # fmt: skip
+    assert len(found) == 2
+    for (before, ids), turn, answer in zip(found, (1, 3), answers, strict=True):
+        prompt = [token for stretch, _ in before for token in stretch]
+        assert prompt == ours.chat_ids(messages[:turn])
+        if "<|im_end|>" not in answers[0]:  # in a message it becomes a control token there
+            asked = theirs.apply_chat_template(messages[:turn], tokenize=True, add_generation_prompt=True)
+            assert prompt == asked["input_ids"]
+        assert ids[-1] in ours.chat.stop_ids and not ours.chat.stop_ids.intersection(ids[:-1])
+        opened = "<think>\n" if template == OPENING else ""
+        said_then = opened + ours.decode(ids)
+        assert reasoned(said_then).endswith(reasoned(answer)) and "<think><think>" not in reasoned(said_then)
+        if opened and "</think>" not in answer:
+            assert said_then.startswith("<think>\n\n</think>\n\n")
+
+
+def test_what_blanks_mean_inside_an_answer_is_not_lost(byte_level, tmp_path):
+    """Only around words and reasoning may a template set other blanks."""
+    ours = chatml(tmp_path, byte_level, chat_template=DROPPING["one-line"])
+    ((_, (ids, _)),) = ours.chat.documents(said(("user", "a"), ("assistant", "<think>x</think>def f():\n    y")))
+    assert ours.decode(ids) == "<think>x</think>def f():\n    y"
+
+
+@pytest.mark.parametrize("checkpoint", [*KINDS, "sentencepiece-legacy"], indirect=True)
+@pytest.mark.parametrize("template", [None, "ended-lines"])
+def test_a_later_answer_stands_behind_the_ids_that_ask_for_it(checkpoint, template):
+    """A blank that is made up behind a control token is made up behind the one that ends an answer, too."""
+    if template:
+        path = checkpoint / "tokenizer_config.json"
+        lines = "{% for m in messages %}{{ m.role + ':\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": lines}))
+    ours, theirs = open_tokenizer(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    messages = said(("user", "a b"), ("assistant", "red"), ("user", "the fox"), ("assistant", "green"))
+    documents = ours.chat.documents(messages)
+    assert len(documents) == 1
+    whole = [token for ids, _ in documents[0][:3] for token in ids]
+    asked = theirs.apply_chat_template(messages[:3], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert whole == asked
+
+
+def test_answers_without_an_end_of_their_own_are_a_document_each(byte_level, tmp_path):
+    """Else only the last would be learned to end."""
+    ours = chatml(tmp_path, byte_level, chat_template="{% for m in messages %}{{ m.role + m.content }}\n{% endfor %}")
+    documents = ours.chat.documents(said(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    assert [stretches[-1][0][-1] for stretches in documents] == [ours.eos_id, ours.eos_id]
+    assert ours.chat.stop_ids == {ours.eos_id}
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "system"])
+def test_what_other_roles_say_is_laid_out_and_not_learned(byte_level, tmp_path, role):
+    ours, theirs = chatml(tmp_path, byte_level), AutoTokenizer.from_pretrained(tmp_path)
+    other, user = (role, "42 degrees"), ("user", "How warm?")
+    asked = [user, ("assistant", "Look."), other] if role == "tool" else [other, user]
+    messages = said(*asked, ("assistant", "Hot."))
+    ((*before, (answer, learned)),) = ours.chat.documents(messages)
+    prompt = [token for ids, _ in before for token in ids]
+    assert prompt == theirs.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert learned and ours.decode(answer) == "Hot." and "42 degrees" in ours.decode(prompt)
+    assert not any("42 degrees" in ours.decode(ids) for ids, learned in before if learned)
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "system"])
+def test_a_role_that_the_template_leaves_out_is_refused(byte_level, tmp_path, role):
+    knowing = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}<|im_end|>{% endfor %}"
+    ours = chatml(tmp_path, byte_level, chat_template=knowing)
+    messages = said(("user", "a"), ("assistant", "b"), (role, "c"), ("user", "d"))
+    for use in (ours.chat_ids, ours.chat.documents):
+        with pytest.raises(TokenizerError, match=f"leaves out what the role '{role}' says"):
+            use(messages)
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
         (CHATML.replace("message['content'] +", "message['content'][:0] + loop.length|string +"), "as it is"),
-        ("{{ messages|length }}" + CHATML, "otherwise once it goes on"),
-        (CHATML.replace("loop.first and", "messages|length > 2 and"), "otherwise once it goes on"),
-        (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>bot\n"), "otherwise once it goes on"),
-        (CHATML.replace("+ message['content'] +", f"+ ({FORGETTING}) +"), "otherwise once it goes on"),
-        (CHATML + "{% if messages|length == 4 %}!{% endif %}", "does not end all answers alike"),
+        (DROPPING["cutting"] + "{% if messages|length == 4 %}<|im_start|>{% endif %}", "all answers alike"),
     ],
 )
 def test_what_cannot_be_learned_as_it_is_asked_is_refused(byte_level, tmp_path, template, words):
+    template = template.replace("'<|im_end|>'", "('<|im_end|>' if messages|length == 2 else '<|im_start|>')")
     ours = chatml(tmp_path, byte_level, chat_template=template)
     with pytest.raises(TokenizerError, match=words) as caught:
-        ours.chat.learnable(said(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+        ours.chat.documents(said(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "long answers")))
     assert str(tmp_path) in str(caught.value)
 
 
