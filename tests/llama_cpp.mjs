@@ -38,7 +38,7 @@ async function continued(model, prompt, steps) {
 }
 
 async function answer({ file, texts, marked, prompts, steps, ids }) {
-    const model = new llama.AddonModel(file, { gpuLayers: 0, useMmap: true });
+    const model = new llama.AddonModel(file, { gpuLayers: 0, useMmap: true, vocabOnly: !prompts.length });
     if (!(await model.init())) throw new Error("not loaded");
     const answers = [];
     for (const prompt of prompts) answers.push(await continued(model, prompt, steps));

@@ -37,7 +37,7 @@ class LlamaCpp:
         steps: int = 1,
         ids: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Load `file` and ask it. Raises `Refused`, with what was logged.
+        """Load `file`, its vocabulary alone where there are no prompts. Raises `Refused`, with what was logged.
 
         texts: ids of each, nothing added; marked: the same with control tokens that a text spells recognized.
         answers: for each prompt (ids) the `ids` of `steps` greedy tokens, and the `probabilities` of the first, [V].

@@ -14,6 +14,12 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # its brackets nest, as the library's regular expressions allow
 
 
@@ -49,9 +55,9 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _by_threes() -> pre_tokenizers.PreTokenizer:
@@ -62,27 +68,41 @@ def _by_ones() -> pre_tokenizers.PreTokenizer:
     return _split(_WORDS.format(digits=""))
 
 
+def _tekken() -> pre_tokenizers.PreTokenizer:
+    return _split(_TEKKEN_WORDS)
+
+
+def _unnamed() -> pre_tokenizers.PreTokenizer:
+    """What llama.cpp does where a file does not name its way."""
+    return _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
+
+
 def _bloom() -> pre_tokenizers.PreTokenizer:
     return _split(_BLOOM_WORDS)
 
 
-_LLAMA3 = Cutting(_by_threes, ignore_merges=True, add_bos=True)
-_GLM = Cutting(_by_threes, opening=("[gMASK]", "<sop>"))
-CUTTINGS = {
-    "gpt-2": Cutting(_gpt2),
-    "default": Cutting(_gpt2),
-    "smollm": Cutting(_single_digits),
-    "starcoder": Cutting(_single_digits),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": Cutting(_by_ones, composes=True),
-    "olmo": Cutting(_gpt2, composes=True),  # the tokenizer of GPT-NeoX
-    "bloom": Cutting(_bloom),
-    "glm4": _GLM,
-    "chatglm-bpe": _GLM,
-}
+_WAYS: dict[Cutting, tuple[str, ...]] = {
+    Cutting(_gpt2): (
+        "gpt-2", "phi-2", "mpt", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4", "granite-docling",
+    ),
+    Cutting(_gpt2, composes=True): ("olmo",),  # the tokenizer of GPT-NeoX
+    Cutting(_single_digits): (
+        "smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2",
+    ),
+    Cutting(_by_threes, ignore_merges=True, add_bos=True): (
+        "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2",
+    ),
+    Cutting(_by_threes): ("dbrx", "smaug-bpe"),
+    Cutting(_by_threes, opening=("[gMASK]", "<sop>")): ("glm4", "chatglm-bpe"),
+    Cutting(_by_ones, composes=True): ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"),
+    Cutting(_by_ones): ("stablelm2", "hunyuan", "solar-open", "grok-2"),
+    Cutting(_tekken, ignore_merges=True, add_bos=True): ("tekken",),
+    Cutting(_bloom): ("bloom", "poro-chat", "gpt3-finnish"),
+    Cutting(_unnamed): ("default",),
+}  # fmt: skip
+CUTTINGS = {name: way for way, names in _WAYS.items() for name in names}
 """`tokenizer.ggml.pre` -> the way. Of several names for one way, the first is the one to write."""
+WRITTEN = tuple(names[0] for names in _WAYS.values() if names[0] != "default")
 
 
 def name_of_cutting(pipeline: dict, opening: tuple[str, ...]) -> str | None:
@@ -103,26 +123,30 @@ def name_of_cutting(pipeline: dict, opening: tuple[str, ...]) -> str | None:
     return None
 
 
+def merges_of(model: dict) -> list[tuple[str, ...]]:
+    """The merges of a BPE model of a tokenizer.json, which writes them as texts or as pairs."""
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+
+
 def _essence(pipeline: dict) -> list:
     """What a tokenizer.json does to a text before it merges, whatever the words for it."""
-    return [_steps(pipeline.get("normalizer")), _steps(pipeline.get("pre_tokenizer"))]
+    return [steps(pipeline.get("normalizer")), steps(pipeline.get("pre_tokenizer"))]
 
 
 def _merges_lead_everywhere(pipeline: dict) -> bool:
     """Whether merging gives every token that a text may hold, so that taking it whole makes no difference."""
     model = pipeline["model"]
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    merging = models.BPE(vocab=model["vocab"], merges=merges)
+    merging = models.BPE(vocab=model["vocab"], merges=merges_of(model))
     tokens = model["vocab"].keys() - {token["content"] for token in pipeline.get("added_tokens") or ()}
     return all(len(merging.tokenize(token)) == 1 for token in tokens)
 
 
-def _steps(step: dict | None) -> list[dict]:
+def steps(step: dict | None) -> list[dict]:
     """The steps in a row, without what has no influence on the ids."""
     if step is None:
         return []
     if step["type"] == "Sequence":
-        return [inner for part in step.get("normalizers") or step.get("pretokenizers") or [] for inner in _steps(part)]
+        return [inner for part in step.get("normalizers") or step.get("pretokenizers") or [] for inner in steps(part)]
     silent = {"trim_offsets"} | ({"invert"} if not step.get("invert") else set())
     defaults = {"use_regex": True} if step["type"] == "ByteLevel" else {}
     return [{**defaults, **{key: value for key, value in step.items() if key not in silent}}]

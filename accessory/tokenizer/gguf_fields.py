@@ -8,7 +8,8 @@ from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.cutting import CUTTINGS, name_of_cutting
+from accessory.tokenizer.cutting import CUTTINGS, WRITTEN, merges_of, name_of_cutting
+from accessory.tokenizer.gguf_byte_fallback import BLANK, BYTE, merge_scores, space_prefix
 from accessory.tokenizer.gguf_vocab import TokenType
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.spm import CHATGLM_OPENING, SentencePieceTokenizer
@@ -33,7 +34,9 @@ def vocabulary_fields(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
     if isinstance(tokenizer, SentencePieceTokenizer):
         fields = _sentencepiece(tokenizer, rows)
     elif isinstance(tokenizer, JsonTokenizer):
-        fields = _byte_level(tokenizer, rows)
+        pipeline = tokenizer.pipeline()
+        form = _byte_fallback if pipeline["model"].get("byte_fallback") else _byte_level
+        fields = form(tokenizer, pipeline, rows)
     else:
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written to GGUF. {_HINT}")
     return fields | _special_fields(tokenizer)
@@ -52,15 +55,17 @@ def add_fields(writer: GGUFWriter, fields: dict[str, Value]) -> None:
             writer.add_array(key, value)
 
 
+def stop_names(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that end an answer, by the names the format has for them: EOS and two more."""
+    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    return dict(zip(("eos", "eot", "eom"), (tokenizer.eos_id, *others), strict=False))
+
+
 def _special_fields(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict[str, Value]:
-    fields: dict[str, Value] = {
-        f"{_KEY}eos_token_id": tokenizer.eos_id,
-        f"{_KEY}add_bos_token": tokenizer.bos_id in tokenizer.opening,
-    }
+    fields: dict[str, Value] = {f"{_KEY}add_bos_token": tokenizer.bos_id in tokenizer.opening}
     if tokenizer.bos_id is not None:
         fields[f"{_KEY}bos_token_id"] = tokenizer.bos_id
-    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    fields |= {f"{_KEY}{name}_token_id": token_id for name, token_id in zip(("eot", "eom"), others, strict=False)}
+    fields |= {f"{_KEY}{name}_token_id": token_id for name, token_id in stop_names(tokenizer).items()}
     if tokenizer.chat_template is not None:
         fields["tokenizer.chat_template"] = tokenizer.chat_template
     return fields
@@ -74,9 +79,15 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Va
             f"{source}: is not a sentencepiece model of merges (BPE) with blanks before words, which is all that GGUF "
             f"has words for. {_HINT}"
         )
-    names = [piece.piece for piece in proto.pieces]
-    _check_opening(tokenizer, CHATGLM_OPENING, names)
     types = [int(piece.type) for piece in proto.pieces]
+    # Text is searched for user-defined tokens before its blanks are replaced.
+    names = [
+        piece.piece.replace(BLANK, " ") if piece.type == TokenType.USER_DEFINED else piece.piece
+        for piece in proto.pieces
+    ]
+    _check_opening(tokenizer, CHATGLM_OPENING, names)
+    if types.count(TokenType.BYTE) != 256:
+        raise TokenizerError(f"{source}: lacks some of the pieces <0x00> to <0xFF>; llama.cpp needs all 256. {_HINT}")
     return {
         f"{_KEY}model": "llama",
         f"{_KEY}pre": "default",
@@ -89,37 +100,72 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Va
     }
 
 
-def _byte_level(tokenizer: JsonTokenizer, rows: int) -> dict[str, Value]:
-    pipeline, source = tokenizer.pipeline(), tokenizer.source
+def _byte_level(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:
+    source, model = tokenizer.source, pipeline["model"]
+    names, types = _names_and_types(tokenizer, pipeline)
+    opening = tuple(names.get(token_id, "") for token_id in tokenizer.opening)
+    pre = name_of_cutting(pipeline, opening) if model.get("type") == "BPE" and not _odd(model) else None
+    if pre is None:
+        raise TokenizerError(
+            f"{source}: cuts text in a way that GGUF has no name for; expected a byte-level BPE that cuts like one of "
+            f"{', '.join(WRITTEN)}. {_HINT}"
+        )
+    _check_opening(tokenizer, CUTTINGS[pre].opening, names)
+    if not model["merges"]:
+        raise TokenizerError(f"{source}: has no merges; llama.cpp loads no byte-level vocabulary without. {_HINT}")
+    return {
+        f"{_KEY}model": "gpt2",
+        f"{_KEY}pre": pre,
+        **_tokens(names, types, rows),
+        f"{_KEY}merges": [" ".join(merge) for merge in merges_of(model)],
+    }
+
+
+def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:
+    source, model = tokenizer.source, pipeline["model"]
+    if _odd(model):
+        raise TokenizerError(f"{source}: does what no GGUF file asks for ({', '.join(_odd(model))}). {_HINT}")
+    names, types = _names_and_types(tokenizer, pipeline)
+    _check_opening(tokenizer, (), names)
+    prefix = space_prefix(pipeline, source)
+    control = {names[token_id] for token_id, kind in types.items() if kind == TokenType.CONTROL}
+    scores = merge_scores(model, control, source)
+    unknown = model.get("unk_token") or tokenizer.special_names().get("unk_token", "<unk>")
+    for token_id, name in names.items():
+        if name == unknown:
+            types[token_id] = TokenType.UNKNOWN
+        elif BYTE.fullmatch(name):
+            types[token_id] = TokenType.BYTE
+    if TokenType.UNKNOWN not in types.values():
+        raise TokenizerError(f"{source}: has no unknown token {unknown!r}, which GGUF's form of it must have. {_HINT}")
+    return {
+        f"{_KEY}model": "llama",
+        f"{_KEY}pre": "default",
+        **_tokens(names, types, rows),
+        f"{_KEY}scores": [scores.get(names.get(row), 0.0) for row in range(rows)],
+        f"{_KEY}add_space_prefix": prefix != "never",
+        f"{_KEY}remove_extra_whitespaces": False,
+        f"{_KEY}unknown_token_id": next(token_id for token_id, kind in types.items() if kind == TokenType.UNKNOWN),
+    }
+
+
+def _names_and_types(tokenizer: JsonTokenizer, pipeline: dict) -> tuple[dict[int, str], dict[int, int]]:
+    """By id, all tokens of a BPE; none for a model of another kind."""
     model = pipeline["model"]
     names = {token_id: token for token, token_id in model["vocab"].items()} if model.get("type") == "BPE" else {}
     types = dict.fromkeys(names, TokenType.NORMAL)
     for token in pipeline["added_tokens"]:
         names[token["id"]] = token["content"]
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    opening = tuple(names.get(token_id, "") for token_id in tokenizer.opening)
-    pre = name_of_cutting(pipeline, opening) if model.get("type") == "BPE" and not _odd(model) else None
-    if pre is None:
-        raise TokenizerError(
-            f"{source}: cuts text in a way that GGUF has no name for; expected a byte-level BPE that cuts like one of "
-            f"{', '.join(sorted(CUTTINGS))}. {_HINT}"
-        )
-    _check_opening(tokenizer, CUTTINGS[pre].opening, names)
     for token_id in (tokenizer.stop_ids | {tokenizer.bos_id}) & names.keys():
         types[token_id] = TokenType.CONTROL
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return {
-        f"{_KEY}model": "gpt2",
-        f"{_KEY}pre": pre,
-        **_tokens(names, types, rows),
-        f"{_KEY}merges": merges,
-    }
+    return names, types
 
 
-def _odd(model: dict) -> bool:
-    """Whether a BPE model does what no GGUF file asks for."""
-    settings = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
-    return any(model.get(name) for name in settings)
+def _odd(model: dict) -> list[str]:
+    """Settings of a BPE model that do what no GGUF file asks for."""
+    settings = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    return [name for name in settings if model.get(name)]
 
 
 def _check_opening(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple[str, ...], names) -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, processors
 from accessory.errors import TokenizerError, nearest
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.cutting import CUTTINGS
+from accessory.tokenizer.gguf_byte_fallback import BLANK
 from accessory.tokenizer.gguf_metadata import read_metadata
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.special import SpecialTokens
@@ -91,6 +92,8 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
         special.config["tokenizer_class"] = CHATGLM_CLASS
     proto = ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
+        # llama.cpp looks for user-defined tokens before blanks are replaced, sentencepiece behind that.
+        token = token.replace(" ", BLANK) if kind == TokenType.USER_DEFINED else token
         proto.pieces.add(piece=token, score=score, type=kind)
     _describe_training(proto.trainer_spec, values, types)
     normalizer = proto.normalizer_spec

@@ -79,6 +79,9 @@ def test_a_token_that_no_merges_lead_to_needs_the_same_way(byte_level):
     model["model"]["ignore_merges"] = False
     assert name_of_cutting(model, ()) == "llama-bpe"
     model["model"]["vocab"]["zqx"] = 400
+    assert name_of_cutting(model, ()) == "dbrx"
+    model["model"]["ignore_merges"] = True
+    model["pre_tokenizer"] = json.loads(byte_level.to_str())["pre_tokenizer"]
     assert name_of_cutting(model, ()) is None
 
 
@@ -125,8 +128,18 @@ def test_a_vocabulary_that_lacks_a_byte_comes_back(byte_level, tmp_path):
 
 
 def test_pipelines_that_are_not_byte_level_are_refused(llama_like, tmp_path):
+    pipeline = Tokenizer.from_str(llama_like.to_str())
+    pipeline.model.byte_fallback = False
     with pytest.raises(TokenizerError, match="cuts text in a way"):
-        vocabulary_fields(lay(tmp_path, llama_like, {"eos_token": "</s>"}), 500)
+        vocabulary_fields(lay(tmp_path, pipeline, {"eos_token": "</s>"}), 500)
+
+
+def test_a_vocabulary_without_merges_is_refused(byte_level, tmp_path):
+    """llama.cpp loads none."""
+    made = json.loads(byte_level.to_str())
+    made["model"]["merges"] = []
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: has no merges; llama.cpp loads no byte-level"):
+        vocabulary_fields(lay(tmp_path, Tokenizer.from_str(json.dumps(made)), CHATML), 400)
 
 
 @pytest.mark.parametrize("settings", [{}, {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}])

@@ -33,6 +33,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.families import ARCHITECTURES, Architecture
 from accessory.model.families.architecture import inexpressible
 from accessory.model.families.llama import BIASES
+from accessory.tokenizer.gguf_differences import differences
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.sniff import what_is
 
@@ -67,6 +68,8 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     vocabulary = vocabulary_fields(model.tokenizer, model.args.vocab_size)
     with _fresh_file(target) as partial:
         _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
+    for difference in differences(model.tokenizer):
+        print(f"{target}: llama.cpp {difference}.")
     window = model.args.sliding_window
     if window and window < model.args.max_seq_len:
         print(

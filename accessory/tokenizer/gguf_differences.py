@@ -1,0 +1,53 @@
+"""What llama.cpp encodes otherwise than the model was trained on, because a GGUF file has no words for it."""
+
+from __future__ import annotations
+
+from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.cutting import steps
+from accessory.tokenizer.gguf_byte_fallback import space_prefix
+from accessory.tokenizer.gguf_fields import stop_names
+from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.spm import SentencePieceTokenizer
+
+_BEHIND_TOKENS = "puts a blank before text behind control and added tokens"
+
+
+def differences(tokenizer: Tokenizer) -> list[str]:
+    """What follows "llama.cpp" in a sentence each, for a tokenizer that GGUF holds; [] where nothing differs."""
+    found = []
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        found += _of_sentencepiece(tokenizer)
+    elif isinstance(tokenizer, JsonTokenizer):
+        found += _of_json(tokenizer)
+    blanks = [token.content for token in tokenizer.control_tokens().values() if token.lstrip or token.rstrip]
+    if blanks:
+        found.append(f"keeps blanks beside {', '.join(blanks[:4])}, which swallow them here")
+    left_out = tokenizer.stop_ids - set(stop_names(tokenizer).values())
+    if left_out:
+        found.append(f"is not told that {', '.join(map(str, sorted(left_out)))} end an answer, too")
+    return found
+
+
+def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[str]:
+    normalizer = tokenizer.proto.normalizer_spec
+    found = []
+    if normalizer.precompiled_charsmap:
+        found.append("does not normalize text")
+    if normalizer.remove_extra_whitespaces:
+        found.append("does not remove blanks that follow blanks")
+    if normalizer.add_dummy_prefix and tokenizer.special.config.get("legacy") is False:
+        found.append(_BEHIND_TOKENS)
+    return found
+
+
+def _of_json(tokenizer: JsonTokenizer) -> list[str]:
+    pipeline = tokenizer.pipeline()
+    if not pipeline["model"].get("byte_fallback"):
+        composes = {"type": "NFC"} in steps(pipeline.get("normalizer"))
+        return ["does not compose characters (NFC) before it cuts a text"] if composes else []
+    prefix, found = space_prefix(pipeline, tokenizer.source), []
+    if prefix != "never" and steps(pipeline.get("pre_tokenizer")):  # Metaspace
+        found.append("puts a blank before a text that begins with one, too")
+    if prefix == "first":
+        found.append(_BEHIND_TOKENS)
+    return found
