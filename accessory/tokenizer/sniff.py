@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 _HEAD_BYTES = 512
@@ -20,6 +21,11 @@ def what_is(path: Path) -> str:
     except OSError as error:
         return f"a file that cannot be read ({error.strerror})"
     return f"{_kind(head)} of {path.stat().st_size} bytes" if head else "an empty file"
+
+
+def is_tiktoken(head: bytes) -> bool:
+    """Whether a file that begins so is a vocabulary in tiktoken's form: a token in base64, and its rank."""
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} 0\r?\n", head) is not None
 
 
 def _kind(head: bytes) -> str:
@@ -40,6 +46,8 @@ def _kind(head: bytes) -> str:
         return "UTF-16 text (save it as UTF-8)"
     if start.startswith((b"{", b"[")):
         return "a JSON-like text"
+    if is_tiktoken(head):
+        return "a tiktoken vocabulary"
     return "a binary file" if _is_binary(head) else "a text file"
 
 

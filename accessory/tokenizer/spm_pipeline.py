@@ -72,8 +72,8 @@ def _model(proto: ModelProto) -> models.Model:
 def _merges(proto: ModelProto) -> list[tuple[str, str]]:
     """Every way to put a piece together of two, in the order in which sentencepiece prefers them.
 
-    It merges what scores highest, the leftmost pair among equals, so that in a run of equal letters the longer parts
-    stand left: of the pairs that give one piece, the one with the longer left part comes first.
+    It merges what scores highest, the leftmost among equals. LLaMA's runs of blanks all score alike, where the leftmost
+    is the pair with the longer left part, since what is merged already stands left.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     ways = (

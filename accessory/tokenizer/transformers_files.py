@@ -9,6 +9,7 @@ from accessory.errors import TokenizerError
 from accessory.tokenizer import hf_json, spm
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.sniff import is_tiktoken
 from accessory.tokenizer.special import FLAGS, Added, write_special_tokens
 from accessory.tokenizer.spm import SentencePieceTokenizer
 from accessory.tokenizer.spm_pipeline import pipeline_of
@@ -36,7 +37,7 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(pipeline, ensure_ascii=False, indent=1)
     (directory / hf_json.FILE_NAME).write_text(text, encoding="utf-8", newline="")
-    if model_file is not None:
+    if model_file is not None and not is_tiktoken(model_file):  # others expect sentencepiece's under this name
         (directory / spm.FILE_NAME).write_bytes(model_file)
     _write_config(tokenizer, pipeline["added_tokens"], directory)
 
