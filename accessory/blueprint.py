@@ -13,12 +13,13 @@ from pydantic import ValidationError
 
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
-from accessory.checkpoint.source import Source, read_json
+from accessory.checkpoint.source import Source, read_json, settings_read_by
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
+from accessory.foreign_names import unknown
 from accessory.method import METHODS, Attachment, Method
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.model.families import FAMILIES, architecture_of
+from accessory.model.families import ARCHITECTURES, FAMILIES, architecture_of
 from accessory.parallel.groups import Layout
 from accessory.quant import storage
 from accessory.tokenizer import Tokenizer, holds_tokenizer, open_tokenizer, with_added_tokens
@@ -26,6 +27,20 @@ from accessory.tokenizer import Tokenizer, holds_tokenizer, open_tokenizer, with
 LLAMA_TYPES = {family + suffix: (family, method) for family in FAMILIES for suffix, method in
                (("", "full"), ("_peft", "peft"))}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+_FAMILY_OF = (
+    {name: architecture.family for name, architecture in ARCHITECTURES.items()}
+    | {family: family for family in FAMILIES}
+    | dict.fromkeys(("qwen", "smollm", "tinyllama", "vicuna", "alpaca", "yi"), "llama")
+    | {"pythia": "neox", "gptneox": "neox", "bloomz": "bloom"}
+)
+"""Names that models go by, and the first part of --llama_type for them."""
+_THEIR_KEYS = {
+    their: ours
+    for architecture in ARCHITECTURES.values()
+    for ours, theirs in architecture.keys.items()
+    for their in theirs.split("|")
+}
+"""Keys of Hugging Face's config.json, and ours."""
 SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the embedding's, that may belong together
 
 
@@ -149,10 +164,24 @@ def _plain_linears(sources: list[Source]) -> frozenset[str]:
 def _method_class(llama_type: str) -> type[Method]:
     if llama_type not in LLAMA_TYPES:
         known = ", ".join(LLAMA_TYPES)
-        raise ConfigError(
-            f"--llama_type {llama_type!r} is not supported.{nearest(llama_type, LLAMA_TYPES)} Known: {known}."
-        )
+        hint = _family_hint(llama_type) or nearest(llama_type, LLAMA_TYPES)
+        raise ConfigError(f"--llama_type {llama_type!r} is not supported.{hint} Known: {known}.")
     return METHODS[LLAMA_TYPES[llama_type][1]]
+
+
+def _family_hint(llama_type: str) -> str:
+    """What to write for a `llama_type` that begins with a model's name, or ends in a method that is not ours."""
+    model, method = re.fullmatch(r"(.*?)((?:_(?:full|q?lora|peft))?)", llama_type.lower().replace("-", "_")).groups()
+    beginnings = [name for name in _FAMILY_OF if model.startswith(name)]
+    if not beginnings or (model in FAMILIES and not method):
+        return ""
+    name = max(beginnings, key=len)
+    rest = model.removeprefix(name).lstrip("0123456789._b")
+    if rest and name in FAMILIES:  # such as llama_adapter, llama_qformerv2_peft
+        return f" There is no {rest!r} yet, only all weights ({name}) and norms, biases and LoRA ({name}_peft)."
+    family = _FAMILY_OF[name]
+    right = family if method in ("", "_full") else f"{family}_peft"
+    return f" Use --llama_type {right}: {name} is of the family {family}."
 
 
 def _settings(sources: list[Source], llama_config: list[Path], method_class: type[Method]) -> tuple[ModelArgs, Method]:
@@ -165,8 +194,8 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
     merged["rotary_layout"] = sources[0].rotary_layout
     faults = []
     for path in llama_config:
-        content = read_json(path)
-        faults += [f"{path}: unknown key {key!r}.{nearest(key, model_keys | method_keys)}"
+        content = _stated_settings(path)
+        faults += [f"{path}: unknown key {key!r}{_unknown_key(key, model_keys | method_keys)}"
                    for key in content if key not in model_keys | method_keys]  # fmt: skip
         merged |= content
     if "dim" not in merged and not faults:
@@ -188,6 +217,24 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
     if trained and (conflict := method.conflict(trained.settings or {})):
         raise ConfigError(f"{trained.path}: {conflict}.")
     return parts[0], method
+
+
+def _stated_settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file of --llama_config, ours or Meta's; a Hugging Face config.json is put in our terms."""
+    content = read_json(path)
+    if "model_type" not in content:
+        return content
+    architecture = architecture_of(content["model_type"], str(path))
+    args = settings_read_by(lambda: architecture.read(content, str(path)), path)
+    return args.model_dump(exclude={"rotary_layout"})  # which is the weights' own, whatever describes the model
+
+
+def _unknown_key(key: str, known: set[str]) -> str:
+    if key in _THEIR_KEYS:
+        return f': it is "{_THEIR_KEYS[key]}" here; or give the whole config.json, with its model_type.'
+    if home := next((name for name, method in METHODS.items() if key in method.Settings.model_fields), None):
+        return f": it goes with a --llama_type that ends in _{home}."
+    return unknown(key, known)
 
 
 def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:

@@ -14,7 +14,8 @@ from pydantic_core import PydanticCustomError
 from accessory.checkpoint.retention import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
 from accessory.data.templates import LAYOUTS
-from accessory.errors import ConfigError, explain_validation, is_there, nearest
+from accessory.errors import ConfigError, explain_validation, hub_hint, is_there
+from accessory.foreign_names import unknown
 from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
 
@@ -53,7 +54,7 @@ class FinetuneConfig(BaseModel):
     llama_type: str = "llama"
     """Family (llama, opt, bloom, neox, glm) and method: alone all is trained; with `_peft` norms, biases and LoRA."""
     llama_config: list[Path] = []
-    """JSON files of model and method settings, laid over the checkpoint's own; the last value of a key wins."""
+    """JSON files of settings, a model's config.json too, laid over the checkpoint's own; the last value wins."""
     tokenizer_path: Path | None = None
     """tokenizer.model, tokenizer.json, a GGUF file, or a directory holding one; absent: what lies in the base."""
     new_tokens: list[str] = []
@@ -234,7 +235,7 @@ class DemoConfig(BaseModel):
 def missing_files(**flags: list[Path | None]) -> list[str]:
     """One fault for each given path that does not exist, by flag name."""
     return [
-        f"--{flag} {path}: no such file or directory."
+        f"--{flag} {path}: no such file or directory.{hub_hint(path)}"
         for flag, paths in flags.items()
         for path in paths
         if path is not None and not is_there(path)
@@ -268,10 +269,10 @@ def _unknown_words(words: list[str], flags: list[str]) -> list[str]:
     for word in words:
         if word.startswith("-"):
             name = word.split("=")[0]
-            faults.append(f"Unknown flag {name}.{nearest(name, flags)}")
+            faults.append(f"Unknown flag {name}{unknown(name, flags, flags)}")
             after_flag = True
         elif not after_flag:
-            faults.append(f"{word!r} belongs to no flag.")
+            faults.append(f"{word!r} belongs to no flag{': flags are written --name value' if '=' in word else ''}.")
     return faults
 
 

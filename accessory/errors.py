@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -82,9 +83,34 @@ class Preempted(AccessoryError):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the candidate closest to `name`, or the empty string if none is close."""
-    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    """`" Did you mean 'x'?"` for the candidate that `name` is a slip away from, or has a word too few; else nothing."""
+    bare, names = name.lstrip("-"), {candidate.lstrip("-"): candidate for candidate in candidates}
+    close = [n for n in difflib.get_close_matches(bare, names, n=5) if _slips(bare, n) <= max(1, len(bare) // 4)]
+    longer = [n for n in names if len(bare) > 1 and (n.startswith(f"{bare}_") or n.endswith(f"_{bare}"))]
+    found = close[:1] or longer * (len(longer) == 1)
+    return f" Did you mean {names[found[0]]!r}?" if found else ""
+
+
+def _slips(one: str, other: str) -> int:
+    """Letters to change, leave out, put in or swap with their neighbours (Damerau 1964) until `one` is `other`."""
+    before, last = [], list(range(len(other) + 1))
+    for i, letter in enumerate(one):
+        row = [i + 1]
+        for j, wanted in enumerate(other):
+            row.append(min(last[j] + (letter != wanted), last[j + 1] + 1, row[j] + 1))
+            if i and j and (letter, one[i - 1]) == (other[j - 1], wanted):
+                row[-1] = min(row[-1], before[j - 1] + 1)
+        before, last = last, row
+    return last[-1]
+
+
+def hub_hint(path: str | Path) -> str:
+    """What to say where a path that is not there is spelled like a repository of the Hugging Face Hub; else nothing."""
+    owner, _, name = str(path).partition("/")
+    if not (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) or "://" in str(path)) or is_there(Path(owner)):
+        return ""
+    fetch = f"hf download {owner}/{name} --local-dir {name}"
+    return f" If this is a name on the Hugging Face Hub: download it first ({fetch}), then give the directory."
 
 
 def is_there(path: Path) -> bool:

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from accessory.blueprint import Blueprint, draw_blueprint
 from accessory.checkpoint.opening import open_source
-from accessory.errors import AccessoryError, ConfigError, TokenizerError
+from accessory.errors import AccessoryError, CheckpointError, ConfigError, TokenizerError
+from accessory.export import Destination, convert
+from accessory.meta import MetaModel
 from accessory.method.full import Full
 from accessory.method.peft import Peft
 from accessory.parallel.groups import Layout
@@ -118,8 +120,38 @@ def test_unknown_keys(tiny_base: Path, settings) -> None:
         f"{first}: unknown key 'dimm'. Did you mean 'dim'?",
         f"{second}: unknown key 'zzz'.",
     ]
-    with pytest.raises(ConfigError, match=r"a\.json: unknown key 'lora_rank'\."):
+    with pytest.raises(
+        ConfigError, match=r"a\.json: unknown key 'lora_rank': it goes with a --llama_type that ends in _p"
+    ):
         draw(tiny_base, llama_type="llama", llama_config=[settings("a.json", lora_rank=4)])
+
+
+def test_keys_of_others(tiny_base: Path, settings) -> None:
+    """Of peft and of Hugging Face's config.json: what they are called here, not what they resemble."""
+    path = settings(r=4, target_modules=["q_proj"], hidden_size=128)
+    with pytest.raises(ConfigError) as caught:
+        draw(tiny_base, llama_config=[path])
+    assert str(caught.value).splitlines() == [
+        f"{path}: unknown key 'r': LoRA's rank is \"lora_rank\" in a JSON file of --llama_config.",
+        f"{path}: unknown key 'target_modules': LoRA's linears are \"lora_targets\" in a JSON file of --llama_config: "
+        "wq, wk, wv, wo (q_proj, k_proj, v_proj, o_proj), w1, w2, w3 (gate_proj, down_proj, up_proj); absent: all.",
+        f"{path}: unknown key 'hidden_size': it is \"dim\" here; or give the whole config.json, with its model_type.",
+    ]
+
+
+def test_a_hugging_face_config_as_settings(tiny_base: Path, tmp_path: Path) -> None:
+    """It describes Meta's files without params.json as well; which channels rotate together is the weights' own."""
+    convert([tiny_base], tmp_path / "meta", Destination("meta", dtype="fp32"))
+    (tmp_path / "meta" / "params.json").unlink()
+    tokens = torch.arange(20)
+    expected = MetaModel.from_pretrained(tiny_base, dtype="fp32", device="cpu").logits(tokens, (20,))
+    described = MetaModel.from_pretrained(
+        tmp_path / "meta", llama_config=tiny_base / "config.json", tokenizer_path=tiny_base, dtype="fp32", device="cpu"
+    )
+    torch.testing.assert_close(described.logits(tokens, (20,)), expected, rtol=0, atol=1e-5)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match=r"config.json: model_type 'gpt2' is not supported"):
+        draw(tiny_base, llama_config=[tmp_path / "config.json"])
 
 
 def test_bad_values(tiny_base: Path, settings, meta) -> None:
@@ -150,6 +182,21 @@ def test_unknown_type(tiny_base: Path) -> None:
         "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, opt, "
         "opt_peft, bloom, bloom_peft, neox, neox_peft, glm, glm_peft."
     )
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ("mistral_peft", "Use --llama_type llama_peft: mistral is of the family llama."),
+    ("Qwen2.5-7B_lora", "Use --llama_type llama_peft: qwen2 is of the family llama."),
+    ("gpt_neox", "Use --llama_type neox: gpt_neox is of the family neox."),
+    ("chatglm_qlora", "Use --llama_type glm_peft: chatglm is of the family glm."),
+    ("llama_qformerv2_peft", "There is no 'qformerv2' yet, only all weights (llama) and norms, biases and LoRA"),
+    ("falcon_peft", "is not supported. Known: llama, "),
+])  # fmt: skip
+def test_type_of_another_name(tiny_base: Path, asked: str, said: str) -> None:
+    """A model is told its family, not one that is spelled alike."""
+    with pytest.raises(ConfigError) as caught:
+        draw(tiny_base, llama_type=asked)
+    assert said in str(caught.value)
 
 
 def test_quantized_full_training_is_refused(tiny_base: Path) -> None:

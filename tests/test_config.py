@@ -149,6 +149,43 @@ def test_unknown_flags(paths: list[str]) -> None:
     assert refusal(["stray", *paths]) == ["'stray' belongs to no flag."]
 
 
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--lora_r", "LoRA's rank is \"lora_rank\" in a JSON file of --llama_config."),
+    ("--max_grad_norm", "the gradient's norm is clipped to --clip_grad."),
+    ("--learning-rate", "the highest learning rate is --lr."),
+    ("--master_port",
+     "processes are torchrun's to start: torchrun --nproc-per-node=N, and its other flags, before the script."),
+])  # fmt: skip
+def test_flags_of_others(paths: list[str], flag: str, said: str) -> None:
+    """What they are called here."""
+    assert refusal([*paths, flag, "1"]) == [f"Unknown flag {flag}: {said}"]
+
+
+def test_a_name_means_what_the_entry_can_do(paths: list[str]) -> None:
+    """The longest document in training, the longest answer on the page; nothing where it has no such flag."""
+    assert "--max_words" in refusal([*paths, "--max_length", "9"])[0]
+    assert "--max_seq_len" in refusal([*paths[:2], "--max_length", "9"], DemoConfig)[0]
+    assert refusal([*paths[:2], "--gradient_accumulation_steps", "9"], DemoConfig) == [
+        "Unknown flag --gradient_accumulation_steps."
+    ]
+
+
+def test_names_on_the_hub(paths: list[str]) -> None:
+    """Nothing is fetched: said, with the command that does."""
+    lines = refusal([*paths[2:], "--pretrained_path", "meta-llama/Llama-2-7b-hf", "--tokenizer_path", f"{paths[1]}/x"])
+    assert lines == [
+        "--pretrained_path meta-llama/Llama-2-7b-hf: no such file or directory. If this is a name on the Hugging Face "
+        "Hub: download it first (hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf), then give the "
+        "directory.",
+        f"--tokenizer_path {paths[1]}/x: no such file or directory.",
+    ]
+
+
+def test_assignments_are_no_flags(paths: list[str]) -> None:
+    """As torchtune and LLaMA-Factory write them."""
+    assert refusal(["lr=1e-4", *paths]) == ["'lr=1e-4' belongs to no flag: flags are written --name value."]
+
+
 def test_all_faults_at_once(paths: list[str]) -> None:
     """Unknown flags, values out of range and of a wrong kind together."""
     lines = refusal(

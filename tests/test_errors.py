@@ -44,6 +44,7 @@ def test_every_fault_is_an_accessory_error() -> None:
 
 @pytest.mark.parametrize(("name", "hint"), [
     ("lora_rnak", " Did you mean 'lora_rank'?"), ("dims", " Did you mean 'dim'?"), ("zzz", ""), ("", ""),
+    ("lora_dim", ""), ("rank", " Did you mean 'lora_rank'?"), ("--dmi", " Did you mean 'dim'?"), ("dwt", ""),
 ])  # fmt: skip
 def test_nearest(name: str, hint: str) -> None:
     """A hint only where something is close."""

@@ -60,12 +60,10 @@ def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("accessory", "demos", "exps", "configs", "tools"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "BASE").symlink_to(tiny_base)
-    (folder / "TOKENIZER").symlink_to(tiny_base)
     (folder / "DATA.json").write_text(
         '[{"instruction": "What is the capital of France?", "input": "", "output": "Paris."}]'
     )
     (folder / "lora.json").write_text('{"lora_rank": 16}')
-    (folder / "PARAMS.json").write_text('{"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256}')
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, torch_shards
 from accessory.checkpoint.source import Source, read_json
-from accessory.errors import CheckpointError, is_there
+from accessory.errors import CheckpointError, hub_hint, is_there
 from accessory.tokenizer.sniff import what_is
 
 KNOWN_FORMATS = (
@@ -23,7 +23,7 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
     """
     path = Path(path)
     if not is_there(path):
-        raise CheckpointError(f"{path}: no such checkpoint. Expected {KNOWN_FORMATS}.")
+        raise CheckpointError(f"{path}: no such checkpoint.{hub_hint(path)} Expected {KNOWN_FORMATS}.")
     if path.is_file():
         return _open_file(path)
     if (path / peft_adapter.CONFIG_FILE).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accessory.errors import TokenizerError
+from accessory.errors import TokenizerError, hub_hint
 from accessory.tokenizer import bpe_files, hf_json, spm
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.bpe_files import open_bpe_files
@@ -33,7 +33,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = _choose(path) if path.is_dir() else path
     if not file.is_file():
-        raise TokenizerError(f"{file}: found {what_is(file)}; {_EXPECTED}.")
+        raise TokenizerError(f"{file}: found {what_is(file)}; {_EXPECTED}.{hub_hint(file)}")
     if file.suffix == ".gguf":
         return open_gguf(file)
     if file.name in bpe_files.FILE_NAMES:

@@ -62,6 +62,27 @@ def test_script_trains_with_upstreams_values(
     assert "step      1/1" in (folder / "output.log").read_text()
 
 
+@pytest.mark.parametrize("words", [[], ["-", "BASE"], ["CONFIG", "-"]], ids=" ".join)
+def test_a_base_that_brings_its_own(words: list[str], tiny_base: Path, tmp_path: Path, clean_environment) -> None:
+    """A Hugging Face directory: settings and tokenizer are left out, `-`, or its own files; what was used is equal."""
+    script = next(s for s in SCRIPTS if s.stem == "alpaca_llamaPeft_normBiasLora")
+    named = {"CONFIG": tiny_base / "config.json", "BASE": tiny_base}
+    more = ("--data_config", DATA, "--max_words", "160", "--max_steps", "1")
+    done = run_script(
+        script, tiny_base, *(named.get(word, word) for word in words), *more,
+        cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    part = tmp_path / "out" / "finetune" / "sg" / script.stem / "epoch0-iter1"
+    settings = json.loads((part / "config.json").read_text())
+    assert {name: settings[name] for name in ("dim", "n_kv_heads", "hidden_dim", "rotary_layout", "lora_rank")} == {
+        "dim": 128, "n_kv_heads": 2, "hidden_dim": 256, "rotary_layout": "halves", "lora_rank": 16,
+    }  # fmt: skip
+    used = json.loads((part / "run.json").read_text())["arguments"]
+    assert used["tokenizer_path"] == (str(tiny_base) if "BASE" in words else None)
+    assert used["llama_config"][:-1] == ([str(tiny_base / "config.json")] if "CONFIG" in words else [])
+
+
 def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Path, clean_environment, torchrun) -> None:
     script = next(s for s in SCRIPTS if s.stem == "alpaca_llamaPeft_normBias_QF")
     more = ("--data_config", DATA, "--model_parallel_size", "2", "--max_steps", "2")
@@ -80,6 +101,7 @@ def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Pat
 
 
 def test_usage_without_arguments(tmp_path: Path, clean_environment) -> None:
-    done = run_script(SCRIPTS[0], cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path)
-    assert done.returncode != 0
-    assert "usage: bash alpaca_llamaPeft_normBias.sh BASE PARAMS_JSON TOKENIZER" in done.stderr
+    for words in ([], ["--help"]):
+        done = run_script(SCRIPTS[0], *words, cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("usage: bash alpaca_llamaPeft_normBias.sh BASE [PARAMS_JSON|- [TOKENIZER|-]] [")

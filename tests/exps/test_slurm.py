@@ -55,11 +55,9 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_job_that_runs_out_of_time_goes_on(slurm: dict[str, str], tiny_base: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "params.json"
-    settings.write_text("{}")
     data = ROOT / "data_example" / "accessory_qa.json"
     command = [
-        "bash", str(SCRIPT), str(tiny_base), str(settings), str(tiny_base), "--data_config", str(data),
+        "bash", str(SCRIPT), str(tiny_base), "--data_config", str(data),
         "--device", "cpu", "--max_words", "160", "--save_steps", "1", "--max_steps", "30",
     ]  # fmt: skip
     run = lambda **more: subprocess.run(command, env=slurm | more, capture_output=True, text=True, timeout=200)  # noqa: E731

@@ -1,0 +1,162 @@
+"""What other trainers call things, and what to write here: asked before a misspelling is guessed at.
+
+Names are those of LLaMA2-Accessory's other entries, artidoro's qlora, peft, transformers' Trainer and TRL, Axolotl,
+LLaMA-Factory, torchtune and LitGPT; several share a sentence. Where a name means one thing to one entry and another to
+another, its first sentence whose flags the entry has is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from accessory.errors import nearest
+
+_SENTENCES = (
+    # LoRA, and what else is trained
+    ("r lora_r lora_rank lora_dim rank adapter_rank", 'LoRA\'s rank is "lora_rank" in a JSON file of --llama_config'),
+    ("alpha lora_alpha",
+     'it is "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by lora_alpha / lora_rank'),
+    ("lora_dropout", 'it is "lora_dropout" in a JSON file of --llama_config'),
+    ("target_modules lora_target lora_targets lora_target_modules lora_modules lora_attn_modules lora_target_linear "
+     "apply_lora_to_mlp lora_query lora_key lora_value lora_projection lora_mlp",
+     'LoRA\'s linears are "lora_targets" in a JSON file of --llama_config: wq, wk, wv, wo (q_proj, k_proj, v_proj, '
+     "o_proj), w1, w2, w3 (gate_proj, down_proj, up_proj); absent: all"),
+    ("modules_to_save lora_modules_to_save additional_target train_embeddings apply_lora_to_output lora_head",
+     'embedding and head are trained by "vocabulary_tuning": true in a JSON file of --llama_config'),
+    ("bias lora_bias train_bias", 'biases are trained by "bias_tuning": true in a JSON file of --llama_config'),
+    ("train_norm norm_modules", 'norms are trained by "norm_tuning": true in a JSON file of --llama_config'),
+    ("use_rslora rslora", 'write what it makes of alpha: "lora_alpha": alpha x the root of the rank'),
+    ("use_dora dora lora_use_dora use_pissa pissa_init loraplus_lr_ratio use_galore galore_rank layers_to_transform "
+     "rank_pattern alpha_pattern fan_in_fan_out init_lora_weights",
+     "there is nothing of the kind here: leave it out"),
+    ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type tuner_type",
+     'the last part of --llama_type says what is trained, {"lora_rank": 16} in a JSON file of --llama_config LoRA'),
+    # model, tokenizer, data
+    ("model base_model model_name model_name_or_path base_model_name_or_path model_path model_id model_id_or_path "
+     "checkpoint checkpoint_path checkpoint_dir ckpt_dir ckpt_path load path",
+     "--pretrained_path takes the model's directory or file"),
+    ("adapter_name_or_path adapter_path lora_path lora_model_dir lora_model_path lora_model_name_or_path peft_model "
+     "lora_weights adapters",
+     "--pretrained_path takes the base first, then the trained parts"),
+    ("tokenizer tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_dir",
+     "--tokenizer_path takes the tokenizer's file or directory; absent: what lies in the base"),
+    ("special_tokens tokens add_tokens new_special_tokens additional_special_tokens",
+     "--new_tokens adds to the vocabulary"),
+    ("data dataset datasets data_path data_file data_files data_dir dataset_dir dataset_name dataset_path train_file "
+     "train_data train_dataset data_meta_path data_root",
+     "--data_config takes a data file, or a YAML that lists some"),
+    ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "
+     "conversation_template prompt_type",
+     "it is prompt_type of an entry in the YAML of --data_config"),
+    ("max_train_samples max_samples num_samples", "ratio of an entry in the YAML of --data_config is the share to use"),
+    ("train_on_inputs train_on_input train_on_source train_on_prompt mask_prompt completion_only_loss "
+     "assistant_only_loss",
+     "only answers are learned here: leave it out"),
+    ("packed_data packing packed sample_packing pad_to_sequence_len group_by_length multipack_sampler",
+     "documents are packed end to end and never padded here: leave it out"),
+    ("max_length max_seq_length max_seq_len seq_len seq_length sequence_len cutoff_len model_max_length block_size "
+     "source_max_len target_max_len max_source_length max_target_length",
+     "--max_words is a document's greatest length in tokens"),
+    ("max_length max_seq_length seq_len sequence_len cutoff_len model_max_length",
+     "--max_seq_len is the greatest length of question and answer together, in tokens"),
+    ("multi_turn conversation conversations", "--dialog trains on conversations"),
+    # a step
+    ("per_device_train_batch_size per_gpu_train_batch_size micro_batch_size train_batch_size per_device_batch_size",
+     "--batch_size is the documents of a micro-batch on each data-parallel rank"),
+    ("global_batch_size total_batch_size effective_batch_size",
+     "a step's documents are --batch_size x --accum_iter x data-parallel ranks"),
+    ("gradient_accumulation_steps gradient_accumulation gradient_accumulation_iters grad_accum "
+     "accumulate_grad_batches",
+     "--accum_iter is the micro-batches of a step"),
+    ("learning_rate base_lr", "the highest learning rate is --lr"),
+    ("min_learning_rate lr_min min_lr_ratio min_lr_rate cosine_min_lr_ratio", "the rate at the end is --min_lr"),
+    ("lr_scheduler lr_scheduler_type lr_scheduler_kwargs lr_decay_style lr_decay_iters cosine_constant_lr_ratio",
+     "the rate always falls from --lr to --min_lr along a cosine, after --warmup_epochs; equal ones keep it "
+     "constant"),
+    ("warmup_ratio warmup_steps warmup_iters num_warmup_steps lr_warmup_steps lr_warmup_iters",
+     "--warmup_epochs is the warm-up, in (fractional) epochs"),
+    ("num_train_epochs num_epochs max_epochs n_epochs train_epochs", "passes over the data are --epochs"),
+    ("max_train_steps max_iters max_steps_per_epoch total_steps train_steps total_iters iterations",
+     "--max_steps ends the run"),
+    ("max_grad_norm max_norm grad_clip gradient_clipping gradient_clip_val clip_grad_norm grad_clip_norm",
+     "the gradient's norm is clipped to --clip_grad"),
+    ("optimizer optimizer_type adam8bit", "--optim takes adamw, adamw8bit or paged_adamw"),
+    ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 betas",
+     "AdamW's betas are 0.9 and 0.95, as LLaMA2-Accessory's: leave it out"),
+    ("data_seed random_seed", "the seed is --seed"),
+    ("neftune_noise_alpha label_smoothing_factor label_smoothing", "there is nothing of the kind here: leave it out"),
+    # precision and memory
+    ("load_in_4bit load_4bit bits quantization quantization_bit quantization_method quantize quant_method "
+     "double_quant bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_4bit",
+     "--quant keeps the base in 4 bits, in the format of --quant_type (nf4, double-quantized)"),
+    ("load_in_8bit load_8bit", "--quant --quant_type int8 keeps the base in 8 bits"),
+    ("bf16 fp16 fp32 tf32 dtype torch_dtype half mixed_precision compute_dtype pure_bf16",
+     "--precision takes bf16, fp16, fp32 or tf32"),
+    ("bf16 fp16 fp32 precision torch_dtype half mixed_precision compute_dtype", "--dtype takes bf16, fp16 or fp32"),
+    ("gradient_checkpointing use_gradient_checkpointing activation_checkpointing enable_activation_checkpointing "
+     "recompute",
+     "--checkpointing recomputes layers in the backward"),
+    ("activation_offloading enable_activation_offloading",
+     "--offload_inputs moves what recomputed layers keep to host memory"),
+    ("torch_compile", "--compile compiles what no kernel does"),
+    ("flash_attn flash_attention attn_implementation attn_impl sdp_attention xformers xformers_attention "
+     "use_flash_attention",
+     "the kernel is chosen by itself: leave it out"),
+    # processes
+    ("deepspeed fsdp fsdp_config sharding_strategy ddp zero_stage",
+     "--data_parallel takes sdp (ZeRO-2) or fsdp (ZeRO-3)"),
+    ("tensor_parallel_size tensor_parallel tp_size tp_degree mp_size",
+     "--model_parallel_size cuts the model over ranks"),
+    ("n_gpus num_gpus gpus gpu_ids devices num_processes nproc_per_node nnodes master_port master_addr local_rank",
+     "processes are torchrun's to start: torchrun --nproc-per-node=N, and its other flags, before the script"),
+    ("device_map no_cuda use_cpu cuda accelerator", "--device takes auto, cpu or cuda"),
+    ("dataloader_num_workers preprocessing_num_workers dataset_processes dataset_num_proc num_proc",
+     "threads that tokenize are --num_workers"),
+    ("dataset_prepared_path overwrite_cache preprocessed_path", "--cache_ann_on_disk keeps tokenized data"),
+    # saving, logs, evaluation
+    ("out_dir save_dir output output_directory", "--output_dir is where a run writes"),
+    ("overwrite_output_dir", "--overwrite lets a run begin in a directory that holds another's checkpoints"),
+    ("save_freq save_strategy checkpoint_interval saves_per_epoch checkpoint_every",
+     "--save_steps, --save_minutes and --save_interval say when to save"),
+    ("save_total_limit max_checkpoints", "--keep_last is how many of the newest checkpoints stay"),
+    ("resume_from_checkpoint resume_checkpoint auto_resume auto_resume_from_checkpoints no_auto_resume",
+     "--resume latest goes on from the newest whole checkpoint"),
+    ("logging_steps logging_strategy logging_first_step log_every_n_steps log_interval log_freq",
+     "every step is logged: leave it out"),
+    ("report_to logging_dir use_wandb wandb_project wandb_name wandb_run_name run_name use_tensorboard plot_loss "
+     "logger_name",
+     "TensorBoard events, log.jsonl and loss.png are written to --output_dir"),
+    ("do_eval do_predict eval_strategy evaluation_strategy eval_steps evals_per_epoch eval_interval eval_batch_size "
+     "val_set_size val_size val_split_fraction test_size eval_dataset_size per_device_eval_batch_size "
+     "max_eval_samples do_mmlu_eval eval_dataset load_best_model_at_end early_stopping_patience",
+     "training evaluates nothing: leave it out"),
+    ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout max_memory_MB "
+     "strict",
+     "there is no such choice here: leave it out"),
+    ("trust_remote_code", "code that lies in a checkpoint is never run: leave it out"),
+    ("use_auth_token hf_token token hub_model_id push_to_hub hf_hub_token",
+     "nothing is fetched or pushed here: leave it out"),
+    # asking
+    ("max_new_tokens max_tokens max_length max_gen_toks", "--max_gen_len is the longest answer, in tokens"),
+    ("top_k num_beams repetition_penalty do_sample",
+     "answers are sampled by --temperature (0: the likeliest token) and --top_p"),
+    ("question query instruction text input", "--prompt takes the questions"),
+    ("prompt_template template conv_mode chat_template prompt_type system", "--system_prompt lays out the question"),
+    ("share server_name server_port listen", "the page is served at --host and --port"),
+    ("auth", "the page's password is --password"),
+)  # fmt: skip
+_FLAG = re.compile(r"--[a-z][a-z_-]*")
+_TORCHRUN = "--nproc-per-node"
+
+
+def unknown(name: str, candidates: Iterable[str], flags: Iterable[str] | None = None) -> str:
+    """How a sentence on an unknown `name` ends: what it is called here, else the nearest of `candidates`, else nothing.
+
+    flags: of the entry, where not all that are named will do.
+    """
+    bare, known = name.lstrip("-").replace("-", "_"), {*(flags or ()), _TORCHRUN}
+    for names, sentence in _SENTENCES:
+        if bare in names.split() and (flags is None or known.issuperset(_FLAG.findall(sentence))):
+            return f": {sentence}."
+    return f".{nearest(name, candidates)}"
