@@ -70,9 +70,12 @@ MODELS = {
 def with_runs_of_blanks(definition):
     """As in LLaMA's own model: pieces of several blanks, all of the lowest score."""
     proto = ModelProto.FromString(definition)
-    for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3):
-        if all(piece.piece != "▁" * length for piece in proto.pieces):
-            proto.pieces.add(piece="▁" * length, score=-1e9, type=ModelProto.SentencePiece.NORMAL)
+    known = {piece.piece for piece in proto.pieces}
+    for run in ("▁" * length for length in range(2, 17)):
+        if run not in known:
+            proto.pieces.add(piece=run, type=ModelProto.SentencePiece.NORMAL)
+    for piece in proto.pieces:
+        piece.score = -1e9 if set(piece.piece) == {"▁"} else piece.score
     return proto.SerializeToString()
 
 
