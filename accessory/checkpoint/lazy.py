@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.errors import CheckpointError
@@ -291,6 +292,29 @@ class GrownRows(LazyTensor):
         mean = values.float().mean(0, keepdim=True).to(values.dtype)
         grown = torch.cat([values, mean.expand(self.count - len(values), -1)])
         return grown if dim is None else grown.narrow(dim, start, stop - start).contiguous()
+
+
+@dataclass(frozen=True)
+class UnitRows(LazyTensor):
+    """A matrix whose rows are scaled to length 1, as a normalized head has them; rows of zeros stay."""
+
+    inner: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Unchanged."""
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        """That of what is read."""
+        return "float32"
+
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """In fp32; a length takes the whole row."""
+        values = self.inner.read(0, start, stop) if dim == 0 else self.inner.read()
+        values = F.normalize(values.float())
+        return values.narrow(1, start, stop - start).contiguous() if dim == 1 else values
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,10 @@ class Architecture:
             values |= self._window(config, source)
         return ModelArgs(**values)
 
+    def has_unit_head(self, config: Config) -> bool:
+        """Whether the rows of the head are scaled to length 1 before it is used."""
+        return False
+
     def _by_key(self, config: Config, source: str) -> Config:
         values = {}
         for ours, theirs in self.keys.items():
@@ -182,15 +186,21 @@ class Architecture:
                 raise CheckpointError(f"{source}: {key!r} is {config[key]!r}; expected an object.")
         stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
         scaling = {**stated, **(config.get("rope_scaling") or {})}
+        if nested := [key for key, value in scaling.items() if isinstance(value, dict)]:
+            raise CheckpointError(f"{source}: rotary settings of their own for {', '.join(nested)} are not supported.")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         known = ("default", *RopeScaling.model_fields["kind"].annotation.__args__)
         if kind not in known:
             raise CheckpointError(f"{source}: rope scaling {kind!r} is not supported; known: {', '.join(known)}.")
+        spelled = (self.rope.theta_key, "rope_theta")
+        thetas = {place[key] for place in (config, scaling) for key in spelled if place.get(key) is not None}
+        if len(thetas) > 1:
+            raise CheckpointError(f"{source}: says {spelled[0]} twice, {sorted(thetas)}; expected one value.")
         share = self.rope.share
         if self.rope.share_key:
             share = config.get(self.rope.share_key, stated.get("partial_rotary_factor", share))
         return {
-            "rope_theta": config.get(self.rope.theta_key, stated.get("rope_theta", self.rope.theta)),
+            "rope_theta": thetas.pop() if thetas else self.rope.theta,
             "rope_scaling": scaling if kind != "default" else None,
             "rotary_dim": int(width * share),
         }

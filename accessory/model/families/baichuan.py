@@ -1,8 +1,11 @@
-"""Baichuan 7B (rotary) and 13B (ALiBi): LLaMA's block with q, k and v in one matrix."""
+"""Baichuan 1 and 2, 7B (rotary) and 13B (ALiBi): LLaMA's block with q, k and v in one matrix.
+
+Baichuan 2 scales the rows of its head to length 1 whenever it is used. We do so once, when it is read, as its authors
+advise for running it with Baichuan 1's code: what is trained, converted and merged from there on is a Baichuan 1.
+"""
 
 from __future__ import annotations
 
-from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
 from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, NAMES, UNGROUPED_KEYS
@@ -16,7 +19,8 @@ _NAMES = Names(
         **{their: our for their, our in NAMES.inner.items() if their not in _SEPARATE},
     },
 )
-_BAICHUAN2_VOCABULARY = 125696
+_BAICHUAN2_KEY = "z_loss_weight"
+"""A setting of training that each config.json of Baichuan 2 holds and none of Baichuan 1; nothing else tells them."""
 
 
 class _Baichuan(Architecture):
@@ -24,15 +28,14 @@ class _Baichuan(Architecture):
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """See `Architecture.read`."""
-        if config.get("vocab_size") == _BAICHUAN2_VOCABULARY:
-            raise CheckpointError(
-                f"{source}: this is Baichuan 2, whose head is normalized anew at each step; that is not supported. "
-                "Baichuan 1 is."
-            )
         args = super().read(config, source)
         if "max_position_embeddings" in config:
             return args
         return args.model_copy(update={"position": "alibi"})
+
+    def has_unit_head(self, config: Config) -> bool:
+        """See `Architecture.has_unit_head`."""
+        return _BAICHUAN2_KEY in config
 
     def write(self, args: ModelArgs) -> Config:
         """See `Architecture.write`."""

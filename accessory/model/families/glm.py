@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names, Rope
 from accessory.model.families.llama import DEFAULTS, GGUF_QKV, KEYS, NAMES
@@ -44,16 +45,23 @@ _ROPE = Rope(share_key="partial_rotary_factor", share=0.5)
 
 
 class _ChatGlm(Architecture):
-    """Its own words for everything; the base of the rotation is a ratio to 10,000."""
+    """Its own words for everything; the base of the rotation is a ratio to 10,000, or divides positions (ChatGLM2)."""
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """See `Architecture.read`."""
-        theta = {"rope_theta": 10000.0 * config.get("rope_ratio", 1.0)}
-        return super().read({**config, **theta}, source)
+        if "position_encoding_2d" in config or "inner_hidden_size" in config:
+            raise CheckpointError(
+                f"{source}: this is the first ChatGLM-6B, with positions in two dimensions and a prompt that is read "
+                "in both directions; that is not supported. ChatGLM2, ChatGLM3 and GLM-4 are."
+            )
+        ratio = config.get("rope_ratio", 1.0)
+        rope: Config = {"rope_theta": 10000.0 * ratio, "rope_scaling": None}
+        if ratio != 1 and "chatglm2" in str(config.get("_name_or_path")).lower():  # 32K: nothing else in it says so
+            rope = {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": ratio}}
+        return super().read({**config, **rope}, source)
 
     def _written_rope(self, args: ModelArgs) -> Config:
-        written = super()._written_rope(args)
-        return written | {"rope_ratio": written.pop("rope_theta") / 10000.0}
+        return {"rope_ratio": args.rope_theta / 10000.0}
 
 
 ARCHITECTURES = (
@@ -124,6 +132,9 @@ ARCHITECTURES = (
             "add_bias_linear": False,
             "apply_residual_connection_post_layernorm": False,
             "post_layer_norm": True,
+            "original_rope": True,
+            "pre_seq_len": None,
+            "quantization_bit": 0,
         },
         rope=Rope(share=0.5),
         gguf=_GLM_GGUF,

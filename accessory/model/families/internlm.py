@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from accessory.model.families.architecture import Architecture, Fused, Gguf, Names, Rope
+from accessory.errors import CheckpointError
+from accessory.model.args import ModelArgs
+from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names, Rope
 from accessory.model.families.llama import (
     BIASES,
     DEFAULTS,
@@ -29,8 +31,30 @@ _NAMES_2 = Names(
     },
 )
 
+_KINDS = {"origin": "default", "dynamic": "dynamic"}
+
+
+class _InternLm(Architecture):
+    """Rotary settings in words of its own: base, and whether it grows with documents longer than the model's."""
+
+    def read(self, config: Config, source: str) -> ModelArgs:
+        """See `Architecture.read`. A file without them is of the first version, whose base was fixed."""
+        if (rotary := config.get("rotary")) is None:
+            return super().read(config, source)
+        if not isinstance(rotary, dict) or rotary.get("type") not in _KINDS:
+            known = ", ".join(_KINDS)
+            raise CheckpointError(f"{source}: rotary is {rotary!r}; expected a base and a type, one of {known}.")
+        scaling = {"type": _KINDS[rotary["type"]], "factor": rotary.get("scaling_factor", 1.0)}
+        return super().read({**config, "rope_theta": rotary.get("base", 10000.0), "rope_scaling": scaling}, source)
+
+    def _written_rope(self, args: ModelArgs) -> Config:
+        dynamic = args.rope_scaling is not None and args.rope_scaling.kind == "dynamic"
+        rotary = {"base": args.rope_theta, "type": "dynamic" if dynamic else "origin"}
+        return {"rotary": rotary | ({"scaling_factor": args.rope_scaling.factor} if dynamic else {})}
+
+
 ARCHITECTURES = (
-    Architecture(
+    _InternLm(
         name="internlm",
         family="llama",
         class_name="InternLMForCausalLM",

@@ -17,6 +17,7 @@ ARCHITECTURES = (
                 "gpt_neox.embed_in": "tok_embeddings",
                 "gpt_neox.final_layer_norm": "norm",
                 "embed_out": "output",
+                "lm_head": "output",  # in some files; embed_out is what is written
             },
             block="gpt_neox.layers.{}.",
             inner={

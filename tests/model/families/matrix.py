@@ -142,13 +142,26 @@ def baichuan_13b(directory: Path) -> AlibiLlama:
     return AlibiLlama(model.state_dict(), heads=12, eps=1e-6)
 
 
+def baichuan2(directory: Path) -> Reference:
+    """The 7B; its head's rows have lengths of their own in the file, and 1 where they are used: by its formula."""
+    model = random_llama(num_key_value_heads=4)
+    model.model.norm.weight.data *= 2  # or logits of rows so short would be small
+    head = model.lm_head.weight.data
+    head *= torch.linspace(0.2, 3, len(head))[:, None]
+    store(directory, packed_qkv(model.state_dict()), baichuan_config(max_position_embeddings=64, z_loss_weight=0))
+    model.lm_head.weight.data = (head.double() / head.double().square().sum(1, keepdim=True).sqrt()).float()
+    return Reference(model)
+
+
 def internlm(directory: Path) -> Reference:
-    """LLaMA's names; `bias` stands for the four matrices of attention."""
-    model = random_llama(num_key_value_heads=4, attention_bias=True)
+    """LLaMA's names; `bias` stands for the four matrices of attention, `rotary` for the base of the rotation."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    model = random_llama(num_key_value_heads=4, attention_bias=True, rope_parameters=rope)
     config = {
         "architectures": ["InternLMForCausalLM"], "model_type": "internlm", "bias": True, "hidden_act": "silu",
         "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2,
         "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+        "rotary": {"base": 1000000, "type": "dynamic"},
     }  # fmt: skip
     store(directory, model.state_dict(), config)
     return Reference(model)
@@ -244,6 +257,7 @@ CASES = {
     "qwen3": Case("llama", "qwen3", "Qwen 3", known("qwen3", **GROUPED, head_dim=64)),
     "baichuan_7b": Case("llama", "baichuan", "Baichuan 7B", baichuan_7b, transformers=False),
     "baichuan_13b": Case("llama", "baichuan", "Baichuan 13B (ALiBi)", baichuan_13b, transformers=False),
+    "baichuan2": Case("llama", "baichuan", "Baichuan 2 (normalized head)", baichuan2, transformers=False),
     "internlm": Case("llama", "internlm", "InternLM 7B, 20B", internlm, transformers=False),
     "internlm2": Case("llama", "internlm2", "InternLM 2, 2.5", internlm2, transformers=False),
     "internlm3": Case("llama", "internlm3", "InternLM 3", known("internlm3", **GROUPED, head_dim=32)),
@@ -273,7 +287,7 @@ def families_table() -> str:
     lines.append("|---" * (4 + len(CHECKS)) + "|")
     for case in CASES.values():
         against = "transformers" if case.transformers else "the same, unpacked"
-        if case.write is baichuan_13b:
+        if case.write in (baichuan_13b, baichuan2):
             against = "its formula"
         start = f"| {case.models} | `{case.llama_type}` | `{case.model_type}` | {against} |"
         lines.append(start + " tested |" * len(CHECKS))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import gguf
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from accessory.checkpoint.load import targets
 from accessory.checkpoint.opening import open_source
@@ -37,6 +41,17 @@ def test_every_tensor_has_its_place(name: str, checkpoints) -> None:
     names = ARCHITECTURES[args.architecture].names
     back = {f"{names.theirs(ours.rpartition('.')[0])[0]}.{ours.rpartition('.')[2]}" for ours in wanted}
     assert back == {key for key in file_names(name, checkpoints) if not names.is_needless(key)}
+
+
+def test_head_of_neox_by_either_name(checkpoints, tmp_path: Path) -> None:
+    """Some files call it lm_head; it is the same matrix, and embed_out is what is written."""
+    directory = checkpoints[0] / "neox"
+    state = load_file(directory / "model.safetensors")
+    state["lm_head.weight"] = state.pop("embed_out.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    shutil.copy(directory / "config.json", tmp_path)
+    assert torch.equal(open_source(tmp_path).tensors["output.weight"].read(), state["lm_head.weight"])
+    assert ARCHITECTURES["gpt_neox"].names.theirs("output") == ("embed_out", "output")
 
 
 # The package knows no names of ChatGLM's own code.

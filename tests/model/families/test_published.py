@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import transformers
 
 from accessory.errors import CheckpointError
 from accessory.model.args import RopeScaling
-from accessory.model.families import architecture_of
+from accessory.model.families import ARCHITECTURES, architecture_of
 
 LINEAR_BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 NO_BIASES = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
@@ -113,6 +117,13 @@ PUBLISHED = {
         {"qkv_bias": True, "out_bias": True, "mlp_bias": False, "vocab_size": 103168, "hidden_dim": 11008,
          "max_seq_len": 2048, "rotary_layout": "halves"},
     ),
+    "internlm/internlm-chat-7b-v1_1": (
+        {"model_type": "internlm", "attn_implementation": "eager", "bias": True, "hidden_act": "silu",
+         "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "rms_norm_eps": 1e-6, "rotary": {"base": 10000, "type": "dynamic"},
+         "tie_word_embeddings": False, "vocab_size": 103168},
+        {"rope_theta": 10000.0, "rope_scaling": RopeScaling(kind="dynamic", factor=1.0), "longest_document": 2048},
+    ),
     "internlm/internlm2-7b": (
         {"model_type": "internlm2", "attn_implementation": "eager", "bias": False, "hidden_act": "silu",
          "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
@@ -159,7 +170,13 @@ def test_published(name: str) -> None:
     ("llama", {"hidden_act": "mish"}, "activation 'mish' is not supported; known: silu, swish, gelu"),
     ("llama", {"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn' is not supported; known: default"),
     ("llama", {"hidden_size": None}, "'hidden_size' is missing; expected the model's settings"),
-    ("baichuan", {"vocab_size": 125696}, "this is Baichuan 2, whose head is normalized anew"),
+    ("llama", {"rope_parameters": {"rope_theta": 7e4}}, r"says rope_theta twice, \[70000.0, 500000.0\]; expected one"),
+    ("qwen2", {"rope_parameters": {"full_attention": {}}}, "rotary settings of their own for full_attention are not"),
+    ("internlm", {"rotary": {"base": 1e4, "type": "yarn"}}, "rotary is {'base': .*; expected a base and a type"),
+    ("chatglm", {"position_encoding_2d": True, "inner_hidden_size": 8}, "this is the first ChatGLM-6B, with positions"),
+    ("chatglm", {"original_rope": False}, "original_rope False is not supported; expected True"),
+    ("chatglm", {"pre_seq_len": 128}, "pre_seq_len 128 is not supported; expected None"),
+    ("chatglm", {"quantization_bit": 4}, "quantization_bit 4 is not supported; expected 0"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True is"),
     ("opt", {"layer_norm_elementwise_affine": False}, r"norms without weights \(layer_norm_elementwise_affine\)"),
     ("chatglm", {"rmsnorm": False}, "rmsnorm False is not supported; expected True"),
@@ -169,6 +186,59 @@ def test_what_is_not_done_is_refused(model_type: str, change: dict, message: str
     config = next(config for config, _ in PUBLISHED.values() if config["model_type"] == model_type) | change
     with pytest.raises(CheckpointError, match=f"here/config.json: {message}"):
         architecture_of(model_type, "here").read(config, "here/config.json")
+
+
+@pytest.mark.parametrize(("name", "change", "wanted"), [
+    ("internlm/internlm-7b", {"rotary": {"base": 1e6, "type": "origin"}}, {"rope_theta": 1e6, "rope_scaling": None}),
+    ("internlm/internlm-7b", {"rotary": {"base": 1e6, "type": "dynamic", "scaling_factor": 4.0}},
+     {"rope_theta": 1e6, "rope_scaling": RopeScaling(kind="dynamic", factor=4.0)}),
+    ("THUDM/chatglm3-6b", {"rope_ratio": 50}, {"rope_theta": 5e5, "rope_scaling": None}),
+    ("THUDM/chatglm3-6b", {"rope_ratio": 4, "_name_or_path": "THUDM/chatglm2-6b-32k"},
+     {"rope_theta": 1e4, "rope_scaling": RopeScaling(kind="linear", factor=4.0)}),
+])  # fmt: skip
+def test_rotary_words_of_their_own(name: str, change: dict, wanted: dict) -> None:
+    """A key that means one thing in one model's code and another in the next."""
+    config = PUBLISHED[name][0] | change
+    args = architecture_of(config["model_type"], name).read(config, name)
+    assert {key: getattr(args, key) for key in wanted} == wanted
+
+
+def test_baichuan_2_is_told_by_its_own_key() -> None:
+    """Not by the size of a vocabulary, which added tokens change: those of either have any."""
+    baichuan = architecture_of("baichuan", "here")
+    for size in (64000, 64003, 125696, 125700):
+        one = PUBLISHED["baichuan-inc/Baichuan-7B"][0] | {"vocab_size": size}
+        assert not baichuan.has_unit_head(one)
+        assert baichuan.has_unit_head(one | {"z_loss_weight": 0})
+        assert baichuan.read(one | {"z_loss_weight": 0}, "here") == baichuan.read(one, "here")
+
+
+NEUTRAL = {
+    "attention_dropout", "dropout", "hidden_dropout", "classifier_dropout", "layerdrop",  # only LoRA's is ours
+    "_attn_implementation", "pretraining_tp", "slow_but_exact", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states",  # the same sums in another way
+    "num_labels", "problem_type",  # of classifiers
+    "pad_token_id", "is_decoder",  # nothing is padded; every model is a decoder
+}  # fmt: skip
+"""Keys that transformers' code reads and that change nothing of what we compute."""
+ELSEWHERE = {"rope_parameters", "sliding_window", "layer_types", "do_layer_norm_before", "_remove_final_layer_norm",
+             "layer_norm_elementwise_affine"}  # fmt: skip
+"""Keys that code of ours reads, and no table."""
+
+
+MODELS = Path(transformers.__file__).parent / "models"
+SOURCES = {name: files for name in ARCHITECTURES if (files := [*(MODELS / name).glob("modeling_*.py")])}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_key_that_transformers_computes_with_is_ignored(name: str) -> None:
+    """By its own source: what the model's code asks of a config is read, refused or known to change nothing."""
+    asked = set(re.findall(r"\bconfig\.([a-z_]+)", "".join(file.read_text() for file in SOURCES[name])))
+    architecture = architecture_of(name, "here")
+    read = {key for keys in architecture.keys.values() for key in keys.split("|")} | set(architecture.required)
+    assert len(asked & read) >= 6
+    assert len(SOURCES) >= 8
+    assert asked - read - ELSEWHERE - NEUTRAL == set()
 
 
 def test_unknown_type() -> None:
