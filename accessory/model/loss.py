@@ -65,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dhidden is not None:
                 torch.mm(narrow, matrix, out=dhidden[begin : begin + CHUNK])
             if dhead is not None:
-                dhead += (narrow.t() @ x).to(wide)
+                dhead += narrow.t() @ x
         if dhidden is not None and len(rows):
             _sum_over_ranks(dhidden)
         ctx.save_for_backward(rows, dhidden, dhead)

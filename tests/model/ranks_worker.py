@@ -22,6 +22,7 @@ from accessory.model.loss import cross_entropy_sum
 from accessory.optim import gradient_norm, sum_partial_gradients
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
+from accessory.parallel.tensor import Slicing, gather_slices, own_slice
 
 SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
 LAYER = {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
@@ -75,10 +76,23 @@ def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.
     return {name: value.detach() for name, value in found.items()}
 
 
+def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Tensor]:
+    """Cross-entropy alone, behind a head with a row of padding; bf16 is what a CPU may have a kernel for."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(rows, 48, generator=generator).to(dtype) for rows in (300, 98))
+    labels = torch.randint(0, 97, (300,), generator=generator)
+    labels[::3], head[97] = -100, 9
+    mine = own_slice(head, Slicing(dim=0), layout.mp_rank, layout.mp_size).clone().requires_grad_()
+    loss = cross_entropy_sum(hidden.requires_grad_(), mine, labels, 97)
+    loss.backward()
+    return {"loss": loss.detach(), "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
+
+
 layout = groups.start("cpu", model_parallel_size=int(sys.argv[2]))
 everything = {
     f"{name} {method}": results(shape, method, layout) for name, shape in SHAPES.items() for method in ("full", "peft")
 }
+everything |= {f"loss in {dtype}": of_the_loss(dtype, layout) for dtype in (torch.float32, torch.bfloat16)}
 if layout.is_main:
     torch.save(everything, sys.argv[1])
 groups.stop()

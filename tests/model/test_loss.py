@@ -37,6 +37,7 @@ def by_torch(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ head.t(), labels, reduction="sum", ignore_index=-100)
 
 
+@pytest.mark.filterwarnings("error")  # of PyTorch where what a product is written into has another shape
 @pytest.mark.parametrize("supervised", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
 def test_equals_torch_in_float64(supervised: int) -> None:
     """Around the borders of chunks, with ignored tokens in between."""
@@ -173,13 +174,14 @@ def test_bytes_of_logits_are_known_before(
     assert chunk_bytes(700, 50, torch.device("cuda"), dtype) == CHUNK * 50 * (dtype.itemsize + 4)
 
 
-def test_padded_rows_of_the_head_take_no_part() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 0.01)])
+def test_padded_rows_of_the_head_take_no_part(dtype: torch.dtype, tolerance: float) -> None:
     """However large they are: the loss and all gradients are those of the rows before, and their own are zero."""
-    hidden, head, labels = problem(40)
-    padded = torch.cat([head, 100 * torch.ones(3, WIDTH, dtype=head.dtype)])
+    hidden, head, labels = problem(40, dtype)
+    padded = torch.cat([head, 100 * torch.ones(3, WIDTH, dtype=dtype)])
     found = gradients(lambda *given: cross_entropy_sum(*given, VOCABULARY), hidden, padded, labels)
-    wanted = gradients(by_torch, hidden, head, labels)
+    wanted = gradients(by_torch, hidden.double(), head.double(), labels)
     assert not found[2][VOCABULARY:].any()
     found[2] = found[2][:VOCABULARY]
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        assert (one.double() - other).norm() <= tolerance * other.norm()
