@@ -52,6 +52,7 @@ class Mutant:
 
     number: int
     line: int
+    in_function: bool
     code: str
 
     def beside(self, original: str) -> str:
@@ -61,32 +62,39 @@ class Mutant:
 
 
 class _Sites(libcst.CSTVisitor):
-    """Finds (line, node, what it becomes). Annotations do nothing; changed decorators break imports."""
+    """Finds (line, whether in a function, node, what it becomes).
+
+    Annotations do nothing; changed decorators break imports.
+    """
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[int, libcst.CSTNode, libcst.CSTNode]] = []
+        self.found: list[tuple[int, bool, libcst.CSTNode, libcst.CSTNode]] = []
+        self.functions = 0
 
     def on_visit(self, node: libcst.CSTNode) -> bool:
         if isinstance(node, libcst.Annotation | libcst.Decorator):
             return False
-        if isinstance(node, libcst.Call) and getattr(node.func, "value", None) in NEVER_MUTATE_FUNCTION_CALLS:
-            return True
+        left_alone = isinstance(node, libcst.Call) and getattr(node.func, "value", None) in NEVER_MUTATE_FUNCTION_CALLS
         for kind, operator in mutation_operators:
-            if isinstance(node, kind):
+            if isinstance(node, kind) and not left_alone:
                 line = self.get_metadata(PositionProvider, node).start.line
-                self.found += [(line, node, other) for other in operator(node)]
+                self.found += [(line, self.functions > 0, node, other) for other in operator(node)]
+        self.functions += isinstance(node, libcst.FunctionDef)
         return True
+
+    def on_leave(self, node: libcst.CSTNode) -> None:
+        self.functions -= isinstance(node, libcst.FunctionDef)
 
 
 def mutants(code: str) -> Iterator[Mutant]:
     """All of `code`, numbered from 0 in its order."""
     wrapper, sites = MetadataWrapper(libcst.parse_module(code)), _Sites()
     wrapper.visit(sites)
-    for number, (line, node, other) in enumerate(sites.found):
-        yield Mutant(number, line, wrapper.module.deep_replace(node, other).code)
+    for number, (line, in_function, node, other) in enumerate(sites.found):
+        yield Mutant(number, line, in_function, wrapper.module.deep_replace(node, other).code)
 
 
 class Project:
@@ -118,7 +126,7 @@ class Project:
         os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
 
     def ends_in_place(self, tests: list[str], file: Path, code: str, tried: list[Mutant]) -> dict[int, str]:
-        """What ends which mutant, as far as `InPlace` finds it."""
+        """What ends which mutant, empty for one that survives, as far as `InPlace` can tell."""
         ends = self.root / "ends"
         ends.write_text("{}")
         self.end(tests, None, InPlace(file, code, tried, self.patience, ends))
@@ -146,8 +154,8 @@ class Project:
 class InPlace:
     """A plugin of pytest: collects tests once, and runs them on each mutant in a fork that has put its functions in.
 
-    What does not lie in functions (constants, defaults that a class keeps) is not put in everywhere. So this shows what
-    fails, not what survives. In `ends`, a file, are the number of each mutant that failed, and what ended it.
+    What does not lie in functions (constants, what a class is made of) is not put in everywhere: of such a mutant this
+    shows only that it fails. What ended which, by its number, is written to the file `ends`.
     """
 
     def __init__(self, file: Path, code: str, mutants: list[Mutant], patience: float, ends: Path) -> None:
@@ -168,8 +176,12 @@ class InPlace:
 
         gc.freeze()
         if module and not end_of(lambda: run(self.code), self.patience):
-            ends = {mutant.number: end_of(partial(run, mutant.code), self.patience) for mutant in self.mutants}
-            self.ends.write_text(json.dumps({number: end for number, end in ends.items() if end}))
+            ends = {}
+            for mutant in self.mutants:
+                end = end_of(partial(run, mutant.code), self.patience)
+                if end or mutant.in_function:
+                    ends[mutant.number] = end
+            self.ends.write_text(json.dumps(ends))
         return True
 
 
@@ -243,8 +255,10 @@ def main(
             project.prepare(chosen)
             found, survivors = project.ends_in_place(chosen, path, code, left), []
             for mutant in left:
-                (project.root / path).write_text(mutant.code)
-                end = found.get(mutant.number) or project.end(chosen, project.patience)
+                end = found.get(mutant.number)
+                if end is None:
+                    (project.root / path).write_text(mutant.code)
+                    end = project.end(chosen, project.patience)
                 if end:
                     ends[end] += 1
                 else:
