@@ -7,7 +7,7 @@ import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
 import { join } from "node:path";
 
-const THREADS = 2, CONTEXT = 256, WARNINGS = 3;
+const THREADS = 1, CONTEXT = 256, WARNINGS = 3; // several threads wait for each other where a machine is busy
 const directory = process.argv[2];
 const llama = createRequire(import.meta.url)(join(directory, "llama-addon.node"));
 let log = [];

@@ -39,8 +39,8 @@ def write_trained(base: Path, directory: Path, quantization: str | None = None, 
     }
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, directory)
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, directory)
     return directory
 
 

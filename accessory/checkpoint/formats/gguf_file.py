@@ -7,6 +7,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ _NEVER = {"expert_count": "a mixture of experts", "attention.scale": "a scale of
 """Keys of what no model of ours does, where they are not zero."""
 EMBEDDING, FACTORS = "token_embd.weight", "rope_freqs.weight"
 _PUBLISHED_FACTORS = (8.0, 32.0)  # Llama 3.1 and 3.2
+_ORIGINAL_CONTEXTS = (8192, *(1 << power for power in range(4, 21)))
 _MOST_DIMENSIONS = 4
 _LONGEST_CONTEXT = 2**31 - 1
 
@@ -302,8 +304,10 @@ def _with_factors(args: ModelArgs, theirs: Tensors, path: Path) -> ModelArgs:
         raise CheckpointError(f"{path}: {FACTORS} of shape {tuple(factors.shape)} does not fit; {expected}.")
     if torch.equal(factors, torch.ones_like(factors)):
         return args
-    for factor in (*_PUBLISHED_FACTORS, as_float32(round(float(factors.max()), 3))):
-        scaled = args.model_copy(update={"rope_scaling": RopeScaling(kind="llama3", factor=factor)})
+    known = (*_PUBLISHED_FACTORS, as_float32(round(float(factors.max()), 3)))
+    for context, factor in product(_ORIGINAL_CONTEXTS, known):
+        scaling = RopeScaling(kind="llama3", factor=factor, original_max_position_embeddings=context)
+        scaled = args.model_copy(update={"rope_scaling": scaling})
         if torch.allclose(factors, wavelength_factors(scaled), rtol=1e-4):
             return scaled
     raise CheckpointError(
