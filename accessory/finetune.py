@@ -291,7 +291,7 @@ def _identity(
         "llama_type": blueprint.llama_type,
         "settings": blueprint.method.settings.model_dump(),
         "base": [source.fingerprint()[:16] for source in base],
-        "data": corpus.fingerprint,
+        "data": corpus.identity,
         "seed": config.seed,
         "global_batch": order.global_batch,
         "quantization": blueprint.quant_type,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,27 +28,64 @@ from accessory.data.templates import (
     single_turn,
     single_turn_llava,
     single_turn_messages,
+    unused_keys,
 )
 from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import Chat, Tokenizer
 
 _SHOWN = 3  # records named per cause
+_LINES = 30  # of a kind, in a report
 _CHUNK = 4096  # records tokenized at a time
+_FORMAT = 7  # of documents: another one where the same records make other tokens
+_DIGITS = 32  # of a digest
+_TOLD = ("notes", "skipped", "unused", "truncated")  # of Omissions, in the cache
+
+
+Origin = tuple[int, int, int]
+"""Where a record comes from: its entry's number, and its line and number of `Record`."""
 
 
 @dataclass
 class Omissions:
-    """Records that were skipped, by cause, and how many documents were cut short."""
+    """What was not taken as it stands in `files`, one for each entry.
 
-    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    notes: (entry, what was made of it). skipped: records, by cause. unused: keys of records that were taken, each with
+    how many have it and the first that has. truncated: documents cut short.
+    """
+
+    files: list[str]
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    skipped: dict[str, list[Origin]] = field(default_factory=dict)
+    unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
     truncated: int = 0
 
+    def skip(self, cause: str, origin: Origin) -> None:
+        """Count a record that cannot be used."""
+        self.skipped.setdefault(cause, []).append(origin)
+
+    def ignore(self, keys: Iterable[str], origin: Origin) -> None:
+        """Count what was not used of a record that was."""
+        for key in keys:
+            count, first = self.unused.get(key, (0, origin))
+            self.unused[key] = count + 1, first
+
+    def where(self, origin: Origin) -> str:
+        """File and line."""
+        entry, line, number = origin
+        return place(self.files[entry], line, number)
+
     def lines(self) -> list[str]:
-        """One line a cause, naming the first records it met."""
-        return [
-            f"skipped {len(places):,}: {cause} ({', '.join(places[:_SHOWN])}{', ...' if len(places) > _SHOWN else ''})"
-            for cause, places in self.skipped.items()
+        """One line a note, a cause and a key, naming the first records it met."""
+        notes = [f"{self.files[entry]}: {note}" for entry, note in self.notes]
+        skipped = []
+        for cause, origins in self.skipped.items():
+            shown = [*map(self.where, origins[:_SHOWN])] + ["..."] * (len(origins) > _SHOWN)
+            skipped.append(f"skipped {len(origins):,}: {cause} ({', '.join(shown)})")
+        unused = [
+            f"not used: {key} of {count:,} records, from {self.where(first)} on"
+            for key, (count, first) in self.unused.items()
         ]
+        return [line for kind in (notes, skipped, unused) for line in _first(kind)]
 
     def check(self, origins: np.ndarray, most: float) -> None:
         """Raise `DataError` where more than the share `most` of all records was skipped.
@@ -63,26 +101,31 @@ class Omissions:
             )
 
 
+def _first(lines: list[str]) -> list[str]:
+    """As many lines as are worth reading."""
+    more = len(lines) - _LINES
+    return lines if more <= 0 else [*lines[:_LINES], f"... and {more:,} more like the last"]
+
+
 class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
-    `origins` int32 [documents, 3] has each one's place in `files`, its line there, and its number (see `Record`).
-    `lengths` and `supervised` [documents] count a document's tokens and the labels in it that count. `layouts` names,
-    for each of `files`, the one of `LAYOUTS` its records are in.
+    `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and `supervised` [documents] count a document's
+    tokens and the labels in it that count. `layouts` names, for each entry, the one of `LAYOUTS` its records are in.
+    `identity` is what all this follows from.
     """
 
     def __init__(
         self,
         arrays: dict[str, np.ndarray],
-        files: list[str],
         omissions: Omissions,
-        fingerprint: str,
+        identity: dict[str, Any],
         tokenizer: Tokenizer,
         layouts: Sequence[str] = (),
     ) -> None:
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
-        self.origins, self.files, self.layouts = arrays["origins"], files, layouts
-        self.fingerprint, self.omissions, self.tokenizer = fingerprint, omissions, tokenizer
+        self.origins, self.layouts = arrays["origins"], layouts
+        self.identity, self.omissions, self.tokenizer = identity, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
         # A document's first token is nobody's label.
         running = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
@@ -101,12 +144,16 @@ class Corpus:
 
     def where(self, index: int) -> str:
         """A document as a message names it: its number, file and line."""
-        file, line, number = self.origins[index].tolist()
-        return f"{index} ({place(self.files[file], line, number)})"
+        return f"{index} ({self.omissions.where(tuple(self.origins[index].tolist()))})"
+
+    @property
+    def fingerprint(self) -> str:
+        """See `identity`."""
+        return _fingerprint(self.identity)
 
     def documents_by_layout(self) -> dict[str, int]:
         """How many documents each layout has, the one with most first."""
-        counts = Counter(self.layouts[file] for file in self.origins[:, 0].tolist())
+        counts = Counter(self.layouts[entry] for entry in self.origins[:, 0].tolist())
         return dict(counts.most_common())
 
     def check_lengths(self, positions: int | None, made_for: int | None) -> list[str]:
@@ -176,38 +223,53 @@ def build_corpus(
     entries = load_data_config(data_config)
     chat = Chat(tokenizer, clock) if any(entry.prompt_type == CHAT for entry in entries) else None
     _ = chat and chat.stop_ids  # works out how the template ends an answer, before any file is read
-    fingerprint = _fingerprint(entries, tokenizer, max_words, dialog, chat)
-    cached = cache_dir / f"{fingerprint}.safetensors" if cache_dir else None
-    files = [str(entry.path) for entry in entries]
+    identity = _identity(entries, tokenizer, max_words, dialog, chat)
+    cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
     layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
-    if cached and (kept := _from_cache(cached, files, fingerprint, tokenizer, layouts)):
-        kept.omissions.check(kept.origins, max_skipped)
-        return kept
-    omissions = Omissions()
+    omissions = Omissions([str(entry.path) for entry in entries])
+    if cached and (kept := _from_cache(cached, omissions)):
+        omissions.check(kept["origins"], max_skipped)
+        return Corpus(kept, omissions, identity, tokenizer, layouts)
     documents = list(_documents(entries, chat, dialog, omissions))
-    arrays = _tokenize(documents, files, tokenizer, max_words, threads, omissions)
+    arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
-        raise DataError("\n".join([f"{', '.join(files)}: not one record can be trained on.", *omissions.lines()]))
+        expected = "instruction, output and perhaps input, or, with --dialog, conversations"
+        found = f"{', '.join(omissions.files)}: not one record can be trained on; expected {expected}."
+        raise DataError("\n".join([found, *omissions.lines()]))
     omissions.check(arrays["origins"], max_skipped)
     if cached:
         _to_cache(cached, arrays, omissions)
-    return Corpus(arrays, files, omissions, fingerprint, tokenizer, layouts)
+    return Corpus(arrays, omissions, identity, tokenizer, layouts)
 
 
 def _documents(
     entries: list[DataEntry], chat: Chat | None, dialog: bool, omissions: Omissions
-) -> Iterator[tuple[Record, list[Segment]]]:
-    for entry in entries:
-        records = read_records(entry.path)
+) -> Iterator[tuple[Origin, list[Segment]]]:
+    for place_of_entry, entry in enumerate(entries):
+        notes = _unused_settings(entry, dialog)
+        records = read_records(entry.path, notes)
         if entry.ratio < 1:
             count = min(max(round(entry.ratio * len(records)), 1), len(records))
+            notes.append(f"{count:,} of {len(records):,} records, as ratio {entry.ratio:g} says")
             chosen = np.random.default_rng(0).choice(len(records), count, replace=False)
             records = [records[i] for i in sorted(chosen)]
+        omissions.notes += [(place_of_entry, note) for note in notes]
         for record in records:
+            origin = (place_of_entry, record.line, record.number)
             try:
-                yield from ((record, segments) for segments in _segments(record, entry, chat, dialog))
+                yield from ((origin, segments) for segments in _segments(record, entry, chat, dialog))
+                omissions.ignore(unused_keys(record.fields, entry.prompt_type, dialog, bool(entry.preprocess)), origin)
             except UnusableRecord as cause:
-                omissions.skipped[str(cause)].append(record.where)
+                omissions.skip(str(cause), origin)
+
+
+def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
+    """What an entry says that makes no difference here."""
+    notes = ["root is not used: there is no vision part yet"] * bool(entry.root)
+    notes += ["preprocess is not used with --dialog"] * bool(dialog and entry.preprocess)
+    if dialog and entry.prompt_type != CHAT and "prompt_type" in entry.model_fields_set:
+        notes.append(f"prompt_type {entry.prompt_type} is not used: --dialog lays conversations out its own way")
+    return notes
 
 
 def _segments(record: Record, entry: DataEntry, chat: Chat | None, dialog: bool) -> list[list[Segment]]:
@@ -229,8 +291,7 @@ def _by_chat_template(messages: list[dict[str, str]], chat: Chat) -> list[list[S
 
 
 def _tokenize(
-    documents: list[tuple[Record, list[Segment]]],
-    files: list[str],
+    documents: list[tuple[Origin, list[Segment]]],
     tokenizer: Tokenizer,
     max_words: int,
     threads: int,
@@ -243,20 +304,20 @@ def _tokenize(
         first = iter(tokenizer.encode_batch([segments[0].text for segments in texts], threads=threads))
         later_texts = [segment.text for segments in texts for segment in segments[1:]]
         later = iter(tokenizer.encode_batch(later_texts, continuation=True, threads=threads))
-        for record, segments in chunk:
+        for origin, segments in chunk:
             if segments[0].ids is None:
                 pieces = [next(first)] + [next(later) for _ in segments[1:]]
                 ids, flags = _assemble(pieces, segments, tokenizer)
             else:
                 ids, flags = _joined([segment.ids for segment in segments], segments)
             if not flags[1:max_words].any():
-                omissions.skipped[f"its prompt fills all {max_words} tokens of --max_words"].append(record.where)
+                omissions.skip(f"its prompt fills all {max_words} tokens of --max_words", origin)
                 continue
             omissions.truncated += len(ids) > max_words
             tokens.append(ids[:max_words])
             learned.append(flags[:max_words])
             lengths.append(len(tokens[-1]))
-            origins.append((files.index(str(record.path)), record.line, record.number))
+            origins.append(origin)
     empty = [np.zeros(0, np.int32)]
     return {
         "tokens": np.concatenate(tokens or empty),
@@ -281,21 +342,34 @@ def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.nd
     return np.array(ids, dtype=np.int32), flags
 
 
-def _fingerprint(
+def _identity(
     entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool, chat: Chat | None
-) -> str:
-    digest = hashlib.sha256(f"6:{tokenizer.fingerprint}:{max_words}:{dialog}:{chat and chat.layout}".encode())
+) -> dict[str, Any]:
+    """All that documents follow from, as JSON has it: the user's choices by their names, contents by digests."""
+    files = []
     for entry in entries:
         try:
             content = hashlib.sha256(entry.path.read_bytes()).hexdigest()
         except OSError as error:
             raise DataError(f"{entry.path}: cannot be read ({error.strerror}).") from error
-        digest.update(f"{entry.model_dump_json(exclude={'path'})}{entry.path.suffix}{content}".encode())
-    return digest.hexdigest()
+        said = entry.model_dump(mode="json", exclude={"path", "type", "root"})
+        files.append({**said, "suffix": entry.path.suffix.lower(), "content": content[:_DIGITS]})
+    return {
+        "format": _FORMAT,
+        "max_words": max_words,
+        "dialog": dialog,
+        "tokenizer": tokenizer.fingerprint[:_DIGITS],
+        "chat_template": chat and hashlib.sha256(chat.layout.encode()).hexdigest()[:_DIGITS],
+        "META": files,
+    }
+
+
+def _fingerprint(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -> None:
-    story = {"skipped": json.dumps(omissions.skipped), "truncated": str(omissions.truncated)}
+    story = {name: json.dumps(getattr(omissions, name)) for name in _TOLD}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, path, metadata=story)  # written beside and renamed, so readers see all of it or nothing
@@ -304,16 +378,15 @@ def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -
         raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
 
 
-def _from_cache(
-    path: Path, files: list[str], fingerprint: str, tokenizer: Tokenizer, layouts: list[str]
-) -> Corpus | None:
-    """The corpus kept at `path`, or None where there is none or it is damaged."""
+def _from_cache(path: Path, omissions: Omissions) -> dict[str, np.ndarray] | None:
+    """The arrays kept at `path`, `omissions` being told what was; None where there is nothing, or it is damaged."""
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
         with safe_open(path, framework="pt") as file:
             story = file.metadata()
             arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets", "origins")}
-        omissions = Omissions(defaultdict(list, json.loads(story["skipped"])), int(story["truncated"]))
     except (OSError, SafetensorError):
         return None
-    return Corpus(arrays, files, omissions, fingerprint, tokenizer, layouts)
+    for name in _TOLD:
+        setattr(omissions, name, json.loads(story[name]))
+    return arrays

@@ -24,7 +24,7 @@ class DataEntry(BaseModel):
     path: Path
     """The data file; a relative one is looked for beside the YAML, then in the current directory."""
     type: str = "text"
-    """A name for the group of data."""
+    """A name for the group of data; nothing follows from it."""
     prompt_type: Literal[(*PROMPT_TYPES, CHAT)] = "alpaca"
     """Template of the prompt; `chat` is the checkpoint's own, for conversations (--dialog) too."""
     preprocess: Literal["single_turn_llava"] | None = None
@@ -39,6 +39,14 @@ class DataEntry(BaseModel):
     def _null_is_none(cls, value: Any) -> Any:
         """Upstream spells the template without words `null`."""
         return "none" if value is None else value
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _truth_is_no_share(cls, value: Any) -> Any:
+        """Pydantic would take `true` for 1."""
+        if isinstance(value, bool):
+            raise ValueError("expected a number")
+        return value
 
 
 def load_data_config(path: Path) -> list[DataEntry]:

@@ -21,7 +21,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 """Of data files, in small letters or capitals."""
 _LISTED = "a JSON list of objects, an object a line, or one object that holds one list of objects"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
-_SHOWN = 12  # keys named in a message
+_SHOWN, _LONGEST = 12, 40  # keys named in a message, and characters of each
 _UNPACK = "unpack it first"
 _REMEDIES = {
     ".parquet": 'write it as JSON Lines: pandas.read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True)',
@@ -192,7 +192,7 @@ def _place_of(key: str, text: str, at: int, path: Path) -> int:
 
 def shown_keys(keys: Iterable[str]) -> str:
     """Names for a message, the first dozen of them."""
-    names = [repr(key) for key in keys]
+    names = [repr(key[:_LONGEST]) for key in keys]
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from accessory.data.records import kind
+from accessory.data.records import kind, shown_keys
 from accessory.errors import ConfigError, nearest
 from accessory.tokenizer.chat import ROLES
 
@@ -54,6 +55,10 @@ _CHAT_ROLES = {
     **{role: role for role in ROLES},
 }
 """Name of a speaker -> role of his messages, for a chat template."""
+
+_TURN_KEYS = ("from", "value")
+_EMPTY = (None, "", [], {})
+_SHOWN = 40  # characters of a name in a message
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _question_and_answer(fields: dict[str, Any], prompt_type: str) -> tuple[str,
     if fields.get("image"):
         raise UnusableRecord("has an image, and there is no vision part yet")
     instruction = "" if prompt_type == "caption" and "instruction" not in fields else _text(fields, "instruction")
-    context = fields.get("input") or ""
+    context = "" if fields.get("input") is None else fields["input"]
     if not isinstance(context, str):
         raise UnusableRecord(f"'input' is {kind(context)}, expected text")
     output = _text(fields, "output")
@@ -146,7 +151,7 @@ def question_prompt(question: str, context: str, layout: str) -> str | list[dict
     if layout == CHAT:
         return question_messages(question, context)
     if layout == DIALOG:
-        words = question_messages(question, context)[0]["content"].strip()
+        words = question_messages(question, context)[0]["content"]
         segments = _dialog_segments([("Human", words), ("Assistant", "")])
         return DialogPrompt(tuple(segment.text for segment in segments[:-1]))
     return format_prompt(question, context, layout)
@@ -198,28 +203,57 @@ def _check_text(texts: Iterable[str]) -> None:
 def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
     turns = fields.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise UnusableRecord(f"has no list 'conversations'{_nearest_key(fields, 'conversations')}")
+        single = "; instruction and output are learned without --dialog and preprocess" if "output" in fields else ""
+        raise UnusableRecord(f"has no list {_missing(fields, 'conversations')}{single}")
     found = [_turn(turn, roles) for turn in turns]
-    if any(role == roles["assistant"] and not words for role, words in found):
+    if fields.get("image"):  # whose place in the text is no word of it
+        found = [(role, words.replace("<image>", "").strip()) for role, words in found]
+    if any(role == roles["assistant"] and not words.strip() for role, words in found):
         raise UnusableRecord("'conversations' holds an empty answer")
     return found
 
 
 def _turn(turn: Any, roles: dict[str, str]) -> tuple[str, str]:
-    role = roles.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-    if role is None or not isinstance(turn.get("value"), str):
-        raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(roles)}) and 'value'")
-    return role, turn["value"].replace("<image>", "").strip()
+    if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in _TURN_KEYS):
+        found = f"it has {shown_keys(turn)}" if isinstance(turn, dict) else f"it is {kind(turn)}"
+        raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(roles)}) and 'value': {found}")
+    speaker = turn["from"]
+    if speaker not in roles:
+        chat = "; prompt_type: chat takes it" if speaker in _CHAT_ROLES else ""
+        raise UnusableRecord(
+            f"'conversations' holds a turn from {speaker[:_SHOWN]!r}; expected {', '.join(roles)}{chat}"
+        )
+    return roles[speaker], turn["value"]
 
 
 def _text(fields: dict[str, Any], key: str) -> str:
     if key not in fields:
-        raise UnusableRecord(f"has no {key!r}{_nearest_key(fields, key)}")
+        dialog = "; conversations are learned with --dialog" if "conversations" in fields else ""
+        raise UnusableRecord(f"has no {_missing(fields, key)}{dialog}")
     if not isinstance(fields[key], str):
         raise UnusableRecord(f"{key!r} is {kind(fields[key])}, expected text")
     return fields[key]
 
 
-def _nearest_key(fields: dict[str, Any], key: str) -> str:
-    hint = nearest(key, fields)
-    return hint.replace(" Did you mean", "; did it mean").rstrip("?") if hint else ""
+def _missing(fields: dict[str, Any], key: str) -> str:
+    """A key that is not there, with those that are and the one that may be meant."""
+    hint = nearest(key, fields).replace(" Did you mean", "; did it mean").rstrip("?")
+    return f"{key!r} among its keys {shown_keys(fields) or '(it has none)'}{hint}"
+
+
+def unused_keys(fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool) -> list[str]:
+    """What a record holds that `prompt_type`, `--dialog` and `preprocess` make nothing of, empty values aside."""
+    turns = fields["conversations"] if dialog or llava else []
+    read = {"conversations"} if turns else _keys_of(prompt_type)
+    found = [key for key, value in fields.items() if key not in read and value not in _EMPTY]
+    inner = {key for turn in turns for key, value in turn.items() if key not in _TURN_KEYS and value not in _EMPTY}
+    beyond = ["conversations after the first answer"] if turns and not dialog and len(turns) > 2 else []
+    return [repr(key) for key in found] + [f"{key!r} in conversations" for key in sorted(inner)] + beyond
+
+
+@lru_cache
+def _keys_of(prompt_type: str) -> frozenset[str]:
+    """The keys of a single question and answer that a template makes use of."""
+    marks = {"instruction": "\ufdd0", "input": "\ufdd1"}  # noncharacters, which no template holds
+    prompt = PROMPT_TYPES.get(prompt_type, "{}{}".format)(*marks.values())
+    return frozenset({"output", *(key for key, mark in marks.items() if mark in prompt)})

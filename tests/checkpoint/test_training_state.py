@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from accessory.quant.moments import pack_moment, unpack_moment
 
 SLICINGS = {"wq.weight": Slicing(dim=0), "wo.weight": Slicing(dim=1), "norm.weight": Slicing(partial=True)}
 IDENTITY = {
-    "llama_type": "llama_peft", "settings": {"lora_rank": 4, "lora_targets": ["wq", "wo"]}, "data": "ab12", "seed": 0,
+    "llama_type": "llama_peft", "settings": {"lora_rank": 4, "lora_targets": ["wq", "wo"]}, "seed": 0,
+    "data": {"max_words": 1024, "META": [{"prompt_type": "alpaca", "content": "ab"}]},
     "global_batch": 16, "quantization": None, "optim": "adamw",
 }  # fmt: skip
 OTHER = {
-    "llama_type": "llama", "settings": {"lora_rank": 8, "lora_targets": ["wq", "wo"]}, "data": "cd34", "seed": 1,
+    "llama_type": "llama", "settings": {"lora_rank": 8, "lora_targets": ["wq", "wo"]}, "seed": 1,
+    "data": {"max_words": 512, "META": [{"prompt_type": "none", "content": "ab"}]},
     "global_batch": 8, "quantization": "nf4", "optim": "adamw8bit",
 }  # fmt: skip
 PROGRESS = Progress(epoch=1, step=2, total_steps=7, loss_scale=1024.0, good_steps=3)
@@ -272,7 +275,7 @@ def test_moments_are_cut_for_another_layout(trained, tmp_path: Path) -> None:
             assert torch.equal(whole, optimizer.state[parameter][moment]), name
 
 
-@pytest.mark.parametrize("field", IDENTITY)
+@pytest.mark.parametrize("field", [field for field in IDENTITY if field not in ("settings", "data")])
 def test_another_run_is_refused(trained, tmp_path: Path, field: str) -> None:
     """Field by field, with both values."""
     with pytest.raises(CheckpointError) as caught:
@@ -283,11 +286,34 @@ def test_another_run_is_refused(trained, tmp_path: Path, field: str) -> None:
     )
 
 
+def test_of_many_values_those_that_differ_are_named(trained, tmp_path: Path) -> None:
+    """By the user's own names, not as two digests or two long lists."""
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, *trained, settings=OTHER["settings"], data=OTHER["data"])
+    assert str(caught.value) == (
+        f"{tmp_path}: belongs to another run: settings.lora_rank was 4, is 8; data.max_words was 1024, is 512; "
+        "data.META[0].prompt_type was 'alpaca', is 'none'."
+    )
+    with pytest.raises(CheckpointError, match=r"data\.META was \[.*'ab'.*\], is \[\]\. To go on all the same"):
+        load(tmp_path, *trained, data={"max_words": 1024, "META": []})
+
+
+def test_data_that_an_earlier_version_knew_by_a_digest_are_another(trained, tmp_path: Path) -> None:
+    record = tmp_path / "training_state.json"
+    saved = json.loads(record.read_text())
+    saved["identity"]["data"] = "ab12"
+    record.write_text(json.dumps(saved))
+    words = r"data was 'ab12', which does not tell what of it is another now\. To go on .*--allow_changed data"
+    with pytest.raises(CheckpointError, match=words):
+        load(tmp_path, *trained)
+    assert load(tmp_path, *trained, allowed=("data",)).changed == ("data",)
+
+
 def test_all_differences_are_named(trained, tmp_path: Path) -> None:
     """At once."""
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path, *trained, **OTHER)
-    assert all(f"{field} was" in str(caught.value) for field in IDENTITY)
+    assert all(re.search(rf"\b{field}\S* was", str(caught.value)) for field in IDENTITY)
 
 
 @pytest.mark.parametrize("gone", ["training_state.json", "training_state.safetensors"])
@@ -334,8 +360,8 @@ def test_record_is_json(tmp_path: Path) -> None:
 
 
 def test_what_is_allowed_may_differ_and_is_told(trained, tmp_path: Path) -> None:
-    found = load(tmp_path, *trained, allowed=("seed", "data"), seed=1, data="cd34")
-    assert found.changed == ("data", "seed") and not found.inexact
+    found = load(tmp_path, *trained, allowed=("seed", "data"), seed=1, data=OTHER["data"])
+    assert found.changed == ("seed", "data") and not found.inexact
     with pytest.raises(CheckpointError, match=r"global_batch was 16, is 8\. To go on .*--allow_changed global_batch\."):
         load(tmp_path, *trained, allowed=("seed",), seed=1, global_batch=8)
     with pytest.raises(CheckpointError, match=r"lora_rank.*\.$") as refused:

@@ -80,7 +80,9 @@ def test_skipped_records_are_counted_by_cause_with_their_first_lines(write, toke
     path = write("x.jsonl", [GOOD, *bad, GOOD])
     corpus = make(path, tokenizer)
     assert len(corpus) == 2
-    assert f"skipped 5: has no 'output' ({path}:2, {path}:3, {path}:4, ...)" in corpus.report
+    assert (
+        f"skipped 5: has no 'output' among its keys 'instruction' ({path}:2, {path}:3, {path}:4, ...)" in corpus.report
+    )
     assert f"skipped 1: 'output' is empty ({path}:7)" in corpus.report
     assert f"({path}:8)" in corpus.report and corpus.report.startswith("2 documents")
 
@@ -89,7 +91,9 @@ def test_no_usable_record_is_an_error_with_the_causes(write, tokenizer):
     path = write("x.jsonl", [{"instruction": "q"}, {"output": "a"}])
     with pytest.raises(DataError) as caught:
         make(path, tokenizer)
-    assert f"no 'output' ({path}:1)" in str(caught.value) and f"no 'instruction' ({path}:2)" in str(caught.value)
+    assert "expected instruction, output and perhaps input, or, with --dialog, conversations" in str(caught.value)
+    for cause in (f"no 'output' among its keys 'instruction' ({path}:1)", f"keys 'output' ({path}:2)"):
+        assert cause in str(caught.value)
 
 
 def test_only_what_the_assistant_says_is_learned(write, tokenizer):
@@ -113,6 +117,73 @@ def test_ratio_takes_the_same_share_every_time(write, tokenizer):
     assert len(quarter) == 25 and same(quarter, again)
     numbers = [int(quarter.show(i).split("### Instruction:\n")[1].split("\n")[0]) for i in range(25)]
     assert numbers == sorted(set(numbers)) and numbers != list(range(25))
+
+
+def test_what_is_not_used_is_said_once_with_counts(write, tokenizer, tmp_path):
+    """Of values that are something, in records that are used, whether read now or from the cache."""
+    records = [
+        {**GOOD, "system": "Be brief.", "history": [["a", "b"]], "id": 1},
+        {**GOOD, "system": "Be long.", "history": [], "id": 2},
+        {**GOOD, "system": "", "history": None, "input": ""},
+        {"instruction": "q", "system": "no answer"},
+    ]
+    path = write("x.jsonl", records)
+    for _ in range(2):
+        lines = make(path, tokenizer, cache_dir=tmp_path / "cache").report.splitlines()
+        assert lines[2:] == [
+            f"not used: 'system' of 2 records, from {path}:1 on",
+            f"not used: 'history' of 1 records, from {path}:1 on",
+            f"not used: 'id' of 2 records, from {path}:1 on",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("prompt_type", "unused"),
+    [("alpaca", []), ("none", ["'input'"]), ("qg", ["'input'"]), ("shortqa", ["'input'"]),
+     ("caption", ["'instruction'", "'input'"])],
+)  # fmt: skip
+def test_what_a_template_has_no_place_for_is_not_used(write, tokenizer, prompt_type, unused):
+    write("x.json", [{**GOOD, "input": "i"}])
+    report = make(write("c.yaml", f"META: [{{path: x.json, prompt_type: {prompt_type}}}]"), tokenizer).report
+    assert [line.split(" ")[2] for line in report.splitlines() if line.startswith("not used")] == unused
+
+
+def test_what_a_conversation_holds_beside_its_words_is_not_used(write, tokenizer):
+    turns = [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a", "tools": []}] * 2
+    path = write("x.json", [{"conversations": turns, "system": "s"}])
+    assert make(path, tokenizer, dialog=True).report.splitlines()[1:] == [
+        f"not used: 'system' of 1 records, from {path}:1 on",
+        f"not used: 'weight' in conversations of 1 records, from {path}:1 on",
+    ]
+    llava = make(write("c.yaml", "META: [{path: x.json, preprocess: single_turn_llava}]"), tokenizer)
+    assert "not used: conversations after the first answer of 1 records" in llava.report
+
+
+def test_settings_that_change_nothing_are_said(write, tokenizer):
+    write("x.json", [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 8)
+    settings = "path: x.json, root: r, preprocess: single_turn_llava, prompt_type: none, ratio: 0.5"
+    report = make(write("c.yaml", f"META: [{{{settings}}}]"), tokenizer, dialog=True).report
+    for words in (
+        "x.json: root is not used", "x.json: preprocess is not used with --dialog",
+        "x.json: prompt_type none is not used: --dialog", "x.json: 4 of 8 records, as ratio 0.5 says",
+    ):  # fmt: skip
+        assert words in report
+
+
+def test_how_a_file_was_read_is_said(write, tokenizer):
+    report = make(write("x.csv", "instruction,output\nq,a\n"), tokenizer).report
+    assert "x.csv: columns separated by commas" in report
+
+
+def test_two_entries_of_one_file_stay_apart(write, tokenizer):
+    write("x.json", [GOOD])
+    corpus = make(write("c.yaml", "META: [{path: x.json}, {path: x.json, prompt_type: none}]"), tokenizer)
+    assert corpus.origins[:, 0].tolist() == [0, 1] and corpus.documents_by_layout() == {"alpaca": 1, "none": 1}
+
+
+def test_a_report_stays_short(write, tokenizer):
+    path = write("x.jsonl", [GOOD, *({f"key {i}": 1} for i in range(99))])
+    assert "... and 69 more like the last" in make(path, tokenizer).report
 
 
 def test_threads_and_place_change_nothing(write, tokenizer, tmp_path):

@@ -74,7 +74,7 @@ def test_all_faults_are_told_at_once(write, data):
     assert str(data.parent) in message
 
 
-@pytest.mark.parametrize("ratio", ["1.5", "-0.1", ".nan", "many"])
+@pytest.mark.parametrize("ratio", ["1.5", "-0.1", ".nan", "many", "true"])
 def test_ratio_is_a_share(write, data, ratio):
     assert "'ratio'" in refused(write("c.yaml", f"META:\n- path: x.json\n  ratio: {ratio}\n"))
 

@@ -1,12 +1,14 @@
 import pytest
 
 from accessory.data.templates import (
+    DIALOG,
     DIALOG_SYSTEM,
     UnusableRecord,
     conversation,
     conversation_messages,
     format_prompt,
     question_messages,
+    question_prompt,
     single_turn,
     single_turn_llava,
     single_turn_messages,
@@ -72,6 +74,9 @@ def test_a_caption_needs_no_instruction():
         ({"instruction": "q", "output": ["a"]}, "'output' is a list"),
         ({"instruction": None, "output": "a"}, "'instruction' is null"),
         ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a number"),
+        ({"instruction": "q", "input": 0, "output": "a"}, "'input' is a number"),
+        ({"instruction": "q", "input": [], "output": "a"}, "'input' is a list"),
+        (turns(("human", "q"), ("gpt", "a")), "'instruction' among its keys 'conversations'; .*with --dialog"),
         ({"instruction": "q", "output": "a", "image": "x.jpg"}, "has an image"),
     ],
 )
@@ -96,12 +101,26 @@ def test_dialog_layout_and_what_is_learned_of_it():
     assert [s.text for s in segments if s.supervised] == [" a1\n###", " a2\n###"]
 
 
+def test_words_of_a_dialog_stand_as_they_are():
+    """The first indentation of code above all; `<image>` is a word where there is no image."""
+    question, answer = "  def f():\n", "    return '<image>'\n"
+    fields = turns(("human", question), ("gpt", answer))
+    assert [s.text for s in conversation(fields) if s.supervised] == [f" {answer}\n###"]
+    assert f"### Human: {question}\n###" in text(conversation(fields))
+    assert [message["content"] for message in conversation_messages(fields)] == [question, answer]
+    pieces = question_prompt(question, "", DIALOG).pieces
+    assert "".join(pieces) == text(conversation(fields)[:-1])
+
+
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
         ({"conversation": []}, "no list 'conversations'.*'conversation'"),
         (turns(("human", "q")), "no turn of the assistant"),
-        (turns(("human", "q"), ("robot", "a")), "turn without 'from'"),
+        (turns(("human", "q"), ("robot", "a")), "a turn from 'robot'; expected human, user, gpt, assistant$"),
+        (turns(("system", "s"), ("human", "q")), "a turn from 'system'; expected human, .*prompt_type: chat takes it"),
+        ({"conversations": [{"role": "user", "content": "q"}]}, "without 'from' .*: it has 'role', 'content'"),
+        ({"instruction": "q", "output": "a"}, "among its keys 'instruction', 'output'.* without --dialog"),
         (turns(("human", "q"), ("gpt", 3)), "and 'value'"),
         ({"conversations": ["q", "a"]}, "turn without 'from'"),
         ({**turns(("human", "q"), ("gpt", "a")), "image": "x"}, "has an image"),
@@ -191,7 +210,7 @@ def test_speakers_as_roles():
         ([("system", "s"), ("gpt", "a")], "follows no turn"),
         ([("system", "s"), ("human", "q")], "no turn of the assistant"),
         ([("human", "q"), ("gpt", " ")], "empty answer"),
-        ([("human", "q"), ("robot", "a")], r"without 'from' \(human, gpt, observation, system, .*tool\)"),
+        ([("human", "q"), ("robot", "a")], "a turn from 'robot'; expected human, gpt, observation, system, .*tool$"),
     ],
 )
 def test_messages_that_nobody_answers_are_a_cause(pairs, cause):

@@ -32,7 +32,10 @@ BAD_LINES = {
     "no UTF-8": (b'{"instruction": "\xff\xfe", "output": "a"}', "is not UTF-8"),
     "wrong kind": (b'{"instruction": 3, "output": "a"}', "'instruction' is a number, expected text"),
     "list": (b'["a", "b"]', "is a list, not an object"),
-    "missing key": (b'{"instruction": "a", "outputs": "b"}', "has no 'output'; did it mean 'outputs'"),
+    "missing key": (
+        b'{"instruction": "a", "outputs": "b"}',
+        "has no 'output' among its keys 'instruction', 'outputs'; did it mean 'outputs'",
+    ),
     "empty answer": (b'{"instruction": "a", "output": "  "}', "'output' is empty"),
     "duplicate key": (b'{"instruction": "a", "output": "b", "output": "c"}', "holds the key 'output' twice"),
     "NaN": (b'{"instruction": "a", "output": NaN}', "holds NaN, which is not JSON"),

@@ -140,9 +140,11 @@ def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torch
     ("flags", "words"),
     [
         (["--batch_size", "3"], "global_batch was 8, is 12"),
-        (["--data_config", "DATA"], "data was '[0-9a-f]{64}', is '[0-9a-f]{64}'"),
-        (["--llama_config", "LORA"], "settings was {.*'lora_rank': 4.*}, is {.*'lora_rank': 8"),
-        (["--pretrained_path", "BASE"], r"base was \['\w{16}'\], is \['\w{16}'\]"),
+        (["--data_config", "DATA"], r"data\.META\[0\]\.content was '[0-9a-f]{32}', is '[0-9a-f]{32}'\. To"),
+        (["--max_words", "150"], r"data\.max_words was 160, is 150\. To go on all the same: --allow_changed data"),
+        (["--data_config", "YAML"], r"data\.META\[0\]\.prompt_type was 'alpaca', is 'none'\. To go on"),
+        (["--llama_config", "LORA"], r"settings\.lora_rank was 4, is 8\."),
+        (["--pretrained_path", "BASE"], r"base\[0\] was '\w{16}', is '\w{16}'"),
         (["--seed", "1"], "seed was 0, is 1"),
         (["--lr", "0.02"], r"lr was 0\.01, is 0\.02"),
         (["--epochs", "4"], "epochs was 2, is 4"),
@@ -155,6 +157,8 @@ def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torch
 def test_06_a_changed_run_is_refused(flags: list[str], words: str, saved: Job, tmp_path: Path) -> None:
     """Field by field, with the saved and the current value."""
     made = {"DATA": tmp_path / "data.json", "LORA": tmp_path / "lora.json", "BASE": tmp_path / "base"}
+    made["YAML"] = tmp_path / "data.yaml"
+    made["YAML"].write_text(f"META: [{{path: {ROOT / 'data_example' / 'accessory_qa.json'}, prompt_type: none}}]")
     made["DATA"].write_text(json.dumps([{"instruction": f"count to {i}", "output": str(i)} for i in range(99)]))
     made["LORA"].write_text('{"lora_rank": 8, "lora_dropout": 0.2}')
     shutil.copytree(saved.base, made["BASE"])

@@ -56,4 +56,4 @@ def random_corpus(lengths: list[int], supervised: float, vocab_size: int) -> Cor
         "offsets": offsets,
         "origins": np.zeros((len(lengths), 3), dtype=np.int32),
     }
-    return Corpus(arrays, ["random documents"], Omissions(), fingerprint="random", tokenizer=None)
+    return Corpus(arrays, Omissions(["random documents"]), identity={}, tokenizer=None)
