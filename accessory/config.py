@@ -79,14 +79,14 @@ class FinetuneConfig(BaseModel):
     """Micro-batches per optimizer step; a global batch is batch_size x accum_iter x data-parallel ranks."""
     epochs: int = Field(default=3, ge=1)
     """Passes over the data."""
-    warmup_epochs: float = Field(default=1.0, ge=0)
-    """Linear warm-up of the learning rate, in (fractional) epochs."""
+    warmup_epochs: float = Field(default_factory=lambda given: min(given["epochs"] / 10, 1.0), ge=0)
+    """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, but 1 at most."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps; the schedule still follows --epochs."""
     lr: float = Field(default=0.001, gt=0)
     """Highest learning rate."""
-    min_lr: float = Field(default=0.0001, ge=0)
-    """Learning rate at the end of the cosine."""
+    min_lr: float = Field(default_factory=lambda given: given["lr"] / 10, ge=0)
+    """Learning rate at the end of the cosine; absent: a tenth of --lr."""
     weight_decay: float = Field(default=0.02, ge=0)
     """AdamW's decay; biases and norms are spared."""
     optim: Literal[OPTIMIZERS] = "adamw"
@@ -307,14 +307,14 @@ def _holds(annotation: Any, kind: type) -> bool:
 def _default_text(field: Any) -> str:
     if field.is_required():
         return " Required."
-    return "" if field.default in (None, False, []) else f" Default: {field.default}."
+    return "" if field.default_factory or field.default in (None, False, []) else f" Default: {field.default}."
 
 
 def flags_table(config_class: type[BaseModel]) -> str:
     """The Markdown table of an entry's flags, as README shows it."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for name, field in config_class.model_fields.items():
-        default = "required" if field.is_required() else _shown(field.default)
+        default = "required" if field.is_required() else "" if field.default_factory else _shown(field.default)
         rows.append(f"| `--{name}` | {default} | {(field.description or '').replace('|', '/')} |")
     return "\n".join(rows)
 

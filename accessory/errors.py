@@ -135,6 +135,8 @@ def explain_validation(error: ValidationError, source: str, valid_names: Iterabl
             lines.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}.")
         elif fault["type"] == "extra_forbidden":
             lines.append(f"{source}: unknown key {key!r}.{nearest(str(fault['loc'][-1]), names)}")
+        elif fault["type"] == "default_factory_not_called":
+            continue  # it follows from a value that has a line of its own
         elif fault["type"] == "missing":
             lines.append(f"{source}: {key!r} is required and missing.")
         else:

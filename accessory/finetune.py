@@ -46,8 +46,12 @@ from accessory.saving import Saver
 from accessory.stop_signals import StopSignals
 
 CACHE_DIR = Path("accessory_data_cache")
+FEW_STEPS = 50
+"""Optimizer steps of which fewer are said to be few."""
 _COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
 """Flags that set what a step does, or how long a run is."""
+_FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
+"""Flags whose value, where it is not given, follows from another's, and changes with it."""
 _PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "seed", "global_batch"))
@@ -115,6 +119,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
         together(lambda: restore_training_state(found, optimizer, parameters, slicings, layout))
     progress = _progress(found, layout)
     schedule = _schedule(config, job.order, progress)
+    _say(layout, *_course(config, job.order, schedule, progress))
     together(lambda: status.begin(progress.total_steps))
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
     with closing(reporter):
@@ -138,6 +143,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
         groups.limit_waiting(timedelta(seconds=config.timeout))
         signals.deferring = True
         engine.train(progress)
+    if config.dry_run:
+        _say(layout, "all right, nothing written")
     return model
 
 
@@ -317,7 +324,7 @@ def _find_resumption(job: _Job) -> Resumption | None:
     config = job.config
     if config.resume is None:
         return None
-    found = together(lambda: find_resumption(config.resume, job.identity, job.conditions, config.allow_changed))
+    found = together(lambda: find_resumption(config.resume, job.identity, job.conditions, _allowed(config)))
     notes = [f"resuming {config.resume} after step {found.progress.total_steps}"]
     if found.inexact:
         notes.append(f"not bit for bit: {'; '.join(found.inexact)}")
@@ -325,6 +332,12 @@ def _find_resumption(job: _Job) -> Resumption | None:
         notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
     _say(job.layout, *notes)
     return found
+
+
+def _allowed(config: FinetuneConfig) -> set[str]:
+    """What may differ from the saved run: what the user says, and what follows from it."""
+    following = {name for name, of in _FOLLOWS.items() if of in config.allow_changed} - config.model_fields_set
+    return following.union(config.allow_changed)
 
 
 def _progress(found: Resumption | None, layout: Layout) -> Progress:
@@ -354,6 +367,24 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder, progress: Progress) ->
         max_steps=progress.total_steps + 1 if config.dry_run else config.max_steps,
         skipped_count=not config.dry_run,
     )
+
+
+def _course(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, progress: Progress) -> list[str]:
+    """How many steps the run has, and what to change if they are too few to learn from."""
+    steps = replace(schedule, max_steps=config.max_steps).total_steps(progress)  # not the one of a dry run
+    epochs = steps / order.steps_per_epoch
+    notes = [f"optimizer steps: {steps:,}, {order.steps_per_epoch:,} an epoch, of {order.global_batch} documents each"]
+    if schedule.warmup_epochs >= epochs:
+        reached = schedule.learning_rate(epochs)
+        notes.append(
+            f"the run ends within its warm-up, at a learning rate of {reached:.2e}: --warmup_epochs is "
+            f"{schedule.warmup_epochs:g}, the run {epochs:.3g} epochs"
+        )
+    if steps < FEW_STEPS and config.max_steps is None:
+        smaller = [f"a smaller --{name}" for name in ("accum_iter", "batch_size") if getattr(config, name) > 1]
+        ways = " or ".join(["more --epochs", *smaller])
+        notes.append(f"{steps} steps may be too few to learn anything: {ways} gives more of them")
+    return notes
 
 
 def _saver(

@@ -14,14 +14,15 @@ from accessory.errors import ConfigError
 UPSTREAM = {
     "batch_size": 16, "accum_iter": 4, "llama_type": "llama", "llama_config": [], "no_visual": False,
     "tokenizer_path": None, "pretrained_path": None, "pretrained_type": None, "weight_decay": 0.02, "lr": 0.001,
-    "min_lr": 0.0001, "epochs": 3, "warmup_epochs": 1.0, "clip_grad": -1.0, "max_words": 1024, "dialog": False,
+    "min_lr": 0.0001, "epochs": 3, "warmup_epochs": 0.3, "clip_grad": -1.0, "max_words": 1024, "dialog": False,
     "data_config": None, "image_transform": "random_resized_crop", "cache_ann_on_disk": False,
     "output_dir": Path("output_dir"), "save_interval": 1, "save_iteration_interval": 5000,
     "only_save_trainable": False, "seed": 0, "resume": None, "num_workers": 2, "pin_mem": True, "dist_on_itp": False,
     "model_parallel_size": 1, "data_parallel": "sdp", "precision": "bf16", "checkpointing": "none", "quant": False,
 }  # fmt: skip
 """LLaMA2-Accessory's flags of main_finetune.py and their defaults; ours differ on purpose for the paths (upstream's are
-placeholders), --epochs (400 there) and --checkpointing (a switch there, which is what it still is without a value)."""
+placeholders), --epochs (400 there), --warmup_epochs (1 there, here a tenth of them) and --checkpointing (a switch
+there, which is what it still is without a value)."""
 
 
 @pytest.fixture
@@ -216,6 +217,21 @@ def test_bad_values(paths: list[str], flag: str, value: str) -> None:
     """Named with the flag and what was given."""
     (line,) = refusal([*paths, f"--{flag}", value])
     assert line.startswith(f"--{flag} is '{value}': ")
+
+
+def test_values_that_follow_from_others(paths: list[str]) -> None:
+    """A tenth of the learning rate at the end, a tenth of the epochs to warm up, unless said; one fault, if any."""
+
+    def found(*flags: str) -> tuple[float, float]:
+        config = parse(FinetuneConfig, [*paths, *flags])
+        return config.min_lr, config.warmup_epochs
+
+    assert found() == pytest.approx((1e-4, 0.3))
+    assert found("--lr", "5e-5", "--epochs", "1") == pytest.approx((5e-6, 0.1))
+    assert found("--epochs", "40") == pytest.approx((1e-4, 1))
+    assert found("--lr", "5e-5", "--min_lr", "5e-5", "--epochs", "1", "--warmup_epochs", "1") == (5e-5, 1)
+    assert refusal([*paths, "--lr", "0"]) == ["--lr is '0': Input should be greater than 0."]
+    assert all(row.count("Undefined") == 0 for row in flags_table(FinetuneConfig).splitlines())
 
 
 def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:

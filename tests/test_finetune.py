@@ -17,6 +17,7 @@ from accessory.finetune import finetune
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from tests.checkpoint.made_checkpoints import flip
+from tests.conftest import DATA
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
 STEPS = 10
@@ -216,3 +217,33 @@ def test_resume_from_one_process_to_two(tiny_base: Path, lora_config: Path, tmp_
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "not bit for bit: world_size was 1, is 2; " in done.stdout
     torch.testing.assert_close(losses(tmp_path / "fsdp2"), losses(tmp_path / "whole")[3:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "said"),
+    [
+        (
+            [],
+            "3, 1 an epoch, of 64 documents each",
+            ["more --epochs or a smaller --accum_iter or a smaller --batch_size"],
+        ),
+        (["--batch_size", "1", "--accum_iter", "1"], "180, 60 an epoch, of 1 documents each", []),
+        (["--max_steps", "2", "--warmup_epochs", "3"], "2, 1 an epoch", ["ends within its warm-up, at .* 6.67e-04"]),
+        (["--epochs", "1", "--batch_size", "1"], "15, 15 an epoch, of 4 documents", ["15 steps may be too few"]),
+    ],
+    ids=["default", "many", "cut", "one epoch"],
+)
+def test_a_run_says_how_many_steps_it_has(
+    flags: list[str], steps: str, said: list[str], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """60 records, README's command; what to change where they are few, or where the learning rate never gets up."""
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(json.loads(DATA.read_text())[:60]))
+    common = ["--pretrained_path", str(tiny_base), "--llama_type", "llama_peft", "--data_config", str(data)]
+    more = ["--quant", "--only_save_trainable", "--device", "cpu", "--max_words", "160", "--dry_run"]
+    finetune(parse(FinetuneConfig, [*common, *more, *flags]))
+    out = capsys.readouterr().out
+    assert f"optimizer steps: {steps}" in out
+    found = [line for line in out.splitlines() if "may be too few" in line or "its warm-up" in line]
+    assert len(found) == len(said) and all(map(re.search, said, found)), found
+    assert out.rstrip().splitlines()[-1] == "all right, nothing written"

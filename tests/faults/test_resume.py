@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -173,6 +174,33 @@ def test_06_what_is_allowed_may_change(saved: Job) -> None:
     more = ("--resume", "latest", "--max_steps", "3", "--num_workers", "1")
     alone(saved, *more, "--seed", "1", "--lr", "0.02", "--allow_changed", "seed", "lr")
     assert saved.status["state"] == "finished" and saved.status["began_after"] == [2]
+
+
+def test_06_what_follows_from_what_is_allowed_may_change_too(saved: Job, capsys: pytest.CaptureFixture) -> None:
+    """The last learning rate and the warm-up, where they are not given; one that is given is another matter."""
+    run = replace(saved, output=saved.output.with_name("plain"))
+    flags = [flag for flag in run.flags() if flag not in ("--warmup_epochs", "0.2")]
+    finetune(parse(FinetuneConfig, [*flags, "--max_steps", "2"]))
+    more = (
+        "--resume",
+        "latest",
+        "--max_steps",
+        "3",
+        "--lr",
+        "0.02",
+        "--epochs",
+        "3",
+        "--allow_changed",
+        "lr",
+        "epochs",
+    )
+    with pytest.raises(
+        CheckpointError, match=r"another run: min_lr was 0\.001, is 0\.0\. .*: --allow_changed min_lr\."
+    ):
+        finetune(parse(FinetuneConfig, [*flags, *more, "--min_lr", "0"]))
+    finetune(parse(FinetuneConfig, [*flags, *more]))
+    assert "changed, as --allow_changed says: lr, min_lr, warmup_epochs, epochs" in capsys.readouterr().out
+    assert run.status["state"] == "finished"
 
 
 def test_06_a_dry_run_takes_one_step_from_there(saved: Job, capsys: pytest.CaptureFixture) -> None:
