@@ -87,6 +87,22 @@ def test_equals_the_formula_in_float64(kind: str | None, lora: bool, bias: bool,
 
 
 @pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
+def test_without_a_gradient_it_is_the_same(kind: str | None, lora: bool, bias: bool, dropout: float) -> None:
+    """Bit for bit."""
+    made, _ = products(kind, lora=lora, bias=bias, dropout=dropout)
+    x = random(TOKENS, INPUTS, seed=5)
+    wanted = project(x, made)
+    with torch.no_grad():
+        found = project(x, made)
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+def test_lora_is_neither_scaled_nor_dropped_out_of_unless_told() -> None:
+    x, weight, a, b = (random(*shape) for shape in ((TOKENS, INPUTS), (32, INPUTS), (RANK, INPUTS), (32, RANK)))
+    torch.testing.assert_close(project(x, [Product(weight, None, a, b)])[0], x @ (weight + b @ a).t())
+
+
+@pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
 def test_bf16_is_close_to_float64(kind: str | None, lora: bool, bias: bool, dropout: float) -> None:
     """fp32 trained tensors beside bf16: values and gradients within 1 % of their norm, gradients in fp32."""
     made, leaves = products(kind, lora=lora, bias=bias, dropout=dropout, dtype=torch.float32)
