@@ -35,7 +35,7 @@ def test_nothing_is_there(start, tmp_path: Path) -> None:
     """In a directory that is not, is empty, or holds other things; also for an attempt that saved nothing before."""
     assert start() == start(attempt=1) == (None, [])
     (tmp_path / "out" / "events").mkdir(parents=True)
-    assert start() == start(attempt=1) == (None, [])
+    assert start() == start(attempt=1) == start(attempt=1, resume="latest") == (None, [])
     with pytest.raises(CheckpointError, match=r"holds no checkpoint\. Leave --resume out"):
         start(resume="latest")
 
@@ -57,7 +57,9 @@ def test_a_restarted_attempt_never_goes_back_behind_its_beginning(start, tmp_pat
     elsewhere = checkpoint(tmp_path / "elsewhere", 7)
     checkpoint(tmp_path / "out" / "epoch0", 3)
     assert start(attempt=1, resume=elsewhere)[0] == elsewhere
-    newer = checkpoint(tmp_path / "out" / "epoch1", 9)
+    checkpoint(tmp_path / "out" / "epoch1", 7)
+    assert start(attempt=1, resume=elsewhere)[0] == elsewhere
+    newer = checkpoint(tmp_path / "out" / "epoch2", 9)
     assert start(attempt=1, resume=elsewhere)[0] == newer
 
 
@@ -86,3 +88,14 @@ def test_another_course_of_the_run_is_in_the_way(start, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["epoch1", "epoch2"]
     assert start(overwrite=True) == (None, ["--overwrite: removed epoch1, epoch2"])
     assert not list(out.iterdir())
+
+
+def test_what_cannot_be_taken_out_of_the_way(start, tmp_path: Path) -> None:
+    """It would be gone on from later: said for each."""
+    for n in (1, 2):
+        checkpoint(tmp_path / "out" / f"epoch{n}", n)
+        (tmp_path / "out" / f".epoch{n}.removed").touch()  # where a directory is moved to before it is removed
+    with pytest.raises(ConfigError) as caught:
+        start(overwrite=True)
+    faults = [f"{tmp_path}/out/epoch{n}: could not be removed (Not a directory)" for n in (1, 2)]
+    assert str(caught.value) == "\n".join(["--overwrite:", *faults])

@@ -170,7 +170,7 @@ class InPlace:
             new = types.ModuleType(name)
             new.__dict__.update(__file__=module.__file__, __package__=module.__package__)
             exec(compile(code, module.__file__, "exec"), new.__dict__)
-            put_in(module, new)
+            put_in(module, new, name)
             pytest_runtestloop(session)
             return session.testsfailed
 
@@ -185,15 +185,16 @@ class InPlace:
         return True
 
 
-def put_in(old: object, new: object) -> None:
-    """Have the functions of a module or class do what those of `new` do, wherever they were imported."""
+def put_in(old: object, new: object, module: str) -> None:
+    """Have the functions of `module`, or of a class in it, do what those of `new` do, wherever they were imported."""
     for name, value in vars(new).items():
         known, value = _bare(vars(old).get(name)), _bare(value)
         if inspect.isfunction(known) and inspect.isfunction(value):
             for part in ("__code__", "__defaults__", "__kwdefaults__"):
                 setattr(known, part, getattr(value, part))
-        elif inspect.isclass(known) and inspect.isclass(value) and known is not value:
-            put_in(known, value)
+        elif inspect.isclass(value):
+            if inspect.isclass(known) and known is not value and value.__module__ == module:
+                put_in(known, value, module)
         elif not name.startswith("__") and not hasattr(type(value), "__get__"):
             setattr(old, name, value)
 
