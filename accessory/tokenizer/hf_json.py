@@ -14,7 +14,7 @@ import tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
-from accessory.tokenizer.sniff import what_is
+from accessory.tokenizer.sniff import may_be_model, what_is
 from accessory.tokenizer.special import FLAGS, Added, SpecialTokens, further_names, write_special_tokens
 from accessory.tokenizer.spm_pipeline import EXTRA_BLANKS
 from accessory.tokenizer.trial import try_apart
@@ -179,7 +179,7 @@ def open_json(path: Path, special: SpecialTokens) -> JsonTokenizer:
     beside = path.with_name(MODEL_FILE_NAME)
     try:
         definition = path.read_bytes().decode("utf-8-sig")
-        model_file = beside.read_bytes() if path.name == FILE_NAME and beside.is_file() else None
+        model_file = beside.read_bytes() if path.name == FILE_NAME and may_be_model(beside) else None
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; {_EXPECTED}.") from error
     return JsonTokenizer(definition, special, source=str(path), model_file=model_file)

@@ -23,6 +23,15 @@ def what_is(path: Path) -> str:
     return f"{_kind(head)} of {path.stat().st_size} bytes" if head else "an empty file"
 
 
+def may_be_model(path: Path) -> bool:
+    """Whether a tokenizer.model is more than what a failed download left: no Git-LFS pointer, no page."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return _is_binary(head) or is_tiktoken(head)
+
+
 def is_tiktoken(head: bytes) -> bool:
     """Whether a file that begins so is a vocabulary in tiktoken's form: a token in base64, and its rank."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} 0\r?\n", head) is not None

@@ -16,7 +16,8 @@ from accessory.tokenizer.spm import SentencePieceTokenizer
 EXTRA_BLANKS = {" {2,}": " ", r"\A | \z": ""}
 """What makes one blank of several, and none of those around a text, as regular expressions."""
 _BLANK = "▁"
-_CHECKED = 64  # pieces that make up one of the texts by which a pipeline is checked
+_WHOLE = -0.1  # what sentencepiece's Unigram gives a user-defined piece
+_CHECKED = 64  # pieces, or blanks, that make up one of the texts by which a pipeline is checked
 _HINT = "Write the model in another format, or give another form of its tokenizer."
 _Piece = ModelProto.SentencePiece
 
@@ -40,7 +41,7 @@ def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
         )
     pipeline = Tokenizer(_model(proto))
     pipeline.normalizer = normalizers.Sequence(_normalizers(proto, tokenizer.legacy))
-    if steps := _pre_tokenizers(proto, tokenizer.legacy):
+    if steps := _pre_tokenizers(tokenizer):
         pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
     pipeline.decoder = decoders.Sequence(_decoders(proto))
     _check(pipeline, tokenizer)
@@ -51,14 +52,15 @@ def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
 
 
 def _model(proto: ModelProto) -> models.Model:
-    """The pieces at work. User-defined ones, to which no merge leads, are taken whole where `_pre_tokenizers` cuts."""
+    """The pieces at work. User-defined ones, to which no merge leads, are taken whole where `_pre_tokenizers` cuts.
+
+    A Unigram weighs them as sentencepiece does, better than any learned one.
+    """
     (unknown,) = (index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN)
     fallback = proto.trainer_spec.byte_fallback
     if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
-        scores = [piece.score if piece.type == _Piece.NORMAL else 0.0 for piece in proto.pieces]
-        return models.Unigram(
-            [(p.piece, score) for p, score in zip(proto.pieces, scores, strict=True)], unknown, fallback
-        )
+        entries = [(piece.piece, piece.score if piece.type == _Piece.NORMAL else _WHOLE) for piece in proto.pieces]
+        return models.Unigram(entries, unknown, fallback)
     return models.BPE(
         {piece.piece: index for index, piece in enumerate(proto.pieces)},
         _merges(proto),
@@ -96,28 +98,38 @@ def _normalizers(proto: ModelProto, legacy: bool) -> list[normalizers.Normalizer
     return [*steps, normalizers.Replace(" ", _BLANK)]
 
 
-def _pre_tokenizers(proto: ModelProto, legacy: bool) -> list[pre_tokenizers.PreTokenizer]:
-    steps = []
-    if proto.normalizer_spec.add_dummy_prefix and not legacy:
+def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.PreTokenizer]:
+    proto, steps = tokenizer.proto, []
+    if proto.normalizer_spec.add_dummy_prefix and not tokenizer.legacy:
         # Only this step knows where a text begins, but it adds no blank before a blank: there is none left here.
         steps.append(pre_tokenizers.Metaspace(" ", "first", split=False))
         steps.append(pre_tokenizers.Metaspace(_BLANK, "never", split=False))
     # The library looks for all entries of a Unigram, and for those that are a word by themselves where some are taken
-    # whole. A text that spells one of these kinds would become it: its first letter is cut off.
-    others = f"(?:{_alternatives(proto, _Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE, _Piece.UNUSED)})"
-    whole, cuts = _alternatives(proto, _Piece.USER_DEFINED), []
+    # whole. A text that spells a special piece would become it, so it is cut where sentencepiece cuts such a text.
+    kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE, _Piece.UNUSED)
+    names, whole = _names(proto, *kinds), _alternatives(_names(proto, _Piece.USER_DEFINED))
+    apart = "|".join(_in_two(name, tokenizer) for name in names)
     if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
-        cuts = [f"(?={others})."]
+        steps.append(pre_tokenizers.Split(Regex(apart), "isolated"))
     elif whole:
-        cuts = [rf"(?<=\A|{whole})(?={others}(?:\z|{whole}))."]
-    if patterns := [*filter(None, [whole]), *cuts]:
-        steps.append(pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"))
+        alone = rf"(?<=\A|{whole})(?=(?:{_alternatives(names)})(?:\z|{whole}))(?:{apart})"
+        steps.append(pre_tokenizers.Split(Regex(f"{whole}|{alone}"), "isolated"))
     return steps
 
 
-def _alternatives(proto: ModelProto, *kinds: int) -> str:
-    """A regular expression of the pieces of some types, longest first, as sentencepiece looks for them."""
-    names = sorted((piece.piece for piece in proto.pieces if piece.type in kinds), key=len, reverse=True)
+def _in_two(name: str, tokenizer: SentencePieceTokenizer) -> str:
+    """A regular expression of the first piece of a text that spells `name`, with the rest behind it."""
+    first = tokenizer.proto.pieces[tokenizer.encode(name, continuation=True)[0]]
+    length = len(first.piece) if name.startswith(first.piece) else 1
+    return f"{re.escape(name[:length])}(?={re.escape(name[length:])})"
+
+
+def _names(proto: ModelProto, *kinds: int) -> list[str]:
+    """The pieces of some types, longest first, as sentencepiece looks for them."""
+    return sorted((piece.piece for piece in proto.pieces if piece.type in kinds), key=len, reverse=True)
+
+
+def _alternatives(names: list[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
@@ -127,11 +139,12 @@ def _decoders(proto: ModelProto) -> list[decoders.Decoder]:
 
 
 def _check(pipeline: Tokenizer, tokenizer: SentencePieceTokenizer) -> None:
-    """Compare both over texts of all pieces: the library has no words for everything that sentencepiece does."""
-    pieces = [piece.piece for piece in tokenizer.proto.pieces]
-    for start in range(0, len(pieces), _CHECKED):
-        text = "".join(pieces[start : start + _CHECKED]).replace(_BLANK, " ")
-        if pipeline.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+    """Compare both over texts of all pieces and of blanks: the library has no words for all that sentencepiece does."""
+    pieces = [p.piece for p in tokenizer.proto.pieces if p.type in (_Piece.NORMAL, _Piece.USER_DEFINED)]
+    texts = ["".join(pieces[start : start + _CHECKED]) for start in range(0, len(pieces), _CHECKED)]
+    for text in (*texts, *(f"x{_BLANK * count}y" for count in range(_CHECKED))):
+        plain = text.replace(_BLANK, " ")
+        if pipeline.encode(plain, add_special_tokens=False).ids != tokenizer.encode(plain):
             raise TokenizerError(
-                f"{tokenizer.source}: as a tokenizer.json it would cut {text!r} otherwise than sentencepiece. {_HINT}"
+                f"{tokenizer.source}: as a tokenizer.json it would cut {plain!r} otherwise than sentencepiece. {_HINT}"
             )

@@ -240,3 +240,11 @@ def test_a_tokenizer_model_beside_travels_as_it_is(llama_like, spm_model, tmp_pa
     assert stated["502"] == {"content": "<new>", **plain, "special": True, "normalized": False}
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
     assert again.convert_tokens_to_ids(["<one>", "<two>", "<new>"]) == [500, 501, 502]
+
+
+@pytest.mark.parametrize("left", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b""])
+def test_what_a_failed_download_left_in_its_place_does_not_travel(llama_like, tmp_path, left):
+    directory = lay(tmp_path / "base", llama_like, LLAMA)
+    (directory / "tokenizer.model").write_bytes(left)
+    open_tokenizer(directory).save(tmp_path / "saved")
+    assert not (tmp_path / "saved/tokenizer.model").exists()

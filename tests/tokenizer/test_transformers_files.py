@@ -1,4 +1,5 @@
 import json
+import re
 
 import gguf
 import pytest
@@ -88,6 +89,10 @@ def test_a_sentencepiece_model_is_read_as_sentencepiece_reads_it(train_sentencep
     if kind.startswith("blanks") and "legacy" in config:
         pytest.skip("refused, which another test shows")
     strings = [*strings, *(" " * count for count in range(3, 80))]
+    if kind == "unigram":
+        strings = [
+            text for text in strings if not re.search("<(unk|s|/s|0x0A)>", text)
+        ]  # cut elsewhere than in other text
     if kind.startswith("blanks"):
         strings = [text for text in strings if "\r\n" not in text]  # one letter to the library's table of letters
     ours = open_tokenizer(lay(tmp_path / "base", definition, chat_template=TEMPLATE, **LLAMA, **config))
