@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from accessory.checkpoint.training_state import Progress
+from accessory.data.batch import PackedBatch
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import MOST_SKIPPED, Engine, Schedule, is_out_of_memory
-from accessory.errors import NotFiniteError, Preempted
+from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
 from accessory.meta import MetaModel
 from accessory.optim import build_adamw
 from accessory.parallel import groups
@@ -61,6 +62,38 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Eng
     report, _ = engine.step(Progress())
     assert report.supervised == count
     assert report.loss == pytest.approx(total / count, rel=1e-6)
+
+
+def test_what_a_step_reports(engine: Engine) -> None:
+    """Of the whole global batch, at the end of the step; the norm is that of the documents one by one."""
+    engine.schedule = Schedule(2, 2, 1.0, 1e-3, 1e-4, -1.0, 1, 1)
+    for i in engine.order.global_ids(0, 1):
+        engine.model(PackedBatch.pack([(*engine.order.corpus.document(i), i)])).backward()
+    gradients = torch.cat([p.grad.flatten() for p in engine.parameters.values()])
+    supervised = engine.order.supervised_tokens(0, 1)
+    engine.optimizer.zero_grad()
+    progress = Progress(step=1, total_steps=1)
+    report, asked = engine.step(progress)
+    assert (report.step, report.epoch, report.lr, asked) == (2, 1.0, 1e-3, (0, 0, 0))
+    assert (report.tokens, report.supervised) == (engine.order.tokens(0, 1), supervised)
+    assert report.grad_norm == pytest.approx(gradients.norm().item() / supervised, rel=1e-4)
+    assert 0 < report.seconds < 60 and 2**20 < report.peak_bytes < 2**40
+    assert progress == Progress(step=2, total_steps=2)
+    assert all(p.grad is None for p in engine.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("progress", "total"),
+    [(Progress(), 15), (Progress(1, 2, 7), 15), (Progress(1, 2, 9), 17), (Progress(3, 0, 15), 15)],
+)
+def test_steps_of_the_whole_run(progress: Progress, total: int) -> None:
+    """Those that were taken, however many they were, and those that are left; over by epochs or by steps."""
+    assert Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1).total_steps(progress) == total
+    assert Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1).is_over(progress) == (progress.epoch == 3)
+    for most in (9, 99):
+        schedule = Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1, max_steps=most)
+        assert schedule.total_steps(progress) == min(most, total)
+        assert schedule.is_over(progress) == (progress.epoch == 3 or progress.total_steps >= most)
 
 
 def test_gradient_does_not_depend_on_accumulation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +150,7 @@ def test_stops_before_the_optimizer_when_not_finite(engine: Engine) -> None:
     engine.model.llma.norm.weight.data[0] = math.nan
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
     with pytest.raises(
-        NotFiniteError, match=r"Step 1: the loss is nan.*no finite loss: \d \([^ ]*data.json:1\), \d \("
+        NotFiniteError, match=r"Step 1: the loss is nan.*no finite loss: \d \([^ ]*data.json:1 record \d\), \d \("
     ):
         engine.step(Progress())
     for name, value in before.items():
@@ -170,7 +203,7 @@ def test_fp16_skips_the_step_and_halves_the_scale(engine: Engine) -> None:
     assert progress == Progress(step=1, total_steps=1, loss_scale=5e37, good_steps=0, skipped=1)
     (line,) = said
     assert line.startswith("Step 1: the loss is ") and "at a loss scale of 1e+38. Every micro-batch has a fin" in line
-    assert line.count("data.json:1)") == 6 and line.endswith("by it, and the loss scale halved.")
+    assert line.count("data.json:1 record ") == 6 and line.endswith("by it, and the loss scale halved.")
 
 
 def test_a_loss_scale_at_its_floor_ends_the_run(engine: Engine) -> None:
@@ -253,6 +286,57 @@ def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
     with pytest.raises(NotFiniteError, match=rf"Step {MOST_SKIPPED + 1}: .* {MOST_SKIPPED} steps before it were"):
         engine.train(Progress())
     assert not engine.optimizer.state
+
+
+def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
+    """Eight at most, and those of the micro-batches without a finite loss, where there are any."""
+    said: list[str] = []
+    engine.skip_not_finite, engine.reporter.say = True, said.append
+    progress = Progress(total_steps=4)
+    engine.order = GlobalOrder(engine.order.corpus, batch_size=2, accum_iter=2, shuffle=False)
+    broken = engine.model.register_forward_hook(
+        lambda model, given, loss: loss * (1 if 0 in given[0].sample_ids else math.nan)
+    )
+    engine.step(progress)
+    assert said.pop() == (
+        "Step 5: the loss is nan, the gradient norm nan. Documents whose micro-batch has no finite loss: "
+        f"{', '.join(map(engine.order.corpus.where, (2, 3)))}. The step is skipped: nothing is changed by it."
+    )
+    broken.remove()
+    engine.model.llma.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    engine.step(progress)
+    line = said.pop()
+    assert line.startswith("Step 6: the loss is ") and ", the gradient norm nan. Every micro-batch has a finite" in line
+    assert all(f" {engine.order.corpus.where(i)}" in line for i in (4, 5, 6, 7)) and "more" not in line
+    engine.order = GlobalOrder(engine.order.corpus, batch_size=8, accum_iter=1)
+    engine.order.global_ids = lambda epoch, step: torch.arange(8).repeat(2)[:11].numpy()
+    engine.skip_not_finite = False
+    with pytest.raises(NotFiniteError, match=r"Step 7: .* and 3 more\. 2 steps before it were skipped\. Look at"):
+        engine.step(progress)
+
+
+def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> None:
+    """Its number, its documents, and what would help; other errors are not touched."""
+    engine.spare_memory, full = (
+        "--batch_size 1",
+        [None, torch.OutOfMemoryError("of 8 GB"), None, RuntimeError("a shape")],
+    )
+
+    def fail(*_: object) -> None:
+        if error := full.pop(0):
+            raise error
+
+    engine.model.register_forward_pre_hook(fail)
+    second = list(engine.order.micro_batches(0, 0))[1]
+    with pytest.raises(OutOfMemoryError) as caught:
+        engine.step(Progress(total_steps=6))
+    assert str(caught.value) == (
+        f"Step 7: out of memory in micro-batch 2 of 2, which has {sum(second.lengths):,} tokens in documents of "
+        f"{', '.join(map(str, second.lengths))}. What is saved is whole. Less memory is needed with --batch_size 1."
+    )
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(RuntimeError, match=r"^a shape$"):
+        engine.step(Progress())
 
 
 def test_memory_is_told_from_other_errors() -> None:
