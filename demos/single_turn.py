@@ -5,7 +5,8 @@ torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAI
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from accessory.config import DemoConfig
 from accessory.data.templates import CHAT, LAYOUTS
 from accessory.entry import run_entry
-from accessory.errors import ConfigError
+from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 
@@ -114,8 +115,9 @@ def follow(model: MetaModel) -> None:
         dist.broadcast_object_list(message, src=0)
         if message[0] is None:
             return
-        for _ in answer(model, Question(**message[0])):
-            pass
+        with suppress(ConfigError):  # the main rank, where it is the same, says it
+            for _ in answer(model, Question(**message[0])):
+                pass
 
 
 def serve(model: MetaModel, config: DemoConfig) -> None:
@@ -132,35 +134,20 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
         try:
             asked = checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config, offered)
-        except ConfigError as error:
-            raise gradio.Error(str(error)) from error
-        with one_at_a_time:
-            if dist.get_world_size() > 1:
-                dist.broadcast_object_list([asdict(asked)], src=0)
-            stream = answer(model, asked)
-            try:
-                for text in stream:  # noqa: UP028 - `yield from` would close the stream along with this generator
-                    yield text
-            finally:
-                for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
-                    pass
+            with one_at_a_time:
+                if dist.get_world_size() > 1:
+                    dist.broadcast_object_list([asdict(asked)], src=0)
+                stream = answer(model, asked)
+                try:
+                    for text in stream:  # noqa: UP028 - `yield from` would close the stream along with this generator
+                        yield text
+                finally:
+                    for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
+                        pass
+        except AccessoryError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
 
-    page = gradio.Interface(
-        respond,
-        inputs=[
-            gradio.Textbox(label="Question", max_length=MAX_QUESTION),
-            gradio.Textbox(label="Input", max_length=MAX_QUESTION),
-            gradio.Dropdown(list(offered), value=config.system_prompt, label="System prompt"),
-            gradio.Slider(1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max length (tokens)"),
-            gradio.Slider(0, 2, value=config.temperature, label="Temperature"),
-            gradio.Slider(0.01, 1, value=config.top_p, label="Top-p"),
-        ],
-        outputs=gradio.Textbox(label="Answer"),
-        title="Accessory",
-        flagging_mode="never",
-        analytics_enabled=False,
-        api_name="ask",
-    )
+    page = page_of(respond, config, offered)
     try:
         page.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(
             server_name=config.host,
@@ -174,6 +161,36 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     finally:
         if dist.get_world_size() > 1:
             dist.broadcast_object_list([None], src=0)
+
+
+def page_of(respond: Callable[..., Iterator[str]], config: DemoConfig, offered: tuple[str, ...]):
+    """The page as gradio's Blocks: an Interface would leave Stop standing after an answer that failed (gradio 6.31)."""
+    import gradio
+
+    def buttons(answering: bool) -> Callable[[], tuple]:
+        return lambda: (gradio.Button(visible=not answering), gradio.Button(visible=answering))
+
+    with gradio.Blocks(title="Accessory", analytics_enabled=False) as page, gradio.Row():
+        with gradio.Column():
+            question = gradio.Textbox(label="Question", max_length=MAX_QUESTION)
+            context = gradio.Textbox(label="Input", max_length=MAX_QUESTION)
+            settings = [
+                gradio.Dropdown(list(offered), value=config.system_prompt, label="System prompt"),
+                gradio.Slider(1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max length (tokens)"),
+                gradio.Slider(0, 2, value=config.temperature, label="Temperature"),
+                gradio.Slider(0.01, 1, value=config.top_p, label="Top-p"),
+            ]
+            ask = gradio.Button("Ask", variant="primary")
+            stop = gradio.Button("Stop", variant="stop", visible=False)
+        shown = gradio.Textbox(label="Answer")
+        unlisted = {"outputs": [ask, stop], "queue": False, "api_visibility": "undocumented"}
+        begun = gradio.on([ask.click, question.submit, context.submit], buttons(True), **unlisted)
+        # Unprocessed, so that `checked_question` alone says what is wrong with a value.
+        answering = begun.then(respond, [question, context, *settings], shown, api_name="ask", preprocess=False)
+        for ended in (answering.success, answering.failure):
+            ended(buttons(False), **unlisted)
+        stop.click(buttons(False), cancels=answering, **unlisted)
+    return page
 
 
 def checked_question(

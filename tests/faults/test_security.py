@@ -37,7 +37,7 @@ FORBIDDEN = {
     "yaml.load": r"yaml\.(?:full_|unsafe_)?load\(|yaml\.(?:Full|Unsafe)?Loader\b",
     "eval": r"(?<![\w.])eval\(",
     "exec": r"(?<![\w.])exec\(",
-    "trust_remote_code": r"trust_remote_code",
+    "trust_remote_code": r"trust_remote_code\W*[=:]",
     "shell": r"shell\s*=\s*True|os\.system",
     "allow_pickle": r"allow_pickle\s*=\s*True",
     "a distributed checkpoint": r"torch\.distributed\.checkpoint",
