@@ -21,6 +21,7 @@ from accessory.checkpoint.save import STATE_STEM, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
 from accessory.optim import FIRST_LOSS_SCALE
+from accessory.parallel.agree import differences
 from accessory.parallel.data import as_shard, is_sharded, shard_like
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, own_slice
@@ -113,9 +114,9 @@ def find_resumption(
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
     progress, was, conditions_were = _read_record(record)
-    differences = {key: found for key, value in identity.items() if (found := _differences(key, was.get(key), value))}
-    if refused := [key for key in differences if key not in allowed]:
-        said = "; ".join(line for key in refused for line in differences[key])
+    changed = {key: found for key, value in identity.items() if (found := differences(key, was.get(key), value))}
+    if refused := [key for key in changed if key not in allowed]:
+        said = "; ".join(_said(*values) for key in refused for values in changed[key])
         hint = f" To go on all the same: --allow_changed {' '.join(refused)}." if CHANGEABLE.issuperset(refused) else ""
         raise CheckpointError(f"{directory}: belongs to another run: {said}.{hint}")
     inexact = [
@@ -124,20 +125,13 @@ def find_resumption(
         if conditions_were.get(key) != value
     ]
     ranks, mp_size = conditions_were["world_size"], conditions_were["mp_size"]
-    return Resumption(directory, progress, ranks, mp_size, tuple(differences), tuple(inexact))
+    return Resumption(directory, progress, ranks, mp_size, tuple(changed), tuple(inexact))
 
 
-def _differences(name: str, was: Any, now: Any) -> list[str]:
-    """Each value in which two pieces of JSON differ, by its own name; what is absent is null."""
-    if isinstance(now, dict) and isinstance(was, dict):
-        inner = [(f"{name}.{key}", was.get(key), now.get(key)) for key in dict.fromkeys([*now, *was])]
-    elif isinstance(now, list) and isinstance(was, list) and len(now) == len(was):
-        inner = [(f"{name}[{place}]", *values) for place, values in enumerate(zip(was, now, strict=True))]
-    elif isinstance(now, dict):
-        return [f"{name} was {was!r}, which does not tell what of it is another now"]
-    else:
-        return [] if was == now else [f"{name} was {was!r}, is {now!r}"]
-    return [line for values in inner for line in _differences(*values)]
+def _said(name: str, was: Any, now: Any) -> str:
+    if isinstance(now, dict):
+        return f"{name} was {was!r}, which does not tell what of it is another now"
+    return f"{name} was {was!r}, is {now!r}"
 
 
 def restore_training_state(

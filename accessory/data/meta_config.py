@@ -13,7 +13,8 @@ from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import DataError, explain_validation, is_there, nearest
 from accessory.tokenizer.sniff import what_is
 
-_EXPECTED = f"a data file ({', '.join(SUFFIXES)}) or a YAML with the key META"
+_FILES = f"a data file ({', '.join(SUFFIXES)})"
+_EXPECTED = f"{_FILES} or a YAML with the key META"
 
 
 class DataEntry(BaseModel):
@@ -60,7 +61,7 @@ def load_data_config(path: Path) -> list[DataEntry]:
     raw = _read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("META"), list) or not raw["META"]:
         found = f"the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else what_is(path)
-        raise DataError(f"{path}: found {found}; expected a list of data entries under the key META.")
+        raise DataError(f"{path}: found {found}; expected a list of data entries under the key META, or {_FILES}.")
     faults = [f"{path}: unknown key {key!r}.{nearest(str(key), ['META'])}" for key in raw if key != "META"]
     entries = []
     for number, item in enumerate(raw["META"]):

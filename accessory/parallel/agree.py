@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,17 @@ def highest(values: list[int], device: torch.device) -> list[int]:
     return tensor.tolist()
 
 
+def differences(name: str, one: Any, other: Any) -> list[tuple[str, Any, Any]]:
+    """The values in which two pieces of JSON differ, each with the way to it in front; what is absent is null."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        inner = [(f"{name}.{key}", one.get(key), other.get(key)) for key in dict.fromkeys([*other, *one])]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        inner = [(f"{name}[{place}]", *values) for place, values in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [(name, one, other)]
+    return [found for values in inner for found in differences(*values)]
+
+
 def check_alike(facts: dict[str, object]) -> None:
     """Compare JSON-like `facts` over all ranks, which otherwise would train on different things. A collective.
 
@@ -59,7 +70,10 @@ def check_alike(facts: dict[str, object]) -> None:
     for key in sorted(set().union(*everyone)):
         rank = next((r for r, found in enumerate(everyone) if found.get(key) != everyone[0].get(key)), None)
         if rank is not None:
-            faults.append(f"{key}: {everyone[0].get(key)!r} on rank 0, {everyone[rank].get(key)!r} on rank {rank}")
+            faults += [
+                f"{name}: {first!r} on rank 0, {theirs!r} on rank {rank}"
+                for name, first, theirs in differences(key, everyone[0].get(key), everyone[rank].get(key))
+            ]
     if faults:
         fault = ParallelError("The processes were not started alike:\n" + "\n".join(faults))
         fault.common = True

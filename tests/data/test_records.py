@@ -113,9 +113,9 @@ def test_a_file_cut_anywhere_is_never_read_as_whole(write):
 
 def test_reading_is_linear(write):
     path = write("x.json", json.dumps([{"a": "word " * 20, "b": ""}] * 30_000, indent=1))
-    start = time.perf_counter()
+    start = time.process_time()
     assert read_records(path)[-1].line == 30_000 * 4 - 2
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_line_separator_inside_a_string_ends_no_line(write):

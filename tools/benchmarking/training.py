@@ -138,7 +138,9 @@ class Training:
         if self.data is not None:
             if blueprint.tokenizer is None:
                 raise ConfigError(f"--data {self.data}: --model {self.model} has no tokenizer; give a checkpoint.")
-            return build_corpus(Path(self.data), blueprint.tokenizer, max_words=self.max_words)
+            corpus = build_corpus(Path(self.data), blueprint.tokenizer, max_words=self.max_words)
+            corpus.check_lengths(blueprint.args.longest_document, None)
+            return corpus
         documents = self.steps * self.batch_size * layout.dp_size
         lengths = list(islice(cycle(self.seq), documents))
         return random_corpus(lengths, self.supervised, blueprint.args.vocab_size)
