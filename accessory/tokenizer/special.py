@@ -49,7 +49,8 @@ class SpecialTokens:
         stop_ids: all ids that end an answer, as generation_config.json or config.json lists them.
         added: tokens with the ids they have, or shall have, in the vocabulary.
         named: names of all special tokens (BOS, EOS, unknown, padding, additional ones), given without an id.
-        config: the content of tokenizer_config.json, chat template included, kept so that saving loses nothing of it.
+        config: the content of tokenizer_config.json, chat template and the names of other files included, kept so that
+            saving loses nothing.
     """
 
     bos: str | None = None
@@ -76,6 +77,7 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
     if not isinstance(add_bos, bool | None):
         raise TokenizerError(f"{config_path}: 'add_bos_token' is {add_bos!r}; expected true or false.")
     stop_ids = _first(numbering, "eos_token_id", _numbers) or ()
+    named = _named(naming)
     return SpecialTokens(
         bos=_first(naming, "bos_token", _name),
         eos=_first(naming, "eos_token", _name),
@@ -84,9 +86,9 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
         no_bos="bos_token" in config and config["bos_token"] is None,
         add_bos=add_bos,
         stop_ids=stop_ids,
-        added=_added(directory, config),
-        named=_named(naming),
-        config=_with_template(directory, config),
+        added=_added(directory, config, named),
+        named=named,
+        config=_with_template(directory, _with_names(config, naming[1][1])),
     )
 
 
@@ -139,15 +141,22 @@ def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _added(directory: Path, config: dict) -> dict[int, Added]:
-    """Tokens of added_tokens.json, and over them those of tokenizer_config.json, which says more of each."""
+def _with_names(config: dict, names: dict) -> dict:
+    """The configuration with what only special_tokens_map.json names in it."""
+    return {**config, **{key: value for key, value in names.items() if config.get(key) is None}}
+
+
+def _added(directory: Path, config: dict, named: tuple[str, ...]) -> dict[int, Added]:
+    """Tokens of added_tokens.json, and over them those of tokenizer_config.json, which says more of each.
+
+    The first file tells no special tokens. As for transformers they are the named ones, others are matched in text.
+    """
     plain, path = read_object(directory / "added_tokens.json"), directory / NAMING_FILES[0]
     found = {}
     for content, token_id in plain.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not content:
             raise TokenizerError(f"{directory / 'added_tokens.json'}: {content!r} is {token_id!r}; expected an id.")
-        # The file does not tell special tokens; transformers holds all of them for special when it reads it.
-        found[token_id] = Added(content)
+        found[token_id] = Added(content, special=content in named, normalized=content not in named)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{path}: 'added_tokens_decoder' is a {type(decoder).__name__}; expected an object.")

@@ -77,9 +77,17 @@ def test_added_tokens_of_every_file_have_the_ids_of_transformers(lay):
     assert ours.decode([403, 405, 406]) == ""
 
 
-def test_tokens_of_added_tokens_json_are_special(lay):
-    ours = open_tokenizer(lay(QWEN, added_tokens={"<x>": 403}))
-    assert ours.vocab_size == 404 and 403 not in ours.encode("<x>") and ours.decode([403]) == ""
+def test_of_added_tokens_json_the_named_ones_are_special(lay, tmp_path):
+    """As for transformers; others are found in texts, but for those spelled like control tokens."""
+    added = {"<x>": 403, "<y>": 404, "<|z|>": 405}
+    directory = lay(QWEN, added_tokens=added, special_tokens_map={"pad_token": "<y>"})
+    ours, theirs = open_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    assert ours.vocab_size == 406 == len(theirs) and theirs.convert_tokens_to_ids([*added]) == [*added.values()]
+    assert ours.encode("a<x>b") == theirs("a<x>b").input_ids and 403 in ours.encode("a<x>b")
+    assert not {404, 405} & {*ours.encode("<y><|z|>")} and ours.decode([404, 405]) == ""
+    ours.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token_id == 404
 
 
 def test_without_a_class_it_is_gpt2s_and_ends_usually(lay, byte_level):

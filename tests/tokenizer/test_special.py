@@ -69,7 +69,7 @@ def test_ids_are_numbers(tmp_path, value):
 
 
 def test_added_tokens_of_both_files_the_configuration_saying_more(tmp_path):
-    put(tmp_path, added_tokens={"<a>": 5, "<b>": 6})
+    put(tmp_path, added_tokens={"<a>": 5, "<b>": 6}, special_tokens_map={"pad_token": "<a>"})
     put(
         tmp_path, tokenizer_config={"added_tokens_decoder": {"6": {"content": "<b>", "special": False, "rstrip": True}}}
     )

@@ -150,6 +150,7 @@ def decoder(**tokens):
 def test_added_tokens_count_and_are_never_found_in_a_text(spm_file, spm_model, tmp_path, file):
     content = {"[PAD]": 420} if file == "added_tokens" else decoder(_420=("[PAD]", True))
     (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
     ours = open_tokenizer(spm_file)
     assert ours.vocab_size == 421 and ours.decode([420]) == ""
     assert ours.encode("a[PAD]b") == reference(spm_model).encode("a[PAD]b")
