@@ -114,7 +114,7 @@ def draw_blueprint(
     if args.vocab_size > _embedding_rows(sources, args) and train and not method.trains_vocabulary:
         note += ("nothing trains those rows: set vocabulary_tuning in --llama_config to have them learned",)
     if train:
-        note += tuple(f"{source.path}: {said}" for source in sources for said in source.notes)
+        note += tuple(f"{source.path}: {said}" for source in sources for said in (*source.notes, *_unread(source)))
     plain = _plain_linears(sources)
     return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note)
 
@@ -235,6 +235,13 @@ def _unknown_key(key: str, known: set[str]) -> str:
     if home := next((name for name, method in METHODS.items() if key in method.Settings.model_fields), None):
         return f": it goes with a --llama_type that ends in _{home}."
     return unknown(key, known)
+
+
+def _unread(source: Source) -> tuple[str, ...]:
+    """What to say of keys in a checkpoint's own settings that nothing of ours has a name for."""
+    known = set(ModelArgs.model_fields).union(*(method.Settings.model_fields for method in METHODS.values()))
+    unread = sorted((source.settings or {}).keys() - known)
+    return (f"passed over in its settings: {', '.join(unread)}",) if unread else ()
 
 
 def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:

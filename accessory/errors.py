@@ -140,5 +140,5 @@ def explain_validation(error: ValidationError, source: str, valid_names: Iterabl
         elif fault["type"] == "missing":
             lines.append(f"{source}: {key!r} is required and missing.")
         else:
-            lines.append(f"{source}: {key!r} is {fault['input']!r}: {fault['msg']}.")
+            lines.append(f"{source}: {key!r} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}.")
     return "\n".join(lines)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from accessory.method.base import Attachment, Initializer, Method
 from accessory.model.decoder import Decoder
+from accessory.model.families import ARCHITECTURES
+from accessory.model.families.architecture import Fused
 from accessory.model.linear import Linear
 from accessory.model.low_rank import LoraFactor, LowRank
 from accessory.model.norm import Norm
@@ -46,6 +48,17 @@ class Peft(Method):
         """Linears that get LoRA."""
         vocabulary_tuning: bool = False
         """Train embedding and head whole, as tokens added to the vocabulary need."""
+
+        @field_validator("lora_targets", mode="before")
+        @classmethod
+        def _in_our_words(cls, value: Any) -> Any:
+            known = get_args(Target)
+            foreign = [name for name in value if name not in known] if isinstance(value, list) else []
+            if ours := sorted({our for name in foreign for our in _our_linears(str(name))}):
+                raise ValueError(
+                    f"expected names of {', '.join(known)}; {', '.join(map(str, foreign))} would be {', '.join(ours)}"
+                )
+            return value
 
         @model_validator(mode="after")
         def _trains_something(self) -> Peft.Settings:
@@ -135,6 +148,15 @@ class Peft(Method):
         attachment.initial[f"{name}.lora_a.weight"] = truncated_normal(rank, linear.in_features)
         attachment.initial[f"{name}.lora_b.weight"] = _zeros(linear.out_features, rank)
         attachment.trainable |= {f"{name}.lora_a.weight", f"{name}.lora_b.weight"}
+
+
+def _our_linears(name: str) -> set[str]:
+    """Our names of the linears that some Hugging Face model calls `name`."""
+    modules = [item for a in ARCHITECTURES.values() for item in a.names.inner.items()]
+    ours = [
+        our.parts if isinstance(our, Fused) else (our,) for their, our in modules if their.rsplit(".", 1)[-1] == name
+    ]
+    return {part.rsplit(".", 1)[-1] for parts in ours for part in parts} & set(get_args(Target))
 
 
 def _zeros(*shape: int):

@@ -299,3 +299,9 @@ def test_vocabulary_tuning_trains_both_matrices() -> None:
     assert attached(tied, vocabulary_tuning=True)[1].trainable - attached(tied)[1].trainable == {
         "tok_embeddings.weight"
     }
+
+
+def test_linears_in_others_words() -> None:
+    """Hugging Face's names are answered with ours, several where theirs holds several."""
+    with pytest.raises(ValidationError, match=r"q_proj, query_key_value, fc2 would be w2, wk, wq, wv"):
+        METHODS["peft"].Settings(lora_rank=4, lora_targets=["wo", "q_proj", "query_key_value", "fc2"])

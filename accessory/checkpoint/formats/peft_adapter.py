@@ -25,6 +25,7 @@ from accessory.checkpoint.source import Source, model_args_of, open_safetensors,
 from accessory.errors import CheckpointError, is_file
 from accessory.model.args import ModelArgs
 from accessory.model.families import Architecture, architecture_of
+from accessory.model.families.architecture import Fused
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PARTS_KEY = "accessory_parts"
@@ -143,19 +144,21 @@ class _Adapter:
 
     def check(self) -> None:
         """Raise `CheckpointError` for refused tensors, for more or fewer than the config says, and for wrong shapes."""
+        if foreign := [key for key in self.refused if self._is_foreign(key)]:
+            named = self.config.base_model_name_or_path
+            linears = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in self.places.theirs))
+            raise CheckpointError(
+                f"{self.path}: is for another model: {_some(_one_a_kind(foreign))} has no place in a base of type "
+                f"{self.args.architecture} with {self.args.n_layers} blocks of {linears}. Give the base it was trained "
+                f"on{f', which its {CONFIG_FILE} calls {named!r}' if named else ''}."
+            )
         if self.refused:
-            one_a_kind = {without_number(key): key for key in reversed(self.refused)}
             raise CheckpointError(
-                f"{self.path}: {_some(sorted(one_a_kind.values()))} cannot be read onto a base of type "
-                f"{self.args.architecture} with {self.args.n_layers} blocks. "
-                f"{SUPPORTED} If the adapter is for another base, give that; or else: {MERGE_FIRST}"
+                f"{self.path}: {_some(_one_a_kind(self.refused))} cannot be read onto a base of type "
+                f"{self.args.architecture}. {SUPPORTED} {MERGE_FIRST}"
             )
-        if unknown := self.config.unknown_targets(self.places.theirs):
-            known = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in self.places.theirs))
-            raise CheckpointError(
-                f"{self.path}: target_modules {_some(unknown)}: a base of type {self.args.architecture} has no such "
-                f"linears in its blocks; it has {known}."
-            )
+        if not (self.factors or self.plain):
+            raise CheckpointError(f"{self.path}: holds no tensors; expected the LoRA that {CONFIG_FILE} names.")
         covered = {name for name in self.places.theirs if self.config.covers(name)}
         if stray := sorted(self.factors.keys() - covered):
             raise CheckpointError(f"{self.path}: holds LoRA for {_some(stray)}, which {CONFIG_FILE} does not name.")
@@ -167,6 +170,14 @@ class _Adapter:
             raise CheckpointError(
                 f"{self.path}: this is an adapter of another rank or base.\n" + "\n".join(misfits[:_SHOWN])
             )
+
+    def _is_foreign(self, key: str) -> bool:
+        """Whether a name is of a module that the base's type does not have, or of a block beyond its last."""
+        module = _WRAPPER.sub("", key.removeprefix(PREFIX)).partition(".lora_")[0].removesuffix(".weight")
+        found = self.architecture.names.ours(f"{module.removesuffix('.bias')}.weight")
+        part = found[0] if found else None
+        number = re.match(r"layers\.(\d+)\.", part.parts[0] if isinstance(part, Fused) else part or "")
+        return part is None or (number is not None and int(number[1]) >= self.args.n_layers)
 
     def _misfits(self) -> list[str]:
         wanted: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
@@ -243,6 +254,11 @@ class _Adapter:
 def without_number(name: str) -> str:
     """A module's name without its block's number."""
     return re.sub(r"\.\d+\.", ".", name)
+
+
+def _one_a_kind(keys: list[str]) -> list[str]:
+    """One name for all blocks."""
+    return sorted({without_number(key): key for key in reversed(keys)}.values())
 
 
 def _some(names: list[str]) -> str:

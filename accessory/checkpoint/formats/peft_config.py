@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +80,6 @@ class AdapterConfig(BaseModel):
             if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
                 return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
         return False
-
-    def unknown_targets(self, modules: Iterable[str]) -> list[str]:
-        """Entries of a list of target_modules that name none of `modules`."""
-        if isinstance(self.target_modules, str):
-            return []
-        modules = list(modules)
-        return [t for t in self.target_modules or [] if not any(_names([t], module) for module in modules)]
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:

@@ -133,6 +133,7 @@ ARCHITECTURES = (
             "apply_residual_connection_post_layernorm": False,
             "post_layer_norm": True,
             "original_rope": True,
+            "interleaved_qkv": False,
             "pre_seq_len": None,
             "quantization_bit": 0,
         },

@@ -90,6 +90,15 @@ def test_told_from_its_files(name: str, checkpoints) -> None:
     assert (source.llama_type, model_args_of(source).architecture) == (case.llama_type, case.model_type)
 
 
+def test_normalized_head_is_said(checkpoints) -> None:
+    """To one who trains on: the head is scaled once, and no other model's is."""
+    said = {name: open_source(checkpoints[0] / name).notes for name in ("baichuan_7b", "baichuan2")}
+    assert said["baichuan_7b"] == ()
+    assert said["baichuan2"] == (
+        "the rows of its head are scaled to length 1 as they are read, and not again in training",
+    )
+
+
 def test_table() -> None:
     """A row a case, each as wide as the head; every family and model type that is read has a row."""
     from accessory.model.families import ARCHITECTURES, FAMILIES

@@ -175,6 +175,7 @@ def test_published(name: str) -> None:
     ("internlm", {"rotary": {"base": 1e4, "type": "yarn"}}, "rotary is {'base': .*; expected a base and a type"),
     ("chatglm", {"position_encoding_2d": True, "inner_hidden_size": 8}, "this is the first ChatGLM-6B, with positions"),
     ("chatglm", {"original_rope": False}, "original_rope False is not supported; expected True"),
+    ("chatglm", {"interleaved_qkv": True}, "interleaved_qkv True is not supported; expected False"),
     ("chatglm", {"pre_seq_len": 128}, "pre_seq_len 128 is not supported; expected None"),
     ("chatglm", {"quantization_bit": 4}, "quantization_bit 4 is not supported; expected 0"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True is"),
