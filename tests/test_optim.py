@@ -15,12 +15,14 @@ from accessory.engine import Engine, Schedule
 from accessory.optim import (
     BETAS,
     FIRST_LOSS_SCALE,
+    OPTIMIZERS,
     build_adamw,
     build_optimizer,
     gradient_norm,
     learning_rate,
     next_loss_scale,
     scale_gradients,
+    state_bytes,
     sum_partial_gradients,
 )
 from accessory.parallel import groups
@@ -160,6 +162,19 @@ def test_8_bits_take_a_quarter_of_the_memory() -> None:
         optimizer.step()
         sizes.append(sum(t.nbytes for key, t in optimizer.state[parameter].items() if key != "step"))
     assert sizes == [2 * 4 * 64 * 256, 2 * (64 * 256 + 4 * 64)]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_memory_of_the_moments_is_known_before(kind: str) -> None:
+    """Of embeddings and small parameters as of those in 8 bits, whose last block may be short."""
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    optimizer = build_optimizer(kind, parameters, 0.01, 0.1)
+    for name, parameter in parameters.items():
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        kept = sum(t.nbytes for key, t in optimizer.state[parameter].items() if key != "step")
+        assert state_bytes(kind, {name: parameter}) == kept, name
+    assert state_bytes(kind, parameters) == sum(state_bytes(kind, {n: p}) for n, p in parameters.items())
 
 
 def test_optimizers_by_name(parameters: dict[str, nn.Parameter]) -> None:
