@@ -130,6 +130,7 @@ class Project:
         ends = self.root / "ends"
         ends.write_text("{}")
         self.end(tests, None, InPlace(file, code, tried, self.patience, ends))
+        (self.root / file).write_text(code)
         return {int(number): end for number, end in json.loads(ends.read_text()).items()}
 
     def end(self, tests: list[str], patience: float | None, *plugins: object) -> str:
@@ -178,6 +179,7 @@ class InPlace:
         if module and not end_of(lambda: run(self.code), self.patience):
             ends = {}
             for mutant in self.mutants:
+                self.file.write_text(mutant.code)  # for the processes that tests start
                 end = end_of(partial(run, mutant.code), self.patience)
                 if end or mutant.in_function:
                     ends[mutant.number] = end

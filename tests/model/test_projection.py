@@ -170,6 +170,35 @@ def test_what_can_be_made_again_is_not_kept() -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, plainly, strict=True))
 
 
+@pytest.mark.parametrize("kind", STORAGES)
+def test_what_nobody_reads_has_its_gradients(kind: str | None) -> None:
+    """As where a block runs again for its backward: of the same shapes, whatever their numbers."""
+    made, leaves = products(kind, lora=True, bias=True, dropout=0.25)
+    x = random(TOKENS, INPUTS, seed=5).requires_grad_()
+    read, unread = project(x, made), project(x, made, unread=True)
+    assert [(y.shape, y.dtype) for y in unread] == [(y.shape, y.dtype) for y in read]
+    weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
+    ours, theirs = (torch.autograd.grad(ys, [x, *leaves], weights) for ys in (unread, read))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_frozen_a_under_dropout() -> None:
+    """B alone learns; x is not kept for it."""
+    made, _ = products("nf4", lora=True, bias=False, dropout=0.25)
+    x = random(TOKENS, INPUTS, seed=5)
+    for product in made:
+        product.a.requires_grad_(False)
+    factors = [product.b for product in made]
+    assert x.data_ptr() not in {t.data_ptr() for t in kept(x, made)}
+    weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
+    for ours, theirs in zip(
+        torch.autograd.grad(project(x, made), factors, weights),
+        torch.autograd.grad([written_out(x, product) for product in made], factors, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_an_input_without_gradient() -> None:
     """The lowest layer: A and B learn, nothing goes further down; without anything trained there is no graph."""
     made, leaves = products("nf4", lora=True, bias=True, dropout=0.0)
@@ -195,8 +224,10 @@ def test_backward_reads_a_packed_matrix_again() -> None:
     torch.testing.assert_close(x.grad, wanted)
 
 
-def test_bias_gradient_is_summed_in_fp32() -> None:
+@pytest.mark.parametrize("kernels_wanted", ["0", "1"])
+def test_bias_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch, kernels_wanted: str) -> None:
     """4,097 ones: a bf16 sum would stop at 256 or round to 4,096."""
+    monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
     bias = torch.zeros(2, requires_grad=True)
     (y,) = project(torch.zeros(4097, 3, dtype=torch.bfloat16), [Product(torch.zeros(2, 3).bfloat16(), bias)])
     y.backward(torch.ones(4097, 2, dtype=torch.bfloat16))
