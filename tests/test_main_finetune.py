@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -44,6 +45,26 @@ def test_plain_python(flags: list[str], tmp_path: Path, python) -> None:
     check(done, tmp_path)
     assert "trainable parameters: 2,688 of 428,672" in done.stdout
     assert "What is Accessory?\n\n### Response:«Accessory is" in done.stdout
+
+
+def test_files_as_spreadsheets_and_editors_of_windows_write_them(flags: list[str], tmp_path: Path, python) -> None:
+    """A table with commas, capitals in its suffix and a byte-order mark; settings and a YAML with one, too."""
+    rows = [
+        {"instruction": "q, or so", "output": "a" * 140_000, "note": ""},
+        {"instruction": "q", "output": "a\nb"},
+    ] * 3
+    with (tmp_path / "data.CSV").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, ["instruction", "output", "note"], dialect="excel")
+        table.writeheader()
+        table.writerows([*rows, {"instruction": "q", "output": "c", "note": "why"}])
+    (tmp_path / "data.yaml").write_text("META: [{path: data.CSV}]", encoding="utf-8-sig")
+    (tmp_path / "lora.json").write_text('{"lora_rank": 2}', encoding="utf-8-sig")
+    more = ("--data_config", tmp_path / "data.yaml", "--llama_config", tmp_path / "lora.json", "--dry_run")
+    done = python(MAIN, *flags, *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "7 documents, " in done.stdout and "cut short at --max_words: 3" in done.stdout
+    assert f"{tmp_path / 'data.CSV'}: columns separated by commas" in done.stdout
+    assert f"not used: 'note' of 1 records, from {tmp_path / 'data.CSV'}:11 on" in done.stdout
 
 
 def test_torchrun_from_inside_accessory(flags: list[str], tmp_path: Path, torchrun) -> None:

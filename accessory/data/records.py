@@ -32,6 +32,7 @@ _REMEDIES = {
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), _UNPACK),
 }
 _SPACE = re.compile(r"[ \t\n\r]*")
+_FIRST_LINE, _INK = re.compile(rb"(?:\xef\xbb\xbf)?\s*([^\n]*)"), re.compile(rb"\S")
 _HEADER = re.compile(r'(?:"[^"]*"|[^"\n])*')
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 
@@ -110,9 +111,9 @@ def _text(content: bytes, path: Path) -> str:
 
 
 def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:
-    first, _, rest = content.removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")
-    named_lines = path.suffix.lower() == ".jsonl"
-    if (named_lines and first[:1] != b"[") or (rest and _is_json(first)):
+    first, named_lines = _FIRST_LINE.match(content), path.suffix.lower() == ".jsonl"
+    goes_on = _INK.search(content, first.end())
+    if (named_lines and not first[1].startswith(b"[")) or (goes_on and _is_json(first[1])):
         notes += [] if named_lines else ["read as JSON Lines, an object a line"]
         return _read_lines(content, path)
     text = _text(content, path)
