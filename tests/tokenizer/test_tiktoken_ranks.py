@@ -2,12 +2,14 @@ import base64
 import json
 from itertools import pairwise
 
+import gguf
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
 
 # As Meta's tokenizer.py has it.
@@ -90,6 +92,18 @@ def test_saved_and_written_for_transformers(tmp_path, ranks, strings):
     wrong = [text for text in strings if theirs(text).input_ids != [len(ranks), *reference(text, ranks)]]
     assert not wrong and theirs.convert_tokens_to_ids("<new>") == len(ranks) + 256 == ours.vocab_size - 1
     assert open_tokenizer(tmp_path / "hf").encode_batch(strings) == ours.encode_batch(strings)
+
+
+def test_written_to_gguf_and_read_back(tmp_path, ranks, strings):
+    ours = open_tokenizer(write(tmp_path / "tokenizer.model", ranks))
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    add_fields(writer, vocabulary_fields(ours, ours.vocab_size))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    again = open_tokenizer(tmp_path / "v.gguf")
+    assert again.encode_batch(strings) == ours.encode_batch(strings)
+    assert (again.opening, again.stop_ids) == (ours.opening, ours.stop_ids)
 
 
 @pytest.mark.parametrize(
