@@ -16,7 +16,7 @@ from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.load import overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked
 from accessory.checkpoint.run_record import trained_tokens, with_base
-from accessory.checkpoint.source import Source, model_args_of
+from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, nearest
 from accessory.meta import MetaModel
@@ -76,6 +76,18 @@ class Destination:
             write_gguf(model, target, self.gguf_type)
         else:
             write_torch_shards(model, target, dtype, self.to, self.ranks)
+
+
+def remark(path: Path) -> str | None:
+    """What a user of transformers should hear of a Hugging Face directory; None where there is nothing to say."""
+    config = read_json(path / "config.json")
+    name = config.get("model_type")
+    if architecture_of(name, str(path)).native or "auto_map" in config:
+        return None
+    return (
+        f"transformers knows no {name} of its own and cannot open {path} as it is: put the published model's "
+        "modeling_*.py, configuration_*.py and its config.json's auto_map there, or write it with --architecture llama"
+    )
 
 
 @dataclass(frozen=True)
@@ -168,14 +180,16 @@ def merge(
     return base
 
 
-def export_adapter(paths: list[Path], target: Path, *, drop_biases: bool, base_name: str | None = None) -> str | None:
+def export_adapter(
+    paths: list[Path], target: Path, *, drop_biases: bool, base_name: str | None = None, **reading
+) -> str | None:
     """Write what was trained as one PEFT adapter of its base; returns what its user should hear.
 
     Where parts were trained one upon the other, each began from those before and holds its own values in their place:
     what the last says counts, and what it leaves out is theirs. base_name: what PEFT is told the base is; absent, the
     base's path. Raises `CheckpointError`.
     """
-    _, sources, blueprint = open_whole(paths)
+    _, sources, blueprint = open_whole(paths, **reading)
     base, *parts = sources
     if not parts or not all(part.is_delta for part in parts) or not isinstance(blueprint.method, Peft):
         found = ", ".join(f"{source.path} ({source.format})" for source in sources)
@@ -196,8 +210,10 @@ def export_adapter(paths: list[Path], target: Path, *, drop_biases: bool, base_n
         base_path=base_name or str(base.path.resolve()),
         drop_biases=drop_biases,
     )
-    if base_name or base.format == "Hugging Face":
+    if base_name:
         return None
+    if base.format == "Hugging Face":
+        return remark(base.path)
     return (
         f"adapter_config.json names the base {base.path}, which transformers cannot open as it is ({base.format}): "
         "write it with --to hf, and give that directory or a Hub name with --base_model"

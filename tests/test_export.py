@@ -30,12 +30,13 @@ from accessory.export import (
     merge,
     open_base,
     open_whole,
+    remark,
 )
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.tokenizer import open_tokenizer
 from tests.checkpoint.trained import write_trained
-from tests.model.families.matrix import GROUPED, OPT, SIZES, known
+from tests.model.families.matrix import GROUPED, OPT, SIZES, internlm, known
 
 TOKENS = torch.arange(40) * 7 % 500
 TOLERANCE = 2e-5  # of the largest logit, fp32
@@ -299,6 +300,15 @@ class TestConvert:
         assert apart(theirs(written([tmp_path / "upstream"], tmp_path / "hf")), theirs(base)) < TOLERANCE
 
 
+def internlm_base(tiny_base: Path, directory: Path) -> Path:
+    """An InternLM with the tiny model's tokenizer."""
+    directory.mkdir()
+    internlm(directory)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / file, directory)
+    return directory
+
+
 class TestAdapter:
     """What was trained, for peft."""
 
@@ -342,6 +352,18 @@ class TestAdapter:
         assert export_adapter([part], tmp_path / "named", drop_biases=False, base_name="me/base") is None
         config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "me/base"
+
+    def test_base_of_a_type_that_needs_code_of_its_own(self, tiny_base: Path, tmp_path: Path) -> None:
+        """transformers knows no Baichuan: said, as it is of one that is written; with auto_map it finds the code."""
+        convert([tiny_base], tmp_path / "llama", Destination("hf", "fp32"))
+        assert remark(tmp_path / "llama") is None
+        base = internlm_base(tiny_base, tmp_path / "internlm")
+        part = write_trained(base, tmp_path / "part", bias_tuning=False)
+        said = export_adapter([part], tmp_path / "adapter", drop_biases=False)
+        assert said.startswith(f"transformers knows no internlm of its own and cannot open {base} as it is: put ")
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x.Y"}}))
+        assert export_adapter([base, part], tmp_path / "again", drop_biases=False) is None
 
     def test_refusals(self, tiny_base: Path, part: Path, tmp_path: Path) -> None:
         """What is no trained part beside a base."""

@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool, sources_and_target
 from accessory.errors import ConfigError
-from accessory.export import Destination, convert, export_adapter
+from accessory.export import Destination, convert, export_adapter, remark
 
 
 def main(
@@ -41,22 +41,21 @@ def main(
         base_model: with --to peft, the directory or Hub name that peft's users load; absent: where the base lies.
     """
     *sources, target = sources_and_target(paths)
+    reading = {
+        "llama_config": [Path(str(llama_config))] if llama_config else [],
+        "tokenizer_path": Path(str(tokenizer_path)) if tokenizer_path else None,
+    }
     if to == "peft":
-        note = export_adapter(sources, target, drop_biases=drop_biases, base_name=str(base_model) or None)
+        name = str(base_model) or None
+        said = export_adapter(sources, target, drop_biases=drop_biases, base_name=name, **reading)
     elif drop_biases or base_model:
         flag, place = ("--base_model", "") if base_model else ("--drop_biases", ", or with tools/merge.py")
         raise ConfigError(f"{flag} goes with --to peft{place}.")
     else:
         destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
-        note = None
-        convert(
-            sources,
-            target,
-            destination,
-            llama_config=[Path(str(llama_config))] if llama_config else [],
-            tokenizer_path=Path(str(tokenizer_path)) if tokenizer_path else None,
-        )
-    print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *([note] if note else []), sep="\n")
+        convert(sources, target, destination, **reading)
+        said = remark(target) if to == "hf" else None
+    print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *([said] if said else []), sep="\n")
 
 
 if __name__ == "__main__":

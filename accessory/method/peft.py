@@ -88,8 +88,8 @@ class Peft(Method):
         """See `Method.conflict`: LoRA adds the product of its factors times a scale that the settings alone say."""
         keys = ("lora_rank", "lora_alpha")
         try:
-            trained = type(self.settings)(**{key: stated[key] for key in keys})
-        except (KeyError, ValidationError):  # nothing is said that could be kept to
+            trained = type(self.settings)(**{key: stated[key] for key in keys if key in stated})
+        except ValidationError:  # nothing is said that could be kept to
             return None
         if min(trained.lora_rank, self.settings.lora_rank) <= 0:
             return None

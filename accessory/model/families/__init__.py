@@ -16,12 +16,12 @@ FAMILIES = tuple(dict.fromkeys(architecture.family for architecture in ARCHITECT
 
 
 def architecture_of(name: object, source: str) -> Architecture:
-    """The model type called `name` in `source`. Raises `CheckpointError` listing those we know."""
+    """The model type called `name` in `source`, a file or a flag. Raises `CheckpointError` listing those we know."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
+        # What a file says is no slip of the pen: gpt_neo is no gpt_neox, and qwen no qwen2.
+        hint = nearest(str(name), ARCHITECTURES) if source.startswith("--") else ""
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(
-            f"{source}: model_type {name!r} is not supported.{nearest(str(name), ARCHITECTURES)} Known: {known}."
-        )
+        raise CheckpointError(f"{source}: model_type {name!r} is not supported.{hint} Known: {known}.")
     return ARCHITECTURES[name]
 
 
@@ -29,9 +29,7 @@ def architecture_of_gguf(name: object, source: str) -> Architecture:
     """The model type behind GGUF's `general.architecture`. Raises `CheckpointError` listing those we know."""
     known = {a.gguf.architecture: a for a in reversed(ARCHITECTURES.values()) if a.gguf}
     if not isinstance(name, str) or name not in known:
-        raise CheckpointError(
-            f"{source}: architecture {name!r} is not supported.{nearest(str(name), known)} Known: {', '.join(known)}."
-        )
+        raise CheckpointError(f"{source}: architecture {name!r} is not supported. Known: {', '.join(known)}.")
     return known[name]
 
 

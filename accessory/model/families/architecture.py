@@ -130,6 +130,7 @@ class Architecture:
     fixed: settings that all its models share. required: their keys that must have one value, for anything else would
     be computed differently. rope: None for a model without rotary embedding.
     sliding: how a window is spelled: "plain" (Mistral), "switched" (Qwen: a switch and a first layer), or not at all.
+    native: whether transformers knows it; other types need code that lies beside their files.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Architecture:
     rope: Rope | None = field(default_factory=Rope)
     sliding: Literal["none", "plain", "switched"] = "none"
     gguf: Gguf | None = None
+    native: bool = True
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """ModelArgs from a config.json; `source` names it. Raises `CheckpointError` for what cannot be computed."""

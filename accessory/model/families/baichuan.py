@@ -48,6 +48,7 @@ class _Baichuan(Architecture):
 ARCHITECTURES = (
     _Baichuan(
         name="baichuan",
+        native=False,
         family="llama",
         class_name="BaichuanForCausalLM",
         names=_NAMES,

@@ -94,6 +94,7 @@ ARCHITECTURES = (
     ),
     _ChatGlm(
         name="chatglm",
+        native=False,
         family="glm",
         class_name="ChatGLMForConditionalGeneration",
         names=Names(

@@ -56,6 +56,7 @@ class _InternLm(Architecture):
 ARCHITECTURES = (
     _InternLm(
         name="internlm",
+        native=False,
         family="llama",
         class_name="InternLMForCausalLM",
         names=NAMES,
@@ -66,6 +67,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="internlm2",
+        native=False,
         family="llama",
         class_name="InternLM2ForCausalLM",
         names=_NAMES_2,

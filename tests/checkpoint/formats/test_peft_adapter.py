@@ -230,6 +230,12 @@ def test_a_config_of_the_user_cannot_rescale_an_adapter(base_of, tmp_path: Path)
         message = str(caught.value)
         assert message.startswith(f"{adapter}: its LoRA was trained with {{'lora_rank': 4, 'lora_alpha': 12.0}}, ")
         assert "a scale of 3; {" in message and f"makes it {now}. " in message
+    upstreams = trained_here(base, tmp_path / "upstreams", lora_rank=4)[0].path  # says no alpha: a scale of 1
+    stated = json.loads((upstreams / "config.json").read_text())
+    (upstreams / "config.json").write_text(json.dumps({k: v for k, v in stated.items() if k != "lora_alpha"}))
+    config.write_text('{"lora_alpha": 8}')
+    with pytest.raises(ConfigError, match=r"'lora_alpha': None}, a scale of 1; .* makes it 2\. .* a lora_alpha of 4 "):
+        ours(base, upstreams, llama_config=[config])
     config.write_text('{"lora_rank": 4, "lora_alpha": 12}')
     assert distance(ours(base, adapter, llama_config=[config]), expected) < TOLERANCE
     config.write_text('{"lora_rank": 8, "lora_alpha": 24}')

@@ -227,6 +227,13 @@ ELSEWHERE = {"rope_parameters", "sliding_window", "layer_types", "do_layer_norm_
 """Keys that code of ours reads, and no table."""
 
 
+def test_what_transformers_knows() -> None:
+    """The four that it has no code of its own for."""
+    foreign = {name for name, architecture in ARCHITECTURES.items() if not architecture.native}
+    assert foreign == set(ARCHITECTURES) - set(transformers.models.auto.configuration_auto.CONFIG_MAPPING)
+    assert foreign == {"baichuan", "internlm", "internlm2", "chatglm"}
+
+
 MODELS = Path(transformers.__file__).parent / "models"
 SOURCES = {name: files for name in ARCHITECTURES if (files := [*(MODELS / name).glob("modeling_*.py")])}
 
@@ -243,11 +250,14 @@ def test_no_key_that_transformers_computes_with_is_ignored(name: str) -> None:
 
 
 def test_unknown_type() -> None:
-    """With the nearest one and all known."""
-    with pytest.raises(CheckpointError) as caught:
-        architecture_of("qwen33", "here/config.json")
-    message = str(caught.value)
-    assert message.startswith("here/config.json: model_type 'qwen33' is not supported. Did you mean 'qwen3'? Known: ")
+    """All known are named; the nearest only to who writes a flag: what a file says is another model, no misspelling."""
+    for name in ("qwen33", "gpt_neo", "llama4", "qwen", 7):
+        with pytest.raises(CheckpointError) as caught:
+            architecture_of(name, "here/config.json")
+        message = str(caught.value)
+        assert message.startswith(f"here/config.json: model_type {name!r} is not supported. Known: llama, ")
+    with pytest.raises(CheckpointError, match=r"'qwen33' is not supported. Did you mean 'qwen3'\? Known: llama, "):
+        architecture_of("qwen33", "--architecture")
     for known in ("llama", "mistral", "qwen2", "opt", "bloom", "gpt_neox", "glm", "chatglm", "baichuan", "internlm2"):
         assert f" {known}," in message or f" {known}." in message
 
