@@ -92,7 +92,7 @@ def draw_blueprint(
     """Work out what to build. What is not said is taken from the sources, the last that knows winning.
 
     quant: keep the base packed; quant_type: in which format, nf4 where neither it nor a packed base says.
-    new_tokens: special tokens to add to the vocabulary.
+    new_tokens: tokens to add to the vocabulary.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
@@ -256,8 +256,8 @@ def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
 
 def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
     rows, tokens = _embedding_rows(sources, args), tokenizer.vocab_size
-    # Special tokens put behind a vocabulary are the model's in the making; others are another model's.
-    foreign = set(range(rows, tokens)) - tokenizer.control_tokens().keys()
+    # Tokens added behind a vocabulary are the model's in the making; others are another model's.
+    foreign = set(range(rows, tokens)) - tokenizer.added_tokens().keys()
     if abs(tokens - rows) > SLACK_ROWS or foreign:
         raise TokenizerError(
             f"The tokenizer has {tokens} tokens, the model's embedding {rows} rows: they do not belong together. Give "

@@ -58,7 +58,7 @@ class FinetuneConfig(BaseModel):
     tokenizer_path: Path | None = None
     """tokenizer.model, tokenizer.json, a GGUF file, or a directory holding one; absent: what lies in the base."""
     new_tokens: list[str] = []
-    """Special tokens to add to the vocabulary; their rows start as the mean of the others."""
+    """Tokens to add to the vocabulary, for text that spells them; their rows start as the mean of the others."""
     pretrained_type: Literal["consolidated", "meta_ori"] | None = None
     """Needless: the format is told from the files. Accepted for upstream's scripts."""
     quant: bool = False

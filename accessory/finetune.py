@@ -6,18 +6,19 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from accessory import kernels
 from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.run_record import RUN_FILE, run_record, with_base
+from accessory.checkpoint.run_record import RUN_FILE, began_at, run_record, with_base
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import Progress, Resumption, find_resumption, restore_training_state
@@ -83,7 +84,8 @@ def finetune(config: FinetuneConfig) -> MetaModel:
 class _Job:
     """What is to be trained, on what, and by what it is known again.
 
-    identity: what must not change between a run and its resumption; conditions: what its rounding depends on.
+    identity: what must not change between a run and its resumption; conditions: what its rounding depends on. began:
+    when the run did, its resumptions aside.
     """
 
     config: FinetuneConfig
@@ -94,6 +96,7 @@ class _Job:
     order: GlobalOrder
     identity: dict[str, Any]
     conditions: dict[str, Any]
+    began: datetime
 
 
 def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status: RunStatus) -> MetaModel:
@@ -150,11 +153,12 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
 
 def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> _Job:
     """Reads the data. All ranks have come to the same, or it raises."""
-    corpus = together(lambda: _corpus(config, blueprint, layout))
+    began = _began(config, sources)
+    corpus = together(lambda: _corpus(config, blueprint, layout, began))
     order = together(lambda: _order(config, blueprint, corpus, layout))
     identity = _identity(config, blueprint, _base(config, sources), corpus, order)
     check_alike(identity)
-    return _Job(config, layout, sources, blueprint, corpus, order, identity, _conditions(config, layout))
+    return _Job(config, layout, sources, blueprint, corpus, order, identity, _conditions(config, layout), began)
 
 
 def _take_output(output_dir: Path | None, layout: Layout, held: ExitStack) -> None:
@@ -194,7 +198,15 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
     return blueprint
 
 
-def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Corpus:
+def _began(config: FinetuneConfig, sources: list[Source]) -> datetime:
+    """When the run began, for chat templates that print the time: one that is resumed keeps its own. A collective."""
+    resumed = next((source for source in sources if source.path == config.resume), None)
+    began = [together(lambda: began_at(resumed) if resumed else datetime.now().replace(microsecond=0))]
+    dist.broadcast_object_list(began)
+    return began[0]
+
+
+def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout, began: datetime) -> Corpus:
     corpus = build_corpus(
         config.data_config,
         blueprint.tokenizer,
@@ -203,6 +215,7 @@ def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Cor
         threads=max(config.num_workers, 1),
         cache_dir=CACHE_DIR if config.cache_ann_on_disk else None,
         max_skipped=config.max_skipped,
+        clock=began,
     )
     args = blueprint.args
     _say(
@@ -210,6 +223,8 @@ def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout) -> Cor
         *corpus.check_lengths(args.longest_document, args.stated_length),
         f"data {config.data_config}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
     )
+    if unheld := corpus.without(config.new_tokens):
+        _say(layout, f"--new_tokens: no document holds {', '.join(unheld)}")
     return corpus
 
 
@@ -406,7 +421,12 @@ def _saver(
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
         RUN_FILE: run_record(
-            plain(config), base, blueprint.quant_type, job.corpus.fingerprint, job.corpus.documents_by_layout()
+            plain(config),
+            base,
+            blueprint.quant_type,
+            job.corpus.fingerprint,
+            job.corpus.documents_by_layout(),
+            job.began,
         ),
     }
     stem = "trainable" if only_trainable else "model"

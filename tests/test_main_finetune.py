@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from accessory.data.corpus import build_corpus
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 
@@ -160,12 +161,21 @@ def test_precisions_learn(precision: str, flags: list[str], tmp_path: Path, pyth
     assert losses[-1] < losses[0] - 0.1, losses
 
 
-def test_new_tokens_get_rows_that_are_learned(flags: list[str], tiny_base: Path, tmp_path: Path, torchrun) -> None:
-    """Two ranks share a vocabulary of 515 rows; what is saved knows the tokens and needs the base alone."""
+def test_new_tokens_get_rows_that_are_learned(
+    flags: list[str], tiny_base: Path, tmp_path: Path, torchrun, python
+) -> None:
+    """Two ranks share a vocabulary of 515 rows; what is saved knows the tokens and needs the base alone.
+
+    They stand where the data spells them, one that looks like a control token too; what no document holds is said.
+    """
     (tmp_path / "lora.json").write_text('{"lora_rank": 4, "vocabulary_tuning": true}')
-    extra = ("--llama_config", str(tmp_path / "lora.json"), "--new_tokens", "<one>", "<two>", "<three>")
+    records = [{"instruction": "Add <one> and <|two|> to them. " * 3, "output": "<one> is <|two|> " * 9}] * 148
+    (tmp_path / "new.json").write_text(json.dumps(records))
+    extra = ("--llama_config", str(tmp_path / "lora.json"), "--new_tokens", "<one>", "<|two|>", "<three>")
+    extra = (*extra, "--data_config", str(tmp_path / "new.json"))
     done = torchrun(2, MAIN, *flags, *extra, "--model_parallel_size", "2", "--lr", "0.01")
     check(done, tmp_path)
+    assert "--new_tokens: no document holds <three>\n" in done.stdout
     assert "the tokenizer has 3 tokens more than the embedding's 512 rows" in done.stdout
     saved = load_file(tmp_path / "out" / "epoch0-iter2" / "trainable.safetensors")
     base = load_file(tiny_base / "model.safetensors")
@@ -177,4 +187,10 @@ def test_new_tokens_get_rows_that_are_learned(flags: list[str], tiny_base: Path,
     model = MetaModel.from_pretrained(tmp_path / "out" / "epoch0-iter2", dtype="fp32")
     assert model.tokenizer.vocab_size == 515
     assert torch.equal(model.llma.output.weight, saved["output.weight"])
+    assert [i for i in model.prompt_tokens("a <one><|two|> b <|endoftext|>") if i >= 512] == [512, 513]
+    run = json.loads((tmp_path / "out" / "epoch0-iter2" / "run.json").read_text())
+    assert build_corpus(tmp_path / "new.json", model.tokenizer, max_words=160).fingerprint == run["data_fingerprint"]
     groups.stop()
+    resumed = python(MAIN, *flags, *extra, "--batch_size", "8", "--lr", "0.01", "--resume", "latest", "--dry_run")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "no document holds <three>\n" in resumed.stdout

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ def run_record(
     quantization: str | None,
     data: str,
     layouts: Mapping[str, int] | None = None,
+    began: datetime | None = None,
 ) -> dict[str, Any]:
     """The contents of `run.json`.
 
     data: the fingerprint of the training data. layouts: its documents by how their questions are laid out, most first.
+    began: when the run did, by the local clock; absent: now.
     """
     return {
         "arguments": arguments,
@@ -36,8 +38,17 @@ def run_record(
         "data_fingerprint": data,
         "layouts": dict(layouts or {}),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "safetensors")},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": (began or datetime.now()).astimezone().isoformat(timespec="seconds"),
     }
+
+
+def began_at(resumed: Source) -> datetime:
+    """When the run of a checkpoint began, by the clock that stood beside it. Raises `CheckpointError`."""
+    started = (resumed.run or {}).get("started")
+    try:
+        return datetime.fromisoformat(started).replace(tzinfo=None)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{resumed.path / RUN_FILE}: 'started' is {started!r}; expected an ISO time.") from error
 
 
 def with_base(paths: list[str | Path]) -> list[Source]:

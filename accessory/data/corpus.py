@@ -174,6 +174,12 @@ class Corpus:
             return [f"{found}. The model was made for no more, its settings say; --max_words {bound} cuts them"]
         return []
 
+    def without(self, tokens: Sequence[str]) -> list[str]:
+        """Those of `tokens`, added ones of the tokenizer, that no document holds."""
+        added = self.tokenizer.added_tokens()
+        held = {added[index].content for index in np.unique(self.tokens[np.isin(self.tokens, [*added])]).tolist()}
+        return [token for token in tokens if token not in held]
+
     @property
     def report(self) -> str:
         """What is used, cut and skipped, a line each."""

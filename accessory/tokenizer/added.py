@@ -1,4 +1,4 @@
-"""A tokenizer with more special tokens than its checkpoint has."""
+"""A tokenizer with more tokens than its checkpoint has."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from dataclasses import replace
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.hf_json import JsonTokenizer
-from accessory.tokenizer.special import Added
+from accessory.tokenizer.special import NEW_TOKENS, Added
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
 
 def with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
-    """The same tokenizer with `tokens` as special tokens behind its vocabulary, in this order.
+    """The same tokenizer with `tokens` behind its vocabulary, in this order: text that spells one becomes it.
 
-    Those that are control tokens already keep their ids. No text matches them, they decode to none, and saving keeps
-    them. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
+    Those that are added tokens already stay what they are, control tokens among them, which no text matches. Saving
+    keeps them. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
     """
     if not isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} takes no further tokens.")
     if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
         raise TokenizerError(f"An added token is {bad[0]!r}; expected a text that is not blank.")
-    known = {token.content for token in tokenizer.control_tokens().values()}
+    known = {token.content for token in tokenizer.added_tokens().values()}
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     if taken := next((token for token in new if tokenizer.has_token(token)), None):
         raise TokenizerError(f"{tokenizer.source}: {taken!r} is an ordinary token of it; expected new ones.")
-    ids = {tokenizer.vocab_size + place: Added(token) for place, token in enumerate(new)}
-    return tokenizer.with_special(replace(tokenizer.special, added=tokenizer.special.added | ids))
+    if not new:
+        return tokenizer
+    special = tokenizer.special
+    ids = {tokenizer.vocab_size + place: Added(token, special=False) for place, token in enumerate(new)}
+    config = {**special.config, NEW_TOKENS: [*special.new, *new]}
+    return tokenizer.with_special(replace(special, added=special.added | ids, config=config))

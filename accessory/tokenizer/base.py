@@ -13,7 +13,7 @@ from typing import Literal
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.chat import Chat, default_template
-from accessory.tokenizer.special import Added
+from accessory.tokenizer.special import NEW_TOKENS, Added
 
 # Vocabularies often list chat markers as ordinary user-defined tokens. Text of a data set that spells such a marker
 # would then forge a turn, so whatever looks like one is never matched in text.
@@ -84,6 +84,10 @@ class Tokenizer(ABC):
         """The tokens that a chat template writes as markers, by id."""
         return {}
 
+    def added_tokens(self) -> dict[int, Added]:
+        """The tokens that are taken whole, by id: control tokens, and others wherever text spells them."""
+        return self.control_tokens()
+
     def special_names(self) -> dict[str, str]:
         """The special tokens a chat template may ask for: `bos_token`, `eos_token` and others there are."""
         return {}
@@ -117,7 +121,8 @@ class Tokenizer(ABC):
         self.bos_id, self.eos_id, self.opening = bos_id, eos_id, opening
         self.stop_ids = frozenset({eos_id, *(token_id for token_id in stop_ids if 0 <= token_id < self.vocab_size)})
         self.source, self.chat_template = source, default_template(config or {}, source)
-        settings = json.dumps([type(self).__name__, bos_id, eos_id, opening, sorted(self.stop_ids)])
+        new = (config or {}).get(NEW_TOKENS) or ()
+        settings = json.dumps([type(self).__name__, bos_id, eos_id, opening, sorted(self.stop_ids), *new])
         self.fingerprint = hashlib.sha256(definition + settings.encode()).hexdigest()
 
     @property

@@ -66,7 +66,7 @@ class JsonTokenizer(Tokenizer):
     def pipeline(self) -> dict:
         """The tokenizer.json it works with, parsed: added tokens are in it, and control tokens are special."""
         pipeline, special = self.stated_pipeline(), self.special
-        _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id})
+        _mark_control_tokens(pipeline, {special.bos, special.eos, special.bos_id, special.eos_id}, special.new)
         return pipeline
 
     def stated_pipeline(self) -> dict:
@@ -142,7 +142,7 @@ class JsonTokenizer(Tokenizer):
         )
 
     def added_tokens(self) -> dict[int, Added]:
-        """All added tokens by id, ordinary ones too, as tokenizer.json and the files beside it state them."""
+        """See `Tokenizer.added_tokens`: all that tokenizer.json and the files beside it list."""
         stated = self._main.get_added_tokens_decoder()
         return {token_id: Added(**{name: getattr(token, name) for name in FLAGS}) for token_id, token in stated.items()}
 
@@ -208,10 +208,14 @@ def _add_missing(pipeline: dict, added: dict[int, Added]) -> dict[int, Added]:
     return missing
 
 
-def _mark_control_tokens(pipeline: dict, special: set[str | int | None]) -> None:
-    """Make special, hence unmatched in text, every added token that is BOS, EOS or spelled like a control marker."""
+def _mark_control_tokens(pipeline: dict, special: set[str | int | None], new: tuple[str, ...]) -> None:
+    """Make special, hence unmatched in text, every added token that is BOS, EOS or spelled like a control marker.
+
+    Those that a user added (`new`) may be spelled like one.
+    """
     for token in pipeline.get("added_tokens") or ():
-        if {token["content"], token["id"]} & special or looks_like_control(token["content"]):
+        marker = looks_like_control(token["content"]) and token["content"] not in new
+        if marker or {token["content"], token["id"]} & special:
             token["special"] = True
     if pipeline["model"].get("type") == "Unigram":
         _never_match_special(pipeline)

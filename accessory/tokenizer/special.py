@@ -14,6 +14,8 @@ from accessory.tokenizer.sniff import what_is
 NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 NUMBERING_FILES = ("generation_config.json", "config.json")
 TEMPLATE_FILE = "chat_template.jinja"
+NEW_TOKENS = "accessory_new_tokens"
+"""Key of tokenizer_config.json that lists what `SpecialTokens.new` gives."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _Found = TypeVar("_Found")
 
@@ -63,6 +65,12 @@ class SpecialTokens:
     added: dict[int, Added] = field(default_factory=dict)
     named: tuple[str, ...] = ()
     config: dict = field(default_factory=dict)
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """Tokens that a user added. Text matches them even where they are spelled like control markers."""
+        stated = self.config.get(NEW_TOKENS)
+        return tuple(name for name in stated if isinstance(name, str)) if isinstance(stated, list) else ()
 
 
 def read_special_tokens(directory: Path) -> SpecialTokens:

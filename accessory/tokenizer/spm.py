@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -67,15 +68,23 @@ class SentencePieceTokenizer(Tokenizer):
             source=source,
             config=special.config,
         )
-        _hide_control_pieces(proto, {bos_id, eos_id})
+        _hide_control_pieces(proto, {bos_id, eos_id}, special.new)
         self.proto = proto
         self._silent = {index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNUSED}
         try_apart("sentencepiece", proto.SerializeToString(deterministic=True), f"{source}: {_EXPECTED}")
+        self.cut_first = {
+            index: token for index, token in self._added.items() if proto.pieces[index].type == _Piece.USER_DEFINED
+        }
+        """Added tokens that text may spell: it is cut at them before sentencepiece sees it, as other libraries do."""
+        names = sorted((token.content for token in self.cut_first.values()), key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._processor = _load(proto, source)
         self._continuing = _load(_without_leading_space(proto), source)
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False, threads: int = 1) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
+        if self.cut_first:
+            return [self.encode_stretch(text, "continued" if continuation else "start") for text in texts]
         processor = self._continuing if continuation else self._processor
         return processor.encode(list(texts), num_threads=threads)
 
@@ -91,6 +100,11 @@ class SentencePieceTokenizer(Tokenizer):
             for index, piece in enumerate(self.proto.pieces)
             if piece.type == _Piece.CONTROL
         }
+
+    def added_tokens(self) -> dict[int, Added]:
+        """See `Tokenizer.added_tokens`: the control pieces and the user-defined ones."""
+        own = {index: piece for index, piece in enumerate(self.proto.pieces) if piece.type == _Piece.USER_DEFINED}
+        return self.control_tokens() | {index: Added(piece.piece, special=False) for index, piece in own.items()}
 
     def has_token(self, name: str) -> bool:
         """Whether a token is spelled so."""
@@ -108,7 +122,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_stretch(self, text: str, place: Place) -> list[int]:
         """See `Tokenizer.encode_stretch`."""
-        return self.encode(text, continuation=place == "continued" or (place == "behind_control" and not self.legacy))
+        ids, added = [], {token.content: index for index, token in self.cut_first.items()}
+        for part in self._cut.split(text):
+            if part in added:
+                ids.append(added[part])
+                place = place if place == "continued" else "behind_control"
+            elif part:
+                continuing = place == "continued" or (place == "behind_control" and not self.legacy)
+                ids += (self._continuing if continuing else self._processor).encode(part)
+        return ids
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.model as it was read, tokenizer_config.json, and the ids that end an answer."""
@@ -183,8 +205,7 @@ def add_pieces(proto: ModelProto, added: dict[int, Added], source: str) -> None:
             proto.pieces.add(piece=f"[UNUSED{len(proto.pieces)}]", score=0.0, type=_Piece.UNUSED)
         piece = proto.pieces[token_id]
         if piece.type not in (_Piece.UNKNOWN, _Piece.BYTE):
-            # Text has its blanks replaced before pieces are looked for.
-            piece.piece = token.content if token.special else token.content.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+            piece.piece = token.content
             piece.type = _Piece.CONTROL if token.special or piece.type == _Piece.CONTROL else _Piece.USER_DEFINED
     names = Counter(piece.piece for piece in proto.pieces)
     if twice := next((token for token in added.values() if names[token.content] > 1), None):
@@ -206,10 +227,13 @@ def _resolve(
     return own if 0 <= own < len(ids) else configured
 
 
-def _hide_control_pieces(proto: ModelProto, special_ids: set[int | None]) -> None:
-    """Make BOS, EOS and chat markers control pieces, which no text matches and which decode to none. Ids stay."""
+def _hide_control_pieces(proto: ModelProto, special_ids: set[int | None], new: tuple[str, ...]) -> None:
+    """Make BOS, EOS and chat markers control pieces, which no text matches and which decode to none. Ids stay.
+
+    Those that a user added (`new`) may be spelled like a marker.
+    """
     for index, piece in enumerate(proto.pieces):
-        marker = piece.type == _Piece.USER_DEFINED and looks_like_control(piece.piece)
+        marker = piece.type == _Piece.USER_DEFINED and looks_like_control(piece.piece) and piece.piece not in new
         if marker or (index in special_ids and piece.type in (_Piece.NORMAL, _Piece.USER_DEFINED)):
             piece.type = _Piece.CONTROL
 

@@ -39,23 +39,25 @@ def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
             f'{tokenizer.source}: removes letters and makes up a blank before a text, but, by "legacy": false, not '
             f"behind a control token, for which a tokenizer.json has no words. {_HINT}"
         )
-    pipeline = Tokenizer(_model(proto))
+    pipeline = Tokenizer(_model(tokenizer))
     pipeline.normalizer = normalizers.Sequence(_normalizers(proto, tokenizer.legacy))
     if steps := _pre_tokenizers(tokenizer):
         pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
     pipeline.decoder = decoders.Sequence(_decoders(proto))
-    _check(pipeline, tokenizer)
     unknown = {index: Added(piece.piece) for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN}
-    added = sorted((unknown | tokenizer.control_tokens()).items())
+    added = sorted((unknown | tokenizer.control_tokens() | tokenizer.cut_first).items())
     stated = [{"id": token_id, **asdict(token)} for token_id, token in added]
-    return {**json.loads(pipeline.to_str()), "added_tokens": stated}
+    made = {**json.loads(pipeline.to_str()), "added_tokens": stated}
+    _check(made, tokenizer)
+    return made
 
 
-def _model(proto: ModelProto) -> models.Model:
+def _model(tokenizer: SentencePieceTokenizer) -> models.Model:
     """The pieces at work. User-defined ones, to which no merge leads, are taken whole where `_pre_tokenizers` cuts.
 
     A Unigram weighs them as sentencepiece does, better than any learned one.
     """
+    proto = tokenizer.proto
     (unknown,) = (index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN)
     fallback = proto.trainer_spec.byte_fallback
     if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
@@ -67,7 +69,7 @@ def _model(proto: ModelProto) -> models.Model:
         unk_token=proto.pieces[unknown].piece,
         fuse_unk=True,
         byte_fallback=fallback,
-        ignore_merges=any(piece.type == _Piece.USER_DEFINED for piece in proto.pieces),
+        ignore_merges=bool(_names(tokenizer, _Piece.USER_DEFINED)),
     )
 
 
@@ -107,7 +109,7 @@ def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.Pr
     # The library looks for all entries of a Unigram, and for those that are a word by themselves where some are taken
     # whole. A text that spells a special piece would become it, so it is cut where sentencepiece cuts such a text.
     kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE, _Piece.UNUSED)
-    names, whole = _names(proto, *kinds), _alternatives(_names(proto, _Piece.USER_DEFINED))
+    names, whole = _names(tokenizer, *kinds), _alternatives(_names(tokenizer, _Piece.USER_DEFINED))
     apart = "|".join(_in_two(name, tokenizer) for name in names)
     if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
         steps.append(pre_tokenizers.Split(Regex(apart), "isolated"))
@@ -124,9 +126,10 @@ def _in_two(name: str, tokenizer: SentencePieceTokenizer) -> str:
     return f"{re.escape(name[:length])}(?={re.escape(name[length:])})"
 
 
-def _names(proto: ModelProto, *kinds: int) -> list[str]:
-    """The pieces of some types, longest first, as sentencepiece looks for them."""
-    return sorted((piece.piece for piece in proto.pieces if piece.type in kinds), key=len, reverse=True)
+def _names(tokenizer: SentencePieceTokenizer, *kinds: int) -> list[str]:
+    """The pieces of some types that sentencepiece itself looks for in text, longest first as it does."""
+    own = (piece for index, piece in enumerate(tokenizer.proto.pieces) if index not in tokenizer.cut_first)
+    return sorted((piece.piece for piece in own if piece.type in kinds), key=len, reverse=True)
 
 
 def _alternatives(names: list[str]) -> str:
@@ -138,9 +141,11 @@ def _decoders(proto: ModelProto) -> list[decoders.Decoder]:
     return [*steps, decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else steps
 
 
-def _check(pipeline: Tokenizer, tokenizer: SentencePieceTokenizer) -> None:
+def _check(made: dict, tokenizer: SentencePieceTokenizer) -> None:
     """Compare both over texts of all pieces and of blanks: the library has no words for all that sentencepiece does."""
-    pieces = [p.piece for p in tokenizer.proto.pieces if p.type in (_Piece.NORMAL, _Piece.USER_DEFINED)]
+    pipeline = Tokenizer.from_str(json.dumps(made))
+    pipeline.encode_special_tokens = True
+    pieces = _names(tokenizer, _Piece.NORMAL, _Piece.USER_DEFINED)
     texts = ["".join(pieces[start : start + _CHECKED]) for start in range(0, len(pieces), _CHECKED)]
     for text in (*texts, *(f"x{_BLANK * count}y" for count in range(_CHECKED))):
         plain = text.replace(_BLANK, " ")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -135,6 +137,28 @@ def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torch
         logits.append(load_file(job.output / "logits.safetensors")["logits"])
     assert logits[0].shape == (8, 512) and logits[0].std() > 0.1
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-6 * float(logits[0].abs().max()))
+
+
+def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_config: Path) -> None:
+    """The time of day stands in every document; a run goes on with that at which it began, and says so to the next."""
+    base = shutil.copytree(job.base, tmp_path / "timed")
+    (base / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y, %H:%M:%S') }}\n{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    data = tmp_path / "data.yaml"
+    data.write_text(f"META: [{{path: {ROOT / 'data_example' / 'accessory_qa.json'}, prompt_type: chat}}]")
+    job.base, job.method, settings = base, lora_config, ("--data_config", str(data), "--max_words", "256")
+    alone(job, *settings, "--max_steps", "3", "--save_steps", "1")
+    began = json.loads((job.output / "epoch0-iter1" / "run.json").read_text())["started"]
+    while datetime.now().astimezone().isoformat(timespec="seconds") == began:
+        time.sleep(0.05)
+    part = job.output / "epoch0-iter1"
+    for name in ("second", "third"):
+        run = another(job, name)
+        alone(run, *settings, "--max_steps", "3", "--save_steps", "1", "--resume", str(part))
+        assert run.digest("epoch0-iter3") == job.digest("epoch0-iter3")
+        part = run.output / "epoch0-iter2"
+        assert json.loads((run.output / "epoch0-iter3" / "run.json").read_text())["started"] == began
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer.transformers_files import save_for_transformers
 
-NEW = ["<tok>", "[one more]"]
+NEW = ["<tok>", "[one more]", "<|call|>"]
 
 
 @pytest.fixture(params=["json", "sentencepiece", "chatglm"])
@@ -22,22 +24,59 @@ def tokenizer(request, tmp_path, byte_level, spm_model):
     return open_tokenizer(tmp_path)
 
 
-def test_they_have_the_next_ids_and_no_text(tokenizer, sentences):
+def test_they_have_the_next_ids_and_text_becomes_them(tokenizer, sentences):
     first, ours = tokenizer.vocab_size, with_added_tokens(tokenizer, NEW)
-    assert ours.vocab_size == first + 2 and ours.decode([first, first + 1]) == ""
-    assert [ours.control_tokens()[first + place].content for place in (0, 1)] == NEW
-    for text in [*sentences, "a<tok>b[one more]"]:
+    assert ours.vocab_size == first + len(NEW)
+    for place, token in enumerate(NEW):
+        assert ours.added_tokens()[first + place].content == token
+        assert ours.encode(f"a{token}b").count(first + place) == 1
+        assert [i for i in ours.encode(f"{token} {token}", continuation=True) if i >= first] == [first + place] * 2
+        assert ours.decode(ours.encode(f"red{token}green", continuation=True)) == f"red{token}green"
+    for text in sentences:
         assert ours.encode(text) == tokenizer.encode(text)
     assert (ours.eos_id, ours.opening, ours.stop_ids) == (tokenizer.eos_id, tokenizer.opening, tokenizer.stop_ids)
     assert ours.fingerprint != tokenizer.fingerprint
+    assert ours.control_tokens() == tokenizer.control_tokens()
 
 
-def test_saved_and_opened_again_they_are_there(tokenizer, tmp_path):
+def test_control_tokens_that_a_text_spells_stay_text(tokenizer):
+    ours = with_added_tokens(tokenizer, NEW)
+    for token in ours.control_tokens().values():
+        assert not ours.control_tokens().keys() & set(ours.encode(f"a{token.content}<tok>b"))
+
+
+def test_saved_and_opened_again_they_are_there(tokenizer, tmp_path, sentences):
     ours = with_added_tokens(with_added_tokens(tokenizer, NEW[:1]), NEW[1:])
     assert ours.fingerprint == with_added_tokens(tokenizer, NEW).fingerprint
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
-    assert again.fingerprint == ours.fingerprint and again.control_tokens() == ours.control_tokens()
+    assert again.fingerprint == ours.fingerprint and again.added_tokens() == ours.added_tokens()
+    for text in [*sentences, "".join(NEW), f" {NEW[-1]} x"]:
+        for continuation in (False, True):
+            assert again.encode(text, continuation=continuation) == ours.encode(text, continuation=continuation)
+
+
+def test_transformers_gives_their_ids_too(tokenizer, tmp_path):
+    ours = with_added_tokens(tokenizer, NEW)
+    save_for_transformers(ours, tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for token in NEW:
+        text = f"red {token} green{token}"
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+def test_chat_prompts_hold_them(byte_level, tmp_path):
+    """In what a user asks, in what is answered, and in the words of the template."""
+    template = "{% for m in messages %}<tok>{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "tokenizer.json").write_text(byte_level.to_str(), encoding="utf-8")
+    config = {"eos_token": "<|im_end|>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = with_added_tokens(open_tokenizer(tmp_path), NEW)
+    tok, call = (next(i for i, t in ours.added_tokens().items() if t.content == name) for name in ("<tok>", "<|call|>"))
+    messages = [{"role": "user", "content": "a<tok>"}, {"role": "assistant", "content": "<|call|><|im_end|>"}]
+    ((asked, said),) = ours.chat.documents(messages)
+    assert asked == (ours.chat_ids(messages[:1]), False) and asked[0].count(tok) == 2
+    assert (said[0].count(tok), said[0].count(call), said[0].count(ours.eos_id)) == (1, 1, 1)
 
 
 def test_those_that_are_there_already_keep_their_ids(tokenizer):

@@ -237,7 +237,7 @@ def test_a_tokenizer_model_beside_travels_as_it_is(llama_like, spm_model, tmp_pa
     stated = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert stated["500"] == {"content": "<one>", **plain, "lstrip": True, "single_word": True}
     assert stated["501"] == {"content": "<two>", **plain}
-    assert stated["502"] == {"content": "<new>", **plain, "special": True, "normalized": False}
+    assert stated["502"] == {"content": "<new>", **plain, "normalized": False}
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
     assert again.convert_tokens_to_ids(["<one>", "<two>", "<new>"]) == [500, 501, 502]
 
