@@ -27,6 +27,7 @@ from accessory.optim import (
 )
 from accessory.parallel import groups
 from accessory.parallel.tensor import Slicing
+from accessory.quant.moments import unpack_moment
 from accessory.stop_signals import StopSignals
 
 SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
@@ -70,6 +71,8 @@ def test_schedule_at_its_edges() -> None:
     assert rate(10) == rate(11) == pytest.approx(1e-4)
     assert rate(0, warmup_epochs=0.0) == 1e-3
     assert rate(0.01, warmup_epochs=0.01) == 1e-3
+    assert rate(0.875, warmup_epochs=0.75, epochs=1) == pytest.approx(5.5e-4)
+    assert rate(1, warmup_epochs=0.75, epochs=1) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("warmup", [10.0, 20.0])
@@ -109,9 +112,10 @@ def test_a_step_is_adamws() -> None:
     assert spared.item() == pytest.approx(2 + 0.1, rel=1e-6)
 
 
-SHAPES = {"tok_embeddings.weight": (40, 128), "a.lora_a.weight": (50, 100), "b.weight": (4096,), "norm.weight": (5000,),
+SHAPES = {"tok_embeddings.weight": (40, 128), "pos_embeddings.weight": (64, 64),
+          "a.lora_a.weight": (50, 100), "b.weight": (4096,), "norm.weight": (5000,),
           "c.bias": (70, 3), "output.weight": (33, 321)}  # fmt: skip
-"""From 4096 values on in 8 bits, but for an embedding; some with a last block that is short."""
+"""From 4096 values on in 8 bits, but for embeddings; some with a last block that is short."""
 
 
 def reference_adamw(parameters: dict[str, nn.Parameter], bits: int) -> torch.optim.Optimizer:
@@ -130,7 +134,7 @@ def test_8_bit_adamw_is_bitsandbytes() -> None:
     torch.manual_seed(0)
     ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     theirs = {name: nn.Parameter(p.detach().clone()) for name, p in ours.items()}
-    embedding = {"tok_embeddings.weight": theirs["tok_embeddings.weight"]}
+    embedding = {name: p for name, p in theirs.items() if "_embeddings" in name}
     others = {name: p for name, p in theirs.items() if name not in embedding}
     optimizer = build_optimizer("adamw8bit", ours, 0.01, 0.1)
     references = [reference_adamw(others, 8), reference_adamw(embedding, 32)]
@@ -144,12 +148,31 @@ def test_8_bit_adamw_is_bitsandbytes() -> None:
         assert torch.equal(parameter, theirs[name]), name
         state, known = optimizer.state[parameter], references[name in embedding].state[theirs[name]]
         assert torch.equal(state["exp_avg"], known["state1"]) and torch.equal(state["exp_avg_sq"], known["state2"])
-        wide = name in ("tok_embeddings.weight", "c.bias")
+        wide = name in embedding or name == "c.bias"
         assert state["exp_avg"].dtype == (torch.float32 if wide else torch.uint8)
         if not wide:
             assert torch.equal(state["exp_avg_scales"], known["absmax1"])
             assert torch.equal(state["exp_avg_sq_scales"], known["absmax2"])
         assert state["step"] == 4
+
+
+def test_moments_in_fp32_become_8_bits() -> None:
+    """As a state restored on another layout does at its next step: first moments have signs, second ones none."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(64, 100))
+    optimizer = build_optimizer("adamw8bit", {"a.weight": parameter}, 0.01, 0.1)
+    first, second, parameter.grad = torch.randn(64, 100), torch.rand(64, 100), torch.randn(64, 100)
+    optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": first, "exp_avg_sq": second}
+    optimizer.step()
+    state = optimizer.state[parameter]
+    for moment, signed, wanted in (
+        ("exp_avg", True, 0.9 * first + 0.1 * parameter.grad),
+        ("exp_avg_sq", False, 0.95 * second + 0.05 * parameter.grad.square()),
+    ):
+        assert state[moment].dtype == torch.uint8
+        found = unpack_moment(state[moment], state[f"{moment}_scales"], signed)
+        assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()  # packed twice
+    assert state["step"] == 4
 
 
 def test_8_bits_take_a_quarter_of_the_memory() -> None:
@@ -167,6 +190,7 @@ def test_8_bits_take_a_quarter_of_the_memory() -> None:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_memory_of_the_moments_is_known_before(kind: str) -> None:
     """Of embeddings and small parameters as of those in 8 bits, whose last block may be short."""
+    assert OPTIMIZERS == ("adamw", "adamw8bit", "paged_adamw")
     parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
     optimizer = build_optimizer(kind, parameters, 0.01, 0.1)
     for name, parameter in parameters.items():
@@ -235,6 +259,10 @@ def test_scaling_and_summing(parameters: dict[str, nn.Parameter]) -> None:
     assert all(torch.equal(parameters[name].grad, before[name] * 0.5) for name in SLICINGS if name != "d")
     scale_gradients(parameters, 1.0)
     assert torch.equal(parameters["a.weight"].grad, before["a.weight"] * 0.5)
+    scale_gradients(parameters, 2.0)
+    assert torch.equal(parameters["a.weight"].grad, before["a.weight"])
+    scale_gradients({"d": parameters["d"]}, 0.5)
+    assert parameters["d"].grad is None
 
 
 class Sgd(torch.optim.SGD):
@@ -277,7 +305,7 @@ def test_loss_scale_grows_and_backs_off() -> None:
             scale, good = next_loss_scale(scale, good, finite)
         return scale
 
-    assert [after(1999), after(1), after(1999)] == [65536, 131072, 131072]
+    assert [after(1999), after(1), after(1999)] == [65536, 131072, 131072] and good == 3999
     assert (after(1, finite=False), good) == (65536, 0)
     assert [after(1999), after(1), after(2000)] == [65536, 131072, 262144]
     assert after(40, finite=False) == 1
