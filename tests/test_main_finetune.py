@@ -191,6 +191,6 @@ def test_new_tokens_get_rows_that_are_learned(
     run = json.loads((tmp_path / "out" / "epoch0-iter2" / "run.json").read_text())
     assert build_corpus(tmp_path / "new.json", model.tokenizer, max_words=160).fingerprint == run["data_fingerprint"]
     groups.stop()
-    resumed = python(MAIN, *flags, *extra, "--batch_size", "8", "--lr", "0.01", "--resume", "latest", "--dry_run")
+    resumed = python(MAIN, *flags, *extra, "--lr", "0.01", "--resume", "latest", "--dry_run")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert "no document holds <three>\n" in resumed.stdout
