@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.cutting import merges_of, steps
+from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.spm import SentencePieceTokenizer
 
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -20,6 +23,11 @@ Prefix = Literal["always", "first", "never"]
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PREPEND = {"type": "Prepend", "prepend": BLANK}
 _WANTED = "expected what Llama 2's does: blanks become ▁, one may be put before a text, and nothing else"
+
+
+def is_byte_fallback(pipeline: dict) -> bool:
+    """Whether a tokenizer.json (parsed) is a BPE that falls back on bytes."""
+    return pipeline["model"].get("type") == "BPE" and bool(pipeline["model"].get("byte_fallback"))
 
 
 def space_prefix(pipeline: dict, source: str) -> Prefix:
@@ -47,8 +55,7 @@ def merge_scores(model: dict, control: Collection[str], source: str) -> dict[str
     if sum(map(bool, map(BYTE.fullmatch, model["vocab"]))) != 256:
         raise TokenizerError(f"{source}: lacks some of the tokens <0x00> to <0xFF>; llama.cpp needs all 256.")
     merges = merges_of(model)
-    made = [token for token, _ in groupby(left + right for left, right in merges)]
-    known = set(merges)
+    ranks, known = _ranks(merges), set(merges)
     others = (
         (token[:cut], token[cut:])
         for token in ordinary
@@ -56,10 +63,48 @@ def merge_scores(model: dict, control: Collection[str], source: str) -> dict[str
         if (token[:cut], token[cut:]) not in known
     )
     forming = next((pair for pair in others if all(len(part) == 1 or part in ordinary for part in pair)), None)
-    if forming or len(made) != len(set(made)):
-        said = f"no merge joins {forming[0]!r} and {forming[1]!r}" if forming else "merges of one token lie apart"
+    if forming or ranks is None:
+        said = f"no merge joins {forming[0]!r} and {forming[1]!r}" if forming else "those of one token lie apart"
         raise TokenizerError(
             f"{source}: its merges follow no scores of tokens ({said}), which is all that GGUF holds of such a BPE. "
             "Give --tokenizer_path the tokenizer.model it was made from."
         )
-    return {token: -float(rank) for rank, token in enumerate(made)}
+    return {token: -float(rank) for token, rank in ranks.items()}
+
+
+def _ranks(merges: list[tuple[str, ...]]) -> dict[str, int] | None:
+    """The rank of each token that merges make, or None where the merges of one token lie apart.
+
+    Those of one letter's runs may be mixed, the longest left parts first. LLaMA's runs of blanks all score alike: what
+    is merged already stands left, so that the leftmost of equals, which sentencepiece takes, has the longest left part.
+    """
+    ranks: dict[str, int] = {}
+    for _, group in groupby(merges, _letter_or_token):
+        pairs = list(group)
+        made = [token for token, _ in groupby(left + right for left, right in pairs)]
+        alike, first = len(made) > len(set(made)), len(ranks)
+        lengths = [len(left) for left, _ in pairs]
+        if ranks.keys() & set(made) or (alike and lengths != sorted(lengths, reverse=True)):
+            return None
+        ranks |= {token: first if alike else first + place for place, token in enumerate(made)}
+    return ranks
+
+
+def _letter_or_token(merge: tuple[str, ...]) -> str:
+    token = "".join(merge)
+    return token[0] if token == token[0] * len(token) else token
+
+
+def sentencepiece_beside(tokenizer: JsonTokenizer) -> SentencePieceTokenizer | None:
+    """The tokenizer.model that lies beside a tokenizer.json, with its added tokens; None unless both cut alike."""
+    if tokenizer.model_file is None:
+        return None
+    special = replace(tokenizer.special, added=tokenizer.added_tokens())
+    beside = SentencePieceTokenizer(tokenizer.model_file, special, source=tokenizer.source)
+    spelled = (piece for piece in beside.proto.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED))
+    texts = [piece.piece.replace(BLANK, " ") for piece in spelled]
+    alike = beside.vocab_size == tokenizer.vocab_size and all(
+        beside.encode_batch(texts, continuation=going_on) == tokenizer.encode_batch(texts, continuation=going_on)
+        for going_on in (True, False)
+    )
+    return beside if alike else None

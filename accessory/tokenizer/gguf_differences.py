@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.cutting import steps
-from accessory.tokenizer.gguf_byte_fallback import space_prefix
+from accessory.tokenizer.gguf_byte_fallback import is_byte_fallback, sentencepiece_beside, space_prefix
 from accessory.tokenizer.gguf_fields import stop_names
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
-_BEHIND_TOKENS = "puts a blank before text behind control and added tokens"
+_BEHIND_TOKENS = "puts a blank before text behind control or added tokens"
 
 
 def differences(tokenizer: Tokenizer) -> list[str]:
@@ -20,6 +21,8 @@ def differences(tokenizer: Tokenizer) -> list[str]:
     elif isinstance(tokenizer, JsonTokenizer):
         found += _of_json(tokenizer)
     blanks = [token.content for token in tokenizer.control_tokens().values() if token.lstrip or token.rstrip]
+    if tokenizer.opening not in ((), (tokenizer.bos_id,)):
+        found.append("puts nothing before a text, where documents open with tokens of the family here")
     if blanks:
         found.append(f"keeps blanks beside {', '.join(blanks[:4])}, which swallow them here")
     left_out = tokenizer.stop_ids - set(stop_names(tokenizer).values())
@@ -35,17 +38,21 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[str]:
         found.append("does not normalize text")
     if normalizer.remove_extra_whitespaces:
         found.append("does not remove blanks that follow blanks")
-    if normalizer.add_dummy_prefix and tokenizer.special.config.get("legacy") is False:
+    user_defined = any(piece.type == piece.USER_DEFINED for piece in tokenizer.proto.pieces)
+    if normalizer.add_dummy_prefix and (user_defined or not tokenizer.legacy):
         found.append(_BEHIND_TOKENS)
     return found
 
 
 def _of_json(tokenizer: JsonTokenizer) -> list[str]:
     pipeline = tokenizer.pipeline()
-    if not pipeline["model"].get("byte_fallback"):
+    if not is_byte_fallback(pipeline):
         composes = {"type": "NFC"} in steps(pipeline.get("normalizer"))
         return ["does not compose characters (NFC) before it cuts a text"] if composes else []
-    prefix, found = space_prefix(pipeline, tokenizer.source), []
+    try:
+        prefix, found = space_prefix(pipeline, tokenizer.source), []
+    except TokenizerError:  # written by the tokenizer.model beside it
+        return _of_sentencepiece(sentencepiece_beside(tokenizer))
     if prefix != "never" and steps(pipeline.get("pre_tokenizer")):  # Metaspace
         found.append("puts a blank before a text that begins with one, too")
     if prefix == "first":

@@ -9,7 +9,14 @@ from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.cutting import CUTTINGS, WRITTEN, merges_of, name_of_cutting
-from accessory.tokenizer.gguf_byte_fallback import BLANK, BYTE, merge_scores, space_prefix
+from accessory.tokenizer.gguf_byte_fallback import (
+    BLANK,
+    BYTE,
+    is_byte_fallback,
+    merge_scores,
+    sentencepiece_beside,
+    space_prefix,
+)
 from accessory.tokenizer.gguf_vocab import TokenType
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.spm import CHATGLM_OPENING, SentencePieceTokenizer
@@ -35,8 +42,7 @@ def vocabulary_fields(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
         fields = _sentencepiece(tokenizer, rows)
     elif isinstance(tokenizer, JsonTokenizer):
         pipeline = tokenizer.pipeline()
-        form = _byte_fallback if pipeline["model"].get("byte_fallback") else _byte_level
-        fields = form(tokenizer, pipeline, rows)
+        fields = (_like_llama_2 if is_byte_fallback(pipeline) else _byte_level)(tokenizer, pipeline, rows)
     else:
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written to GGUF. {_HINT}")
     return fields | _special_fields(tokenizer)
@@ -119,6 +125,17 @@ def _byte_level(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str
         **_tokens(names, types, rows),
         f"{_KEY}merges": [" ".join(merge) for merge in merges_of(model)],
     }
+
+
+def _like_llama_2(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:
+    """By its merges, or where these cannot be told as scores, by the tokenizer.model beside it."""
+    try:
+        return _byte_fallback(tokenizer, pipeline, rows)
+    except TokenizerError:
+        beside = sentencepiece_beside(tokenizer)
+        if beside is None:
+            raise
+        return _sentencepiece(beside, rows)
 
 
 def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:

@@ -13,6 +13,7 @@ from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer, with_added_tokens
 from accessory.tokenizer.gguf_differences import differences
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+from accessory.tokenizer.transformers_files import save_for_transformers
 from tests.texts import mixed_texts
 
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -27,7 +28,7 @@ FORMS = {
     "never": {"normalizer": None, "pre_tokenizer": {**METASPACE, "prepend_scheme": "never"}},
 }
 DIFFERENCES = {
-    "Mistral 0.3": ["puts a blank before a text that begins", "puts a blank before text behind control and added"],
+    "Mistral 0.3": ["puts a blank before a text that begins", "puts a blank before text behind control or added"],
     "always": ["puts a blank before a text that begins"],
 }
 TEXTS = mixed_texts(300)
@@ -84,6 +85,33 @@ def test_ids_are_the_same_everywhere(pipeline, llama_cpp, tmp_path, form):
     assert all(line.startswith(words) for line, words in zip(said, DIFFERENCES.get(form, ()), strict=True))
 
 
+def test_runs_of_blanks_that_score_alike(pipeline, llama_cpp, tmp_path):
+    """As LLaMA's do; transformers 4 then puts the longest left parts first, whatever token they are of."""
+    made = copy.deepcopy(pipeline)
+    merges = [tuple(merge) for merge in made["model"]["merges"]]
+    blank = [merge for merge in merges if {*"".join(merge)} == {"▁"}]
+    blank.sort(key=lambda merge: (len(merge[0]), len(merge[1])), reverse=True)
+    made["model"]["merges"] = [*(merge for merge in merges if merge not in blank), *blank]
+    assert len({"".join(merge) for merge in blank}) > 2 and len({left for left, _ in blank}) > 2
+    ours = lay(tmp_path / "hf", made, **FORMS["Llama 2"])
+    texts = [f"{' ' * size}{text}{' ' * (size % 7)}" for size, text in enumerate(TEXTS[:60])]
+    path = as_gguf(ours, tmp_path / "v.gguf", 1510)
+    assert llama_cpp.ask(path, texts=texts)["texts"] == ours.encode_batch(texts)
+
+
+def test_the_model_beside_is_what_merges_cannot_say(llama_cpp, spm_model, tmp_path):
+    """A tokenizer.json that cuts out user-defined pieces, as ours for transformers does."""
+    (tmp_path / "tokenizer.model").write_bytes(spm_model)
+    save_for_transformers(open_tokenizer(tmp_path), tmp_path / "hf")
+    ours = open_tokenizer(tmp_path / "hf")
+    path = as_gguf(ours, tmp_path / "v.gguf", 420)
+    assert llama_cpp.ask(path, texts=TEXTS)["texts"] == ours.encode_batch(TEXTS)
+    assert differences(ours) == ["puts a blank before text behind control or added tokens"]
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    with pytest.raises(TokenizerError, match="changes or cuts text in a way of its own"):
+        vocabulary_fields(open_tokenizer(tmp_path / "hf"), 420)
+
+
 @pytest.mark.parametrize("form", ["Llama 2", "no blank before a text", "tokenizer.model"])
 def test_a_conversation_and_new_tokens(pipeline, spm_model, llama_cpp, tmp_path, form):
     """What stands between control tokens is cut as llama.cpp cuts it, from the files of Hugging Face and from GGUF."""
@@ -112,7 +140,7 @@ def put_last(merges):
     ("change", "words"),
     [
         (lambda made: made["model"]["merges"].pop(700), "merges follow no scores of tokens .no merge joins"),
-        (lambda made: put_last(made["model"]["merges"]), "merges of one token lie apart"),
+        (lambda made: put_last(made["model"]["merges"]), "those of one token lie apart"),
         (lambda made: made["model"]["vocab"].update({"<0x41>!": made["model"]["vocab"].pop("<0x41>")}), "all 256"),
         (lambda made: made.update(normalizer={"type": "NFKC"}), "changes or cuts text in a way of its own"),
         (lambda made: made.update(pre_tokenizer={**METASPACE, "split": True}), "changes or cuts text in a way"),

@@ -32,7 +32,7 @@ def test_what_a_byte_level_vocabulary_loses(byte_level, tmp_path):
     ("settings", "config", "expected"),
     [
         ({}, {}, []),
-        ({}, {"legacy": False}, ["puts a blank before text behind control and added tokens"]),
+        ({}, {"legacy": False}, ["puts a blank before text behind control or added tokens"]),
         ({"add_dummy_prefix": False}, {"legacy": False}, []),
         (
             {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
