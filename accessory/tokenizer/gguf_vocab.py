@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from tokenizers import AddedToken, decoders, processors
 from accessory.errors import TokenizerError, nearest
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.cutting import CUTTINGS
-from accessory.tokenizer.gguf_byte_fallback import BLANK
 from accessory.tokenizer.gguf_metadata import read_metadata
 from accessory.tokenizer.hf_json import JsonTokenizer
-from accessory.tokenizer.special import SpecialTokens
+from accessory.tokenizer.special import Added, SpecialTokens
 from accessory.tokenizer.spm import CHATGLM_CLASS, CHATGLM_OPENING, SentencePieceTokenizer
 
 
@@ -90,10 +90,11 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
     controls = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL}
     if set(CHATGLM_OPENING) <= controls:
         special.config["tokenizer_class"] = CHATGLM_CLASS
+    # llama.cpp cuts text at user-defined tokens first, and does what it does with a text to each part.
+    own = {index for index, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
+    special = replace(special, added={index: Added(tokens[index], special=False) for index in own})
     proto = ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
-        # llama.cpp looks for user-defined tokens before blanks are replaced, sentencepiece behind that.
-        token = token.replace(" ", BLANK) if kind == TokenType.USER_DEFINED else token
         proto.pieces.add(piece=token, score=score, type=kind)
     _describe_training(proto.trainer_spec, values, types)
     normalizer = proto.normalizer_spec

@@ -1,10 +1,12 @@
 import json
 
+import gguf
 import pytest
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
 
 NEW = ["<tok>", "[one more]", "<|call|>"]
@@ -63,6 +65,21 @@ def test_transformers_gives_their_ids_too(tokenizer, tmp_path):
     for token in NEW:
         text = f"red {token} green{token}"
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+def test_llama_cpp_gives_their_ids_too(tokenizer, llama_cpp, tmp_path, sentences):
+    """All but those that it holds for control tokens, whatever a file says, because they are spelled so."""
+    new = [*NEW[:2], "two  blanks"]
+    ours = with_added_tokens(tokenizer, new)
+    texts = [*sentences, *(text.replace(" ", token) for text in sentences for token in (*new, " <tok> "))]
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    add_fields(writer, vocabulary_fields(ours, ours.vocab_size))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ids = ours.encode_batch(texts)
+    assert llama_cpp.ask(tmp_path / "v.gguf", texts=texts)["texts"] == ids
+    assert open_tokenizer(tmp_path / "v.gguf").encode_batch(texts) == ids
 
 
 def test_chat_prompts_hold_them(byte_level, tmp_path):

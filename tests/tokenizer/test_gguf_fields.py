@@ -168,7 +168,7 @@ def test_chatglm_opens_its_documents_after_gguf_too(spm_model, tmp_path, sentenc
     again.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == again.fingerprint
     more = with_added_tokens(again, ["<tok>"])
-    assert more.control_tokens()[440].content == "<tok>" and more.opening == ours.opening
+    assert more.added_tokens()[440].content == "<tok>" and more.opening == ours.opening
 
 
 def test_a_unigram_model_is_refused(train_sentencepiece, tmp_path):
