@@ -239,8 +239,8 @@ def build_corpus(
     documents = list(_documents(entries, chat, dialog, omissions))
     arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
-        expected = "instruction, output and perhaps input, or, with --dialog, conversations"
-        found = f"{', '.join(omissions.files)}: not one record can be trained on; expected {expected}."
+        shape = "; expected instruction, output and perhaps input, or, with --dialog, conversations"
+        found = f"{', '.join(omissions.files)}: not one record can be trained on{'' if documents else shape}."
         raise DataError("\n".join([found, *omissions.lines()]))
     omissions.check(arrays["origins"], max_skipped)
     if cached:
@@ -259,6 +259,7 @@ def _documents(
             notes.append(f"{count:,} of {len(records):,} records, as ratio {entry.ratio:g} says")
             chosen = np.random.default_rng(0).choice(len(records), count, replace=False)
             records = [records[i] for i in sorted(chosen)]
+        notes += [] if records else ["holds no records"]
         omissions.notes += [(place_of_entry, note) for note in notes]
         for record in records:
             origin = (place_of_entry, record.line, record.number)

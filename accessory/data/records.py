@@ -107,7 +107,7 @@ def _text(content: bytes, path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = what_is(path)
-        raise DataError(f"{path}: found {found}; is not UTF-8: byte {error.start} cannot be decoded.") from error
+        raise DataError(f"{path}: found {found}; is not UTF-8 (byte {error.start}); save it as that.") from error
 
 
 def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:

@@ -52,7 +52,7 @@ def _kind(head: bytes) -> str:
     if start.startswith(b"PAR1"):
         return "a Parquet file"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16 text (save it as UTF-8)"
+        return "UTF-16 text"
     if start.startswith((b"{", b"[")):
         return "a JSON-like text"
     if is_tiktoken(head):

@@ -264,7 +264,8 @@ def test_a_ratio_of_nothing_is_nothing(write, tokenizer):
     write("x.json", [])
     write("y.json", [GOOD])
     path = write("c.yaml", "META: [{path: x.json, ratio: 0.5}, {path: y.json, ratio: 0.1}]")
-    assert len(make(path, tokenizer)) == 1
+    corpus = make(path, tokenizer)
+    assert len(corpus) == 1 and "x.json: holds no records" in corpus.report
 
 
 def test_the_cache_of_one_format_does_not_serve_another(write, tokenizer, tmp_path):
