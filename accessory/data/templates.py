@@ -56,6 +56,7 @@ _CHAT_ROLES = {
 }
 """Name of a speaker -> role of his messages, for a chat template."""
 
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TURN_KEYS = ("from", "value")
 _EMPTY = (None, "", [], {})
 _SHOWN = 40  # characters of a name in a message
@@ -119,8 +120,7 @@ def question_messages(instruction: str, context: str = "") -> list[dict[str, str
 
 
 def _question_and_answer(fields: dict[str, Any], prompt_type: str) -> tuple[str, str, str]:
-    if fields.get("image"):
-        raise UnusableRecord("has an image, and there is no vision part yet")
+    _check_media(fields)
     instruction = "" if prompt_type == "caption" and "instruction" not in fields else _text(fields, "instruction")
     context = "" if fields.get("input") is None else fields["input"]
     if not isinstance(context, str):
@@ -136,7 +136,8 @@ def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
     turns = _alternating(_turns(fields, _ROLES))
     if len(turns) < 2:
         raise UnusableRecord("'conversations' has fewer than two turns")
-    return {"instruction": turns[0][1], "output": turns[1][1], "image": fields.get("image")}
+    media = {key: fields[key] for key in _MEDIA if key in fields}
+    return {"instruction": turns[0][1], "output": turns[1][1], **media}
 
 
 def conversation(fields: dict[str, Any]) -> list[Segment]:
@@ -178,8 +179,7 @@ def conversation_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
 
 def _dialog(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
     """Turns of which at least one can be learned."""
-    if fields.get("image"):
-        raise UnusableRecord("has an image, and there is no vision part yet")
+    _check_media(fields)
     turns = _turns(fields, roles)
     if all(role != roles["assistant"] for role, _ in turns):
         raise UnusableRecord("'conversations' has no turn of the assistant")
@@ -190,6 +190,11 @@ def _alternating(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
     if any(role != ("Human", "Assistant")[place % 2] for place, (role, _) in enumerate(turns)):
         raise UnusableRecord("'conversations' does not go from human to assistant and back, the human first")
     return turns
+
+
+def _check_media(fields: dict[str, Any]) -> None:
+    if found := [key for key in _MEDIA if fields.get(key)]:
+        raise UnusableRecord(f"has {shown_keys(found)}, and there is no vision or audio part yet")
 
 
 def _check_text(texts: Iterable[str]) -> None:

@@ -77,7 +77,8 @@ def test_a_caption_needs_no_instruction():
         ({"instruction": "q", "input": 0, "output": "a"}, "'input' is a number"),
         ({"instruction": "q", "input": [], "output": "a"}, "'input' is a list"),
         (turns(("human", "q"), ("gpt", "a")), "'instruction' among its keys 'conversations'; .*with --dialog"),
-        ({"instruction": "q", "output": "a", "image": "x.jpg"}, "has an image"),
+        ({"instruction": "q", "output": "a", "image": "x.jpg"}, "has 'image', and there is no vision"),
+        ({"instruction": "q", "output": "a", "images": ["x.jpg"], "audios": ["y"]}, "has 'images', 'audios', and"),
     ],
 )
 def test_unusable_records_give_their_cause(fields, cause):
@@ -123,7 +124,8 @@ def test_words_of_a_dialog_stand_as_they_are():
         ({"instruction": "q", "output": "a"}, "among its keys 'instruction', 'output'.* without --dialog"),
         (turns(("human", "q"), ("gpt", 3)), "and 'value'"),
         ({"conversations": ["q", "a"]}, "turn without 'from'"),
-        ({**turns(("human", "q"), ("gpt", "a")), "image": "x"}, "has an image"),
+        ({**turns(("human", "q"), ("gpt", "a")), "image": "x"}, "has 'image'"),
+        ({**turns(("human", "q"), ("gpt", "a")), "videos": ["x"]}, "has 'videos'"),
     ],
 )
 def test_unusable_conversations_give_their_cause(fields, cause):
