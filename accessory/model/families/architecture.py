@@ -154,6 +154,8 @@ class Architecture:
         values = {"architecture": self.name} | self._by_key(config, source) | dict(self.fixed)
         if self.rope and values.get("position", "rotary") == "rotary":
             width = ModelArgs(**values).head_dim  # values of a wrong kind are complained about here
+            if config.get("head_dim", width) not in (None, width):
+                raise CheckpointError(f"{source}: head_dim {config['head_dim']!r} is not supported; expected {width}.")
             values |= self._rope(config, width, source)
         if self.sliding != "none":
             values |= self._window(config, source)

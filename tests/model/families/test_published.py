@@ -222,8 +222,10 @@ NEUTRAL = {
     "pad_token_id", "is_decoder",  # nothing is padded; every model is a decoder
 }  # fmt: skip
 """Keys that transformers' code reads and that change nothing of what we compute."""
-ELSEWHERE = {"rope_parameters", "sliding_window", "layer_types", "do_layer_norm_before", "_remove_final_layer_norm",
-             "layer_norm_elementwise_affine"}  # fmt: skip
+ELSEWHERE = {
+    "head_dim", "rope_parameters", "sliding_window", "layer_types", "do_layer_norm_before",
+    "_remove_final_layer_norm", "layer_norm_elementwise_affine",
+}  # fmt: skip
 """Keys that code of ours reads, and no table."""
 
 
@@ -241,7 +243,7 @@ SOURCES = {name: files for name in ARCHITECTURES if (files := [*(MODELS / name).
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_key_that_transformers_computes_with_is_ignored(name: str) -> None:
     """By its own source: what the model's code asks of a config is read, refused or known to change nothing."""
-    asked = set(re.findall(r"\bconfig\.([a-z_]+)", "".join(file.read_text() for file in SOURCES[name])))
+    asked = set(re.findall(r"\bconfig(?:\.|, \")([a-z_]+)", "".join(file.read_text() for file in SOURCES[name])))
     architecture = architecture_of(name, "here")
     read = {key for keys in architecture.keys.values() for key in keys.split("|")} | set(architecture.required)
     assert len(asked & read) >= 6
@@ -268,6 +270,9 @@ def test_silence_means_what_it_means_to_transformers() -> None:
              "vocab_size": 96}  # fmt: skip
     mistral = architecture_of("mistral", "here").read(sizes, "here")
     assert {mistral.window(i) for i in range(30)} == {4096}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"] * 15}  # AutoModel takes it for a Ministral then
+    ministral = architecture_of("mistral", "here").read(sizes | kinds, "here")
+    assert [ministral.window(i) for i in range(30)] == [None, 4096] * 15
     qwen = architecture_of("qwen2", "here").read(sizes | {"use_sliding_window": True, "sliding_window": 8}, "here")
     assert [qwen.window(i) for i in range(30)] == [None] * 28 + [8] * 2
     assert architecture_of("qwen2", "here").read(sizes, "here").window(29) is None
