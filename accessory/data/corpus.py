@@ -49,11 +49,13 @@ Origin = tuple[int, int, int]
 class Omissions:
     """What was not taken as it stands in `files`, one for each entry.
 
-    notes: (entry, what was made of it). skipped: records, by cause. unused: keys of records that were taken, each with
-    how many have it and the first that has. truncated: documents cut short.
+    settings, notes: (entry, what its settings do not do; what was made of its file). skipped: records, by cause.
+    unused: keys of records that were taken, each with how many have it and the first that has. truncated: documents cut
+    short.
     """
 
     files: list[str]
+    settings: list[tuple[int, str]] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
     skipped: dict[str, list[Origin]] = field(default_factory=dict)
     unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Omissions:
 
     def lines(self) -> list[str]:
         """One line a note, a cause and a key, naming the first records it met."""
-        notes = [f"{self.files[entry]}: {note}" for entry, note in self.notes]
+        notes = [f"{self.files[entry]}: {note}" for entry, note in (*self.settings, *self.notes)]
         skipped = []
         for cause, origins in self.skipped.items():
             shown = [*map(self.where, origins[:_SHOWN])] + ["..."] * (len(origins) > _SHOWN)
@@ -232,7 +234,8 @@ def build_corpus(
     identity = _identity(entries, tokenizer, max_words, dialog, chat)
     cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
     layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
-    omissions = Omissions([str(entry.path) for entry in entries])
+    unused = [(number, note) for number, entry in enumerate(entries) for note in _unused_settings(entry, dialog)]
+    omissions = Omissions([str(entry.path) for entry in entries], unused)
     if cached and (kept := _from_cache(cached, omissions)):
         omissions.check(kept["origins"], max_skipped)
         return Corpus(kept, omissions, identity, tokenizer, layouts)
@@ -251,8 +254,8 @@ def build_corpus(
 def _documents(
     entries: list[DataEntry], chat: Chat | None, dialog: bool, omissions: Omissions
 ) -> Iterator[tuple[Origin, list[Segment]]]:
-    for place_of_entry, entry in enumerate(entries):
-        notes = _unused_settings(entry, dialog)
+    for number, entry in enumerate(entries):
+        notes: list[str] = []
         records = read_records(entry.path, notes)
         if entry.ratio < 1:
             count = min(max(round(entry.ratio * len(records)), 1), len(records))
@@ -260,9 +263,9 @@ def _documents(
             chosen = np.random.default_rng(0).choice(len(records), count, replace=False)
             records = [records[i] for i in sorted(chosen)]
         notes += [] if records else ["holds no records"]
-        omissions.notes += [(place_of_entry, note) for note in notes]
+        omissions.notes += [(number, note) for note in notes]
         for record in records:
-            origin = (place_of_entry, record.line, record.number)
+            origin = (number, record.line, record.number)
             try:
                 yield from ((origin, segments) for segments in _segments(record, entry, chat, dialog))
                 omissions.ignore(unused_keys(record.fields, entry.prompt_type, dialog, bool(entry.preprocess)), origin)

@@ -159,10 +159,13 @@ def test_what_a_conversation_holds_beside_its_words_is_not_used(write, tokenizer
     assert "not used: conversations after the first answer of 1 records" in llava.report
 
 
-def test_settings_that_change_nothing_are_said(write, tokenizer):
+def test_settings_that_change_nothing_are_said(write, tokenizer, tmp_path):
     write("x.json", [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 8)
-    settings = "path: x.json, root: r, preprocess: single_turn_llava, prompt_type: none, ratio: 0.5"
-    report = make(write("c.yaml", f"META: [{{{settings}}}]"), tokenizer, dialog=True).report
+    settings = "path: x.json, preprocess: single_turn_llava, prompt_type: none, ratio: 0.5"
+    make(write("c.yaml", f"META: [{{{settings}}}]"), tokenizer, dialog=True, cache_dir=tmp_path / "cache")
+    path = write("c.yaml", f"META: [{{{settings}, root: r}}]")  # the same documents, by another setting
+    report = make(path, tokenizer, dialog=True, cache_dir=tmp_path / "cache").report
+    assert len(list((tmp_path / "cache").iterdir())) == 1
     for words in (
         "x.json: root is not used", "x.json: preprocess is not used with --dialog",
         "x.json: prompt_type none is not used: --dialog", "x.json: 4 of 8 records, as ratio 0.5 says",
