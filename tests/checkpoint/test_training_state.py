@@ -14,7 +14,6 @@ from torch import nn
 
 from accessory.checkpoint.save import write_json, write_tensors
 from accessory.checkpoint.training_state import (
-    CHANGEABLE,
     Progress,
     Resumption,
     collect_training_state,
@@ -32,12 +31,14 @@ SLICINGS = {"wq.weight": Slicing(dim=0), "wo.weight": Slicing(dim=1), "norm.weig
 IDENTITY = {
     "llama_type": "llama_peft", "settings": {"lora_rank": 4, "lora_targets": ["wq", "wo"]}, "seed": 0,
     "data": {"max_words": 1024, "META": [{"prompt_type": "alpaca", "content": "ab"}]},
-    "global_batch": 16, "quantization": None, "optim": "adamw",
+    "global_batch": 16, "quantization": None, "optim": "adamw", "base": "ef56", "precision": "bf16", "lr": 1e-4,
+    "min_lr": 1e-5, "warmup_epochs": 0.1, "epochs": 3, "weight_decay": 0.02, "clip_grad": 2.0,
 }  # fmt: skip
 OTHER = {
     "llama_type": "llama", "settings": {"lora_rank": 8, "lora_targets": ["wq", "wo"]}, "seed": 1,
     "data": {"max_words": 512, "META": [{"prompt_type": "none", "content": "ab"}]},
-    "global_batch": 8, "quantization": "nf4", "optim": "adamw8bit",
+    "global_batch": 8, "quantization": "nf4", "optim": "adamw8bit", "base": "0a1b", "precision": "fp16", "lr": 2e-4,
+    "min_lr": 0.0, "warmup_epochs": 0.2, "epochs": 4, "weight_decay": 0.0, "clip_grad": -1.0,
 }  # fmt: skip
 PROGRESS = Progress(epoch=1, step=2, total_steps=7, loss_scale=1024.0, good_steps=3)
 
@@ -219,6 +220,73 @@ def test_padded_slices_hold_the_code_of_zero(tmp_path: Path) -> None:
         assert not values[20:].any() and values[:20].any()
 
 
+@pytest.mark.usefixtures("trained_in_8_bits")
+def test_padding_is_no_moment_on_another_layout(tmp_path: Path) -> None:
+    """What three ranks saved of a matrix of 64 rows, in 8 bits, for one rank: its last slice was padded."""
+    path = tmp_path / "training_state.safetensors"
+    saved, padded, wanted = load_file(path), Slicing(dim=0, whole=64), {}
+    for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        values = torch.randn(64, 100)
+        values = values if signed else values.square()
+        packed = [pack_moment(part, signed) for part in nn.functional.pad(values, (0, 0, 0, 2)).split(22)]
+        saved |= {f"{moment}_scales.wq.weight.{rank}": scales for rank, (_, scales) in enumerate(packed)}
+        saved[f"{moment}.wq.weight"] = torch.cat([codes for codes, _ in packed])[:64]
+        wanted[moment] = torch.cat([unpack_moment(codes, scales, signed) for codes, scales in packed])[:64]
+    saved |= {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(3)}
+    save_file(saved, path)
+    saved_by(tmp_path, 3, 3)
+    parameter = nn.Parameter(torch.zeros(64, 100))
+    optimizer = build_optimizer("adamw8bit", {"wq.weight": parameter}, 0.1, 0.1)
+    found = find_resumption(tmp_path, IDENTITY, conditions(Layout()))
+    restore_training_state(found, optimizer, {"wq.weight": parameter}, {"wq.weight": padded}, Layout())
+    assert all(torch.equal(optimizer.state[parameter][moment], values) for moment, values in wanted.items())
+
+
+def test_a_parameter_that_is_not_cut_in_8_bits_from_two_replicas(tmp_path: Path) -> None:
+    """The only one there is; each of two data-parallel ranks quantized its shard."""
+    torch.manual_seed(0)
+    parameters, slicings = {"w": nn.Parameter(torch.randn(64, 100))}, {"w": Slicing()}
+    optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
+    step(parameters, optimizer)
+    saved, wanted = collect_training_state(optimizer, parameters, slicings), {}
+    assert saved["step"] == 1
+    for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        shards = [pack_moment(shard.square(), signed) for shard in parameters["w"].detach().chunk(2)]
+        saved[f"{moment}.w"] = torch.cat([codes for codes, _ in shards])
+        saved |= {f"{moment}_scales.w.{rank}": scales for rank, (_, scales) in enumerate(shards)}
+        wanted[moment] = torch.cat([unpack_moment(codes, scales, signed) for codes, scales in shards])
+    write_tensors(tmp_path, "training_state", (saved | {"generator.cpu.1": torch.get_rng_state()}).items())
+    write_json(tmp_path / "training_state.json", state_record(PROGRESS, IDENTITY, conditions(Layout(world_size=2))))
+    found = find_resumption(tmp_path, IDENTITY, conditions(Layout()))
+    restore_training_state(found, optimizer, parameters, slicings, Layout())
+    assert all(torch.equal(optimizer.state[parameters["w"]][moment], values) for moment, values in wanted.items())
+
+
+def test_five_of_what_is_missing_are_named(trained_in_8_bits, tmp_path: Path) -> None:
+    """Generators, then moments, then scales."""
+    path = tmp_path / "training_state.safetensors"
+    saved_by(tmp_path, 7, 1)
+    names = ", ".join(f"generator.cpu.{rank}" for rank in range(1, 6))
+    with pytest.raises(CheckpointError, match=rf": {re.escape(names)} is missing; expected the generators of 7 ranks"):
+        load(tmp_path, *trained_in_8_bits)
+    saved = load_file(path) | {f"generator.cpu.{rank}": torch.get_rng_state() for rank in range(7)}
+    save_file(saved, path)
+    names = ", ".join(f"exp_avg_scales.wq.weight.{rank}" for rank in range(1, 6))
+    with pytest.raises(CheckpointError, match=rf": {re.escape(names)} is missing; expected the scales of 8-bit"):
+        load(tmp_path, *trained_in_8_bits)
+    moments = {"exp_avg.other": torch.ones(1)}
+    save_file({name: t for name, t in saved.items() if not name.startswith("exp")} | moments, path)
+    names = ", ".join([f"exp_avg.{name}" for name in SLICINGS] + [f"exp_avg_sq.{name}" for name in SLICINGS][:2])
+    with pytest.raises(CheckpointError, match=rf": {re.escape(names)} is missing; expected the moments of what"):
+        load(tmp_path, *trained_in_8_bits)
+
+
+def test_what_a_gpu_saved_can_be_gone_on_from_without_one(trained, tmp_path: Path) -> None:
+    path = tmp_path / "training_state.safetensors"
+    save_file(load_file(path) | {"generator.cuda.0": torch.zeros(16, dtype=torch.uint8)}, path)
+    assert load(tmp_path, *trained).progress == PROGRESS
+
+
 def test_missing_scales(trained_in_8_bits, tmp_path: Path) -> None:
     path = tmp_path / "training_state.safetensors"
     saved = load_file(path)
@@ -280,7 +348,8 @@ def test_another_run_is_refused(trained, tmp_path: Path, field: str) -> None:
     """Field by field, with both values."""
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path, *trained, **{field: OTHER[field]})
-    hint = f" To go on all the same: --allow_changed {field}." if field in CHANGEABLE else ""
+    fixed = field in ("llama_type", "settings", "optim")  # nothing would fit
+    hint = "" if fixed else f" To go on all the same: --allow_changed {field}."
     assert str(caught.value) == (
         f"{tmp_path}: belongs to another run: {field} was {IDENTITY[field]!r}, is {OTHER[field]!r}.{hint}"
     )
@@ -356,6 +425,7 @@ def test_record_is_json(tmp_path: Path) -> None:
     """And keeps its values."""
     record = json.loads(json.dumps(state_record(PROGRESS, IDENTITY, {"threads": 2})))
     assert Progress(**record["progress"]) == PROGRESS
+    assert Progress() == Progress(0, 0, 0, 65536.0, 0, 0)
     assert record["identity"] == IDENTITY and record["conditions"] == {"threads": 2}
 
 
@@ -364,6 +434,8 @@ def test_what_is_allowed_may_differ_and_is_told(trained, tmp_path: Path) -> None
     assert found.changed == ("seed", "data") and not found.inexact
     with pytest.raises(CheckpointError, match=r"global_batch was 16, is 8\. To go on .*--allow_changed global_batch\."):
         load(tmp_path, *trained, allowed=("seed",), seed=1, global_batch=8)
+    with pytest.raises(CheckpointError, match=r"seed was .*; data.max_words was .*--allow_changed seed data\.$"):
+        load(tmp_path, *trained, seed=1, data=OTHER["data"])
     with pytest.raises(CheckpointError, match=r"lora_rank.*\.$") as refused:
         load(tmp_path, *trained, settings={"lora_rank": 8})
     assert "--allow_changed" not in str(refused.value)
@@ -382,7 +454,7 @@ def test_generators_that_are_missing(trained, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [
     {"progress": None}, {"identity": []}, {"conditions": {}}, {"progress": {"epoch": 1}},
     {"conditions": {"mp_size": 1}}, {"progress": {**asdict(PROGRESS), "step": "2"}},
-    {"progress": {**asdict(PROGRESS), "other": 1}},
+    {"progress": {**asdict(PROGRESS), "step": 2.5}}, {"progress": {**asdict(PROGRESS), "other": 1}},
 ], ids=str)  # fmt: skip
 def test_records_of_another_kind(change: dict, trained, tmp_path: Path) -> None:
     path = tmp_path / "training_state.json"

@@ -15,6 +15,9 @@ from accessory.data.templates import (
 )
 from accessory.errors import ConfigError
 
+SURROGATE = r"^holds half of a surrogate pair \(\\ud800 to \\udfff\), which is no text$"
+ORDER = r"^'conversations' does not go from human to assistant and back, the human first$"
+
 
 def turns(*pairs):
     return {"conversations": [{"from": who, "value": words} for who, words in pairs]}
@@ -45,8 +48,8 @@ def test_the_words_of_a_template_inside_a_text_are_text():
 def test_the_other_templates():
     assert format_prompt("q", "", "none") == "q"
     assert format_prompt("q", "", "caption") == ""
-    assert "single word or phrase" in format_prompt("q", "", "shortqa") and format_prompt("q", "", "shortqa")[0] == "q"
-    assert format_prompt("q", "", "qg").startswith("Generate a question") and format_prompt("q", "", "qg")[-1] == "q"
+    assert format_prompt("q", "", "shortqa") == "q\nAnswer the question using a single word or phrase."
+    assert format_prompt("q", "", "qg") == "Generate a question whose answer is: q"
 
 
 def test_an_unknown_template_is_refused_with_the_nearest():
@@ -90,7 +93,7 @@ def test_llava_takes_the_first_question_and_answer():
     fields = turns(("human", "<image>\nq"), ("gpt", "a"), ("human", "q2"), ("gpt", "a2"))
     found = single_turn_llava({**fields, "image": "x.jpg"})
     assert found == {"instruction": "q", "output": "a", "image": "x.jpg"}
-    with pytest.raises(UnusableRecord, match="fewer than two"):
+    with pytest.raises(UnusableRecord, match=r"^'conversations' has fewer than two turns$"):
         single_turn_llava(turns(("human", "q")))
 
 
@@ -100,6 +103,10 @@ def test_dialog_layout_and_what_is_learned_of_it():
         f"{DIALOG_SYSTEM}\n\n### Human: q1\n### Assistant: a1\n### Human: q2\n### Assistant: a2\n###"
     )
     assert [s.text for s in segments if s.supervised] == [" a1\n###", " a2\n###"]
+    assert DIALOG_SYSTEM == (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions."
+    )
 
 
 def test_words_of_a_dialog_stand_as_they_are():
@@ -117,7 +124,7 @@ def test_words_of_a_dialog_stand_as_they_are():
     ("fields", "cause"),
     [
         ({"conversation": []}, "no list 'conversations'.*'conversation'"),
-        (turns(("human", "q")), "no turn of the assistant"),
+        (turns(("human", "q")), "^'conversations' has no turn of the assistant$"),
         (turns(("human", "q"), ("robot", "a")), "a turn from 'robot'; expected human, user, gpt, assistant$"),
         (turns(("system", "s"), ("human", "q")), "a turn from 'system'; expected human, .*prompt_type: chat takes it"),
         ({"conversations": [{"role": "user", "content": "q"}]}, "without 'from' .*: it has 'role', 'content'"),
@@ -134,21 +141,25 @@ def test_unusable_conversations_give_their_cause(fields, cause):
 
 
 @pytest.mark.parametrize(
-    "pairs",
+    ("pairs", "cause"),
     [
-        [("gpt", "a"), ("human", "q")],
-        [("human", "q"), ("gpt", "")],
-        [("human", "q"), ("human", "q2"), ("gpt", "a")],
+        ([("gpt", "a"), ("human", "q")], ORDER),
+        ([("human", "q"), ("gpt", "")], "^'conversations' holds an empty answer$"),
+        ([("human", "q"), ("human", "q2"), ("gpt", "a")], ORDER),
     ],
 )
-def test_conversations_take_turns_and_answers_have_words(pairs):
-    with pytest.raises(UnusableRecord):
+def test_conversations_take_turns_and_answers_have_words(pairs, cause):
+    with pytest.raises(UnusableRecord, match=cause):
         conversation(turns(*pairs))
 
 
 def test_an_unpaired_surrogate_is_a_cause():
-    with pytest.raises(UnusableRecord):
-        single_turn({"instruction": "q", "output": "\ud800"}, "alpaca")
+    """Wherever it stands."""
+    for record in ({"instruction": "q", "output": "\ud800"}, {"instruction": "\ud800", "output": "a"}):
+        with pytest.raises(UnusableRecord, match=SURROGATE):
+            single_turn(record, "alpaca")
+        with pytest.raises(UnusableRecord, match=SURROGATE):
+            conversation(turns(("human", record["instruction"]), ("gpt", record["output"])))
 
 
 @pytest.mark.parametrize("who", [[], {}, None, 3])
@@ -207,7 +218,10 @@ def test_speakers_as_roles():
 @pytest.mark.parametrize(
     ("pairs", "cause"),
     [
-        ([("gpt", "a"), ("human", "q")], "follows no turn"),
+        (
+            [("gpt", "a"), ("human", "q")],
+            "^'conversations' holds an answer that follows no turn of the human or a tool$",
+        ),
         ([("human", "q"), ("gpt", "a"), ("gpt", "b")], "follows no turn"),
         ([("system", "s"), ("gpt", "a")], "follows no turn"),
         ([("system", "s"), ("human", "q")], "no turn of the assistant"),
