@@ -10,7 +10,7 @@ from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.bpe_files import open_bpe_files
 from accessory.tokenizer.gguf_vocab import open_gguf
 from accessory.tokenizer.hf_json import open_json
-from accessory.tokenizer.sniff import is_tiktoken, what_is
+from accessory.tokenizer.sniff import holds_tiktoken, what_is
 from accessory.tokenizer.special import read_special_tokens
 from accessory.tokenizer.spm import open_sentencepiece
 from accessory.tokenizer.tiktoken_ranks import open_tiktoken
@@ -41,9 +41,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if file.suffix == ".json":
         return open_json(file, read_special_tokens(file.parent))
     if file.suffix == ".model":
-        if is_tiktoken(file.read_bytes()):
-            return open_tiktoken(file, read_special_tokens(file.parent))
-        return open_sentencepiece(file, read_special_tokens(file.parent))
+        reader = open_tiktoken if holds_tiktoken(file) else open_sentencepiece
+        return reader(file, read_special_tokens(file.parent))
     raise TokenizerError(f"{file}: found {what_is(file)} named {file.suffix or 'without suffix'!r}; {_EXPECTED}.")
 
 

@@ -25,11 +25,22 @@ def what_is(path: Path) -> str:
 
 def may_be_model(path: Path) -> bool:
     """Whether a tokenizer.model is more than what a failed download left: no Git-LFS pointer, no page."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+    head = _head(path)
     return _is_binary(head) or is_tiktoken(head)
+
+
+def holds_tiktoken(path: Path) -> bool:
+    """Whether a file is a vocabulary in tiktoken's form; False where it cannot be read."""
+    return is_tiktoken(_head(path))
+
+
+def _head(path: Path) -> bytes:
+    """What the file begins with, nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError:
+        return b""
 
 
 def is_tiktoken(head: bytes) -> bool:
