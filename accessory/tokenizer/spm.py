@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 from google.protobuf.message import DecodeError
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
@@ -138,9 +138,11 @@ class SentencePieceTokenizer(Tokenizer):
         if (directory / "tokenizer.json").exists():
             raise TokenizerError(f"{directory} holds a tokenizer.json, which would be read in place of {FILE_NAME}.")
         (directory / FILE_NAME).write_bytes(self.definition)
+        # Without a class, transformers reads the model in a way of no model.
+        usual = {"tokenizer_class": "LlamaTokenizer"} if self.proto.trainer_spec.model_type == TrainerSpec.BPE else {}
         write_special_tokens(
             directory,
-            self.special.config,
+            {**usual, **self.special.config, "legacy": self.legacy},
             bos=None if self.bos_id is None else self._pieces[self.bos_id],
             eos=self._pieces[self.eos_id],
             add_bos=self.bos_id in self.opening,

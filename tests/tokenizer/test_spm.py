@@ -3,6 +3,7 @@ import json
 import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer
@@ -76,7 +77,11 @@ def test_saved_and_opened_again_it_is_equal(spm_file, tmp_path):
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
     assert again.fingerprint == ours.fingerprint and again.opening == ()
-    assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["chat_template"] == "{{ x }}"
+    stated = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert stated["chat_template"] == "{{ x }}" and stated["legacy"] is True
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "### Instruction:\nList three colors.\n\n[red,  green] café 日"
+    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
 
 
 def test_names_beside_the_model_win(spm_file, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers
 
 from accessory.checkpoint.formats import hugging_face_writing
@@ -21,6 +22,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError
 from accessory.export import open_whole
 from accessory.tokenizer.cutting import CUTTINGS
+from tests.conftest import small_sentencepiece
 from tests.model.families.matrix import CASES, SIZES, known
 
 FAMILIES = ("llama3", "smollm", "qwen2", "baichuan_7b", "internlm2", "opt", "bloom", "neox", "glm", "chatglm")
@@ -100,6 +102,17 @@ def test_every_family_is_written_as_it_was(base_of, tmp_path: Path, strings: lis
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", split_special_tokens=True)
     ids = [[0, *ids] for ids in model.tokenizer.encode_batch(strings)]
     assert [theirs(text).input_ids for text in strings] == ids
+
+
+def test_a_base_that_holds_only_a_sentencepiece_model(tiny_base: Path, tmp_path: Path, strings: list[str]) -> None:
+    """transformers reads what the library itself reads, and the model goes along."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*")))
+    (base / "tokenizer.model").write_bytes(small_sentencepiece())
+    target = written(base, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(target, split_special_tokens=True)
+    library = SentencePieceProcessor(model_proto=small_sentencepiece())
+    assert [theirs(text).input_ids for text in strings] == [[1, *ids] for ids in library.encode(strings)]
+    assert (target / "tokenizer.model").read_bytes() == small_sentencepiece()
 
 
 def test_tied_head_is_left_out(tiny_base: Path, tmp_path: Path) -> None:
