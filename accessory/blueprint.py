@@ -221,11 +221,14 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
 
 def _stated_settings(path: Path) -> dict[str, Any]:
     """The settings in a JSON file of --llama_config, ours or Meta's; a Hugging Face config.json is put in our terms."""
-    content = read_json(path)
-    if "model_type" not in content:
-        return content
-    architecture = architecture_of(content["model_type"], str(path))
-    args = settings_read_by(lambda: architecture.read(content, str(path)), path)
+    try:
+        content = read_json(path)
+        if "model_type" not in content:
+            return content
+        architecture = architecture_of(content["model_type"], str(path))
+        args = settings_read_by(lambda: architecture.read(content, str(path)), path)
+    except CheckpointError as error:
+        raise ConfigError(f"--llama_config {error}") from error
     return args.model_dump(exclude={"rotary_layout"})  # which is the weights' own, whatever describes the model
 
 
@@ -246,7 +249,10 @@ def _unread(source: Source) -> tuple[str, ...]:
 
 def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
     if tokenizer_path:
-        return open_tokenizer(tokenizer_path)
+        try:
+            return open_tokenizer(tokenizer_path)
+        except TokenizerError as error:
+            raise TokenizerError(f"--tokenizer_path {error}") from error
     for source in reversed(sources):
         if source.format == "GGUF" or holds_tokenizer(source.path):
             return open_tokenizer(source.path)

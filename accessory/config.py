@@ -151,11 +151,13 @@ class FinetuneConfig(BaseModel):
         found = []
         if self.quant and not self.only_save_trainable:
             found.append("--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.")
+        if self.quant_type and not self.quant:
+            found.append(f"--quant_type {self.quant_type} without --quant changes nothing: give both, or neither.")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
         if self.offload_inputs and self.checkpointing in ("none", 0):
             found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
-        found += missing_files(
+        found += misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
@@ -218,11 +220,13 @@ class DemoConfig(BaseModel):
 
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""
-        found = missing_files(
+        found = misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
         )
+        if self.quant is False and self.quant_type:
+            found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")
         if ":" in self.host:
             found.append(
                 f"--host {self.host}: expected a name or an IPv4 address; the page's library takes no IPv6 one."
@@ -232,24 +236,30 @@ class DemoConfig(BaseModel):
         return found
 
 
-def missing_files(**flags: list[Path | None]) -> list[str]:
-    """One fault for each given path that does not exist, by flag name."""
-    return [
+def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> list[str]:
+    """One fault for each given path that does not exist, or is a directory where a file is expected, by flag name."""
+    found = [
         f"--{flag} {path}: no such file or directory.{hub_hint(path)}"
-        for flag, paths in flags.items()
+        for flag, paths in {"llama_config": llama_config, **flags}.items()
         for path in paths
         if path is not None and not is_there(path)
     ]
+    directories = [path for path in llama_config if is_there(path) and path.is_dir()]
+    return found + [f"--llama_config {path}: is a directory; expected a JSON file." for path in directories]
 
 
 def parse(config_class: type[Config], arguments: list[str]) -> Config:
     """Flags -> a config. Raises `ConfigError` listing every fault, each with the nearest valid name."""
     parser = _parser(config_class)
-    known, unknown = parser.parse_known_args(arguments)
-    flags = [f"--{name}" for name in config_class.model_fields]
-    faults = _unknown_words(unknown, flags)
+    known, strange = parser.parse_known_args(arguments)
+    faults = _unknown_words(strange, arguments, config_class)
     values = {name: value for name, value in vars(known).items() if value is not argparse.SUPPRESS}
-    values = {name: None if value == "" else value for name, value in values.items()}
+    required = [name for name, field in config_class.model_fields.items() if field.is_required()]
+    for name, value in values.items():
+        if value == "" and name not in required:
+            values[name] = None
+        elif value == "" or (isinstance(value, list) and "" in value):
+            faults.append(f"--{name} '': expected a value; is a variable of the shell empty?")
     config = None
     try:
         config = config_class(**values)
@@ -263,8 +273,10 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     return config
 
 
-def _unknown_words(words: list[str], flags: list[str]) -> list[str]:
+def _unknown_words(words: list[str], arguments: list[str], config_class: type[BaseModel]) -> list[str]:
     """One fault for each unknown flag, and for each word that follows none."""
+    flags = [f"--{name}" for name in config_class.model_fields]
+    switches = [f"--{name}" for name, field in config_class.model_fields.items() if _holds(field.annotation, bool)]
     faults, after_flag = [], False
     for word in words:
         if word.startswith("-"):
@@ -272,7 +284,10 @@ def _unknown_words(words: list[str], flags: list[str]) -> list[str]:
             faults.append(f"Unknown flag {name}{unknown(name, flags, flags)}")
             after_flag = True
         elif not after_flag:
-            faults.append(f"{word!r} belongs to no flag{': flags are written --name value' if '=' in word else ''}.")
+            before = arguments[arguments.index(word) - 1]
+            why = ": flags are written --name value" if "=" in word else ""
+            why = f": {before} is a switch and takes no value" if before in switches else why
+            faults.append(f"{word!r} belongs to no flag{why}.")
     return faults
 
 

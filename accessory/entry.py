@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from accessory.config import parse
 from accessory.errors import AccessoryError, ConfigError
+from accessory.foreign_names import unknown
 from accessory.parallel import groups
 from accessory.parallel.launcher import die_with_launcher
 
@@ -54,17 +56,27 @@ def run_tool(main: Callable[[], object]) -> None:
 
 
 def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
-    """`main` with the command line's arguments, for `run_tool`; a flag it does not know leaves with status 2.
+    """`main` with the command line's arguments, for `run_tool`. Raises `ConfigError` for flags it does not know.
 
-    fire itself would say so after `main` has run without the flag.
+    fire itself would say so after `main` has run without the flag, and offer nothing.
     """
 
     def call() -> object:
+        parameters = inspect.signature(main).parameters.values()
+        _check_flags([f"--{parameter.name}" for parameter in parameters if parameter.kind != parameter.VAR_POSITIONAL])
         calls: list[tuple[tuple, dict]] = []
         fire.Fire(functools.wraps(main)(lambda *args, **kwargs: calls.append((args, kwargs))))
         return [main(*args, **kwargs) for args, kwargs in calls]
 
     return call
+
+
+def _check_flags(flags: list[str]) -> None:
+    words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]  # what follows is fire's own
+    given = [f"--{word[2:].partition('=')[0].replace('-', '_')}" for word in words if word.startswith("--")]
+    known = {"--help", *flags, *(flag.replace("--", "--no") for flag in flags)}
+    if faults := [f"Unknown flag {flag}{unknown(flag, flags, flags)}" for flag in given if flag not in known]:
+        raise ConfigError("\n".join(faults))
 
 
 def sources_and_target(paths: tuple[object, ...]) -> list[Path]:

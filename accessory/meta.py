@@ -177,14 +177,15 @@ class MetaModel(nn.Module):
         layout = layout or groups.start(str(device))
         sources = together(lambda: with_base(paths))
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
-        wanted = (quant_type or recorded) if (quant or (quant is None and recorded)) else None
+        packed = bool(recorded or quant_type) if quant is None else quant
+        wanted = (quant_type or recorded) if packed else None
         blueprint = together(
             lambda: draw_blueprint(
                 sources,
                 llama_type=llama_type,
                 llama_config=_paths(llama_config),
                 tokenizer_path=Path(tokenizer_path) if tokenizer_path else None,
-                quant=bool(quant),
+                quant=packed,
                 quant_type=wanted,
                 precision=precision,
                 train=False,

@@ -3,6 +3,7 @@
 torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAINABLE --quant --prompt "..."
 """
 
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from accessory.entry import run_entry
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from accessory.parallel.agree import together
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
 MAX_QUESTION = 20_000  # characters
@@ -44,6 +46,8 @@ def main(config: DemoConfig) -> None:
     """Load the model, over as many model-parallel ranks as were started, and answer."""
     ranks = groups.launch_environment(config.dist_on_itp)[1]
     layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
+    if not config.prompt:
+        together(lambda: check_place(config) if layout.is_main else None)
     model = MetaModel.from_pretrained(
         list(config.pretrained_path),
         llama_type=config.llama_type,
@@ -77,6 +81,18 @@ def answer(model: MetaModel, question: Question) -> Iterator[str]:
         top_p=question.top_p,
         seed=question.seed,
     )
+
+
+def check_place(config: DemoConfig) -> None:
+    """Raise `ConfigError` where the page could not be served, before the minutes that loading may take."""
+    try:
+        with socket.socket() as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind((config.host, config.port))
+    except OSError as error:
+        raise ConfigError(
+            f"--host {config.host} --port {config.port}: a page cannot be served there ({error.strerror})."
+        ) from error
 
 
 def layout_note(model: MetaModel, asked: str) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from accessory.blueprint import Blueprint, draw_blueprint
 from accessory.checkpoint.opening import open_source
-from accessory.errors import AccessoryError, CheckpointError, ConfigError, TokenizerError
+from accessory.errors import AccessoryError, ConfigError, TokenizerError
 from accessory.export import Destination, convert
 from accessory.meta import MetaModel
 from accessory.method.full import Full
@@ -150,7 +150,7 @@ def test_a_hugging_face_config_as_settings(tiny_base: Path, tmp_path: Path) -> N
     )
     torch.testing.assert_close(described.logits(tokens, (20,)), expected, rtol=0, atol=1e-5)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match=r"config.json: model_type 'gpt2' is not supported"):
+    with pytest.raises(ConfigError, match=r"--llama_config .*config.json: model_type 'gpt2' is not supported"):
         draw(tiny_base, llama_config=[tmp_path / "config.json"])
 
 

@@ -182,6 +182,35 @@ def test_names_on_the_hub(paths: list[str]) -> None:
     ]
 
 
+def test_empty_values(paths: list[str]) -> None:
+    """A variable of the shell that is not set: it neither stands for the current directory nor for nothing."""
+    said = "'': expected a value; is a variable of the shell empty?"
+    assert refusal(["--pretrained_path", "", "--data_config", ""]) == [
+        f"--pretrained_path {said}",
+        f"--data_config {said}",
+    ]
+    assert refusal([*paths[:2], "--prompt", "hi", ""], DemoConfig) == [f"--prompt {said}"]
+
+
+def test_a_directory_for_a_file(paths: list[str]) -> None:
+    assert refusal([*paths, "--llama_config", paths[1]]) == [
+        f"--llama_config {paths[1]}: is a directory; expected a JSON file."
+    ]
+
+
+def test_flags_that_would_do_nothing(paths: list[str]) -> None:
+    """Said rather than done without."""
+    assert refusal([*paths, "--quant_type", "nf4"]) == [
+        "--quant_type nf4 without --quant changes nothing: give both, or neither."
+    ]
+    assert refusal([*paths[:2], "--no_quant", "--quant_type", "fp4"], DemoConfig) == [
+        "--quant_type fp4 contradicts --no_quant: leave one out."
+    ]
+    assert refusal([*paths, "--no_visual", "yes"]) == [
+        "'yes' belongs to no flag: --no_visual is a switch and takes no value."
+    ]
+
+
 def test_assignments_are_no_flags(paths: list[str]) -> None:
     """As torchtune and LLaMA-Factory write them."""
     assert refusal(["lr=1e-4", *paths]) == ["'lr=1e-4' belongs to no flag: flags are written --name value."]

@@ -149,6 +149,13 @@ def test_quantized_model_is_near_the_plain_one(checkpoint, tmp_path: Path) -> No
     assert 0.01 < (one - two).std() / one.std() < 0.5
 
 
+def test_a_storage_format_alone_packs_the_base(checkpoint, tmp_path: Path) -> None:
+    """Nobody names one to have it ignored."""
+    checkpoint()
+    model = MetaModel.from_pretrained(tmp_path, quant_type="int8")
+    assert model.llma.layers[0].attention.wq.weight.quant_type == "int8"
+
+
 def test_asked_models_are_frozen(model: MetaModel) -> None:
     """No gradients, no dropout."""
     assert not model.training
@@ -257,12 +264,12 @@ def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch)
     computed = []
     monkeypatch.setattr(meta, "generate_tokens", lambda *_, **__: ([computed.append(token) or token] for token in said))
     prompt = model.question("q", layout=DIALOG)
-    assert model.generate([prompt]) == ["Paris.\n# 1"]
+    assert model.generate([prompt], max_gen_len=99) == ["Paris.\n# 1"]
     assert len(computed) == len(" Paris.\n# 1\n###")
-    texts = list(model.stream_generate(prompt))
+    texts = list(model.stream_generate(prompt, max_gen_len=99))
     assert texts[-1] == "Paris.\n# 1"
     assert not any(text.endswith(("\n", "\n#", "\n##")) for text in texts)  # what may be the turn's end is held back
-    assert "Human: more" in model.generate(["q"])[0]
+    assert "Human: more" in model.generate(["q"], max_gen_len=99)[0]
 
 
 @pytest.mark.parametrize(("dtype", "width"), [

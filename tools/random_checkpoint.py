@@ -22,7 +22,7 @@ from accessory.checkpoint.save import fresh_directory
 from accessory.checkpoint.source import read_json, settings_read_by
 from accessory.checkpoint.whole import refuse_existing
 from accessory.entry import from_command_line, run_tool
-from accessory.errors import ConfigError
+from accessory.errors import ConfigError, nearest
 from accessory.model.decoder import Decoder
 from accessory.model.families import architecture_of
 
@@ -53,6 +53,10 @@ def main(target: str, shape: str = "tinyllama", dtype: str = "fp16", seed: int =
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if type(seed) is not int:
+        raise ConfigError(f"--seed {seed!r}: expected a whole number.")
+    if str(shape) not in SHAPES and not Path(str(shape)).exists():
+        raise ConfigError(f"--shape {shape!r} is neither {', '.join(SHAPES)} nor a file.{nearest(str(shape), SHAPES)}")
     config = SHAPES.get(str(shape)) or read_json(Path(str(shape)))
     architecture = architecture_of(config.get("model_type"), str(shape))
     args = settings_read_by(lambda: architecture.read(config, str(shape)), Path(str(shape)))

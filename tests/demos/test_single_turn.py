@@ -231,6 +231,16 @@ def test_without_a_template_chat_is_refused(tiny_base: Path, python) -> None:
     assert "tokenizer.json: the checkpoint has no chat template" in done.stderr
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])  # one whose port is taken, and nobody's address
+def test_page_that_cannot_be_served(host: str, trained: Path, python) -> None:
+    """Said before the model is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = ("--host", host, "--port", taken.getsockname()[1], "--password", "x")
+        done = python(DEMO, "--pretrained_path", trained, "--device", "cpu", *place)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"ConfigError: --host {host} --port {place[3]}: a page cannot be served there (" in done.stderr
+
+
 def test_page_for_others_needs_a_password(trained: Path, python) -> None:
     done = python(DEMO, "--pretrained_path", trained, "--host", "0.0.0.0")
     assert done.returncode != 0

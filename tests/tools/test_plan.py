@@ -167,4 +167,5 @@ def test_what_cannot_be_is_refused(called: Callable, words: list[str], message: 
 def test_mistyped_flag(called: Callable) -> None:
     """Before anything is planned."""
     done = called(PLAN, "7B", "--metod", "lora")
-    assert done.returncode == 2 and "trainable parameters" not in done.stdout
+    assert done.returncode == 1 and "trainable parameters" not in done.stdout
+    assert done.stderr == "ConfigError: Unknown flag --metod. Did you mean '--method'?\n"
