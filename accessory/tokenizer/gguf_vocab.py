@@ -83,6 +83,9 @@ def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
 
 def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceTokenizer:
     tokens, types = _tokens_and_types(values, source)
+    # Padding rows are unknown tokens in some published files; the first one is meant.
+    padding = [i for i, kind in enumerate(types) if kind == TokenType.UNKNOWN][1:]
+    types = [TokenType.UNUSED if i in padding else kind for i, kind in enumerate(types)]
     scores = values.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise TokenizerError(f"{source}: tokenizer.ggml.scores is missing or short; expected {len(tokens)} scores.")

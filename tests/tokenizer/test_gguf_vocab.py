@@ -149,6 +149,17 @@ def test_sentencepiece_ids_are_those_of_the_model_it_was_written_from(spm_model,
     assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
 
 
+def test_padding_listed_as_unknown_is_padding(spm_model, tmp_path, texts):
+    """As llama.cpp's converter listed the rows of Phi-3 that have no token."""
+    pieces = ModelProto.FromString(spm_model).pieces
+    columns = [[getattr(piece, name) for piece in pieces] + more for name, more in
+               (("piece", ["[PAD1]", "[PAD2]"]), ("type", [2, 2]), ("score", [0.0, 0.0]))]  # fmt: skip
+    ours = open_tokenizer(write(tmp_path / "v.gguf", "llama", *columns[:2], scores=columns[2], eos_token_id=2))
+    assert ours.vocab_size == len(pieces) + 2 and ours.decode([len(pieces)]) == ""
+    expected = sentencepiece.SentencePieceProcessor(model_proto=spm_model).encode(texts)
+    assert ours.encode_batch(texts) == expected
+
+
 def test_an_unknown_cutting_is_refused_with_those_known(byte_level, tmp_path):
     path = write_byte_level(tmp_path / "v.gguf", byte_level, "smolm")
     with pytest.raises(TokenizerError, match=r"'smolm'; expected one of .*bloom, .*qwen2.*Did you mean 'smollm'"):

@@ -1,4 +1,5 @@
 import time
+from datetime import datetime
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -103,3 +104,10 @@ def test_loops_that_call_themselves_are_refused():
     text = "{% for i in range(9999) recursive %}{% if loop.depth < 9 %}{{ loop(range(9999)) }}{% endif %}{% endfor %}"
     with pytest.raises(TokenizerError, match="recursive loops are not open to templates"):
         ChatTemplate(text, "somewhere")
+
+
+def test_the_clock_can_be_set_and_lots_are_not_drawn():
+    template = ChatTemplate("{{ strftime_now('%d.%m.%y %H:%M:%S') }}", "x", datetime(2024, 2, 29, 13, 5))
+    assert [template.render() for _ in range(2)] == ["29.02.24 13:05:00"] * 2
+    with pytest.raises(TokenizerError, match="'random'"):
+        ChatTemplate("{{ ['a', 'b'] | random }}", "x")
