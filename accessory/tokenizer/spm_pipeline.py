@@ -13,8 +13,8 @@ from accessory.errors import TokenizerError
 from accessory.tokenizer.special import Added
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
-EXTRA_BLANKS = {" {2,}": " ", r"\A | \z": ""}
-"""What makes one blank of several, and none of those around a text, as regular expressions."""
+EXTRA_BLANKS = (" {2,}", r"\A ", r"▁+\z")
+"""What takes one blank for several, and those around a text away, as regular expressions."""
 _BLANK = "▁"
 _WHOLE = -0.1  # what sentencepiece's Unigram gives a user-defined piece
 _CHECKED = 64  # pieces, or blanks, that make up one of the texts by which a pipeline is checked
@@ -91,13 +91,17 @@ def _merges(proto: ModelProto) -> list[tuple[str, str]]:
 
 def _normalizers(proto: ModelProto, legacy: bool) -> list[normalizers.Normalizer]:
     spec, steps = proto.normalizer_spec, []
+    several, leading, trailing = (Regex(pattern) for pattern in EXTRA_BLANKS)
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in EXTRA_BLANKS.items()]
+        steps += [normalizers.Replace(several, " "), normalizers.Replace(leading, "")]
     if spec.add_dummy_prefix and legacy:
         steps.append(normalizers.Prepend(_BLANK))
-    return [*steps, normalizers.Replace(" ", _BLANK)]
+    steps.append(normalizers.Replace(" ", _BLANK))
+    if spec.remove_extra_whitespaces:  # a text that ends with the letter for blanks loses it, too
+        steps.append(normalizers.Replace(trailing, ""))
+    return steps
 
 
 def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.PreTokenizer]:
