@@ -1,5 +1,6 @@
 import io
 import multiprocessing
+import re
 from datetime import datetime
 
 import numpy as np
@@ -182,6 +183,23 @@ def test_two_entries_of_one_file_stay_apart(write, tokenizer):
     write("x.json", [GOOD])
     corpus = make(write("c.yaml", "META: [{path: x.json}, {path: x.json, prompt_type: none}]"), tokenizer)
     assert corpus.origins[:, 0].tolist() == [0, 1] and corpus.documents_by_layout() == {"alpaca": 1, "none": 1}
+
+
+def test_lengths_are_compared_with_what_a_model_reads(write, tokenizer):
+    """Those that --max_words has left; the first of several that are the longest is named."""
+    path = write("x.jsonl", [{"instruction": "q", "output": "a" * size} for size in (3, 60, 50, 60)])
+    corpus = make(path, tokenizer)
+    longest, middle = int(corpus.lengths.max()), int(corpus.lengths[2])
+    assert corpus.check_lengths(None, None) == corpus.check_lengths(longest, longest) == []
+    found = rf"1 \({path}:2\) has {longest}\. "
+    with pytest.raises(
+        DataError, match=rf"^3 of 4 documents have more than {middle - 1} tokens; document {found}.*no pos"
+    ):
+        corpus.check_lengths(middle - 1, None)
+    for positions in (None, longest):
+        (note,) = corpus.check_lengths(positions, middle)
+        assert re.match(rf"2 of 4 documents .* {found}.*; --max_words {middle} cuts them", note)
+    assert make(path, tokenizer, max_words=middle).check_lengths(middle, middle) == []
 
 
 def test_a_report_stays_short(write, tokenizer):
