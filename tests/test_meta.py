@@ -264,12 +264,12 @@ def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch)
     computed = []
     monkeypatch.setattr(meta, "generate_tokens", lambda *_, **__: ([computed.append(token) or token] for token in said))
     prompt = model.question("q", layout=DIALOG)
-    assert model.generate([prompt], max_gen_len=99) == ["Paris.\n# 1"]
+    assert model.generate([prompt], max_gen_len=30) == ["Paris.\n# 1"]
     assert len(computed) == len(" Paris.\n# 1\n###")
-    texts = list(model.stream_generate(prompt, max_gen_len=99))
+    texts = list(model.stream_generate(prompt, max_gen_len=30))
     assert texts[-1] == "Paris.\n# 1"
     assert not any(text.endswith(("\n", "\n#", "\n##")) for text in texts)  # what may be the turn's end is held back
-    assert "Human: more" in model.generate(["q"], max_gen_len=99)[0]
+    assert "Human: more" in model.generate(["q"], max_gen_len=30)[0]
 
 
 @pytest.mark.parametrize(("dtype", "width"), [
