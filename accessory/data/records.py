@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accessory.errors import DataError
+from accessory.errors import DataError, is_there
 from accessory.tokenizer.sniff import what_is
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -22,14 +22,13 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 _LISTED = "a JSON list of objects, an object a line, or one object that holds one list of objects"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _SHOWN, _LONGEST = 12, 40  # keys named in a message, and characters of each
-_UNPACK = "unpack it first"
 _REMEDIES = {
     ".parquet": 'write it as JSON Lines: pandas.read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True)',
     ".arrow": 'write it as JSON Lines: datasets.Dataset.from_file(FILE).to_json("data.jsonl")',
     ".xlsx": "save the sheet as .csv in UTF-8",
     ".txt": 'put each text into a .jsonl as {"output": TEXT}, and name that in a YAML with prompt_type: caption',
     ".ndjson": "name it .jsonl",
-    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), _UNPACK),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
 }
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FIRST_LINE, _INK = re.compile(rb"(?:\xef\xbb\xbf)?\s*([^\n]*)"), re.compile(rb"\S")
@@ -73,7 +72,7 @@ def is_data_file(path: Path) -> bool:
 
 def what_to_do(path: Path) -> str | None:
     """What is wrong with a path that is a directory, or a file of a kind known but not read here; None for others."""
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return f"{path}: is a directory; expected a file. Name several in a YAML, each as an entry of META."
     remedy = _REMEDIES.get(path.suffix.lower())
     return f"{path}: {path.suffix} files are not read here; {remedy}." if remedy else None

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from accessory.data.meta_config import load_data_config
@@ -136,6 +138,11 @@ def test_an_impossible_date_is_a_fault_of_the_yaml(write, data):
 )
 def test_a_file_that_is_neither_data_nor_yaml_is_told_what_to_do(write, name, content, words):
     assert words in refused(write(name, content))
+
+
+def test_a_name_too_long_for_a_path_is_none(write):
+    assert "is neither in" in refused(write("c.yaml", f"META:\n- path: {'x' * 5000}.json\n"))
+    assert "cannot be read" in refused(Path("x" * 5000 + ".yaml"))
 
 
 def test_a_directory_is_told_what_to_do(write, tmp_path):
