@@ -23,7 +23,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -53,7 +53,14 @@ class Mutant:
     number: int
     line: int
     in_function: bool
-    code: str
+    module: libcst.Module
+    node: libcst.CSTNode
+    other: libcst.CSTNode
+
+    @cached_property
+    def code(self) -> str:
+        """All of the file."""
+        return self.module.deep_replace(self.node, self.other).code
 
     def beside(self, original: str) -> str:
         """Which it is, and the lines that differ."""
@@ -94,7 +101,7 @@ def mutants(code: str) -> Iterator[Mutant]:
     wrapper, sites = MetadataWrapper(libcst.parse_module(code)), _Sites()
     wrapper.visit(sites)
     for number, (line, in_function, node, other) in enumerate(sites.found):
-        yield Mutant(number, line, in_function, wrapper.module.deep_replace(node, other).code)
+        yield Mutant(number, line, in_function, wrapper.module, node, other)
 
 
 class Project:
@@ -247,12 +254,12 @@ def main(
     path = Path(file)
     if not path.is_file() or not tests:
         raise ConfigError(f"{file} {' '.join(tests)}: expected a Python file and at least one file of tests.")
-    code, numbers = path.read_text(), set(_several(only))
-    left = [mutant for mutant in mutants(code) if (mutant.number in numbers if numbers else mutant.number % every == 0)]
-    fast = [*tests, *(f"--deselect={name}" for name in _several(deselect))]
-    ends, tried = Counter(), len(left)
+    fast, numbers = [*tests, *(f"--deselect={name}" for name in _several(deselect))], set(_several(only))
     with tempfile.TemporaryDirectory() as directory:
         project = Project(Path(directory) / "project")
+        code = (project.root / path).read_text()
+        left = [m for m in mutants(code) if (m.number in numbers if numbers else m.number % every == 0)]
+        ends, tried = Counter(), len(left)
         for chosen in filter(None, (fast, _several(then))):
             (project.root / path).write_text(code)
             project.prepare(chosen)
