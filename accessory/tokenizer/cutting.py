@@ -72,6 +72,15 @@ def _tekken() -> pre_tokenizers.PreTokenizer:
     return _split(_TEKKEN_WORDS)
 
 
+def _deepseek_coder() -> pre_tokenizers.PreTokenizer:
+    cuts = [
+        pre_tokenizers.Split(Regex(pattern), "isolated")
+        for pattern in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")
+    ]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+
 def _unnamed() -> pre_tokenizers.PreTokenizer:
     """What llama.cpp does where a file does not name its way."""
     return _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
@@ -97,6 +106,7 @@ _WAYS: dict[Cutting, tuple[str, ...]] = {
     Cutting(_by_ones, composes=True): ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"),
     Cutting(_by_ones): ("stablelm2", "hunyuan", "solar-open", "grok-2"),
     Cutting(_tekken, ignore_merges=True, add_bos=True): ("tekken",),
+    Cutting(_deepseek_coder): ("deepseek-coder",),
     Cutting(_bloom): ("bloom", "poro-chat", "gpt3-finnish"),
     Cutting(_unnamed): ("default",),
 }  # fmt: skip

@@ -83,9 +83,7 @@ def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
 
 def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceTokenizer:
     tokens, types = _tokens_and_types(values, source)
-    # Padding rows are unknown tokens in some published files; the first one is meant.
-    padding = [i for i, kind in enumerate(types) if kind == TokenType.UNKNOWN][1:]
-    types = [TokenType.UNUSED if i in padding else kind for i, kind in enumerate(types)]
+    types = _with_one_unknown(values, tokens, types, source)
     scores = values.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise TokenizerError(f"{source}: tokenizer.ggml.scores is missing or short; expected {len(tokens)} scores.")
@@ -109,6 +107,15 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
     charsmap = values.get("tokenizer.ggml.precompiled_charsmap") or []
     normalizer.precompiled_charsmap = bytes(value & 0xFF for value in charsmap)
     return SentencePieceTokenizer(proto.SerializeToString(deterministic=True), special, source=source)
+
+
+def _with_one_unknown(values: dict[str, object], tokens: list[str], types: list[int], source: str) -> list[int]:
+    """Types as sentencepiece must have them: llama.cpp's converter has called padding unknown, and `<unk>` control."""
+    unknown = _special_id(values, "unknown", len(tokens), source)
+    if unknown is None:
+        unknown = types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else 0
+    others = [TokenType.UNUSED if kind == TokenType.UNKNOWN else kind for kind in types]
+    return [*others[:unknown], TokenType.UNKNOWN, *others[unknown + 1 :]]
 
 
 def _describe_training(spec: TrainerSpec, values: dict[str, object], types: list[int]) -> None:

@@ -10,6 +10,8 @@ from accessory.tokenizer.cutting import CUTTINGS
 from tests.texts import mixed_texts
 
 SPECIAL = ["<|end|>", "[gMASK]", "<sop>"]
+OTHERWISE = {"tekken": ("Mn", "Mc", "Me"), "deepseek-coder": ("Zl",)}
+"""Kinds of characters: combining marks, and the line separator, which is no blank to the `tokenizers` library there."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def model():
 
 @pytest.mark.parametrize("pre", CUTTINGS)
 def test_every_way_is_llama_cpps(model, llama_cpp, tmp_path, pre):
-    """llama.cpp composes no characters, and knows no combining marks where Mistral NeMo's way (tekken) does."""
+    """llama.cpp composes no characters, and tells some otherwise than two ways do."""
     tokens, merges = model
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
@@ -42,8 +44,8 @@ def test_every_way_is_llama_cpps(model, llama_cpp, tmp_path, pre):
     writer.write_kv_data_to_file()
     writer.close()
     texts = mixed_texts(300)
-    if pre == "tekken":
-        texts = [text for text in texts if not any(unicodedata.category(letter)[0] == "M" for letter in text)]
+    otherwise = OTHERWISE.get(pre, ())
+    texts = [text for text in texts if not any(unicodedata.category(letter) in otherwise for letter in text)]
     composed = [unicodedata.normalize("NFC", text) if CUTTINGS[pre].composes else text for text in texts]
     found = llama_cpp.ask(tmp_path / "v.gguf", texts=composed)
     ours = open_tokenizer(tmp_path / "v.gguf")

@@ -160,6 +160,25 @@ def test_padding_listed_as_unknown_is_padding(spm_model, tmp_path, texts):
     assert ours.encode_batch(texts) == expected
 
 
+@pytest.mark.parametrize("stated", [{"unk_token_id": 0}, {}])
+def test_types_as_llama_cpps_converter_gives_them(spm_model, tmp_path, texts, stated):
+    """`<unk>` as a control token, as tokenizer_config.json lists it, and padding as unknown."""
+    pieces, scores, types = zip(
+        *((p.piece, p.score, p.type) for p in ModelProto.FromString(spm_model).pieces), strict=True
+    )
+    settings = {"bos_token_id": 1, "eos_token_id": 2, **stated}
+    path = write(
+        tmp_path / "v.gguf", "llama", [*pieces, "[PAD420]", "[PAD421]"], [CONTROL, *types[1:], 2, 2],
+        scores=[*scores, 0.0, 0.0], **settings,
+    )  # fmt: skip
+    if not stated:  # the first of them is taken for it
+        path = write(tmp_path / "w.gguf", "llama", pieces, [CONTROL, *types[1:]], scores=scores, **settings)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
+    ours = open_tokenizer(path)
+    assert ours.encode_batch(texts) == theirs.encode(texts)
+    assert ours.decode([421, 5]) == theirs.decode([5])
+
+
 def test_an_unknown_cutting_is_refused_with_those_known(byte_level, tmp_path):
     path = write_byte_level(tmp_path / "v.gguf", byte_level, "smolm")
     with pytest.raises(TokenizerError, match=r"'smolm'; expected one of .*bloom, .*qwen2.*Did you mean 'smollm'"):
