@@ -1,11 +1,14 @@
-"""How the C library hands out memory on a CPU: what a step freed serves the next, and is not faulted in again."""
+"""What a process on a CPU keeps of memory: what a step freed, for the next one, and products, for shapes that recur."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 _LARGEST_KEPT = 32 << 20  # bytes; in a heap, larger pieces leave holes that no other fits into
+_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's, and PyTorch's layer over it
+_PRODUCTS_KEPT = 32  # of other shapes or dtypes than one another; a block and its backward have about twenty
 
 
 def keep_freed_memory() -> None:
@@ -17,3 +20,13 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def forget_old_shapes() -> None:
+    """Let oneDNN keep only the products that a block needs; to be called before the first one.
+
+    It would keep 1,024 of them twice, a third of a MB each, and every micro-batch has another number of tokens: memory
+    would grow for hours. Where the user has set one of the variables, it stays as it is.
+    """
+    for variable in _CACHES:
+        os.environ.setdefault(variable, str(_PRODUCTS_KEPT))

@@ -47,7 +47,7 @@ from accessory.saving import Saver
 from accessory.stop_signals import StopSignals
 
 CACHE_DIR = Path("accessory_data_cache")
-FEW_STEPS = 50
+FEW_STEPS = 30
 """Optimizer steps of which fewer are said to be few."""
 _COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
 """Flags that set what a step does, or how long a run is."""

@@ -8,12 +8,16 @@ import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from accessory.checkpoint.room import disk_fault
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
@@ -160,16 +164,18 @@ def read_losses(log: Path) -> dict[int, float]:
 
 def draw_loss_curve(log: Path, picture: Path) -> None:
     """Draw loss over steps from a JSON log into a PNG."""
-    import matplotlib
+    loss_figure(read_losses(log)).savefig(picture, dpi=120)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    losses = read_losses(log)
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(losses.keys(), losses.values(), linewidth=1.2)
+def loss_figure(losses: dict[int, float]) -> Figure:
+    """The loss curve, steps marked by whole numbers however few they are."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.subplots()
+    axes.plot(losses.keys(), losses.values(), linewidth=1.2, marker="." if len(losses) == 1 else None)
     axes.set(xlabel="step", ylabel="loss per supervised token", title="training loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    return figure

@@ -17,7 +17,7 @@ if [ "${1:-}" = --chaos ]; then
     CHAOS="${CHAOS:-$RANDOM}"
     export CHAOS
     echo "== chaos with seed $CHAOS"
-    exec "$VENV/bin/python" -m pytest -s -o timeout=3600 tests/faults -k "test_07 or test_15 or fuzz" "$@"
+    exec "$VENV/bin/python" -m pytest -s -o timeout=3600 tests/faults -k "test_07 or test_15 or fuzz or test_memory" "$@"
 fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .

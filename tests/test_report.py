@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from accessory import report
-from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, read_losses
+from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, loss_figure, read_losses
 
 REPORT = StepReport(
     step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
@@ -176,3 +176,12 @@ def test_a_curve_that_cannot_be_drawn_hides_no_other_error(
     (tmp_path / LOG_FILE).write_text("")
     reporter.close()
     assert said in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 76])
+def test_steps_are_marked_by_whole_numbers(steps: int) -> None:
+    """There is no step 1.25."""
+    axes = loss_figure({step: 1 / step for step in range(1, steps + 1)}).axes[0]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == round(tick) for tick in ticks), ticks

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # it has no public name (torch 2.13)
 
-from accessory.allocator import keep_freed_memory
+from accessory.allocator import forget_old_shapes, keep_freed_memory
 from accessory.errors import AccessoryError, ParallelError
 from accessory.parallel.rendezvous import meet
 from accessory.parallel.root_cause import Witness
@@ -107,6 +107,7 @@ def start(
     where = choose_device(device, local_rank)
     if where == CPU:
         keep_freed_memory()
+        forget_old_shapes()
     if not dist.is_initialized():
         global _witness
         store = meet(rank, world_size, timeout)
