@@ -174,6 +174,10 @@ class MetaModel(nn.Module):
         layout: from `groups.start`, with its device; absent, one process is assumed. Raises `AccessoryError`s.
         """
         paths, precision = _paths(pretrained_path), _precision(dtype)
+        if not paths:
+            raise ConfigError(f"pretrained_path is {pretrained_path!r}; expected a checkpoint, or a list of some.")
+        if not isinstance(quant, bool | None):
+            raise ConfigError(f"quant is {quant!r}; expected True, False or None: the format is named by quant_type.")
         layout = layout or groups.start(str(device))
         sources = together(lambda: with_base(paths))
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
@@ -204,8 +208,9 @@ def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq
 
 
 def _paths(given: Paths) -> list[Path]:
-    """One path or several, as `Path`s."""
-    return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]
+    """One path or several, as `Path`s; an empty text is none."""
+    given = [given] if isinstance(given, str | Path) else given
+    return [Path(path) for path in given if path != ""]
 
 
 def _precision(dtype: str | torch.dtype) -> str:

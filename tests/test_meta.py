@@ -307,6 +307,7 @@ def test_the_device(checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("wrong", "said"), [
     ({"dtype": torch.int8}, r"dtype torch.int8 is unknown. Known: bf16, fp16"),
     ({"dtype": "bf61"}, r"dtype 'bf61' is unknown. Did you mean 'bf16'\?"),
+    ({"quant": "int8"}, "quant is 'int8'; expected True, False or None: the format is named by quant_type"),
     ({"device": "gpu"}, "--device 'gpu' is not one of auto, cpu, cuda"),
     ({"llama_config": "absent.json"}, "absent.json: cannot be read"),
 ])  # fmt: skip
@@ -314,6 +315,9 @@ def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> 
     checkpoint()
     with pytest.raises(AccessoryError, match=said):
         MetaModel.from_pretrained(tmp_path, **wrong)
+    for nothing in ("", []):
+        with pytest.raises(ConfigError, match="pretrained_path is .*; expected a checkpoint"):
+            MetaModel.from_pretrained(nothing)
 
 
 @pytest.mark.parametrize("prompts", ["Hello", [3], [["a", "b"]], [{"role": "user", "content": "q"}]])
