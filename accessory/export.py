@@ -15,7 +15,7 @@ from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.load import overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked
-from accessory.checkpoint.run_record import trained_tokens, with_base
+from accessory.checkpoint.run_record import trained_layouts, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, nearest
@@ -218,6 +218,14 @@ def export_adapter(
         f"adapter_config.json names the base {base.path}, which transformers cannot open as it is ({base.format}): "
         "write it with --to hf, and give that directory or a Hub name with --base_model"
     )
+
+
+def asking_hint(paths: list[Path]) -> str | None:
+    """How to ask what is made of `paths`, which no format but run.json says; None where that is as by default."""
+    layouts = trained_layouts(with_base(list(paths)))
+    if not layouts or layouts[0] == "alpaca":
+        return None
+    return f"trained on questions laid out as {layouts[0]}: ask it with --system_prompt {layouts[0]}"
 
 
 def trained_quantization(sources: list[Source]) -> str | None:

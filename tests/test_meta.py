@@ -316,7 +316,7 @@ def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> 
     with pytest.raises(AccessoryError, match=said):
         MetaModel.from_pretrained(tmp_path, **wrong)
     for nothing in ("", []):
-        with pytest.raises(ConfigError, match="pretrained_path is .*; expected a checkpoint"):
+        with pytest.raises(ConfigError, match=r"pretrained_path is .*; expected a checkpoint"):
             MetaModel.from_pretrained(nothing)
 
 

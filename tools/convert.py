@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool, sources_and_target
 from accessory.errors import ConfigError
-from accessory.export import Destination, convert, export_adapter, remark
+from accessory.export import Destination, asking_hint, convert, export_adapter, remark
 
 
 def main(
@@ -55,7 +55,7 @@ def main(
         destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
         convert(sources, target, destination, **reading)
         said = remark(target) if to == "hf" else None
-    print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *([said] if said else []), sep="\n")
+    print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *filter(None, (said, asking_hint(sources))), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool, sources_and_target
-from accessory.export import Destination, check_precision, logit_error, merge, remark
+from accessory.export import Destination, asking_hint, check_precision, logit_error, merge, remark
 
 
 def main(
@@ -55,8 +55,9 @@ def main(
     print(f"{' + '.join(map(str, sources))} -> {target} ({to}, base {base})")
     text = None if probe is None else str(probe)
     print(f"against the model as trained: {logit_error(sources, target, text, precision, **reading)}")
-    if to == "hf" and (said := remark(target)):
-        print(said)
+    for said in (remark(target) if to == "hf" else None, asking_hint(sources)):
+        if said:
+            print(said)
 
 
 if __name__ == "__main__":

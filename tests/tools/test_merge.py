@@ -48,6 +48,20 @@ def test_merged_model_and_its_error(python, part: Path, tmp_path: Path) -> None:
         assert (model(TOKENS[None]).logits[0] - expected).abs().max() < 1e-4
 
 
+def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
+    """What is written does not say how questions were laid out in training; the tool does, where it matters."""
+    part = write_trained(tiny_base, tmp_path / "part")
+    run = json.loads((part / "run.json").read_text())
+    for layout, said in (
+        ("none", ["trained on questions laid out as none: ask it with --system_prompt none"]),
+        ("alpaca", []),
+    ):
+        (part / "run.json").write_text(json.dumps(run | {"layouts": {layout: 3, "qg": 1}}))
+        done = called("tools/merge.py", part, tmp_path / layout, "--to", "accessory")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[2:] == said
+
+
 def test_full_base_is_further_away(called, tiny_base: Path, part: Path, tmp_path: Path) -> None:
     """Asked for, it is added to the weights in full precision, which training did not see; BASE TRAINED is taken."""
     target = tmp_path / "out.gguf"
