@@ -117,7 +117,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "heads_that_do_not_share": (lambda b: edit_json(b / "config.json", num_key_value_heads=3), "cannot share 3 key"),
     "unknown_family": (
         lambda b: edit_json(b / "config.json", model_type="lama"),
-        "model_type 'lama' is not supported. Did you mean 'llama'.*Known: llama, mistral, qwen2",
+        "model_type 'lama' is not supported. Known: llama, mistral, qwen2",
     ),
     "family_of_another_block": (
         lambda b: edit_json(b / "config.json", model_type="gpt_neox"),
