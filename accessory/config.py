@@ -126,7 +126,7 @@ class FinetuneConfig(BaseModel):
     allow_changed: list[Literal[tuple(sorted(CHANGEABLE))]] = []
     """What may differ from the saved run on --resume: base, data, lr, ...; where anything else does, it is refused."""
     not_finite: Literal["stop", "skip"] = "stop"
-    """What to do in a step whose loss or gradient is not finite: end the run, or change nothing and go on."""
+    """If a loss or gradient is not finite: end the run, or skip the step; in fp16 a smaller loss scale comes first."""
     timeout: float = Field(default=600, gt=0)
     """Seconds that a process waits for the others, once training has begun, before it ends the run."""
     seed: int = Field(default=0, ge=0)

@@ -89,10 +89,10 @@ class Reporter:
 
     def line(self, report: StepReport) -> str:
         """The fixed-width line of a step."""
-        done = report.step - self.first_step
-        left = (time.monotonic() - self.started) / max(done, 1) * (self.total_steps - report.step)
+        done, total = report.step - self.first_step, max(report.step, self.total_steps)
+        left = (time.monotonic() - self.started) / max(done, 1) * (total - report.step)
         return (
-            f"step {report.step:6d}/{self.total_steps} {100 * report.step / self.total_steps:5.1f}% | "
+            f"step {report.step:6d}/{total} {100 * report.step / total:5.1f}% | "
             f"loss {_in_8(report.loss, 4)} | lr {report.lr:.2e} | grad norm {_in_8(report.grad_norm, 3)} | "
             f"{report.tokens / report.seconds:8.0f} tok/s | peak {report.peak_bytes / 2**30:6.2f} GiB | "
             f"ETA {int(left) // 3600:4d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"

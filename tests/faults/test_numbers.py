@@ -137,7 +137,9 @@ def test_22_fp16_that_overflows_at_any_scale_ends_the_run(fp16: Job, tmp_path: P
 def test_22_a_dry_run_in_fp16_takes_a_true_step(fp16: Job, capsys: pytest.CaptureFixture) -> None:
     """However often it has to halve the scale before."""
     alone(fp16, "--dry_run")
-    norms = re.findall(r"grad norm +(\S+)", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    norms = re.findall(r"grad norm +(\S+)", out)
+    assert f"step      {len(norms)}/{len(norms)} 100.0%" in out and "all right, nothing written" in out
     assert len(norms) > 2 and not any(norm[0].isdigit() for norm in norms[:-1]) and norms[-1][0].isdigit()
 
 
