@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def test_steps_of_the_whole_run(progress: Progress, total: int) -> None:
         schedule = Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1, max_steps=most)
         assert schedule.total_steps(progress) == min(most, total)
         assert schedule.is_over(progress) == (progress.epoch == 3 or progress.total_steps >= most)
+    assert schedule.is_over(replace(progress, total_steps=99, skipped=9))  # steps that changed nothing count
 
 
 def test_gradient_does_not_depend_on_accumulation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +273,11 @@ def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
 
         engine.reporter.step = note
         if at < steps:
-            with pytest.raises(Preempted, match=r"Stopped by SIGTERM after step 2, which is saved as epoch0\."):
+            with pytest.raises(
+                Preempted, match=r"Stopped by SIGTERM after step 2, which is saved as epoch0\."
+            ) as caught:
                 engine.train(Progress())
+            assert caught.value.common
         else:
             engine.train(Progress())
         assert saved == [at]
@@ -311,8 +316,14 @@ def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
     engine.order = GlobalOrder(engine.order.corpus, batch_size=8, accum_iter=1)
     engine.order.global_ids = lambda epoch, step: torch.arange(8).repeat(2)[:11].numpy()
     engine.skip_not_finite = False
-    with pytest.raises(NotFiniteError, match=r"Step 7: .* and 3 more\. 2 steps before it were skipped\. Look at"):
+    with pytest.raises(NotFiniteError) as caught:
         engine.step(progress)
+    said = str(caught.value)
+    assert (
+        said.startswith("Step 7: ")
+        and " and 3 more. 2 steps before it were skipped. Look at the documents, low" in said
+    )
+    assert caught.value.common  # one rank says it for all
 
 
 def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> None:
