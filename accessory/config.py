@@ -294,6 +294,7 @@ def _unknown_words(words: list[str], arguments: list[str], config_class: type[Ba
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Raise our error instead of leaving the process from every rank."""
+        message = message.replace("ignored explicit argument", "is a switch and takes no value; found")
         raise ConfigError(message[0].upper() + message[1:] + ".")
 
 

@@ -206,6 +206,7 @@ def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     assert refusal([*paths[:2], "--no_quant", "--quant_type", "fp4"], DemoConfig) == [
         "--quant_type fp4 contradicts --no_quant: leave one out."
     ]
+    assert refusal([*paths, "--no_visual=1"]) == ["Argument --no_visual: is a switch and takes no value; found '1'."]
     assert refusal([*paths, "--no_visual", "yes"]) == [
         "'yes' belongs to no flag: --no_visual is a switch and takes no value."
     ]

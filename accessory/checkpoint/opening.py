@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, torch_shards
+from accessory.checkpoint.latest import checkpoints_in
 from accessory.checkpoint.source import Source, read_json
 from accessory.errors import CheckpointError, hub_hint, is_there
 from accessory.tokenizer.sniff import what_is
@@ -14,6 +15,7 @@ KNOWN_FORMATS = (
     "config.json and *.safetensors or *.bin (Hugging Face), adapter_config.json (PEFT), consolidated.NN.pth (Meta), "
     "consolidated.NN-of-MM.model.pth (LLaMA2-Accessory), a .gguf file, or a .bin file of llama2.c"
 )
+_PARTS = (".safetensors", ".pth", ".bin", ".json")
 
 
 def open_source(path: str | Path, base: Source | None = None) -> Source:
@@ -34,6 +36,9 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
         return opened
     if opened := torch_shards.open_shards(path):
         return opened
+    if saved := checkpoints_in(path):
+        names = ", ".join(checkpoint.name for checkpoint in saved)
+        raise CheckpointError(f"{path}: is where a run writes; give one of its checkpoints: {path}/ and {names}.")
     present = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"{path}: found {present}. Expected {KNOWN_FORMATS}.")
 
@@ -43,4 +48,5 @@ def _open_file(path: Path) -> Source:
         return gguf_file.open_gguf_file(path)
     if path.suffix == ".bin" and llama2c.is_llama2c(path):
         return llama2c.open_llama2c(path)
-    raise CheckpointError(f"{path}: found {what_is(path)}. Expected {KNOWN_FORMATS}.")
+    part = " If it is part of a checkpoint, give the directory." if path.suffix in _PARTS else ""
+    raise CheckpointError(f"{path}: found {what_is(path)}.{part} Expected {KNOWN_FORMATS}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -54,11 +55,18 @@ def began_at(resumed: Source) -> datetime:
 def with_base(paths: list[str | Path]) -> list[Source]:
     """Open `paths`; where they hold only a trained part, put the base it was trained on in front, from its run.json.
 
-    Raises `CheckpointError` if the base is unknown, gone, or no longer the one the part was trained on.
+    Raises `CheckpointError` if the base is unknown, gone, or no longer the one the part was trained on, or stands
+    behind the part, which it would replace.
     """
     sources: list[Source] = []
     for path in paths:
         sources.append(open_source(path, sources[0] if sources else None))
+    for before, behind in itertools.pairwise(sources):
+        if before.is_delta and not (behind.is_delta or behind.is_difference):
+            raise CheckpointError(
+                f"{behind.path}: is a whole model behind the trained part {before.path}, of which it would leave "
+                "nothing; the base comes first: --pretrained_path BASE TRAINABLE."
+            )
     first = sources[0]
     if not first.is_delta:
         return sources

@@ -100,7 +100,8 @@ def start(
     if model_parallel_size < 1 or world_size % model_parallel_size:
         fault = ParallelError(
             f"--model_parallel_size {model_parallel_size} does not divide the {world_size} started processes; "
-            f"sizes that do: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}."
+            f"sizes that do: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}. "
+            "torchrun --nproc-per-node=N starts N."
         )
         fault.common = True
         raise fault

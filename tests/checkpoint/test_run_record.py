@@ -58,6 +58,28 @@ def test_base_is_found(base: Path, part: Path) -> None:
     assert [source.path for source in with_base([str(base)])] == [base]
 
 
+def test_base_behind_its_part(base: Path, part: Path) -> None:
+    """It would replace all that was trained, silently."""
+    message = refusal(part, base)
+    assert message.startswith(
+        f"{base}: is a whole model behind the trained part {part}, of which it would leave nothing"
+    )
+    assert "--pretrained_path BASE TRAINABLE" in message
+
+
+def test_where_a_run_writes(part: Path) -> None:
+    """The directory above the checkpoints, which --output_dir named."""
+    (part / "manifest.json").write_text("{}")
+    assert refusal(part.parent) == (
+        f"{part.parent}: is where a run writes; give one of its checkpoints: {part.parent}/ and epoch0."
+    )
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "run.json"])
+def test_a_file_of_a_checkpoint(part: Path, name: str) -> None:
+    assert "If it is part of a checkpoint, give the directory." in refusal(part / name)
+
+
 def test_chain_of_parts(base: Path, part: Path, tmp_path: Path) -> None:
     """A part trained on a base and a first part brings both, in order."""
     second = tmp_path / "epoch1"
