@@ -36,7 +36,7 @@ from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.tokenizer import open_tokenizer
 from tests.checkpoint.trained import write_trained
-from tests.model.families.matrix import GROUPED, OPT, SIZES, internlm, known
+from tests.model.families.matrix import GROUPED, OPT, SIZES, Reference, baichuan2, internlm, known
 
 TOKENS = torch.arange(40) * 7 % 500
 TOLERANCE = 2e-5  # of the largest logit, fp32
@@ -262,6 +262,14 @@ def saved_whole(part: Path, target: Path) -> Path:
     return target
 
 
+def written_by(write: Callable[[Path], Reference], tiny_base: Path, directory: Path) -> Reference:
+    """What `write` makes in the new `directory`, with the tiny model's tokenizer beside it; returns its reference."""
+    directory.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / file, directory)
+    return write(directory)
+
+
 class TestConvert:
     """A base in another format."""
 
@@ -282,6 +290,13 @@ class TestConvert:
         with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {said}  # noqa: SIM118
 
+    def test_normalized_head(self, tiny_base: Path, tmp_path: Path) -> None:
+        """A Baichuan 2 with a vocabulary of any size becomes a LLaMA that needs no such head."""
+        reference = written_by(baichuan2, tiny_base, tmp_path / "base")
+        convert([tmp_path / "base"], tmp_path / "llama", Destination("hf", "fp32", architecture="llama"))
+        assert apart(theirs(tmp_path / "llama"), reference.logits(TOKENS)) < TOLERANCE
+        assert remark(tmp_path / "llama") is None
+
     def test_trained_parts_are_refused(self, part: Path, tmp_path: Path) -> None:
         """Alone, and in one directory with their base, where LoRA and biases would be lost in silence."""
         for path in (part, saved_whole(part, tmp_path / "whole")):
@@ -298,15 +313,6 @@ class TestConvert:
         with pytest.raises(CheckpointError, match=r"holds what was trained .* llama_peft.*merge it"):
             convert([tmp_path / "upstream"], tmp_path / "hf", Destination())
         assert apart(theirs(written([tmp_path / "upstream"], tmp_path / "hf")), theirs(base)) < TOLERANCE
-
-
-def internlm_base(tiny_base: Path, directory: Path) -> Path:
-    """An InternLM with the tiny model's tokenizer."""
-    directory.mkdir()
-    internlm(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_base / file, directory)
-    return directory
 
 
 class TestAdapter:
@@ -357,7 +363,8 @@ class TestAdapter:
         """transformers knows no Baichuan: said, as it is of one that is written; with auto_map it finds the code."""
         convert([tiny_base], tmp_path / "llama", Destination("hf", "fp32"))
         assert remark(tmp_path / "llama") is None
-        base = internlm_base(tiny_base, tmp_path / "internlm")
+        base = tmp_path / "internlm"
+        written_by(internlm, tiny_base, base)
         part = write_trained(base, tmp_path / "part", bias_tuning=False)
         said = export_adapter([part], tmp_path / "adapter", drop_biases=False)
         assert said.startswith(f"transformers knows no internlm of its own and cannot open {base} as it is: put ")
