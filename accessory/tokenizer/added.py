@@ -22,7 +22,7 @@ def with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} takes no further tokens.")
     if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
         raise TokenizerError(f"An added token is {bad[0]!r}; expected a text that is not blank.")
-    known = {token.content for token in tokenizer.added_tokens().values()}
+    known = {*tokenizer.special.new, *(token.content for token in tokenizer.added_tokens().values())}
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     if taken := next((token for token in new if tokenizer.has_token(token)), None):
         raise TokenizerError(f"{tokenizer.source}: {taken!r} is an ordinary token of it; expected new ones.")

@@ -13,13 +13,15 @@ from pathlib import Path
 import tokenizers
 
 from accessory.errors import TokenizerError
+from accessory.tokenizer import spm
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import may_be_model, what_is
 from accessory.tokenizer.special import FLAGS, Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.spm import write_model_file
 from accessory.tokenizer.spm_pipeline import EXTRA_BLANKS
 from accessory.tokenizer.trial import try_apart
 
-FILE_NAME, MODEL_FILE_NAME = "tokenizer.json", "tokenizer.model"
+FILE_NAME = "tokenizer.json"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
 _STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
 """What a sequence of steps is called, by the stage it is of."""
@@ -125,12 +127,13 @@ class JsonTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer.model as they were read, tokenizer_config.json, and the stop ids.
 
-        Beside a tokenizer.model, tokenizer_config.json lists all added tokens, for those who read no tokenizer.json.
+        Beside a tokenizer.model, tokenizer_config.json lists all added tokens, and added_tokens.json those the model
+        lacks, for those who read no tokenizer.json.
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FILE_NAME).write_text(self._definition, encoding="utf-8", newline="")
         if self.model_file is not None:
-            (directory / MODEL_FILE_NAME).write_bytes(self.model_file)
+            write_model_file(directory, self.model_file, ids_of(self.stated_pipeline()))
         write_special_tokens(
             directory,
             {"tokenizer_class": "PreTrainedTokenizerFast", **self.special.config},
@@ -176,7 +179,7 @@ class JsonTokenizer(Tokenizer):
 
 def open_json(path: Path, special: SpecialTokens) -> JsonTokenizer:
     """Read a tokenizer.json. Raises TokenizerError saying what the file is where it is not one."""
-    beside = path.with_name(MODEL_FILE_NAME)
+    beside = path.with_name(spm.FILE_NAME)
     try:
         definition = path.read_bytes().decode("utf-8-sig")
         model_file = beside.read_bytes() if path.name == FILE_NAME and may_be_model(beside) else None
@@ -197,6 +200,15 @@ def _parse(definition: str, source: str) -> dict:
     pipeline["truncation"] = pipeline["padding"] = None
     try_apart("tokenizers", json.dumps(pipeline).encode(), f"{source}: {_EXPECTED}")
     return pipeline
+
+
+def ids_of(pipeline: dict) -> dict[str, int]:
+    """The ids of all tokens of a tokenizer.json (parsed), as text spells them."""
+    entries = pipeline["model"]["vocab"]
+    ids = entries.items() if isinstance(entries, dict) else ((entry[0], place) for place, entry in enumerate(entries))
+    added = {token["content"]: token["id"] for token in pipeline["added_tokens"]}
+    known = set(added.values())
+    return added | {token.replace(spm.BLANK, " "): token_id for token, token_id in ids if token_id not in known}
 
 
 def _add_missing(pipeline: dict, added: dict[int, Added]) -> dict[int, Added]:

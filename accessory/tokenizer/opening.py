@@ -39,7 +39,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if file.name in bpe_files.FILE_NAMES:
         return open_bpe_files(file.parent, read_special_tokens(file.parent))
     if file.suffix == ".json":
-        return open_json(file, read_special_tokens(file.parent))
+        return open_json(file, read_special_tokens(file.parent, whole_json=True))
     if file.suffix == ".model":
         reader = open_tiktoken if holds_tiktoken(file) else open_sentencepiece
         return reader(file, read_special_tokens(file.parent))

@@ -13,7 +13,7 @@ from accessory.tokenizer.sniff import what_is
 
 NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 NUMBERING_FILES = ("generation_config.json", "config.json")
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, ADDED_FILE = "chat_template.jinja", "added_tokens.json"
 NEW_TOKENS = "accessory_new_tokens"
 """Key of tokenizer_config.json that lists what `SpecialTokens.new` gives."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -73,10 +73,12 @@ class SpecialTokens:
         return tuple(name for name in stated if isinstance(name, str)) if isinstance(stated, list) else ()
 
 
-def read_special_tokens(directory: Path) -> SpecialTokens:
+def read_special_tokens(directory: Path, *, whole_json: bool = False) -> SpecialTokens:
     """Gather what the files of `directory` state, the first file that speaks of a token being right.
 
-    Raises TokenizerError for a file that is not a JSON object or that gives a value of another type.
+    `whole_json`: a tokenizer.json is read, beside which transformers asks added_tokens.json only where
+    tokenizer_config.json lists no added tokens. Raises TokenizerError for a file that is not a JSON object or that
+    gives a value of another type.
     """
     naming = [(directory / name, read_object(directory / name)) for name in NAMING_FILES]
     numbering = [(directory / name, read_object(directory / name)) for name in NUMBERING_FILES]
@@ -94,7 +96,7 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
         no_bos="bos_token" in config and config["bos_token"] is None,
         add_bos=add_bos,
         stop_ids=stop_ids,
-        added=_added(directory, config, named),
+        added=_added(directory, config, named, asked=not (whole_json and "added_tokens_decoder" in config)),
         named=named,
         config=_with_template(directory, _with_names(config, naming[1][1])),
     )
@@ -119,10 +121,10 @@ def write_special_tokens(
     if added:
         listed = {str(token_id): asdict(token) for token_id, token in sorted(added.items())}
         stated["added_tokens_decoder"] = {**listed, **(config.get("added_tokens_decoder") or {})}
-    _write(directory / NAMING_FILES[0], stated)
+    write_object(directory / NAMING_FILES[0], stated)
     if len(stop_ids) > 1:
         path = directory / NUMBERING_FILES[0]
-        _write(path, {**read_object(path), "eos_token_id": list(stop_ids)})
+        write_object(path, {**read_object(path), "eos_token_id": list(stop_ids)})
 
 
 def further_names(config: dict) -> dict[str, str]:
@@ -145,7 +147,8 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def _write(path: Path, content: dict) -> None:
+def write_object(path: Path, content: dict) -> None:
+    """Write indented JSON."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
@@ -154,16 +157,16 @@ def _with_names(config: dict, names: dict) -> dict:
     return {**config, **{key: value for key, value in names.items() if config.get(key) is None}}
 
 
-def _added(directory: Path, config: dict, named: tuple[str, ...]) -> dict[int, Added]:
-    """Tokens of added_tokens.json, and over them those of tokenizer_config.json, which says more of each.
+def _added(directory: Path, config: dict, named: tuple[str, ...], asked: bool) -> dict[int, Added]:
+    """Tokens of added_tokens.json, if it is `asked`, and over them those of tokenizer_config.json, which says more.
 
     The first file tells no special tokens. As for transformers they are the named ones, others are matched in text.
     """
-    plain, path = read_object(directory / "added_tokens.json"), directory / NAMING_FILES[0]
+    plain, path = read_object(directory / ADDED_FILE) if asked else {}, directory / NAMING_FILES[0]
     found = {}
     for content, token_id in plain.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not content:
-            raise TokenizerError(f"{directory / 'added_tokens.json'}: {content!r} is {token_id!r}; expected an id.")
+            raise TokenizerError(f"{directory / ADDED_FILE}: {content!r} is {token_id!r}; expected an id.")
         found[token_id] = Added(content, special=content in named, normalized=content not in named)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):

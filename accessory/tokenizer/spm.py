@@ -16,7 +16,14 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
 from accessory.tokenizer.sniff import what_is
-from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.special import (
+    ADDED_FILE,
+    Added,
+    SpecialTokens,
+    further_names,
+    write_object,
+    write_special_tokens,
+)
 from accessory.tokenizer.trial import try_apart
 
 FILE_NAME = "tokenizer.model"
@@ -27,6 +34,7 @@ _CHATGLM_TOKENS = (
 )  # fmt: skip
 _WIDEST_GAP = 1024  # ids that a list of added tokens may leave out
 _EXPECTED = "expected a sentencepiece model"
+BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 _Piece = ModelProto.SentencePiece
 
 
@@ -160,6 +168,21 @@ def open_sentencepiece(path: Path, special: SpecialTokens) -> SentencePieceToken
     return SentencePieceTokenizer(definition, special, source=str(path))
 
 
+def write_model_file(directory: Path, definition: bytes, ids: dict[str, int]) -> None:
+    """Write tokenizer.model as it was read, and added_tokens.json: what it lacks of the tokens `ids`.
+
+    For llama.cpp's converter and others that read no tokenizer.json beside it.
+    """
+    (directory / FILE_NAME).write_bytes(definition)
+    try:
+        known = len(ModelProto.FromString(definition).pieces)
+    except (DecodeError, RuntimeError):  # tiktoken's
+        return
+    added = {token_id: token for token, token_id in ids.items() if token_id >= known and token != _filler(token_id)}
+    if added:
+        write_object(directory / ADDED_FILE, {token: token_id for token_id, token in sorted(added.items())})
+
+
 def _parse(definition: bytes, source: str) -> ModelProto:
     """The model, checked for what sentencepiece itself only notices by crashing or in words nobody understands."""
     found = what_is(Path(source)) if Path(source).is_file() else f"{len(definition)} bytes"
@@ -191,6 +214,11 @@ def _usual_opening(special: SpecialTokens, ids: dict[str, int], bos_id: int | No
     return () if bos_id is None else (bos_id,)
 
 
+def _filler(token_id: int) -> str:
+    """The name of an id that a list of added tokens leaves out."""
+    return f"[UNUSED{token_id}]"
+
+
 def add_pieces(proto: ModelProto, added: dict[int, Added], source: str) -> None:
     """Make every added token a piece at its id: special ones control pieces, others such as are matched in text.
 
@@ -204,7 +232,7 @@ def add_pieces(proto: ModelProto, added: dict[int, Added], source: str) -> None:
                 f"that go on from the {len(proto.pieces)} pieces of the model."
             )
         while len(proto.pieces) <= token_id:
-            proto.pieces.add(piece=f"[UNUSED{len(proto.pieces)}]", score=0.0, type=_Piece.UNUSED)
+            proto.pieces.add(piece=_filler(len(proto.pieces)), score=0.0, type=_Piece.UNUSED)
         piece = proto.pieces[token_id]
         if piece.type not in (_Piece.UNKNOWN, _Piece.BYTE):
             piece.piece = token.content

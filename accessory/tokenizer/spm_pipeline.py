@@ -11,11 +11,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.special import Added
-from accessory.tokenizer.spm import SentencePieceTokenizer
+from accessory.tokenizer.spm import BLANK, SentencePieceTokenizer
 
 EXTRA_BLANKS = (" {2,}", r"\A ", r"▁+\z")
 """What takes one blank for several, and those around a text away, as regular expressions."""
-_BLANK = "▁"
 _WHOLE = -0.1  # what sentencepiece's Unigram gives a user-defined piece
 _CHECKED = 64  # pieces, or blanks, that make up one of the texts by which a pipeline is checked
 _HINT = "Write the model in another format, or give another form of its tokenizer."
@@ -97,8 +96,8 @@ def _normalizers(proto: ModelProto, legacy: bool) -> list[normalizers.Normalizer
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(several, " "), normalizers.Replace(leading, "")]
     if spec.add_dummy_prefix and legacy:
-        steps.append(normalizers.Prepend(_BLANK))
-    steps.append(normalizers.Replace(" ", _BLANK))
+        steps.append(normalizers.Prepend(BLANK))
+    steps.append(normalizers.Replace(" ", BLANK))
     if spec.remove_extra_whitespaces:  # a text that ends with the letter for blanks loses it, too
         steps.append(normalizers.Replace(trailing, ""))
     return steps
@@ -109,7 +108,7 @@ def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.Pr
     if proto.normalizer_spec.add_dummy_prefix and not tokenizer.legacy:
         # Only this step knows where a text begins, but it adds no blank before a blank: there is none left here.
         steps.append(pre_tokenizers.Metaspace(" ", "first", split=False))
-        steps.append(pre_tokenizers.Metaspace(_BLANK, "never", split=False))
+        steps.append(pre_tokenizers.Metaspace(BLANK, "never", split=False))
     # The library looks for all entries of a Unigram, and for those that are a word by themselves where some are taken
     # whole. A text that spells a special piece would become it, so it is cut where sentencepiece cuts such a text.
     kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE, _Piece.UNUSED)
@@ -141,7 +140,7 @@ def _alternatives(names: list[str]) -> str:
 
 
 def _decoders(proto: ModelProto) -> list[decoders.Decoder]:
-    steps = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     return [*steps, decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else steps
 
 
@@ -151,8 +150,8 @@ def _check(made: dict, tokenizer: SentencePieceTokenizer) -> None:
     pipeline.encode_special_tokens = True
     pieces = _names(tokenizer, _Piece.NORMAL, _Piece.USER_DEFINED)
     texts = ["".join(pieces[start : start + _CHECKED]) for start in range(0, len(pieces), _CHECKED)]
-    for text in (*texts, *(f"x{_BLANK * count}y" for count in range(_CHECKED))):
-        plain = text.replace(_BLANK, " ")
+    for text in (*texts, *(f"x{BLANK * count}y" for count in range(_CHECKED))):
+        plain = text.replace(BLANK, " ")
         if pipeline.encode(plain, add_special_tokens=False).ids != tokenizer.encode(plain):
             raise TokenizerError(
                 f"{tokenizer.source}: as a tokenizer.json it would cut {plain!r} otherwise than sentencepiece. {_HINT}"

@@ -38,7 +38,7 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
     text = json.dumps(pipeline, ensure_ascii=False, indent=1)
     (directory / hf_json.FILE_NAME).write_text(text, encoding="utf-8", newline="")
     if model_file is not None and not is_tiktoken(model_file):  # others expect sentencepiece's under this name
-        (directory / spm.FILE_NAME).write_bytes(model_file)
+        spm.write_model_file(directory, model_file, hf_json.ids_of(pipeline))
     _write_config(tokenizer, pipeline["added_tokens"], directory)
 
 

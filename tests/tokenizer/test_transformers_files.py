@@ -113,6 +113,15 @@ def test_added_tokens_of_a_sentencepiece_model(train_sentencepiece, tmp_path, st
     theirs = read_back(ours, tmp_path / "out", [*strings, "a<new>b<tag> c"])
     assert theirs.convert_tokens_to_ids(["<pad>", "<tag>", "<new>", "[INST]"]) == [421, 423, 424, 425]
     assert theirs.pad_token_id == 421 and theirs("<tag>").input_ids[-1] == 423
+    beside = json.loads((tmp_path / "out/added_tokens.json").read_text())
+    assert beside == {"<pad>": 421, "<tag>": 423, "<new>": 424, "[INST]": 425}
+    texts = [*strings, "a<new>b<tag> c"]
+    assert open_tokenizer(tmp_path / "out/tokenizer.model").encode_batch(texts) == ours.encode_batch(texts)
+    again = open_tokenizer(tmp_path / "out")
+    again.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again/added_tokens.json").read_text()) == beside
+    assert open_tokenizer(tmp_path / "again").encode_batch(texts) == ours.encode_batch(texts)
+    assert with_added_tokens(again, ["<new>"]) is again
 
 
 def test_chatglm(spm_model, tmp_path, strings):
