@@ -229,7 +229,7 @@ def build_corpus(
     `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.
     """
     entries = load_data_config(data_config)
-    chat = Chat(tokenizer, clock) if any(entry.prompt_type == CHAT for entry in entries) else None
+    chat = Chat(tokenizer, clock or datetime.now()) if any(entry.prompt_type == CHAT for entry in entries) else None
     _ = chat and chat.stop_ids  # works out how the template ends an answer, before any file is read
     identity = _identity(entries, tokenizer, max_words, dialog, chat)
     cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None

@@ -201,6 +201,16 @@ OPENING = (
 DROPPING = {
     "thinking": THINKING,
     "opening": OPENING,
+    # What the question opened, an answer that is laid out closes at once, or never, or shows empty:
+    "closing": OPENING.replace(
+        "+ m.content.split", "+ ('</think>' if m.role == 'assistant' else '') + m.content.split"
+    ),
+    "left-open": OPENING.replace(
+        "m.content.split('</think>')[-1]", "('<think>\n' if m.role == 'assistant' and loop.last else '') + m.content"
+    ),
+    "empty": CHATML.replace(
+        "message['content'] +", "('<think></think>' if message.role == 'assistant' else '') + message['content'] +"
+    ),
     "cutting": CHATML.replace("message['content'] +", "message['content'][:9] +"),
     "shouting": CHATML.replace("message['content'] +", "message['content'] | upper +"),
     "one-line": CHATML.replace("message['content'] +", "message['content'].split() | join(' ') +"),
@@ -240,11 +250,13 @@ def test_every_answer_is_learned_whole_behind_what_asks_for_it(byte_level, tmp_p
             asked = theirs.apply_chat_template(messages[:turn], tokenize=True, add_generation_prompt=True)
             assert prompt == asked["input_ids"]
         assert ids[-1] in ours.chat.stop_ids and not ours.chat.stop_ids.intersection(ids[:-1])
-        opened = "<think>\n" if template == OPENING else ""
+        opened = "<think>\n" if "assistant\n<think>" in template else ""
         said_then = opened + ours.decode(ids)
         assert reasoned(said_then).endswith(reasoned(answer)) and "<think><think>" not in reasoned(said_then)
         if opened and "</think>" not in answer:
-            assert said_then.startswith("<think>\n\n</think>\n\n")
+            assert reasoned(said_then).startswith("<think></think>")
+        if "</think>" in answer:
+            assert "<think></think>" not in reasoned(said_then)
 
 
 def test_what_blanks_mean_inside_an_answer_is_not_lost(byte_level, tmp_path):
