@@ -3,6 +3,7 @@ import pytest
 from accessory.data.templates import (
     DIALOG,
     DIALOG_SYSTEM,
+    LAYOUTS,
     UnusableRecord,
     conversation,
     conversation_messages,
@@ -12,6 +13,7 @@ from accessory.data.templates import (
     single_turn,
     single_turn_llava,
     single_turn_messages,
+    unused_keys,
 )
 from accessory.errors import ConfigError
 
@@ -53,7 +55,7 @@ def test_the_other_templates():
 
 
 def test_an_unknown_template_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"'alpacca' is unknown\. Did you mean 'alpaca'"):
+    with pytest.raises(ConfigError, match=r"'alpacca' is unknown\. Did you mean 'alpaca'\? Known: alpaca, .*, none\.$"):
         format_prompt("q", "", "alpacca")
 
 
@@ -70,8 +72,8 @@ def test_a_caption_needs_no_instruction():
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
-        ({"instruction": "q"}, "has no 'output'"),
-        ({"instruction": "q", "outptu": "a"}, "no 'output'.*'outptu'"),
+        ({"instruction": "q"}, "^has no 'output' among its keys 'instruction'$"),
+        ({"instruction": "q", "outptu": "a"}, "^has no 'output' among its keys '.*', 'outptu'; did it mean 'outptu'$"),
         ({"instructions": "q", "output": "a"}, "no 'instruction'.*'instructions'"),
         ({"instruction": "q", "output": " \n"}, "'output' is empty"),
         ({"instruction": "q", "output": ["a"]}, "'output' is a list"),
@@ -87,6 +89,39 @@ def test_a_caption_needs_no_instruction():
 def test_unusable_records_give_their_cause(fields, cause):
     with pytest.raises(UnusableRecord, match=cause):
         single_turn(fields, "alpaca")
+
+
+@pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
+def test_what_is_no_text_is_a_cause(key):
+    """Under any of the names that it is given."""
+    cause = rf"^has '{key}', and there is no vision or audio part yet$"
+    with pytest.raises(UnusableRecord, match=cause):
+        single_turn({"instruction": "q", "output": "a", key: ["x"]}, "alpaca")
+    with pytest.raises(UnusableRecord, match=cause):
+        conversation({**turns(("human", "q"), ("gpt", "a")), key: ["x"]})
+
+
+def test_keys_that_nothing_is_made_of():
+    """By what the template reads; empty values are none."""
+    rest = {"system": "s", "id": 3, "empty": "", "null": None, "list": [], "map": {}}
+    fields = {"instruction": "q", "input": "c", "output": "a", **rest}
+    for prompt_type, read in (("alpaca", 2), ("chat", 2), ("shortqa", 1), ("caption", 0)):
+        found = unused_keys(fields, prompt_type, dialog=False, llava=False)
+        assert found == ["'instruction'", "'input'", "'system'", "'id'"][read:], prompt_type
+    said = turns(("human", "q"), ("gpt", "a"), ("human", "q2"))
+    said["conversations"][0] |= {"weight": 1, "mood": "", "date": "today"}
+    inner = ["'date' in conversations", "'weight' in conversations"]
+    assert unused_keys({**said, **rest}, "none", dialog=True, llava=False) == ["'system'", "'id'", *inner]
+    beyond = "conversations after the first answer"
+    assert unused_keys(said, "none", dialog=False, llava=True) == [*inner, beyond]
+    assert not unused_keys(turns(("human", "q"), ("gpt", "a")), "none", dialog=False, llava=True)
+
+
+def test_a_question_stands_as_it_stood_in_training():
+    assert LAYOUTS == ("alpaca", "shortqa", "qg", "caption", "none", "chat", "dialog")
+    for layout in LAYOUTS[:5]:
+        assert question_prompt("q", "c", layout) == format_prompt("q", "c", layout)
+    assert question_prompt("q", "c", "chat") == question_messages("q", "c")
 
 
 def test_llava_takes_the_first_question_and_answer():
@@ -126,7 +161,10 @@ def test_words_of_a_dialog_stand_as_they_are():
         ({"conversation": []}, "no list 'conversations'.*'conversation'"),
         (turns(("human", "q")), "^'conversations' has no turn of the assistant$"),
         (turns(("human", "q"), ("robot", "a")), "a turn from 'robot'; expected human, user, gpt, assistant$"),
-        (turns(("system", "s"), ("human", "q")), "a turn from 'system'; expected human, .*prompt_type: chat takes it"),
+        (
+            turns(("system", "s"), ("human", "q")),
+            "a turn from 'system'; expected human, .*assistant; prompt_type: chat takes it$",
+        ),
         ({"conversations": [{"role": "user", "content": "q"}]}, "without 'from' .*: it has 'role', 'content'"),
         ({"instruction": "q", "output": "a"}, "among its keys 'instruction', 'output'.* without --dialog"),
         (turns(("human", "q"), ("gpt", 3)), "and 'value'"),
