@@ -55,6 +55,8 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False, threads: int = 1) -> list[list[int]]:
         """Ids of each text, in order. Never adds BOS or EOS; control tokens spelled in a text stay plain text.
 
+        Other added tokens (`added_tokens`) that a text spells become their ids.
+
         `continuation=True` says that every text goes on where a preceding one ended, so that no leading space is made
         up for it. `threads` is the number of threads to work with; the result does not depend on it.
         """

@@ -72,7 +72,7 @@ class SentencePieceTokenizer(Tokenizer):
             eos_id=eos_id,
             opening=document_opening(_usual_opening(special, ids, bos_id), bos_id, special.add_bos),
             stop_ids=special.stop_ids,
-            definition=definition + added.encode(),
+            definition=definition + added.encode() + (b"" if self.legacy else b"not legacy"),
             source=source,
             config=special.config,
         )

@@ -112,3 +112,14 @@ def test_blank_tokens_are_refused(tokenizer, token):
 def test_an_ordinary_token_is_refused(tokenizer):
     with pytest.raises(TokenizerError, match="'e' is an ordinary token"):
         with_added_tokens(tokenizer, ["e"])
+
+
+def test_what_follows_one_is_part_of_what_defines_a_tokenizer(spm_model, tmp_path):
+    """`legacy` decides over a blank behind it, hence over the documents of a run and of its resumption."""
+    (tmp_path / "tokenizer.model").write_bytes(spm_model)
+    made = []
+    for legacy in (True, False):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+        made.append(with_added_tokens(open_tokenizer(tmp_path), ["<tok>"]))
+    assert made[0].encode("<tok>red") != made[1].encode("<tok>red")
+    assert made[0].fingerprint != made[1].fingerprint
