@@ -228,9 +228,9 @@ def _place_codes(codes: Tensor, signed: bool, parameter: nn.Parameter, slicing: 
 
 def _unpacked(codes: Tensor, scales: dict[int, Tensor], signed: bool, slicing: Slicing, mp_size: int) -> Tensor:
     """The whole fp32 moment from whole codes and the scales of all ranks, by the shards that these were made on."""
-    dp_size, zero, slices = len(scales) // mp_size, zero_code(signed), []
+    dp_size, slices = len(scales) // mp_size, []
     for mp_rank in range(mp_size):
-        mine = (own_slice(codes.float() - zero, slicing, mp_rank, mp_size) + zero).to(torch.uint8)
+        mine = own_slice(codes, slicing, mp_rank, mp_size)  # what pads the last one is cut off below
         shards = [unpack_moment(shard, scales[dp_rank * mp_size + mp_rank], signed)
                   for dp_rank, shard in enumerate(mine.chunk(dp_size))]  # fmt: skip
         slices.append(torch.cat(shards))

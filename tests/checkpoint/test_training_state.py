@@ -281,12 +281,6 @@ def test_five_of_what_is_missing_are_named(trained_in_8_bits, tmp_path: Path) ->
         load(tmp_path, *trained_in_8_bits)
 
 
-def test_what_a_gpu_saved_can_be_gone_on_from_without_one(trained, tmp_path: Path) -> None:
-    path = tmp_path / "training_state.safetensors"
-    save_file(load_file(path) | {"generator.cuda.0": torch.zeros(16, dtype=torch.uint8)}, path)
-    assert load(tmp_path, *trained).progress == PROGRESS
-
-
 def test_missing_scales(trained_in_8_bits, tmp_path: Path) -> None:
     path = tmp_path / "training_state.safetensors"
     saved = load_file(path)
