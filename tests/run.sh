@@ -5,6 +5,7 @@
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
 #   bash tests/run.sh --chaos                    22 minutes of kills at random moments, restarts and fuzzing
 #
+# With Node 20 or newer, llama.cpp's prebuilt library comes along, to judge GGUF files; without, those tests are skipped.
 # PROCESSES=2 test files run at once, each process on one thread: what they start are mostly processes of one thread, too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../exps/environment.sh"
