@@ -28,9 +28,7 @@ def wrong_calls(base: Path, lora: Path, folder: Path) -> dict[str, tuple[list[st
     foreign.mkdir()
     shutil.copytree(base, foreign, dirs_exist_ok=True)
     vocabulary = json.loads((foreign / "tokenizer.json").read_text())
-    vocabulary["added_tokens"] += [
-        {**vocabulary["added_tokens"][0], "id": 512 + i, "content": f"<extra{i}>", "special": False} for i in range(3)
-    ]
+    vocabulary["model"]["vocab"] |= {f"extra{i}": 512 + i for i in range(3)}  # pieces, not tokens that somebody added
     (foreign / "tokenizer.json").write_text(json.dumps(vocabulary))
     orphan = folder / "orphan"
     orphan.mkdir()
