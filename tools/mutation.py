@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
 import multiprocessing
@@ -19,11 +19,10 @@ import signal
 import sys
 import tempfile
 import time
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -136,7 +135,7 @@ class Project:
         """What ends which mutant, empty for one that survives, as far as `InPlace` can tell."""
         ends = self.root / "ends"
         ends.write_text("{}")
-        self.end(tests, None, InPlace(file, code, tried, self.patience, ends))
+        self.end(tests, None, InPlace(file, tried, self.patience, ends))
         (self.root / file).write_text(code)
         return {int(number): end for number, end in json.loads(ends.read_text()).items()}
 
@@ -166,28 +165,28 @@ class InPlace:
     shows only that it fails. What ended which, by its number, is written to the file `ends`.
     """
 
-    def __init__(self, file: Path, code: str, mutants: list[Mutant], patience: float, ends: Path) -> None:
-        self.file, self.code, self.mutants, self.patience, self.ends = file, code, mutants, patience, ends
+    def __init__(self, file: Path, mutants: list[Mutant], patience: float, ends: Path) -> None:
+        self.file, self.mutants, self.patience, self.ends = file, mutants, patience, ends
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of pytest's, of the same name."""
         name = ".".join(self.file.with_suffix("").parts)
         module = sys.modules.get(name)
 
-        def run(code: str) -> int:
-            new = types.ModuleType(name)
-            new.__dict__.update(__file__=module.__file__, __package__=module.__package__)
-            exec(compile(code, module.__file__, "exec"), new.__dict__)
+        def run() -> int:
+            spec = importlib.util.spec_from_file_location(name, self.file)
+            new = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(new)
             put_in(module, new, name)
             pytest_runtestloop(session)
             return session.testsfailed
 
         gc.freeze()
-        if module and not end_of(lambda: run(self.code), self.patience):
+        if module and not end_of(run, self.patience):
             ends = {}
             for mutant in self.mutants:
-                self.file.write_text(mutant.code)  # for the processes that tests start
-                end = end_of(partial(run, mutant.code), self.patience)
+                self.file.write_text(mutant.code)
+                end = end_of(run, self.patience)
                 if end or mutant.in_function:
                     ends[mutant.number] = end
             self.ends.write_text(json.dumps(ends))
