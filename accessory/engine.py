@@ -266,8 +266,7 @@ class Engine:
 
     def _is_time_to_save(self, progress: Progress) -> bool:
         if progress.step == 0:
-            last = progress.epoch == self.schedule.epochs
-            return last or progress.epoch % self.schedule.save_every_epochs == 0
+            return progress.epoch % self.schedule.save_every_epochs == 0
         return progress.step % self.schedule.save_every_steps == 0
 
     def checkpoint_name(self, progress: Progress) -> str:

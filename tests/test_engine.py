@@ -176,6 +176,10 @@ def test_fp16_scales_the_loss_from_the_first_step_on(engine: Engine) -> None:
     engine.train(progress)
     assert seen == pytest.approx([512 / engine.order.supervised_tokens(0, 1)], rel=1e-6)
     assert (progress.loss_scale, progress.good_steps) == (1024, 2000)
+    seen.clear()
+    engine.scales_loss = False
+    engine.step(Progress(step=1, total_steps=1))
+    assert seen == pytest.approx([1 / engine.order.supervised_tokens(0, 1)], rel=1e-6)
 
 
 def test_the_scale_changes_no_step(engine: Engine) -> None:
@@ -314,6 +318,9 @@ def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
     assert line.startswith("Step 6: the loss is ") and ", the gradient norm nan. Every micro-batch has a finite" in line
     assert all(f" {engine.order.corpus.where(i)}" in line for i in (4, 5, 6, 7)) and "more" not in line
     engine.order = GlobalOrder(engine.order.corpus, batch_size=8, accum_iter=1)
+    engine.step(replace(progress, step=0))
+    line = said.pop()
+    assert line.count("data.json:1 record ") == 8 and "more" not in line
     engine.order.global_ids = lambda epoch, step: torch.arange(8).repeat(2)[:11].numpy()
     engine.skip_not_finite = False
     with pytest.raises(NotFiniteError) as caught:
