@@ -8,7 +8,7 @@ import os
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 _LARGEST_KEPT = 32 << 20  # bytes; in a heap, larger pieces leave holes that no other fits into
 _CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's, and PyTorch's layer over it
-_PRODUCTS_KEPT = 32  # of other shapes or dtypes than one another; a block and its backward have about twenty
+_PRODUCTS_KEPT = 16  # of other shapes or dtypes than one another; more would be scattered over the heap as pins
 
 
 def keep_freed_memory() -> None:
@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
 
 
 def forget_old_shapes() -> None:
-    """Let oneDNN keep only the products that a block needs; to be called before the first one.
+    """Let oneDNN keep about the products that a block needs; to be called before the first one.
 
     It would keep 1,024 of them twice, a third of a MB each, and every micro-batch has another number of tokens: memory
     would grow for hours. Where the user has set one of the variables, it stays as it is.
