@@ -244,7 +244,7 @@ def _unread(source: Source) -> tuple[str, ...]:
     """What to say of keys in a checkpoint's own settings that nothing of ours has a name for."""
     known = set(ModelArgs.model_fields).union(*(method.Settings.model_fields for method in METHODS.values()))
     unread = sorted((source.settings or {}).keys() - known)
-    return (f"passed over in its settings: {', '.join(unread)}",) if unread else ()
+    return (f"not used of its settings, as unknown here: {', '.join(unread)}",) if unread else ()
 
 
 def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:

@@ -122,7 +122,7 @@ class Engine:
             if progress.step == schedule.steps_per_epoch:
                 progress.epoch, progress.step = progress.epoch + 1, 0
             if schedule.is_over(progress) and progress.skipped == progress.total_steps:
-                raise self._fault(f"All {progress.skipped} steps of the run were skipped: nothing is learned.")
+                raise self._fault(f"All {progress.skipped} steps of the run were skipped: nothing was learned.")
             if asked.stop or asked.save or self._is_time_to_save(progress):
                 self._save(progress)
                 saved_at = progress.total_steps

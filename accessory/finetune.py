@@ -147,7 +147,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
         signals.deferring = True
         engine.train(progress)
     if config.dry_run:
-        _say(layout, "all right, nothing written")
+        _say(layout, "dry run: all is well, nothing was written")
     return model
 
 
@@ -398,7 +398,7 @@ def _course(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, prog
     if steps < FEW_STEPS and config.max_steps is None:
         smaller = [f"a smaller --{name}" for name in ("accum_iter", "batch_size") if getattr(config, name) > 1]
         ways = " or ".join(["more --epochs", *smaller])
-        notes.append(f"{steps} steps may be too few to learn anything: {ways} gives more of them")
+        notes.append(f"{steps} steps may be too few to learn anything; for more steps give {ways}")
     return notes
 
 

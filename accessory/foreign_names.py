@@ -1,8 +1,8 @@
-"""What other trainers call things, and what to write here: asked before a misspelling is guessed at.
+"""Other trainers' names of flags and keys, each with a sentence that says what to write here instead.
 
-Names are those of LLaMA2-Accessory's other entries, artidoro's qlora, peft, transformers' Trainer and TRL, Axolotl,
-LLaMA-Factory, torchtune and LitGPT; several share a sentence. Where a name means one thing to one entry and another to
-another, its first sentence whose flags the entry has is taken.
+The names are those of LLaMA2-Accessory's other entries, artidoro's qlora, peft, transformers' Trainer and TRL, Axolotl,
+LLaMA-Factory, torchtune and LitGPT. A name may have several sentences, since entries have different flags: the first
+sentence counts whose flags the entry has.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _SENTENCES = (
      'embedding and head are trained by "vocabulary_tuning": true in a JSON file of --llama_config'),
     ("bias lora_bias train_bias", 'biases are trained by "bias_tuning": true in a JSON file of --llama_config'),
     ("train_norm norm_modules", 'norms are trained by "norm_tuning": true in a JSON file of --llama_config'),
-    ("use_rslora rslora", 'write what it makes of alpha: "lora_alpha": alpha x the root of the rank'),
+    ("use_rslora rslora", 'rslora scales by alpha / root of the rank: give "lora_alpha" as alpha x root of the rank'),
     ("use_dora dora lora_use_dora use_pissa pissa_init loraplus_lr_ratio use_galore galore_rank layers_to_transform "
      "rank_pattern alpha_pattern fan_in_fan_out init_lora_weights",
      "there is nothing of the kind here: leave it out"),
     ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type tuner_type",
-     'the last part of --llama_type says what is trained, {"lora_rank": 16} in a JSON file of --llama_config LoRA'),
+     'the end of --llama_type says what is trained (_peft: norms, biases, LoRA); {"lora_rank": 16} in a JSON file of '
+     "--llama_config turns LoRA on"),
     # model, tokenizer, data
     ("model base_model model_name model_name_or_path base_model_name_or_path model_path model_id model_id_or_path "
      "checkpoint checkpoint_path checkpoint_dir ckpt_dir ckpt_path load path",
@@ -63,28 +64,28 @@ _SENTENCES = (
     ("multi_turn conversation conversations", "--dialog trains on conversations"),
     # a step
     ("per_device_train_batch_size per_gpu_train_batch_size micro_batch_size train_batch_size per_device_batch_size",
-     "--batch_size is the documents of a micro-batch on each data-parallel rank"),
+     "--batch_size is the number of documents in a micro-batch of a data-parallel rank"),
     ("global_batch_size total_batch_size effective_batch_size",
-     "a step's documents are --batch_size x --accum_iter x data-parallel ranks"),
+     "a step has --batch_size x --accum_iter x data-parallel ranks documents"),
     ("gradient_accumulation_steps gradient_accumulation gradient_accumulation_iters grad_accum "
      "accumulate_grad_batches",
-     "--accum_iter is the micro-batches of a step"),
-    ("learning_rate base_lr", "the highest learning rate is --lr"),
-    ("min_learning_rate lr_min min_lr_ratio min_lr_rate cosine_min_lr_ratio", "the rate at the end is --min_lr"),
+     "--accum_iter is the number of micro-batches in a step"),
+    ("learning_rate base_lr", "--lr is the highest learning rate"),
+    ("min_learning_rate lr_min min_lr_ratio min_lr_rate cosine_min_lr_ratio", "--min_lr is the rate at the end"),
     ("lr_scheduler lr_scheduler_type lr_scheduler_kwargs lr_decay_style lr_decay_iters cosine_constant_lr_ratio",
-     "the rate always falls from --lr to --min_lr along a cosine, after --warmup_epochs; equal ones keep it "
+     "after --warmup_epochs the learning rate falls from --lr to --min_lr along a cosine; with equal values it stays "
      "constant"),
     ("warmup_ratio warmup_steps warmup_iters num_warmup_steps lr_warmup_steps lr_warmup_iters",
      "--warmup_epochs is the warm-up, in (fractional) epochs"),
-    ("num_train_epochs num_epochs max_epochs n_epochs train_epochs", "passes over the data are --epochs"),
+    ("num_train_epochs num_epochs max_epochs n_epochs train_epochs", "--epochs is the number of passes over the data"),
     ("max_train_steps max_iters max_steps_per_epoch total_steps train_steps total_iters iterations",
-     "--max_steps ends the run"),
+     "--max_steps ends the run after so many steps"),
     ("max_grad_norm max_norm grad_clip gradient_clipping gradient_clip_val clip_grad_norm grad_clip_norm",
-     "the gradient's norm is clipped to --clip_grad"),
+     "--clip_grad is what the gradient's norm is clipped to"),
     ("optimizer optimizer_type adam8bit", "--optim takes adamw, adamw8bit or paged_adamw"),
     ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 betas",
      "AdamW's betas are 0.9 and 0.95, as LLaMA2-Accessory's: leave it out"),
-    ("data_seed random_seed", "the seed is --seed"),
+    ("data_seed random_seed", "--seed is the seed"),
     ("neftune_noise_alpha label_smoothing_factor label_smoothing", "there is nothing of the kind here: leave it out"),
     # precision and memory
     ("load_in_4bit load_4bit bits quantization quantization_bit quantization_method quantize quant_method "
@@ -109,10 +110,10 @@ _SENTENCES = (
     ("tensor_parallel_size tensor_parallel tp_size tp_degree mp_size",
      "--model_parallel_size cuts the model over ranks"),
     ("n_gpus num_gpus gpus gpu_ids devices num_processes nproc_per_node nnodes master_port master_addr local_rank",
-     "processes are torchrun's to start: torchrun --nproc-per-node=N, and its other flags, before the script"),
+     "torchrun starts the processes: torchrun --nproc-per-node=N, with its other flags, before the script"),
     ("device_map no_cuda use_cpu cuda accelerator", "--device takes auto, cpu or cuda"),
     ("dataloader_num_workers preprocessing_num_workers dataset_processes dataset_num_proc num_proc",
-     "threads that tokenize are --num_workers"),
+     "--num_workers is the number of threads that tokenize"),
     ("dataset_prepared_path overwrite_cache preprocessed_path", "--cache_ann_on_disk keeps tokenized data"),
     # saving, logs, evaluation
     ("out_dir save_dir output output_directory", "--output_dir is where a run writes"),
@@ -151,9 +152,9 @@ _TORCHRUN = "--nproc-per-node"
 
 
 def unknown(name: str, candidates: Iterable[str], flags: Iterable[str] | None = None) -> str:
-    """How a sentence on an unknown `name` ends: what it is called here, else the nearest of `candidates`, else nothing.
+    """The end of an error's sentence about an unknown `name`: what to write instead, else the nearest of `candidates`.
 
-    flags: of the entry, where not all that are named will do.
+    flags: those of the entry; sentences that name others are passed over. None: any sentence will do.
     """
     bare, known = name.lstrip("-").replace("-", "_"), {*(flags or ()), _TORCHRUN}
     for names, sentence in _SENTENCES:

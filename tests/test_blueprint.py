@@ -335,4 +335,6 @@ def test_blocks_that_are_not_there(meta) -> None:
 def test_settings_without_a_meaning_are_said(meta: Callable[..., Path]) -> None:
     """A checkpoint's own file may hold keys that are another method's, or that would be computed with elsewhere."""
     path = meta(dim=64, n_layers=1, n_heads=4, moe={"num_experts": 8}, quantization_args={}, lora_rank=4)
-    assert draw(path, llama_type="llama").notes == (f"{path}: passed over in its settings: moe, quantization_args",)
+    assert draw(path, llama_type="llama").notes == (
+        f"{path}: not used of its settings, as unknown here: moe, quantization_args",
+    )

@@ -152,10 +152,10 @@ def test_unknown_flags(paths: list[str]) -> None:
 
 @pytest.mark.parametrize(("flag", "said"), [
     ("--lora_r", "LoRA's rank is \"lora_rank\" in a JSON file of --llama_config."),
-    ("--max_grad_norm", "the gradient's norm is clipped to --clip_grad."),
-    ("--learning-rate", "the highest learning rate is --lr."),
+    ("--max_grad_norm", "--clip_grad is what the gradient's norm is clipped to."),
+    ("--learning-rate", "--lr is the highest learning rate."),
     ("--master_port",
-     "processes are torchrun's to start: torchrun --nproc-per-node=N, and its other flags, before the script."),
+     "torchrun starts the processes: torchrun --nproc-per-node=N, with its other flags, before the script."),
 ])  # fmt: skip
 def test_flags_of_others(paths: list[str], flag: str, said: str) -> None:
     """What they are called here."""

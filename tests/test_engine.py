@@ -228,7 +228,7 @@ def test_a_run_that_only_skipped_is_not_finished(engine: Engine) -> None:
     engine.skip_not_finite, engine.save = True, lambda *_: saved.append(1)
     engine.model.llma.norm.weight.data[0] = math.nan
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
-    with pytest.raises(NotFiniteError, match="All 4 steps of the run were skipped: nothing is learned"):
+    with pytest.raises(NotFiniteError, match="All 4 steps of the run were skipped: nothing was learned"):
         engine.train(Progress())
     assert not saved
 

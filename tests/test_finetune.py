@@ -246,4 +246,4 @@ def test_a_run_says_how_many_steps_it_has(
     assert f"optimizer steps: {steps}" in out
     found = [line for line in out.splitlines() if "may be too few" in line or "its warm-up" in line]
     assert len(found) == len(said) and all(map(re.search, said, found)), found
-    assert out.rstrip().splitlines()[-1] == "all right, nothing written"
+    assert out.rstrip().splitlines()[-1] == "dry run: all is well, nothing was written"

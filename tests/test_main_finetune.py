@@ -103,7 +103,7 @@ def test_documents_beyond_learned_positions_end_the_run_before_it_begins(
         shutil.copy(tiny_base / name, tmp_path / "base" / name)
     done = python(MAIN, *flags, "--pretrained_path", tmp_path / "base", "--data_config", data, "--dry_run")
     assert done.returncode == 0 and done.stdout.count("1 of 3 documents have more than 150 tokens") == 1
-    assert "The model was made for no more, its settings say; --max_words 150 cuts them" in done.stdout
+    assert "By its settings the model was made for no more; --max_words 150 cuts them" in done.stdout
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "openmpi"])

@@ -38,7 +38,7 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
         return opened
     if saved := checkpoints_in(path):
         names = ", ".join(checkpoint.name for checkpoint in saved)
-        raise CheckpointError(f"{path}: is where a run writes; give one of its checkpoints: {path}/ and {names}.")
+        raise CheckpointError(f"{path}: is the output directory of a run; give a checkpoint in it: {names}.")
     present = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"{path}: found {present}. Expected {KNOWN_FORMATS}.")
 

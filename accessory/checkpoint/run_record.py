@@ -64,8 +64,8 @@ def with_base(paths: list[str | Path]) -> list[Source]:
     for before, behind in itertools.pairwise(sources):
         if before.is_delta and not (behind.is_delta or behind.is_difference):
             raise CheckpointError(
-                f"{behind.path}: is a whole model behind the trained part {before.path}, of which it would leave "
-                "nothing; the base comes first: --pretrained_path BASE TRAINABLE."
+                f"{behind.path}: is a whole model and would replace the trained part {before.path} in front of it; "
+                "give the base first: --pretrained_path BASE TRAINABLE."
             )
     first = sources[0]
     if not first.is_delta:

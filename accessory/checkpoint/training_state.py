@@ -130,7 +130,7 @@ def find_resumption(
 
 def _said(name: str, was: Any, now: Any) -> str:
     if isinstance(now, dict):
-        return f"{name} was {was!r}, which does not tell what of it is another now"
+        return f"{name} was {was!r}, recorded by an earlier version, which does not tell what in it differs now"
     return f"{name} was {was!r}, is {now!r}"
 
 

@@ -173,7 +173,7 @@ class Corpus:
             )
             if bound == positions:
                 raise DataError(f"{found}. The model has no positions beyond; cut them with --max_words {bound}.")
-            return [f"{found}. The model was made for no more, its settings say; --max_words {bound} cuts them"]
+            return [f"{found}. By its settings the model was made for no more; --max_words {bound} cuts them"]
         return []
 
     def without(self, tokens: Sequence[str]) -> list[str]:

@@ -73,7 +73,7 @@ def is_data_file(path: Path) -> bool:
 def what_to_do(path: Path) -> str | None:
     """What is wrong with a path that is a directory, or a file of a kind known but not read here; None for others."""
     if is_there(path) and path.is_dir():
-        return f"{path}: is a directory; expected a file. Name several in a YAML, each as an entry of META."
+        return f"{path}: is a directory; expected a file. List several in a YAML, each as an entry of META."
     remedy = _REMEDIES.get(path.suffix.lower())
     return f"{path}: {path.suffix} files are not read here; {remedy}." if remedy else None
 
@@ -106,7 +106,7 @@ def _text(content: bytes, path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = what_is(path)
-        raise DataError(f"{path}: found {found}; is not UTF-8 (byte {error.start}); save it as that.") from error
+        raise DataError(f"{path}: found {found}, which is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
 
 
 def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:
@@ -174,7 +174,7 @@ def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
         raise DataError(f"{path}: found {found}; expected {_LISTED}.")
     (key,) = lists
     others = [other for other in values if other != key]
-    notes.append(f"the list {key!r} is read" + (f", {shown_keys(others)} beside it not" if others else ""))
+    notes.append(f"the list {key!r} is read" + (f"; not used: {shown_keys(others)}" if others else ""))
     return _place_of(key, text, start, path)
 
 

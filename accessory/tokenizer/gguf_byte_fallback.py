@@ -64,9 +64,9 @@ def merge_scores(model: dict, control: Collection[str], source: str) -> dict[str
     )
     forming = next((pair for pair in others if all(len(part) == 1 or part in ordinary for part in pair)), None)
     if forming or ranks is None:
-        said = f"no merge joins {forming[0]!r} and {forming[1]!r}" if forming else "those of one token lie apart"
+        said = f"no merge joins {forming[0]!r} and {forming[1]!r}" if forming else "the merges of a token lie apart"
         raise TokenizerError(
-            f"{source}: its merges follow no scores of tokens ({said}), which is all that GGUF holds of such a BPE. "
+            f"{source}: no scores of tokens give the order of its merges ({said}), and GGUF holds only scores. "
             "Give --tokenizer_path the tokenizer.model it was made from."
         )
     return {token: -float(rank) for token, rank in ranks.items()}

@@ -1,4 +1,4 @@
-"""What llama.cpp encodes otherwise than the model was trained on, because a GGUF file has no words for it."""
+"""How llama.cpp encodes text otherwise than in training, where a GGUF file cannot state what a tokenizer does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from accessory.tokenizer.gguf_fields import stop_names
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
-_BEHIND_TOKENS = "puts a blank before text behind control or added tokens"
+_BEHIND_TOKENS = "puts a blank before text that follows a control or added token"
 
 
 def differences(tokenizer: Tokenizer) -> list[str]:
-    """What follows "llama.cpp" in a sentence each, for a tokenizer that GGUF holds; [] where nothing differs."""
+    """The differences, each the rest of a sentence that begins with "llama.cpp"; empty where there are none.
+
+    `tokenizer` is one that `vocabulary_fields` takes.
+    """
     found = []
     if isinstance(tokenizer, SentencePieceTokenizer):
         found += _of_sentencepiece(tokenizer)
@@ -22,12 +25,12 @@ def differences(tokenizer: Tokenizer) -> list[str]:
         found += _of_json(tokenizer)
     blanks = [token.content for token in tokenizer.control_tokens().values() if token.lstrip or token.rstrip]
     if tokenizer.opening not in ((), (tokenizer.bos_id,)):
-        found.append("puts nothing before a text, where documents open with tokens of the family here")
+        found.append("puts nothing before a text, where documents begin with tokens of the family in training")
     if blanks:
-        found.append(f"keeps blanks beside {', '.join(blanks[:4])}, which swallow them here")
+        found.append(f"keeps blanks beside {', '.join(blanks[:4])}, where training drops them")
     left_out = tokenizer.stop_ids - set(stop_names(tokenizer).values())
     if left_out:
-        found.append(f"is not told that {', '.join(map(str, sorted(left_out)))} end an answer, too")
+        found.append(f"does not end an answer at the ids {', '.join(map(str, sorted(left_out)))}")
     return found
 
 
@@ -37,7 +40,7 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[str]:
     if normalizer.precompiled_charsmap:
         found.append("does not normalize text")
     if normalizer.remove_extra_whitespaces:
-        found.append("does not remove blanks that follow blanks")
+        found.append("keeps all of several blanks in a row")
     user_defined = any(piece.type == piece.USER_DEFINED for piece in tokenizer.proto.pieces)
     if normalizer.add_dummy_prefix and (user_defined or not tokenizer.legacy):
         found.append(_BEHIND_TOKENS)

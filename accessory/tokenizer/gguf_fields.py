@@ -128,7 +128,7 @@ def _byte_level(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str
 
 
 def _like_llama_2(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:
-    """By its merges, or where these cannot be told as scores, by the tokenizer.model beside it."""
+    """Fields of a byte-fallback BPE, from its merges, or from the tokenizer.model beside it if these give no scores."""
     try:
         return _byte_fallback(tokenizer, pipeline, rows)
     except TokenizerError:
@@ -141,7 +141,7 @@ def _like_llama_2(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[s
 def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:
     source, model = tokenizer.source, pipeline["model"]
     if _odd(model):
-        raise TokenizerError(f"{source}: does what no GGUF file asks for ({', '.join(_odd(model))}). {_HINT}")
+        raise TokenizerError(f"{source}: has settings that GGUF cannot state ({', '.join(_odd(model))}). {_HINT}")
     names, types = _names_and_types(tokenizer, pipeline)
     _check_opening(tokenizer, (), names)
     prefix = space_prefix(pipeline, source)
@@ -154,7 +154,9 @@ def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[
         elif BYTE.fullmatch(name):
             types[token_id] = TokenType.BYTE
     if TokenType.UNKNOWN not in types.values():
-        raise TokenizerError(f"{source}: has no unknown token {unknown!r}, which GGUF's form of it must have. {_HINT}")
+        raise TokenizerError(
+            f"{source}: has no unknown token {unknown!r}, which a `llama` vocabulary of GGUF needs. {_HINT}"
+        )
     return {
         f"{_KEY}model": "llama",
         f"{_KEY}pre": "default",
@@ -167,7 +169,7 @@ def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[
 
 
 def _names_and_types(tokenizer: JsonTokenizer, pipeline: dict) -> tuple[dict[int, str], dict[int, int]]:
-    """By id, all tokens of a BPE; none for a model of another kind."""
+    """Id -> name and id -> `TokenType` of all tokens of a BPE; empty for a model of another kind."""
     model = pipeline["model"]
     names = {token_id: token for token, token_id in model["vocab"].items()} if model.get("type") == "BPE" else {}
     types = dict.fromkeys(names, TokenType.NORMAL)
@@ -180,7 +182,7 @@ def _names_and_types(tokenizer: JsonTokenizer, pipeline: dict) -> tuple[dict[int
 
 
 def _odd(model: dict) -> list[str]:
-    """Settings of a BPE model that do what no GGUF file asks for."""
+    """Settings of a BPE model that GGUF cannot state."""
     settings = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
     return [name for name in settings if model.get(name)]
 

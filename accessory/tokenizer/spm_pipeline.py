@@ -30,13 +30,13 @@ def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
     proto, spec = tokenizer.proto, tokenizer.proto.normalizer_spec
     if proto.trainer_spec.treat_whitespace_as_suffix or not spec.escape_whitespaces:
         raise TokenizerError(
-            f"{tokenizer.source}: is not a sentencepiece model with blanks before words, which is all that a "
-            f"tokenizer.json has words for. {_HINT}"
+            f"{tokenizer.source}: does not mark blanks before words, as sentencepiece models usually do; a "
+            f"tokenizer.json cannot state anything else. {_HINT}"
         )
     if spec.add_dummy_prefix and not tokenizer.legacy and (spec.remove_extra_whitespaces or spec.precompiled_charsmap):
         raise TokenizerError(
-            f'{tokenizer.source}: removes letters and makes up a blank before a text, but, by "legacy": false, not '
-            f"behind a control token, for which a tokenizer.json has no words. {_HINT}"
+            f'{tokenizer.source}: normalizes text and puts a blank before it, but, by "legacy": false, not behind a '
+            f"control token; a tokenizer.json cannot state that. {_HINT}"
         )
     pipeline = Tokenizer(_model(tokenizer))
     pipeline.normalizer = normalizers.Sequence(_normalizers(proto, tokenizer.legacy))

@@ -110,6 +110,6 @@ def _check_cutting(ranks: dict[bytes, int], path: Path) -> None:
             continue
         if len(cut.pre_tokenize_str(text)) > 1:
             raise TokenizerError(
-                f"{path}: has the token {text!r}, into which Llama 3 cuts no text; expected the tokenizer.model of a "
+                f"{path}: has the token {text!r}, which Llama 3 would cut in two; expected the tokenizer.model of a "
                 "Llama 3. Give --tokenizer_path the model's tokenizer.json."
             )

@@ -61,9 +61,7 @@ def test_base_is_found(base: Path, part: Path) -> None:
 def test_base_behind_its_part(base: Path, part: Path) -> None:
     """It would replace all that was trained, silently."""
     message = refusal(part, base)
-    assert message.startswith(
-        f"{base}: is a whole model behind the trained part {part}, of which it would leave nothing"
-    )
+    assert message.startswith(f"{base}: is a whole model and would replace the trained part {part} in front of it")
     assert "--pretrained_path BASE TRAINABLE" in message
 
 
@@ -71,7 +69,7 @@ def test_where_a_run_writes(part: Path) -> None:
     """The directory above the checkpoints, which --output_dir named."""
     (part / "manifest.json").write_text("{}")
     assert refusal(part.parent) == (
-        f"{part.parent}: is where a run writes; give one of its checkpoints: {part.parent}/ and epoch0."
+        f"{part.parent}: is the output directory of a run; give a checkpoint in it: epoch0."
     )
 
 

@@ -147,7 +147,7 @@ def test_a_name_too_long_for_a_path_is_none(write):
 
 def test_a_directory_is_told_what_to_do(write, tmp_path):
     (tmp_path / "folder").mkdir()
-    assert "folder: is a directory; expected a file. Name several in a YAML" in refused(tmp_path / "folder")
+    assert "folder: is a directory; expected a file. List several in a YAML" in refused(tmp_path / "folder")
     message = refused(write("c.yaml", "META:\n- path: folder\n"))
     assert "META[0]: " in message and "folder: is a directory" in message
 

@@ -74,7 +74,7 @@ def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault
         ("x.csv", 'a\tb\n"open', "separated by tabs"),
         ("x.csv", "a\tb,c\n1\t2\n", r"x\.csv:1: the header 'a.tb,c' holds tabs and commas; expected .*only one"),
         ("x.csv", "a\n1\n", r"x\.csv:1: the header 'a' holds nothing that separates"),
-        ("x.json", "\ufeffa".encode("utf-16"), "UTF-16 text of 6 bytes; is not UTF-8 .byte 0.; save it as that"),
+        ("x.json", "\ufeffa".encode("utf-16"), "UTF-16 text of 6 bytes, which is not UTF-8 .byte 0.; save it as UTF-8"),
         ("x.conf", "words", "expected one of .json, .jsonl, .csv"),
         ("x.txt", "words", r"\.txt files are not read here; .*\.jsonl.*prompt_type: caption"),
         ("x.Parquet", b"PAR1", r"\.Parquet files are not read here; write it as JSON Lines"),
@@ -194,7 +194,7 @@ def test_an_object_may_hold_the_list(write):
     found = read_records(write("x.json", text), notes)
     assert [record.fields for record in found] == RECORDS
     assert all(lines[record.line - 1].strip().startswith("{") for record in found)
-    assert notes == ["the list 'data' is read, 'version', 'tags', 'n' beside it not"]
+    assert notes == ["the list 'data' is read; not used: 'version', 'tags', 'n'"]
 
 
 def test_a_record_is_known_by_its_number_where_others_stand_on_its_line(write):

@@ -139,7 +139,7 @@ def test_22_a_dry_run_in_fp16_takes_a_true_step(fp16: Job, capsys: pytest.Captur
     alone(fp16, "--dry_run")
     out = capsys.readouterr().out
     norms = re.findall(r"grad norm +(\S+)", out)
-    assert f"step      {len(norms)}/{len(norms)} 100.0%" in out and "all right, nothing written" in out
+    assert f"step      {len(norms)}/{len(norms)} 100.0%" in out and "dry run: all is well, nothing was written" in out
     assert len(norms) > 2 and not any(norm[0].isdigit() for norm in norms[:-1]) and norms[-1][0].isdigit()
 
 
@@ -149,7 +149,7 @@ def test_22_a_run_of_skipped_steps_is_no_finished_one(fp16: Job, precision: str)
     weights = load_file(fp16.base / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, fp16.base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NotFiniteError, match="All 3 steps of the run were skipped: nothing is learned"):
+    with pytest.raises(NotFiniteError, match="All 3 steps of the run were skipped: nothing was learned"):
         alone(fp16, "--max_steps", "3", "--not_finite", "skip", precision=precision)
     assert (fp16.status["state"], fp16.status["status"]) == ("failed", 5)
     assert not list(fp16.output.glob("epoch*"))

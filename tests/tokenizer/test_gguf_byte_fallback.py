@@ -28,7 +28,10 @@ FORMS = {
     "never": {"normalizer": None, "pre_tokenizer": {**METASPACE, "prepend_scheme": "never"}},
 }
 DIFFERENCES = {
-    "Mistral 0.3": ["puts a blank before a text that begins", "puts a blank before text behind control or added"],
+    "Mistral 0.3": [
+        "puts a blank before a text that begins",
+        "puts a blank before text that follows a control or added",
+    ],
     "always": ["puts a blank before a text that begins"],
 }
 TEXTS = mixed_texts(300)
@@ -106,7 +109,7 @@ def test_the_model_beside_is_what_merges_cannot_say(llama_cpp, spm_model, tmp_pa
     ours = open_tokenizer(tmp_path / "hf")
     path = as_gguf(ours, tmp_path / "v.gguf", 420)
     assert llama_cpp.ask(path, texts=TEXTS)["texts"] == ours.encode_batch(TEXTS)
-    assert differences(ours) == ["puts a blank before text behind control or added tokens"]
+    assert differences(ours) == ["puts a blank before text that follows a control or added token"]
     (tmp_path / "hf" / "tokenizer.model").unlink()
     with pytest.raises(TokenizerError, match="changes or cuts text in a way of its own"):
         vocabulary_fields(open_tokenizer(tmp_path / "hf"), 420)
@@ -139,12 +142,15 @@ def put_last(merges):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda made: made["model"]["merges"].pop(700), "merges follow no scores of tokens .no merge joins"),
-        (lambda made: put_last(made["model"]["merges"]), "those of one token lie apart"),
+        (
+            lambda made: made["model"]["merges"].pop(700),
+            "no scores of tokens give the order of its merges .no merge joins",
+        ),
+        (lambda made: put_last(made["model"]["merges"]), "the merges of a token lie apart"),
         (lambda made: made["model"]["vocab"].update({"<0x41>!": made["model"]["vocab"].pop("<0x41>")}), "all 256"),
         (lambda made: made.update(normalizer={"type": "NFKC"}), "changes or cuts text in a way of its own"),
         (lambda made: made.update(pre_tokenizer={**METASPACE, "split": True}), "changes or cuts text in a way"),
-        (lambda made: made["model"].update(dropout=0.1), r"what no GGUF file asks for \(dropout\)"),
+        (lambda made: made["model"].update(dropout=0.1), r"settings that GGUF cannot state \(dropout\)"),
     ],
 )
 def test_what_scores_cannot_say_is_refused(pipeline, tmp_path, change, words):

@@ -118,7 +118,7 @@ def test_written_to_gguf_and_read_back(tmp_path, ranks, strings):
         (lambda lines: [*lines, lines[-1]], "each token and rank once"),
         (
             lambda lines: [*lines, base64.b64encode(b" don't") + b" %d" % len(lines)],
-            r'" don\'t", into which Llama 3 cuts',
+            r'" don\'t", which Llama 3 would cut',
         ),
     ],
 )

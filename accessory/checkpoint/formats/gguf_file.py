@@ -211,8 +211,8 @@ def args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture,
         if values["n_layers"] not in positions:
             known = " or ".join(f"{blocks} ({position})" for blocks, position in positions.items())
             raise CheckpointError(
-                f"{path}: has {values['n_layers']} blocks; expected {known}, by which llama.cpp tells the kinds of "
-                f"{architecture.gguf.architecture}."
+                f"{path}: has {values['n_layers']} blocks; expected {known}: llama.cpp tells the positions of a "
+                f"{architecture.gguf.architecture} by that number."
             )
         values["position"] = positions[values["n_layers"]]
     values["norm_eps"] = _positive(stated, EPSILON[values.get("norm", "rms")], None, prefix, path)

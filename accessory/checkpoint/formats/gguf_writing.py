@@ -73,8 +73,8 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     window = model.args.sliding_window
     if window and window < model.args.max_seq_len:
         print(
-            f"{target}: states a context of {window} tokens, the model's sliding window: llama.cpp knows no window for "
-            f"it and is exact up to there, not up to {model.args.max_seq_len}."
+            f"{target}: states a context of {window} tokens, the model's sliding window, not {model.args.max_seq_len}: "
+            "llama.cpp has no sliding window for this model, and computes the same only within one."
         )
 
 
