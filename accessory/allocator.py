@@ -1,4 +1,4 @@
-"""What a process on a CPU keeps of memory: what a step freed, for the next one, and products, for shapes that recur."""
+"""What memory a process on a CPU keeps: what a step freed, for the next one, and compiled products of recent shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 _LARGEST_KEPT = 32 << 20  # bytes; in a heap, larger pieces leave holes that no other fits into
 _CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's, and PyTorch's layer over it
-_PRODUCTS_KEPT = 16  # of other shapes or dtypes than one another; more would be scattered over the heap as pins
+_PRODUCTS_KEPT = 16  # one for each shape and dtype; more would lie scattered over the heap and keep it from shrinking
 
 
 def keep_freed_memory() -> None:
@@ -23,10 +23,10 @@ def keep_freed_memory() -> None:
 
 
 def forget_old_shapes() -> None:
-    """Let oneDNN keep about the products that a block needs; to be called before the first one.
+    """Let oneDNN keep about as many compiled products as a block needs; to be called before the first product.
 
-    It would keep 1,024 of them twice, a third of a MB each, and every micro-batch has another number of tokens: memory
-    would grow for hours. Where the user has set one of the variables, it stays as it is.
+    By default it and PyTorch keep 1,024 each, of a third of a MB. Since every micro-batch has another number of tokens,
+    memory would grow for hours. A variable that the user has set stays as it is.
     """
     for variable in _CACHES:
         os.environ.setdefault(variable, str(_PRODUCTS_KEPT))

@@ -33,14 +33,14 @@ _FAMILY_OF = (
     | dict.fromkeys(("qwen", "smollm", "tinyllama", "vicuna", "alpaca", "yi"), "llama")
     | {"pythia": "neox", "gptneox": "neox", "bloomz": "bloom"}
 )
-"""Names that models go by, and the first part of --llama_type for them."""
+"""Name of a model -> its family, the first part of --llama_type."""
 _THEIR_KEYS = {
     their: ours
     for architecture in ARCHITECTURES.values()
     for ours, theirs in architecture.keys.items()
     for their in theirs.split("|")
 }
-"""Keys of Hugging Face's config.json, and ours."""
+"""Key of Hugging Face's config.json -> ours."""
 SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the embedding's, that may belong together
 
 
@@ -170,7 +170,7 @@ def _method_class(llama_type: str) -> type[Method]:
 
 
 def _family_hint(llama_type: str) -> str:
-    """What to write for a `llama_type` that begins with a model's name, or ends in a method that is not ours."""
+    """What to write instead of a `llama_type` that begins with a model's name, or ends in an unknown method."""
     model, method = re.fullmatch(r"(.*?)((?:_(?:full|q?lora|peft))?)", llama_type.lower().replace("-", "_")).groups()
     beginnings = [name for name in _FAMILY_OF if model.startswith(name)]
     if not beginnings or (model in FAMILIES and not method):
@@ -220,7 +220,7 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
 
 
 def _stated_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file of --llama_config, ours or Meta's; a Hugging Face config.json is put in our terms."""
+    """The settings in a JSON file of --llama_config; those of a Hugging Face config.json are translated into ours."""
     try:
         content = read_json(path)
         if "model_type" not in content:
@@ -229,7 +229,7 @@ def _stated_settings(path: Path) -> dict[str, Any]:
         args = settings_read_by(lambda: architecture.read(content, str(path)), path)
     except CheckpointError as error:
         raise ConfigError(f"--llama_config {error}") from error
-    return args.model_dump(exclude={"rotary_layout"})  # which is the weights' own, whatever describes the model
+    return args.model_dump(exclude={"rotary_layout"})  # it depends on how the weights are stored
 
 
 def _unknown_key(key: str, known: set[str]) -> str:
@@ -241,7 +241,7 @@ def _unknown_key(key: str, known: set[str]) -> str:
 
 
 def _unread(source: Source) -> tuple[str, ...]:
-    """What to say of keys in a checkpoint's own settings that nothing of ours has a name for."""
+    """A note on the keys of a checkpoint's own settings that are unknown here; empty if there are none."""
     known = set(ModelArgs.model_fields).union(*(method.Settings.model_fields for method in METHODS.values()))
     unread = sorted((source.settings or {}).keys() - known)
     return (f"not used of its settings, as unknown here: {', '.join(unread)}",) if unread else ()
@@ -262,7 +262,7 @@ def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
 
 def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
     rows, tokens = _embedding_rows(sources, args), tokenizer.vocab_size
-    # Tokens added behind a vocabulary are the model's in the making; others are another model's.
+    # Tokens beyond the embedding are all right if they were added, since it will grow; else they are another model's.
     foreign = set(range(rows, tokens)) - tokenizer.added_tokens().keys()
     if abs(tokens - rows) > SLACK_ROWS or foreign:
         raise TokenizerError(

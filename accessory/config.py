@@ -54,11 +54,11 @@ class FinetuneConfig(BaseModel):
     llama_type: str = "llama"
     """Family (llama, opt, bloom, neox, glm) and method: alone all is trained; with `_peft` norms, biases and LoRA."""
     llama_config: list[Path] = []
-    """JSON files of settings, a model's config.json too, laid over the checkpoint's own; the last value wins."""
+    """JSON files of settings (also a model's config.json), laid over the checkpoint's own; the last value wins."""
     tokenizer_path: Path | None = None
     """tokenizer.model, tokenizer.json, a GGUF file, or a directory holding one; absent: what lies in the base."""
     new_tokens: list[str] = []
-    """Tokens to add to the vocabulary, for text that spells them; their rows start as the mean of the others."""
+    """Tokens to add to the vocabulary, matched in text; their rows start as the mean of the others."""
     pretrained_type: Literal["consolidated", "meta_ori"] | None = None
     """Needless: the format is told from the files. Accepted for upstream's scripts."""
     quant: bool = False
@@ -80,7 +80,7 @@ class FinetuneConfig(BaseModel):
     epochs: int = Field(default=3, ge=1)
     """Passes over the data."""
     warmup_epochs: float = Field(default_factory=lambda given: min(given["epochs"] / 10, 1.0), ge=0)
-    """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, but 1 at most."""
+    """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, at most 1."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps; the schedule still follows --epochs."""
     lr: float = Field(default=0.001, gt=0)
@@ -200,7 +200,7 @@ class DemoConfig(BaseModel):
     prompt: list[str] = []
     """Questions to answer in the terminal; without any, a page is served."""
     system_prompt: Literal[LAYOUTS] | None = None
-    """Layout of the question: a prompt_type, or dialog; absent: as the part was trained, alpaca for a base."""
+    """Layout of the question: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.1, ge=0)

@@ -33,9 +33,9 @@ from accessory.report import Reporter, StepReport, peak_memory
 from accessory.stop_signals import StopSignals, name_of
 
 MOST_SKIPPED = int(math.log2(FIRST_LOSS_SCALE / LEAST_LOSS_SCALE))
-"""Steps in a row that may be skipped, as many as bring fp16's loss scale to its floor: more are no accident."""
+"""Steps in a row that may be skipped: as many as it takes to bring fp16's loss scale down to its floor."""
 _NAMED = 8  # documents in a message
-_OVERFLOWS = 1  # a gradient in fp16, which a smaller loss scale may mend
+_OVERFLOWS = 1  # only the gradient, in fp16: a smaller loss scale may mend it
 _NOT_FINITE = 2
 
 
@@ -86,8 +86,8 @@ class Engine:
     """Trains `model`, whose trained parameters are `parameters` (by name, fp32, cut as `slicings` says).
 
     `save(progress, name, loss)` is given the mean loss since the save before. With `skip_not_finite`, a step whose loss
-    or gradient is not finite changes nothing, instead of ending the run. With `scales_loss` gradients are computed of
-    the loss times `Progress.loss_scale`, which fp16 needs. `spare_memory` says what makes a step smaller.
+    or gradient is not finite changes nothing, instead of ending the run. With `scales_loss`, which fp16 needs, the
+    loss is multiplied by `Progress.loss_scale` before the backward. `spare_memory` says what makes a step smaller.
     """
 
     model: nn.Module
@@ -202,7 +202,7 @@ class Engine:
         return Asked(*highest([not_finite, int(late), self.signals.received], self.layout.device))
 
     def _skip(self, overflows: bool, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:
-        """Say that this step changes nothing, and which documents it is of, or end the run over it."""
+        """Report that this step is skipped, with its documents. Raises `NotFiniteError` where it may not be."""
         batches = self.order.micro_batches(progress.epoch, progress.step)
         mine = [i for batch, own in zip(batches, losses, strict=True) if not own.isfinite() for i in batch.sample_ids]
         of_all: list[list[int]] = [[]] * self.layout.world_size
@@ -242,7 +242,7 @@ class Engine:
         )
 
     def _update(self, norm: float, lr: float, scale: float) -> None:
-        """Let the optimizer step on the gradients, which are `scale` times too large; `norm` is their true one."""
+        """Step the optimizer. The gradients are `scale` times too large; `norm` is the norm of the true ones."""
         factor = 1.0 / scale
         if self.schedule.clip_grad > 0:
             factor *= min(1.0, self.schedule.clip_grad / (norm + 1e-6))

@@ -58,7 +58,7 @@ def run_tool(main: Callable[[], object]) -> None:
 def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
     """`main` with the command line's arguments, for `run_tool`. Raises `ConfigError` for flags it does not know.
 
-    fire itself would say so after `main` has run without the flag, and offer nothing.
+    fire itself would say so only after `main` has run without the flag, and without the nearest name.
     """
 
     def call() -> object:
@@ -80,7 +80,7 @@ def _check_flags(flags: list[str]) -> None:
 
 
 def sources_and_target(paths: tuple[object, ...]) -> list[Path]:
-    """A tool's positional arguments, what is read and last what is written, as paths. Raises `ConfigError`."""
+    """A tool's positional arguments as paths: one or more to read, then the one to write. Raises `ConfigError`."""
     if len(paths) < 2:
         raise ConfigError(f"Found {' '.join(map(str, paths)) or 'nothing'}; expected SOURCE [SOURCE ...] TARGET.")
     return [Path(str(path)) for path in paths]

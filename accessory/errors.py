@@ -83,16 +83,18 @@ class Preempted(AccessoryError):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the candidate that `name` is a slip away from, or has a word too few; else nothing."""
+    """`" Did you mean 'x'?"` for the candidate that `name` misspells or leaves a word off; else the empty string."""
     bare, names = name.lstrip("-"), {candidate.lstrip("-"): candidate for candidate in candidates}
-    close = [n for n in difflib.get_close_matches(bare, names, n=5) if _slips(bare, n) <= max(1, len(bare) // 4)]
+    close = [
+        n for n in difflib.get_close_matches(bare, names, n=5) if _edit_distance(bare, n) <= max(1, len(bare) // 4)
+    ]
     longer = [n for n in names if len(bare) > 1 and (n.startswith(f"{bare}_") or n.endswith(f"_{bare}"))]
     found = close[:1] or longer * (len(longer) == 1)
     return f" Did you mean {names[found[0]]!r}?" if found else ""
 
 
-def _slips(one: str, other: str) -> int:
-    """Letters to change, leave out, put in or swap with their neighbours (Damerau 1964) until `one` is `other`."""
+def _edit_distance(one: str, other: str) -> int:
+    """Edit distance (Damerau 1964): letters of `one` to change, remove, insert or swap with a neighbour for `other`."""
     before, last = [], list(range(len(other) + 1))
     for i, letter in enumerate(one):
         row = [i + 1]
@@ -105,7 +107,7 @@ def _slips(one: str, other: str) -> int:
 
 
 def hub_hint(path: str | Path) -> str:
-    """What to say where a path that is not there is spelled like a repository of the Hugging Face Hub; else nothing."""
+    """What to do if a missing path is spelled like a repository on the Hugging Face Hub; else the empty string."""
     owner, _, name = str(path).partition("/")
     if not (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) or "://" in str(path)) or is_there(Path(owner)):
         return ""
@@ -136,7 +138,7 @@ def explain_validation(error: ValidationError, source: str, valid_names: Iterabl
         elif fault["type"] == "extra_forbidden":
             lines.append(f"{source}: unknown key {key!r}.{nearest(str(fault['loc'][-1]), names)}")
         elif fault["type"] == "default_factory_not_called":
-            continue  # it follows from a value that has a line of its own
+            continue  # its default depends on a wrong value, which has a line of its own
         elif fault["type"] == "missing":
             lines.append(f"{source}: {key!r} is required and missing.")
         else:

@@ -79,7 +79,7 @@ class Destination:
 
 
 def remark(path: Path) -> str | None:
-    """What a user of transformers should hear of a Hugging Face directory; None where there is nothing to say."""
+    """What transformers needs to open a Hugging Face directory of a type it does not know; None if it does know."""
     config = read_json(path / "config.json")
     name = config.get("model_type")
     if architecture_of(name, str(path)).native or "auto_map" in config:
@@ -111,7 +111,7 @@ def open_whole(
 ) -> tuple[WholeModel, list[Source], Blueprint]:
     """Base and, where given, trained parts, as they lie; checked to be a complete model that fits together.
 
-    A tokenizer given in the place of the parts' own gets the tokens that their runs added.
+    A tokenizer given with tokenizer_path gets the tokens that the parts' runs added.
     """
     sources = with_base(list(paths))
     blueprint = draw_blueprint(
@@ -153,10 +153,10 @@ def convert(paths: list[Path], target: Path, destination: Destination, **reading
 def merge(
     paths: list[Path], target: Path, destination: Destination, *, base: str | None, drop_biases: bool, **reading
 ) -> str:
-    """Write base and trained part as one model, read as `open_whole` does; returns which base was added to.
+    """Write base and trained part, read as `open_whole` does, as one model; returns the `base` that was used.
 
-    base "full" adds to the weights as they are in the base's files, "dequantized" to what 4 bits left of them. None is
-    what training saw: "dequantized" where that was a packed base, else "full". Raises `CheckpointError`.
+    base: "full" adds the part to the weights in the base's files, "dequantized" to what 4 bits left of them; None takes
+    the one that training saw, "dequantized" for a packed base. Raises `CheckpointError`.
     """
     model, sources, blueprint = open_whole(paths, **reading)
     if not isinstance(blueprint.method, Peft):
@@ -183,11 +183,11 @@ def merge(
 def export_adapter(
     paths: list[Path], target: Path, *, drop_biases: bool, base_name: str | None = None, **reading
 ) -> str | None:
-    """Write what was trained as one PEFT adapter of its base; returns what its user should hear.
+    """Write what was trained as one PEFT adapter of its base; returns a remark for the user, or None.
 
-    Where parts were trained one upon the other, each began from those before and holds its own values in their place:
-    what the last says counts, and what it leaves out is theirs. base_name: what PEFT is told the base is; absent, the
-    base's path. Raises `CheckpointError`.
+    Several parts were each trained on those before them, and hold whole values, not differences: of a tensor in several
+    parts the last one counts. base_name: the base's name in the adapter's config; absent: its path. Raises
+    `CheckpointError`.
     """
     _, sources, blueprint = open_whole(paths, **reading)
     base, *parts = sources
@@ -221,7 +221,7 @@ def export_adapter(
 
 
 def asking_hint(paths: list[Path]) -> str | None:
-    """How to ask what is made of `paths`, which no format but run.json says; None where that is as by default."""
+    """How to ask a model made of `paths`, since only our run.json states the layout; None if it is the default one."""
     layouts = trained_layouts(with_base(list(paths)))
     if not layouts or layouts[0] == "alpaca":
         return None
@@ -237,10 +237,10 @@ def trained_quantization(sources: list[Source]) -> str | None:
 def logit_error(
     trained: list[Path], written: Path, probe: str | None = None, precision: str = "bf16", **reading
 ) -> LogitError:
-    """Compare the model as trained (`reading`: its llama_config, tokenizer_path) with what was written, from files.
+    """Compare the model as trained, read with `reading` (llama_config, tokenizer_path), with the written one.
 
-    probe: a text; None: a question and its answer, laid out as the trained part's were. It is cut where it is longer
-    than `PROBE_TOKENS` or than the model's documents. Raises `ConfigError`.
+    probe: a text; None: a question and its answer in the layout of the training data. It is cut to `PROBE_TOKENS` and
+    to the longest document of the model. Raises `ConfigError`.
     """
     check_precision(precision)
     layout = groups.start("cpu")

@@ -48,11 +48,11 @@ from accessory.stop_signals import StopSignals
 
 CACHE_DIR = Path("accessory_data_cache")
 FEW_STEPS = 30
-"""Optimizer steps of which fewer are said to be few."""
+"""A run with fewer optimizer steps is told so."""
 _COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
 """Flags that set what a step does, or how long a run is."""
 _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
-"""Flags whose value, where it is not given, follows from another's, and changes with it."""
+"""Flag -> the flag from which its value follows if it is not given."""
 _PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "seed", "global_batch"))
@@ -85,7 +85,7 @@ class _Job:
     """What is to be trained, on what, and by what it is known again.
 
     identity: what must not change between a run and its resumption; conditions: what its rounding depends on. began:
-    when the run did, its resumptions aside.
+    when the run was first started.
     """
 
     config: FinetuneConfig
@@ -199,7 +199,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
 
 
 def _began(config: FinetuneConfig, sources: list[Source]) -> datetime:
-    """When the run began, for chat templates that print the time: one that is resumed keeps its own. A collective."""
+    """When the run was first started, the same on all ranks, for chat templates that print the time. A collective."""
     resumed = next((source for source in sources if source.path == config.resume), None)
     began = [together(lambda: began_at(resumed) if resumed else datetime.now().replace(microsecond=0))]
     dist.broadcast_object_list(began)
@@ -350,13 +350,13 @@ def _find_resumption(job: _Job) -> Resumption | None:
 
 
 def _allowed(config: FinetuneConfig) -> set[str]:
-    """What may differ from the saved run: what the user says, and what follows from it."""
+    """What may differ from the saved run: what --allow_changed names, and flags whose values follow from that."""
     following = {name for name, of in _FOLLOWS.items() if of in config.allow_changed} - config.model_fields_set
     return following.union(config.allow_changed)
 
 
 def _progress(found: Resumption | None, layout: Layout) -> Progress:
-    """Where to begin. An epoch of which other documents would come now begins anew; another precision's scale does."""
+    """Where to begin: the epoch anew if its order has changed, and with a new loss scale if the precision has."""
     if found is None:
         return Progress()
     progress = found.progress
@@ -385,7 +385,7 @@ def _schedule(config: FinetuneConfig, order: GlobalOrder, progress: Progress) ->
 
 
 def _course(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, progress: Progress) -> list[str]:
-    """How many steps the run has, and what to change if they are too few to learn from."""
+    """Lines on how many steps the run has, and on what to change if they are too few to learn from."""
     steps = replace(schedule, max_steps=config.max_steps).total_steps(progress)  # not the one of a dry run
     epochs = steps / order.steps_per_epoch
     notes = [f"optimizer steps: {steps:,}, {order.steps_per_epoch:,} an epoch, of {order.global_batch} documents each"]

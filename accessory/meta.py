@@ -25,16 +25,16 @@ from accessory.parallel.groups import Layout
 from accessory.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
-"""A text, messages of `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
+"""A text, messages with `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
 Paths = str | Path | Sequence[str | Path]
 _UNFINISHED = ("\N{REPLACEMENT CHARACTER}", *(DIALOG_END[:length] for length in range(1, len(DIALOG_END))))
-"""What an answer that is being shown must not end in: half a character, or the beginning of a dialog turn's end."""
+"""Endings with which a streamed answer is not shown yet: half a character, or a part of `DIALOG_END`."""
 
 
 class MetaModel(nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
-    layouts: how questions were laid out in what was trained, that of most documents first; empty where nothing says.
+    layouts: those of the questions in the training data, the one with most documents first; empty where unknown.
     """
 
     def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, layouts: tuple[str, ...] = ()) -> None:
@@ -58,18 +58,18 @@ class MetaModel(nn.Module):
 
     @property
     def layout(self) -> str:
-        """How a question is laid out where nobody says: as most of what was trained, else as Alpaca's."""
+        """The default layout of a question: that of most training documents, or alpaca where unknown."""
         return self.layouts[0] if self.layouts else "alpaca"
 
     def question(self, question: str, context: str = "", layout: str | None = None) -> Prompt:
-        """A question, and perhaps an input that belongs to it, as the prompt it was in training; for `generate`.
+        """The prompt of a question, and perhaps an input that belongs to it, as training lays it out; for `generate`.
 
         layout: one of `accessory.data.templates.LAYOUTS`; absent: `self.layout`. Raises `ConfigError` for another.
         """
         return question_prompt(question, context, layout or self.layout)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """A prompt as training laid it out; where it is too long its end is kept, with a warning.
+        """Ids of a prompt as in training. If it is too long, its end is kept, with a warning.
 
         A text stands behind what opens the tokenizer's documents; messages are laid out by the checkpoint's template.
         """
@@ -96,7 +96,7 @@ class MetaModel(nn.Module):
         top_p: float = 0.95,
         seed: int = 0,
     ) -> list[str]:
-        """Answers to a batch of prompts. Raises `ConfigError` for what is no list of them."""
+        """Answers to a batch of prompts. Raises `ConfigError` for anything but a list of prompts."""
         answers: list[list[int]] = [[] for _ in prompts]
         for tokens in self._steps(prompts, max_gen_len, temperature, top_p, seed):
             for answer, token in zip(answers, tokens, strict=True):
@@ -127,7 +127,7 @@ class MetaModel(nn.Module):
             yield text
 
     def _answer(self, prompt: Prompt, answer: list[int]) -> tuple[str, bool]:
-        """The text of an answer so far, and whether what follows belongs to the next turn of a conversation of ours."""
+        """(text of an answer so far, whether it has come to the end of its turn in the dialog layout)."""
         text = self.tokenizer.decode(answer)
         if not isinstance(prompt, DialogPrompt):
             return text, False
@@ -214,7 +214,7 @@ def _paths(given: Paths) -> list[Path]:
 
 
 def _precision(dtype: str | torch.dtype) -> str:
-    """A name of `DTYPES` for what may be torch's own. Raises `ConfigError`."""
+    """The name in `DTYPES` of a dtype, given as such a name or as torch's. Raises `ConfigError`."""
     spelled = str(dtype).removeprefix("torch.")
     name = next((name for name, kind in DTYPES.items() if spelled in (name, str(kind).removeprefix("torch."))), None)
     if name is None:

@@ -21,7 +21,7 @@ EPS = 1e-8
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw")
 """Values of `--optim`."""
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
-"""What an fp16 run's loss is first scaled by, and at least."""
+"""The loss scale of an fp16 run at its start, and the smallest."""
 LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
 MIN_8BIT = 4096  # values from which on bitsandbytes' own optimizers use 8 bits
 MIN_PAGED = 100_000  # values from which on they page
@@ -188,7 +188,7 @@ def scale_gradients(parameters: dict[str, nn.Parameter], factor: float) -> None:
 
 
 def next_loss_scale(scale: float, good_steps: int, finite: bool) -> tuple[float, int]:
-    """What fp16's loss is scaled by next, and good steps in a row, after a step whose gradients were `finite` or not.
+    """(next loss scale, good steps in a row) of an fp16 run, after a step whose gradients were `finite` or not.
 
     Doubled after many good steps, halved after a bad one (Micikevicius et al. 2018, section 3.2).
     """

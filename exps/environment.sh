@@ -22,7 +22,7 @@ install() {
     fi
 }
 
-# install_llama_cpp: the prebuilt library of llama.cpp by which tests judge GGUF files, 29 MB; a failure is said, no more.
+# install_llama_cpp: the prebuilt library of llama.cpp (29 MB) that tests load GGUF files with; a failure ends nothing.
 install_llama_cpp() {
     local version=3.21.1 platform target="$VENV/llama.cpp"
     case "$(uname -s)-$(uname -m)" in

@@ -311,7 +311,7 @@ class UnitRows(LazyTensor):
         return "float32"
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """In fp32; a length takes the whole row."""
+        """In fp32. A range of columns is cut out of whole rows, since a row's length depends on all of it."""
         values = self.inner.read(0, start, stop) if dim == 0 else self.inner.read()
         values = F.normalize(values.float())
         return values.narrow(1, start, stop - start).contiguous() if dim == 1 else values

@@ -26,8 +26,8 @@ def run_record(
 ) -> dict[str, Any]:
     """The contents of `run.json`.
 
-    data: the fingerprint of the training data. layouts: its documents by how their questions are laid out, most first.
-    began: when the run did, by the local clock; absent: now.
+    data: the fingerprint of the training data. layouts: layout of a question -> number of documents, most first.
+    began: local time at which the run began; absent: now.
     """
     return {
         "arguments": arguments,
@@ -44,7 +44,7 @@ def run_record(
 
 
 def began_at(resumed: Source) -> datetime:
-    """When the run of a checkpoint began, by the clock that stood beside it. Raises `CheckpointError`."""
+    """Local time at which the run that saved a checkpoint began, as run.json states it. Raises `CheckpointError`."""
     started = (resumed.run or {}).get("started")
     try:
         return datetime.fromisoformat(started).replace(tzinfo=None)
@@ -55,8 +55,8 @@ def began_at(resumed: Source) -> datetime:
 def with_base(paths: list[str | Path]) -> list[Source]:
     """Open `paths`; where they hold only a trained part, put the base it was trained on in front, from its run.json.
 
-    Raises `CheckpointError` if the base is unknown, gone, or no longer the one the part was trained on, or stands
-    behind the part, which it would replace.
+    Raises `CheckpointError` if the base is unknown, gone, no longer the one the part was trained on, or given after the
+    part, which it would replace.
     """
     sources: list[Source] = []
     for path in paths:
@@ -84,9 +84,9 @@ def with_base(paths: list[str | Path]) -> list[Source]:
 
 
 def trained_layouts(sources: list[Source]) -> tuple[str, ...]:
-    """How questions are laid out in what the last part was trained on, that of most documents first.
+    """The layouts of the questions that the last part was trained on, the one with most documents first.
 
-    Empty where no run.json says so: for a base, or a part of an earlier version.
+    Empty where no run.json names them: for a base, or a part saved by an earlier version.
     """
     run = next((source.run for source in reversed(sources) if source.run), {})
     return tuple(run.get("layouts", ()))

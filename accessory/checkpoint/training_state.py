@@ -41,9 +41,9 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 class Progress:
     """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` over all epochs.
 
-    `loss_scale` is what the next step's loss is scaled by in fp16, and `good_steps` how many in a row it has served;
-    in other precisions they stay as they are. `skipped` counts steps in a row, up to now, that changed nothing because
-    they were not finite.
+    In fp16 the next step's loss is multiplied by `loss_scale`, and `good_steps` counts the finite steps in a row; other
+    precisions leave both as they are. `skipped` counts the latest steps in a row that changed nothing, since their loss
+    or gradient was not finite.
     """
 
     epoch: int = 0

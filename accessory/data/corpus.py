@@ -34,24 +34,24 @@ from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import Chat, Tokenizer
 
 _SHOWN = 3  # records named per cause
-_LINES = 30  # of a kind, in a report
+_LINES = 30  # of each kind in a report
 _CHUNK = 4096  # records tokenized at a time
-_FORMAT = 7  # of documents: another one where the same records make other tokens
-_DIGITS = 32  # of a digest
+_FORMAT = 7  # to be raised where the same records come to make other documents
+_DIGITS = 32  # kept of a digest
 _TOLD = ("notes", "skipped", "unused", "truncated")  # of Omissions, in the cache
 
 
 Origin = tuple[int, int, int]
-"""Where a record comes from: its entry's number, and its line and number of `Record`."""
+"""Where a record comes from: the number of its entry in the data config, and `Record.line` and `Record.number`."""
 
 
 @dataclass
 class Omissions:
-    """What was not taken as it stands in `files`, one for each entry.
+    """What the report says of the data: what was skipped, not used or cut, and how files were read.
 
-    settings, notes: (entry, what its settings do not do; what was made of its file). skipped: records, by cause.
-    unused: keys of records that were taken, each with how many have it and the first that has. truncated: documents cut
-    short.
+    files: the file of each entry. settings: (number of the entry, a setting of it that has no effect). notes: (number
+    of the entry, how its file was read). skipped: cause -> records. unused: key that no layout reads -> (number of
+    records that have it, the first of them). truncated: number of documents cut at --max_words.
     """
 
     files: list[str]
@@ -66,7 +66,7 @@ class Omissions:
         self.skipped.setdefault(cause, []).append(origin)
 
     def ignore(self, keys: Iterable[str], origin: Origin) -> None:
-        """Count what was not used of a record that was."""
+        """Count the keys of a used record that were not used."""
         for key in keys:
             count, first = self.unused.get(key, (0, origin))
             self.unused[key] = count + 1, first
@@ -77,7 +77,7 @@ class Omissions:
         return place(self.files[entry], line, number)
 
     def lines(self) -> list[str]:
-        """One line a note, a cause and a key, naming the first records it met."""
+        """One line for each note, cause and key, with the first records that have it."""
         notes = [f"{self.files[entry]}: {note}" for entry, note in (*self.settings, *self.notes)]
         skipped = []
         for cause, origins in self.skipped.items():
@@ -92,7 +92,7 @@ class Omissions:
     def check(self, origins: np.ndarray, most: float) -> None:
         """Raise `DataError` where more than the share `most` of all records was skipped.
 
-        `origins` are those of the documents that were made; one record may have made several.
+        `origins` int32 [documents, 3] are those of the documents that were made; a record may have made several.
         """
         used = len(np.unique(origins, axis=0))
         skipped = sum(map(len, self.skipped.values()))
@@ -113,8 +113,8 @@ class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
     `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and `supervised` [documents] count a document's
-    tokens and the labels in it that count. `layouts` names, for each entry, the one of `LAYOUTS` its records are in.
-    `identity` is what all this follows from.
+    tokens and the labels in it that count. `layouts` has each entry's layout, one of `LAYOUTS`. `identity` is all that
+    the documents follow from.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """See `identity`."""
+        """Digest of `identity`, in hexadecimal digits."""
         return _fingerprint(self.identity)
 
     def documents_by_layout(self) -> dict[str, int]:
@@ -159,9 +159,10 @@ class Corpus:
         return dict(counts.most_common())
 
     def check_lengths(self, positions: int | None, made_for: int | None) -> list[str]:
-        """What to say of documents longer than the `made_for` tokens that a model learned to read at once.
+        """A line for the log if some documents are too long for the model, else none.
 
-        None: without such a bound, or unknown. Raises `DataError` for more tokens than the model has `positions` for.
+        positions: most tokens that the model can compute; made_for: most tokens that its settings state. None: without
+        such a bound, or unknown. Raises `DataError` for a document with more tokens than `positions`.
         """
         longest = int(self.lengths.argmax())
         for bound in (positions, made_for):
@@ -223,7 +224,7 @@ def build_corpus(
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
-    `clock` is the time for chat templates that print it (absent: the present); it is part of the fingerprint of those.
+    Chat templates that print the time print `clock` (absent: now), which is then part of the fingerprint.
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
     Raises `DataError` if a file is broken, not one record can be used, or more than the share `max_skipped` cannot;
     `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.
@@ -274,7 +275,7 @@ def _documents(
 
 
 def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
-    """What an entry says that makes no difference here."""
+    """A sentence for each setting of an entry that has no effect."""
     notes = ["root is not used: there is no vision part yet"] * bool(entry.root)
     notes += ["preprocess is not used with --dialog"] * bool(dialog and entry.preprocess)
     if dialog and entry.prompt_type != CHAT and "prompt_type" in entry.model_fields_set:
@@ -283,7 +284,7 @@ def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
 
 
 def _segments(record: Record, entry: DataEntry, chat: Chat | None, dialog: bool) -> list[list[Segment]]:
-    """The documents of a record: one, unless a chat template lays out each turn of a conversation anew."""
+    """The documents of a record: one, unless a chat template changes earlier turns of a conversation."""
     if record.fault:
         raise UnusableRecord(record.fault)
     fields = single_turn_llava(record.fields) if entry.preprocess and not dialog else record.fields
@@ -355,7 +356,7 @@ def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.nd
 def _identity(
     entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool, chat: Chat | None
 ) -> dict[str, Any]:
-    """All that documents follow from, as JSON has it: the user's choices by their names, contents by digests."""
+    """All that the documents follow from, as JSON: settings by their names, contents of files by digests."""
     files = []
     for entry in entries:
         try:
@@ -389,7 +390,7 @@ def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -
 
 
 def _from_cache(path: Path, omissions: Omissions) -> dict[str, np.ndarray] | None:
-    """The arrays kept at `path`, `omissions` being told what was; None where there is nothing, or it is damaged."""
+    """The arrays kept at `path`, or None if there are none or the file is damaged; fills `omissions` from it."""
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
         with safe_open(path, framework="pt") as file:

@@ -25,7 +25,7 @@ class DataEntry(BaseModel):
     path: Path
     """The data file; a relative one is looked for beside the YAML, then in the current directory."""
     type: str = "text"
-    """A name for the group of data; nothing follows from it."""
+    """A name for the group of data; it has no effect."""
     prompt_type: Literal[(*PROMPT_TYPES, CHAT)] = "alpaca"
     """Template of the prompt; `chat` is the checkpoint's own, for conversations (--dialog) too."""
     preprocess: Literal["single_turn_llava"] | None = None

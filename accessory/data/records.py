@@ -18,7 +18,7 @@ from accessory.errors import DataError, is_there
 from accessory.tokenizer.sniff import what_is
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-"""Of data files, in small letters or capitals."""
+"""Suffixes of data files, in small letters or capitals."""
 _LISTED = "a JSON list of objects, an object a line, or one object that holds one list of objects"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _SHOWN, _LONGEST = 12, 40  # keys named in a message, and characters of each
@@ -40,7 +40,7 @@ _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value
 class Record:
     """One entry of a data file. `fault` says why it cannot be read, if it cannot.
 
-    number: which record of its file it is, from 1 on, where its line holds others too; 0 where the line says enough.
+    number: its place among the records of its file, from 1 on, if its line holds others too; 0 if the line is enough.
     """
 
     fields: dict[str, Any]
@@ -56,7 +56,7 @@ class Record:
 
 
 def place(path: Path | str, line: int, number: int) -> str:
-    """`file:line`, and which record of the file where the line alone does not tell."""
+    """`file:line`, and the record's number where that is not 0."""
     return f"{path}:{line} record {number}" if number else f"{path}:{line}"
 
 
@@ -71,7 +71,7 @@ def is_data_file(path: Path) -> bool:
 
 
 def what_to_do(path: Path) -> str | None:
-    """What is wrong with a path that is a directory, or a file of a kind known but not read here; None for others."""
+    """The error of a path that is a directory, or a file of a known kind that is not read here; None for others."""
     if is_there(path) and path.is_dir():
         return f"{path}: is a directory; expected a file. List several in a YAML, each as an entry of META."
     remedy = _REMEDIES.get(path.suffix.lower())
@@ -79,10 +79,10 @@ def what_to_do(path: Path) -> str | None:
 
 
 def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
-    """All records of a JSON list, of JSON Lines, or of a table with a header; `notes` is given what was not obvious.
+    """All records of a JSON list, of JSON Lines, or of a table with a header; how it was read is appended to `notes`.
 
-    A .json may hold an object a line too, or an object with one list of objects in it, and a .jsonl one list. A .csv is
-    separated by that of tabs, commas and semicolons which its header holds, a .tsv by tabs.
+    A .json may also hold one object a line, or an object with one list of objects in it; a .jsonl may also hold a list.
+    A .csv is separated by tabs, commas or semicolons, whichever its header holds; a .tsv by tabs.
 
     Raises `DataError` for a file that is missing, undecodable, not of its kind, or breaks off. A record that is not an
     object, repeats a key or holds NaN is returned with its `fault`; so is a line of JSON Lines that is no JSON, or no
@@ -162,7 +162,7 @@ def _read_list(text: str, start: int, path: Path) -> tuple[list[Record], int]:
 
 
 def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
-    """Where the one list of objects begins that the object at `start` holds."""
+    """Position of the one list of objects in the object at `start`."""
     try:
         values = json.loads(text[start:])
     except (ValueError, RecursionError) as error:
@@ -179,7 +179,7 @@ def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
 
 
 def _place_of(key: str, text: str, at: int, path: Path) -> int:
-    """Where the value of `key` begins in a JSON object that is known to be right and opens at `at`."""
+    """Position of the value of `key` in a valid JSON object that opens at `at`."""
     decoder, places = json.JSONDecoder(), {}
     while text[at] != "}":
         found, at = decoder.raw_decode(text, _after_space(text, at + 1))
@@ -241,7 +241,7 @@ def _read_table(text: str, path: Path, notes: list[str]) -> Iterator[Record]:
 
 
 def _separator(text: str, path: Path) -> str:
-    """The one of tabs, commas and semicolons that the header holds outside of quotes; cells may hold all of them."""
+    """The separator: tabs, commas or semicolons, whichever alone stands in the header outside of quotes."""
     header = _HEADER.match(text)[0]
     bare = re.sub(r'"[^"]*"', "", header)
     found = [separator for separator in _SEPARATORS if separator in bare]

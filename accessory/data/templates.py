@@ -42,7 +42,7 @@ CHAT = "chat"
 DIALOG = "dialog"
 """Name of the layout that --dialog gives conversations, where `prompt_type` is not `chat`."""
 LAYOUTS = (*PROMPT_TYPES, CHAT, DIALOG)
-"""All the ways a question may have stood in what was trained."""
+"""All layouts that a question may have in training data."""
 
 DIALOG_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -54,7 +54,7 @@ _CHAT_ROLES = {
     **{"human": "user", "gpt": "assistant", "observation": "tool"},
     **{role: role for role in ROLES},
 }
-"""Name of a speaker -> role of his messages, for a chat template."""
+"""Name of a speaker -> role of its messages, for a chat template."""
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TURN_KEYS = ("from", "value")
@@ -148,7 +148,7 @@ def conversation(fields: dict[str, Any]) -> list[Segment]:
 
 
 def question_prompt(question: str, context: str, layout: str) -> str | list[dict[str, str]] | DialogPrompt:
-    """A question as it stood in training, by the name of one of `LAYOUTS`. Raises `ConfigError` for another."""
+    """The prompt of a question in one of `LAYOUTS`, as training lays it out. Raises `ConfigError` for others."""
     if layout == CHAT:
         return question_messages(question, context)
     if layout == DIALOG:
@@ -211,7 +211,7 @@ def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str
         single = "; instruction and output are learned without --dialog and preprocess" if "output" in fields else ""
         raise UnusableRecord(f"has no list {_missing(fields, 'conversations')}{single}")
     found = [_turn(turn, roles) for turn in turns]
-    if fields.get("image"):  # whose place in the text is no word of it
+    if fields.get("image"):  # <image> marks its place in the text
         found = [(role, words.replace("<image>", "").strip()) for role, words in found]
     if any(role == roles["assistant"] and not words.strip() for role, words in found):
         raise UnusableRecord("'conversations' holds an empty answer")
@@ -241,13 +241,16 @@ def _text(fields: dict[str, Any], key: str) -> str:
 
 
 def _missing(fields: dict[str, Any], key: str) -> str:
-    """A key that is not there, with those that are and the one that may be meant."""
+    """The rest of a sentence on a missing key: the keys that are there, and the one that may be meant."""
     hint = nearest(key, fields).replace(" Did you mean", "; did it mean").rstrip("?")
     return f"{key!r} among its keys {shown_keys(fields) or '(it has none)'}{hint}"
 
 
 def unused_keys(fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool) -> list[str]:
-    """What a record holds that `prompt_type`, `--dialog` and `preprocess` make nothing of, empty values aside."""
+    """What a record holds and its layout does not read, for a message; empty values aside.
+
+    llava: whether `preprocess` takes instruction and output from the conversation.
+    """
     turns = fields["conversations"] if dialog or llava else []
     read = {"conversations"} if turns else _keys_of(prompt_type)
     found = [key for key, value in fields.items() if key not in read and value not in _EMPTY]
@@ -258,7 +261,7 @@ def unused_keys(fields: dict[str, Any], prompt_type: str, dialog: bool, llava: b
 
 @lru_cache
 def _keys_of(prompt_type: str) -> frozenset[str]:
-    """The keys of a single question and answer that a template makes use of."""
+    """The keys that a template reads of a record with a single question and answer."""
     marks = {"instruction": "\ufdd0", "input": "\ufdd1"}  # noncharacters, which no template holds
     prompt = PROMPT_TYPES.get(prompt_type, "{}{}".format)(*marks.values())
     return frozenset({"output", *(key for key, mark in marks.items() if mark in prompt)})

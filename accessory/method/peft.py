@@ -89,7 +89,7 @@ class Peft(Method):
         keys = ("lora_rank", "lora_alpha")
         try:
             trained = type(self.settings)(**{key: stated[key] for key in keys if key in stated})
-        except ValidationError:  # nothing is said that could be kept to
+        except ValidationError:  # no LoRA settings that could be compared
             return None
         if min(trained.lora_rank, self.settings.lora_rank) <= 0:
             return None

@@ -49,7 +49,7 @@ def highest(values: list[int], device: torch.device) -> list[int]:
 
 
 def differences(name: str, one: Any, other: Any) -> list[tuple[str, Any, Any]]:
-    """The values in which two pieces of JSON differ, each with the way to it in front; what is absent is null."""
+    """(path, value in `one`, value in `other`) for each difference of two pieces of JSON; absent values are None."""
     if isinstance(one, dict) and isinstance(other, dict):
         inner = [(f"{name}.{key}", one.get(key), other.get(key)) for key in dict.fromkeys([*other, *one])]
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):

@@ -13,10 +13,10 @@ from accessory.tokenizer.spm import SentencePieceTokenizer
 
 
 def with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
-    """The same tokenizer with `tokens` behind its vocabulary, in this order: text that spells one becomes it.
+    """The same tokenizer with `tokens` behind its vocabulary, in this order; text that spells one becomes its id.
 
-    Those that are added tokens already stay what they are, control tokens among them, which no text matches. Saving
-    keeps them. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
+    Added tokens that it has already stay what they are; control tokens among them are still not matched in text. Saving
+    keeps all. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
     """
     if not isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} takes no further tokens.")

@@ -87,7 +87,7 @@ class Tokenizer(ABC):
         return {}
 
     def added_tokens(self) -> dict[int, Added]:
-        """The tokens that are taken whole, by id: control tokens, and others wherever text spells them."""
+        """Id -> token of all that are taken whole: control tokens, and others, which text may spell."""
         return self.control_tokens()
 
     def special_names(self) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Chat:
         self._tokenizer, self._source = tokenizer, tokenizer.source
         self._template = ChatTemplate(tokenizer.chat_template, tokenizer.source, clock)
         self.layout = tokenizer.chat_template + (str(clock) if "strftime_now" in tokenizer.chat_template else "")
-        """Equal ones lay out equally, given the same tokenizer."""
+        """The template, and the clock if it prints the time: all that the layout depends on, for a given tokenizer."""
         self._left_out: dict[str, bool] = {}
         # Longest first, as a longer token may begin like a shorter one.
         self._controls = sorted(tokenizer.control_tokens().items(), key=lambda item: -len(item[1].content))
@@ -80,11 +80,12 @@ class Chat:
         return self._encode(self._render(self._hide(messages, hidden), add_generation_prompt), hidden)[0]
 
     def documents(self, messages: Sequence[Mapping[str, str]]) -> list[list[tuple[list[int], bool]]]:
-        """What is learned of a conversation: documents in stretches of ids, each with whether it is learned.
+        """The documents to learn a conversation from, each a list of stretches: (ids, whether they are learned).
 
-        Learned is every answer, whole, and its end, behind the very ids with which it is asked for. Answers share a
-        document as long as that allows; where a template lays out earlier turns anew, without their reasoning say,
-        another begins. Raises TokenizerError as `ids` does, and for an answer that the template does not end.
+        Every answer is learned whole, with its end, after exactly the ids that stand before it when it is asked for.
+        Answers share a document as long as the template leaves earlier turns as they were; where it changes them (drops
+        their reasoning, say), a new document begins. Raises TokenizerError as `ids` does, and for an answer that the
+        template does not end.
         """
         hidden: list[str] = []
         plain = self._hide(messages, hidden)
@@ -111,14 +112,14 @@ class Chat:
         return self._tokenizer.stop_ids | (frozenset() if found is None else {found})
 
     def _turn(self, before: list[dict[str, str]], content: str) -> tuple[str, str, str]:
-        """The text that an answer is asked for with, what is said to it, and what ends that."""
+        """(text before an answer, the answer, text that ends it), for an answer to the messages `before`."""
         asked, end = self._render(before, True), self._after_answer
         whole = self._render([*before, {"role": "assistant", "content": content}], False)
         answer = whole.removesuffix(end.rest)[len(asked) :]
         if whole == asked + answer + end.rest and holds(asked, answer, content):
             return asked, answer, end.closing
-        # The template cuts or rewrites this answer, or opens one otherwise where it is asked for: the words are laid
-        # where it would put others.
+        # The template cuts or rewrites this answer, or begins answers otherwise than it asks for them. The words then
+        # go where it puts those of a probe.
         framed, rest = self._around_answer(before)
         end = self._ending(rest)
         if end.control is not None and end.control not in self.stop_ids:
@@ -141,6 +142,7 @@ class Chat:
         return _Ending(rest, rest[: found.end()], self._id(found)) if found else _Ending(rest, "", None)
 
     def _around_answer(self, before: list[dict[str, str]], behind: Sequence[dict[str, str]] = ()) -> tuple[str, str]:
+        """Rendered text before and after an answer that stands between the messages `before` and `behind`."""
         rendered = self._render([*before, {"role": "assistant", "content": _PROBE}, *behind], False)
         if rendered.count(_PROBE) != 1:
             raise TokenizerError(
@@ -156,7 +158,7 @@ class Chat:
             messages = [user, {"role": "assistant", "content": "a"}, probe] if role == "tool" else [probe, user]
             try:
                 self._left_out[role] = _PROBE not in self._render(messages, True)
-            except TokenizerError:  # it says so of the conversation, too
+            except TokenizerError:  # rendering the conversation will say so
                 self._left_out[role] = False
         if self._left_out[role]:
             raise TokenizerError(f"{self._source}: its chat template leaves out what the role {role!r} says.")

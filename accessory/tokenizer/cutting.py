@@ -82,7 +82,7 @@ def _deepseek_coder() -> pre_tokenizers.PreTokenizer:
 
 
 def _unnamed() -> pre_tokenizers.PreTokenizer:
-    """What llama.cpp does where a file does not name its way."""
+    """What llama.cpp does if a file names no way."""
     return _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
 
 
@@ -113,6 +113,7 @@ _WAYS: dict[Cutting, tuple[str, ...]] = {
 CUTTINGS = {name: way for way, names in _WAYS.items() for name in names}
 """`tokenizer.ggml.pre` -> the way. Of several names for one way, the first is the one to write."""
 WRITTEN = tuple(names[0] for names in _WAYS.values() if names[0] != "default")
+"""The names that are written, one for each way."""
 
 
 def name_of_cutting(pipeline: dict, opening: tuple[str, ...]) -> str | None:

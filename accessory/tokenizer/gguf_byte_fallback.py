@@ -1,7 +1,7 @@
 """A tokenizer.json of Llama 2's kind (byte-fallback BPE, blanks as ▁) as GGUF's `llama` vocabulary.
 
-There pieces have scores, as in sentencepiece, where tokenizer.json ranks merges: of all neighbours that are a piece
-together, those are merged whose piece has the highest score. The `transformers` library ranks merges by such scores.
+That vocabulary's pieces have scores, as in sentencepiece: of all neighbours that together are a piece, those are merged
+whose piece has the highest score. A tokenizer.json ranks merges instead; `transformers` makes its ranks from scores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_byte_fallback(pipeline: dict) -> bool:
 
 
 def space_prefix(pipeline: dict, source: str) -> Prefix:
-    """Where a blank is put before text: each stretch between added tokens, the first of a text, or none.
+    """Where a blank is put before text: always (each stretch between added tokens), the first of a text, or never.
 
     `pipeline` is a tokenizer.json (parsed). Raises `TokenizerError` for one that changes or cuts text in another way.
     """
@@ -46,10 +46,10 @@ def space_prefix(pipeline: dict, source: str) -> Prefix:
 
 
 def merge_scores(model: dict, control: Collection[str], source: str) -> dict[str, float]:
-    """Scores of the tokens that merges lead to, the first ones' being the highest.
+    """Token that merges make -> its score, the highest for the first merge.
 
-    `control` are the tokens that no text holds. Raises `TokenizerError` where merging by scores is another thing than
-    merging by ranks, or where a byte has no token: llama.cpp cannot encode a text then.
+    `control` are the tokens that no text holds. Raises `TokenizerError` if merging by scores would give other tokens
+    than merging by ranks, or if a byte has no token, without which llama.cpp cannot encode text.
     """
     ordinary = {token for token in model["vocab"] if token not in control and not BYTE.fullmatch(token)}
     if sum(map(bool, map(BYTE.fullmatch, model["vocab"]))) != 256:
@@ -73,10 +73,11 @@ def merge_scores(model: dict, control: Collection[str], source: str) -> dict[str
 
 
 def _ranks(merges: list[tuple[str, ...]]) -> dict[str, int] | None:
-    """The rank of each token that merges make, or None where the merges of one token lie apart.
+    """The rank of each token that merges make, or None if the merges of a token lie apart.
 
-    Those of one letter's runs may be mixed, the longest left parts first. LLaMA's runs of blanks all score alike: what
-    is merged already stands left, so that the leftmost of equals, which sentencepiece takes, has the longest left part.
+    Merges into runs of one letter may be mixed if longer left parts come first. LLaMA's runs of blanks have equal
+    scores, of which sentencepiece merges the leftmost; what is merged already stands on the left, so that this is the
+    pair with the longest left part.
     """
     ranks: dict[str, int] = {}
     for _, group in groupby(merges, _letter_or_token):

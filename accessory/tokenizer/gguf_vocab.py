@@ -91,7 +91,7 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
     controls = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL}
     if set(CHATGLM_OPENING) <= controls:
         special.config["tokenizer_class"] = CHATGLM_CLASS
-    # llama.cpp cuts text at user-defined tokens first, and does what it does with a text to each part.
+    # llama.cpp cuts text at user-defined tokens first, and treats each part as a text of its own.
     own = {index for index, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
     special = replace(special, added={index: Added(tokens[index], special=False) for index in own})
     proto = ModelProto()
@@ -110,7 +110,7 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
 
 
 def _with_one_unknown(values: dict[str, object], tokens: list[str], types: list[int], source: str) -> list[int]:
-    """Types as sentencepiece must have them: llama.cpp's converter has called padding unknown, and `<unk>` control."""
+    """Types with one unknown token, as sentencepiece needs; converters have called padding unknown, `<unk>` control."""
     unknown = _special_id(values, "unknown", len(tokens), source)
     if unknown is None:
         unknown = types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else 0

@@ -36,7 +36,7 @@ class JsonTokenizer(Tokenizer):
     ) -> None:
         """`definition` is the text of a tokenizer.json; `source` is named in the TokenizerError of an unusable one.
 
-        `model_file` is the tokenizer.model that lay beside it: other readers' form of it, saved as it is.
+        `model_file` holds the bytes of the tokenizer.model beside it, which other programs read; it is saved unchanged.
         """
         self._definition, self.special, self.source, self.model_file = definition, special, source, model_file
         pipeline = self.pipeline()
@@ -127,8 +127,8 @@ class JsonTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer.model as they were read, tokenizer_config.json, and the stop ids.
 
-        Beside a tokenizer.model, tokenizer_config.json lists all added tokens, and added_tokens.json those the model
-        lacks, for those who read no tokenizer.json.
+        With a tokenizer.model, tokenizer_config.json lists all added tokens and added_tokens.json those that the model
+        lacks, for programs that read no tokenizer.json.
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FILE_NAME).write_text(self._definition, encoding="utf-8", newline="")

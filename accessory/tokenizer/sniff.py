@@ -24,7 +24,7 @@ def what_is(path: Path) -> str:
 
 
 def may_be_model(path: Path) -> bool:
-    """Whether a tokenizer.model is more than what a failed download left: no Git-LFS pointer, no page."""
+    """Whether a file can be a tokenizer.model; a Git-LFS pointer or a page that a failed download left cannot."""
     head = _head(path)
     return _is_binary(head) or is_tiktoken(head)
 
@@ -35,7 +35,7 @@ def holds_tiktoken(path: Path) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    """What the file begins with, nothing where it cannot be read."""
+    """The first bytes of the file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD_BYTES)

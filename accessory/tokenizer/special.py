@@ -15,7 +15,7 @@ NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 NUMBERING_FILES = ("generation_config.json", "config.json")
 TEMPLATE_FILE, ADDED_FILE = "chat_template.jinja", "added_tokens.json"
 NEW_TOKENS = "accessory_new_tokens"
-"""Key of tokenizer_config.json that lists what `SpecialTokens.new` gives."""
+"""Key of tokenizer_config.json for `SpecialTokens.new`."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _Found = TypeVar("_Found")
 
@@ -51,8 +51,8 @@ class SpecialTokens:
         stop_ids: all ids that end an answer, as generation_config.json or config.json lists them.
         added: tokens with the ids they have, or shall have, in the vocabulary.
         named: names of all special tokens (BOS, EOS, unknown, padding, additional ones), given without an id.
-        config: the content of tokenizer_config.json, chat template and the names of other files included, kept so that
-            saving loses nothing.
+        config: the content of tokenizer_config.json, with the chat template and the names that other files give, kept
+            so that saving loses nothing.
     """
 
     bos: str | None = None
@@ -96,7 +96,7 @@ def read_special_tokens(directory: Path, *, whole_json: bool = False) -> Special
         no_bos="bos_token" in config and config["bos_token"] is None,
         add_bos=add_bos,
         stop_ids=stop_ids,
-        added=_added(directory, config, named, asked=not (whole_json and "added_tokens_decoder" in config)),
+        added=_added(directory, config, named, read_plain=not (whole_json and "added_tokens_decoder" in config)),
         named=named,
         config=_with_template(directory, _with_names(config, naming[1][1])),
     )
@@ -153,16 +153,16 @@ def write_object(path: Path, content: dict) -> None:
 
 
 def _with_names(config: dict, names: dict) -> dict:
-    """The configuration with what only special_tokens_map.json names in it."""
+    """The configuration, with the `names` of special_tokens_map.json that it lacks."""
     return {**config, **{key: value for key, value in names.items() if config.get(key) is None}}
 
 
-def _added(directory: Path, config: dict, named: tuple[str, ...], asked: bool) -> dict[int, Added]:
-    """Tokens of added_tokens.json, if it is `asked`, and over them those of tokenizer_config.json, which says more.
+def _added(directory: Path, config: dict, named: tuple[str, ...], read_plain: bool) -> dict[int, Added]:
+    """Tokens of added_tokens.json, if `read_plain`, replaced by those of tokenizer_config.json, which says more.
 
-    The first file tells no special tokens. As for transformers they are the named ones, others are matched in text.
+    The first file does not say which tokens are special: as in transformers, the named ones are.
     """
-    plain, path = read_object(directory / ADDED_FILE) if asked else {}, directory / NAMING_FILES[0]
+    plain, path = read_object(directory / ADDED_FILE) if read_plain else {}, directory / NAMING_FILES[0]
     found = {}
     for content, token_id in plain.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not content:

@@ -42,9 +42,9 @@ class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, with BOS, EOS and unknown as the model states them unless `special` says otherwise.
 
     `definition` is the model as it was read, `proto` the one it works with: added tokens are pieces of it, and control
-    tokens are control pieces. `special` is what the files beside it state, `legacy` among it: whether a space is made
-    up behind a control token. Meta's code, which encodes each message by itself, llama.cpp and transformers before
-    version 5 do so where no file speaks of it.
+    tokens are control pieces. `special` is what the files beside it state; its key `legacy` says whether a space is put
+    before text that follows a control token. Without that key it is, as in Meta's code (which encodes each message by
+    itself), llama.cpp and transformers before version 5.
     """
 
     def __init__(self, definition: bytes, special: SpecialTokens | None = None, *, source: str = FILE_NAME) -> None:
@@ -146,7 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
         if (directory / "tokenizer.json").exists():
             raise TokenizerError(f"{directory} holds a tokenizer.json, which would be read in place of {FILE_NAME}.")
         (directory / FILE_NAME).write_bytes(self.definition)
-        # Without a class, transformers reads the model in a way of no model.
+        # Without a class, transformers reads the file in a way that fits no model.
         usual = {"tokenizer_class": "LlamaTokenizer"} if self.proto.trainer_spec.model_type == TrainerSpec.BPE else {}
         write_special_tokens(
             directory,
@@ -169,7 +169,7 @@ def open_sentencepiece(path: Path, special: SpecialTokens) -> SentencePieceToken
 
 
 def write_model_file(directory: Path, definition: bytes, ids: dict[str, int]) -> None:
-    """Write tokenizer.model as it was read, and added_tokens.json: what it lacks of the tokens `ids`.
+    """Write tokenizer.model as it was read, and in added_tokens.json those of the tokens `ids` that it lacks.
 
     For llama.cpp's converter and others that read no tokenizer.json beside it.
     """
@@ -215,7 +215,7 @@ def _usual_opening(special: SpecialTokens, ids: dict[str, int], bos_id: int | No
 
 
 def _filler(token_id: int) -> str:
-    """The name of an id that a list of added tokens leaves out."""
+    """The piece for an id that a list of added tokens leaves out."""
     return f"[UNUSED{token_id}]"
 
 

@@ -14,9 +14,9 @@ from accessory.tokenizer.special import Added
 from accessory.tokenizer.spm import BLANK, SentencePieceTokenizer
 
 EXTRA_BLANKS = (" {2,}", r"\A ", r"▁+\z")
-"""What takes one blank for several, and those around a text away, as regular expressions."""
-_WHOLE = -0.1  # what sentencepiece's Unigram gives a user-defined piece
-_CHECKED = 64  # pieces, or blanks, that make up one of the texts by which a pipeline is checked
+"""Regular expressions of the blanks that a model may remove: several in a row (one stays), leading, trailing."""
+_WHOLE = -0.1  # score that sentencepiece's Unigram gives a user-defined piece
+_CHECKED = 64  # pieces, or blanks at most, in a text that checks a pipeline
 _HINT = "Write the model in another format, or give another form of its tokenizer."
 _Piece = ModelProto.SentencePiece
 
@@ -52,9 +52,9 @@ def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
 
 
 def _model(tokenizer: SentencePieceTokenizer) -> models.Model:
-    """The pieces at work. User-defined ones, to which no merge leads, are taken whole where `_pre_tokenizers` cuts.
+    """The model with all pieces. In a BPE no merge makes a user-defined piece: `_pre_tokenizers` cuts it out whole.
 
-    A Unigram weighs them as sentencepiece does, better than any learned one.
+    In a Unigram such pieces score higher than any learned one, as in sentencepiece.
     """
     proto = tokenizer.proto
     (unknown,) = (index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN)
@@ -75,8 +75,8 @@ def _model(tokenizer: SentencePieceTokenizer) -> models.Model:
 def _merges(proto: ModelProto) -> list[tuple[str, str]]:
     """Every way to put a piece together of two, in the order in which sentencepiece prefers them.
 
-    It merges what scores highest, the leftmost among equals. LLaMA's runs of blanks all score alike, where the leftmost
-    is the pair with the longer left part, since what is merged already stands left.
+    It merges the pair whose piece scores highest, among equals the leftmost. LLaMA's runs of blanks have equal scores;
+    there the leftmost pair has the longest left part, since what is merged already stands on the left.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     ways = (
@@ -106,11 +106,11 @@ def _normalizers(proto: ModelProto, legacy: bool) -> list[normalizers.Normalizer
 def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.PreTokenizer]:
     proto, steps = tokenizer.proto, []
     if proto.normalizer_spec.add_dummy_prefix and not tokenizer.legacy:
-        # Only this step knows where a text begins, but it adds no blank before a blank: there is none left here.
+        # Only Metaspace knows where a text begins, but it adds no blank before a blank; by now there are only ▁.
         steps.append(pre_tokenizers.Metaspace(" ", "first", split=False))
         steps.append(pre_tokenizers.Metaspace(BLANK, "never", split=False))
-    # The library looks for all entries of a Unigram, and for those that are a word by themselves where some are taken
-    # whole. A text that spells a special piece would become it, so it is cut where sentencepiece cuts such a text.
+    # A text that spells a special piece would become that piece in a Unigram; in a BPE, too, if user-defined pieces are
+    # cut out and it stands alone between them. So it is cut where sentencepiece cuts it.
     kinds = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE, _Piece.UNUSED)
     names, whole = _names(tokenizer, *kinds), _alternatives(_names(tokenizer, _Piece.USER_DEFINED))
     apart = "|".join(_in_two(name, tokenizer) for name in names)
@@ -123,7 +123,7 @@ def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.Pr
 
 
 def _in_two(name: str, tokenizer: SentencePieceTokenizer) -> str:
-    """A regular expression of the first piece of a text that spells `name`, with the rest behind it."""
+    """A regular expression that matches the first piece of the text `name`, if the rest of `name` follows."""
     first = tokenizer.proto.pieces[tokenizer.encode(name, continuation=True)[0]]
     length = len(first.piece) if name.startswith(first.piece) else 1
     return f"{re.escape(name[:length])}(?={re.escape(name[length:])})"
@@ -145,7 +145,7 @@ def _decoders(proto: ModelProto) -> list[decoders.Decoder]:
 
 
 def _check(made: dict, tokenizer: SentencePieceTokenizer) -> None:
-    """Compare both over texts of all pieces and of blanks: the library has no words for all that sentencepiece does."""
+    """Compare both on texts of all pieces and of blanks, since the library cannot do all that sentencepiece does."""
     pipeline = Tokenizer.from_str(json.dumps(made))
     pipeline.encode_special_tokens = True
     pieces = _names(tokenizer, _Piece.NORMAL, _Piece.USER_DEFINED)

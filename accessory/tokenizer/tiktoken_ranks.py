@@ -101,7 +101,7 @@ def _special_names() -> list[str]:
 
 
 def _check_cutting(ranks: dict[bytes, int], path: Path) -> None:
-    """A token is learned inside a word: one that is cut in two belongs to another model's way of cutting."""
+    """Raise TokenizerError for a token that Llama 3's cutting would divide: it was learned with another cutting."""
     cut = _WAY.pre_tokenizer()
     for token in ranks:
         try:

@@ -1,4 +1,4 @@
-"""The files from which transformers, whatever its version, reads a tokenizer as we do."""
+"""Writes a tokenizer as files from which transformers, in any version, encodes text as we do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from accessory.tokenizer.special import FLAGS, Added, write_special_tokens
 from accessory.tokenizer.spm import SentencePieceTokenizer
 from accessory.tokenizer.spm_pipeline import pipeline_of
 
-_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is; others lay out parts of it anew
-# Keys that speak of files which are not there, or that the pipeline's own tokens answer.
+_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is; other classes replace parts of it
+# Keys that name files which are not written, or repeat what tokenizer.json says.
 _UNFIT = ("auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path", "added_tokens_decoder")
 
 

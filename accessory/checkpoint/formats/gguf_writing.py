@@ -98,7 +98,7 @@ def _laid_out(model: WholeModel, architecture: Architecture, target: Path) -> tu
 
 
 def _way_out(model: WholeModel, target: Path) -> str:
-    """What to do with a model that its own architecture cannot hold."""
+    """A sentence on which architecture or format to write where the model's own architecture would lose something."""
     for architecture in ARCHITECTURES.values():
         with suppress(CheckpointError):
             _laid_out(model, architecture, target)
@@ -107,9 +107,9 @@ def _way_out(model: WholeModel, target: Path) -> str:
 
 
 def _within_context(args: ModelArgs) -> ModelArgs:
-    """The same settings without what changes nothing within the context, for which llama.cpp has no words.
+    """The same settings, without those that llama.cpp cannot be told and that change nothing within the context.
 
-    A sliding window is the context then: within it every token attends to all before.
+    With a sliding window the window becomes the context: within it every token attends to all tokens before it.
     """
     update: dict[str, Any] = {}
     if args.rope_scaling and args.rope_scaling.kind == "dynamic":
@@ -141,7 +141,7 @@ def _fields(args: ModelArgs, architecture: Architecture) -> dict[str, Any]:
 def _check_nothing_lost(
     args: ModelArgs, fields: dict[str, Any], theirs: Tensors, architecture: Architecture, target: Path
 ) -> None:
-    """Raise `CheckpointError` naming the settings that llama.cpp would not find in the file, or not go by."""
+    """Raise `CheckpointError` naming the settings that llama.cpp would not find in the file, or would ignore."""
     reread = args_of(fields, theirs, architecture, target)
     rounded = {"norm_eps": as_float32(args.norm_eps), "rope_theta": as_float32(args.rope_theta)}
     if args.rope_scaling:

@@ -172,7 +172,7 @@ class _Adapter:
             )
 
     def _is_foreign(self, key: str) -> bool:
-        """Whether a name is of a module that the base's type does not have, or of a block beyond its last."""
+        """Whether tensor `key` belongs to a module that the base's type does not have, or to a block after its last."""
         module = _WRAPPER.sub("", key.removeprefix(PREFIX)).partition(".lora_")[0].removesuffix(".weight")
         found = self.architecture.names.ours(f"{module.removesuffix('.bias')}.weight")
         part = found[0] if found else None
@@ -210,7 +210,7 @@ class _Adapter:
         return tensors, self._settings(rank, scale, kinds, biases), self._notes(found, rank, kinds)
 
     def _notes(self, found: dict[str, Factors], rank: int, kinds: set[str]) -> tuple[str, ...]:
-        """What was added to make rank and linears alike in all blocks, as ours are."""
+        """What was added so that all blocks have LoRA on the same linears and of the same rank, as our method wants."""
         linears = [name for name in self.places.linears if name.rsplit(".", 1)[-1] in kinds]
         absent, lower = len(linears) - len(found), sum(factors.rank < rank for factors in found.values())
         if not (absent or lower):
@@ -257,7 +257,7 @@ def without_number(name: str) -> str:
 
 
 def _one_a_kind(keys: list[str]) -> list[str]:
-    """One name for all blocks."""
+    """The first name of each kind: numbers of blocks make no difference."""
     return sorted({without_number(key): key for key in reversed(keys)}.values())
 
 

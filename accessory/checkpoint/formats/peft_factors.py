@@ -14,9 +14,10 @@ from accessory.method.peft import truncated_normal
 
 @dataclass(frozen=True)
 class DrawnRows(LazyTensor):
-    """A's first rows from a file, where there are any, and below them rows as a new LoRA starts with, drawn by `name`.
+    """A's first rows from a file, if there are any, and below them random rows as a new LoRA has, seeded by `name`.
 
-    Beside columns of zeros in B they add nothing, and learn; rows of zeros would have no gradient for ever.
+    With zeros in the same columns of B the new rows add nothing at first, but learn. Zeros in both would never learn:
+    the gradient of each is a product with the other.
     """
 
     first: LazyTensor | None
@@ -116,7 +117,7 @@ class Factors:
         return replace(self, a=self.a.select(torch.arange(first, last)), b=SomeColumns(self.b, first, last))
 
     def fitted(self, rank: int, scale: float, name: str) -> Factors:
-        """The same product at another scale, which B makes up for, and at a rank no smaller; `name`: the linear's."""
+        """The same product at another scale, to which B is fitted, and at a rank no smaller; `name` is the linear's."""
         factor = self.scale / scale if scale else 1.0
         a = DrawnRows(self.a, (rank, self.a.shape[1]), name) if self.rank < rank else self.a
         exact = self.rank == rank and factor == 1.0

@@ -18,7 +18,7 @@ FAMILIES = tuple(dict.fromkeys(architecture.family for architecture in ARCHITECT
 def architecture_of(name: object, source: str) -> Architecture:
     """The model type called `name` in `source`, a file or a flag. Raises `CheckpointError` listing those we know."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        # What a file says is no slip of the pen: gpt_neo is no gpt_neox, and qwen no qwen2.
+        # A file's model type is not misspelled: gpt_neo is another model than gpt_neox, and qwen than qwen2.
         hint = nearest(str(name), ARCHITECTURES) if source.startswith("--") else ""
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{source}: model_type {name!r} is not supported.{hint} Known: {known}.")

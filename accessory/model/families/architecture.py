@@ -104,10 +104,10 @@ class Gguf:
     """How GGUF files hold this model type: their architecture, which channels of q and k rotate together, names.
 
     rope_factors: whether llama.cpp knows factors on its wavelengths, which is how Llama 3's scaling is stored.
-    positions: number of blocks -> kind of position, which no key says; it computes no other numbers (Baichuan).
+    positions: number of blocks -> kind of position, where llama.cpp tells it by that number alone (Baichuan).
     biases: our settings of the biases that llama.cpp has a place for.
-    tied: whether a file may lack the head, which is the embedding then. wide_heads: whether H x E may differ from D.
-    partial_rotary: whether fewer channels than a head has may rotate.
+    tied: whether a file may lack the head, in which case the embedding is used. wide_heads: whether H x E may differ
+    from D. partial_rotary: whether a part of a head's channels may stay unrotated.
     """
 
     architecture: str

@@ -20,7 +20,7 @@ _NAMES = Names(
     },
 )
 _BAICHUAN2_KEY = "z_loss_weight"
-"""A setting of training that each config.json of Baichuan 2 holds and none of Baichuan 1; nothing else tells them."""
+"""A training setting in every config.json of Baichuan 2 and none of Baichuan 1; nothing else tells them apart."""
 
 
 class _Baichuan(Architecture):

@@ -35,10 +35,10 @@ _KINDS = {"origin": "default", "dynamic": "dynamic"}
 
 
 class _InternLm(Architecture):
-    """Rotary settings in words of its own: base, and whether it grows with documents longer than the model's."""
+    """Own names for the rotary settings: the base, and whether it grows in documents longer than the model's."""
 
     def read(self, config: Config, source: str) -> ModelArgs:
-        """See `Architecture.read`. A file without them is of the first version, whose base was fixed."""
+        """See `Architecture.read`. A file without `rotary` is of the first version, whose base was fixed."""
         if (rotary := config.get("rotary")) is None:
             return super().read(config, source)
         if not isinstance(rotary, dict) or rotary.get("type") not in _KINDS:
