@@ -78,7 +78,7 @@ class Destination:
             write_torch_shards(model, target, dtype, self.to, self.ranks)
 
 
-def remark(path: Path) -> str | None:
+def transformers_hint(path: Path) -> str | None:
     """What transformers needs to open a Hugging Face directory of a type it does not know; None if it does know."""
     config = read_json(path / "config.json")
     name = config.get("model_type")
@@ -213,7 +213,7 @@ def export_adapter(
     if base_name:
         return None
     if base.format == "Hugging Face":
-        return remark(base.path)
+        return transformers_hint(base.path)
     return (
         f"adapter_config.json names the base {base.path}, which transformers cannot open as it is ({base.format}): "
         "write it with --to hf, and give that directory or a Hub name with --base_model"

@@ -30,7 +30,7 @@ from accessory.export import (
     merge,
     open_base,
     open_whole,
-    remark,
+    transformers_hint,
 )
 from accessory.meta import MetaModel
 from accessory.parallel import groups
@@ -295,7 +295,7 @@ class TestConvert:
         reference = written_by(baichuan2, tiny_base, tmp_path / "base")
         convert([tmp_path / "base"], tmp_path / "llama", Destination("hf", "fp32", architecture="llama"))
         assert apart(theirs(tmp_path / "llama"), reference.logits(TOKENS)) < TOLERANCE
-        assert remark(tmp_path / "llama") is None
+        assert transformers_hint(tmp_path / "llama") is None
 
     def test_trained_parts_are_refused(self, part: Path, tmp_path: Path) -> None:
         """Alone, and in one directory with their base, where LoRA and biases would be lost in silence."""
@@ -362,7 +362,7 @@ class TestAdapter:
     def test_base_of_a_type_that_needs_code_of_its_own(self, tiny_base: Path, tmp_path: Path) -> None:
         """transformers knows no Baichuan: said, as it is of one that is written; with auto_map it finds the code."""
         convert([tiny_base], tmp_path / "llama", Destination("hf", "fp32"))
-        assert remark(tmp_path / "llama") is None
+        assert transformers_hint(tmp_path / "llama") is None
         base = tmp_path / "internlm"
         written_by(internlm, tiny_base, base)
         part = write_trained(base, tmp_path / "part", bias_tuning=False)

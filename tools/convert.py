@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool, sources_and_target
 from accessory.errors import ConfigError
-from accessory.export import Destination, asking_hint, convert, export_adapter, remark
+from accessory.export import Destination, asking_hint, convert, export_adapter, transformers_hint
 
 
 def main(
@@ -54,7 +54,7 @@ def main(
     else:
         destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
         convert(sources, target, destination, **reading)
-        said = remark(target) if to == "hf" else None
+        said = transformers_hint(target) if to == "hf" else None
     print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *filter(None, (said, asking_hint(sources))), sep="\n")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool, sources_and_target
-from accessory.export import Destination, asking_hint, check_precision, logit_error, merge, remark
+from accessory.export import Destination, asking_hint, check_precision, logit_error, merge, transformers_hint
 
 
 def main(
@@ -54,10 +54,9 @@ def main(
     base = merge(sources, target, destination, base=str(base) or None, drop_biases=drop_biases, **reading)
     print(f"{' + '.join(map(str, sources))} -> {target} ({to}, base {base})")
     text = None if probe is None else str(probe)
-    print(f"against the model as trained: {logit_error(sources, target, text, precision, **reading)}")
-    for said in (remark(target) if to == "hf" else None, asking_hint(sources)):
-        if said:
-            print(said)
+    error = logit_error(sources, target, text, precision, **reading)
+    said = transformers_hint(target) if to == "hf" else None
+    print(f"against the model as trained: {error}", *filter(None, (said, asking_hint(sources))), sep="\n")
 
 
 if __name__ == "__main__":

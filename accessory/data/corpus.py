@@ -1,12 +1,11 @@
-"""All documents of a run, tokenized once, with what was left out and why."""
+"""All documents of a run, tokenized once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from safetensors.numpy import save_file
 
 from accessory.data.batch import IGNORE
 from accessory.data.meta_config import DataEntry, load_data_config
-from accessory.data.records import Record, place, read_records
+from accessory.data.omissions import Omissions, Origin
+from accessory.data.records import Record, read_records
 from accessory.data.templates import (
     CHAT,
     DIALOG,
@@ -33,80 +33,10 @@ from accessory.data.templates import (
 from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import Chat, Tokenizer
 
-_SHOWN = 3  # records named per cause
-_LINES = 30  # of each kind in a report
 _CHUNK = 4096  # records tokenized at a time
 _FORMAT = 7  # to be raised where the same records come to make other documents
 _DIGITS = 32  # kept of a digest
-_TOLD = ("notes", "skipped", "unused", "truncated")  # of Omissions, in the cache
-
-
-Origin = tuple[int, int, int]
-"""Where a record comes from: the number of its entry in the data config, and `Record.line` and `Record.number`."""
-
-
-@dataclass
-class Omissions:
-    """What the report says of the data: what was skipped, not used or cut, and how files were read.
-
-    files: the file of each entry. settings: (number of the entry, a setting of it that has no effect). notes: (number
-    of the entry, how its file was read). skipped: cause -> records. unused: key that no layout reads -> (number of
-    records that have it, the first of them). truncated: number of documents cut at --max_words.
-    """
-
-    files: list[str]
-    settings: list[tuple[int, str]] = field(default_factory=list)
-    notes: list[tuple[int, str]] = field(default_factory=list)
-    skipped: dict[str, list[Origin]] = field(default_factory=dict)
-    unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
-    truncated: int = 0
-
-    def skip(self, cause: str, origin: Origin) -> None:
-        """Count a record that cannot be used."""
-        self.skipped.setdefault(cause, []).append(origin)
-
-    def ignore(self, keys: Iterable[str], origin: Origin) -> None:
-        """Count the keys of a used record that were not used."""
-        for key in keys:
-            count, first = self.unused.get(key, (0, origin))
-            self.unused[key] = count + 1, first
-
-    def where(self, origin: Origin) -> str:
-        """File and line."""
-        entry, line, number = origin
-        return place(self.files[entry], line, number)
-
-    def lines(self) -> list[str]:
-        """One line for each note, cause and key, with the first records that have it."""
-        notes = [f"{self.files[entry]}: {note}" for entry, note in (*self.settings, *self.notes)]
-        skipped = []
-        for cause, origins in self.skipped.items():
-            shown = [*map(self.where, origins[:_SHOWN])] + ["..."] * (len(origins) > _SHOWN)
-            skipped.append(f"skipped {len(origins):,}: {cause} ({', '.join(shown)})")
-        unused = [
-            f"not used: {key} of {count:,} records, from {self.where(first)} on"
-            for key, (count, first) in self.unused.items()
-        ]
-        return [line for kind in (notes, skipped, unused) for line in _first(kind)]
-
-    def check(self, origins: np.ndarray, most: float) -> None:
-        """Raise `DataError` where more than the share `most` of all records was skipped.
-
-        `origins` int32 [documents, 3] are those of the documents that were made; a record may have made several.
-        """
-        used = len(np.unique(origins, axis=0))
-        skipped = sum(map(len, self.skipped.values()))
-        if skipped > most * (used + skipped):
-            raise DataError(
-                f"{skipped:,} of {used + skipped:,} records cannot be used, more than --max_skipped {most:g} allows:\n"
-                + "\n".join([*self.lines(), "Mend them, or give a larger --max_skipped."])
-            )
-
-
-def _first(lines: list[str]) -> list[str]:
-    """As many lines as are worth reading."""
-    more = len(lines) - _LINES
-    return lines if more <= 0 else [*lines[:_LINES], f"... and {more:,} more like the last"]
+_CACHED = ("notes", "skipped", "unused", "truncated")  # fields of Omissions kept in the cache
 
 
 class Corpus:
@@ -380,10 +310,10 @@ def _fingerprint(identity: dict[str, Any]) -> str:
 
 
 def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -> None:
-    story = {name: json.dumps(getattr(omissions, name)) for name in _TOLD}
+    metadata = {name: json.dumps(getattr(omissions, name)) for name in _CACHED}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, path, metadata=story)  # written beside and renamed, so readers see all of it or nothing
+        save_file(arrays, path, metadata=metadata)  # written beside and renamed, so readers see all of it or nothing
         path.chmod(0o644)  # the library lets nobody else read it
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
@@ -394,10 +324,10 @@ def _from_cache(path: Path, omissions: Omissions) -> dict[str, np.ndarray] | Non
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
         with safe_open(path, framework="pt") as file:
-            story = file.metadata()
+            metadata = file.metadata()
             arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets", "origins")}
     except (OSError, SafetensorError):
         return None
-    for name in _TOLD:
-        setattr(omissions, name, json.loads(story[name]))
+    for name in _CACHED:
+        setattr(omissions, name, json.loads(metadata[name]))
     return arrays

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from accessory.data.records import SUFFIXES, is_data_file, what_to_do
+from accessory.data.records import SUFFIXES, is_data_file, path_fault
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import DataError, explain_validation, is_there, nearest
 from accessory.tokenizer.sniff import what_is
@@ -43,7 +43,7 @@ class DataEntry(BaseModel):
 
     @field_validator("ratio", mode="before")
     @classmethod
-    def _truth_is_no_share(cls, value: Any) -> Any:
+    def _refuse_truth_values(cls, value: Any) -> Any:
         """Pydantic would take `true` for 1."""
         if isinstance(value, bool):
             raise ValueError("expected a number")
@@ -52,7 +52,7 @@ class DataEntry(BaseModel):
 
 def load_data_config(path: Path) -> list[DataEntry]:
     """The entries of a YAML, or one entry for a plain data file. Raises `DataError` listing all faults."""
-    if fault := what_to_do(path):
+    if fault := path_fault(path):
         raise DataError(fault)
     if is_data_file(path):
         if not path.is_file():
@@ -85,7 +85,7 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
     except ValidationError as error:
         raise DataError(explain_validation(error, where, DataEntry.model_fields)) from error
     found = _find(entry.path, beside)
-    if fault := what_to_do(found or entry.path):
+    if fault := path_fault(found or entry.path):
         raise DataError(f"{where}: {fault}")
     if not is_data_file(entry.path):
         raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(SUFFIXES)}.")

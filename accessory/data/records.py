@@ -70,7 +70,7 @@ def is_data_file(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def what_to_do(path: Path) -> str | None:
+def path_fault(path: Path) -> str | None:
     """The error of a path that is a directory, or a file of a known kind that is not read here; None for others."""
     if is_there(path) and path.is_dir():
         return f"{path}: is a directory; expected a file. List several in a YAML, each as an entry of META."
@@ -90,12 +90,12 @@ def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
     """
     if not is_data_file(path):
         expected = f"{path}: is not a data file; expected one of {', '.join(SUFFIXES)}."
-        raise DataError(what_to_do(path) or expected)
+        raise DataError(path_fault(path) or expected)
     notes = [] if notes is None else notes
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(what_to_do(path) or f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(path_fault(path) or f"{path}: cannot be read ({error.strerror}).") from error
     if path.suffix.lower() in (".csv", ".tsv"):
         return list(_read_table(_text(content, path), path, notes))
     return _read_json(content, path, notes)

@@ -12,7 +12,8 @@ from torch import Tensor
 from accessory.checkpoint.lazy import LazyTensor
 from accessory.checkpoint.load import named_generator, targets
 from accessory.checkpoint.source import Source
-from accessory.data.corpus import Corpus, Omissions
+from accessory.data.corpus import Corpus
+from accessory.data.omissions import Omissions
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from tools.model_sizes import args_of

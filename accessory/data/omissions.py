@@ -1,0 +1,81 @@
+"""What a run does not use of its data, and why: counted, named, and shown before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from accessory.data.records import place
+from accessory.errors import DataError
+
+_SHOWN = 3  # records named per cause
+_LINES = 30  # of each kind in a report
+
+Origin = tuple[int, int, int]
+"""Where a record comes from: the number of its entry in the data config, and `Record.line` and `Record.number`."""
+
+
+@dataclass
+class Omissions:
+    """What the report says of the data: what was skipped, not used or cut, and how files were read.
+
+    files: the file of each entry. settings: (number of the entry, a setting of it that has no effect). notes: (number
+    of the entry, how its file was read). skipped: cause -> records. unused: key that no layout reads -> (number of
+    records that have it, the first of them). truncated: number of documents cut at --max_words.
+    """
+
+    files: list[str]
+    settings: list[tuple[int, str]] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    skipped: dict[str, list[Origin]] = field(default_factory=dict)
+    unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
+    truncated: int = 0
+
+    def skip(self, cause: str, origin: Origin) -> None:
+        """Count a record that cannot be used."""
+        self.skipped.setdefault(cause, []).append(origin)
+
+    def ignore(self, keys: Iterable[str], origin: Origin) -> None:
+        """Count the keys of a used record that were not used."""
+        for key in keys:
+            count, first = self.unused.get(key, (0, origin))
+            self.unused[key] = count + 1, first
+
+    def where(self, origin: Origin) -> str:
+        """File and line."""
+        entry, line, number = origin
+        return place(self.files[entry], line, number)
+
+    def lines(self) -> list[str]:
+        """One line for each note, cause and key, with the first records that have it."""
+        notes = [f"{self.files[entry]}: {note}" for entry, note in (*self.settings, *self.notes)]
+        skipped = []
+        for cause, origins in self.skipped.items():
+            shown = [*map(self.where, origins[:_SHOWN])] + ["..."] * (len(origins) > _SHOWN)
+            skipped.append(f"skipped {len(origins):,}: {cause} ({', '.join(shown)})")
+        unused = [
+            f"not used: {key} of {count:,} records, from {self.where(first)} on"
+            for key, (count, first) in self.unused.items()
+        ]
+        return [line for kind in (notes, skipped, unused) for line in _first(kind)]
+
+    def check(self, origins: np.ndarray, most: float) -> None:
+        """Raise `DataError` where more than the share `most` of all records was skipped.
+
+        `origins` int32 [documents, 3] are those of the documents that were made; a record may have made several.
+        """
+        used = len(np.unique(origins, axis=0))
+        skipped = sum(map(len, self.skipped.values()))
+        if skipped > most * (used + skipped):
+            raise DataError(
+                f"{skipped:,} of {used + skipped:,} records cannot be used, more than --max_skipped {most:g} allows:\n"
+                + "\n".join([*self.lines(), "Mend them, or give a larger --max_skipped."])
+            )
+
+
+def _first(lines: list[str]) -> list[str]:
+    """As many lines as are worth reading."""
+    more = len(lines) - _LINES
+    return lines if more <= 0 else [*lines[:_LINES], f"... and {more:,} more like the last"]
