@@ -127,7 +127,7 @@ def test_unknown_keys(tiny_base: Path, settings) -> None:
 
 
 def test_keys_of_others(tiny_base: Path, settings) -> None:
-    """Of peft and of Hugging Face's config.json: what they are called here, not what they resemble."""
+    """For keys of peft and of config.json the error gives our names, not those that look alike."""
     path = settings(r=4, target_modules=["q_proj"], hidden_size=128)
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_config=[path])
@@ -140,7 +140,7 @@ def test_keys_of_others(tiny_base: Path, settings) -> None:
 
 
 def test_a_hugging_face_config_as_settings(tiny_base: Path, tmp_path: Path) -> None:
-    """It describes Meta's files without params.json as well; which channels rotate together is the weights' own."""
+    """It also describes Meta's files without params.json; the rotary layout stays that of the weights."""
     convert([tiny_base], tmp_path / "meta", Destination("meta", dtype="fp32"))
     (tmp_path / "meta" / "params.json").unlink()
     tokens = torch.arange(20)
@@ -193,7 +193,7 @@ def test_unknown_type(tiny_base: Path) -> None:
     ("falcon_peft", "is not supported. Known: llama, "),
 ])  # fmt: skip
 def test_type_of_another_name(tiny_base: Path, asked: str, said: str) -> None:
-    """A model is told its family, not one that is spelled alike."""
+    """The error names the model's family, not one that is spelled alike."""
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type=asked)
     assert said in str(caught.value)
@@ -333,7 +333,7 @@ def test_blocks_that_are_not_there(meta) -> None:
 
 
 def test_settings_without_a_meaning_are_said(meta: Callable[..., Path]) -> None:
-    """A checkpoint's own file may hold keys that are another method's, or that would be computed with elsewhere."""
+    """A note names the keys in a checkpoint's own file that belong to another method or to other software."""
     path = meta(dim=64, n_layers=1, n_heads=4, moe={"num_experts": 8}, quantization_args={}, lora_rank=4)
     assert draw(path, llama_type="llama").notes == (
         f"{path}: not used of its settings, as unknown here: moe, quantization_args",

@@ -158,12 +158,12 @@ def test_unknown_flags(paths: list[str]) -> None:
      "torchrun starts the processes: torchrun --nproc-per-node=N, with its other flags, before the script."),
 ])  # fmt: skip
 def test_flags_of_others(paths: list[str], flag: str, said: str) -> None:
-    """What they are called here."""
+    """The error says what they are called here."""
     assert refusal([*paths, flag, "1"]) == [f"Unknown flag {flag}: {said}"]
 
 
 def test_a_name_means_what_the_entry_can_do(paths: list[str]) -> None:
-    """The longest document in training, the longest answer on the page; nothing where it has no such flag."""
+    """--max_length is --max_words in training and --max_seq_len in the demo; no hint where there is no such flag."""
     assert "--max_words" in refusal([*paths, "--max_length", "9"])[0]
     assert "--max_seq_len" in refusal([*paths[:2], "--max_length", "9"], DemoConfig)[0]
     assert refusal([*paths[:2], "--gradient_accumulation_steps", "9"], DemoConfig) == [
@@ -172,7 +172,7 @@ def test_a_name_means_what_the_entry_can_do(paths: list[str]) -> None:
 
 
 def test_names_on_the_hub(paths: list[str]) -> None:
-    """Nothing is fetched: said, with the command that does."""
+    """They are not fetched; the error gives the command that fetches them."""
     lines = refusal([*paths[2:], "--pretrained_path", "meta-llama/Llama-2-7b-hf", "--tokenizer_path", f"{paths[1]}/x"])
     assert lines == [
         "--pretrained_path meta-llama/Llama-2-7b-hf: no such file or directory. If this is a name on the Hugging Face "
@@ -183,7 +183,7 @@ def test_names_on_the_hub(paths: list[str]) -> None:
 
 
 def test_empty_values(paths: list[str]) -> None:
-    """A variable of the shell that is not set: it neither stands for the current directory nor for nothing."""
+    """An unset variable of the shell is taken neither for the current directory nor for an absent flag."""
     said = "'': expected a value; is a variable of the shell empty?"
     assert refusal(["--pretrained_path", "", "--data_config", ""]) == [
         f"--pretrained_path {said}",
@@ -199,7 +199,7 @@ def test_a_directory_for_a_file(paths: list[str]) -> None:
 
 
 def test_flags_that_would_do_nothing(paths: list[str]) -> None:
-    """Said rather than done without."""
+    """They are refused, not ignored."""
     assert refusal([*paths, "--quant_type", "nf4"]) == [
         "--quant_type nf4 without --quant changes nothing: give both, or neither."
     ]
@@ -250,7 +250,7 @@ def test_bad_values(paths: list[str], flag: str, value: str) -> None:
 
 
 def test_values_that_follow_from_others(paths: list[str]) -> None:
-    """A tenth of the learning rate at the end, a tenth of the epochs to warm up, unless said; one fault, if any."""
+    """min_lr is a tenth of lr, warmup_epochs a tenth of epochs, unless given; a wrong lr or epochs is one fault."""
 
     def found(*flags: str) -> tuple[float, float]:
         config = parse(FinetuneConfig, [*paths, *flags])

@@ -288,7 +288,7 @@ def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
 
 
 def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
-    """More in a row are no accident."""
+    """`MOST_SKIPPED` in a row; one more ends the run."""
     engine.skip_not_finite = True
     engine.schedule = Schedule(9, 2, 0.0, 1e-3, 1e-3, -1.0, 99, 99)
     engine.model.llma.norm.weight.data[0] = math.nan

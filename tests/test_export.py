@@ -331,7 +331,7 @@ class TestAdapter:
         return [tiny_base, first, second]
 
     def test_part_on_a_part(self, stacked: list[Path], tmp_path: Path) -> None:
-        """What the last holds, and of those before what it leaves out (here the norms), is one adapter of the base."""
+        """One adapter holds the last part's tensors, and those of earlier parts that it lacks (here the norms)."""
         base, first, second = stacked
         expected = ours(second)
         for i, paths in enumerate(([second], stacked)):
@@ -347,7 +347,7 @@ class TestAdapter:
         assert apart(theirs(written(stacked, tmp_path / "merged")), expected) < TOLERANCE
 
     def test_base_that_transformers_cannot_open(self, tiny_base: Path, tmp_path: Path) -> None:
-        """Said, with the way out, which is silent."""
+        """The note says to give --base_model, after which there is no note."""
         own = tmp_path / "own"
         convert([tiny_base], own, Destination("accessory", "fp32"))
         part = write_trained(own, tmp_path / "part", bias_tuning=False)
@@ -360,7 +360,7 @@ class TestAdapter:
         assert config["base_model_name_or_path"] == "me/base"
 
     def test_base_of_a_type_that_needs_code_of_its_own(self, tiny_base: Path, tmp_path: Path) -> None:
-        """transformers knows no Baichuan: said, as it is of one that is written; with auto_map it finds the code."""
+        """A note says that transformers knows no Baichuan, as for a written one; with auto_map it finds the code."""
         convert([tiny_base], tmp_path / "llama", Destination("hf", "fp32"))
         assert transformers_hint(tmp_path / "llama") is None
         base = tmp_path / "internlm"
@@ -373,7 +373,7 @@ class TestAdapter:
         assert export_adapter([base, part], tmp_path / "again", drop_biases=False) is None
 
     def test_refusals(self, tiny_base: Path, part: Path, tmp_path: Path) -> None:
-        """What is no trained part beside a base."""
+        """Anything but a base and trained parts."""
         whole = saved_whole(part, tmp_path / "whole")
         for paths in ([tiny_base], [tiny_base, whole], [whole]):
             with pytest.raises(CheckpointError, match="Expected a base and what was trained on it"):

@@ -1,4 +1,4 @@
-"""What other trainers' names are answered with is true of our flags and keys."""
+"""The answers to other trainers' names name flags and keys that we have."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_quantized_model_is_near_the_plain_one(checkpoint, tmp_path: Path) -> No
 
 
 def test_a_storage_format_alone_packs_the_base(checkpoint, tmp_path: Path) -> None:
-    """Nobody names one to have it ignored."""
+    """quant_type without quant is not ignored."""
     checkpoint()
     model = MetaModel.from_pretrained(tmp_path, quant_type="int8")
     assert model.llma.layers[0].attention.wq.weight.quant_type == "int8"
@@ -181,7 +181,7 @@ def test_prompt_keeps_its_end(model: MetaModel) -> None:
 
 
 def test_an_answer_beyond_what_the_model_was_made_for_is_said(model: MetaModel) -> None:
-    """Which has max_position_embeddings 256."""
+    """The model has max_position_embeddings 256."""
     with pytest.warns(UserWarning, match="beyond the 256 tokens"):
         model.generate(["a" * 250], max_gen_len=7)
     with warnings.catch_warnings():
@@ -259,7 +259,7 @@ def test_a_question_is_asked_in_the_tokens_training_laid_out(
 
 
 def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch) -> None:
-    """The next turn, which a model trained on conversations goes on with, is neither shown nor computed."""
+    """A model trained on conversations would go on with the next turn; that is neither shown nor computed."""
     said = [*model.tokenizer.encode(" Paris.\n# 1\n### Human: more"), EOS]
     computed = []
     monkeypatch.setattr(meta, "generate_tokens", lambda *_, **__: ([computed.append(token) or token] for token in said))
@@ -292,7 +292,7 @@ def test_settings_and_tokenizer_by_name(checkpoint, tmp_path: Path) -> None:
 
 
 def test_the_device(checkpoint, tmp_path: Path) -> None:
-    """CUDA where there is any, else the CPU, unless said; logits come back to where the tokens are."""
+    """By default CUDA where there is any, else the CPU; logits are returned on the device of the tokens."""
     checkpoint()
     place = "cuda" if torch.cuda.is_available() else "cpu"
     assert MetaModel.from_pretrained(tmp_path).llma.norm.weight.device.type == place

@@ -1,4 +1,4 @@
-"""`from accessory import ...`: what users need, without what it costs until it is asked for."""
+"""`from accessory import ...`: public names, which import PyTorch only when they are used."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_another_course_of_the_run_is_in_the_way(start, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_taken_out_of_the_way(start, tmp_path: Path) -> None:
-    """It would be gone on from later: said for each."""
+    """A later run would resume from it: the error names each."""
     for n in (1, 2):
         checkpoint(tmp_path / "out" / f"epoch{n}", n)
         (tmp_path / "out" / f".epoch{n}.removed").touch()  # where a directory is moved to before it is removed

@@ -1,4 +1,4 @@
-"""One save: room is made sure of, what is written is read back, older checkpoints go, and all of it is told."""
+"""One save: it checks for room, reads back what it wrote, removes older checkpoints, and reports all of it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_room_is_for_weights_moments_and_more(saver) -> None:
 
 
 def test_without_room_nothing_is_begun(saver) -> None:
-    """What was saved before stays; the disk is the main rank's to look at."""
+    """Earlier checkpoints stay; only the main rank looks at the disk."""
     one = saver()
     one(PROGRESS, "epoch0", None)
     one.needed = 10**18
@@ -109,7 +109,7 @@ def test_without_room_nothing_is_begun(saver) -> None:
 
 
 def test_older_ones_go_where_that_is_wanted(saver, capsys: pytest.CaptureFixture[str]) -> None:
-    """What cannot be removed is told, and no reason to fail."""
+    """One that cannot be removed is reported, and the save still succeeds."""
     for keep_last, left in ((None, ["epoch0", "epoch1", "epoch2"]), (2, ["epoch1", "epoch2"])):
         one = saver(keep_last=keep_last)
         for n in range(3):

@@ -115,7 +115,7 @@ def test_two_entries_of_one_file_stay_apart(write, tokenizer):
 
 
 def test_lengths_are_compared_with_what_a_model_reads(write, tokenizer):
-    """Those that --max_words has left; the first of several that are the longest is named."""
+    """After --max_words has cut documents; of several longest ones the first is named."""
     path = write("x.jsonl", [{"instruction": "q", "output": "a" * size} for size in (3, 60, 50, 60)])
     corpus = make(path, tokenizer)
     longest, middle = int(corpus.lengths.max()), int(corpus.lengths[2])

@@ -21,8 +21,8 @@ def test_skipped_records_are_counted_by_cause_with_their_first_lines(write, toke
     assert f"({path}:8)" in corpus.report and corpus.report.startswith("2 documents")
 
 
-def test_what_is_not_used_is_said_once_with_counts(write, tokenizer, tmp_path):
-    """Of values that are something, in records that are used, whether read now or from the cache."""
+def test_unused_keys_are_named_once_with_counts(write, tokenizer, tmp_path):
+    """Only non-empty values in used records count, read from the file or from the cache."""
     records = [
         {**GOOD, "system": "Be brief.", "history": [["a", "b"]], "id": 1},
         {**GOOD, "system": "Be long.", "history": [], "id": 2},
@@ -61,7 +61,7 @@ def test_what_a_conversation_holds_beside_its_words_is_not_used(write, tokenizer
     assert "not used: conversations after the first answer of 1 records" in llava.report
 
 
-def test_settings_that_change_nothing_are_said(write, tokenizer, tmp_path):
+def test_settings_without_effect_are_named(write, tokenizer, tmp_path):
     write("x.json", [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 8)
     settings = "path: x.json, preprocess: single_turn_llava, prompt_type: none, ratio: 0.5"
     make(write("c.yaml", f"META: [{{{settings}}}]"), tokenizer, dialog=True, cache_dir=tmp_path / "cache")

@@ -148,8 +148,8 @@ def test_documents_of_one_length_keep_their_order(corpus_of, shuffle, max_tokens
     assert found == (sorted(ids, key=lambda i: -(i % 2)) if shuffle or max_tokens else ids)
 
 
-def test_alone_unless_told(corpus_of):
-    """One rank, seed 0, what documents share packed once, no bound on tokens."""
+def test_defaults(corpus_of):
+    """One rank, seed 0, shared prefixes, no bound on tokens."""
     corpus = corpus_of(SIZES)
     given = GlobalOrder(
         corpus, batch_size=2, accum_iter=4, dp_rank=0, dp_size=1, seed=0, shuffle=True, max_tokens=None,

@@ -92,8 +92,8 @@ def test_unusable_records_give_their_cause(fields, cause):
 
 
 @pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
-def test_what_is_no_text_is_a_cause(key):
-    """Under any of the names that it is given."""
+def test_media_are_a_cause(key):
+    """Under each of their keys."""
     cause = rf"^has '{key}', and there is no vision or audio part yet$"
     with pytest.raises(UnusableRecord, match=cause):
         single_turn({"instruction": "q", "output": "a", key: ["x"]}, "alpaca")
@@ -101,8 +101,8 @@ def test_what_is_no_text_is_a_cause(key):
         conversation({**turns(("human", "q"), ("gpt", "a")), key: ["x"]})
 
 
-def test_keys_that_nothing_is_made_of():
-    """By what the template reads; empty values are none."""
+def test_unused_keys():
+    """They depend on what the template reads; keys with empty values do not count."""
     rest = {"system": "s", "id": 3, "empty": "", "null": None, "list": [], "map": {}}
     fields = {"instruction": "q", "input": "c", "output": "a", **rest}
     for prompt_type, read in (("alpaca", 2), ("chat", 2), ("shortqa", 1), ("caption", 0)):
@@ -145,7 +145,7 @@ def test_dialog_layout_and_what_is_learned_of_it():
 
 
 def test_words_of_a_dialog_stand_as_they_are():
-    """The first indentation of code above all; `<image>` is a word where there is no image."""
+    """The indentation at the start of code, above all; without an image `<image>` is a word."""
     question, answer = "  def f():\n", "    return '<image>'\n"
     fields = turns(("human", question), ("gpt", answer))
     assert [s.text for s in conversation(fields) if s.supervised] == [f" {answer}\n###"]

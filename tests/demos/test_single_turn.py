@@ -64,7 +64,7 @@ def test_trained_part_alone(trained: Path, expected: str, python) -> None:
 
 
 def test_asked_as_it_was_trained(tiny_base: Path, lora_config: Path, tmp_path: Path, python) -> None:
-    """Two layouts: that of most documents is followed, and said; another is said to be another."""
+    """Of two layouts that of most documents is used, with a note; a layout that training lacked gets a note, too."""
     records = json.loads((ROOT / "data_example" / "accessory_qa.json").read_text())
     (tmp_path / "few.json").write_text(json.dumps(records[:2]))
     (tmp_path / "most.json").write_text(json.dumps(records[2:9]))
@@ -233,7 +233,7 @@ def test_without_a_template_chat_is_refused(tiny_base: Path, python) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])  # one whose port is taken, and nobody's address
 def test_page_that_cannot_be_served(host: str, trained: Path, python) -> None:
-    """Said before the model is loaded."""
+    """The error comes before the model is loaded."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = ("--host", host, "--port", taken.getsockname()[1], "--password", "x")
         done = python(DEMO, "--pretrained_path", trained, "--device", "cpu", *place)

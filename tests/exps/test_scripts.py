@@ -64,7 +64,7 @@ def test_script_trains_with_upstreams_values(
 
 @pytest.mark.parametrize("words", [[], ["-", "BASE"], ["CONFIG", "-"]], ids=" ".join)
 def test_a_base_that_brings_its_own(words: list[str], tiny_base: Path, tmp_path: Path, clean_environment) -> None:
-    """A Hugging Face directory: settings and tokenizer are left out, `-`, or its own files; what was used is equal."""
+    """With a Hugging Face directory, params and tokenizer may be left out, `-`, or its own files, with one result."""
     script = next(s for s in SCRIPTS if s.stem == "alpaca_llamaPeft_normBiasLora")
     named = {"CONFIG": tiny_base / "config.json", "BASE": tiny_base}
     more = ("--data_config", DATA, "--max_words", "160", "--max_steps", "1")

@@ -66,9 +66,9 @@ def test_22_or_all_skip_the_step(not_finite: Path) -> None:
 
 
 def rescaled(folder: Path, factor: float, head: float = 1.0) -> Path:
-    """A base whose MLPs go up by less and down by more: the same function, gradients `factor` times as large within.
+    """The tiny base with a smaller w3 and a larger w2: it computes the same, and gradients between them are larger.
 
-    Those of a steeper `head` are larger everywhere.
+    `factor` times as large; a larger `head` makes all gradients larger.
     """
     base = folder / f"base-{factor:g}-{head:g}"
     base.mkdir()
@@ -101,7 +101,7 @@ def state(job: Job, checkpoint: str) -> dict:
 
 
 def test_22_fp16_finds_its_scale_and_goes_on_with_it(fp16: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Halvings at the start are said, and end nothing. Cut amid them and resumed: the same bits as in one piece."""
+    """It reports the halvings at its start and goes on. Stopped among them and resumed, it gives the same bits."""
     alone(fp16, "--max_steps", "8", "--save_steps", "2")
     first = state(fp16, "epoch0-iter2")
     assert (first["loss_scale"], first["skipped"]) == (16384, 2)
@@ -120,7 +120,7 @@ def test_22_fp16_finds_its_scale_and_goes_on_with_it(fp16: Job, tmp_path: Path, 
 
 @pytest.mark.parametrize("layout", [(), ("--model_parallel_size", "2")], ids=["data", "tensors"])
 def test_22_fp16_that_overflows_at_any_scale_ends_the_run(fp16: Job, tmp_path: Path, layout: tuple[str, ...]) -> None:
-    """At the floor, on both ranks after the same step, with status 5 and the flag that mends it."""
+    """At the smallest scale, on both ranks after the same step, with status 5 and the flag that helps."""
     fp16.base, fp16.ranks = rescaled(tmp_path, 1e5, head=1e3), 2
     more = ("--precision", "fp16", "--epochs", "9", "--batch_size", "1", "--accum_iter", "1", "--max_steps", "40")
     done = fp16.run(*more, *layout)
@@ -135,7 +135,7 @@ def test_22_fp16_that_overflows_at_any_scale_ends_the_run(fp16: Job, tmp_path: P
 
 
 def test_22_a_dry_run_in_fp16_takes_a_true_step(fp16: Job, capsys: pytest.CaptureFixture) -> None:
-    """However often it has to halve the scale before."""
+    """It first halves the scale as often as it takes."""
     alone(fp16, "--dry_run")
     out = capsys.readouterr().out
     norms = re.findall(r"grad norm +(\S+)", out)
@@ -145,7 +145,7 @@ def test_22_a_dry_run_in_fp16_takes_a_true_step(fp16: Job, capsys: pytest.Captur
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_22_a_run_of_skipped_steps_is_no_finished_one(fp16: Job, precision: str) -> None:
-    """In any precision, and no checkpoint says otherwise."""
+    """In any precision; no checkpoint of a finished run is left."""
     weights = load_file(fp16.base / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, fp16.base / "model.safetensors", {"format": "pt"})

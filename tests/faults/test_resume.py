@@ -140,7 +140,7 @@ def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torch
 
 
 def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_config: Path) -> None:
-    """The time of day stands in every document; a run goes on with that at which it began, and says so to the next."""
+    """Every document holds the time. A resumed run keeps the time at which the first run began, and saves it again."""
     base = shutil.copytree(job.base, tmp_path / "timed")
     (base / "chat_template.jinja").write_text(
         "{{ strftime_now('%d %b %Y, %H:%M:%S') }}\n{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -201,7 +201,7 @@ def test_06_what_is_allowed_may_change(saved: Job) -> None:
 
 
 def test_06_what_follows_from_what_is_allowed_may_change_too(saved: Job, capsys: pytest.CaptureFixture) -> None:
-    """The last learning rate and the warm-up, where they are not given; one that is given is another matter."""
+    """min_lr and warmup_epochs follow lr and epochs if they were not given; a given one that differs is refused."""
     run = replace(saved, output=saved.output.with_name("plain"))
     flags = [flag for flag in run.flags() if flag not in ("--warmup_epochs", "0.2")]
     finetune(parse(FinetuneConfig, [*flags, "--max_steps", "2"]))

@@ -171,8 +171,8 @@ def test_what_can_be_made_again_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_what_nobody_reads_has_its_gradients(kind: str | None) -> None:
-    """As where a block runs again for its backward: of the same shapes, whatever their numbers."""
+def test_unread_outputs_have_the_same_gradients(kind: str | None) -> None:
+    """As where a block runs again for its backward: unread outputs have the right shapes, whatever they hold."""
     made, leaves = products(kind, lora=True, bias=True, dropout=0.25)
     x = random(TOKENS, INPUTS, seed=5).requires_grad_()
     read, unread = project(x, made), project(x, made, unread=True)

@@ -68,7 +68,7 @@ def test_transformers_gives_their_ids_too(tokenizer, tmp_path):
 
 
 def test_llama_cpp_gives_their_ids_too(tokenizer, llama_cpp, tmp_path, sentences):
-    """All but those that it holds for control tokens, whatever a file says, because they are spelled so."""
+    """Except tokens that llama.cpp takes for control tokens by their spelling, whatever the file says."""
     new = [*NEW[:2], "two  blanks"]
     ours = with_added_tokens(tokenizer, new)
     texts = [*sentences, *(text.replace(" ", token) for text in sentences for token in (*new, " <tok> "))]
@@ -115,7 +115,7 @@ def test_an_ordinary_token_is_refused(tokenizer):
 
 
 def test_what_follows_one_is_part_of_what_defines_a_tokenizer(spm_model, tmp_path):
-    """`legacy` decides over a blank behind it, hence over the documents of a run and of its resumption."""
+    """`legacy` decides whether a blank follows it, and so changes documents; the fingerprint must tell."""
     (tmp_path / "tokenizer.model").write_bytes(spm_model)
     made = []
     for legacy in (True, False):

@@ -30,7 +30,7 @@ def model():
 
 @pytest.mark.parametrize("pre", CUTTINGS)
 def test_every_way_is_llama_cpps(model, llama_cpp, tmp_path, pre):
-    """llama.cpp composes no characters, and tells some otherwise than two ways do."""
+    """Except that llama.cpp does not compose characters, and sorts some of them into other kinds in two ways."""
     tokens, merges = model
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     writer.add_tokenizer_model("gpt2")

@@ -71,7 +71,7 @@ def as_gguf(tokenizer, path, rows):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ids_are_the_same_everywhere(pipeline, llama_cpp, tmp_path, form):
-    """In transformers, here, in llama.cpp and here again behind GGUF; save where a text begins with a blank."""
+    """In transformers, here, in llama.cpp, and here from GGUF; some forms differ on texts that begin with a blank."""
     ours = lay(tmp_path / "hf", pipeline, **FORMS[form])
     path = as_gguf(ours, tmp_path / "v.gguf", 1510)
     texts = [text for text in TEXTS if form not in DIFFERENCES or not text.startswith((" ", "▁"))]
@@ -117,7 +117,7 @@ def test_the_model_beside_is_what_merges_cannot_say(llama_cpp, spm_model, tmp_pa
 
 @pytest.mark.parametrize("form", ["Llama 2", "no blank before a text", "tokenizer.model"])
 def test_a_conversation_and_new_tokens(pipeline, spm_model, llama_cpp, tmp_path, form):
-    """What stands between control tokens is cut as llama.cpp cuts it, from the files of Hugging Face and from GGUF."""
+    """Text between control tokens becomes llama.cpp's ids, read from Hugging Face's files or from GGUF."""
     if form in FORMS:
         lay(tmp_path, pipeline, **FORMS[form])
     else:

@@ -27,7 +27,7 @@ def lay(directory, vocabulary, **config):
 
 
 def differing(texts, ours, theirs):
-    """The texts of which two readers make something else."""
+    """The texts that two readers encode differently."""
     return [(text, a, b) for text, a, b in zip(texts, ours, theirs, strict=True) if a != b]
 
 

@@ -49,7 +49,7 @@ def test_merged_model_and_its_error(python, part: Path, tmp_path: Path) -> None:
 
 
 def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
-    """What is written does not say how questions were laid out in training; the tool does, where it matters."""
+    """Written models do not state the layout of questions; the tool prints it if it is not the default."""
     part = write_trained(tiny_base, tmp_path / "part")
     run = json.loads((part / "run.json").read_text())
     for layout, said in (
@@ -95,7 +95,7 @@ def test_user_errors(called, part: Path, tmp_path: Path, arguments: tuple[str, .
 
 
 def test_no_target(called, part: Path) -> None:
-    """One path is what to read, or what to write: which, is not guessed."""
+    """A single path could be the source or the target: it is refused."""
     done = called("tools/merge.py", part)
     assert done.returncode == 1
     assert done.stderr == f"ConfigError: Found {part}; expected SOURCE [SOURCE ...] TARGET.\n"

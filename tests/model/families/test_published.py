@@ -205,7 +205,7 @@ def test_rotary_words_of_their_own(name: str, change: dict, wanted: dict) -> Non
 
 
 def test_baichuan_2_is_told_by_its_own_key() -> None:
-    """Not by the size of a vocabulary, which added tokens change: those of either have any."""
+    """Not by the size of its vocabulary, which added tokens change."""
     baichuan = architecture_of("baichuan", "here")
     for size in (64000, 64003, 125696, 125700):
         one = PUBLISHED["baichuan-inc/Baichuan-7B"][0] | {"vocab_size": size}
@@ -226,11 +226,11 @@ ELSEWHERE = {
     "head_dim", "rope_parameters", "sliding_window", "layer_types", "do_layer_norm_before",
     "_remove_final_layer_norm", "layer_norm_elementwise_affine",
 }  # fmt: skip
-"""Keys that code of ours reads, and no table."""
+"""Keys that are read by our code, not by a table."""
 
 
 def test_what_transformers_knows() -> None:
-    """The four that it has no code of its own for."""
+    """All model types but four."""
     foreign = {name for name, architecture in ARCHITECTURES.items() if not architecture.native}
     assert foreign == set(ARCHITECTURES) - set(transformers.models.auto.configuration_auto.CONFIG_MAPPING)
     assert foreign == {"baichuan", "internlm", "internlm2", "chatglm"}
@@ -242,7 +242,7 @@ SOURCES = {name: files for name in ARCHITECTURES if (files := [*(MODELS / name).
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_key_that_transformers_computes_with_is_ignored(name: str) -> None:
-    """By its own source: what the model's code asks of a config is read, refused or known to change nothing."""
+    """Every key that the source of its code reads from a config is read here, refused, or known to change nothing."""
     asked = set(re.findall(r"\bconfig(?:\.|, \")([a-z_]+)", "".join(file.read_text() for file in SOURCES[name])))
     architecture = architecture_of(name, "here")
     read = {key for keys in architecture.keys.values() for key in keys.split("|")} | set(architecture.required)
@@ -252,7 +252,7 @@ def test_no_key_that_transformers_computes_with_is_ignored(name: str) -> None:
 
 
 def test_unknown_type() -> None:
-    """All known are named; the nearest only to who writes a flag: what a file says is another model, no misspelling."""
+    """The error names all known types, and the nearest only for a flag: a type in a file is not misspelled."""
     for name in ("qwen33", "gpt_neo", "llama4", "qwen", 7):
         with pytest.raises(CheckpointError) as caught:
             architecture_of(name, "here/config.json")
