@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from accessory.checkpoint.retention import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
-from accessory.data.templates import LAYOUTS
+from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import ConfigError, explain_validation, hub_hint, is_there
 from accessory.foreign_names import unknown
 from accessory.optim import OPTIMIZERS
@@ -199,8 +199,8 @@ class DemoConfig(BaseModel):
     """Format of the packed base; absent: as trained, or nf4."""
     prompt: list[str] = []
     """Questions to answer in the terminal; without any, a page is served."""
-    system_prompt: Literal[LAYOUTS] | None = None
-    """Layout of the question: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
+    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
+    """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.1, ge=0)

@@ -15,7 +15,7 @@ from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.load import overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked
-from accessory.checkpoint.run_record import trained_layouts, trained_tokens, with_base
+from accessory.checkpoint.run_record import trained_prompt_layouts, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, nearest
@@ -222,7 +222,7 @@ def export_adapter(
 
 def asking_hint(paths: list[Path]) -> str | None:
     """How to ask a model made of `paths`, since only our run.json states the layout; None if it is the default one."""
-    layouts = trained_layouts(with_base(list(paths)))
+    layouts = trained_prompt_layouts(with_base(list(paths)))
     if not layouts or layouts[0] == "alpaca":
         return None
     return f"trained on questions laid out as {layouts[0]}: ask it with --system_prompt {layouts[0]}"

@@ -425,7 +425,7 @@ def _saver(
             base,
             blueprint.quant_type,
             job.corpus.fingerprint,
-            job.corpus.documents_by_layout(),
+            job.corpus.documents_by_prompt_layout(),
             job.began,
         ),
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
 from accessory.checkpoint.load import fill, resolve
-from accessory.checkpoint.run_record import trained_layouts, with_base
+from accessory.checkpoint.run_record import trained_prompt_layouts, with_base
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, nearest
@@ -34,12 +34,14 @@ _UNFINISHED = ("\N{REPLACEMENT CHARACTER}", *(DIALOG_END[:length] for length in 
 class MetaModel(nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
-    layouts: those of the questions in the training data, the one with most documents first; empty where unknown.
+    prompt_layouts: those that training data was in, the one with most documents first; empty where unknown.
     """
 
-    def __init__(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, layouts: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, prompt_layouts: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self.llma, self.tokenizer, self.layouts = llma, tokenizer, layouts
+        self.llma, self.tokenizer, self.prompt_layouts = llma, tokenizer, prompt_layouts
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -57,16 +59,17 @@ class MetaModel(nn.Module):
         return next_token_logits(self.llma, hidden).to(tokens.device)
 
     @property
-    def layout(self) -> str:
+    def prompt_layout(self) -> str:
         """The default layout of a question: that of most training documents, or alpaca where unknown."""
-        return self.layouts[0] if self.layouts else "alpaca"
+        return self.prompt_layouts[0] if self.prompt_layouts else "alpaca"
 
-    def question(self, question: str, context: str = "", layout: str | None = None) -> Prompt:
+    def question(self, question: str, context: str = "", prompt_layout: str | None = None) -> Prompt:
         """The prompt of a question, and perhaps an input that belongs to it, as training lays it out; for `generate`.
 
-        layout: one of `accessory.data.templates.LAYOUTS`; absent: `self.layout`. Raises `ConfigError` for another.
+        prompt_layout: one of `accessory.data.templates.PROMPT_LAYOUTS`; absent: `self.prompt_layout`. Raises
+        `ConfigError` for another.
         """
-        return question_prompt(question, context, layout or self.layout)
+        return question_prompt(question, context, prompt_layout or self.prompt_layout)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt as in training. If it is too long, its end is kept, with a warning.
@@ -203,7 +206,7 @@ def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq
     decoder, attachment = together(lambda: blueprint.build(layout))
     tensors = together(lambda: resolve(decoder, sources, attachment, initialize=False))
     together(lambda: fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False)))
-    model = MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_layouts(sources))
+    model = MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_prompt_layouts(sources))
     return model.requires_grad_(False).eval()
 
 

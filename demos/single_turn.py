@@ -17,7 +17,7 @@ import torch.distributed as dist
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import DemoConfig
-from accessory.data.templates import CHAT, LAYOUTS
+from accessory.data.templates import CHAT, PROMPT_LAYOUTS
 from accessory.entry import run_entry
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
@@ -59,10 +59,10 @@ def main(config: DemoConfig) -> None:
         quant_type=config.quant_type,
         layout=layout,
     )
-    config = config.model_copy(update={"system_prompt": config.system_prompt or model.layout})
+    config = config.model_copy(update={"system_prompt": config.system_prompt or model.prompt_layout})
     if config.system_prompt == CHAT:
         _ = model.tokenizer.chat  # says what is missing before anybody asks
-    if layout.is_main and (note := layout_note(model, config.system_prompt)):
+    if layout.is_main and (note := prompt_layout_note(model, config.system_prompt)):
         print(note, file=sys.stderr, flush=True)
     if config.prompt:
         answer_in_terminal(model, config, speaks=layout.is_main)
@@ -95,14 +95,14 @@ def check_place(config: DemoConfig) -> None:
         ) from error
 
 
-def layout_note(model: MetaModel, asked: str) -> str:
-    """What to say where a part was trained on several layouts, or on another than is asked in; else nothing."""
-    trained = ", ".join(model.layouts)
-    if model.layouts and asked not in model.layouts:
+def prompt_layout_note(model: MetaModel, asked: str) -> str:
+    """A note if a part was trained on several prompt layouts, or on others than `asked`; else the empty string."""
+    trained = ", ".join(model.prompt_layouts)
+    if model.prompt_layouts and asked not in model.prompt_layouts:
         return (
             f"--system_prompt {asked}: the part was trained on questions laid out as {trained}, and may answer worse."
         )
-    if len(model.layouts) > 1:
+    if len(model.prompt_layouts) > 1:
         return f"The part was trained on questions laid out as {trained}; these are asked as {asked} (--system_prompt)."
     return ""
 
@@ -145,7 +145,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     except ImportError as error:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
     one_at_a_time = threading.Lock()
-    offered = tuple(name for name in LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
+    offered = tuple(name for name in PROMPT_LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
     def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
         try:

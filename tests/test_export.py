@@ -474,7 +474,7 @@ class TestLogitError:
         run = json.loads((part / "run.json").read_text())
         counts = []
         for layout in ("alpaca", "none"):
-            (part / "run.json").write_text(json.dumps(run | {"layouts": {layout: 9}}))
+            (part / "run.json").write_text(json.dumps(run | {"prompt_layouts": {layout: 9}}))
             counts.append(logit_error([part], part).tokens)
         tokenizer = open_tokenizer(tiny_base)
         words = len(tokenizer.encode(format_prompt("Why?"))) - len(tokenizer.encode("Why?"))

@@ -17,7 +17,7 @@ import transformers
 from accessory import meta
 from accessory.data.batch import PackedBatch
 from accessory.data.corpus import build_corpus
-from accessory.data.templates import CHAT, DIALOG, LAYOUTS
+from accessory.data.templates import CHAT, DIALOG, PROMPT_LAYOUTS
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
@@ -235,7 +235,7 @@ def test_empty_prompt_without_bos_is_refused(model: MetaModel) -> None:
         model.generate([""], max_gen_len=2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PROMPT_LAYOUTS)
 def test_a_question_is_asked_in_the_tokens_training_laid_out(
     checkpoint, tmp_path: Path, tiny_base: Path, layout: str
 ) -> None:
@@ -253,7 +253,7 @@ def test_a_question_is_asked_in_the_tokens_training_laid_out(
     kind = CHAT if layout == CHAT else "alpaca" if layout == DIALOG else layout
     (tmp_path / "data.yaml").write_text(f"META: [{{path: data.json, prompt_type: {kind}}}]")
     corpus = build_corpus(tmp_path / "data.yaml", model.tokenizer, max_words=400, dialog=layout == DIALOG)
-    assert corpus.documents_by_layout() == {layout: 1}
+    assert corpus.documents_by_prompt_layout() == {layout: 1}
     before = corpus.tokens[: corpus.learned.argmax()].tolist()
     assert model.prompt_tokens(model.question("What is QST?", "In Accessory", layout)) == before
 
@@ -263,7 +263,7 @@ def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch)
     said = [*model.tokenizer.encode(" Paris.\n# 1\n### Human: more"), EOS]
     computed = []
     monkeypatch.setattr(meta, "generate_tokens", lambda *_, **__: ([computed.append(token) or token] for token in said))
-    prompt = model.question("q", layout=DIALOG)
+    prompt = model.question("q", prompt_layout=DIALOG)
     assert model.generate([prompt], max_gen_len=30) == ["Paris.\n# 1"]
     assert len(computed) == len(" Paris.\n# 1\n###")
     texts = list(model.stream_generate(prompt, max_gen_len=30))

@@ -21,12 +21,12 @@ def run_record(
     base: list[Source],
     quantization: str | None,
     data: str,
-    layouts: Mapping[str, int] | None = None,
+    prompt_layouts: Mapping[str, int] | None = None,
     began: datetime | None = None,
 ) -> dict[str, Any]:
     """The contents of `run.json`.
 
-    data: the fingerprint of the training data. layouts: layout of a question -> number of documents, most first.
+    data: the fingerprint of the training data. prompt_layouts: layout of a question -> number of documents, most first.
     began: local time at which the run began; absent: now.
     """
     return {
@@ -37,7 +37,7 @@ def run_record(
         ],
         "quantization": quantization,
         "data_fingerprint": data,
-        "layouts": dict(layouts or {}),
+        "prompt_layouts": dict(prompt_layouts or {}),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "safetensors")},
         "started": (began or datetime.now()).astimezone().isoformat(timespec="seconds"),
     }
@@ -83,13 +83,13 @@ def with_base(paths: list[str | Path]) -> list[Source]:
     return recorded + sources
 
 
-def trained_layouts(sources: list[Source]) -> tuple[str, ...]:
+def trained_prompt_layouts(sources: list[Source]) -> tuple[str, ...]:
     """The layouts of the questions that the last part was trained on, the one with most documents first.
 
     Empty where no run.json names them: for a base, or a part saved by an earlier version.
     """
     run = next((source.run for source in reversed(sources) if source.run), {})
-    return tuple(run.get("layouts", ()))
+    return tuple(run.get("prompt_layouts", ()))
 
 
 def trained_tokens(sources: list[Source]) -> list[str]:

@@ -43,8 +43,8 @@ class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
     `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and `supervised` [documents] count a document's
-    tokens and the labels in it that count. `layouts` has each entry's layout, one of `LAYOUTS`. `identity` is all that
-    the documents follow from.
+    tokens and the labels in it that count. `prompt_layouts` has one of `PROMPT_LAYOUTS` for each entry. `identity` is
+    all that the documents follow from.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Corpus:
         omissions: Omissions,
         identity: dict[str, Any],
         tokenizer: Tokenizer,
-        layouts: Sequence[str] = (),
+        prompt_layouts: Sequence[str] = (),
     ) -> None:
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
-        self.origins, self.layouts = arrays["origins"], layouts
+        self.origins, self.prompt_layouts = arrays["origins"], prompt_layouts
         self.identity, self.omissions, self.tokenizer = identity, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
         # A document's first token is nobody's label.
@@ -83,9 +83,9 @@ class Corpus:
         """Digest of `identity`, in hexadecimal digits."""
         return _fingerprint(self.identity)
 
-    def documents_by_layout(self) -> dict[str, int]:
+    def documents_by_prompt_layout(self) -> dict[str, int]:
         """How many documents each layout has, the one with most first."""
-        counts = Counter(self.layouts[entry] for entry in self.origins[:, 0].tolist())
+        counts = Counter(self.prompt_layouts[entry] for entry in self.origins[:, 0].tolist())
         return dict(counts.most_common())
 
     def check_lengths(self, positions: int | None, made_for: int | None) -> list[str]:
@@ -164,12 +164,12 @@ def build_corpus(
     _ = chat and chat.stop_ids  # works out how the template ends an answer, before any file is read
     identity = _identity(entries, tokenizer, max_words, dialog, chat)
     cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
-    layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
+    prompt_layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
     unused = [(number, note) for number, entry in enumerate(entries) for note in _unused_settings(entry, dialog)]
     omissions = Omissions([str(entry.path) for entry in entries], unused)
     if cached and (kept := _from_cache(cached, omissions)):
         omissions.check(kept["origins"], max_skipped)
-        return Corpus(kept, omissions, identity, tokenizer, layouts)
+        return Corpus(kept, omissions, identity, tokenizer, prompt_layouts)
     documents = list(_documents(entries, chat, dialog, omissions))
     arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
@@ -179,7 +179,7 @@ def build_corpus(
     omissions.check(arrays["origins"], max_skipped)
     if cached:
         _to_cache(cached, arrays, omissions)
-    return Corpus(arrays, omissions, identity, tokenizer, layouts)
+    return Corpus(arrays, omissions, identity, tokenizer, prompt_layouts)
 
 
 def _documents(
@@ -300,7 +300,7 @@ def _identity(
         "max_words": max_words,
         "dialog": dialog,
         "tokenizer": tokenizer.fingerprint[:_DIGITS],
-        "chat_template": chat and hashlib.sha256(chat.layout.encode()).hexdigest()[:_DIGITS],
+        "chat_template": chat and hashlib.sha256(chat.definition.encode()).hexdigest()[:_DIGITS],
         "META": files,
     }
 

@@ -41,7 +41,7 @@ CHAT = "chat"
 """Name of the template that the checkpoint brings along: conversations are laid out by it, no prompt of ours around."""
 DIALOG = "dialog"
 """Name of the layout that --dialog gives conversations, where `prompt_type` is not `chat`."""
-LAYOUTS = (*PROMPT_TYPES, CHAT, DIALOG)
+PROMPT_LAYOUTS = (*PROMPT_TYPES, CHAT, DIALOG)
 """All layouts that a question may have in training data."""
 
 DIALOG_SYSTEM = (
@@ -148,7 +148,7 @@ def conversation(fields: dict[str, Any]) -> list[Segment]:
 
 
 def question_prompt(question: str, context: str, layout: str) -> str | list[dict[str, str]] | DialogPrompt:
-    """The prompt of a question in one of `LAYOUTS`, as training lays it out. Raises `ConfigError` for others."""
+    """The prompt of a question in one of `PROMPT_LAYOUTS`, as training lays it out. Raises `ConfigError` for others."""
     if layout == CHAT:
         return question_messages(question, context)
     if layout == DIALOG:

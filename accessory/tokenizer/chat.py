@@ -54,7 +54,7 @@ class Chat:
             )
         self._tokenizer, self._source = tokenizer, tokenizer.source
         self._template = ChatTemplate(tokenizer.chat_template, tokenizer.source, clock)
-        self.layout = tokenizer.chat_template + (str(clock) if "strftime_now" in tokenizer.chat_template else "")
+        self.definition = tokenizer.chat_template + (str(clock) if "strftime_now" in tokenizer.chat_template else "")
         """The template, and the clock if it prints the time: all that the layout depends on, for a given tokenizer."""
         self._left_out: dict[str, bool] = {}
         # Longest first, as a longer token may begin like a shorter one.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.run_record import run_record, trained_layouts, with_base
+from accessory.checkpoint.run_record import run_record, trained_prompt_layouts, with_base
 from accessory.errors import CheckpointError
 
 
@@ -120,21 +120,23 @@ def test_base_is_unknown(part: Path) -> None:
 
 
 @pytest.mark.parametrize(("recorded", "layouts"), [
-    ({"layouts": {"none": 7, "alpaca": 2}}, ("none", "alpaca")), ({}, ()),
+    ({"prompt_layouts": {"none": 7, "alpaca": 2}}, ("none", "alpaca")), ({}, ()),
 ])  # fmt: skip
 def test_layouts_of_what_was_trained(part: Path, recorded: dict, layouts: tuple[str, ...]) -> None:
     """Of a part from before they were recorded, none is known."""
     record = json.loads((part / "run.json").read_text())
-    del record["layouts"]
+    del record["prompt_layouts"]
     (part / "run.json").write_text(json.dumps(record | recorded))
-    assert trained_layouts(with_base([part])) == layouts
+    assert trained_prompt_layouts(with_base([part])) == layouts
 
 
 @pytest.mark.parametrize("layouts", [["alpaca"], {"alpacca": 3}, None])
 def test_layouts_that_are_none(part: Path, layouts: object) -> None:
     record = json.loads((part / "run.json").read_text())
-    (part / "run.json").write_text(json.dumps(record | {"layouts": layouts}))
-    assert f"{part / 'run.json'}: 'layouts' is {layouts!r}; expected an object with keys of alpaca, " in refusal(part)
+    (part / "run.json").write_text(json.dumps(record | {"prompt_layouts": layouts}))
+    assert f"{part / 'run.json'}: 'prompt_layouts' is {layouts!r}; expected an object with keys of alpaca, " in refusal(
+        part
+    )
 
 
 def test_record_is_damaged(part: Path) -> None:

@@ -111,7 +111,7 @@ def test_ratio_takes_the_same_share_every_time(write, tokenizer):
 def test_two_entries_of_one_file_stay_apart(write, tokenizer):
     write("x.json", [GOOD])
     corpus = make(write("c.yaml", "META: [{path: x.json}, {path: x.json, prompt_type: none}]"), tokenizer)
-    assert corpus.origins[:, 0].tolist() == [0, 1] and corpus.documents_by_layout() == {"alpaca": 1, "none": 1}
+    assert corpus.origins[:, 0].tolist() == [0, 1] and corpus.documents_by_prompt_layout() == {"alpaca": 1, "none": 1}
 
 
 def test_lengths_are_compared_with_what_a_model_reads(write, tokenizer):

@@ -3,7 +3,7 @@ import pytest
 from accessory.data.templates import (
     DIALOG,
     DIALOG_SYSTEM,
-    LAYOUTS,
+    PROMPT_LAYOUTS,
     UnusableRecord,
     conversation,
     conversation_messages,
@@ -118,8 +118,8 @@ def test_unused_keys():
 
 
 def test_a_question_stands_as_it_stood_in_training():
-    assert LAYOUTS == ("alpaca", "shortqa", "qg", "caption", "none", "chat", "dialog")
-    for layout in LAYOUTS[:5]:
+    assert PROMPT_LAYOUTS == ("alpaca", "shortqa", "qg", "caption", "none", "chat", "dialog")
+    for layout in PROMPT_LAYOUTS[:5]:
         assert question_prompt("q", "c", layout) == format_prompt("q", "c", layout)
     assert question_prompt("q", "c", "chat") == question_messages("q", "c")
 

@@ -56,7 +56,7 @@ def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
         ("none", ["trained on questions laid out as none: ask it with --system_prompt none"]),
         ("alpaca", []),
     ):
-        (part / "run.json").write_text(json.dumps(run | {"layouts": {layout: 3, "qg": 1}}))
+        (part / "run.json").write_text(json.dumps(run | {"prompt_layouts": {layout: 3, "qg": 1}}))
         done = called("tools/merge.py", part, tmp_path / layout, "--to", "accessory")
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines()[2:] == said

@@ -15,7 +15,7 @@ from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.save import fresh_directory, write_json, write_tensors
 from accessory.checkpoint.source import Source, open_safetensors, read_json, stated_llama_type, stated_settings
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
-from accessory.data.templates import LAYOUTS
+from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import CheckpointError
 from accessory.model.families import architecture_of
 from accessory.quant import STORAGES, storage
@@ -64,11 +64,10 @@ def _read_run(file: Path) -> dict[str, Any]:
             f"{file}: 'quantization' is {run.get('quantization', 'missing')!r}; expected null or one of "
             f"{', '.join(STORAGES)}."
         )
-    layouts = run.get("layouts", {})  # which earlier versions did not record
-    if not isinstance(layouts, dict) or not layouts.keys() <= set(LAYOUTS):
-        raise CheckpointError(
-            f"{file}: 'layouts' is {layouts!r}; expected an object with keys of {', '.join(LAYOUTS)}."
-        )
+    layouts = run.get("prompt_layouts", {})  # which earlier versions did not record
+    if not isinstance(layouts, dict) or not layouts.keys() <= set(PROMPT_LAYOUTS):
+        known = ", ".join(PROMPT_LAYOUTS)
+        raise CheckpointError(f"{file}: 'prompt_layouts' is {layouts!r}; expected an object with keys of {known}.")
     return run
 
 
