@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.answers import holds, laid_out
+from accessory.tokenizer.reasoning import is_whole, written_whole
 from accessory.tokenizer.sandbox import ChatTemplate
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Chat:
         asked, end = self._render(before, True), self._after_answer
         whole = self._render([*before, {"role": "assistant", "content": content}], False)
         answer = whole.removesuffix(end.rest)[len(asked) :]
-        if whole == asked + answer + end.rest and holds(asked, answer, content):
+        if whole == asked + answer + end.rest and is_whole(asked, answer, content):
             return asked, answer, end.closing
         # The template cuts or rewrites this answer, or begins answers otherwise than it asks for them. The words then
         # go where it puts those of a probe.
@@ -124,7 +124,7 @@ class Chat:
         end = self._ending(rest)
         if end.control is not None and end.control not in self.stop_ids:
             raise TokenizerError(f"{self._source}: its chat template does not end all answers alike.")
-        return asked, laid_out(asked, framed, content), end.closing
+        return asked, written_whole(asked, framed, content), end.closing
 
     @cached_property
     def _after_answer(self) -> _Ending:

@@ -1,4 +1,4 @@
-"""Answers with reasoning in them, as text: whether a chat template laid one out whole, and how it is laid out else."""
+"""Answers that hold reasoning (`<think>`): whether a chat template wrote one whole, and how to write it otherwise."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _EMPTY = re.compile(rf"<({_TAG})>\s*</\1>\s*")
 _TAGS = re.compile(rf"(</?{_TAG}>)")
 
 
-def holds(asked: str, answer: str, content: str) -> bool:
-    """Whether `answer`, said to `asked`, ends with all of `content`, blanks around its words and its reasoning aside.
+def is_whole(asked: str, answer: str, content: str) -> bool:
+    """Whether `answer`, as a template wrote it after the prompt `asked`, ends with all of the message `content`.
 
-    The tag that opens the reasoning may be what `asked` ends with; left open, or opened twice, it is not.
+    Blanks around words and reasoning may differ. The prompt may open the reasoning; an answer that then leaves it open,
+    or opens it again, is not whole.
     """
     opened, said = _OPEN.search(asked), answer.rstrip()
     if opened and (not _CLOSE.search(answer) or answer.lstrip().startswith(f"<{opened[1]}>")):
@@ -28,11 +29,12 @@ def holds(asked: str, answer: str, content: str) -> bool:
     return len(parts) > 1 and re.search(r"\s*".join(map(re.escape, parts)) + r"\Z", said) is not None
 
 
-def laid_out(asked: str, framed: str, content: str) -> str:
-    """What is said to `asked`: `content` as it is, behind what a template writes between the two.
+def written_whole(asked: str, framed: str, content: str) -> str:
+    """The answer to the prompt `asked`: what the template writes between the two, then `content` unchanged.
 
-    `framed` is the template's text up to another answer. Where `asked` leaves reasoning open, it is closed, so that
-    readers of the answer tell the two apart; reasoning that `content` brings is not opened twice.
+    `framed` is what the template writes, from the beginning on, before another answer. If the prompt opens reasoning
+    and `content` has none, it is closed first, so that readers can tell it from the answer; if `content` has some, it
+    is not opened twice.
     """
     words, opened = content.strip("\n").rstrip(), _OPEN.search(asked)
     lead = framed[len(asked) :] if framed.startswith(asked) else ""
