@@ -34,7 +34,7 @@ from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import Chat, Tokenizer
 
 _CHUNK = 4096  # records tokenized at a time
-_FORMAT = 7  # to be raised where the same records come to make other documents
+_FORMAT = 8  # to be raised where the same records come to make other documents
 _DIGITS = 32  # kept of a digest
 _CACHED = ("notes", "skipped", "unused", "truncated")  # fields of Omissions kept in the cache
 

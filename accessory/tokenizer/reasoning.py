@@ -20,7 +20,7 @@ def is_whole(asked: str, answer: str, content: str) -> bool:
     opened, said = _OPEN.search(asked), answer.rstrip()
     if opened and (not _CLOSE.search(answer) or answer.lstrip().startswith(f"<{opened[1]}>")):
         return False
-    if _CLOSE.search(content) and _EMPTY.search(answer) and not _EMPTY.search(content):
+    if 0 < len(_CLOSE.findall(content)) < len(_CLOSE.findall(answer)):
         return False
     said = (opened[0] if opened else "") + said
     if said.endswith(content.strip()):

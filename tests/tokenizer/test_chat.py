@@ -205,6 +205,9 @@ DROPPING = {
     "closing": OPENING.replace(
         "+ m.content.split", "+ ('</think>' if m.role == 'assistant' else '') + m.content.split"
     ),
+    "closing-whole": OPENING.replace(
+        "m.content.split('</think>')[-1]", "('</think>' if m.role == 'assistant' else '') + m.content"
+    ),
     "left-open": OPENING.replace(
         "m.content.split('</think>')[-1]", "('<think>\n' if m.role == 'assistant' and loop.last else '') + m.content"
     ),
@@ -225,6 +228,7 @@ DROPPING = {
 ANSWERS = {
     "plain": ("red and green", "    if it:\n\n        blue <|im_end|>"),
     "reasoning": ("<think>\nbecause of\n\n  it\n</think>\n\nred and green", "<think>so</think>blue"),
+    "empty": ("<think>\n\n</think>\n\nred", "<think></think>blue"),
     "mentioned": ("close it with </think> and go on", "I said </think>, not <think>"),
 }
 
@@ -256,7 +260,8 @@ def test_every_answer_is_learned_whole_behind_what_asks_for_it(byte_level, tmp_p
         if opened and "</think>" not in answer:
             assert reasoned(said_then).startswith("<think></think>")
         if "</think>" in answer:
-            assert "<think></think>" not in reasoned(said_then)
+            shown, brought = (reasoned(text).count("<think></think>") for text in (said_then, answer))
+            assert shown == brought
 
 
 def test_what_blanks_mean_inside_an_answer_is_not_lost(byte_level, tmp_path):
