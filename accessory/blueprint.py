@@ -213,9 +213,13 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
     if faults:
         raise ConfigError("\n".join(faults))
     method = method_class(parts[1])
-    trained = next((s for s in reversed(sources) if any(".lora_" in name for name in s.tensors)), None)
-    if trained and (conflict := method.conflict(trained.settings or {})):
-        raise ConfigError(f"{trained.path}: {conflict}.")
+    replaced: set[str] = set()
+    for source in reversed(sources):
+        lora = {name for name in source.tensors if ".lora_" in name}
+        if lora - replaced and (conflict := method.conflict(source.settings or {})):
+            way = " Parts of different scales do not go together; merge one into the base (tools/merge.py)."
+            raise ConfigError(f"{source.path}: {conflict}.{way if replaced else ''}")
+        replaced |= lora
     return parts[0], method
 
 

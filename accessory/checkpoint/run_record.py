@@ -55,8 +55,8 @@ def began_at(resumed: Source) -> datetime:
 def with_base(paths: list[str | Path]) -> list[Source]:
     """Open `paths`; where they hold only a trained part, put the base it was trained on in front, from its run.json.
 
-    Raises `CheckpointError` if the base is unknown, gone, no longer the one the part was trained on, or given after the
-    part, which it would replace.
+    Raises `CheckpointError` if the base is unknown, gone, or no longer the one the part was trained on, or if one of
+    `paths` would replace a part before it that it was not trained on.
     """
     sources: list[Source] = []
     for path in paths:
@@ -66,6 +66,12 @@ def with_base(paths: list[str | Path]) -> list[Source]:
             raise CheckpointError(
                 f"{behind.path}: is a whole model and would replace the trained part {before.path} in front of it; "
                 "give the base first: --pretrained_path BASE TRAINABLE."
+            )
+        if before.is_delta and not behind.is_difference and _replaces(behind, before):
+            raise CheckpointError(
+                f"{behind.path}: would replace every value of the part {before.path}, on which it was not trained: parts "
+                f"replace one another, they do not add up. Leave {before.path} out, or merge it into the base first "
+                "(tools/merge.py)."
             )
     first = sources[0]
     if not first.is_delta:
@@ -96,6 +102,12 @@ def trained_tokens(sources: list[Source]) -> list[str]:
     """The tokens that runs added to the vocabulary, in their order."""
     added = [source.run.get("arguments", {}).get("new_tokens") or [] for source in sources if source.run]
     return list(dict.fromkeys(token for tokens in added for token in tokens))
+
+
+def _replaces(part: Source, before: Source) -> bool:
+    """Whether a trained part has all the values that the one before it has, and does not say it went on from them."""
+    recorded = [entry["fingerprint"] for entry in (part.run or {}).get("base", ())]
+    return before.tensors.keys() <= part.tensors.keys() and before.fingerprint() not in recorded
 
 
 def _recorded_base(delta: Path, entry: dict[str, str], base: Source | None) -> Source:

@@ -85,6 +85,20 @@ def test_chain_of_parts(base: Path, part: Path, tmp_path: Path) -> None:
     record = run_record({}, [open_source(base), open_source(part)], None, "")
     (second / "run.json").write_text(json.dumps(record))
     assert [source.path for source in with_base([second])] == [base, part, second]
+    assert [source.path for source in with_base([base, part, second])] == [base, part, second]
+
+
+def test_a_part_that_leaves_nothing_of_another(base: Path, part: Path, tmp_path: Path) -> None:
+    """Trained on the base alone, it would replace the other silently, where peft's users expect the sum."""
+    other = Path(shutil.copytree(part, tmp_path / "other"))
+    save_file({"norm.weight": torch.zeros(128)}, other / "trainable.safetensors")
+    said = f"{other}: would replace every value of the part {part}, on which it was not trained"
+    assert refusal(base, part, other).startswith(said)
+    assert refusal(part, other).startswith(said)
+    (other / "run.json").unlink()
+    assert f"Leave {part} out" in refusal(base, part, other)
+    save_file({"layers.0.attention_norm.weight": torch.zeros(128)}, other / "trainable.safetensors")
+    assert [source.path for source in with_base([base, part, other])] == [base, part, other]
 
 
 def test_base_moved(base: Path, part: Path, tmp_path: Path) -> None:
