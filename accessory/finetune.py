@@ -57,6 +57,8 @@ _PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "seed", "global_batch"))
 """Of a run's identity: what its documents' order follows from."""
+_SCALED = frozenset(("precision", "base", "quantization", "data"))
+"""Of a run's identity: what the size of its gradients depends on, and so fp16's loss scale."""
 
 
 def finetune(config: FinetuneConfig) -> MetaModel:
@@ -356,11 +358,11 @@ def _allowed(config: FinetuneConfig) -> set[str]:
 
 
 def _progress(found: Resumption | None, layout: Layout) -> Progress:
-    """Where to begin: the epoch anew if its order has changed, and with a new loss scale if the precision has."""
+    """Where to begin: the epoch anew if its order has changed, and with a new loss scale if the gradients' size has."""
     if found is None:
         return Progress()
     progress = found.progress
-    if "precision" in found.changed:
+    if _SCALED.intersection(found.changed):
         progress = replace(progress, loss_scale=FIRST_LOSS_SCALE, good_steps=0)
     if progress.step and _ORDER.intersection(found.changed):
         _say(layout, f"the documents of epoch {progress.epoch} are other ones now: it begins anew")

@@ -118,6 +118,21 @@ def test_22_fp16_finds_its_scale_and_goes_on_with_it(fp16: Job, tmp_path: Path, 
     assert all(value.any() for name, value in trained.items() if "lora_b" in name)
 
 
+def test_22_other_data_are_given_a_loss_scale_of_their_own(
+    fp16: Job, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What was found for others may be far too small; so was every run's of earlier versions, whose data read anew."""
+    alone(fp16, "--max_steps", "6", "--save_steps", "2")
+    assert state(fp16, "epoch0-iter2")["loss_scale"] == 16384
+    (tmp_path / "other.json").write_text(json.dumps([{"instruction": "count", "output": str(i)} for i in range(99)]))
+    start, fp16.output = fp16.output / "epoch0-iter2", tmp_path / "other"
+    capsys.readouterr()
+    more = ("--data_config", str(tmp_path / "other.json"), "--allow_changed", "data", "--max_steps", "3")
+    with pytest.raises(NotFiniteError, match="All 3 steps of the run were skipped"):
+        alone(fp16, "--resume", str(start), *more)
+    assert re.findall(r"Step (\d+): .* loss scale of (\d+)", capsys.readouterr().out)[0] == ("3", "65536")
+
+
 @pytest.mark.parametrize("layout", [(), ("--model_parallel_size", "2")], ids=["data", "tensors"])
 def test_22_fp16_that_overflows_at_any_scale_ends_the_run(fp16: Job, tmp_path: Path, layout: tuple[str, ...]) -> None:
     """At the smallest scale, on both ranks after the same step, with status 5 and the flag that helps."""
