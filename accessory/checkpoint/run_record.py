@@ -69,9 +69,9 @@ def with_base(paths: list[str | Path]) -> list[Source]:
             )
         if before.is_delta and not behind.is_difference and _replaces(behind, before):
             raise CheckpointError(
-                f"{behind.path}: would replace every value of the part {before.path}, on which it was not trained: parts "
-                f"replace one another, they do not add up. Leave {before.path} out, or merge it into the base first "
-                "(tools/merge.py)."
+                f"{behind.path}: would replace every value of the part {before.path}, on which it was not trained. "
+                f"Parts replace one another, they do not add up: leave {before.path} out, or merge it into the "
+                "base first (tools/merge.py)."
             )
     first = sources[0]
     if not first.is_delta:

@@ -96,7 +96,7 @@ def test_a_part_that_leaves_nothing_of_another(base: Path, part: Path, tmp_path:
     assert refusal(base, part, other).startswith(said)
     assert refusal(part, other).startswith(said)
     (other / "run.json").unlink()
-    assert f"Leave {part} out" in refusal(base, part, other)
+    assert f"leave {part} out" in refusal(base, part, other)
     save_file({"layers.0.attention_norm.weight": torch.zeros(128)}, other / "trainable.safetensors")
     assert [source.path for source in with_base([base, part, other])] == [base, part, other]
 

@@ -247,7 +247,7 @@ def test_a_config_of_the_user_cannot_rescale_an_adapter(base_of, tmp_path: Path)
 
 
 def test_an_adapter_cannot_rescale_another(base_of, tmp_path: Path) -> None:
-    """Adapters of other linears go side by side where their scales are one; peft, which adds them, computes the same."""
+    """Adapters of other linears go side by side where their scales are one; peft, adding them, computes the same."""
     base, both = base_of("llama"), tmp_path / "both.json"
     both.write_text('{"lora_targets": ["wq", "wv"]}')
     query, _ = made_by_peft(base, tmp_path / "query", target_modules=["q_proj"], use_rslora=True)
@@ -255,7 +255,9 @@ def test_an_adapter_cannot_rescale_another(base_of, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         ours(base, query, value, llama_config=[both])
     message = str(caught.value)
-    assert message.startswith(f"{query}: its LoRA was trained with {{'lora_rank': 4, 'lora_alpha': 12.0}}, a scale of 3")
+    assert message.startswith(
+        f"{query}: its LoRA was trained with {{'lora_rank': 4, 'lora_alpha': 12.0}}, a scale of 3"
+    )
     assert message.endswith("Parts of different scales do not go together; merge one into the base (tools/merge.py).")
     alike, _ = made_by_peft(base, tmp_path / "alike", target_modules=["v_proj"], use_rslora=True)
     model = peft.PeftModel.from_pretrained(theirs(base), query, adapter_name="query")
