@@ -131,7 +131,7 @@ def follow(model: MetaModel) -> None:
         dist.broadcast_object_list(message, src=0)
         if message[0] is None:
             return
-        with suppress(ConfigError):  # the main rank, where it is the same, says it
+        with suppress(ConfigError):  # the main rank raises the same and reports it
             for _ in answer(model, Question(**message[0])):
                 pass
 

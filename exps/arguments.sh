@@ -1,7 +1,7 @@
-# Sourced by the scripts that train: takes BASE [PARAMS_JSON [TOKENIZER]] from what they were called with.
+# Sourced by the scripts that train: reads their arguments BASE [PARAMS_JSON|- [TOKENIZER|-]] [FLAG ...].
 #
-# Leaves base, params and tokenizer as flags (none for `-` and for what is left out: the base brings its own), and in
-# FLAGS what follows them, for main_finetune.py.
+# Sets the arrays base, params and tokenizer to flags of main_finetune.py, empty for `-` and for what is left out (the
+# base brings its own), and FLAGS to the rest.
 
 take_arguments() {
     if [ $# = 0 ] || [[ "$1" = -?* ]]; then echo "$USAGE" >&2; exit 2; fi

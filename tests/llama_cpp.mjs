@@ -1,4 +1,4 @@
-// llama.cpp behind a pipe: one JSON object a line in, one a line out; on two threads.
+// llama.cpp behind a pipe: one JSON object a line in, one a line out; on one thread.
 //
 //   node llama_cpp.mjs DIRECTORY     DIRECTORY holds llama.cpp's library and its add-on for Node
 //

@@ -18,7 +18,7 @@ class Refused(Exception):
 
 
 class LlamaCpp:
-    """The process. Close it at last."""
+    """The process that runs llama.cpp; close it in the end."""
 
     def __init__(self, library: Path) -> None:
         """`library` is the directory of llama.cpp's library and its add-on for Node."""

@@ -114,7 +114,7 @@ class Project:
         self.root, self.patience = root, None
         sys.path[0] = os.environ["PYTHONPATH"] = str(root)
         for name in [name for name in sys.modules if self._holds(name)]:
-            del sys.modules[name]  # imported by this tool: not from the copy
+            del sys.modules[name]  # this tool imported it, not from the copy
 
     def prepare(self, tests: list[str]) -> None:
         """Run `tests` without a mutant, and once more as mutants will. Raises `ConfigError` where they fail."""
@@ -125,7 +125,7 @@ class Project:
                 raise ConfigError(f"{' '.join(tests)}: fails without a mutant, too.\n{said[-3000:]}")
             self.patience = PATIENCE * (time.monotonic() - begun) + 5
             for name in (self.root / "imported").read_text().split():
-                with contextlib.suppress(Exception):  # some can be imported by others only
+                with contextlib.suppress(Exception):  # some modules cannot be imported by themselves
                     importlib.import_module(name)
         gc.freeze()  # a fork that collected garbage would copy the memory it shares
         # Compiled files are told apart by size and second: a mutant could pass for another.

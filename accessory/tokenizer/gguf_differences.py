@@ -54,7 +54,7 @@ def _of_json(tokenizer: JsonTokenizer) -> list[str]:
         return ["does not compose characters (NFC) before it cuts a text"] if composes else []
     try:
         prefix, found = space_prefix(pipeline, tokenizer.source), []
-    except TokenizerError:  # written by the tokenizer.model beside it
+    except TokenizerError:  # the tokenizer.model beside it is what was written
         return _of_sentencepiece(sentencepiece_beside(tokenizer))
     if prefix != "never" and steps(pipeline.get("pre_tokenizer")):  # Metaspace
         found.append("puts a blank before a text that begins with one, too")

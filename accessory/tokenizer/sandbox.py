@@ -72,7 +72,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         for name in _LEFT_OUT:
             del self.globals[name]
         self.filters["tojson"] = _tojson
-        del self.filters["format"], self.filters["random"]  # no template may write one thing now, another later
+        del self.filters["format"], self.filters["random"]  # a template must write the same each time
         self.filters = {name: self._watched(function) for name, function in self.filters.items()}
         self.filters |= {_COUNTED: self._counted, _BOUNDED: self._put_out}
         self.globals |= {

@@ -64,7 +64,7 @@ def _read_run(file: Path) -> dict[str, Any]:
             f"{file}: 'quantization' is {run.get('quantization', 'missing')!r}; expected null or one of "
             f"{', '.join(STORAGES)}."
         )
-    layouts = run.get("prompt_layouts", {})  # which earlier versions did not record
+    layouts = run.get("prompt_layouts", {})  # earlier versions did not record them
     if not isinstance(layouts, dict) or not layouts.keys() <= set(PROMPT_LAYOUTS):
         known = ", ".join(PROMPT_LAYOUTS)
         raise CheckpointError(f"{file}: 'prompt_layouts' is {layouts!r}; expected an object with keys of {known}.")

@@ -30,7 +30,7 @@ class DrawnRows(LazyTensor):
         return "float32"
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Draws the whole, so that every layout gets the same; a range is cut out of it."""
+        """Draw the whole, so that every layout gets the same values, and cut the range out of it."""
         values = truncated_normal(*self.shape)(named_generator(0, self.name))
         if self.first is not None:
             values[: self.first.shape[0]] = self.first.read().float()
