@@ -58,7 +58,7 @@ _PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "
 _ORDER = frozenset(("data", "seed", "global_batch"))
 """Of a run's identity: what its documents' order follows from."""
 _SCALED = frozenset(("precision", "base", "quantization", "data"))
-"""Of a run's identity: what the size of its gradients depends on, and so fp16's loss scale."""
+"""Keys of a run's identity on which the size of its gradients depends, and so fp16's loss scale."""
 
 
 def finetune(config: FinetuneConfig) -> MetaModel:

@@ -299,16 +299,12 @@ class UnitRows(LazyTensor):
     """A matrix whose rows are scaled to length 1, as a normalized head has them; rows of zeros stay."""
 
     inner: LazyTensor
+    dtype: str = "float32"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Unchanged."""
         return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        """That of what is read."""
-        return "float32"
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """In fp32. A range of columns is cut out of whole rows, since a row's length depends on all of it."""

@@ -47,16 +47,12 @@ class UnpackedTensor(LazyTensor):
     """A matrix that its file holds packed, in plain numbers: a writer must not take it for one to be kept packed."""
 
     inner: PackedTensor
+    dtype: str = "float32"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Unchanged."""
         return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        """That of what is read."""
-        return "float32"
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Dequantize to fp32."""

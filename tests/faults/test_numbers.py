@@ -121,7 +121,7 @@ def test_22_fp16_finds_its_scale_and_goes_on_with_it(fp16: Job, tmp_path: Path, 
 def test_22_other_data_are_given_a_loss_scale_of_their_own(
     fp16: Job, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """What was found for others may be far too small; so was every run's of earlier versions, whose data read anew."""
+    """A scale found for other data may be far too small, as is the scale of 1 that earlier versions saved."""
     alone(fp16, "--max_steps", "6", "--save_steps", "2")
     assert state(fp16, "epoch0-iter2")["loss_scale"] == 16384
     (tmp_path / "other.json").write_text(json.dumps([{"instruction": "count", "output": str(i)} for i in range(99)]))

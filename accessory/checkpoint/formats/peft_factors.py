@@ -23,11 +23,7 @@ class DrawnRows(LazyTensor):
     first: LazyTensor | None
     shape: tuple[int, int]
     name: str
-
-    @property
-    def dtype(self) -> str:
-        """That of what is read."""
-        return "float32"
+    dtype: str = "float32"
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Draw the whole, so that every layout gets the same values, and cut the range out of it."""
