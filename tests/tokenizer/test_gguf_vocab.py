@@ -3,7 +3,6 @@ import json
 import re
 from pathlib import Path
 
-import gguf
 import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -11,41 +10,12 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer
-
-NORMAL, CONTROL = 1, 3
+from tests.tokenizer.gguf_files import CONTROL, NORMAL, write, write_byte_level
 
 
 @pytest.fixture
 def texts(awkward, sentences):
     return [text for text in awkward + sentences if "<|" not in text]
-
-
-def write(path, kind, tokens, types, *, merges=(), scores=(), pre=None, **settings):
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    if merges:
-        writer.add_token_merges(list(merges))
-    if scores:
-        writer.add_token_scores(list(scores))
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    for name, value in settings.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def write_byte_level(path, pipeline, pre, **settings):
-    model = json.loads(pipeline.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    types = [CONTROL if token.startswith("<|") else NORMAL for token in tokens]
-    merges = [" ".join(merge) for merge in model["merges"]]
-    settings = {"bos_token_id": 1, "eos_token_id": 2, **settings}
-    return write(path, "gpt2", tokens, types, merges=merges, pre=pre, **settings)
 
 
 def cut_like(pattern):

@@ -1,7 +1,6 @@
 import json
 import re
 
-import gguf
 import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -11,6 +10,7 @@ from transformers import AutoTokenizer
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer, with_added_tokens
 from accessory.tokenizer.transformers_files import save_for_transformers
+from tests.tokenizer.gguf_files import write, write_byte_level
 
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATE = "{% for m in messages %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' + eos_token }} {% endfor %}"
@@ -190,28 +190,10 @@ def test_flags_of_added_tokens_stay(byte_level, tmp_path, strings):
     assert theirs.model_max_length == 77 and theirs.clean_up_tokenization_spaces
 
 
-def write_gguf(path, kind, tokens, types, **settings):
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    for name, value in settings.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
 def test_a_gguf_vocabulary_of_merges(byte_level, tmp_path, strings, pre):
     """Llama 3 opens documents with BOS, which no `add_bos_token` tells transformers."""
-    model = json.loads(byte_level.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    types = [3 if token.startswith("<|") else 1 for token in tokens]
-    settings = {"token_merges": [" ".join(merge) for merge in model["merges"]], "tokenizer_pre": pre}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "chat_template": TEMPLATE}
-    ours = open_tokenizer(write_gguf(tmp_path / "v.gguf", "gpt2", tokens, types, **settings, **ids))
+    ours = open_tokenizer(write_byte_level(tmp_path / "v.gguf", byte_level, pre, chat_template=TEMPLATE))
     assert ours.opening == ((1,) if pre == "llama-bpe" else ())
     read_back(ours, tmp_path / "out", strings)
 
@@ -220,5 +202,5 @@ def test_a_gguf_vocabulary_of_scores(train_sentencepiece, tmp_path, strings):
     pieces = ModelProto.FromString(train_sentencepiece()).pieces
     columns = [[getattr(piece, name) for piece in pieces] for name in ("piece", "type", "score")]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "chat_template": TEMPLATE}
-    ours = open_tokenizer(write_gguf(tmp_path / "v.gguf", "llama", *columns[:2], token_scores=columns[2], **ids))
+    ours = open_tokenizer(write(tmp_path / "v.gguf", "llama", *columns[:2], scores=columns[2], **ids))
     read_back(ours, tmp_path / "out", strings)
