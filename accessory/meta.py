@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
@@ -14,7 +16,7 @@ from accessory.checkpoint.load import fill, resolve
 from accessory.checkpoint.run_record import trained_prompt_layouts, with_base
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
-from accessory.errors import ConfigError, nearest
+from accessory.errors import ConfigError, explain_validation, nearest
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
@@ -29,6 +31,29 @@ Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
 Paths = str | Path | Sequence[str | Path]
 _UNFINISHED = ("\N{REPLACEMENT CHARACTER}", *(DIALOG_END[:length] for length in range(1, len(DIALOG_END))))
 """Endings with which a streamed answer is not shown yet: half a character, or a part of `DIALOG_END`."""
+
+
+class _Loading(BaseModel):
+    """Arguments of `MetaModel.from_pretrained` that it hands on as they are."""
+
+    llama_type: str | None
+    tokenizer_path: Path | None
+    max_seq_len: int = Field(ge=2)
+    quant_type: str | None
+
+
+class _Sampling(BaseModel):
+    """How answers are drawn."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    max_gen_len: int = Field(ge=0)
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    seed: int = Field(ge=-(2**63), lt=2**63)
+
+
+_Arguments = TypeVar("_Arguments", _Loading, _Sampling)
 
 
 class MetaModel(nn.Module):
@@ -99,9 +124,10 @@ class MetaModel(nn.Module):
         top_p: float = 0.95,
         seed: int = 0,
     ) -> list[str]:
-        """Answers to a batch of prompts. Raises `ConfigError` for anything but a list of prompts."""
+        """Answers to a batch of prompts. Raises `ConfigError` for anything but a list of prompts, or wrong values."""
+        steps = self._steps(prompts, max_gen_len, temperature, top_p, seed)
         answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, max_gen_len, temperature, top_p, seed):
+        for tokens in steps:
             for answer, token in zip(answers, tokens, strict=True):
                 if token is not None:
                     answer.append(token)
@@ -141,19 +167,20 @@ class MetaModel(nn.Module):
         self, prompts: list[Prompt], max_gen_len: int, temperature: float, top_p: float, seed: int
     ) -> Iterator[list[int | None]]:
         _check_prompts(prompts)
+        how = _checked(_Sampling, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, seed=seed)
         chats = not all(isinstance(prompt, str | DialogPrompt) for prompt in prompts)
         ids, stated = [self.prompt_tokens(prompt) for prompt in prompts], self.llma.args.stated_length
-        if stated and min(max(map(len, ids), default=0) + max_gen_len, self.max_seq_len) > stated:
+        if stated and min(max(map(len, ids), default=0) + how.max_gen_len, self.max_seq_len) > stated:
             warnings.warn(f"An answer may go beyond the {stated} tokens that the model was made for.", stacklevel=2)
         return generate_tokens(
             self.llma,
             ids,
-            max_gen_len=max_gen_len,
+            max_gen_len=how.max_gen_len,
             max_seq_len=self.max_seq_len,
             stop_ids=self.tokenizer.chat.stop_ids if chats else self.tokenizer.stop_ids,
-            temperature=temperature,
-            top_p=top_p,
-            generator=torch.Generator(self.llma.frequencies.device).manual_seed(seed),
+            temperature=how.temperature,
+            top_p=how.top_p,
+            generator=torch.Generator(self.llma.frequencies.device).manual_seed(how.seed),
         )
 
     @staticmethod
@@ -179,6 +206,13 @@ class MetaModel(nn.Module):
         paths, precision = _paths(pretrained_path), _precision(dtype)
         if not paths:
             raise ConfigError(f"pretrained_path is {pretrained_path!r}; expected a checkpoint, or a list of some.")
+        given = _checked(
+            _Loading,
+            llama_type=llama_type,
+            tokenizer_path=tokenizer_path or None,
+            max_seq_len=max_seq_len,
+            quant_type=quant_type,
+        )
         if not isinstance(quant, bool | None):
             raise ConfigError(f"quant is {quant!r}; expected True, False or None: the format is named by quant_type.")
         layout = layout or groups.start(str(device))
@@ -191,14 +225,14 @@ class MetaModel(nn.Module):
                 sources,
                 llama_type=llama_type,
                 llama_config=_paths(llama_config),
-                tokenizer_path=Path(tokenizer_path) if tokenizer_path else None,
+                tokenizer_path=given.tokenizer_path,
                 quant=packed,
                 quant_type=wanted,
                 precision=precision,
                 train=False,
             )
         )
-        return load_for_asking(blueprint, sources, layout, max_seq_len)
+        return load_for_asking(blueprint, sources, layout, given.max_seq_len)
 
 
 def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
@@ -211,9 +245,19 @@ def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq
 
 
 def _paths(given: Paths) -> list[Path]:
-    """One path or several, as `Path`s; an empty text is none."""
+    """One path or several, as `Path`s; an empty text is none. Raises `ConfigError` for what is neither."""
     given = [given] if isinstance(given, str | Path) else given
+    if not isinstance(given, Sequence) or not all(isinstance(path, str | Path) for path in given):
+        raise ConfigError(f"a path is {given!r}; expected a text or a Path, or a list of some.")
     return [Path(path) for path in given if path != ""]
+
+
+def _checked(kind: type[_Arguments], **values: Any) -> _Arguments:
+    """The arguments of a call. Raises `ConfigError` naming those of a wrong type or range."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError(explain_validation(error, "MetaModel", kind.model_fields)) from error
 
 
 def _precision(dtype: str | torch.dtype) -> str:
@@ -227,7 +271,8 @@ def _precision(dtype: str | torch.dtype) -> str:
 
 def _check_prompts(prompts: object) -> None:
     """Raise `ConfigError` for one prompt where a list of them is expected, and for what is no prompt."""
-    if isinstance(prompts, str | DialogPrompt):
+    messages = isinstance(prompts, list | tuple) and prompts and all(isinstance(part, Mapping) for part in prompts)
+    if messages or not isinstance(prompts, list | tuple):
         raise ConfigError(f"generate() was given {prompts!r}; expected a list of prompts: generate([prompt]).")
     for place, prompt in enumerate(prompts):
         chat = isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt)

@@ -310,18 +310,38 @@ def test_the_device(checkpoint, tmp_path: Path) -> None:
     ({"quant": "int8"}, "quant is 'int8'; expected True, False or None: the format is named by quant_type"),
     ({"device": "gpu"}, "--device 'gpu' is not one of auto, cpu, cuda"),
     ({"llama_config": "absent.json"}, "absent.json: cannot be read"),
+    ({"llama_config": {"dim": 3}}, r"a path is {'dim': 3}; expected a text or a Path, or a list of some"),
+    ({"llama_type": 5, "max_seq_len": 0}, "(?s)'llama_type' is 5: .*'max_seq_len' is 0: Input should be greater than"),
+    ({"quant_type": 4}, "MetaModel: 'quant_type' is 4: Input should be a valid string"),
+    ({"tokenizer_path": 5}, "'tokenizer_path' is 5: Input is not a valid path"),
 ])  # fmt: skip
 def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> None:
     checkpoint()
     with pytest.raises(AccessoryError, match=said):
         MetaModel.from_pretrained(tmp_path, **wrong)
-    for nothing in ("", []):
-        with pytest.raises(ConfigError, match=r"pretrained_path is .*; expected a checkpoint"):
+    for nothing in ("", [], None):
+        with pytest.raises(ConfigError, match=r"pretrained_path is .*; expected a checkpoint|a path is None; expected"):
             MetaModel.from_pretrained(nothing)
 
 
-@pytest.mark.parametrize("prompts", ["Hello", [3], [["a", "b"]], [{"role": "user", "content": "q"}]])
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"temperature": -1.0, "top_p": 2}, r"(?s)'temperature' is -1.0: .*'top_p' is 2: "),
+    ({"top_p": 0}, "'top_p' is 0: "),
+    ({"temperature": float("nan")}, "'temperature' is nan: "), ({"seed": None}, "'seed' is None: "),
+    ({"max_gen_len": None}, "'max_gen_len' is None: Input should be a valid integer"),
+])  # fmt: skip
+def test_wrong_ways_to_answer(model: MetaModel, wrong: dict, said: str) -> None:
+    """A negative temperature was no sampling, a top_p beyond 1 all tokens, without a word."""
+    with pytest.raises(ConfigError, match=said):
+        model.generate(["q"], **wrong)
+    with pytest.raises(ConfigError, match=said):
+        list(model.stream_generate("q", **wrong))
+
+
+@pytest.mark.parametrize("prompts", [
+    "Hello", [3], [["a", "b"]], [{"role": "user", "content": "q"}], None, iter(["a"]), {"a": 1},
+])  # fmt: skip
 def test_what_is_no_list_of_prompts(model: MetaModel, prompts: object) -> None:
-    """A single text would be answered letter by letter."""
+    """A single text would be answered letter by letter; of what is read once, nothing is left to answer."""
     with pytest.raises(ConfigError, match=r"generate\(\[prompt\]\)|expected a text, a list of messages"):
         model.generate(prompts)
