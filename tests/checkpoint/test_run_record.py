@@ -145,7 +145,7 @@ def test_layouts_of_what_was_trained(part: Path, recorded: dict, layouts: tuple[
 
 
 @pytest.mark.parametrize("layouts", [["alpaca"], {"alpacca": 3}, None])
-def test_layouts_that_are_none(part: Path, layouts: object) -> None:
+def test_wrong_layouts(part: Path, layouts: object) -> None:
     record = json.loads((part / "run.json").read_text())
     (part / "run.json").write_text(json.dumps(record | {"prompt_layouts": layouts}))
     assert f"{part / 'run.json'}: 'prompt_layouts' is {layouts!r}; expected an object with keys of alpaca, " in refusal(

@@ -302,6 +302,6 @@ def test_vocabulary_tuning_trains_both_matrices() -> None:
 
 
 def test_linears_in_others_words() -> None:
-    """Hugging Face's names are answered with ours, several where theirs holds several."""
+    """An error for Hugging Face's name of a linear gives ours, several if theirs is fused."""
     with pytest.raises(ValidationError, match=r"q_proj, query_key_value, fc2 would be w2, wk, wq, wv"):
         METHODS["peft"].Settings(lora_rank=4, lora_targets=["wo", "q_proj", "query_key_value", "fc2"])

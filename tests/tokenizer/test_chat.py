@@ -234,7 +234,7 @@ ANSWERS = {
 
 
 def reasoned(text):
-    """A text without the blanks that templates set around reasoning, and outer ones."""
+    """The text without blanks around reasoning tags and at its ends, which templates set as they like."""
     return re.sub(r"\s*(</?think>)\s*", r"\1", text).strip()
 
 

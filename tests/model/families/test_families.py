@@ -91,7 +91,7 @@ def test_told_from_its_files(name: str, checkpoints) -> None:
 
 
 def test_normalized_head_is_said(checkpoints) -> None:
-    """To one who trains on: the head is scaled once, and no other model's is."""
+    """Training has a note that the head was scaled once; other models have no such note."""
     said = {name: open_source(checkpoints[0] / name).notes for name in ("baichuan_7b", "baichuan2")}
     assert said["baichuan_7b"] == ()
     assert said["baichuan2"] == (
