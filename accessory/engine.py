@@ -85,9 +85,10 @@ class Asked(NamedTuple):
 class Engine:
     """Trains `model`, whose trained parameters are `parameters` (by name, fp32, cut as `slicings` says).
 
-    `save(progress, name, loss)` is given the mean loss since the save before. With `skip_not_finite`, a step whose loss
-    or gradient is not finite changes nothing, instead of ending the run. With `scales_loss`, which fp16 needs, the
-    loss is multiplied by `Progress.loss_scale` before the backward. `spare_memory` says what makes a step smaller.
+    `save(progress, name, loss)` is given the mean loss since the save before; None: the run writes nothing. With
+    `skip_not_finite`, a step whose loss or gradient is not finite changes nothing, instead of ending the run. With
+    `scales_loss`, which fp16 needs, the loss is multiplied by `Progress.loss_scale` before the backward. `spare_memory`
+    says what makes a step smaller.
     """
 
     model: nn.Module
@@ -99,7 +100,7 @@ class Engine:
     data_parallel: DataParallel
     layout: Layout
     reporter: Reporter
-    save: Callable[[Progress, str, float | None], None]
+    save: Callable[[Progress, str, float | None], None] | None
     signals: StopSignals
     scales_loss: bool = False
     pin_memory: bool = False
@@ -253,14 +254,16 @@ class Engine:
 
     def _save(self, progress: Progress) -> None:
         mean = sum(self._losses) / len(self._losses) if self._losses else None
-        self.save(progress, self.checkpoint_name(progress), mean)
+        if self.save:
+            self.save(progress, self.checkpoint_name(progress), mean)
         self._losses, self._saved_at_time = [], time.monotonic()
 
     def _preempted(self, number: int, progress: Progress) -> Preempted:
-        fault = Preempted(
-            f"Stopped by {name_of(number)} after step {progress.total_steps}, which is saved as "
-            f"{self.checkpoint_name(progress)}. Go on with --resume latest."
-        )
+        if self.save:
+            rest = f", which is saved as {self.checkpoint_name(progress)}. Go on with --resume latest."
+        else:
+            rest = ". Nothing is saved: this run writes nothing."
+        fault = Preempted(f"Stopped by {name_of(number)} after step {progress.total_steps}{rest}")
         fault.common = True
         return fault
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -412,10 +411,13 @@ def _saver(
     optimizer: torch.optim.Optimizer,
     reporter: Reporter,
     status: RunStatus,
-) -> Callable[[Progress, str, float | None], None]:
-    """What the engine saves with; there is room for a checkpoint, or it raises `DiskFullError`."""
+) -> Saver | None:
+    """What the engine saves with, None for a run that writes nothing.
+
+    Raises `DiskFullError` where there is no room for a checkpoint.
+    """
     if status.output_dir is None:
-        return lambda *_: None
+        return None
     config, blueprint = job.config, job.blueprint
     only_trainable = config.only_save_trainable and len(parameters) < len(slicings)
     base = _base(config, job.sources)

@@ -133,6 +133,18 @@ def test_clipping_bounds_the_update(engine: Engine) -> None:
     assert seen == pytest.approx([0.1], rel=1e-3)
 
 
+@pytest.mark.parametrize("clip_grad", [0.0, -1.0, 1e3])
+def test_a_gradient_within_bounds_is_left_as_it_is(engine: Engine, clip_grad: float) -> None:
+    """Nor is there a bound where `clip_grad` is 0 or less."""
+    seen = []
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, clip_grad, 1, 1)
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in engine.parameters.values()]).norm().item())
+    )
+    report, _ = engine.step(Progress())
+    assert seen == pytest.approx([report.grad_norm], rel=1e-6)
+
+
 def test_saves_each_epoch_and_in_between(engine: Engine) -> None:
     saved = []
     engine.save = lambda progress, name, _: saved.append((name, progress.total_steps))
@@ -285,6 +297,28 @@ def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
         else:
             engine.train(Progress())
         assert saved == [at]
+
+
+def test_a_run_that_writes_nothing_does_not_say_that_it_saved(engine: Engine) -> None:
+    engine.save, engine.signals.received = None, 15
+    with pytest.raises(Preempted, match=r"Stopped by SIGTERM after step 1\. Nothing is saved"):
+        engine.train(Progress())
+
+
+def test_a_save_after_skipped_steps_alone_has_no_loss(engine: Engine) -> None:
+    saved = []
+    engine.save = lambda progress, name, loss: saved.append(loss)
+    engine.skip_not_finite = True
+    engine.model.llma.norm.weight.data[0] = math.nan
+    with pytest.raises(NotFiniteError, match="All 4 steps of the run were skipped"):
+        engine.train(Progress())
+    assert saved == [None, None, None]
+
+
+def test_a_first_step_that_is_not_finite_had_none_before_it(engine: Engine) -> None:
+    engine.model.llma.norm.weight.data[0] = math.nan
+    with pytest.raises(NotFiniteError, match=r"more\. Look at the documents|\)\. Look at the documents"):
+        engine.step(Progress())
 
 
 def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
