@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh                            15 to 17 minutes on 2 cores
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
-#   bash tests/run.sh --chaos                    22 minutes of kills at random moments, restarts and fuzzing
+#   bash tests/run.sh --chaos                    some 30 minutes of kills, restarts, fuzzing and 3,000 steps
 #
 # With Node 20 or newer, llama.cpp's prebuilt library comes along, to judge GGUF files; without, those tests are skipped.
 # PROCESSES=2 test files run at once, each process on one thread: what they start are mostly processes of one thread, too.

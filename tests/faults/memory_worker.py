@@ -1,8 +1,10 @@
-"""Fine-tunes with the flags after the first argument, and writes there what is resident after each step: JSON, bytes.
+"""Fine-tunes with the flags after the first argument, and writes there the memory after each step.
 
-A process of its own, so that nothing else is measured.
+JSON, bytes: [resident, in use (handed out by the C library and not freed)]. A process of its own, so that nothing else
+is measured.
 """
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -14,15 +16,27 @@ from accessory.engine import Engine
 from accessory.finetune import finetune
 
 PAGE = 4096
-step, resident = Engine.step, []
+
+
+class Heap(ctypes.Structure):
+    """glibc's struct mallinfo2, of malloc.h."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Heap
+step, memory = Engine.step, []
 
 
 def step_and_look(self, progress):
-    result = step(self, progress)
-    resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
+    result, heap = step(self, progress), mallinfo2()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    memory.append((resident, heap.uordblks + heap.hblkhd))
     return result
 
 
 Engine.step = step_and_look
 finetune(parse(FinetuneConfig, sys.argv[2:]))
-Path(sys.argv[1]).write_text(json.dumps(resident))
+Path(sys.argv[1]).write_text(json.dumps(memory))

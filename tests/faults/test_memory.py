@@ -13,11 +13,13 @@ from tests.faults.job import Job
 LONG = "CHAOS" in os.environ
 """Whether there is time for 3,000 steps and 50 saves."""
 STEPS, SETTLED, SAVES = (3000, 50, 50) if LONG else (80, 8, 5)
+SPREAD = 1.08 if LONG else 1.03
+"""How much more may be resident: the heap spreads by some MB as larger micro-batches than any before happen to come."""
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"] if LONG else ["bf16"])
 def test_memory_does_not_grow(job: Job, python, tmp_path: Path, precision: str) -> None:
-    """Before the last save within 3 % of what it was once it had settled, and of what it was after the first save.
+    """What is in use at the end is within 3 % of what it was once it had settled, and what is resident within `SPREAD`.
 
     Micro-batches have other numbers of tokens in every step, which libraries compile and remember products for.
     """
@@ -27,10 +29,12 @@ def test_memory_does_not_grow(job: Job, python, tmp_path: Path, precision: str) 
         *("--accum_iter", "2", "--save_steps", str(every), "--save_interval", str(STEPS), "--keep_last", "2"),
     )
     worker = Path(__file__).with_name("memory_worker.py")
-    done = python(worker, tmp_path / "resident.json", *flags, timeout=3000)
+    done = python(worker, tmp_path / "memory.json", *flags, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
-    resident = json.loads((tmp_path / "resident.json").read_text())
-    assert len(resident) == STEPS
-    settled, saved, last = resident[SETTLED - 1], max(resident[every : 2 * every]), max(resident[-every:])
-    print(f"{precision}: MB after steps {SETTLED}, {every + 1}, {STEPS}:", *(b >> 20 for b in (settled, saved, last)))
-    assert last < 1.03 * settled and last < 1.03 * saved, (settled, saved, last)
+    memory = json.loads((tmp_path / "memory.json").read_text())
+    assert len(memory) == STEPS
+    for name, most, values in zip(("resident", "in use"), (SPREAD, 1.03), zip(*memory, strict=True), strict=True):
+        settled, saved, last = values[SETTLED - 1], max(values[every : 2 * every]), max(values[-every:])
+        print(f"{precision}: MiB {name} after steps {SETTLED}, {every + 1}, {STEPS}:",
+              *(f"{value / 2**20:.1f}" for value in (settled, saved, last)))  # fmt: skip
+        assert last < most * settled and last < most * saved, (name, settled, saved, last)
