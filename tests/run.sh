@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, from a bare machine: makes .venv, installs with the test extras, runs ruff and all tests.
 #
-#   bash tests/run.sh                            15 to 17 minutes on 2 cores
+#   bash tests/run.sh                            15 to 20 minutes on 2 cores
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
 #   bash tests/run.sh --chaos                    some 30 minutes of kills, restarts, fuzzing and 3,000 steps
 #
