@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from accessory.allocator import share_one_heap
 from accessory.config import DemoConfig
 from accessory.data.templates import CHAT, PROMPT_LAYOUTS
 from accessory.entry import run_entry
@@ -144,6 +145,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
         from demos.page_guard import MOST_BYTES, guards
     except ImportError as error:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
+    share_one_heap()  # whichever of the page's threads answers
     one_at_a_time = threading.Lock()
     offered = tuple(name for name in PROMPT_LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
