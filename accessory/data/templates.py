@@ -207,7 +207,9 @@ def _check_text(texts: Iterable[str]) -> None:
 
 def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
     turns = fields.get("conversations")
-    if not isinstance(turns, list) or not turns:
+    if turns is not None and not isinstance(turns, list):
+        raise UnusableRecord(f"'conversations' is {kind(turns)}, expected a list of turns")
+    if not turns:
         single = "; instruction and output are learned without --dialog and preprocess" if "output" in fields else ""
         raise UnusableRecord(f"has no list {_missing(fields, 'conversations')}{single}")
     found = [_turn(turn, roles) for turn in turns]

@@ -270,3 +270,35 @@ def test_speakers_as_roles():
 def test_messages_that_nobody_answers_are_a_cause(pairs, cause):
     with pytest.raises(UnusableRecord, match=cause):
         conversation_messages(turns(*pairs))
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"conversations": "text"}, "'conversations' is a text, expected a list of turns"),
+        ({}, "has no list 'conversations' among its keys (it has none)"),
+        (
+            {"conversations": [5]},
+            "'conversations' holds a turn without 'from' (human, user, gpt, assistant) and 'value': it is a number",
+        ),
+    ],
+)
+def test_a_cause_says_all_and_no_more(fields, cause):
+    with pytest.raises(UnusableRecord) as caught:
+        conversation(fields)
+    assert str(caught.value) == cause
+
+
+def test_an_empty_answer_is_called_so():
+    with pytest.raises(UnusableRecord) as caught:
+        single_turn({"instruction": "a", "output": " "}, "alpaca")
+    assert str(caught.value) == "'output' is empty"
+
+
+def test_a_question_of_a_dialog_has_its_input_below_it():
+    assert any("a\n\nb" in piece for piece in question_prompt("a", "b", "dialog").pieces)
+
+
+def test_llava_is_content_with_one_question_and_answer():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert single_turn_llava({"conversations": turns})["output"] == "b"
