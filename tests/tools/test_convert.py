@@ -76,11 +76,12 @@ def test_trained_part_for_peft(called, tiny_base: Path, tmp_path: Path) -> None:
 
 def test_several_sources(called, tiny_base: Path, tmp_path: Path) -> None:
     """Base and parts as for --pretrained_path, the target last; what peft's users load may be named."""
+    norms = write_trained(tiny_base, tmp_path / "norms", bias_tuning=False)
     part = write_trained(tiny_base, tmp_path / "part", norm_tuning=False, bias_tuning=False)
     arguments = ("--to", "peft", "--base_model", "me/base")
-    done = called("tools/convert.py", tiny_base, part, tmp_path / "adapter", *arguments)
+    done = called("tools/convert.py", tiny_base, norms, part, tmp_path / "adapter", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == f"{tiny_base} + {part} -> {tmp_path / 'adapter'} (peft)\n"
+    assert done.stdout == f"{tiny_base} + {norms} + {part} -> {tmp_path / 'adapter'} (peft)\n"
     assert '"me/base"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
     done = called("tools/convert.py", tiny_base, tmp_path / "out", "--base_model", "me/base")
     assert done.stderr == "ConfigError: --base_model goes with --to peft.\n"
