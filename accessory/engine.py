@@ -123,7 +123,7 @@ class Engine:
             if progress.step == schedule.steps_per_epoch:
                 progress.epoch, progress.step = progress.epoch + 1, 0
             if schedule.is_over(progress) and progress.skipped == progress.total_steps:
-                raise self._fault(f"All {progress.skipped} steps of the run were skipped: nothing was learned.")
+                raise self._nothing_learned(progress)
             if asked.stop or asked.save or self._is_time_to_save(progress):
                 self._save(progress)
                 saved_at = progress.total_steps
@@ -131,6 +131,9 @@ class Engine:
                 raise self._preempted(asked.stop, progress)
         if saved_at != progress.total_steps:
             self._save(progress)
+        if skipped := progress.total_steps - max((int(s["step"]) for s in self.optimizer.state.values()), default=0):
+            last = f", the last {progress.skipped} among them" if progress.skipped else ""
+            self.reporter.say(f"{skipped} of the run's {progress.total_steps} steps were skipped{last}.")
 
     def step(self, progress: Progress) -> tuple[StepReport, Asked]:
         """One optimizer step on one global batch; moves `progress` on by it."""
@@ -226,6 +229,13 @@ class Engine:
             self.reporter.say(f"{said} The step is skipped: nothing is changed by it{halved}.")
             return
         raise self._fault(f"{said}{f' {progress.skipped} steps before it were skipped.' if progress.skipped else ''}")
+
+    def _nothing_learned(self, progress: Progress) -> NotFiniteError:
+        said = f"All {progress.skipped} steps of the run were skipped: nothing was learned."
+        if self.scales_loss and progress.loss_scale < FIRST_LOSS_SCALE:
+            scale = f"The loss scale, {progress.loss_scale:g} by now, was still being lowered"
+            said = f"{said} {scale}: give more --max_steps or --epochs."
+        return self._fault(said)
 
     def _fault(self, said: str) -> NotFiniteError:
         wider = "give --precision bf16 or fp32, whose range is wider, " if self.scales_loss else ""

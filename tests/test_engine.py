@@ -245,6 +245,23 @@ def test_a_run_that_only_skipped_is_not_finished(engine: Engine) -> None:
     assert not saved
 
 
+@pytest.mark.parametrize(("broken", "said"), [((), []), ((1,), ["1 of the run's 4 steps were skipped."]),
+    ((1, 2, 3), ["3 of the run's 4 steps were skipped, the last 3 among them."]),
+])  # fmt: skip
+def test_skipped_steps_are_counted_at_the_end(engine: Engine, broken: tuple[int, ...], said: list[str]) -> None:
+    """Those that an earlier run skipped before this one went on from it, too."""
+    lines: list[str] = []
+    engine.skip_not_finite, engine.reporter.say, progress = True, lines.append, Progress()
+    engine.model.llma.norm.weight.register_hook(
+        lambda gradient: gradient * (math.inf if progress.total_steps in broken else 1.0)
+    )
+    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, max_steps=3)
+    engine.train(progress)
+    engine.schedule, lines[:] = replace(engine.schedule, max_steps=4), []
+    engine.train(progress)
+    assert [line for line in lines if not line.startswith("Step ")] == said
+
+
 def test_skipped_steps_may_not_count(engine: Engine) -> None:
     """For a run that is to take one true step: the first one whose gradient is finite is its last."""
     engine.scales_loss = True

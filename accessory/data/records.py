@@ -19,7 +19,7 @@ from accessory.tokenizer.sniff import what_is
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 """Suffixes of data files, in small letters or capitals."""
-_LISTED = "a JSON list of objects, an object a line, or one object that holds one list of objects"
+_LISTED = "a JSON list of objects, an object a line, one object, or one that holds one list of objects"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _SHOWN, _LONGEST = 12, 40  # keys named in a message, and characters of each
 _REMEDIES = {
@@ -32,6 +32,7 @@ _REMEDIES = {
 }
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FIRST_LINE, _INK = re.compile(rb"(?:\xef\xbb\xbf)?\s*([^\n]*)"), re.compile(rb"\S")
+_EXCEL = re.compile(r"sep=([\t,;])\r?\n")
 _HEADER = re.compile(r'(?:"[^"]*"|[^"\n])*')
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 
@@ -81,8 +82,9 @@ def path_fault(path: Path) -> str | None:
 def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
     """All records of a JSON list, of JSON Lines, or of a table with a header; how it was read is appended to `notes`.
 
-    A .json may also hold one object a line, or an object with one list of objects in it; a .jsonl may also hold a list.
-    A .csv is separated by tabs, commas or semicolons, whichever its header holds; a .tsv by tabs.
+    A .json may also hold one object a line, one object, or one with one list of objects in it; a .jsonl a list. A .csv
+    is separated by tabs, commas or semicolons, whichever its header holds, or as Excel's `sep=` above it says; a .tsv
+    by tabs.
 
     Raises `DataError` for a file that is missing, undecodable, not of its kind, or breaks off. A record that is not an
     object, repeats a key or holds NaN is returned with its `fault`; so is a line of JSON Lines that is no JSON, or no
@@ -105,8 +107,9 @@ def _text(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        found = what_is(path)
-        raise DataError(f"{path}: found {found}, which is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+        found = f"found {what_is(path)}, which is not UTF-8 (byte {error.start}); save it as UTF-8"
+        how = f": iconv -f {'UTF-16' if 'UTF-16' in found else 'WINDOWS-1252'} -t UTF-8 {path} > NEW"
+        raise DataError(f"{path}: {found}{how if 'text' in found else ''}.") from error
 
 
 def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:
@@ -118,7 +121,7 @@ def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:
     text = _text(content, path)
     start = _after_space(text, 0)
     if text[start : start + 1] == "{":
-        return _read_list(text, _list_within(text, start, path, notes), path)[0]
+        return _read_list(f"{text}]", _list_within(text, start, path, notes), path)[0]
     if text[start : start + 1] != "[":
         raise DataError(f"{path}: found {what_is(path)}; expected {_LISTED}.")
     records, end = _read_list(text, start, path)
@@ -162,20 +165,28 @@ def _read_list(text: str, start: int, path: Path) -> tuple[list[Record], int]:
 
 
 def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
-    """Position of the one list of objects in the object at `start`."""
+    """Position of the one list of objects in the object at `start`; just before the object if it is the one record."""
     try:
         values = json.loads(text[start:])
     except (ValueError, RecursionError) as error:
         line = text.count("\n", 0, start) + _fault_line(error, 1)
         raise DataError(f"{path}:{line}: is not valid JSON ({_reason(error)}); expected {_LISTED}.") from error
-    lists = [key for key, value in values.items() if isinstance(value, list) and dict in map(type, value)]
+    lists = [key for key, value in values.items() if _holds_records(value)]
+    if values and not lists:
+        notes.append("read as one record")
+        return start - 1
     if len(lists) != 1:
-        found = f"an object with the keys {shown_keys(values)}, of which {len(lists) or 'none'} hold a list of objects"
+        found = f"{len(lists)} lists of objects in it ({shown_keys(lists)})" if lists else "an empty object"
         raise DataError(f"{path}: found {found}; expected {_LISTED}.")
     (key,) = lists
     others = [other for other in values if other != key]
     notes.append(f"the list {key!r} is read" + (f"; not used: {shown_keys(others)}" if others else ""))
     return _place_of(key, text, start, path)
+
+
+def _holds_records(value: Any) -> bool:
+    """Whether it is a list of objects that are no turns of a conversation."""
+    return isinstance(value, list) and any(isinstance(v, dict) and not {"from", "value"} <= v.keys() for v in value)
 
 
 def _place_of(key: str, text: str, at: int, path: Path) -> int:
@@ -219,16 +230,18 @@ def _read_lines(content: bytes, path: Path) -> list[Record]:
 
 
 def _read_table(text: str, path: Path, notes: list[str]) -> Iterator[Record]:
-    separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text, path)
+    excel = _EXCEL.match(text)
+    separator = excel[1] if excel else "\t" if path.suffix.lower() == ".tsv" else _separator(text, path)
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     rows = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
     named = _SEPARATORS[separator]
     notes.append(f"columns separated by {named}")
     try:
-        header = next(rows, [])
+        header = [next(rows, []) for _ in range(2 if excel else 1)][-1]
         if len(set(header)) != len(header) or len(header) < 2:
             raise DataError(
-                f"{path}:1: the columns are {header}; expected two or more, separated by {named}, none of them twice."
+                f"{path}:{rows.line_num or 1}: the columns are {header}; expected two or more, separated by {named}, "
+                "none of them twice."
             )
         line = rows.line_num + 1
         for row in rows:

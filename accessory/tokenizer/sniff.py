@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 _HEAD_BYTES = 512
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+"""Bytes that text holds in no encoding by bytes."""
 
 
 def what_is(path: Path) -> str:
@@ -68,7 +70,7 @@ def _kind(head: bytes) -> str:
         return "a JSON-like text"
     if is_tiktoken(head):
         return "a tiktoken vocabulary"
-    return "a binary file" if _is_binary(head) else "a text file"
+    return "a binary file" if _is_binary(head) and _CONTROL.search(head) else "a text file"
 
 
 def _is_binary(head: bytes) -> bool:

@@ -62,8 +62,8 @@ def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault
         ("x.json", '[{"a": 1},\n{"a": 1', r"x\.json:2: "),
         ("x.json", '[{"a": 1}\n', r"x\.json:1: expected ',' or '\]'"),
         ("x.json", '[{"a": 1}\n{"a": 2}]', r"x\.json:1: expected ','"),
-        ("x.json", '{"a": 1}', "the keys 'a', of which none hold a list of objects; expected a JSON list"),
-        ("x.json", '{"a": [{}], "b": [{}]}', "the keys 'a', 'b', of which 2 hold a list of objects"),
+        ("x.json", "{}", "found an empty object; expected a JSON list"),
+        ("x.json", '{"a": [{}], "c": 1, "b": [{}]}', r"2 lists of objects in it \('a', 'b'\); expected a JSON list"),
         ("x.json", '{"a": [{}], "b": 1, "b": 2}', "holds the key 'b' twice"),
         ("x.json", '\n{"a": [{}],\n"b": }', r"x\.json:3: is not valid JSON.*expected a JSON list"),
         ("x.json", "", "an empty file"),
@@ -75,6 +75,13 @@ def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault
         ("x.csv", "a\tb,c\n1\t2\n", r"x\.csv:1: the header 'a.tb,c' holds tabs and commas; expected .*only one"),
         ("x.csv", "a\n1\n", r"x\.csv:1: the header 'a' holds nothing that separates"),
         ("x.json", "\ufeffa".encode("utf-16"), "UTF-16 text of 6 bytes, which is not UTF-8 .byte 0.; save it as UTF-8"),
+        (
+            "x.csv",
+            b"a\tb\nc\t\xe9\n",
+            r"a text file of 8 bytes, .*\(byte 6\); .*: iconv -f WINDOWS-1252 -t UTF-8 .*x\.csv",
+        ),
+        ("x.csv", b"PK\x03\x04\xff", r"a zip archive of 5 bytes, which is not UTF-8 \(byte 4\); save it as UTF-8\.$"),
+        ("x.csv", "sep=;\na,b\n", r"x\.csv:2: the columns are \['a,b'\]; .*semicolons"),
         ("x.conf", "words", "expected one of .json, .jsonl, .csv"),
         ("x.txt", "words", r"\.txt files are not read here; .*\.jsonl.*prompt_type: caption"),
         ("x.Parquet", b"PAR1", r"\.Parquet files are not read here; write it as JSON Lines"),
@@ -167,6 +174,12 @@ def test_a_table_is_read_as_it_was_written_whatever_separates_it(write, separato
     assert [record.fields for record in found] == ROWS and notes == [f"columns separated by {named}"]
 
 
+def test_excel_may_name_the_separator_above_the_header(write):
+    for name, end in (("x.csv", "\r\n"), ("x.tsv", "\n")):
+        found = read_records(write(name, end.join(("\ufeffsep=;", "a,b;c", "1,2;3"))))
+        assert [(record.fields, record.line) for record in found] == [({"a,b": "1,2", "c": "3"}, 3)]
+
+
 def test_a_cell_may_be_as_long_as_it_likes(write):
     for name in ("x.csv", "x.tsv"):
         assert read_records(write(name, f"a\tb\n1\t{'x' * 300_000}\n"))[0].fields["b"] == "x" * 300_000
@@ -195,6 +208,15 @@ def test_an_object_may_hold_the_list(write):
     assert [record.fields for record in found] == RECORDS
     assert all(lines[record.line - 1].strip().startswith("{") for record in found)
     assert notes == ["the list 'data' is read; not used: 'version', 'tags', 'n'"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_may_be_the_one_record(write, indent):
+    """A conversation, too: its turns are no records."""
+    for fields in ({"a": "b", "history": [["c"]]}, {"conversations": [{"from": "human", "value": "]"}]}):
+        notes = []
+        (found,) = read_records(write("x.json", "\n" + json.dumps(fields, indent=indent)), notes)
+        assert (found.fields, found.line, found.fault, notes) == (fields, 2, None, ["read as one record"])
 
 
 def test_a_record_is_known_by_its_number_where_others_stand_on_its_line(write):

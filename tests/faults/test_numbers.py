@@ -128,7 +128,7 @@ def test_22_other_data_are_given_a_loss_scale_of_their_own(
     start, fp16.output = fp16.output / "epoch0-iter2", tmp_path / "other"
     capsys.readouterr()
     more = ("--data_config", str(tmp_path / "other.json"), "--allow_changed", "data", "--max_steps", "3")
-    with pytest.raises(NotFiniteError, match="All 3 steps of the run were skipped"):
+    with pytest.raises(NotFiniteError, match=r"All 3 steps .* The loss scale, 32768 by now, .*: give more --max_steps"):
         alone(fp16, "--resume", str(start), *more)
     assert re.findall(r"Step (\d+): .* loss scale of (\d+)", capsys.readouterr().out)[0] == ("3", "65536")
 
@@ -164,7 +164,7 @@ def test_22_a_run_of_skipped_steps_is_no_finished_one(fp16: Job, precision: str)
     weights = load_file(fp16.base / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, fp16.base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NotFiniteError, match="All 3 steps of the run were skipped: nothing was learned"):
+    with pytest.raises(NotFiniteError, match=r"All 3 steps of the run were skipped: nothing was learned\. Look at"):
         alone(fp16, "--max_steps", "3", "--not_finite", "skip", precision=precision)
     assert (fp16.status["state"], fp16.status["status"]) == ("failed", 5)
     assert not list(fp16.output.glob("epoch*"))
