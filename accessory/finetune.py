@@ -340,7 +340,10 @@ def _find_resumption(job: _Job) -> Resumption | None:
     config = job.config
     if config.resume is None:
         return None
-    found = together(lambda: find_resumption(config.resume, job.identity, job.conditions, _allowed(config)))
+    follows = {name: of for name, of in _FOLLOWS.items() if name not in config.model_fields_set}
+    found = together(
+        lambda: find_resumption(config.resume, job.identity, job.conditions, config.allow_changed, follows)
+    )
     notes = [f"resuming {config.resume} after step {found.progress.total_steps}"]
     if found.inexact:
         notes.append(f"not bit for bit: {'; '.join(found.inexact)}")
@@ -348,12 +351,6 @@ def _find_resumption(job: _Job) -> Resumption | None:
         notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
     _say(job.layout, *notes)
     return found
-
-
-def _allowed(config: FinetuneConfig) -> set[str]:
-    """What may differ from the saved run: what --allow_changed names, and flags whose values follow from that."""
-    following = {name for name, of in _FOLLOWS.items() if of in config.allow_changed} - config.model_fields_set
-    return following.union(config.allow_changed)
 
 
 def _progress(found: Resumption | None, layout: Layout) -> Progress:

@@ -42,6 +42,14 @@ class _Loading(BaseModel):
     quant_type: str | None
 
 
+class _Asking(BaseModel):
+    """Arguments of `MetaModel.question`."""
+
+    question: str
+    context: str
+    prompt_layout: str | None
+
+
 class _Sampling(BaseModel):
     """How answers are drawn."""
 
@@ -53,7 +61,7 @@ class _Sampling(BaseModel):
     seed: int = Field(ge=-(2**63), lt=2**63)
 
 
-_Arguments = TypeVar("_Arguments", _Loading, _Sampling)
+_Arguments = TypeVar("_Arguments", _Loading, _Asking, _Sampling)
 
 
 class MetaModel(nn.Module):
@@ -92,8 +100,9 @@ class MetaModel(nn.Module):
         """The prompt of a question, and perhaps an input that belongs to it, as training lays it out; for `generate`.
 
         prompt_layout: one of `accessory.data.templates.PROMPT_LAYOUTS`; absent: `self.prompt_layout`. Raises
-        `ConfigError` for another.
+        `ConfigError` for another, and for what is no text.
         """
+        _checked(_Asking, question=question, context=context, prompt_layout=prompt_layout)
         return question_prompt(question, context, prompt_layout or self.prompt_layout)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accessory.errors import ConfigError
@@ -20,12 +20,23 @@ _PATIENCE = 3.0  # seconds in which the processes of a launcher that was just ki
 def lock(output_dir: Path) -> Iterator[None]:
     """Hold `output_dir` for this process. The kernel lets go of it when the process ends, however it does.
 
-    Raises `ConfigError` that names the host and process which hold it.
+    The file is removed in the end, but for a process that is killed. Raises `ConfigError` that names the host and
+    process which hold it.
     """
-    path = output_dir / LOCK_FILE
-    with path.open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + _PATIENCE
-        while not _taken(file.fileno()):
+    path, deadline = output_dir / LOCK_FILE, time.monotonic() + _PATIENCE
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            if _taken(file.fileno(), path):
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+                file.flush()
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        path.unlink()
+                return
             if time.monotonic() > deadline:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -33,16 +44,13 @@ def lock(output_dir: Path) -> Iterator[None]:
                     f"--output_dir {output_dir}: a run is at work there: {holder}. Wait for it, end it, or give "
                     "another --output_dir."
                 )
-            time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
-        yield
+        time.sleep(0.1)
 
 
-def _taken(handle: int) -> bool:
+def _taken(handle: int, path: Path) -> bool:
+    """Whether the file is this process's now, and is still the one at `path`: its last holder may have removed it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except (BlockingIOError, FileNotFoundError):
         return False
-    return True

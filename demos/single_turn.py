@@ -61,6 +61,8 @@ def main(config: DemoConfig) -> None:
         layout=layout,
     )
     config = config.model_copy(update={"system_prompt": config.system_prompt or model.prompt_layout})
+    for prompt in config.prompt:
+        check_words(prompt, config.system_prompt)
     if config.system_prompt == CHAT:
         _ = model.tokenizer.chat  # says what is missing before anybody asks
     if layout.is_main and (note := prompt_layout_note(model, config.system_prompt)):
@@ -82,6 +84,12 @@ def answer(model: MetaModel, question: Question) -> Iterator[str]:
         top_p=question.top_p,
         seed=question.seed,
     )
+
+
+def check_words(question: object, system_prompt: str) -> None:
+    """Raise `ConfigError` for a question without words; the layout caption shows none."""
+    if not isinstance(question, str) or not (question.strip() or system_prompt == "caption"):
+        raise ConfigError("The question is empty.")
 
 
 def check_place(config: DemoConfig) -> None:
@@ -174,8 +182,12 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
             share=False,
             max_file_size=MOST_BYTES,
             show_error=False,
+            quiet=True,  # gradio would advise share=True
+            prevent_thread_lock=True,
             app_kwargs={"middleware": guards(config.host)},
         )
+        print(f"The page is at {page.local_url}", flush=True)
+        page.block_thread()
     finally:
         if dist.get_world_size() > 1:
             dist.broadcast_object_list([None], src=0)
@@ -215,8 +227,9 @@ def checked_question(
     question, context, system_prompt, max_gen_len, temperature, top_p, config: DemoConfig, offered: tuple[str, ...]
 ) -> Question:
     """What came over the network, held to the limits the page shows. Raises `ConfigError`."""
-    if not isinstance(question, str) or not question.strip() or len(question) + len(context or "") > MAX_QUESTION:
-        raise ConfigError(f"A question has 1 to {MAX_QUESTION} characters, its input included.")
+    check_words(question, system_prompt)
+    if len(question) + len(context or "") > MAX_QUESTION:
+        raise ConfigError(f"A question has at most {MAX_QUESTION} characters, its input included.")
     if system_prompt not in offered or not isinstance(context or "", str):
         raise ConfigError(f"system prompt is {system_prompt!r}; expected one of {', '.join(offered)}; input is text.")
     try:

@@ -338,6 +338,12 @@ def test_wrong_ways_to_answer(model: MetaModel, wrong: dict, said: str) -> None:
         list(model.stream_generate("q", **wrong))
 
 
+def test_what_is_no_question(model: MetaModel) -> None:
+    """None was laid out as the text "None"."""
+    with pytest.raises(ConfigError, match=r"(?s)'question' is None: Input should be a valid string.*'context' is 3: "):
+        model.question(None, 3)
+
+
 @pytest.mark.parametrize("prompts", [
     "Hello", [3], [["a", "b"]], [{"role": "user", "content": "q"}], None, iter(["a"]), {"a": 1},
 ])  # fmt: skip

@@ -48,6 +48,18 @@ def test_free_again_after_leaving(tmp_path: Path, monkeypatch) -> None:
     for _ in range(2):
         with lock(tmp_path), pytest.raises(ConfigError), lock(tmp_path):  # not by the same process either
             pass
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_its_holder_removed_is_no_lock(tmp_path: Path) -> None:
+    """Who opened it before would hold nothing, while the next one holds a new file."""
+    path = tmp_path / LOCK_FILE
+    with lock(tmp_path):
+        waiting = path.open("a+")
+    assert not run_lock._taken(waiting.fileno(), path)
+    with lock(tmp_path):
+        assert not run_lock._taken(waiting.fileno(), path)
+    waiting.close()
 
 
 def test_one_that_is_about_to_die_is_waited_for(holder: subprocess.Popen, tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ in 8 bits are codes, whole, and every rank's scales: exact on the same layout, u
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -103,21 +104,27 @@ class Resumption:
 
 
 def find_resumption(
-    directory: Path, identity: dict[str, Any], conditions: dict[str, Any], allowed: Collection[str] = ()
+    directory: Path,
+    identity: dict[str, Any],
+    conditions: dict[str, Any],
+    allowed: Collection[str] = (),
+    follows: Mapping[str, str] = MappingProxyType({}),
 ) -> Resumption:
     """What `directory` says of the run it was saved by, without reading tensors.
 
-    Raises `CheckpointError` for a directory without a training state, a damaged one, or one of a different run: field
-    by field, but for those of the identity that are `allowed` to differ.
+    follows: key of the identity -> the key that its value follows from. Raises `CheckpointError` for a directory
+    without a training state, a damaged one, or one of a different run: field by field, but for those of the identity
+    that are `allowed` to differ, or follow from such.
     """
     record, state_file = directory / f"{STATE_STEM}.json", directory / f"{STATE_STEM}.safetensors"
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
     progress, was, conditions_were = _read_record(record)
     changed = {key: found for key, value in identity.items() if (found := differences(key, was.get(key), value))}
-    if refused := [key for key in changed if key not in allowed]:
+    if refused := [key for key in changed if key not in allowed and follows.get(key) not in allowed]:
         said = "; ".join(_said(*values) for key in refused for values in changed[key])
-        hint = f" To go on all the same: --allow_changed {' '.join(refused)}." if CHANGEABLE.issuperset(refused) else ""
+        enough = " ".join(key for key in changed if follows.get(key) not in changed)
+        hint = f" To go on all the same: --allow_changed {enough}." if CHANGEABLE.issuperset(refused) else ""
         raise CheckpointError(f"{directory}: belongs to another run: {said}.{hint}")
     inexact = [
         f"{key} was {conditions_were.get(key)}, is {value}"

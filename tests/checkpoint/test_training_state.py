@@ -427,13 +427,23 @@ def test_record_is_json(tmp_path: Path) -> None:
 def test_what_is_allowed_may_differ_and_is_told(trained, tmp_path: Path) -> None:
     found = load(tmp_path, *trained, allowed=("seed", "data"), seed=1, data=OTHER["data"])
     assert found.changed == ("seed", "data") and not found.inexact
-    with pytest.raises(CheckpointError, match=r"global_batch was 16, is 8\. To go on .*--allow_changed global_batch\."):
+    with pytest.raises(
+        CheckpointError, match=r"run: global_batch was 16, is 8\. .*--allow_changed seed global_batch\."
+    ):
         load(tmp_path, *trained, allowed=("seed",), seed=1, global_batch=8)
     with pytest.raises(CheckpointError, match=r"seed was .*; data.max_words was .*--allow_changed seed data\.$"):
         load(tmp_path, *trained, seed=1, data=OTHER["data"])
     with pytest.raises(CheckpointError, match=r"lora_rank.*\.$") as refused:
         load(tmp_path, *trained, settings={"lora_rank": 8})
     assert "--allow_changed" not in str(refused.value)
+
+
+def test_what_follows_from_a_change_need_not_be_allowed(trained, tmp_path: Path) -> None:
+    now, how = IDENTITY | {"seed": 1, "global_batch": 8}, (conditions(Layout()),)
+    with pytest.raises(CheckpointError, match=r"seed was .*; global_batch was 16, .*: --allow_changed seed\.$"):
+        find_resumption(tmp_path, now, *how, follows={"global_batch": "seed"})
+    found = find_resumption(tmp_path, now, *how, ("seed",), {"global_batch": "seed"})
+    assert found.changed == ("seed", "global_batch")
 
 
 def test_generators_that_are_missing(trained, tmp_path: Path) -> None:

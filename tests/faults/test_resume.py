@@ -171,7 +171,7 @@ def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_confi
         (["--llama_config", "LORA"], r"settings\.lora_rank was 4, is 8\."),
         (["--pretrained_path", "BASE"], r"base\[0\] was '\w{16}', is '\w{16}'"),
         (["--seed", "1"], "seed was 0, is 1"),
-        (["--lr", "0.02"], r"lr was 0\.01, is 0\.02"),
+        (["--lr", "0.02"], r"lr was 0\.01, is 0\.02; min_lr was .*: --allow_changed lr\."),
         (["--epochs", "4"], "epochs was 2, is 4"),
         (["--optim", "adamw8bit"], "optim was 'adamw', is 'adamw8bit'"),
         (["--quant_type", "fp4"], "quantization was 'nf4', is 'fp4'"),
@@ -219,7 +219,7 @@ def test_06_what_follows_from_what_is_allowed_may_change_too(saved: Job, capsys:
         "epochs",
     )
     with pytest.raises(
-        CheckpointError, match=r"another run: min_lr was 0\.001, is 0\.0\. .*: --allow_changed min_lr\."
+        CheckpointError, match=r"another run: min_lr was 0\.001, is 0\.0\. .*: --allow_changed lr min_lr epochs\."
     ):
         finetune(parse(FinetuneConfig, [*flags, *more, "--min_lr", "0"]))
     finetune(parse(FinetuneConfig, [*flags, *more]))

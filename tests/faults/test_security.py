@@ -210,7 +210,7 @@ def page(tiny_base: Path) -> Iterator[str]:
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     said = ""
-    while "Running on local URL" not in said:
+    while "The page is at " not in said:
         line = process.stdout.readline()
         assert line, said
         said += line

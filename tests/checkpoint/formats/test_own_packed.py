@@ -20,7 +20,6 @@ from accessory.export import Destination, open_base
 from accessory.finetune import finetune
 from accessory.meta import MetaModel
 from accessory.quant import STORAGES, PackedWeight
-from accessory.run_lock import LOCK_FILE
 from accessory.run_status import STATUS_FILE
 from tests.conftest import DATA
 
@@ -230,4 +229,4 @@ def test_training_never_writes_the_base(packed: Path, tmp_path: Path) -> None:
     full = flags(packed, tmp_path / "out", only_save_trainable=True).model_copy(update={"llama_type": "llama"})
     with pytest.raises(ConfigError, match=r"4-bit weights cannot be trained; use --llama_type llama_peft"):
         finetune(full)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {LOCK_FILE, STATUS_FILE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {STATUS_FILE}
