@@ -1,4 +1,4 @@
-"""Every flag of every entry, once: the string under a field is its `--help` and its row in README."""
+"""Every flag of every entry, once: the string under a field is its `--help` and its row in docs/flags.md."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     pretrained_path: list[Path] = Field(min_length=1)
-    """Base first, then trained parts, in any format of README's table."""
+    """Base first, then trained parts, in any format of docs/checkpoints.md."""
     data_config: Path
     """What to train on: a YAML with META entries, or a .json, .jsonl, .csv or .tsv file."""
     output_dir: Path | None = Path("./output_dir")
@@ -327,7 +327,7 @@ def _default_text(field: Any) -> str:
 
 
 def flags_table(config_class: type[BaseModel]) -> str:
-    """The Markdown table of an entry's flags, as README shows it."""
+    """The Markdown table of an entry's flags, as docs/flags.md shows it."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for name, field in config_class.model_fields.items():
         default = "required" if field.is_required() else "" if field.default_factory else _shown(field.default)

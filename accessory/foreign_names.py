@@ -26,9 +26,10 @@ _SENTENCES = (
      'embedding and head are trained by "vocabulary_tuning": true in a JSON file of --llama_config'),
     ("bias lora_bias train_bias", 'biases are trained by "bias_tuning": true in a JSON file of --llama_config'),
     ("train_norm norm_modules", 'norms are trained by "norm_tuning": true in a JSON file of --llama_config'),
-    ("use_rslora rslora", 'rslora scales by alpha / root of the rank: give "lora_alpha" as alpha x root of the rank'),
-    ("use_dora dora lora_use_dora use_pissa pissa_init loraplus_lr_ratio use_galore galore_rank layers_to_transform "
-     "rank_pattern alpha_pattern fan_in_fan_out init_lora_weights",
+    ("use_rslora rslora peft_use_rslora",
+     'rslora scales by alpha / root of the rank: give "lora_alpha" as alpha x root of the rank'),
+    ("use_dora dora lora_use_dora peft_use_dora use_pissa pissa_init loraplus_lr_ratio use_galore galore_rank "
+     "layers_to_transform layers_pattern rank_pattern alpha_pattern fan_in_fan_out init_lora_weights loftq_config",
      "there is nothing of the kind here: leave it out"),
     ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type tuner_type",
      'the end of --llama_type says what is trained (_peft: norms, biases, LoRA); {"lora_rank": 16} in a JSON file of '
@@ -125,15 +126,15 @@ _SENTENCES = (
      "--resume latest goes on from the newest whole checkpoint"),
     ("logging_steps logging_strategy logging_first_step log_every_n_steps log_interval log_freq",
      "every step is logged: leave it out"),
-    ("report_to logging_dir use_wandb wandb_project wandb_name wandb_run_name run_name use_tensorboard plot_loss "
-     "logger_name",
+    ("report_to logging_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
+     "plot_loss logger_name",
      "TensorBoard events, log.jsonl and loss.png are written to --output_dir"),
     ("do_eval do_predict eval_strategy evaluation_strategy eval_steps evals_per_epoch eval_interval eval_batch_size "
      "val_set_size val_size val_split_fraction test_size eval_dataset_size per_device_eval_batch_size "
      "max_eval_samples do_mmlu_eval eval_dataset load_best_model_at_end early_stopping_patience",
      "training evaluates nothing: leave it out"),
     ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout max_memory_MB "
-     "strict",
+     "strict tokenizer_type",
      "there is no such choice here: leave it out"),
     ("trust_remote_code", "code that lies in a checkpoint is never run: leave it out"),
     ("use_auth_token hf_token token hub_model_id push_to_hub hf_hub_token",

@@ -1,4 +1,4 @@
-"""Flags: upstream's all exist, are described, checked together, and the help and README's table show each."""
+"""Flags: upstream's all exist, are described, checked together, and the help and docs/flags.md show each."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ CUT_ANEW, CUT_ANEW_NOISE = ("nf4", "fp4", "int8"), 1e-3  # measured: 2.1e-4
 
 
 def support_table() -> str:
-    """The Markdown table of README: a row a job, a column a layout, each cell a run below."""
+    """The Markdown table of docs/methods.md: a row a job, a column a layout, each cell a run below."""
     lines = ["| trained, storage | " + " | ".join(f"`{name}`" for name in LAYOUTS) + " |"]
     lines.append("|---" * (len(LAYOUTS) + 1) + "|")
     for name, (what, _) in JOBS.items():

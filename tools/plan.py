@@ -167,7 +167,7 @@ def plan(
 
 
 def table(seq: int = 512) -> None:
-    """Print the Markdown table of README: LLaMA-2 in NF4 at one document of SEQ tokens."""
+    """Print the Markdown table of docs/memory.md: LLaMA-2 in NF4 at one document of SEQ tokens."""
     names = [field.name for field in fields(MemoryPlan)] + ["total"]
     print(f"| model | method | trainable parameters | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
     for size in LLAMA_2:

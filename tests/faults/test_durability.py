@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills, damage, full disks and each other. Numbers are those of the list in README."""
+"""Checkpoints that survive kills, damage, full disks and each other. Numbers: docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data, settings, weights and tokenizers as they must not be. Numbers are those of the list in README.
+"""Data, settings, weights and tokenizers as they must not be. Numbers: docs/reliability.md.
 
 Each has tests of its own beside its reader; here a whole run meets them.
 """

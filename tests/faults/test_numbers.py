@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and memory that runs out. Numbers of tests are those of the list in README."""
+"""Numbers that are not finite, and memory that runs out. Numbers: docs/reliability.md."""
 
 from __future__ import annotations
 

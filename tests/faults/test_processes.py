@@ -1,4 +1,4 @@
-"""Faults of processes: killed, hanging, signalled, failing, unlike. Numbers are those of the list in README."""
+"""Faults of processes: killed, hanging, signalled, failing, unlike. Numbers: docs/reliability.md."""
 
 from __future__ import annotations
 

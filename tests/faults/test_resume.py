@@ -1,4 +1,4 @@
-"""Runs that are cut in two end as those that are not. Numbers are those of the list in README."""
+"""Runs that are cut in two end as those that are not. Numbers: docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and requests of strangers. Numbers are those of the list in README."""
+"""Files and requests of strangers. Numbers: docs/reliability.md."""
 
 from __future__ import annotations
 

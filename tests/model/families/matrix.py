@@ -1,4 +1,4 @@
-"""Every family and variant as a tiny random checkpoint beside what computes it elsewhere; README's table is of these.
+"""Every family and variant as a tiny random checkpoint beside what computes it elsewhere: the table of docs/models.md.
 
 Where transformers knows the model type, it writes the checkpoint and is the reference. Where it does not, the
 checkpoint is written here by the rules of the model's own repository, and the reference is the model it unpacks to.
@@ -277,12 +277,12 @@ CASES = {
     "glm4": Case("glm", "glm4", "GLM-4 0414", known("glm4", **GLM, attention_bias=True)),
     "chatglm": Case("glm", "chatglm", "ChatGLM2, ChatGLM3", chatglm, transformers=False),
 }
-"""Name of a variant -> its case; each is a row of README's table, and a run of test_families.py."""
+"""Name of a variant -> its case; each is a row of docs/models.md, and a run of test_families.py."""
 CHECKS = ("logits", "2-way tensor parallel", "greedy answers", "NF4 + NormBiasLoRA")
 
 
 def families_table() -> str:
-    """The Markdown table of README: a row a variant, a column a check of test_families.py, which runs for each."""
+    """Table of docs/models.md: a row a variant, a column a check of test_families.py, which runs for each."""
     lines = ["| models | `--llama_type` | `model_type` | compared with | " + " | ".join(CHECKS) + " |"]
     lines.append("|---" * (4 + len(CHECKS)) + "|")
     for case in CASES.values():

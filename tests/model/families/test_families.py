@@ -1,6 +1,6 @@
 """Every family on one rank and on two: what it computes is what transformers (or its formula) computes, and it trains.
 
-The table in `matrix.py` is README's: a row is a case here, a column a test.
+The table in `matrix.py` is that of docs/models.md: a row is a case here, a column a test.
 """
 
 from __future__ import annotations

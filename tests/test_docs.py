@@ -1,0 +1,253 @@
+"""README and docs/ tell the truth: tables are what the code says, commands run as written, links lead somewhere.
+
+From the repository's root, `python -m tests.test_docs` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from accessory.config import DemoConfig, FinetuneConfig, flags_table
+from accessory.data.meta_config import load_data_config
+from accessory.data.templates import CHAT, PROMPT_TYPES
+from accessory.errors import AccessoryError
+from accessory.foreign_names import unknown
+from accessory.method.peft import Peft
+from tests.conftest import DATA, ROOT, run_python
+from tests.model.families.matrix import families_table
+
+README = "README.md"
+PAGES = {name: (ROOT / name).read_text() for name in
+         (README, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))}  # fmt: skip
+SETUP = ("bash exps/quickstart.sh", "bash tests/run.sh")
+TRAINED = "output/mine/epoch2"
+"""What README's runs leave, and the commands of other pages begin with."""
+OTHERS_FLAGS = {"nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time"}
+"""Of torchrun and sbatch."""
+OTHERS_FILES = {f"accessory/{name}/" for name in ("configs", "exps", "demos", "tools")} | {
+    "tools/convert_weights_to_hf.py", "tools/weight_operate.py", "docs/gguf.md",
+}  # fmt: skip
+"""Paths in LLaMA2-Accessory and ggml."""
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of each code block in a language."""
+    return [(name, text) for name, page in PAGES.items()
+            for text in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]  # fmt: skip
+
+
+COMMANDS = [line for _, text in blocks("bash") for line in text.splitlines() if line]
+
+
+# Tables that the code makes
+
+
+def plan_table(_: str) -> str:
+    """What the planner prints."""
+    return run_python(ROOT / "tools" / "plan.py", "table", "--seq", "512").stdout.strip()
+
+
+def support_table(_: str) -> str:
+    """What the layout tests run."""
+    spec = importlib.util.spec_from_file_location("layout_tests", ROOT / "tests" / "test_finetune.py")
+    layout_tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layout_tests)
+    return layout_tests.support_table()
+
+
+def names_table(now: str) -> str:
+    """The rows' names as they are, each with what an unknown flag of that name is answered; one row an answer."""
+    kinds = [[f"--{name}" for name in config.model_fields] for config in (FinetuneConfig, DemoConfig)]
+    answers: dict[str, list[str]] = {}
+    for name in re.findall(r"`(\w+)`(?=[^|\n]*\|[^|\n]*\|$)", now, re.MULTILINE):
+        answer = next((said for flags in kinds if (said := unknown(name, (), flags)) != "."), None)
+        assert answer, f"{name!r} is not in accessory/foreign_names.py"
+        answers.setdefault(answer[2:-1], []).append(name)
+    rows = [f"| {', '.join(f'`{name}`' for name in names)} | {_in_code(answer)} |" for answer, names in answers.items()]
+    return "\n".join(["| there | here |", "|---|---|", *rows])
+
+
+def _in_code(sentence: str) -> str:
+    return re.sub(r'(--[a-z][a-z_-]*(?:=N| latest| int8)?|\{.*?\}|"\w+"(?:: true)?)', r"`\1`", sentence)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "flags": lambda _: flags_table(FinetuneConfig),
+    "demo-flags": lambda _: flags_table(DemoConfig),
+    "families": lambda _: families_table(),
+    "support": support_table,
+    "plan": plan_table,
+    **{f"names of {trainer}": names_table for trainer in ("LLaMA2-Accessory", "qlora", "peft", "Axolotl")},
+}
+"""What stands between two markers -> what must stand there."""
+
+
+def between(name: str) -> str:
+    """What stands between two markers, on whichever page."""
+    (found,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", "\n".join(PAGES.values()), re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_what_the_code_says(name: str) -> None:
+    assert between(name) == TABLES[name](between(name)), "python -m tests.test_docs writes it anew"
+
+
+def write_tables() -> None:
+    """Put each table into its page."""
+    for page, text in PAGES.items():
+        for name in re.findall(r"<!-- ([^/].*?) -->", text):
+            if name in TABLES:
+                text = text.replace(f"\n{between(name)}\n", f"\n{TABLES[name](between(name))}\n")
+        (ROOT / page).write_text(text)
+
+
+# Words and numbers that must agree with the code
+
+
+def test_promises_are_those_of_the_fault_tests() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests" / "faults").glob("test_*.py"))
+    promised = [int(n) for row in re.findall(r"^\| ([\d, ]+) \|", between("promises"), re.MULTILINE)
+                for n in row.split(",")]  # fmt: skip
+    assert promised == sorted({int(number) for number in re.findall(r"^def test_(\d\d)_", tests, re.MULTILINE)})
+
+
+def test_statuses_are_those_of_the_errors() -> None:
+    def statuses(kind: type[AccessoryError]) -> set[int]:
+        return {kind.status}.union(*map(statuses, kind.__subclasses__()))
+
+    assert [int(row) for row in re.findall(r"^\| (\d+) \|", between("statuses"), re.MULTILINE)] == sorted(
+        {0, *statuses(AccessoryError)}
+    )
+
+
+def test_quickstart_answers_are_those_of_its_data() -> None:
+    questions = re.findall(r'"([^"]+)"', re.search(r"QUESTIONS=\((.*)\)", (ROOT / "exps/quickstart.sh").read_text())[1])
+    records = json.loads(DATA.read_text())
+    learned = {record["instruction"]: record["output"] for record in records}
+    after = between("quickstart").partition("== after")[2]
+    assert re.findall(r"Q: (.*)\nA: (.*)", after) == [(question, learned[question]) for question in questions]
+    assert f"on {len(records)} questions and answers" in PAGES[README]
+
+
+def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
+    (tmp_path / "my_data.json").write_text("[]")
+    for _, text in blocks("yaml"):
+        (tmp_path / "data.yaml").write_text(text)
+        assert load_data_config(tmp_path / "data.yaml")[0].path == tmp_path / "my_data.json"
+        assert all(name in text for name in (*PROMPT_TYPES, CHAT))
+    for page, text in blocks("json"):
+        assert page == README or Peft.Settings(**json.loads(text)).lora_rank > 0
+    for key in Peft.Settings.model_fields:
+        assert re.search(rf'[`"]{key}[`"]', PAGES["docs/methods.md"]), key
+
+
+def test_flags_that_pages_name_exist() -> None:
+    sources = "\n".join(path.read_text() for path in [*(ROOT / "tools").glob("*.py"), ROOT / "tests" / "run.sh"])
+    known = OTHERS_FLAGS | set(FinetuneConfig.model_fields) | set(DemoConfig.model_fields) | {"help"}
+    for page, text in PAGES.items():
+        for name in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - known:
+            assert re.search(rf"(^ +|--){name}\b", sources, re.MULTILINE), f"{page}: --{name}"
+
+
+# Pages and where they lead
+
+
+def test_readme_is_short_and_lists_every_page() -> None:
+    assert PAGES[README].count("\n") <= 150
+    listed = re.findall(r"^- \[(docs/[\w-]+\.md)\]\(\1\): ", PAGES[README], re.MULTILINE)
+    assert sorted(listed) == [page for page in PAGES if page != README]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_says_what_it_answers_and_leads_to_what_is_there(page: str) -> None:
+    text, folder = PAGES[page], (ROOT / page).parent
+    assert page == README or re.match(r"# .*\n\nThis page answers: [^.]*\?\n\n", text)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (folder / target).is_file(), f"{page}: {target}"
+    places = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "output")
+    for path in re.findall(rf"(?<![\w./-])((?:{places})/[\w./-]*\w/?)", text):
+        assert (ROOT / path).exists() or path in OTHERS_FILES, f"{page}: {path}"
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    for folder in ("accessory", "demos", "exps", "tools", "tests"):
+        for path in (file for kind in ("*.py", "*.sh") for file in (ROOT / folder).rglob(kind)):
+            for page in re.findall(r"docs/[\w-]+\.md", path.read_text()):
+                assert page in PAGES or page in OTHERS_FILES, f"{path}: {page}"
+
+
+# Commands
+
+
+def test_the_two_commands_come_first() -> None:
+    assert tuple(command.split("   ")[0].strip() for command in COMMANDS[:2]) == SETUP
+    for command in SETUP:
+        assert (ROOT / command.split()[1]).is_file()
+
+
+def test_no_command_stands_twice() -> None:
+    assert len(set(COMMANDS)) == len(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory laid out as the commands expect: accessory/ and the rest, BASE, DATA.json, lora.json, ..."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for name in ("accessory", "demos", "exps", "configs", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "BASE").symlink_to(tiny_base)
+    (folder / "DATA.json").write_text(next(text for page, text in blocks("json") if page == README))
+    (folder / "lora.json").write_text('{"lora_rank": 16}')
+    return folder
+
+
+def train(workshop: Path) -> None:
+    """What README's first run leaves, where a test is run alone."""
+    if not (workshop / TRAINED).is_dir():
+        run = next(command for command in COMMANDS if "main_finetune" in command)
+        assert run_python(*shlex.split(run)[1:], cwd=workshop).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS[2:], ids=lambda command: command[:60])
+def test_command(command: str, workshop: Path, shell) -> None:
+    """As written, but for the number of GPUs (two processes here) and of nodes (one), and what only a GPU can hold."""
+    command = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("--nnodes=2", "--nnodes=1")
+    command = command.replace("HOST:29400", "localhost:0")
+    command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
+    if TRAINED in command:
+        train(workshop)
+    if "main_finetune" in command:  # each is another way to begin the same run
+        shutil.rmtree(workshop / "output" / "mine", ignore_errors=True)
+    done = shell(command, cwd=workshop)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    if "main_finetune" in command:
+        assert (workshop / TRAINED / "trainable.safetensors").is_file()
+    for target in {"base-nf4", "model.gguf", "merged", "adapter"} & {Path(word).name for word in shlex.split(command)}:
+        assert (workshop / "output" / target).exists()
+    if "single_turn" in shlex.split(command)[1]:
+        assert "A: " in done.stdout
+
+
+@pytest.mark.parametrize(("page", "example"), blocks("python"))
+def test_python_example(page: str, example: str, workshop: Path, python) -> None:
+    """That of docs/python.md gives the answer that the demo gives."""
+    train(workshop)
+    done = python("-c", example, cwd=workshop, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    if page == "docs/python.md":
+        flags = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max_gen_len", "64")
+        asked = python(ROOT / "demos" / "single_turn.py", "--pretrained_path", workshop / TRAINED, *flags)
+        assert asked.stdout == f"Q: What is the capital of France?\nA: {done.stdout}\n"
+
+
+if __name__ == "__main__":
+    write_tables()
