@@ -29,8 +29,8 @@ from accessory.parallel.agree import highest
 from accessory.parallel.data import DataParallel, sum_over_data_parallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
-from accessory.report import Reporter, StepReport, peak_memory
-from accessory.stop_signals import StopSignals, name_of
+from accessory.run.report import Reporter, StepReport, peak_memory
+from accessory.run.signals import StopSignals, name_of
 
 MOST_SKIPPED = int(math.log2(FIRST_LOSS_SCALE / LEAST_LOSS_SCALE))
 """Steps in a row that may be skipped: as many as it takes to bring fp16's loss scale down to its floor."""

@@ -21,13 +21,14 @@ from accessory.checkpoint.run_record import RUN_FILE, began_at, run_record, with
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import Progress, Resumption, find_resumption, restore_training_state
-from accessory.checkpointing import check_offload, choose_layers, recompute_layers
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
 from accessory.errors import ConfigError
 from accessory.kernels.torch_compile import compile_fusible
+from accessory.memory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
+from accessory.memory.recompute import check_offload, choose_layers, recompute_layers
 from accessory.meta import MetaModel
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
@@ -37,13 +38,12 @@ from accessory.parallel.agree import check_alike, together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
-from accessory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
-from accessory.report import Reporter
-from accessory.resuming import find_start
-from accessory.run_lock import lock
-from accessory.run_status import RunStatus
-from accessory.saving import Saver
-from accessory.stop_signals import StopSignals
+from accessory.run.lock import lock
+from accessory.run.report import Reporter
+from accessory.run.resuming import find_start
+from accessory.run.saving import Saver
+from accessory.run.signals import StopSignals
+from accessory.run.status import RunStatus
 
 CACHE_DIR = Path("accessory_data_cache")
 FEW_STEPS = 30

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from accessory.allocator import share_one_heap
 from accessory.config import DemoConfig
 from accessory.data.templates import CHAT, PROMPT_LAYOUTS
 from accessory.entry import run_entry
@@ -24,6 +23,7 @@ from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.parallel.agree import together
+from accessory.parallel.allocator import share_one_heap
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
 MAX_QUESTION = 20_000  # characters

@@ -23,8 +23,8 @@ from accessory.optim import build_adamw
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.tensor import WHOLE
-from accessory.report import Reporter, StepReport
-from accessory.stop_signals import StopSignals
+from accessory.run.report import Reporter, StepReport
+from accessory.run.signals import StopSignals
 
 
 @pytest.fixture

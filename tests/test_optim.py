@@ -28,7 +28,7 @@ from accessory.optim import (
 from accessory.parallel import groups
 from accessory.parallel.tensor import Slicing
 from accessory.quant.moments import unpack_moment
-from accessory.stop_signals import StopSignals
+from accessory.run.signals import StopSignals
 
 SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
 

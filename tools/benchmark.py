@@ -24,7 +24,7 @@ from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
 from accessory.optim import OPTIMIZERS
 from accessory.parallel import groups
-from accessory.report import StepReport
+from accessory.run.report import StepReport
 from tools.benchmarking import ideal, time_shares
 from tools.benchmarking.decoding import Decoding
 from tools.benchmarking.loading import Watch, load_ours, load_peer

@@ -17,16 +17,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
 from accessory.blueprint import DTYPES
-from accessory.checkpointing import MARGIN
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
+from accessory.memory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
+from accessory.memory.recompute import MARGIN
 from accessory.method import METHODS as METHOD_CLASSES
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
-from accessory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
 from accessory.quant import STORAGES, storage
 from tools.model_sizes import LLAMA_2, args_of
 

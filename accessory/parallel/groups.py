@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # it has no public name (torch 2.13)
 
-from accessory.allocator import forget_old_shapes, keep_freed_memory
 from accessory.errors import AccessoryError, ParallelError
+from accessory.parallel.allocator import forget_old_shapes, keep_freed_memory
 from accessory.parallel.rendezvous import meet
 from accessory.parallel.root_cause import Witness
 

@@ -18,8 +18,8 @@ from accessory.kernels.avx512.four_bit import Codes, takes
 from accessory.kernels.avx512.four_bit_gemv import Beside, Matrices
 from accessory.quant import native
 from accessory.quant.bitsandbytes_library import functional as bnb
-from accessory.quant.memory import shared_memory
 from accessory.quant.packed import LowRankTerm, PackedWeight
+from accessory.quant.workspace import shared_memory
 
 PackedState = dict[str, Tensor]
 """`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""

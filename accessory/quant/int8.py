@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from accessory.quant.memory import shared_memory
 from accessory.quant.packed import PackedWeight
+from accessory.quant.workspace import shared_memory
 
 LARGEST = 127  # code; -128 is not used, so that the codes are as many on both sides of zero
 CPU_PIECE = 1 << 18  # weights quantized at a time

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.quant.memory import shared_bytes
 from accessory.quant.packed import LowRankTerm, PackedWeight
+from accessory.quant.workspace import shared_bytes
 
 Matrix = Tensor | PackedWeight
 

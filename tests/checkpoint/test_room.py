@@ -12,7 +12,7 @@ from accessory.checkpoint.room import check_room, disk_fault
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError, DiskFullError
 from accessory.finetune import finetune
-from accessory.saving import Saver
+from accessory.run.saving import Saver
 from tests.faults.job import Job
 
 

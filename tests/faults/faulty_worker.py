@@ -23,13 +23,13 @@ die_with_launcher()
 
 import torch
 
-from accessory import saving
 from accessory.checkpoint import save
 from accessory.config import FinetuneConfig
 from accessory.engine import Engine
 from accessory.entry import run_entry
 from accessory.finetune import finetune
 from accessory.parallel.groups import data_parallel_group
+from accessory.run import saving
 
 RANK, ATTEMPT = int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 

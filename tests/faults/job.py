@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from accessory.run_status import read_status
+from accessory.run.status import read_status
 
 WORKER = Path(__file__).with_name("faulty_worker.py")
 ROOT = Path(__file__).resolve().parent.parent.parent

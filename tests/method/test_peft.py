@@ -15,6 +15,7 @@ from torch import Tensor
 from accessory.checkpoint.load import fill, named_generator, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
+from accessory.memory.plan import parameter_counts
 from accessory.method import METHODS, Attachment
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
@@ -23,7 +24,6 @@ from accessory.model.sequences import Sequences
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
-from accessory.plan import parameter_counts
 from accessory.quant import storage
 
 TINY = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.checkpointing import recompute_layers
 from accessory.data.batch import IGNORE, PackedBatch
+from accessory.memory.recompute import recompute_layers
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum

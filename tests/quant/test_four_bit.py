@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accessory.kernels import avx512
 from accessory.model.projection import Product, project
-from accessory.quant import memory, storage
+from accessory.quant import storage, workspace
 from accessory.quant.four_bit import CPU, FourBitWeight, plain_scales
 
 FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
@@ -160,10 +160,10 @@ def test_borrowed_has_the_bits_of_bitsandbytes(name: str, dtype: torch.dtype) ->
 
 def test_later_borrowed_ones_may_overwrite(monkeypatch) -> None:
     """One memory for all; what is unpacked to keep is its own."""
-    monkeypatch.setattr(memory, "_pieces", {})
+    monkeypatch.setattr(workspace, "_pieces", {})
     one, other = packed("nf4", matrix((64, 128))), packed("nf4", 2 * matrix((64, 128)))
     kept, first = one.unpack(torch.bfloat16), one.borrow(torch.bfloat16)
-    lent = [other.borrow(torch.bfloat16).data_ptr() for _ in range(memory.MOST_TURNS)]
+    lent = [other.borrow(torch.bfloat16).data_ptr() for _ in range(workspace.MOST_TURNS)]
     assert first.data_ptr() in lent and kept.data_ptr() not in lent
     assert torch.equal(kept, one.borrow(torch.bfloat16))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.avx512 import four_bit_product
-from accessory.quant import memory, storage
+from accessory.quant import storage, workspace
 from accessory.quant.packed import LowRankTerm
 from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_turned_products
 
@@ -101,7 +101,7 @@ def test_nor_beside_a_large_bias_by_the_kernel() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Of matrices alike; where one of them lies plain, their sum is borrowed for."""
-    monkeypatch.setattr(memory, "_pieces", {})
+    monkeypatch.setattr(workspace, "_pieces", {})
     four_bit_product._kept.__dict__.clear()
     ranks, low, b = [4, 4], random(20, 4).to(dtype), random(34, 4)
     for kinds in (("nf4", "nf4"), ("nf4", "plain")):
@@ -110,11 +110,11 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
             multiply(random(20, 128).to(dtype), one, None, LowRankTerm(low, b))
         beside = LowRankTerm(random(20, 8).to(dtype), random(8, 128))
         sum_of_turned_products([random(20, 34).to(dtype)] * 2, matrices, beside)
-        workspace = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
-        lent = sum(piece.memory.nbytes for piece in memory._pieces.values())
+        kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
+        lent = sum(piece.memory.nbytes for piece in workspace._pieces.values())
         found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
         assert found[1] == lent
-        assert found[0] == workspace or (kinds[1] == "plain" and found[0] < workspace)
+        assert found[0] == kept or (kinds[1] == "plain" and found[0] < kept)
 
 
 def test_memory_for_what_lies_plain_is_none() -> None:

@@ -10,11 +10,11 @@ from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
-from accessory.checkpointing import choose_layers, recompute_layers
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
 from accessory.errors import ConfigError
+from accessory.memory.recompute import choose_layers, recompute_layers
 from accessory.meta import MetaModel
 from accessory.method import Method
 from accessory.method.full import Full
@@ -23,8 +23,8 @@ from accessory.model.families import architecture_of
 from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from accessory.report import Reporter
-from accessory.stop_signals import StopSignals
+from accessory.run.report import Reporter
+from accessory.run.signals import StopSignals
 from tools.benchmarking.random_parts import random_corpus, random_source
 from tools.model_sizes import is_shape
 

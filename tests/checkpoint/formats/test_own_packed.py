@@ -20,7 +20,7 @@ from accessory.export import Destination, open_base
 from accessory.finetune import finetune
 from accessory.meta import MetaModel
 from accessory.quant import STORAGES, PackedWeight
-from accessory.run_status import STATUS_FILE
+from accessory.run.status import STATUS_FILE
 from tests.conftest import DATA
 
 TOKENS = torch.arange(40) * 7 % 500

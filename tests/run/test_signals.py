@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from accessory.errors import Preempted
-from accessory.stop_signals import SIGNALS, StopSignals, name_of
+from accessory.run.signals import SIGNALS, StopSignals, name_of
 
 
 @pytest.mark.parametrize("number", SIGNALS)

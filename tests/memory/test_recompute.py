@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accessory.checkpoint.load import fill, targets
-from accessory.checkpointing import (
+from accessory.errors import ConfigError
+from accessory.memory.plan import MemoryPlan
+from accessory.memory.recompute import (
     MARGIN,
     available_memory,
     cgroup_room,
@@ -22,17 +24,15 @@ from accessory.checkpointing import (
     choose_layers,
     recompute_layers,
 )
-from accessory.errors import ConfigError
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from accessory.plan import MemoryPlan
 
-WORKER = Path(__file__).with_name("finetune_worker.py")
-DATA = Path(__file__).resolve().parent.parent / "data_example" / "accessory_qa.json"
+WORKER = Path(__file__).parents[1] / "finetune_worker.py"
+DATA = Path(__file__).resolve().parents[2] / "data_example" / "accessory_qa.json"
 CPU = torch.device("cpu")
 ARGS = ModelArgs(dim=64, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
 
@@ -81,8 +81,8 @@ def test_auto_where_nothing_fits(layout: Layout) -> None:
 
 def test_ranks_agree_on_the_most(torchrun, tmp_path: Path) -> None:
     """One whose step is larger decides for both; they share the memory of their machine."""
-    worker = Path(__file__).with_name("checkpointing_worker.py")
-    done = torchrun(2, worker, tmp_path, PYTHONPATH=str(worker.parents[1]))
+    worker = Path(__file__).with_name("recompute_worker.py")
+    done = torchrun(2, worker, tmp_path, PYTHONPATH=str(worker.parents[2]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["1 3", "3 3"]
 

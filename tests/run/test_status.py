@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accessory.errors import ConfigError, NotFiniteError, Preempted, TrainingError
-from accessory.run_status import STATUS_FILE, RunStatus, read_status
+from accessory.run.status import STATUS_FILE, RunStatus, read_status
 
 
 def status(folder: Path, monkeypatch: pytest.MonkeyPatch, attempt: int = 0, is_main: bool = True) -> RunStatus:

@@ -8,7 +8,7 @@ import torch
 PROBE = """
 import resource, sys
 import torch
-from accessory.allocator import keep_freed_memory
+from accessory.parallel.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -32,7 +32,7 @@ import ctypes, os, sys
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of tests in the process that starts this one
     os.environ.pop(name, None)
 import torch
-from accessory.allocator import forget_old_shapes
+from accessory.parallel.allocator import forget_old_shapes
 
 class Info(ctypes.Structure):  # of malloc.h: struct mallinfo2
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from accessory import kernels
-from accessory.allocated import AllocatedPeak
 from accessory.checkpoint.load import fill, targets
-from accessory.checkpointing import recompute_layers
 from accessory.kernels.avx512 import four_bit_product
+from accessory.memory.plan import block_activation_bytes, device_memory, memory_plan, parameter_counts
+from accessory.memory.recompute import recompute_layers
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
@@ -23,9 +23,9 @@ from accessory.optim import build_optimizer
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from accessory.plan import block_activation_bytes, device_memory, memory_plan, parameter_counts
-from accessory.quant import memory, storage
+from accessory.quant import storage, workspace
 from accessory.quant.four_bit import FourBitWeight
+from tests.memory.allocated_peak import AllocatedPeak
 
 SMALL = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
 TOKENS = 48
@@ -472,7 +472,7 @@ def planned_and_measured(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    memory._pieces.clear()
+    workspace._pieces.clear()
     four_bit_product._kept.memory = torch.empty(0, dtype=torch.uint8)
     step()  # makes the optimizer's state and the memory that unpacked matrices share
     moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -483,7 +483,7 @@ def planned_and_measured(
         decoder, attachment, layout, tokens=tokens, longest=max(lengths), checkpointing=recomputed,
         micro_batches=micro_batches, data_parallel="sdp", optim=optim,
     )  # fmt: skip
-    shared = four_bit_product._kept.memory.nbytes + sum(piece.memory.nbytes for piece in memory._pieces.values())
+    shared = four_bit_product._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
     assert plan.buffers == shared
     return plan.total, held + shared + peak.bytes
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from accessory.errors import ConfigError
+from accessory.memory.plan import MemoryPlan
 from accessory.model.decoder import Decoder
 from accessory.model.offload import InputOffload
 from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
-from accessory.plan import MemoryPlan
 
 MARGIN = 0.1
 """Share of the free memory that is left to what no plan knows: workspaces, communication, fragmentation."""

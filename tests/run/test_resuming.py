@@ -10,8 +10,8 @@ import pytest
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel import groups
-from accessory.resuming import find_start
-from accessory.run_status import STATUS_FILE
+from accessory.run.resuming import find_start
+from accessory.run.status import STATUS_FILE
 from tests.checkpoint.made_checkpoints import checkpoint, flip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accessory.quant import memory
-from accessory.quant.memory import shared_bytes, shared_memory
+from accessory.quant import workspace
+from accessory.quant.workspace import shared_bytes, shared_memory
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_lent(monkeypatch: pytest.MonkeyPatch) -> None:
     """By other tests."""
-    monkeypatch.setattr(memory, "_pieces", {})
+    monkeypatch.setattr(workspace, "_pieces", {})
 
 
 def lent(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_size_is_what_the_plan_counts() -> None:
     """Sixteen of a small matrix, 32 MiB of larger ones, one of a large one; on a GPU one."""
     for shape, size in (((10, 64), 16 * 1280), ((2048, 1024), 32 << 20), ((5000, 4000), 40_000_000)):
         lent(*shape)
-        assert memory._pieces[CPU, torch.float16].memory.nbytes == size == shared_bytes(2 * shape[0] * shape[1], CPU)
+        assert workspace._pieces[CPU, torch.float16].memory.nbytes == size == shared_bytes(2 * shape[0] * shape[1], CPU)
         assert shared_bytes(2 * shape[0] * shape[1], torch.device("cuda")) == 2 * shape[0] * shape[1]
 
 

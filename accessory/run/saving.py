@@ -20,8 +20,8 @@ from accessory.optim import state_bytes
 from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
-from accessory.report import Reporter
-from accessory.run_status import RunStatus
+from accessory.run.report import Reporter
+from accessory.run.status import RunStatus
 
 
 @dataclass

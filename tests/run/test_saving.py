@@ -20,9 +20,9 @@ from accessory.errors import DiskFullError
 from accessory.optim import build_optimizer
 from accessory.parallel import groups
 from accessory.parallel.tensor import WHOLE, Slicing
-from accessory.report import Reporter
-from accessory.run_status import RunStatus, read_status
-from accessory.saving import Saver
+from accessory.run.report import Reporter
+from accessory.run.saving import Saver
+from accessory.run.status import RunStatus, read_status
 from accessory.tokenizer import open_tokenizer
 
 SLICINGS = {"wq.weight": Slicing(dim=0), "norm.weight": WHOLE, "frozen": WHOLE}

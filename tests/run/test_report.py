@@ -10,8 +10,8 @@ import matplotlib.image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from accessory import report
-from accessory.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, loss_figure, read_losses
+from accessory.run import report
+from accessory.run.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, loss_figure, read_losses
 
 REPORT = StepReport(
     step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
@@ -146,7 +146,7 @@ def test_peak_memory_counts_this_process(python) -> None:
     """It grows by what is really touched; in a process of its own, for it never falls again."""
     lines = [
         "import torch",
-        "from accessory.report import peak_memory",
+        "from accessory.run.report import peak_memory",
         "before = peak_memory(torch.device('cpu'))",
         "block = torch.ones(200 << 18)",  # 200 MiB
         "print(before, peak_memory(torch.device('cpu')), block.nbytes)",

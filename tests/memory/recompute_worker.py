@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from accessory.checkpointing import available_memory, choose_layers
+from accessory.memory.plan import MemoryPlan
+from accessory.memory.recompute import available_memory, choose_layers
 from accessory.parallel import groups
-from accessory.plan import MemoryPlan
 
 layout = groups.start("cpu")
 free = available_memory(torch.device("cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from accessory.allocated import AllocatedPeak
+from tests.memory.allocated_peak import AllocatedPeak
 
 
 def test_peak_is_what_is_alive_together() -> None:

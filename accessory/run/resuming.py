@@ -14,7 +14,7 @@ from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
 from accessory.parallel.launcher import restart_count
-from accessory.run_status import is_restart_of_what_began
+from accessory.run.status import is_restart_of_what_began
 
 
 def find_start(config: FinetuneConfig, layout: Layout) -> tuple[Path | None, list[str]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from accessory import run_lock
 from accessory.errors import ConfigError
-from accessory.run_lock import LOCK_FILE, lock
+from accessory.run import lock as run_lock
+from accessory.run.lock import LOCK_FILE, lock
 from tests.conftest import ROOT
 
 
@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 def holder(tmp_path: Path):
     """Another process that holds the directory."""
     lines = (
-        f"from pathlib import Path; from accessory.run_lock import lock\nwith lock(Path({str(tmp_path)!r})): input()"
+        f"from pathlib import Path; from accessory.run.lock import lock\nwith lock(Path({str(tmp_path)!r})): input()"
     )
     process = subprocess.Popen([sys.executable, "-c", lines], cwd=ROOT, stdin=subprocess.PIPE)
     while not (tmp_path / LOCK_FILE).is_file() or not (tmp_path / LOCK_FILE).read_text():

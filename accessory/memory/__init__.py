@@ -1,0 +1,1 @@
+"""What a step needs of memory: the plan, and blocks recomputed where that is too much."""
