@@ -127,7 +127,8 @@ def open_whole(
     decoder, attachment = blueprint.build(Layout())
     resolve(decoder, sources, attachment, initialize=False)  # refuses what is not a whole model
     tensors, _ = overlay(sources, blueprint.args)
-    return WholeModel(blueprint.args, tensors, blueprint.tokenizer), sources, blueprint
+    model = WholeModel(blueprint.args, tensors, blueprint.tokenizer, trained_prompt_layouts(sources))
+    return model, sources, blueprint
 
 
 def open_base(paths: list[Path], **reading) -> tuple[WholeModel, list[Source]]:
@@ -176,7 +177,7 @@ def merge(
             f"{sources[0].path}: is a quantized base: its full weights are gone. Leave out --base full."
         )
     args, tensors = merged(tensors, model.args, blueprint.method.settings, drop_biases=drop_biases)
-    destination.write(WholeModel(args, tensors, model.tokenizer), target)
+    destination.write(replace(model, args=args, tensors=tensors), target)
     return base
 
 
@@ -220,10 +221,10 @@ def export_adapter(
     )
 
 
-def asking_hint(paths: list[Path]) -> str | None:
-    """How to ask a model made of `paths`, since only our run.json states the layout; None if it is the default one."""
+def asking_hint(paths: list[Path], to: str) -> str | None:
+    """How to ask a model made of `paths`, written as `to`; None if that states it, or the layout is the default one."""
     layouts = trained_prompt_layouts(with_base(list(paths)))
-    if not layouts or layouts[0] == "alpaca":
+    if not layouts or layouts[0] == "alpaca" or to == "accessory":
         return None
     return f"trained on questions laid out as {layouts[0]}: ask it with --system_prompt {layouts[0]}"
 

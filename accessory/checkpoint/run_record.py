@@ -92,10 +92,9 @@ def with_base(paths: list[str | Path]) -> list[Source]:
 def trained_prompt_layouts(sources: list[Source]) -> tuple[str, ...]:
     """The layouts of the questions that the last part was trained on, the one with most documents first.
 
-    Empty where no run.json names them: for a base, or a part saved by an earlier version.
+    Empty where no file names them: for a base, or a part saved by an earlier version.
     """
-    run = next((source.run for source in reversed(sources) if source.run), {})
-    return tuple(run.get("prompt_layouts", ()))
+    return next((source.prompt_layouts for source in reversed(sources) if source.run or source.prompt_layouts), ())
 
 
 def trained_tokens(sources: list[Source]) -> list[str]:

@@ -20,11 +20,15 @@ from accessory.tokenizer.sniff import what_is
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Settings, tensors by our names (unread, in the settings' rotary layout) and tokenizer of a complete model."""
+    """Settings, tensors by our names (unread, in the settings' rotary layout) and tokenizer of a complete model.
+
+    prompt_layouts: as `trained_prompt_layouts` gives them.
+    """
 
     args: ModelArgs
     tensors: Tensors
     tokenizer: Tokenizer
+    prompt_layouts: tuple[str, ...] = ()
 
     def in_layout(self, rotary_layout: str) -> WholeModel:
         """The same model with q and k in another rotary layout."""

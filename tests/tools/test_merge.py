@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from accessory.export import Destination, open_whole
 from accessory.meta import MetaModel
 from accessory.tokenizer import open_tokenizer, with_added_tokens
 from tests.checkpoint.trained import write_trained
@@ -49,7 +50,7 @@ def test_merged_model_and_its_error(python, part: Path, tmp_path: Path) -> None:
 
 
 def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
-    """Written models do not state the layout of questions; the tool prints it if it is not the default."""
+    """Our own format states the layout of questions, by which the demo asks; for others the tool prints it."""
     part = write_trained(tiny_base, tmp_path / "part")
     run = json.loads((part / "run.json").read_text())
     for layout, said in (
@@ -57,9 +58,14 @@ def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
         ("alpaca", []),
     ):
         (part / "run.json").write_text(json.dumps(run | {"prompt_layouts": {layout: 3, "qg": 1}}))
-        done = called("tools/merge.py", part, tmp_path / layout, "--to", "accessory")
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.splitlines()[2:] == said
+        for to, printed in (("hf", said), ("accessory", [])):
+            done = called("tools/merge.py", part, tmp_path / to / layout, "--to", to)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout.splitlines()[2:] == printed
+        written = open_whole([tmp_path / "accessory" / layout])[0]
+        assert written.prompt_layouts == (layout, "qg")
+        Destination().write(written, tmp_path / "again" / layout)
+        assert MetaModel.from_pretrained(tmp_path / "again" / layout).prompt_layout == layout
 
 
 def test_full_base_is_further_away(called, tiny_base: Path, part: Path, tmp_path: Path) -> None:

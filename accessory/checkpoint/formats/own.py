@@ -36,7 +36,8 @@ def open_own(path: Path) -> Source | None:
 def _open(path: Path, files: list[Path], is_delta: bool) -> Source:
     run, meta = path / "run.json", path / "meta.json"
     tensors = open_safetensors(files)
-    packing = read_json(meta).get("packed") if meta.is_file() else None
+    said = read_json(meta) if meta.is_file() else {}
+    packing, recorded = said.get("packed"), _read_run(run) if run.is_file() else None
     return Source(
         path,
         "Accessory (trained part)" if is_delta else f"Accessory{' (packed)' if packing else ''}",
@@ -45,7 +46,8 @@ def _open(path: Path, files: list[Path], is_delta: bool) -> Source:
         settings=stated_settings(path),
         llama_type=stated_llama_type(path),
         is_delta=is_delta,
-        run=_read_run(run) if run.is_file() else None,
+        run=recorded,
+        prompt_layouts=_layouts(*((run, recorded) if recorded else (meta, said))),
     )
 
 
@@ -64,11 +66,17 @@ def _read_run(file: Path) -> dict[str, Any]:
             f"{file}: 'quantization' is {run.get('quantization', 'missing')!r}; expected null or one of "
             f"{', '.join(STORAGES)}."
         )
-    layouts = run.get("prompt_layouts", {})  # earlier versions did not record them
-    if not isinstance(layouts, dict) or not layouts.keys() <= set(PROMPT_LAYOUTS):
-        known = ", ".join(PROMPT_LAYOUTS)
-        raise CheckpointError(f"{file}: 'prompt_layouts' is {layouts!r}; expected an object with keys of {known}.")
     return run
+
+
+def _layouts(file: Path, said: dict[str, Any]) -> tuple[str, ...]:
+    """What run.json counts, or a merged model's meta.json lists; earlier versions recorded nothing."""
+    layouts = said.get("prompt_layouts", ())
+    if not isinstance(layouts, dict | list | tuple) or not set(map(str, layouts)) <= set(PROMPT_LAYOUTS):
+        raise CheckpointError(
+            f"{file}: 'prompt_layouts' is {layouts!r}; expected those of {', '.join(PROMPT_LAYOUTS)}."
+        )
+    return tuple(layouts)
 
 
 def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) -> dict[str, LazyTensor]:
@@ -103,6 +111,7 @@ def write_own(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: s
         write_tensors(directory, "model", _written(model, dtype, quant_type, packed))
         write_json(directory / "config.json", model.args.model_dump())
         meta = {"llama_type": architecture_of(model.args.architecture, str(target)).family}
+        meta |= {"prompt_layouts": model.prompt_layouts} if model.prompt_layouts else {}
         write_json(directory / "meta.json", meta | ({"packed": packed} if packed else {}))
         model.tokenizer.save(directory)
 
