@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.cutting import steps
+from accessory.tokenizer.cutting import name_of_cutting, steps
 from accessory.tokenizer.gguf_byte_fallback import is_byte_fallback, sentencepiece_beside, space_prefix
 from accessory.tokenizer.gguf_fields import stop_names
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
+_TEKKEN = "cuts words otherwise at combining marks, and at capitals beyond A to Z"
 _BEHIND_TOKENS = "puts a blank before text that follows a control or added token"
 
 
@@ -50,8 +51,9 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[str]:
 def _of_json(tokenizer: JsonTokenizer) -> list[str]:
     pipeline = tokenizer.pipeline()
     if not is_byte_fallback(pipeline):
-        composes = {"type": "NFC"} in steps(pipeline.get("normalizer"))
-        return ["does not compose characters (NFC) before it cuts a text"] if composes else []
+        if {"type": "NFC"} in steps(pipeline.get("normalizer")):
+            return ["does not compose characters (NFC) before it cuts a text"]
+        return [_TEKKEN] if name_of_cutting(pipeline, ()) == "tekken" else []
     try:
         prefix, found = space_prefix(pipeline, tokenizer.source), []
     except TokenizerError:  # the tokenizer.model beside it is what was written
