@@ -17,7 +17,7 @@ from accessory.model.low_rank import Draw
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight
 from accessory.quant.packed import LowRankTerm
-from accessory.quant.products import multiply, sum_of_turned_products
+from accessory.quant.products import multiply, sum_of_transposed_products
 
 PLAIN = Draw(1.0)
 """Neither scaled nor dropped out of."""
@@ -182,7 +182,7 @@ def _input_gradient(
     if shared:
         stacked = torch.cat([parts[i].a for i in shared])
         beside = LowRankTerm(torch.cat([narrow[i] for i in shared], 1), stacked)
-    dx = sum_of_turned_products(list(gradients), matrices, beside)
+    dx = sum_of_transposed_products(list(gradients), matrices, beside)
     for dlow, part, draw in zip(narrow, parts, draws, strict=True):
         if draw.dropout:
             dx.add_((dlow @ part.a.to(dx.dtype)).mul_(draw.kept(dx)))

@@ -123,7 +123,7 @@ class FourBitWeight(PackedWeight):
         factors: list[Tensor],
         weights: list[FourBitWeight],
         *,
-        turned: bool,
+        transposed: bool,
         bias: Tensor | None,
         low: LowRankTerm | None,
     ) -> Tensor | None:
@@ -131,15 +131,25 @@ class FourBitWeight(PackedWeight):
         kernel = _product_kernel(weights, factors[0].dtype, factors[0].device)
         if kernel is None:
             return None
-        return kernel.sum_of_products(factors, [w._as_codes() for w in weights], turned=turned, bias=bias, low=low)
+        return kernel.sum_of_products(
+            factors, [w._as_codes() for w in weights], transposed=transposed, bias=bias, low=low
+        )
 
     @staticmethod
     def fused_bytes(
-        weights: list[FourBitWeight], rank: int, rows: int, *, turned: bool, dtype: torch.dtype, device: torch.device
+        weights: list[FourBitWeight],
+        rank: int,
+        rows: int,
+        *,
+        transposed: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> int | None:
         """The workspace of all threads."""
         kernel = _product_kernel(weights, dtype, device)
-        return kernel and kernel.workspace_bytes([weight.shape for weight in weights], rank, rows, turned=turned)
+        return kernel and kernel.workspace_bytes(
+            [weight.shape for weight in weights], rank, rows, transposed=transposed
+        )
 
     def _as_codes(self) -> Codes:
         nested, device = None, self.codes.device

@@ -59,11 +59,11 @@ class PackedWeight(nn.Module, ABC):
         factors: list[Tensor],
         weights: list[PackedWeight],
         *,
-        turned: bool,
+        transposed: bool,
         bias: Tensor | None,
         low: LowRankTerm | None,
     ) -> Tensor | None:
-        """Sum of the products of `factors` with matrices of this format, x W^T or dy W if `turned`, of bias and low.
+        """Sum of the products of `factors` with matrices of this format, x W^T (dy W if `transposed`), of bias and low.
 
         By one kernel; None where there is none for them: who asked borrows the matrices (`accessory.quant.products`).
         """
@@ -71,7 +71,7 @@ class PackedWeight(nn.Module, ABC):
 
     @staticmethod
     def fused_bytes(
-        weights: list[PackedWeight], rank: int, rows: int, *, turned: bool, dtype: torch.dtype, device: torch.device
+        weights: list[PackedWeight], rank: int, rows: int, *, transposed: bool, dtype: torch.dtype, device: torch.device
     ) -> int | None:
         """What that kernel keeps to work in, for factors of so many rows and a low term of `rank`; None likewise."""
         return None

@@ -19,7 +19,7 @@ Matrix = Tensor | PackedWeight
 
 def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None = None, low: LowRankTerm | None = None) -> Tensor:
     """x [T, K] -> x W^T + bias + low's [T, N], in x's dtype. W [N, K] packed, or plain and cast for this use."""
-    fused = _fused([x], [matrix], turned=False, bias=bias, low=low)
+    fused = _fused([x], [matrix], transposed=False, bias=bias, low=low)
     if fused is not None:
         return fused
     narrow = None if bias is None else bias.to(x.dtype)
@@ -31,9 +31,9 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None = None, low: LowRank
     return y.addmm_(x, _borrowed(matrix, x).t())
 
 
-def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRankTerm | None = None) -> Tensor:
+def sum_of_transposed_products(dys: list[Tensor], matrices: list[Matrix], low: LowRankTerm | None = None) -> Tensor:
     """Each dy [T, N] times its W [N, K], summed, and low's -> [T, K] in their dtype."""
-    fused = _fused(dys, matrices, turned=True, bias=None, low=low)
+    fused = _fused(dys, matrices, transposed=True, bias=None, low=low)
     if fused is not None:
         return fused
     dx = None if low is None else (low.x @ low.factor.to(low.x.dtype)).mul_(low.scale)
@@ -46,15 +46,15 @@ def sum_of_turned_products(dys: list[Tensor], matrices: list[Matrix], low: LowRa
 def memory_to_multiply(
     matrices: list[Matrix], ranks: list[int], rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int]:
-    """(a kernel's workspace, what is borrowed into), bytes, of each product, and of the sum of all turned ones.
+    """(a kernel's workspace, what is borrowed into), bytes, of each product, and of the sum of all transposed ones.
 
     ranks: of the low terms beside them; 0 where there is none.
     """
     products = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
     workspace = borrowed = 0
-    for together, rank, turned in [*products, (matrices, sum(ranks), True)]:
+    for together, rank, transposed in [*products, (matrices, sum(ranks), True)]:
         kind = _one_format(together)
-        fused = kind and kind.fused_bytes(together, rank, rows, turned=turned, dtype=dtype, device=device)
+        fused = kind and kind.fused_bytes(together, rank, rows, transposed=transposed, dtype=dtype, device=device)
         if fused is None:
             largest = max((m.shape.numel() for m in together if isinstance(m, PackedWeight)), default=0)
             borrowed = max(borrowed, shared_bytes(largest * dtype.itemsize, device))
@@ -64,10 +64,10 @@ def memory_to_multiply(
 
 
 def _fused(
-    factors: list[Tensor], matrices: list[Matrix], *, turned: bool, bias: Tensor | None, low: LowRankTerm | None
+    factors: list[Tensor], matrices: list[Matrix], *, transposed: bool, bias: Tensor | None, low: LowRankTerm | None
 ) -> Tensor | None:
     kind = _one_format(matrices)
-    return None if kind is None else kind.fused_sum(factors, matrices, turned=turned, bias=bias, low=low)
+    return None if kind is None else kind.fused_sum(factors, matrices, transposed=transposed, bias=bias, low=low)
 
 
 def _one_format(matrices: list[Matrix]) -> type[PackedWeight] | None:

@@ -10,7 +10,7 @@ from accessory import kernels
 from accessory.kernels.avx512 import four_bit_product
 from accessory.quant import storage, workspace
 from accessory.quant.packed import LowRankTerm
-from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_turned_products
+from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_transposed_products
 
 KINDS = ["plain", "plain in fp32", "nf4", "nf4_single", "int8", "nf4, odd shape"]
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6}
@@ -58,7 +58,7 @@ def test_equals_float64(
     low, a, b = random(20, rank).to(dtype), random(rank, k), random(n, rank)
     with torch.no_grad():
         y = multiply(x, one, bias if biased else None, LowRankTerm(low, b, 0.5) if rank else None)
-        dx = sum_of_turned_products([dy, dz], [one, other], LowRankTerm(low, a, 0.5) if rank else None)
+        dx = sum_of_transposed_products([dy, dz], [one, other], LowRankTerm(low, a, 0.5) if rank else None)
         exact = x.double() @ w.t() + 0.5 * low.double() @ b.to(dtype).double().t() + biased * bias.double()
     assert y.dtype == dx.dtype == dtype
     assert error(y, exact) < ROUNDING[dtype]
@@ -109,7 +109,7 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         for one in matrices:
             multiply(random(20, 128).to(dtype), one, None, LowRankTerm(low, b))
         beside = LowRankTerm(random(20, 8).to(dtype), random(8, 128))
-        sum_of_turned_products([random(20, 34).to(dtype)] * 2, matrices, beside)
+        sum_of_transposed_products([random(20, 34).to(dtype)] * 2, matrices, beside)
         kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
         lent = sum(piece.memory.nbytes for piece in workspace._pieces.values())
         found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
@@ -132,6 +132,6 @@ def test_memory_of_a_wide_matrix_is_that_of_the_forward() -> None:
     weight.pack(random(34, 512))
     four_bit_product._kept.__dict__.clear()
     multiply(random(20, 512).bfloat16(), weight)
-    sum_of_turned_products([random(20, 34).bfloat16()], [weight])
+    sum_of_transposed_products([random(20, 34).bfloat16()], [weight])
     found, _ = memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"))
     assert found == four_bit_product._kept.memory.nbytes

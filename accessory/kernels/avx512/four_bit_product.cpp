@@ -114,15 +114,15 @@ void lay_factor_columns(const Term& t, int64_t k, bf16* out) {
         }
 }
 
-// How a product is cut: `turned` multiplies with W (its columns are k), else with W^T (n).
+// How a product is cut: `transposed` multiplies with W (its columns are k), else with W^T (n).
 struct Cut {
     int64_t columns, depth = 0, panels, group, groups, height, most_rows;
-    bool turned;
+    bool transposed;
 
-    int64_t depth_of(const Term& t) const { return turned ? t.matrix.n : t.matrix.k; }
+    int64_t depth_of(const Term& t) const { return transposed ? t.matrix.n : t.matrix.k; }
 
-    Cut(const Term* terms, int64_t count, int64_t rows, bool turned, int64_t threads) : turned(turned) {
-        columns = turned ? terms->matrix.k : terms->matrix.n;
+    Cut(const Term* terms, int64_t count, int64_t rows, bool transposed, int64_t threads) : transposed(transposed) {
+        columns = transposed ? terms->matrix.k : terms->matrix.n;
         for (int64_t i = 0; i < count; i++) depth += depth_of(terms[i]) + terms[i].rank;
         panels = up(columns, PANEL) / PANEL;
         const int64_t most = max<int64_t>(min(GROUP, GROUP_BYTES / (PANEL * depth * int64_t(sizeof(bf16)))), 1);
@@ -149,9 +149,9 @@ struct Panels {
             bf16* out = unpacked + p * PANEL * cut.depth;
             const int64_t column = (first_panel + p) * PANEL;
             for (const Term* t = terms; t < terms + count; t++) {
-                (cut.turned ? unpack_columns : unpack_rows)(t->matrix, column, out);
+                (cut.transposed ? unpack_columns : unpack_rows)(t->matrix, column, out);
                 out += cut.depth_of(*t) * PANEL;
-                if (t->rank) (cut.turned ? lay_factor_columns : lay_factor_rows)(*t, column, out);
+                if (t->rank) (cut.transposed ? lay_factor_columns : lay_factor_rows)(*t, column, out);
                 out += t->rank * PANEL;
             }
         }
@@ -197,15 +197,16 @@ struct Panels {
 
 extern "C" {
 
-int64_t four_bit_product_workspace_bytes(const Term* terms, int64_t count, int64_t rows, bool turned, int64_t threads) {
-    return threads * Cut(terms, count, rows, turned, threads).bytes();
+int64_t four_bit_product_workspace_bytes(const Term* terms, int64_t count, int64_t rows, bool transposed,
+                                         int64_t threads) {
+    return threads * Cut(terms, count, rows, transposed, threads).bytes();
 }
 
 // out [rows, columns] = sum of the terms + bias: of a W^T + low (scale factor)^T, or of a W + low scale factor if it is
-// `turned`.
-void four_bit_product(const Term* terms, int64_t count, int64_t rows, bool turned, const float* bias, bf16* out,
+// `transposed`.
+void four_bit_product(const Term* terms, int64_t count, int64_t rows, bool transposed, const float* bias, bf16* out,
                       char* memory, int64_t threads) {
-    const Cut cut(terms, count, rows, turned, threads);
+    const Cut cut(terms, count, rows, transposed, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t group = 0; group < cut.groups; group++) {
         char* mine = memory + omp_get_thread_num() * cut.bytes();

@@ -20,11 +20,11 @@ def sum_of_products(
     factors: list[Tensor],
     matrices: list[Codes],
     *,
-    turned: bool,
+    transposed: bool,
     bias: Tensor | None = None,
     low: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """Sum over the matrices of a W^T [T, n], or of a W [T, k] if `turned`; summed in fp32, rounded once.
+    """Sum over the matrices of a W^T [T, n], or of a W [T, k] if `transposed`; summed in fp32, rounded once.
 
     factors: the a, bf16 [T, k], or [T, n]. bias: one more summand, [n], or [k]. low: (x bf16 [T, R], plain [n, R], or
     [R, k], scale): x times scale * plain^T, or plain, rounded to bf16 like the weights, is another.
@@ -32,18 +32,18 @@ def sum_of_products(
     Raises `AssertionError` for what does not fit together.
     """
     rows, (n, k) = len(factors[0]), matrices[0].shape
-    shapes = ((rows, codes.shape[0 if turned else 1]) for codes in matrices)
-    if len({codes.shape[1 if turned else 0] for codes in matrices}) > 1:
+    shapes = ((rows, codes.shape[0 if transposed else 1]) for codes in matrices)
+    if len({codes.shape[1 if transposed else 0] for codes in matrices}) > 1:
         raise AssertionError(f"results of unequal widths cannot be summed: {[codes.shape for codes in matrices]}")
     factors = [whole(a, shape, "a factor") for a, shape in zip(factors, shapes, strict=True)]
     given = zip(factors, matrices, strict=True)
     terms = (_Term * len(matrices))(*(_Term(address(a), packed(codes)) for a, codes in given))
-    kept = _add_low(terms[-1], *low, rows=rows, turned=turned) if low else ()  # until the call is over
-    columns, threads = k if turned else n, torch.get_num_threads()
+    kept = _add_low(terms[-1], *low, rows=rows, transposed=transposed) if low else ()  # until the call is over
+    columns, threads = k if transposed else n, torch.get_num_threads()
     out, wide = made((rows, columns)), None if bias is None else plain(bias, (columns,), "bias")
-    memory = _workspace(_bytes(terms, rows, turned, threads))
+    memory = _workspace(_bytes(terms, rows, transposed, threads))
     compiled("four_bit_product", "pnnbpppn")(
-        terms, len(terms), rows, turned, *map(address, (wide, out, memory)), threads
+        terms, len(terms), rows, transposed, *map(address, (wide, out, memory)), threads
     )
     del kept
     return out
@@ -61,32 +61,34 @@ class _Term(ctypes.Structure):
     )
 
 
-def _add_low(term: _Term, x: Tensor, factor: Tensor, scale: float, *, rows: int, turned: bool) -> tuple[Tensor, Tensor]:
+def _add_low(
+    term: _Term, x: Tensor, factor: Tensor, scale: float, *, rows: int, transposed: bool
+) -> tuple[Tensor, Tensor]:
     """Fill in what `term` lacks; returns what it points to."""
-    rank, columns = x.shape[1], term.matrix.k if turned else term.matrix.n
+    rank, columns = x.shape[1], term.matrix.k if transposed else term.matrix.n
     check_numbers(x, "low")
     check_shape(x, (rows, rank), "low")
-    factor = plain(factor, (rank, columns) if turned else (columns, rank), "low factor")
+    factor = plain(factor, (rank, columns) if transposed else (columns, rank), "low factor")
     if rank % 2:  # two are multiplied at a time
-        x, factor = F.pad(x, (0, 1)), F.pad(factor, (0, 0, 0, 1) if turned else (0, 1))
+        x, factor = F.pad(x, (0, 1)), F.pad(factor, (0, 0, 0, 1) if transposed else (0, 1))
     x = x if x.stride(1) == 1 else x.contiguous()
     term.low, term.factor, term.low_step = address(x), address(factor), x.stride(0)
     term.rank, term.scale = x.shape[1], scale
     return x, factor
 
 
-def workspace_bytes(shapes: list[tuple[int, int]], rank: int, rows: int, *, turned: bool) -> int:
+def workspace_bytes(shapes: list[tuple[int, int]], rank: int, rows: int, *, transposed: bool) -> int:
     """What all threads have for themselves in a sum of products with such matrices [n, k] and `rank` low columns.
 
     Never less for more rows.
     """
     terms = (_Term * len(shapes))(*(_Term(None, Packed(*[None] * 6, n, k)) for n, k in shapes))
     terms[-1].rank = rank + rank % 2
-    return _bytes(terms, rows, turned, torch.get_num_threads())
+    return _bytes(terms, rows, transposed, torch.get_num_threads())
 
 
-def _bytes(terms: ctypes.Array[_Term], rows: int, turned: bool, threads: int) -> int:
-    return compiled("four_bit_product_workspace_bytes", "pnnbn", c_int64)(terms, len(terms), rows, turned, threads)
+def _bytes(terms: ctypes.Array[_Term], rows: int, transposed: bool, threads: int) -> int:
+    return compiled("four_bit_product_workspace_bytes", "pnnbn", c_int64)(terms, len(terms), rows, transposed, threads)
 
 
 _kept = threading.local()

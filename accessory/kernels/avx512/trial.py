@@ -122,8 +122,8 @@ def _product(generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         for size in ((14, 128), (14, 130), (14, 4), (4, 128), (130, 4), (130,))
     )
     x, dy, low = x.bfloat16(), dy.bfloat16(), low.bfloat16()
-    y = four_bit_product.sum_of_products([x], [packed], turned=False, bias=bias, low=(low, b, 0.5))
-    dx = four_bit_product.sum_of_products([dy, dy], [packed, packed], turned=True, low=(low, a, 0.5))
+    y = four_bit_product.sum_of_products([x], [packed], transposed=False, bias=bias, low=(low, b, 0.5))
+    dx = four_bit_product.sum_of_products([dy, dy], [packed, packed], transposed=True, low=(low, a, 0.5))
     wide = x.float() @ w.t() + 0.5 * low.float() @ b.t() + bias
     return [(y, wide), (dx, 2 * dy.float() @ w + 0.5 * low.float() @ a)]
 

@@ -45,8 +45,8 @@ def test_equals_float64(rows: int, shape: tuple[int, int], storage: dict) -> Non
     x, dy = random(rows, shape[1]).bfloat16(), random(rows, shape[0]).bfloat16()
     wide, dwide = x.double(), dy.double()
     codes = [weight._as_codes()]
-    close(sum_of_products([x], codes, turned=False), wide @ w.t(), wide.abs() @ w.t().abs())
-    close(sum_of_products([dy], codes, turned=True), dwide @ w, dwide.abs() @ w.abs())
+    close(sum_of_products([x], codes, transposed=False), wide @ w.t(), wide.abs() @ w.t().abs())
+    close(sum_of_products([dy], codes, transposed=True), dwide @ w, dwide.abs() @ w.abs())
 
 
 @pytest.mark.usefixtures("threads")
@@ -57,24 +57,24 @@ def test_what_stands_beside_it(rank: int) -> None:
     w, v = (m.unpack(torch.bfloat16).double() for m in (one, other))
     x, dy, dz = (random(30, n, seed=n).bfloat16() for n in (192, 34, 100))
     low, a, b, bias = random(30, rank + 3).bfloat16()[:, 3:], random(rank, 192), random(34, rank), random(34)
-    found = sum_of_products([x], [one._as_codes()], turned=False, bias=bias, low=(low, b, 0.7))
+    found = sum_of_products([x], [one._as_codes()], transposed=False, bias=bias, low=(low, b, 0.7))
     beside = low.double() @ (0.7 * b).bfloat16().double().t()
     close(found, x.double() @ w.t() + beside + bias.double(), x.double().abs() @ w.t().abs() + 10)
-    found = sum_of_products([dy, dz], [m._as_codes() for m in (one, other)], turned=True, low=(low, a, 0.7))
+    found = sum_of_products([dy, dz], [m._as_codes() for m in (one, other)], transposed=True, low=(low, a, 0.7))
     beside = low.double() @ (0.7 * a).bfloat16().double()
     close(found, dy.double() @ w + dz.double() @ v + beside, dy.double().abs() @ w.abs() + 10)
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("turned", [False, True])
-def test_neither_threads_nor_other_rows_change_a_bit(turned: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_neither_threads_nor_other_rows_change_a_bit(transposed: bool) -> None:
     """A row is summed in one order."""
     weight = packed((384, 1088))
-    x = random(700, 384 if turned else 1088).bfloat16()
-    found = sum_of_products([x], [weight._as_codes()], turned=turned)
-    assert torch.equal(found[470:490], sum_of_products([x[470:490]], [weight._as_codes()], turned=turned))
+    x = random(700, 384 if transposed else 1088).bfloat16()
+    found = sum_of_products([x], [weight._as_codes()], transposed=transposed)
+    assert torch.equal(found[470:490], sum_of_products([x[470:490]], [weight._as_codes()], transposed=transposed))
     torch.set_num_threads(1)
-    assert torch.equal(found, sum_of_products([x], [weight._as_codes()], turned=turned))
+    assert torch.equal(found, sum_of_products([x], [weight._as_codes()], transposed=transposed))
 
 
 def test_deep_matrices() -> None:
@@ -82,15 +82,17 @@ def test_deep_matrices() -> None:
     weight = packed((128, 17408))
     x = random(20, 17408).bfloat16()
     w = weight.unpack(torch.bfloat16).double()
-    close(sum_of_products([x], [weight._as_codes()], turned=False), x.double() @ w.t(), x.double().abs() @ w.t().abs())
+    close(
+        sum_of_products([x], [weight._as_codes()], transposed=False), x.double() @ w.t(), x.double().abs() @ w.t().abs()
+    )
 
 
 def test_what_lies_in_the_workspace_does_not_matter() -> None:
     """It is never cleared."""
     weight, x = packed((100, 192)), random(13, 192).bfloat16()
-    found = sum_of_products([x], [weight._as_codes()], turned=False)
+    found = sum_of_products([x], [weight._as_codes()], transposed=False)
     four_bit_product._kept.memory.fill_(255)
-    assert torch.equal(found, sum_of_products([x], [weight._as_codes()], turned=False))
+    assert torch.equal(found, sum_of_products([x], [weight._as_codes()], transposed=False))
 
 
 @pytest.mark.parametrize("rank", [0, 7, 8])
@@ -101,7 +103,7 @@ def test_workspace(rank: int) -> None:
 
     def memory_of_a_call(rows: int) -> Tensor:
         part = None if low is None else (low[0][:rows], *low[1:])
-        sum_of_products([x[:rows]], [weight._as_codes()], turned=False, low=part)
+        sum_of_products([x[:rows]], [weight._as_codes()], transposed=False, low=part)
         return four_bit_product._kept.memory
 
     def in_a_thread() -> None:
@@ -114,13 +116,13 @@ def test_workspace(rank: int) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    size = workspace_bytes([(100, 192)], rank, 481, turned=False)
+    size = workspace_bytes([(100, 192)], rank, 481, transposed=False)
     assert [entry[:3] for entry in found] == [(size, True, True)] * 2
     assert len({memory.data_ptr() for memory in (mine, *(entry[3] for entry in found))}) == 3
-    assert size >= workspace_bytes([(100, 192)], rank, 480, turned=False)
+    assert size >= workspace_bytes([(100, 192)], rank, 480, transposed=False)
 
 
 def test_no_rows() -> None:
     """A rank without a document."""
     weight = packed((34, 64))
-    assert sum_of_products([random(0, 64).bfloat16()], [weight._as_codes()], turned=False).shape == (0, 34)
+    assert sum_of_products([random(0, 64).bfloat16()], [weight._as_codes()], transposed=False).shape == (0, 34)

@@ -53,7 +53,7 @@ def codes_of(shape: tuple[int, int]) -> Codes:
 
 def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
     """By such a matrix."""
-    return four_bit_product.sum_of_products([x], [codes_of(shape)], turned=False, **more)
+    return four_bit_product.sum_of_products([x], [codes_of(shape)], transposed=False, **more)
 
 
 def few(x: Tensor, *shapes: tuple[int, int], **beside: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "blocks": (lambda: multiply(bf16(3, 96), (4, 96)), r"a matrix of \[4, 96\]; expected even rows of whole blocks"),
     "unequal widths": (
         lambda: four_bit_product.sum_of_products(
-            [bf16(3, 4)] * 2, [codes_of((4, 128)), codes_of((4, 64))], turned=True
+            [bf16(3, 4)] * 2, [codes_of((4, 128)), codes_of((4, 64))], transposed=True
         ),
         "results of unequal widths",
     ),
