@@ -61,11 +61,16 @@ class Blueprint:
     plain: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
-    def build(self, layout: Layout) -> tuple[Decoder, Attachment]:
-        """The decoder on the meta device, this rank's share of it, with the method attached."""
-        self.args.check_model_parallel(layout.mp_size)
+    def build(self, layout: Layout, data_parallel: str = "sdp") -> tuple[Decoder, Attachment]:
+        """The decoder on the meta device, this rank's share of it, with the method attached.
+
+        Raises an `AccessoryError` where the method refuses the base or the layout.
+        """
+        self.method.check(self.args, layout, data_parallel)
         maker = storage(self.quant_type) if self.quant_type else None
-        decoder = Decoder(self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker)
+        decoder = self.method.decoder(
+            self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
+        )
         for name in self.plain:
             decoder.get_submodule(name).keep_plain(self.dtype)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
@@ -100,11 +105,10 @@ def draw_blueprint(
     llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
     method_class = _method_class(llama_type)
     quant_type = _storage(sources, quant, quant_type)
-    if quant_type and train and method_class.trains_base:
-        raise ConfigError(
-            f"--quant with --llama_type {llama_type}: 4-bit weights cannot be trained; use --llama_type "
-            f"{LLAMA_TYPES[llama_type][0]}_peft."
-        )
+    if quant_type and train and (fault := method_class.storage_fault(quant_type)):
+        family = LLAMA_TYPES[llama_type][0]
+        others = [t for t, (f, m) in LLAMA_TYPES.items() if f == family and not METHODS[m].storage_fault(quant_type)]
+        raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
     args, method = _settings(sources, llama_config, method_class)
     _check_family(llama_type, args)
     _check_blocks(args, sources)

@@ -20,7 +20,6 @@ from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, nearest
 from accessory.meta import MetaModel
-from accessory.method.peft import Peft
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
@@ -136,7 +135,7 @@ def open_base(paths: list[Path], **reading) -> tuple[WholeModel, list[Source]]:
     model, sources, blueprint = open_whole(paths, **reading)
     if any(source.is_delta and not source.is_difference for source in sources):
         raise CheckpointError(f"{paths[-1]}: is a trained part; merge it (tools/merge.py), or write it with --to peft.")
-    if isinstance(blueprint.method, Peft):
+    if not blueprint.method.trains_base:
         raise CheckpointError(
             f"{paths[-1]}: holds what was trained beside its base (it is a {blueprint.llama_type}); merge it "
             "(tools/merge.py)."
@@ -160,8 +159,8 @@ def merge(
     the one that training saw, "dequantized" for a packed base. Raises `CheckpointError`.
     """
     model, sources, blueprint = open_whole(paths, **reading)
-    if not isinstance(blueprint.method, Peft):
-        raise CheckpointError(f"{paths[-1]}: nothing to merge: its llama_type is {blueprint.llama_type}.")
+    if fault := blueprint.method.merge_fault:
+        raise CheckpointError(f"{paths[-1]}: cannot be merged: it is a {blueprint.llama_type}, {fault}.")
     quantization = trained_quantization(sources)
     base = base or ("dequantized" if quantization else "full")
     tensors = model.tensors
@@ -192,9 +191,11 @@ def export_adapter(
     """
     _, sources, blueprint = open_whole(paths, **reading)
     base, *parts = sources
-    if not parts or not all(part.is_delta for part in parts) or not isinstance(blueprint.method, Peft):
+    fault = blueprint.method.adapter_fault
+    if fault or not parts or not all(part.is_delta for part in parts):
         found = ", ".join(f"{source.path} ({source.format})" for source in sources)
-        raise CheckpointError(f"Expected a base and what was trained on it to write an adapter of; found {found}.")
+        why = f": it is a {blueprint.llama_type}, {fault}" if fault else ""
+        raise CheckpointError(f"Expected a base and what was trained on it to write an adapter of; found {found}{why}.")
     if differences := [source.path for source in sources if source.is_difference]:
         raise CheckpointError(
             f"{differences[0]}: is the difference of two models; PEFT has no place for one. Write it with its base as "

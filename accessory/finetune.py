@@ -110,7 +110,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     _say(layout, *notes)
     sources = together(lambda: _open_sources(config, start))
     blueprint = together(lambda: _blueprint(config, sources))
-    decoder, attachment = together(lambda: blueprint.build(layout))
+    decoder, attachment = together(lambda: blueprint.build(layout, config.data_parallel))
     job = _job(config.model_copy(update={"resume": start}), layout, sources, blueprint)
     found = _find_resumption(job)
     recomputed = _plan_memory(job, decoder, attachment)
@@ -266,7 +266,7 @@ def _plan_memory(job: _Job, decoder: Decoder, attachment: Attachment) -> int:
             offload=config.offload_inputs,
         )  # fmt: skip
 
-    n_layers = len(decoder.layers)
+    n_layers = sum(1 for _ in decoder.blocks())
     recomputed, why = choose_layers(config.checkpointing, n_layers, plan, layout, _remedies(config))
     trained, total = parameter_counts(decoder, attachment)
     packed = blueprint.quant_type

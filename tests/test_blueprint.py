@@ -203,7 +203,7 @@ def test_quantized_full_training_is_refused(tiny_base: Path) -> None:
     """Weights of 4 bits have no gradient; but such a model may be asked, and then all its linears are packed."""
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="llama", quant_type="nf4")
-    assert "--quant with --llama_type llama: 4-bit weights cannot be trained; use --llama_type llama_peft." in (
+    assert "--quant with --llama_type llama: nf4 weights cannot be trained; use --llama_type llama_peft." in (
         str(caught.value)
     )
     decoder, attachment = draw(tiny_base, llama_type="llama", quant_type="nf4", train=False).build(Layout())

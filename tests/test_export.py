@@ -239,7 +239,7 @@ class TestMerge:
             ("part", "dequantized", "was not trained on a quantized base; leave out --base dequantized"),
             ("packed_part", "full", "is a quantized base: its full weights are gone. Leave out --base full"),
             ("part", "quantized", "--base 'quantized' is neither full nor dequantized"),
-            ("base", "full", "nothing to merge: its llama_type is llama"),
+            ("base", "full", "cannot be merged: it is a llama, the base itself was trained"),
         ],
     )
     def test_refusals(

@@ -82,10 +82,11 @@ class Setting:
                 f"--max_tokens {self.max_tokens!r}: expected a whole number from {self.seq} (--seq) on, so that each "
                 "document has room."
             )
-        if self.method == "full" and self.quant_type != PLAIN:
+        fault = METHOD_CLASSES[METHODS[self.method][0]].storage_fault(self.quant_type)
+        if fault and self.quant_type != PLAIN:
             raise ConfigError(
-                f"--method full with --quant_type {self.quant_type}: 4-bit weights cannot be trained; give "
-                f"--quant_type {PLAIN} or another --method."
+                f"--method {self.method} with --quant_type {self.quant_type}: {fault}; give --quant_type {PLAIN} or "
+                "another --method."
             )
 
     @property
@@ -203,11 +204,12 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
 @cache
 def _built(model: str, method: str, quant_type: str, precision: str, ranks: int) -> tuple[Decoder, Attachment]:
     args = args_of(model)
-    args.check_model_parallel(ranks)
-    maker = None if quant_type == PLAIN else storage(quant_type)
-    decoder = Decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
     kind, settings = METHODS[method]
-    return decoder, METHOD_CLASSES[kind](METHOD_CLASSES[kind].Settings(**settings)).attach(decoder)
+    made = METHOD_CLASSES[kind](METHOD_CLASSES[kind].Settings(**settings))
+    made.check(args, Layout(world_size=ranks, mp_size=ranks), "sdp")
+    maker = None if quant_type == PLAIN else storage(quant_type)
+    decoder = made.decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
+    return decoder, made.attach(decoder)
 
 
 def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPlan, room: int) -> str:

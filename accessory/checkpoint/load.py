@@ -124,17 +124,18 @@ def fill(
     seed: int = 0,
 ) -> None:
     """Read every parameter into place on `layout.device`, sharding each block as soon as it is full."""
-    decoder.frequencies = decoder.frequencies.to(layout.device)
+    decoder.place(layout.device)
     everything = list(targets(decoder))
-    outer = [target for target in everything if not target.name.startswith("layers.")]
+    inside: set[str] = set()
     silent = None if layout.is_main else True
     bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=silent, leave=False)
-    for i, block in enumerate(decoder.layers):
-        for target in targets(block, f"layers.{i}"):
+    for name, block in decoder.blocks():
+        for target in targets(block, name):
             _fill_one(target, tensors, attachment, layout, seed)
+            inside.add(target.name)
             bar.update()
         data_parallel.shard_block(block)
-    for target in outer:
+    for target in (target for target in everything if target.name not in inside):
         _fill_one(target, tensors, attachment, layout, seed)
         bar.update()
     bar.close()

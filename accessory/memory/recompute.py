@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def recompute_layers(decoder: Decoder, layers: int, *, offload: bool, device: to
     are out of use the longest, and have the most time to be moved.
     """
     inputs = InputOffload(device) if offload else None
-    for block in decoder.layers[:layers]:
+    for _, block in islice(decoder.blocks(), layers):
         block.recompute, block.offload = True, inputs
 
 

@@ -1,4 +1,4 @@
-"""What a method promises: it adds its parameters to a decoder and says which parameters are trained."""
+"""What a method promises: it makes the decoder, adds its parameters to it, and says which are trained and where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
+from accessory.parallel.groups import Layout
 
 Initializer = Callable[[torch.Generator], Tensor]
 """Makes the whole (unsliced) fp32 tensor of an added parameter, the same on every layout for the same seed."""
@@ -29,7 +31,28 @@ class Method(ABC):
     """One way of fine-tuning. `settings` holds the method's own keys of `--llama_config`."""
 
     Settings: ClassVar[type[BaseModel]]
-    trains_base: ClassVar[bool]  # then the base must be plain: packed weights have no gradient
+    trains_base: ClassVar[bool] = False
+    """Whether the base's own weights are trained, rather than something beside them."""
+    merge_fault: ClassVar[str | None] = None
+    """Why what it trained cannot be merged into the base's matrices, biases and norms; None: it can."""
+    adapter_fault: ClassVar[str | None] = None
+    """Why what it trained cannot be written as a PEFT adapter; None: it can."""
+
+    @classmethod
+    def storage_fault(cls, quant_type: str) -> str | None:
+        """Why it cannot be trained on a base packed as `quant_type`; None: it can."""
+        return None
+
+    def check(self, args: ModelArgs, layout: Layout, data_parallel: str) -> None:
+        """Raise an `AccessoryError` that names the flag to change where this base or layout will not do.
+
+        Asked before any weight is read. data_parallel: as the flag.
+        """
+        args.check_model_parallel(layout.mp_size)
+
+    def decoder(self, args: ModelArgs, **how: Any) -> Decoder:
+        """The decoder to be filled, on the meta device; `how` is all that `Decoder` takes beside the settings."""
+        return Decoder(args, **how)
 
     @property
     def trains_vocabulary(self) -> bool:

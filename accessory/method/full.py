@@ -19,6 +19,13 @@ class Full(Method):
         model_config = ConfigDict(extra="forbid")
 
     trains_base: ClassVar[bool] = True
+    merge_fault: ClassVar[str] = "the base itself was trained, nothing stands beside it"
+    adapter_fault: ClassVar[str] = merge_fault
+
+    @classmethod
+    def storage_fault(cls, quant_type: str) -> str:
+        """Codes have no gradient."""
+        return f"{quant_type} weights cannot be trained"
 
     def attach(self, decoder: Decoder) -> Attachment:
         """Every parameter becomes trainable, in fp32."""

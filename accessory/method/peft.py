@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -71,8 +71,6 @@ class Peft(Method):
         def lora_scale(self) -> float:
             """What LoRA's product is multiplied by."""
             return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
-
-    trains_base: ClassVar[bool] = False
 
     @property
     def trains_vocabulary(self) -> bool:

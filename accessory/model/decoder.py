@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,8 @@ class Projection(nn.Module):
 class Decoder(nn.Module):
     """A decoder of the shape that `args` says, made on the meta device and filled by `accessory.checkpoint`.
 
-    Open at both ends: it takes token ids or embeddings, and hands each block's output to `on_block`.
+    Open at both ends: it takes token ids or embeddings, and whoever runs it by `enter`, `states` and `leave` gets each
+    block's output.
     """
 
     def __init__(
@@ -151,33 +153,43 @@ class Decoder(nn.Module):
         slopes = alibi_slopes(self.args.n_heads)[mine].to(self.frequencies.device)
         return made.leaning(lean_channels(slopes, made.positions, self.args.head_dim, self.dtype))
 
-    def forward(
-        self,
-        inputs: Tensor,
-        sequences: Sequences,
-        cache: list[LayerCache] | None = None,
-        on_block: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Token ids [T] or their embeddings [T, embedding_dim] -> what the head multiplies [T, embedding_dim].
+    def forward(self, inputs: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Tensor:
+        """Token ids [T] or their embeddings [T, embedding_dim] -> what the head multiplies [T, embedding_dim]."""
+        (last,) = deque(self.states(self.enter(inputs, sequences), sequences, cache), maxlen=1)
+        return self.leave(last)
 
-        That is the last block's output, normalized and led back to the embedding's width.
-        """
+    def enter(self, inputs: Tensor, sequences: Sequences) -> Tensor:
+        """Token ids [T] or their embeddings [T, embedding_dim] -> the first block's input [T, D]."""
         x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
-        x = self._enter(x.to(self.dtype), sequences)
-        for i, block in enumerate(self.layers):
-            x = block(x, sequences, cache[i] if cache else None)
-            if on_block:
-                on_block(i, x)
-        x = x if self.norm is None else self.norm(x)
-        return x if self.project_out is None else self.project_out(x)
-
-    def _enter(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """Embeddings [T, embedding_dim] -> the first block's input [T, D]."""
+        x = x.to(self.dtype)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.pos_embeddings is not None:
             x = x + self.pos_embeddings(sequences.positions).to(x.dtype)
         return x if self.tok_norm is None else self.tok_norm(x)
+
+    def states(self, x: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Iterator[Tensor]:
+        """The first block's input [T, D] -> each block's output [T, D], made when it is asked for.
+
+        cache: one for each block; those behind them belong to others.
+        """
+        for i, block in enumerate(self.layers):
+            x = block(x, sequences, cache[i] if cache else None)
+            yield x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The last block's output [T, D] -> normalized and led back to the embedding's width [T, embedding_dim]."""
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of all that is filled, sharded and run again one at a time."""
+        for i, block in enumerate(self.layers):
+            yield f"layers.{i}", block
+
+    def place(self, device: torch.device) -> None:
+        """Move what no checkpoint holds."""
+        self.frequencies = self.frequencies.to(device)
 
     def prepare_decoding(self) -> None:
         """Make ready to be asked for single tokens; training undoes it."""
@@ -186,7 +198,7 @@ class Decoder(nn.Module):
             block.feed_forward.prepare_decoding()
 
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
-        """Empty key/value caches for `documents` documents of up to `longest` tokens."""
+        """Empty key/value caches for `documents` documents of up to `longest` tokens, one for each block."""
         width = self.args.head_dim + (LEAN_WIDTH if self.args.position == "alibi" else 0)
         shape = (documents, longest, self.args.n_kv_heads // self.ranks, width)
         return [LayerCache(shape, self.dtype, self.frequencies.device) for _ in self.layers]

@@ -132,11 +132,10 @@ def step(decoder: Decoder, lengths: tuple[int, ...] = (TOKENS,)) -> tuple[Kept, 
     """What a forward over random, all supervised tokens keeps; the loss; each block's output."""
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(0, 96, (sum(lengths),), generator=generator) for _ in range(2))
-    outputs: list[Tensor] = []
     with Kept(decoder) as kept:
         sequences = decoder.sequences(lengths)
-        hidden = decoder(ids, sequences, on_block=lambda _i, x: outputs.append(x))
-        loss = cross_entropy_sum(hidden, decoder.head_weight, labels, decoder.args.vocab_size)
+        outputs = list(decoder.states(decoder.enter(ids, sequences), sequences))
+        loss = cross_entropy_sum(decoder.leave(outputs[-1]), decoder.head_weight, labels, decoder.args.vocab_size)
     return kept, loss, outputs
 
 

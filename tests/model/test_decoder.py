@@ -27,6 +27,12 @@ def run(decoder: Decoder, ids: Tensor, lengths: tuple[int, ...], **more) -> Tens
     return decoder(ids, decoder.sequences(lengths), **more)
 
 
+def outputs(decoder: Decoder, ids: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Of each block [T, D]."""
+    sequences = decoder.sequences(lengths)
+    return list(decoder.states(decoder.enter(ids, sequences), sequences))
+
+
 @torch.no_grad()
 def test_packed_documents_equal_transformers_one_by_one(pair) -> None:
     """Three documents in one pass, against three passes of transformers."""
@@ -80,11 +86,11 @@ def test_embeddings_enter_in_place_of_tokens(random_decoder) -> None:
 @torch.no_grad()
 def test_block_outputs_are_handed_out(random_decoder) -> None:
     """The upper end too: each block's output in order; the last, normalized, is the result."""
-    decoder, seen = random_decoder(ARGS), []
-    hidden = run(decoder, tokens(), LENGTHS, on_block=lambda i, x: seen.append((i, x)))
-    assert [i for i, _ in seen] == [0, 1, 2]
-    assert torch.equal(decoder.norm(seen[-1][1]), hidden)
-    assert not torch.equal(seen[0][1], seen[1][1])
+    decoder = random_decoder(ARGS)
+    seen = outputs(decoder, tokens(), LENGTHS)
+    assert len(seen) == len(list(decoder.blocks())) == 3
+    assert torch.equal(decoder.norm(seen[-1]), run(decoder, tokens(), LENGTHS))
+    assert not torch.equal(seen[0], seen[1])
 
 
 OTHERS = {
@@ -154,16 +160,16 @@ def test_learned_positions_are_added(random_decoder) -> None:
 @torch.no_grad()
 def test_narrow_embedding_is_led_in_and_out(random_decoder) -> None:
     """Projected before positions are added, and after the last block; no norm follows it."""
-    decoder, seen = random_decoder(other("narrow")), []
+    decoder = random_decoder(other("narrow"))
     assert decoder.norm is None
     assert (decoder.project_in.weight.shape, decoder.project_out.weight.shape) == ((64, 24), (24, 64))
     assert decoder.tok_embeddings.weight.shape == decoder.output.weight.shape == (96, 24)
-    decoder.layers[0].register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     ids = tokens((3, 2))
-    hidden = run(decoder, ids, (3, 2), on_block=lambda _i, x: seen.append(x))
     entered = decoder.tok_embeddings.weight[ids] @ decoder.project_in.weight.t()
-    torch.testing.assert_close(seen[0], entered + decoder.pos_embeddings.weight[[0, 1, 2, 0, 1]])
-    torch.testing.assert_close(hidden, seen[-1] @ decoder.project_out.weight.t())
+    wanted = entered + decoder.pos_embeddings.weight[[0, 1, 2, 0, 1]]
+    torch.testing.assert_close(decoder.enter(ids, decoder.sequences((3, 2))), wanted)
+    left = outputs(decoder, ids, (3, 2))[-1] @ decoder.project_out.weight.t()
+    torch.testing.assert_close(run(decoder, ids, (3, 2)), left)
 
 
 @torch.no_grad()
@@ -239,9 +245,8 @@ def test_gradients_equal_transformers(pair) -> None:
 def test_backward_stops_below_the_lowest_trained_parameter(random_decoder, quant: str | None) -> None:
     """With the norms of the last block trained, nothing below asks for a gradient, and frozen weights get none."""
     decoder = random_decoder(ARGS, torch.bfloat16, quant, trainable=("layers.2.ffn_norm",))
-    seen: list[Tensor] = []
-    hidden = run(decoder, tokens(), LENGTHS, on_block=lambda i, x: seen.append(x))
-    hidden.float().sum().backward()
+    seen = outputs(decoder, tokens(), LENGTHS)
+    decoder.leave(seen[-1]).float().sum().backward()
     assert [x.requires_grad for x in seen] == [False, False, True]
     assert {name for name, p in decoder.named_parameters() if p.grad is not None} == {"layers.2.ffn_norm.weight"}
 

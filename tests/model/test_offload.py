@@ -38,8 +38,11 @@ def offloaded(decoder: Decoder, layers: int = 5) -> Decoder:
 def loss_of(decoder: Decoder, seed: int, outputs: list[StorageWeakRef] | None = None) -> Tensor:
     """A number that depends on all of the decoder's work on random ids; the blocks' outputs are noted, not held."""
     ids = torch.randint(0, 96, (12,), generator=torch.Generator().manual_seed(seed))
-    note = None if outputs is None else lambda _, x: outputs.append(StorageWeakRef(x.untyped_storage()))
-    return decoder(ids, decoder.sequences((7, 5)), on_block=note).square().sum()
+    sequences = decoder.sequences((7, 5))
+    for x in decoder.states(decoder.enter(ids, sequences), sequences):
+        if outputs is not None:
+            outputs.append(StorageWeakRef(x.untyped_storage()))
+    return decoder.leave(x).square().sum()
 
 
 def gradients(decoder: Decoder, *losses: Tensor, **options: bool) -> list[Tensor]:

@@ -145,7 +145,7 @@ def test_bare_checkpointing_is_all(called: Callable) -> None:
         (["7B", "--method", "lorra"], "--method 'lorra' is unknown. Did you mean 'lora'?"),
         (["7B", "--quant_type", "nf5"], "--quant_type 'nf5' is unknown. Did you mean 'nf4'?"),
         (["7B", "--optim", "adam8bit"], "--optim 'adam8bit' is unknown. Did you mean 'adamw8bit'?"),
-        (["7B", "--method", "full", "--quant_type", "nf4"], "--method full with --quant_type nf4: 4-bit weights"),
+        (["7B", "--method", "full", "--quant_type", "nf4"], "--method full with --quant_type nf4: nf4 weights cannot"),
         (["7B", "--checkpointing", "33"], "--checkpointing 33: expected none, all, or up to 32"),
         (["7B", "--checkpointing", "some"], "--checkpointing 'some': expected none, all, or up to 32"),
         (["7B", "--seq", "0"], "--seq 0: expected a whole number from 1 on."),

@@ -69,7 +69,7 @@ class Training:
         """Ready for its first step. Raises `AccessoryError`s."""
         blueprint, sources = self._blueprint(layout)
         decoder, attachment = blueprint.build(layout)
-        layers, _ = choose_layers(self.checkpointing, len(decoder.layers), lambda _: None, layout, "")
+        layers, _ = choose_layers(self.checkpointing, sum(1 for _ in decoder.blocks()), lambda _: None, layout, "")
         tensors = resolve(decoder, sources, attachment, initialize=True)
         data_parallel = DataParallel(layout, "sdp", blueprint.method.trains_base)
         fill(decoder, tensors, attachment, layout, data_parallel)

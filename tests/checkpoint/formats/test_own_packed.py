@@ -227,6 +227,6 @@ def test_training_never_writes_the_base(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"The base is packed as nf4.*give --only_save_trainable"):
         finetune(flags(packed, tmp_path / "out"))
     full = flags(packed, tmp_path / "out", only_save_trainable=True).model_copy(update={"llama_type": "llama"})
-    with pytest.raises(ConfigError, match=r"4-bit weights cannot be trained; use --llama_type llama_peft"):
+    with pytest.raises(ConfigError, match=r"nf4 weights cannot be trained; use --llama_type llama_peft"):
         finetune(full)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {STATUS_FILE}
