@@ -269,7 +269,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     if config is not None:
         faults += config.faults()
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(faults), common=True)
     return config
 
 
@@ -295,7 +295,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Raise our error instead of leaving the process from every rank."""
         message = message.replace("ignored explicit argument", "is a switch and takes no value; found")
-        raise ConfigError(message[0].upper() + message[1:] + ".")
+        raise ConfigError(message[0].upper() + message[1:] + ".", common=True)
 
 
 def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:

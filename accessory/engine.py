@@ -239,11 +239,8 @@ class Engine:
 
     def _fault(self, said: str) -> NotFiniteError:
         wider = "give --precision bf16 or fp32, whose range is wider, " if self.scales_loss else ""
-        fault = NotFiniteError(
-            f"{said} Look at the documents, {wider}lower --lr, or set --clip_grad; what is saved is whole."
-        )
-        fault.common = True
-        return fault
+        ways = f"Look at the documents, {wider}lower --lr, or set --clip_grad; what is saved is whole."
+        return NotFiniteError(f"{said} {ways}", common=True)
 
     def _out_of_memory(self, number: int, count: int, batch: PackedBatch, progress: Progress) -> OutOfMemoryError:
         return OutOfMemoryError(
@@ -273,9 +270,7 @@ class Engine:
             rest = f", which is saved as {self.checkpoint_name(progress)}. Go on with --resume latest."
         else:
             rest = ". Nothing is saved: this run writes nothing."
-        fault = Preempted(f"Stopped by {name_of(number)} after step {progress.total_steps}{rest}")
-        fault.common = True
-        return fault
+        return Preempted(f"Stopped by {name_of(number)} after step {progress.total_steps}{rest}", common=True)
 
     def _is_time_to_save(self, progress: Progress) -> bool:
         if progress.step == 0:

@@ -33,12 +33,7 @@ def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> Non
     """
     die_with_launcher()
     try:
-        config = parse(config_class, sys.argv[1:])
-    except AccessoryError as error:
-        error.common = True
-        _leave(groups.settle(error))
-    try:
-        main(config)
+        main(parse(config_class, sys.argv[1:]))
     except Exception as error:
         _leave(groups.settle(error))
     finally:

@@ -14,10 +14,14 @@ class AccessoryError(Exception):
     """A fault the user can mend. The message names the file, key or flag, what was found and what was expected.
 
     status: what the process exits with, and `run_status.json` says. common: whether all ranks raise it together.
+    speaks: whether this rank prints it for all; None until the ranks have settled that (`groups.settle`).
     """
 
     status = 1
-    common = False
+
+    def __init__(self, message: str = "", *, common: bool = False, speaks: bool | None = None) -> None:
+        super().__init__(message)
+        self.common, self.speaks = common, speaks
 
 
 class ConfigError(AccessoryError):

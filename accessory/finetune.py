@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from accessory import kernels
@@ -34,7 +33,7 @@ from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.optim import FIRST_LOSS_SCALE, build_optimizer
 from accessory.parallel import groups
-from accessory.parallel.agree import check_alike, together
+from accessory.parallel.agree import check_alike, on_main, together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
@@ -69,7 +68,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     with StopSignals() as signals, ExitStack() as held:
         layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
         output_dir = None if config.dry_run else config.output_dir
-        together(lambda: _take_output(output_dir, layout, held))
+        on_main(_take_output, output_dir, held)
         status = RunStatus(output_dir, layout.world_size, layout.is_main)
         try:
             model = _train(config, layout, signals, status)
@@ -105,12 +104,12 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
     compile_fusible(config.compile)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    together(lambda: check_offload(config.offload_inputs, layout.device))
-    start, notes = find_start(config, layout)
+    together(check_offload, config.offload_inputs, layout.device)
+    start, notes = on_main(find_start, config)
     _say(layout, *notes)
-    sources = together(lambda: _open_sources(config, start))
-    blueprint = together(lambda: _blueprint(config, sources))
-    decoder, attachment = together(lambda: blueprint.build(layout, config.data_parallel))
+    sources = together(_open_sources, config, start)
+    blueprint = together(_blueprint, config, sources)
+    decoder, attachment = together(blueprint.build, layout, config.data_parallel)
     job = _job(config.model_copy(update={"resume": start}), layout, sources, blueprint)
     found = _find_resumption(job)
     recomputed = _plan_memory(job, decoder, attachment)
@@ -120,11 +119,11 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
     if found:
-        together(lambda: restore_training_state(found, optimizer, parameters, slicings, layout))
+        together(restore_training_state, found, optimizer, parameters, slicings, layout)
     progress = _progress(found, layout)
     schedule = _schedule(config, job.order, progress)
     _say(layout, *_course(config, job.order, schedule, progress))
-    together(lambda: status.begin(progress.total_steps))
+    together(status.begin, progress.total_steps)
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
     with closing(reporter):
         engine = Engine(
@@ -154,17 +153,17 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
 
 def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> _Job:
     """Reads the data. All ranks have come to the same, or it raises."""
-    began = _began(config, sources)
-    corpus = together(lambda: _corpus(config, blueprint, layout, began))
-    order = together(lambda: _order(config, blueprint, corpus, layout))
+    began = on_main(_began, config, sources)
+    corpus = together(_corpus, config, blueprint, layout, began)
+    order = together(_order, config, blueprint, corpus, layout)
     identity = _identity(config, blueprint, _base(config, sources), corpus, order)
     check_alike(identity)
     return _Job(config, layout, sources, blueprint, corpus, order, identity, _conditions(config, layout), began)
 
 
-def _take_output(output_dir: Path | None, layout: Layout, held: ExitStack) -> None:
+def _take_output(output_dir: Path | None, held: ExitStack) -> None:
     """Make the directory and lock it now, before hours are spent on what could then not be written."""
-    if output_dir is None or not layout.is_main:
+    if output_dir is None:
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -200,11 +199,9 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
 
 
 def _began(config: FinetuneConfig, sources: list[Source]) -> datetime:
-    """When the run was first started, the same on all ranks, for chat templates that print the time. A collective."""
+    """When the run was first started, for chat templates that print the time."""
     resumed = next((source for source in sources if source.path == config.resume), None)
-    began = [together(lambda: began_at(resumed) if resumed else datetime.now().replace(microsecond=0))]
-    dist.broadcast_object_list(began)
-    return began[0]
+    return began_at(resumed) if resumed else datetime.now().replace(microsecond=0)
 
 
 def _corpus(config: FinetuneConfig, blueprint: Blueprint, layout: Layout, began: datetime) -> Corpus:
@@ -245,9 +242,9 @@ def _order(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus, layout:
 def _fill(job: _Job, decoder: Decoder, attachment: Attachment) -> tuple[MetaModel, DataParallel]:
     """Read, quantize and shard the weights, block by block."""
     config, layout, blueprint = job.config, job.layout, job.blueprint
-    tensors = together(lambda: resolve(decoder, job.sources, attachment, initialize=config.resume is None))
+    tensors = together(resolve, decoder, job.sources, attachment, initialize=config.resume is None)
     data_parallel = DataParallel(layout, config.data_parallel, blueprint.method.trains_base)
-    together(lambda: fill(decoder, tensors, attachment, layout, data_parallel, config.seed))
+    together(fill, decoder, tensors, attachment, layout, data_parallel, config.seed)
     model = MetaModel(decoder, blueprint.tokenizer, config.max_words)
     data_parallel.shard_root(model)
     return model, data_parallel
@@ -341,9 +338,7 @@ def _find_resumption(job: _Job) -> Resumption | None:
     if config.resume is None:
         return None
     follows = {name: of for name, of in _FOLLOWS.items() if name not in config.model_fields_set}
-    found = together(
-        lambda: find_resumption(config.resume, job.identity, job.conditions, config.allow_changed, follows)
-    )
+    found = together(find_resumption, config.resume, job.identity, job.conditions, config.allow_changed, follows)
     notes = [f"resuming {config.resume} after step {found.progress.total_steps}"]
     if found.inexact:
         notes.append(f"not bit for bit: {'; '.join(found.inexact)}")

@@ -225,30 +225,29 @@ class MetaModel(nn.Module):
         if not isinstance(quant, bool | None):
             raise ConfigError(f"quant is {quant!r}; expected True, False or None: the format is named by quant_type.")
         layout = layout or groups.start(str(device))
-        sources = together(lambda: with_base(paths))
+        sources = together(with_base, paths)
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
         packed = bool(recorded or quant_type) if quant is None else quant
         wanted = (quant_type or recorded) if packed else None
         blueprint = together(
-            lambda: draw_blueprint(
-                sources,
-                llama_type=llama_type,
-                llama_config=_paths(llama_config),
-                tokenizer_path=given.tokenizer_path,
-                quant=packed,
-                quant_type=wanted,
-                precision=precision,
-                train=False,
-            )
+            draw_blueprint,
+            sources,
+            llama_type=llama_type,
+            llama_config=_paths(llama_config),
+            tokenizer_path=given.tokenizer_path,
+            quant=packed,
+            quant_type=wanted,
+            precision=precision,
+            train=False,
         )
         return load_for_asking(blueprint, sources, layout, given.max_seq_len)
 
 
 def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
     """Build and fill a model without gradients."""
-    decoder, attachment = together(lambda: blueprint.build(layout))
-    tensors = together(lambda: resolve(decoder, sources, attachment, initialize=False))
-    together(lambda: fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False)))
+    decoder, attachment = together(blueprint.build, layout)
+    tensors = together(resolve, decoder, sources, attachment, initialize=False)
+    together(fill, decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False))
     model = MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_prompt_layouts(sources))
     return model.requires_grad_(False).eval()
 

@@ -22,7 +22,7 @@ from accessory.entry import run_entry
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
-from accessory.parallel.agree import together
+from accessory.parallel.agree import on_main
 from accessory.parallel.allocator import share_one_heap
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
@@ -48,7 +48,7 @@ def main(config: DemoConfig) -> None:
     ranks = groups.launch_environment(config.dist_on_itp)[1]
     layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
     if not config.prompt:
-        together(lambda: check_place(config) if layout.is_main else None)
+        on_main(check_place, config)
     model = MetaModel.from_pretrained(
         list(config.pretrained_path),
         llama_type=config.llama_type,

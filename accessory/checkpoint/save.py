@@ -116,7 +116,7 @@ class CheckpointWriter:
                 fault.append(CheckpointError(f"{self.output_dir / name}: cannot be written ({error!r})."))
         for _ in weights:  # the ranks that do not write, and what a failed write left over
             pass
-        together(lambda: _raise_first(fault))
+        together(_raise_first, fault)
         return self.output_dir / name
 
     def _write(

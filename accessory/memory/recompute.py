@@ -32,9 +32,9 @@ def choose_layers(
     Raises `ConfigError` for more layers than there are, and for `auto` where not even all would be enough.
     """
     if asked != "auto":
-        return together(lambda: _number(asked, n_layers)), ""
+        return together(_number, asked, n_layers), ""
     free = _share_of_free_memory(layout)
-    chosen = together(lambda: _fewest_that_fit(n_layers, plan, free, remedies))
+    chosen = together(_fewest_that_fit, n_layers, plan, free, remedies)
     # A rank may have less memory than others, and ranks that share a model run the same products again.
     most = torch.tensor(chosen, device=layout.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

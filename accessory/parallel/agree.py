@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from accessory.errors import AccessoryError, ParallelError
 
+Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank; if it raised an `AccessoryError` on any, raise the first such rank's on all.
+def together(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+    """`work(*args, **kwargs)` on every rank; if it raises an `AccessoryError` on any, all raise the first such rank's.
 
-    `work` must hold no collective, or the ranks that failed inside would leave the others waiting. The raised error
-    carries `common = True`, so that the entry prints it once.
+    `work` must hold no collective, or the ranks that failed inside would leave the others waiting. The raised error is
+    `common`, so that the entry prints it once.
     """
     result: Result | None = None
     fault: AccessoryError | None = None
     try:
-        result = work()
+        result = work(*args, **kwargs)
     except AccessoryError as error:
         fault = error
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -37,6 +38,17 @@ def together(work: Callable[[], Result]) -> Result:
         fault.common = True
         raise fault
     return result
+
+
+def on_main(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+    """`work(*args, **kwargs)` on the main rank alone; what it returns, or raises, reaches all. A collective."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        found = [together(work, *args, **kwargs)]
+    else:
+        found = [together(lambda: None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def highest(values: list[int], device: torch.device) -> list[int]:
@@ -75,6 +87,4 @@ def check_alike(facts: dict[str, object]) -> None:
                 for name, first, theirs in differences(key, everyone[0].get(key), everyone[rank].get(key))
             ]
     if faults:
-        fault = ParallelError("The processes were not started alike:\n" + "\n".join(faults))
-        fault.common = True
-        raise fault
+        raise ParallelError("The processes were not started alike:\n" + "\n".join(faults), common=True)

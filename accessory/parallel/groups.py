@@ -98,13 +98,12 @@ def start(
     """
     rank, world_size, local_rank = launch_environment(dist_on_itp)
     if model_parallel_size < 1 or world_size % model_parallel_size:
-        fault = ParallelError(
+        raise ParallelError(
             f"--model_parallel_size {model_parallel_size} does not divide the {world_size} started processes; "
             f"sizes that do: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}. "
-            "torchrun --nproc-per-node=N starts N."
+            "torchrun --nproc-per-node=N starts N.",
+            common=True,
         )
-        fault.common = True
-        raise fault
     where = choose_device(device, local_rank)
     if where == CPU:
         keep_freed_memory()
@@ -138,7 +137,7 @@ def limit_waiting(timeout: timedelta) -> None:
 
 def settle(error: Exception) -> AccessoryError:
     """What all ranks report for `error`, see `Witness.settle`; `speaks` on it says whether this rank does."""
-    if hasattr(error, "speaks"):
+    if isinstance(error, AccessoryError) and error.speaks is not None:
         return error
     return (_witness or Witness(dist.HashStore(), _launched_rank(), 1)).settle(error)
 

@@ -40,7 +40,10 @@ class Witness:
         collective becomes the error of the rank that caused it, or `LostRankError` naming those that do not answer.
         """
         if isinstance(error, AccessoryError):
-            return _said(error, self.rank == 0) if error.common else self._cause(error, str(error))
+            if not error.common:
+                return self._cause(error, str(error))
+            error.speaks = self.rank == 0
+            return error
         if self.world_size > 1 and _is_collective(error):
             return self._lost(error)
         traceback.print_exception(error)  # not foreseen, so where it happened is what matters
@@ -55,7 +58,7 @@ class Witness:
             first = self.store.compare_set(_CAUSE, "", mine).decode() == mine
         except (RuntimeError, ValueError):  # the store went with its process
             first = True
-        return _said(kind(where + message), first)
+        return kind(where + message, common=True, speaks=first)
 
     def _lost(self, error: Exception) -> AccessoryError:
         if threading.current_thread() is threading.main_thread():
@@ -66,22 +69,22 @@ class Witness:
             while silent and time.monotonic() < deadline:
                 if self.store.check([_CAUSE]):
                     kind, message = json.loads(self.store.get(_CAUSE))
-                    return _said(getattr(errors, kind)(message), False)
+                    return getattr(errors, kind)(message, common=True, speaks=False)
                 silent -= {rank for rank in silent if self.store.check([_alive(rank)])}
                 time.sleep(_POLL)
             places = {rank: json.loads(self.store.get(_place(rank))) for rank in silent}
         except (RuntimeError, ValueError):
             said = "the process that the others met at is gone: rank 0, or its torchrun"
-            return _said(LostRankError(f"Lost contact: {said} ({_short(error)})."), True)
+            return LostRankError(f"Lost contact: {said} ({_short(error)}).", common=True, speaks=True)
         speaks = self.rank == min(set(range(self.world_size)) - silent)
         if not silent:
             said = "Every rank still runs, but they wait for one another in vain"
-            return _said(LostRankError(f"{said} ({_short(error)})."), speaks)
-        for process, host in places.values():
-            _end_sibling(process, host)
-        named = "; ".join("rank {} (process {} on {})".format(rank, *places[rank]) for rank in sorted(silent))
-        said = f"{named} no longer answers: killed, or hanging"
-        return _said(LostRankError(f"{said} ({_short(error)})."), speaks)
+        else:
+            for process, host in places.values():
+                _end_sibling(process, host)
+            named = "; ".join("rank {} (process {} on {})".format(rank, *places[rank]) for rank in sorted(silent))
+            said = f"{named} no longer answers: killed, or hanging"
+        return LostRankError(f"{said} ({_short(error)}).", common=True, speaks=speaks)
 
 
 def _end_sibling(process: int, host: str) -> None:
@@ -98,11 +101,6 @@ def _end_sibling(process: int, host: str) -> None:
 
 def _is_collective(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-
-
-def _said(error: AccessoryError, speaks: bool) -> AccessoryError:
-    error.common, error.speaks = True, speaks
-    return error
 
 
 def _place(rank: int) -> str:

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from accessory.checkpoint.latest import checkpoints_in, latest_checkpoint
 from accessory.checkpoint.manifest import read_manifest, verify
 from accessory.checkpoint.retention import remove
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
-from accessory.parallel.agree import together
-from accessory.parallel.groups import Layout
 from accessory.parallel.launcher import restart_count
 from accessory.run.status import is_restart_of_what_began
 
 
-def find_start(config: FinetuneConfig, layout: Layout) -> tuple[Path | None, list[str]]:
-    """(the checkpoint to go on from, or None to begin; what to tell the user about it). A collective.
+def find_start(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
+    """(the checkpoint to go on from, or None to begin; what to tell the user about it).
 
-    The main rank compares it with its manifest. A run that torchrun or SLURM starts again goes on from the newest
+    It is compared with its manifest. A run that torchrun or SLURM starts again goes on from the newest
     whole checkpoint in `--output_dir` by itself. Raises `CheckpointError` where what is to be resumed is damaged or
     missing, `ConfigError` where `--output_dir` holds checkpoints that this run would be mixed up with.
     """
-    found: list[tuple[Path | None, list[str]]] = [(None, [])]
-
-    def look() -> None:
-        if layout.is_main:  # files are read once, not by every rank
-            found[0] = _look(config)
-
-    together(look)
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _look(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
     output_dir = config.output_dir
     there = checkpoints_in(output_dir) if output_dir and output_dir.is_dir() else []
     restarted = is_restart_of_what_began(output_dir)

@@ -17,7 +17,7 @@ from accessory.checkpoint.save import CheckpointWriter, gather_whole
 from accessory.checkpoint.source import read_json
 from accessory.checkpoint.training_state import Progress, collect_training_state, state_record
 from accessory.optim import state_bytes
-from accessory.parallel.agree import together
+from accessory.parallel.agree import on_main
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
 from accessory.run.report import Reporter
@@ -50,7 +50,7 @@ class Saver:
 
     def check_room(self) -> None:
         """Raise `DiskFullError`, on all ranks, where a checkpoint has no room. A collective."""
-        together(lambda: check_room(self.writer.output_dir, self.needed) if self.layout.is_main else None)
+        on_main(check_room, self.writer.output_dir, self.needed)
 
     def __call__(self, progress: Progress, name: str, loss: float | None) -> None:
         """Write the checkpoint `name`; `loss` is the mean of the steps since the one before. A collective.

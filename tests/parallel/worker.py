@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 from accessory.errors import CheckpointError, DataError, ParallelError
 from accessory.optim import gradient_norm, scale_gradients, sum_partial_gradients
 from accessory.parallel import groups
-from accessory.parallel.agree import check_alike, highest, together
+from accessory.parallel.agree import check_alike, highest, on_main, together
 from accessory.parallel.data import DataParallel, local, shard_like, sum_over_data_parallel, whole
 from accessory.parallel.tensor import (
     WHOLE,
@@ -23,9 +23,21 @@ from accessory.parallel.tensor import (
 )
 
 
+def fails(words: str) -> None:
+    """Say so."""
+    raise DataError(words)
+
+
 def check_together(rank: int) -> None:
     """One rank's error reaches all with its rank; everyone's error is said as it is; results pass through."""
-    assert together(lambda: rank) == rank
+    assert together(lambda one, two: rank + one * two, 3, two=4) == rank + 12
+    assert on_main(lambda word: f"{word} of rank {rank}", word="said") == "said of rank 0"
+    try:
+        on_main(fails, "no room")
+    except DataError as error:
+        assert str(error) == "[rank 0] no room" and error.common
+    else:
+        raise AssertionError("the main rank's error did not reach this rank")
 
     def fails_on_one() -> None:
         if rank == 1:
@@ -39,11 +51,8 @@ def check_together(rank: int) -> None:
     else:
         raise AssertionError("rank 1's error did not reach this rank")
 
-    def fails_on_all() -> None:
-        raise DataError("no data")
-
     try:
-        together(fails_on_all)
+        together(fails, "no data")
     except DataError as error:
         assert str(error) == "no data"
 

@@ -9,7 +9,6 @@ import pytest
 
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
-from accessory.parallel import groups
 from accessory.run.resuming import find_start
 from accessory.run.status import STATUS_FILE
 from tests.checkpoint.made_checkpoints import checkpoint, flip
@@ -18,7 +17,6 @@ from tests.checkpoint.made_checkpoints import checkpoint, flip
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """(flags, attempt) -> the checkpoint, and what is said of it."""
-    layout = groups.start("cpu")
 
     def find(attempt: int = 0, before: dict | None = None, **flags: object) -> tuple[Path | None, list[str]]:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
@@ -26,7 +24,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         if attempt and (tmp_path / "out").is_dir():
             (tmp_path / "out" / STATUS_FILE).write_text(json.dumps(before or {"began_after": [0], "launch": "mine"}))
         given = {"pretrained_path": [tmp_path], "data_config": tmp_path, "output_dir": tmp_path / "out"}
-        return find_start(FinetuneConfig(**given | flags), layout)
+        return find_start(FinetuneConfig(**given | flags))
 
     return find
 
