@@ -42,14 +42,6 @@ class _Loading(BaseModel):
     quant_type: str | None
 
 
-class _Asking(BaseModel):
-    """Arguments of `MetaModel.question`."""
-
-    question: str
-    context: str
-    prompt_layout: str | None
-
-
 class _Sampling(BaseModel):
     """How answers are drawn."""
 
@@ -61,7 +53,7 @@ class _Sampling(BaseModel):
     seed: int = Field(ge=-(2**63), lt=2**63)
 
 
-_Arguments = TypeVar("_Arguments", _Loading, _Asking, _Sampling)
+_Arguments = TypeVar("_Arguments", _Loading, _Sampling)
 
 
 class MetaModel(nn.Module):
@@ -102,7 +94,9 @@ class MetaModel(nn.Module):
         prompt_layout: one of `accessory.data.templates.PROMPT_LAYOUTS`; absent: `self.prompt_layout`. Raises
         `ConfigError` for another, and for what is no text.
         """
-        _checked(_Asking, question=question, context=context, prompt_layout=prompt_layout)
+        for name, value in (("question", question), ("context", context)):
+            if not isinstance(value, str):
+                raise ConfigError(f"{name} is {value!r}; expected a text.")
         return question_prompt(question, context, prompt_layout or self.prompt_layout)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
