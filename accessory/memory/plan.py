@@ -413,11 +413,11 @@ def _buffers(decoder: Decoder, tokens: int, device: torch.device) -> int:
 
 
 def _rank(linear: Linear) -> int:
-    return len(linear.lora_a.weight) if hasattr(linear, "lora_a") else 0
+    return 0 if linear.lora_a is None else len(linear.lora_a.weight)
 
 
 def _lora_linears(decoder: Decoder) -> list[Linear]:
-    return [m for m in decoder.layers[0].modules() if isinstance(m, Linear) and hasattr(m, "lora_a")]
+    return [m for m in decoder.layers[0].modules() if isinstance(m, Linear) and m.lora_a is not None]
 
 
 def parameter_counts(decoder: Decoder, attachment: Attachment) -> tuple[int, int]:

@@ -19,9 +19,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES
 from accessory.model.families.architecture import Fused
 from accessory.model.linear import Linear
-from accessory.model.low_rank import LoraFactor, LowRank
 from accessory.model.norm import Norm
-from accessory.parallel.tensor import Slicing
 
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 
@@ -129,20 +127,8 @@ class Peft(Method):
         attachment.trainable.add(f"{name}.bias")
 
     def _attach_lora(self, name: str, linear: Linear, attachment: Attachment) -> None:
-        rank, ranks = self.settings.lora_rank, linear.ranks
-        if linear.cut == "column":
-            linear.lora_a = LoraFactor((rank, linear.in_features), Slicing(partial=True))
-            linear.lora_b = LoraFactor((linear.out_features // ranks, rank), Slicing(dim=0))
-        else:
-            linear.lora_a = LoraFactor((rank, linear.in_features // ranks), Slicing(dim=1))
-            linear.lora_b = LoraFactor((linear.out_features, rank), Slicing(partial=True))
-        linear.low_rank = LowRank(
-            linear.lora_a,
-            linear.lora_b,
-            self.settings.lora_scale,
-            self.settings.lora_dropout,
-            slices_input=linear.cut == "row",
-        )
+        rank = self.settings.lora_rank
+        linear.add_lora(rank, self.settings.lora_scale, self.settings.lora_dropout)
         attachment.initial[f"{name}.lora_a.weight"] = truncated_normal(rank, linear.in_features)
         attachment.initial[f"{name}.lora_b.weight"] = _zeros(linear.out_features, rank)
         attachment.trainable |= {f"{name}.lora_a.weight", f"{name}.lora_b.weight"}

@@ -15,7 +15,7 @@ from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.norm import make_norm
 from accessory.model.position import LEAN_WIDTH, alibi_slopes, lean_channels, rotary_frequencies
-from accessory.model.projection import Product, project
+from accessory.model.projection import project
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import (
     WHOLE,
@@ -83,7 +83,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> x W^T [T, out] in x's dtype."""
-        return project(x, [Product(self.weight)])[0]
+        return project(x, [self.weight])[0]
 
 
 class Decoder(nn.Module):

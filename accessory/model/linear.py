@@ -1,8 +1,12 @@
 """The tensor-parallel linear: a product with a weight, what the method adds to it, and the communication around it.
 
-The three know nothing of each other: `weight` is a plain parameter or a packed one (`accessory.quant`), `low_rank` and
-`bias` are whatever a method put there (`accessory.method`), and `cut` says which dimension of the matrix the ranks
-share.
+The three know nothing of each other: `weight` is a plain parameter or a packed one (`accessory.quant`), `lora_a`,
+`lora_b` and `bias` are what a method had put there (`accessory.method`), and `cut` says which dimension of the matrix
+the ranks share.
+
+LoRA (Hu et al. 2021) needs no communication of its own. Column: A is whole and B is cut with the rows of W, so A's
+gradient is this rank's share. Row: A is cut with the columns of W and B is whole, the sum over ranks that the base
+needs anyway completes the product, and B's gradient is this rank's share.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from accessory.model.low_rank import LowRank
-from accessory.model.projection import Product, column_sums, project
+from accessory.model.projection import column_sums, project
 from accessory.model.recomputed import Recomputed, runs_again
+from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import (
     WHOLE,
     Slicing,
@@ -24,8 +29,17 @@ from accessory.parallel.tensor import (
     reduce_from_model_parallel_region,
 )
 from accessory.quant import PackedWeight
+from accessory.quant.addition import Addition
 
 Cut = Literal["column", "row"]
+
+
+class LoraFactor(nn.Module):
+    """One low-rank factor, fp32: `lora_a` [R, in] or `lora_b` [out, R], or this rank's slice of it."""
+
+    def __init__(self, shape: tuple[int, int], slicing: Slicing) -> None:
+        super().__init__()
+        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta")), slicing)
 
 
 class Linear(nn.Module):
@@ -58,7 +72,9 @@ class Linear(nn.Module):
         self.register_parameter("bias", None)
         if bias:
             self.add_bias(dtype)
-        self.low_rank: LowRank | None = None
+        self.lora_a: LoraFactor | None = None
+        self.lora_b: LoraFactor | None = None
+        self.lora_scale, self.lora_dropout = 1.0, 0.0
         self.ends_block = False
 
     @property
@@ -78,19 +94,38 @@ class Linear(nn.Module):
         slicing = Slicing(dim=0) if self.cut == "column" else WHOLE
         self.bias = mark(nn.Parameter(torch.empty(size, dtype=dtype, device="meta")), slicing)
 
-    def product(self, bias: Tensor | None) -> Product:
-        """What one forward multiplies with and adds."""
-        if self.low_rank is None:
-            return Product(self.weight, bias)
-        low_rank = self.low_rank
-        return Product(self.weight, bias, low_rank.a.weight, low_rank.b.weight, low_rank.draw())
+    def add_lora(self, rank: int, scale: float, dropout: float) -> None:
+        """Give the layer LoRA factors of `rank`, fp32; training drops a share `dropout` of what they read."""
+        rows, columns = self.weight.shape
+        of_a, of_b = Slicing(partial=True), Slicing(dim=0)
+        if self.cut == "row":
+            of_a, of_b = Slicing(dim=1), Slicing(partial=True)
+        self.lora_a, self.lora_b = LoraFactor((rank, columns), of_a), LoraFactor((rows, rank), of_b)
+        self.lora_scale, self.lora_dropout = scale, dropout
+
+    def addition(self, bias: Tensor | None) -> Addition:
+        """What one forward adds to the product: `bias`, and LoRA if there is one, with its dropout drawn.
+
+        The seed comes from the CPU's generator, which the ranks of a model-parallel group start alike and use alike:
+        an x that is whole on each of them must lose the same values. Of a cut x each has its own slice.
+        """
+        if self.lora_a is None:
+            return Addition(bias)
+        a, b, dropout = self.lora_a.weight, self.lora_b.weight, self.lora_dropout
+        if not (dropout and self.training):
+            return Addition(bias, a, b, self.lora_scale)
+        seed = int(torch.randint(1 << 62, ()))
+        if self.cut == "row":
+            seed += dist.get_rank(model_parallel_group())
+        # What is kept grows by 1 / (1 - dropout): here, where no narrow dtype rounds it.
+        return Addition(bias, a, b, self.lora_scale / (1 - dropout), dropout, seed)
 
     def forward(self, x: Tensor | Recomputed) -> Tensor:
         """A row layer: x [T, in / ranks] -> y [T, out], in x's dtype."""
         unread = self.ends_block and runs_again()
         if self.ranks == 1:
-            return project(x, [self.product(self.bias)], unread)[0]
-        (y,) = project(x, [self.product(None)], unread)
+            return project(x, [self.weight], [self.addition(self.bias)], unread)[0]
+        (y,) = project(x, [self.weight], [self.addition(None)], unread)
         if not unread:
             y = reduce_from_model_parallel_region(y)
         return y if self.bias is None else _AddBias.apply(y, self.bias)
@@ -101,7 +136,7 @@ def project_columns(x: Tensor | Recomputed, linears: list[Linear]) -> tuple[Tens
     if linears[0].ranks > 1:
         source = Recomputed.of(x)
         x = Recomputed(copy_to_model_parallel_region(source.value), source.inputs, source.make)
-    return project(x, [linear.product(linear.bias) for linear in linears])
+    return project(x, [linear.weight for linear in linears], [linear.addition(linear.bias) for linear in linears])
 
 
 def prepare_decoding(linears: list[Linear]) -> None:

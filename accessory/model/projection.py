@@ -6,81 +6,45 @@ biases alone keep nothing of x; LoRA keeps x (or how to make it again) and x A^T
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from accessory import kernels
-from accessory.kernels.avx512.four_bit_gemv import Beside
-from accessory.model.low_rank import Draw
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight
-from accessory.quant.packed import LowRankTerm
-from accessory.quant.products import multiply, sum_of_transposed_products
-
-PLAIN = Draw(1.0)
-"""Neither scaled nor dropped out of."""
+from accessory.quant.addition import NOTHING, Addition
+from accessory.quant.products import Matrix, multiply, sum_of_transposed_products
 
 
-class Product(NamedTuple):
-    """One linear's part of a projection: y = x W^T + scale * (x A^T) B^T + bias, whatever of it there is.
+def project(
+    x: Tensor | Recomputed, weights: list[Matrix], additions: list[Addition] | None = None, unread: bool = False
+) -> tuple[Tensor, ...]:
+    """x [T, K] -> y [T, N] = x W^T and its addition, for each of `weights` [N, K], in x's dtype.
 
-    weight: a packed W [N, K], or a plain one of any float dtype, cast for each use and never kept cast. bias [N];
-    a [R, K]; b [N, R].
-    """
-
-    weight: Tensor | PackedWeight
-    bias: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    draw: Draw = PLAIN
-
-
-def project(x: Tensor | Recomputed, products: list[Product], unread: bool = False) -> tuple[Tensor, ...]:
-    """x [T, K] -> one y [T, N] for each of `products`, in x's dtype.
-
-    unread: only the backward is wanted; y is not filled.
+    weights: packed, or plain in any float dtype, cast for each use and never kept cast. additions: one for each; None:
+    nothing is added. unread: only the backward is wanted; y is not filled.
     """
     source = Recomputed.of(x)
+    additions = additions or [NOTHING] * len(weights)
     if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
-        return _without_gradient(source.value, products)
-    packed = [p.weight if isinstance(p.weight, PackedWeight) else None for p in products]
-    plain = [None if isinstance(p.weight, PackedWeight) else p.weight for p in products]
-    flat = [t for p, weight in zip(products, plain, strict=True) for t in (weight, p.bias, p.a, p.b)]
-    return _Projection.apply(source.value, source, packed, [p.draw for p in products], unread, *flat)
+        return _without_gradient(source.value, weights, additions)
+    flat = [*_columns(additions), *(None if isinstance(weight, PackedWeight) else weight for weight in weights)]
+    return _Projection.apply(source.value, source, weights, additions, unread, *flat)
 
 
-def _without_gradient(x: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
-    first, *others = [product.weight for product in products]
-    draws = [product.draw for product in products]
-    if isinstance(first, PackedWeight) and not any(draw.dropout for draw in draws):
-        decoded = first.decode(x, others, _beside(products))
+def _without_gradient(x: Tensor, weights: list[Matrix], additions: list[Addition]) -> tuple[Tensor, ...]:
+    first, *others = weights
+    if isinstance(first, PackedWeight) and not any(addition.dropout for addition in additions):
+        decoded = first.decode(x, others, additions)
         if decoded is not None:
             return decoded
-    lows = [
-        None if low is None else LowRankTerm(low, product.b, product.draw.scale)
-        for low, product in zip(_low_products(x, products, draws), products, strict=True)
-    ]
-    return tuple(multiply(x, p.weight, p.bias, low) for p, low in zip(products, lows, strict=True))
+    lows = _low_products(x, additions)
+    return tuple(map(multiply, [x] * len(weights), weights, additions, lows))
 
 
-def _beside(products: list[Product]) -> list[Beside] | None:
-    if all(product.bias is None and product.a is None for product in products):
-        return None
-    return [Beside(product.bias, product.a, product.b, product.draw.scale) for product in products]
-
-
-class _Tensors(NamedTuple):
-    weight: Tensor | None
-    bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-
-    @staticmethod
-    def split(flat: list[Tensor | None]) -> list[_Tensors]:
-        """Four for each linear, from all of them in a row."""
-        return [_Tensors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+def _columns(additions: list[Addition]) -> list[Tensor | None]:
+    """All biases, all A, all B."""
+    return [tensor for kind in zip(*(addition[:3] for addition in additions), strict=True) for tensor in kind]
 
 
 class _Projection(torch.autograd.Function):
@@ -93,115 +57,99 @@ class _Projection(torch.autograd.Function):
         ctx,
         x: Tensor,
         source: Recomputed,
-        packed: list[PackedWeight | None],
-        draws: list[Draw],
+        weights: list[Matrix],
+        additions: list[Addition],
         unread: bool,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        parts = _Tensors.split(flat)
-        lows = _low_products(x, parts, draws)
-        outputs = []
-        for part, matrix, draw, low in zip(parts, packed, draws, lows, strict=True):
-            if unread:
-                outputs.append(x.new_empty(len(x), _rows(matrix, part)))
-                continue
-            beside = None if low is None else LowRankTerm(low, part.b, draw.scale)
-            outputs.append(multiply(x, part.weight if matrix is None else matrix, part.bias, beside))
-        wanted = [_Tensors(*ctx.needs_input_grad[i : i + 4]) for i in range(5, len(flat) + 5, 4)]
-        keeps_x = any(need.weight or need.a for need in wanted)
-        ctx.packed, ctx.draws, ctx.wanted, ctx.make = packed, draws, wanted, source.make
+        """flat: the tensors of additions and of plain weights once more, where autograd sees them: n biases, n A, n B,
+        n weights.
+        """
+        count, lows = len(weights), _low_products(x, additions)
+        need = ctx.needs_input_grad[5:]
+        keeps_x = any(need[count : 2 * count]) or any(need[3 * count :])
+        ctx.packed = [weight if isinstance(weight, PackedWeight) else None for weight in weights]
+        ctx.settings, ctx.need, ctx.make = [addition[3:] for addition in additions], need, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
         ctx.save_for_backward(*source.inputs[: ctx.inputs], *lows, *flat)
-        return tuple(outputs)
+        if unread:
+            return tuple(x.new_empty(len(x), weight.shape[0]) for weight in weights)
+        return tuple(map(multiply, [x] * count, weights, additions, lows))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        count = len(ctx.packed)
+        count, saved = len(ctx.packed), ctx.saved_tensors
         x = ctx.make(*saved[: ctx.inputs]) if ctx.inputs else None
-        lows = saved[ctx.inputs : ctx.inputs + count]
-        parts = _Tensors.split(saved[ctx.inputs + count :])
-        narrow = _low_gradients(gradients, parts, ctx.draws)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _input_gradient(gradients, narrow, ctx.packed, parts, ctx.draws)
-        flat: list[Tensor | None] = []
-        das = _gradients_of_a(x, narrow, parts, ctx.wanted, ctx.draws)
-        for dy, da, low, part, need, draw in zip(gradients, das, lows, parts, ctx.wanted, ctx.draws, strict=True):
-            flat += [
-                (dy.t() @ x).to(part.weight.dtype) if need.weight else None,
-                column_sums(dy).to(part.bias.dtype) if need.bias else None,
-                da,
-                (dy.t() @ low).mul_(draw.scale).to(part.b.dtype) if need.b else None,
-            ]
-        return dx, None, None, None, None, *flat
+        lows, *of_additions, plain = (saved[i : i + count] for i in range(ctx.inputs, len(saved), count))
+        weights = [own if packed is None else packed for packed, own in zip(ctx.packed, plain, strict=True)]
+        additions = [Addition(*tensors, *its) for *tensors, its in zip(*of_additions, ctx.settings, strict=True)]
+        narrow = _low_gradients(gradients, additions)
+        dx = _input_gradient(gradients, narrow, weights, additions) if ctx.needs_input_grad[0] else None
+        biases, factors, others, matrices = (ctx.need[i : i + count] for i in range(0, 4 * count, count))
+        return (
+            *(dx, None, None, None, None),
+            *(column_sums(dy).to(its.bias.dtype) if needed else None
+              for dy, its, needed in zip(gradients, additions, biases, strict=True)),
+            *_gradients_of_a(x, narrow, additions, factors),
+            *((dy.t() @ low).mul_(its.scale).to(its.b.dtype) if needed else None
+              for dy, low, its, needed in zip(gradients, lows, additions, others, strict=True)),
+            *((dy.t() @ x).to(weight.dtype) if needed else None
+              for dy, weight, needed in zip(gradients, weights, matrices, strict=True)),
+        )  # fmt: skip
 
 
-def _rows(packed: PackedWeight | None, part: _Tensors) -> int:
-    return (part.weight if packed is None else packed).shape[0]
-
-
-def _together(parts: list[_Tensors] | list[Product], draws: list[Draw]) -> list[int]:
+def _together(additions: list[Addition]) -> list[int]:
     """Which of the linears' A are multiplied in one product: those that read x without dropout."""
-    return [
-        i for i, (part, draw) in enumerate(zip(parts, draws, strict=True)) if part.a is not None and not draw.dropout
-    ]
+    return [i for i, addition in enumerate(additions) if addition.a is not None and not addition.dropout]
 
 
-def _low_products(x: Tensor, parts: list[_Tensors] | list[Product], draws: list[Draw]) -> list[Tensor | None]:
+def _low_products(x: Tensor, additions: list[Addition]) -> list[Tensor | None]:
     """x A^T [T, R] of each linear that has an A."""
-    lows: list[Tensor | None] = [None] * len(parts)
-    shared = _together(parts, draws)
-    if shared:
-        low = x @ torch.cat([parts[i].a for i in shared]).to(x.dtype).t()
-        for i, piece in zip(shared, low.split([len(parts[i].a) for i in shared], 1), strict=True):
+    lows: list[Tensor | None] = [None] * len(additions)
+    if shared := _together(additions):
+        stacked = [additions[i].a for i in shared]
+        low = x @ torch.cat(stacked).to(x.dtype).t()
+        for i, piece in zip(shared, low.split(list(map(len, stacked)), 1), strict=True):
             lows[i] = piece
-    for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
-        if draw.dropout:
-            lows[i] = (x * draw.kept(x)) @ part.a.to(x.dtype).t()
+    for i, addition in enumerate(additions):
+        if addition.dropout:
+            lows[i] = (x * addition.kept(x)) @ addition.a.to(x.dtype).t()
     return lows
 
 
-def _low_gradients(gradients: tuple[Tensor, ...], parts: list[_Tensors], draws: list[Draw]) -> list[Tensor | None]:
+def _low_gradients(gradients: tuple[Tensor, ...], additions: list[Addition]) -> list[Tensor | None]:
     """Gradient of x A^T [T, R] of each linear that has an A: the narrow side is multiplied first."""
     return [
-        None if part.b is None else (dy @ part.b.to(dy.dtype)).mul_(draw.scale)
-        for dy, part, draw in zip(gradients, parts, draws, strict=True)
+        None if addition.b is None else (dy @ addition.b.to(dy.dtype)).mul_(addition.scale)
+        for dy, addition in zip(gradients, additions, strict=True)
     ]
 
 
 def _input_gradient(
-    gradients: tuple[Tensor, ...],
-    narrow: list[Tensor | None],
-    packed: list[PackedWeight | None],
-    parts: list[_Tensors],
-    draws: list[Draw],
+    gradients: tuple[Tensor, ...], narrow: list[Tensor | None], weights: list[Matrix], additions: list[Addition]
 ) -> Tensor:
-    matrices = [part.weight if matrix is None else matrix for matrix, part in zip(packed, parts, strict=True)]
-    shared, beside = _together(parts, draws), None
-    if shared:
-        stacked = torch.cat([parts[i].a for i in shared])
-        beside = LowRankTerm(torch.cat([narrow[i] for i in shared], 1), stacked)
-    dx = sum_of_transposed_products(list(gradients), matrices, beside)
-    for dlow, part, draw in zip(narrow, parts, draws, strict=True):
-        if draw.dropout:
-            dx.add_((dlow @ part.a.to(dx.dtype)).mul_(draw.kept(dx)))
+    low = None
+    if shared := _together(additions):
+        low = torch.cat([narrow[i] for i in shared], 1), torch.cat([additions[i].a for i in shared])
+    dx = sum_of_transposed_products(list(gradients), weights, low)
+    for dlow, addition in zip(narrow, additions, strict=True):
+        if addition.dropout:
+            dx.add_((dlow @ addition.a.to(dx.dtype)).mul_(addition.kept(dx)))
     return dx
 
 
 def _gradients_of_a(
-    x: Tensor | None, narrow: list[Tensor | None], parts: list[_Tensors], wanted: list[_Tensors], draws: list[Draw]
+    x: Tensor | None, narrow: list[Tensor | None], additions: list[Addition], wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """(gradient of x A^T)^T x [R, K] of each A that is trained."""
-    found: list[Tensor | None] = [None] * len(parts)
-    shared = [i for i in _together(parts, draws) if wanted[i].a]
-    if shared:
+    found: list[Tensor | None] = [None] * len(additions)
+    if shared := [i for i in _together(additions) if wanted[i]]:
         together = torch.cat([narrow[i] for i in shared], 1).t() @ x
-        for i, piece in zip(shared, together.split([len(parts[i].a) for i in shared]), strict=True):
-            found[i] = piece.to(parts[i].a.dtype)
-    for i, (part, draw) in enumerate(zip(parts, draws, strict=True)):
-        if draw.dropout and wanted[i].a:
-            found[i] = (narrow[i].t() @ (x * draw.kept(x))).to(part.a.dtype)
+        for i, piece in zip(shared, together.split([len(additions[i].a) for i in shared]), strict=True):
+            found[i] = piece.to(additions[i].a.dtype)
+    for i, addition in enumerate(additions):
+        if addition.dropout and wanted[i]:
+            found[i] = (narrow[i].t() @ (x * addition.kept(x))).to(addition.a.dtype)
     return found
 
 

@@ -17,8 +17,9 @@ from accessory.errors import CheckpointError
 from accessory.kernels.avx512.four_bit import Codes, takes
 from accessory.kernels.avx512.four_bit_gemv import Beside, Matrices
 from accessory.quant import native
+from accessory.quant.addition import Addition
 from accessory.quant.bitsandbytes_library import functional as bnb
-from accessory.quant.packed import LowRankTerm, PackedWeight
+from accessory.quant.packed import Low, PackedWeight
 from accessory.quant.workspace import shared_memory
 
 PackedState = dict[str, Tensor]
@@ -125,7 +126,7 @@ class FourBitWeight(PackedWeight):
         *,
         transposed: bool,
         bias: Tensor | None,
-        low: LowRankTerm | None,
+        low: Low | None,
     ) -> Tensor | None:
         """By this CPU's kernel: it unpacks a few columns at a time, where they are multiplied with."""
         kernel = _product_kernel(weights, factors[0].dtype, factors[0].device)
@@ -157,10 +158,13 @@ class FourBitWeight(PackedWeight):
             nested = nested_codebook(device), self.nested_scales, self.offset
         return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested)
 
-    def decode(self, x: Tensor, others: list[PackedWeight], beside: list[Beside] | None) -> tuple[Tensor, ...] | None:
+    def decode(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple[Tensor, ...] | None:
         """By this CPU's kernel for few rows, in one call."""
         if self.together is None or not self.together.takes(x) or self.together_with != others:
             return None
+        there = any(addition.bias is not None or addition.a is not None for addition in additions)
+        # A list of nothing is left out: for one token, making it takes longer than multiplying.
+        beside = [Beside(*addition[:4]) for addition in additions] if there else None
         return self.together.multiply(x, beside)
 
     @torch.no_grad()

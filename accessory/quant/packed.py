@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from accessory.kernels.avx512.four_bit_gemv import Beside
+from accessory.quant.addition import Addition
 
-
-class LowRankTerm(NamedTuple):
-    """What a product of low rank adds to one with W [N, K]: scale * x factor^T, or scale * x factor of one with W^T.
-
-    x [T, R], in the products' dtype; factor [N, R], or [R, K], in any.
-    """
-
-    x: Tensor
-    factor: Tensor
-    scale: float = 1.0
+Low = tuple[Tensor, Tensor, float]
+"""A product of low rank added to one with W^T: (x [T, R] in its dtype, factor [N, R] in any, scale) add scale * x
+factor^T. To one with W: factor is [R, K], and not transposed either."""
 
 
 class PackedWeight(nn.Module, ABC):
@@ -61,7 +53,7 @@ class PackedWeight(nn.Module, ABC):
         *,
         transposed: bool,
         bias: Tensor | None,
-        low: LowRankTerm | None,
+        low: Low | None,
     ) -> Tensor | None:
         """Sum of the products of `factors` with matrices of this format, x W^T (dy W if `transposed`), of bias and low.
 
@@ -82,8 +74,8 @@ class PackedWeight(nn.Module, ABC):
         It is gone when the module is to train or is filled anew.
         """
 
-    def decode(self, x: Tensor, others: list[PackedWeight], beside: list[Beside] | None) -> tuple[Tensor, ...] | None:
-        """x [T, K], few rows -> [T, N] of this matrix and of `others`: x W^T and what is beside it, without a gradient.
+    def decode(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple[Tensor, ...] | None:
+        """x [T, K], few rows -> [T, N] of this matrix and of `others`: x W^T and its addition, without a gradient.
 
         None where they were not prepared together, or not for such an x.
         """

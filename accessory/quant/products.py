@@ -1,4 +1,4 @@
-"""Products with matrices that lie plain or packed, and the low-rank products and biases beside them.
+"""Products with matrices that lie plain or packed, and the additions beside them.
 
 What is small is made first and the base's product added to it, or most of a young LoRA is lost in bf16: a result that
 is rounded already does not move when something below half its last digit comes to it; a sum that is rounded once does.
@@ -11,32 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.quant.packed import LowRankTerm, PackedWeight
+from accessory.quant.addition import NOTHING, Addition
+from accessory.quant.packed import Low, PackedWeight
 from accessory.quant.workspace import shared_bytes
 
 Matrix = Tensor | PackedWeight
 
 
-def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None = None, low: LowRankTerm | None = None) -> Tensor:
-    """x [T, K] -> x W^T + bias + low's [T, N], in x's dtype. W [N, K] packed, or plain and cast for this use."""
-    fused = _fused([x], [matrix], transposed=False, bias=bias, low=low)
+def multiply(x: Tensor, matrix: Matrix, addition: Addition = NOTHING, low: Tensor | None = None) -> Tensor:
+    """x [T, K] -> x W^T and its addition [T, N], in x's dtype. W [N, K] packed, or plain and cast for this use.
+
+    low: x A^T [T, R] as dropout left it, where the addition has an A.
+    """
+    lora = None if low is None else (low, addition.b, addition.scale)
+    fused = _fused([x], [matrix], transposed=False, bias=addition.bias, low=lora)
     if fused is not None:
         return fused
-    narrow = None if bias is None else bias.to(x.dtype)
+    narrow = None if addition.bias is None else addition.bias.to(x.dtype)
     if low is None:
         return F.linear(x, _borrowed(matrix, x), narrow)
     # Beside a large bias some of LoRA is still lost here; beside the sum, all of a small one's training would be.
-    factor = low.factor.to(x.dtype).t()
-    y = (low.x @ factor).mul_(low.scale) if narrow is None else torch.addmm(narrow, low.x, factor, alpha=low.scale)
+    b, scale = addition.b.to(x.dtype).t(), addition.scale
+    y = (low @ b).mul_(scale) if narrow is None else torch.addmm(narrow, low, b, alpha=scale)
     return y.addmm_(x, _borrowed(matrix, x).t())
 
 
-def sum_of_transposed_products(dys: list[Tensor], matrices: list[Matrix], low: LowRankTerm | None = None) -> Tensor:
-    """Each dy [T, N] times its W [N, K], summed, and low's -> [T, K] in their dtype."""
-    fused = _fused(dys, matrices, transposed=True, bias=None, low=low)
+def sum_of_transposed_products(
+    dys: list[Tensor], matrices: list[Matrix], low: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Each dy [T, N] times its W [N, K], and low's d [T, R] times A [R, K], summed -> [T, K] in their dtype."""
+    fused = _fused(dys, matrices, transposed=True, bias=None, low=low and (*low, 1.0))
     if fused is not None:
         return fused
-    dx = None if low is None else (low.x @ low.factor.to(low.x.dtype)).mul_(low.scale)
+    dx = None if low is None else low[0] @ low[1].to(low[0].dtype)
     for dy, matrix in zip(dys, matrices, strict=True):
         w = _borrowed(matrix, dy)
         dx = dy @ w if dx is None else dx.addmm_(dy, w)
@@ -64,7 +71,7 @@ def memory_to_multiply(
 
 
 def _fused(
-    factors: list[Tensor], matrices: list[Matrix], *, transposed: bool, bias: Tensor | None, low: LowRankTerm | None
+    factors: list[Tensor], matrices: list[Matrix], *, transposed: bool, bias: Tensor | None, low: Low | None
 ) -> Tensor | None:
     kind = _one_format(matrices)
     return None if kind is None else kind.fused_sum(factors, matrices, transposed=transposed, bias=bias, low=low)

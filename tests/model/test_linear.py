@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from accessory.model.linear import Linear, _AddBias, project_columns
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
 from accessory.quant import storage
+from accessory.quant.addition import Addition
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -90,3 +93,38 @@ def test_a_frozen_bias_gets_no_gradient() -> None:
     linear.bias.requires_grad_(False)
     linear(random(2, 64, dtype=torch.float32).requires_grad_()).sum().backward()
     assert linear.bias.grad is None
+
+
+def with_lora(dropout: float, scale: float = 1.0) -> Linear:
+    """A column layer 64 -> 32 with factors of rank 4, on the meta device."""
+    linear = Linear(64, 32, cut="column", ranks=1, bias=False, dtype=torch.float32)
+    linear.add_lora(4, scale, dropout)
+    return linear
+
+
+def test_dropout_only_in_training() -> None:
+    """While training a quarter of LoRA's inputs is zero and the rest grown to keep the mean; asked, nothing is lost."""
+    torch.manual_seed(0)
+    linear = with_lora(0.25, scale=3.0)
+    addition = linear.addition(None)
+    kept = addition.kept(torch.empty(1000, 6))
+    assert addition.scale == pytest.approx(4.0)
+    assert kept.unique().tolist() == [0.0, 1.0]
+    assert (kept == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert linear.eval().addition(None)[3:] == Addition(scale=3.0)[3:]
+
+
+def test_what_drops_out_is_the_same_at_every_call() -> None:
+    """Of one forward; of another one it is another."""
+    torch.manual_seed(0)
+    linear, x = with_lora(0.5), torch.empty(100, 6)
+    one, other = linear.addition(None), linear.addition(None)
+    assert torch.equal(one.kept(x), one.kept(x))
+    assert not torch.equal(one.kept(x), other.kept(x))
+
+
+def test_dropout_of_two_ranks(torchrun) -> None:
+    """Columns drop the same values of the same input, rows each their own (checks in dropout_worker.py)."""
+    done = torchrun(2, Path(__file__).with_name("dropout_worker.py"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("OK") == 2

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from accessory.kernels import avx512
-from accessory.kernels.avx512.four_bit_gemv import Beside
-from accessory.model.low_rank import Draw
-from accessory.model.projection import Product, project
+from accessory.model.projection import project
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight, storage
+from accessory.quant.addition import Addition
+from accessory.quant.products import Matrix
 
 TOKENS, INPUTS, WIDTHS, RANK = 7, 64, (32, 16), 4
 STORAGES = (None, "nf4", "int8")
@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def matrix(kind: str | None, rows: int, seed: int, dtype: torch.dtype) -> Tensor | PackedWeight:
+def matrix(kind: str | None, rows: int, seed: int, dtype: torch.dtype) -> Matrix:
     """A frozen matrix [rows, 64], plain or packed."""
     weight = random(rows, INPUTS, seed=seed, dtype=dtype)
     if kind is None:
@@ -34,32 +34,31 @@ def matrix(kind: str | None, rows: int, seed: int, dtype: torch.dtype) -> Tensor
     return packed
 
 
-def plain(weight: Tensor | PackedWeight) -> Tensor:
+def plain(weight: Matrix) -> Tensor:
     """What it multiplies with, in float64."""
     return (weight.unpack(torch.float32) if isinstance(weight, PackedWeight) else weight).double()
 
 
 def products(kind: str | None, *, lora: bool, bias: bool, dropout: float, dtype: torch.dtype = torch.float64):
-    """Two linears of one input, with the trained tensors of both in a row."""
-    made, leaves = [], []
+    """Two linears of one input: (weights, additions), with the trained tensors of both in a row."""
+    weights, additions, leaves = [], [], []
     for i, width in enumerate(WIDTHS):
         a, b = (random(RANK, INPUTS, seed=10 + i), random(width, RANK, seed=20 + i)) if lora else (None, None)
         c = random(width, seed=30 + i) if bias else None
         a, b, c = (None if t is None else t.to(dtype).requires_grad_() for t in (a, b, c))
         leaves += [t for t in (a, b, c) if t is not None]
-        draw = Draw(0.7, dropout, seed=i) if lora else Draw(1.0)
-        weight = matrix(kind, width, i, torch.float64 if dtype == torch.float64 else torch.bfloat16)
-        made.append(Product(weight, c, a, b, draw))
-    return made, leaves
+        additions.append(Addition(c, a, b, *((0.7, dropout, i) if lora else ())))
+        weights.append(matrix(kind, width, i, torch.float64 if dtype == torch.float64 else torch.bfloat16))
+    return (weights, additions), leaves
 
 
-def written_out(x: Tensor, product: Product) -> Tensor:
+def written_out(x: Tensor, weight: Matrix, addition: Addition) -> Tensor:
     """The formula in float64, for autograd to differentiate."""
-    y = x @ plain(product.weight).t()
-    if product.a is not None:
-        dropped = x * product.draw.kept(x) if product.draw.dropout else x
-        y = y + product.draw.scale * dropped @ product.a.double().t() @ product.b.double().t()
-    return y if product.bias is None else y + product.bias.double()
+    y = x @ plain(weight).t()
+    if addition.a is not None:
+        dropped = x * addition.kept(x) if addition.dropout else x
+        y = y + addition.scale * dropped @ addition.a.double().t() @ addition.b.double().t()
+    return y if addition.bias is None else y + addition.bias.double()
 
 
 CASES = [
@@ -74,7 +73,7 @@ def test_equals_the_formula_in_float64(kind: str | None, lora: bool, bias: bool,
     """Values, and the gradients of x, A, B and bias: finite differences, and autograd through the plain formula."""
     made, leaves = products(kind, lora=lora, bias=bias, dropout=dropout)
     x = random(TOKENS, INPUTS, seed=5).requires_grad_()
-    found, wanted = project(x, made), [written_out(x, product) for product in made]
+    found, wanted = project(x, *made), [written_out(x, *one) for one in zip(*made, strict=True)]
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
     weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
@@ -83,7 +82,7 @@ def test_equals_the_formula_in_float64(kind: str | None, lora: bool, bias: bool,
     )  # fmt: skip
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
-    assert torch.autograd.gradcheck(lambda *_: project(x, made), [x, *leaves], fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *_: project(x, *made), [x, *leaves], fast_mode=True)
 
 
 @pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
@@ -91,15 +90,15 @@ def test_without_a_gradient_it_is_the_same(kind: str | None, lora: bool, bias: b
     """Bit for bit."""
     made, _ = products(kind, lora=lora, bias=bias, dropout=dropout)
     x = random(TOKENS, INPUTS, seed=5)
-    wanted = project(x, made)
+    wanted = project(x, *made)
     with torch.no_grad():
-        found = project(x, made)
+        found = project(x, *made)
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
 
 def test_lora_is_neither_scaled_nor_dropped_out_of_unless_told() -> None:
     x, weight, a, b = (random(*shape) for shape in ((TOKENS, INPUTS), (32, INPUTS), (RANK, INPUTS), (32, RANK)))
-    torch.testing.assert_close(project(x, [Product(weight, None, a, b)])[0], x @ (weight + b @ a).t())
+    torch.testing.assert_close(project(x, [weight], [Addition(None, a, b)])[0], x @ (weight + b @ a).t())
 
 
 @pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
@@ -108,7 +107,7 @@ def test_bf16_is_close_to_float64(kind: str | None, lora: bool, bias: bool, drop
     made, leaves = products(kind, lora=lora, bias=bias, dropout=dropout, dtype=torch.float32)
     x = random(TOKENS, INPUTS, seed=5, dtype=torch.bfloat16).requires_grad_()
     wide = x.detach().double().requires_grad_()
-    found, wanted = project(x, made), [written_out(wide, product) for product in made]
+    found, wanted = project(x, *made), [written_out(wide, *one) for one in zip(*made, strict=True)]
     weights = [random(TOKENS, width, seed=40 + i, dtype=torch.bfloat16) for i, width in enumerate(WIDTHS)]
     ours = torch.autograd.grad(found, [x, *leaves], weights)
     theirs = torch.autograd.grad(wanted, [wide, *leaves], [w.double() for w in weights])
@@ -122,7 +121,7 @@ def test_trained_matrices() -> None:
     x, dy = random(TOKENS, INPUTS, seed=5, dtype=torch.bfloat16).requires_grad_(), random(TOKENS, 32, seed=6)
     for dtype in (torch.bfloat16, torch.float32):
         weight = random(32, INPUTS, dtype=dtype).requires_grad_()
-        (y,) = project(x, [Product(weight)])
+        (y,) = project(x, [weight])
         dx, dweight = torch.autograd.grad(y, [x, weight], dy.bfloat16())
         assert (y.dtype, dx.dtype, dweight.dtype) == (torch.bfloat16, torch.bfloat16, dtype)
         narrow = weight.detach().bfloat16().double()
@@ -130,11 +129,11 @@ def test_trained_matrices() -> None:
             assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
 
 
-def kept(x: Tensor | Recomputed, made: list[Product]) -> list[Tensor]:
+def kept(x: Tensor | Recomputed, made: tuple[list[Matrix], list[Addition]]) -> list[Tensor]:
     """What waits for the backward."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        project(x, made)
+        project(x, *made)
     return saved
 
 
@@ -143,7 +142,7 @@ def test_biases_alone_keep_nothing_of_x(kind: str | None) -> None:
     """Nor an unpacked matrix: parameters only."""
     made, leaves = products(kind, lora=False, bias=True, dropout=0.0)
     x = random(TOKENS, INPUTS).requires_grad_()
-    own = {t.data_ptr() for t in leaves} | {p.weight.data_ptr() for p in made if isinstance(p.weight, Tensor)}
+    own = {t.data_ptr() for t in leaves} | {w.data_ptr() for w in made[0] if isinstance(w, Tensor)}
     assert {t.data_ptr() for t in kept(x, made)} == own
 
 
@@ -165,7 +164,7 @@ def test_what_can_be_made_again_is_not_kept() -> None:
     source = Recomputed(x, (half,), lambda given: 2 * given)
     assert x.data_ptr() not in {t.data_ptr() for t in kept(source, made)}
     ours, plainly = (
-        torch.autograd.grad([y.sum() for y in project(given, made)], [x, *leaves]) for given in (source, x)
+        torch.autograd.grad([y.sum() for y in project(given, *made)], [x, *leaves]) for given in (source, x)
     )
     assert all(torch.equal(one, other) for one, other in zip(ours, plainly, strict=True))
 
@@ -175,7 +174,7 @@ def test_unread_outputs_have_the_same_gradients(kind: str | None) -> None:
     """As where a block runs again for its backward: unread outputs have the right shapes, whatever they hold."""
     made, leaves = products(kind, lora=True, bias=True, dropout=0.25)
     x = random(TOKENS, INPUTS, seed=5).requires_grad_()
-    read, unread = project(x, made), project(x, made, unread=True)
+    read, unread = project(x, *made), project(x, *made, unread=True)
     assert [(y.shape, y.dtype) for y in unread] == [(y.shape, y.dtype) for y in read]
     weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
     ours, theirs = (torch.autograd.grad(ys, [x, *leaves], weights) for ys in (unread, read))
@@ -186,14 +185,14 @@ def test_a_frozen_a_under_dropout() -> None:
     """B alone learns; x is not kept for it."""
     made, _ = products("nf4", lora=True, bias=False, dropout=0.25)
     x = random(TOKENS, INPUTS, seed=5)
-    for product in made:
-        product.a.requires_grad_(False)
-    factors = [product.b for product in made]
+    for addition in made[1]:
+        addition.a.requires_grad_(False)
+    factors = [addition.b for addition in made[1]]
     assert x.data_ptr() not in {t.data_ptr() for t in kept(x, made)}
     weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
     for ours, theirs in zip(
-        torch.autograd.grad(project(x, made), factors, weights),
-        torch.autograd.grad([written_out(x, product) for product in made], factors, weights),
+        torch.autograd.grad(project(x, *made), factors, weights),
+        torch.autograd.grad([written_out(x, *one) for one in zip(*made, strict=True)], factors, weights),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
@@ -203,20 +202,20 @@ def test_an_input_without_gradient() -> None:
     """The lowest layer: A and B learn, nothing goes further down; without anything trained there is no graph."""
     made, leaves = products("nf4", lora=True, bias=True, dropout=0.0)
     x = random(TOKENS, INPUTS)
-    sum(y.sum() for y in project(x, made)).backward()
+    sum(y.sum() for y in project(x, *made)).backward()
     assert all(leaf.grad is not None for leaf in leaves)
     frozen, _ = products("nf4", lora=False, bias=False, dropout=0.0)
-    assert not any(y.requires_grad for y in project(x, frozen))
+    assert not any(y.requires_grad for y in project(x, *frozen))
 
 
 def test_backward_reads_a_packed_matrix_again() -> None:
     """Memory given up after the forward and gathered elsewhere, as a sharded base is, still serves the backward."""
     made, _ = products("nf4", lora=False, bias=False, dropout=0.0, dtype=torch.float32)
     x = random(TOKENS, INPUTS, dtype=torch.float32).requires_grad_()
-    ys = project(x, made)
-    wanted = sum(torch.ones(TOKENS, width) @ plain(p.weight).float() for width, p in zip(WIDTHS, made, strict=True))
-    for product in made:
-        for parameter in product.weight.parameters():
+    ys = project(x, *made)
+    wanted = sum(torch.ones(TOKENS, width) @ plain(w).float() for width, w in zip(WIDTHS, made[0], strict=True))
+    for weight in made[0]:
+        for parameter in weight.parameters():
             moved = parameter.detach().clone()
             parameter.detach().zero_()
             parameter.data = moved
@@ -229,7 +228,7 @@ def test_bias_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch, kernel
     """4,097 ones: a bf16 sum would stop at 256 or round to 4,096."""
     monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
     bias = torch.zeros(2, requires_grad=True)
-    (y,) = project(torch.zeros(4097, 3, dtype=torch.bfloat16), [Product(torch.zeros(2, 3).bfloat16(), bias)])
+    (y,) = project(torch.zeros(4097, 3, dtype=torch.bfloat16), [torch.zeros(2, 3).bfloat16()], [Addition(bias)])
     y.backward(torch.ones(4097, 2, dtype=torch.bfloat16))
     assert bias.grad.tolist() == [4097.0, 4097.0]
 
@@ -242,14 +241,14 @@ def test_bias_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch, kernel
 def test_few_rows_that_are_prepared(lora: bool, bias: bool, dropout: float) -> None:
     """Without a gradient, by the kernel for them with all that stands beside; what drops out, as with a gradient."""
     made, _ = products("nf4", lora=lora, bias=bias, dropout=dropout, dtype=torch.float32)
-    made[0].weight.prepare_decoding([made[1].weight])
+    first, *others = made[0]
+    first.prepare_decoding(others)
     x = random(TOKENS, INPUTS, seed=5).bfloat16()
     with torch.no_grad():
-        found = project(x, made)
-        beside = [Beside(product.bias, product.a, product.b, product.draw.scale) for product in made]
-        by_kernel = made[0].weight.decode(x, [made[1].weight], beside)
-    wanted = project(x, made) if lora and dropout else by_kernel
-    for one, other, product in zip(found, wanted, made, strict=True):
+        found = project(x, *made)
+        by_kernel = first.decode(x, others, made[1])
+    wanted = project(x, *made) if lora and dropout else by_kernel
+    for one, other, *product in zip(found, wanted, *made, strict=True):
         assert torch.equal(one, other)
-        exact = written_out(x.double(), product)
+        exact = written_out(x.double(), *product)
         assert (one.double() - exact).norm() < 0.01 * exact.norm()

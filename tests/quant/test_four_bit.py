@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from accessory.kernels import avx512
-from accessory.model.projection import Product, project
+from accessory.model.projection import project
 from accessory.quant import storage, workspace
+from accessory.quant.addition import NOTHING
 from accessory.quant.four_bit import CPU, FourBitWeight, plain_scales
 
 FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
 """Our name -> bitsandbytes' quant_type and compress_statistics."""
+NONE = [NOTHING]
 SHAPES = [(64, 128), (5, 26), (512, 320)]  # whole blocks; a last block that is not full; several blocks of scales
 
 
@@ -92,7 +94,7 @@ def test_product_is_linear4bit(name: str, dtype: torch.dtype) -> None:
     dy = torch.randn(9, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
     results = []
     ours = packed(name, weight)
-    for product in (module, lambda x: project(x, [Product(ours)])[0]):
+    for product in (module, lambda x: project(x, [ours])[0]):
         leaf = x.clone().requires_grad_()
         y = product(leaf)
         y.backward(dy)
@@ -179,7 +181,7 @@ def test_decoding(rows: int) -> None:
     before = [p.detach().clone() for p in first.parameters()]
     first.prepare_decoding([second])
     x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for found, weight in zip(first.decode(x, [second], None), (first, second), strict=True):
+    for found, weight in zip(first.decode(x, [second], NONE * 2), (first, second), strict=True):
         wanted = x.double() @ weight.unpack(torch.float64).t()
         assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
     assert all(torch.equal(one, other) for one, other in zip(before, first.parameters(), strict=True))
@@ -189,14 +191,14 @@ def test_what_was_not_prepared_is_not_decoded() -> None:
     """Many rows, other dtypes, other matrices beside it, or ones that the kernel does not take."""
     first, second, odd = (packed("nf4", matrix((n, 128))) for n in (64, 32, 33))
     x = torch.ones(5, 128, dtype=torch.bfloat16)
-    assert first.decode(x, [second], None) is None
+    assert first.decode(x, [second], NONE * 2) is None
     first.prepare_decoding([second])
-    assert first.decode(x, [], None) is None
-    assert first.decode(x.float(), [second], None) is None
-    assert first.decode(torch.ones(49, 128, dtype=torch.bfloat16), [second], None) is None
+    assert first.decode(x, [], NONE) is None
+    assert first.decode(x.float(), [second], NONE * 2) is None
+    assert first.decode(torch.ones(49, 128, dtype=torch.bfloat16), [second], NONE * 2) is None
     for others in ([odd], [storage("int8")((32, 128))]):
         first.prepare_decoding(others)
-        assert first.decode(x, others, None) is None
+        assert first.decode(x, others, NONE * 2) is None
 
 
 @needs_kernel
@@ -204,11 +206,11 @@ def test_a_copy_of_what_was_prepared() -> None:
     """Is of the copied weights, whatever becomes of the others."""
     ours, x = packed("nf4", matrix((64, 128))), torch.ones(5, 128, dtype=torch.bfloat16)
     ours.prepare_decoding([])
-    (before,), copied = ours.decode(x, [], None), copy.deepcopy(ours)
+    (before,), copied = ours.decode(x, [], NONE), copy.deepcopy(ours)
     ours.codes.data.zero_()
-    assert torch.equal(copied.decode(x, [], None)[0], before)
+    assert torch.equal(copied.decode(x, [], NONE)[0], before)
     copied.codes.data.zero_()
-    assert not torch.equal(copied.decode(x, [], None)[0], before)
+    assert not torch.equal(copied.decode(x, [], NONE)[0], before)
 
 
 @needs_kernel
@@ -217,11 +219,11 @@ def test_what_was_prepared_ends(ends: str) -> None:
     """When the module is to train, or is filled anew: its addresses would be of other weights."""
     ours, x = packed("nf4", matrix((64, 128))), torch.ones(5, 128, dtype=torch.bfloat16)
     ours.eval().prepare_decoding([])
-    assert ours.decode(x, [], None) is not None
+    assert ours.decode(x, [], NONE) is not None
     if ends == "train":
         ours.train()
     elif ends == "pack":
         ours.pack(2 * matrix((64, 128)))
     else:
         ours.adopt({name: p.data.clone() for name, p in ours.named_parameters()})
-    assert ours.decode(x, [], None) is None
+    assert ours.decode(x, [], NONE) is None

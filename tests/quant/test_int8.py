@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.model.projection import Product, project
+from accessory.model.projection import project
 from accessory.quant.int8 import CPU_PIECE, Int8Weight, slice_int8
 
 
@@ -105,7 +105,7 @@ def test_product_and_its_gradient(dtype: torch.dtype) -> None:
     ours = packed(matrix(24, 64))
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     dy = torch.randn(9, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
-    y = project(x, [Product(ours)])[0]
+    y = project(x, [ours])[0]
     y.backward(dy)
     w = ours.unpack(torch.float64)
     tolerance = 1e-12 if dtype == torch.float64 else 0.01
@@ -113,4 +113,4 @@ def test_product_and_its_gradient(dtype: torch.dtype) -> None:
         assert found.dtype == dtype
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
     with torch.no_grad():
-        torch.testing.assert_close(project(x, [Product(ours)])[0], y, rtol=0, atol=0)
+        torch.testing.assert_close(project(x, [ours])[0], y, rtol=0, atol=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.kernels.avx512 import four_bit_product
 from accessory.quant import storage, workspace
-from accessory.quant.packed import LowRankTerm
+from accessory.quant.addition import Addition
 from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_transposed_products
 
 KINDS = ["plain", "plain in fp32", "nf4", "nf4_single", "int8", "nf4, odd shape"]
@@ -57,12 +57,12 @@ def test_equals_float64(
     x, dy, dz, bias = random(20, k).to(dtype), random(20, n).to(dtype), random(20, n, seed=2).to(dtype), random(n)
     low, a, b = random(20, rank).to(dtype), random(rank, k), random(n, rank)
     with torch.no_grad():
-        y = multiply(x, one, bias if biased else None, LowRankTerm(low, b, 0.5) if rank else None)
-        dx = sum_of_transposed_products([dy, dz], [one, other], LowRankTerm(low, a, 0.5) if rank else None)
+        y = multiply(x, one, Addition(bias if biased else None, a, b, 0.5), low if rank else None)
+        dx = sum_of_transposed_products([dy, dz], [one, other], (low, 0.5 * a) if rank else None)
         exact = x.double() @ w.t() + 0.5 * low.double() @ b.to(dtype).double().t() + biased * bias.double()
     assert y.dtype == dx.dtype == dtype
     assert error(y, exact) < ROUNDING[dtype]
-    exact = dy.double() @ w + dz.double() @ v + 0.5 * low.double() @ a.to(dtype).double()
+    exact = dy.double() @ w + dz.double() @ v + low.double() @ (0.5 * a).to(dtype).double()
     assert error(dx, exact) < 1.5 * ROUNDING[dtype]
 
 
@@ -80,7 +80,7 @@ def test_what_a_young_lora_adds_is_not_lost(
     size = 1e-3 * float(without.abs().mean())
     low, b = torch.ones(400, 2, dtype=torch.bfloat16), torch.full((34, 2), size)
     bias = torch.full((34,), size) if biased else None
-    found = multiply(x, weight, bias, LowRankTerm(low, b, 0.5)).double()
+    found = multiply(x, weight, Addition(bias, b=b, scale=0.5), low).double()
     assert float((found - without).mean()) == pytest.approx((1 + biased) * size, rel=0.25)
 
 
@@ -94,7 +94,7 @@ def test_nor_beside_a_large_bias_by_the_kernel() -> None:
     bias = torch.full((34,), 10 * float(multiply(x, weight).abs().mean()))
     size = 1e-4 * float(bias[0])
     low, b = torch.ones(400, 2, dtype=torch.bfloat16), torch.full((34, 2), size)
-    found, without = multiply(x, weight, bias, LowRankTerm(low, b, 0.5)), multiply(x, weight, bias)
+    found, without = multiply(x, weight, Addition(bias, b=b, scale=0.5), low), multiply(x, weight, Addition(bias))
     assert float((found.double() - without.double()).mean()) == pytest.approx(size, rel=0.25)
 
 
@@ -107,8 +107,8 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
     for kinds in (("nf4", "nf4"), ("nf4", "plain")):
         matrices = [matrix(kind, seed=i) for i, kind in enumerate(kinds)]
         for one in matrices:
-            multiply(random(20, 128).to(dtype), one, None, LowRankTerm(low, b))
-        beside = LowRankTerm(random(20, 8).to(dtype), random(8, 128))
+            multiply(random(20, 128).to(dtype), one, Addition(b=b), low)
+        beside = random(20, 8).to(dtype), random(8, 128)
         sum_of_transposed_products([random(20, 34).to(dtype)] * 2, matrices, beside)
         kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
         lent = sum(piece.memory.nbytes for piece in workspace._pieces.values())

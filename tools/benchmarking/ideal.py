@@ -99,8 +99,8 @@ def _linear_flops(linear: Linear, below: bool) -> tuple[int, int]:
     forward, backward = 2 * rows * columns, 2 * rows * columns * below
     if not isinstance(linear.weight, PackedWeight) and linear.weight.requires_grad:
         backward += 2 * rows * columns
-    if linear.low_rank is not None:
-        a, b = (2 * factor.weight.numel() for factor in (linear.low_rank.a, linear.low_rank.b))
+    if linear.lora_a is not None:
+        a, b = (2 * factor.weight.numel() for factor in (linear.lora_a, linear.lora_b))
         forward += a + b
         backward += a * (1 + below) + 2 * b
     return forward, backward
@@ -108,7 +108,7 @@ def _linear_flops(linear: Linear, below: bool) -> tuple[int, int]:
 
 def _low_flops(linear: Linear) -> int:
     """Per token, of the product that makes the numbers LoRA keeps."""
-    return 0 if linear.low_rank is None else 2 * linear.low_rank.a.weight.numel()
+    return 0 if linear.lora_a is None else 2 * linear.lora_a.weight.numel()
 
 
 def _trained(*modules: nn.Module | None) -> bool:
