@@ -26,7 +26,7 @@ from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, Schedule
 from accessory.errors import ConfigError
 from accessory.kernels.torch_compile import compile_fusible
-from accessory.memory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
+from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import check_offload, choose_layers, recompute_layers
 from accessory.meta import MetaModel
 from accessory.method import Attachment
@@ -254,17 +254,14 @@ def _plan_memory(job: _Job, decoder: Decoder, attachment: Attachment) -> int:
     """Say what will run and what memory it takes; returns how many layers to recompute."""
     config, layout, blueprint, order = job.config, job.layout, job.blueprint, job.order
 
-    def plan(layers: int) -> MemoryPlan:
-        return memory_plan(
-            decoder, attachment, layout,
-            tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),
-            micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # whether gradients wait for others
-            checkpointing=layers, data_parallel=config.data_parallel, optim=config.optim,
-            offload=config.offload_inputs,
-        )  # fmt: skip
-
+    step = StepMemory(
+        decoder, attachment, layout,
+        tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),
+        micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # whether gradients wait for others
+        data_parallel=config.data_parallel, optim=config.optim, offload=config.offload_inputs,
+    )  # fmt: skip
     n_layers = sum(1 for _ in decoder.blocks())
-    recomputed, why = choose_layers(config.checkpointing, n_layers, plan, layout, _remedies(config))
+    recomputed, why = choose_layers(config.checkpointing, n_layers, step.plan, layout, _remedies(config))
     trained, total = parameter_counts(decoder, attachment)
     packed = blueprint.quant_type
     stored = f"{packed} in the blocks, {config.precision} elsewhere" if packed else config.precision
@@ -283,7 +280,7 @@ def _plan_memory(job: _Job, decoder: Decoder, attachment: Attachment) -> int:
         notes.append("--optim paged_adamw is adamw on the CPU: there is no smaller memory to page out of")
     _say(layout, "\n".join(notes))
     title = f"a micro-batch of {order.most_tokens:,} tokens (the most there can be)"
-    _say(layout, plan(recomputed).table(title, device_memory(layout.device)))
+    _say(layout, step.plan(recomputed).table(title, device_memory(layout.device)))
     return recomputed
 
 

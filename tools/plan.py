@@ -19,7 +19,7 @@ import torch
 from accessory.blueprint import DTYPES
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
-from accessory.memory.plan import MemoryPlan, device_memory, memory_plan, parameter_counts
+from accessory.memory.plan import MemoryPlan, StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import MARGIN
 from accessory.method import METHODS as METHOD_CLASSES
 from accessory.method import Attachment
@@ -186,19 +186,18 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
     """The plan of a rank, and the trainable and all parameters of the whole model."""
     ranks, replicas = setting.model_parallel_size, setting.data_parallel_size
     decoder, attachment = _built(model, setting.method, setting.quant_type, setting.precision, ranks)
-    made = memory_plan(
+    step = StepMemory(
         decoder,
         attachment,
         Layout(world_size=ranks * replicas, mp_size=ranks, dp_size=replicas, device=device),
         tokens=setting.tokens,
         longest=setting.seq,
         micro_batches=setting.micro_batches,
-        checkpointing=setting.checkpointing,
         data_parallel=setting.data_parallel,
         optim=setting.optim,
         offload=setting.offload_inputs,
     )
-    return made, *parameter_counts(decoder, attachment)
+    return step.plan(setting.checkpointing), *parameter_counts(decoder, attachment)
 
 
 @cache

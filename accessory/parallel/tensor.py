@@ -7,15 +7,15 @@ row-parallel one is cut along K: every rank sees its slice of the input, and the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel.mappings import (
-    copy_to_model_parallel_region,
-    gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
+from fairscale.nn.model_parallel import mappings
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 
 from accessory.parallel.groups import model_parallel_group
@@ -87,6 +87,29 @@ def own_slice(tensor: Tensor, slicing: Slicing, rank: int, ranks: int) -> Tensor
     return pad_slice(tensor.narrow(slicing.dim, start, stop - start), slicing.dim, -(-size // ranks))
 
 
+_SILENT = ContextVar("silent", default=False)
+
+
+@contextmanager
+def without_communication() -> Iterator[None]:
+    """While it is entered, a forward has the shapes of a rank of many but asks none of them: only to be measured."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
+
+
+def copy_to_model_parallel_region(x: Tensor) -> Tensor:
+    """x, which all ranks have alike; its gradient is the sum of theirs."""
+    return x if _SILENT.get() else mappings.copy_to_model_parallel_region(x)
+
+
+def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
+    """The sum over all ranks of their x; each one's gradient is that of the sum."""
+    return x if _SILENT.get() else mappings.reduce_from_model_parallel_region(x)
+
+
 def gather_slices(tensor: Tensor, dim: int | None) -> Tensor:
     """The whole tensor from every rank's slice along `dim` (itself where `dim` is None). A collective; no gradient."""
     group = model_parallel_group()
@@ -110,4 +133,5 @@ __all__ = [
     "reduce_from_model_parallel_region",
     "slice_bounds",
     "slicing_of",
+    "without_communication",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.checkpoint.load import fill, targets
 from accessory.kernels.avx512 import four_bit_product
-from accessory.memory.plan import block_activation_bytes, device_memory, memory_plan, parameter_counts
+from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import recompute_layers
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
@@ -142,7 +142,7 @@ def step(decoder: Decoder, lengths: tuple[int, ...] = (TOKENS,)) -> tuple[Kept, 
 def planned(decoder: Decoder, attachment: Attachment, layout: Layout, checkpointing: int = 0, **more):
     """The plan of the small step."""
     options = {"tokens": TOKENS, "data_parallel": "sdp", **more}
-    return memory_plan(decoder, attachment, layout, checkpointing=checkpointing, **options)
+    return StepMemory(decoder, attachment, layout, **options).plan(checkpointing)
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
@@ -241,8 +241,8 @@ def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: di
 def test_cuda_keeps_repeated_keys() -> None:
     """Its kernel is given k and v for every query head, and keeps a number a head."""
     decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1})
-    on_cpu, on_cuda = (block_activation_bytes(decoder, attachment, 1, torch.device(d)) for d in ("cpu", "cuda"))
-    assert on_cuda - on_cpu == 2 * 2 * (64 - 32) + 4 * 4
+    on_cpu, on_cuda = (planned(decoder, attachment, Layout(device=torch.device(d))) for d in ("cpu", "cuda"))
+    assert on_cuda.activations - on_cpu.activations == SMALL.n_layers * TOKENS * (2 * 2 * (64 - 32) + 4 * 4)
 
 
 P = {"7B": 6_476_005_376, "13B": 12_687_769_600, "70B": 68_451_041_280}  # weights of the blocks' linears
@@ -478,10 +478,10 @@ def planned_and_measured(
     held = sum(t.untyped_storage().nbytes() for t in (*decoder.parameters(), *moments))
     with AllocatedPeak() as peak:
         step()
-    plan = memory_plan(
-        decoder, attachment, layout, tokens=tokens, longest=max(lengths), checkpointing=recomputed,
-        micro_batches=micro_batches, data_parallel="sdp", optim=optim,
-    )  # fmt: skip
+    plan = StepMemory(
+        decoder, attachment, layout, tokens=tokens, longest=max(lengths), micro_batches=micro_batches,
+        data_parallel="sdp", optim=optim,
+    ).plan(recomputed)  # fmt: skip
     shared = four_bit_product._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
     assert plan.buffers == shared
     return plan.total, held + shared + peak.bytes

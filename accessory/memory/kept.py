@@ -1,0 +1,173 @@
+"""What a forward keeps for its backward, measured: a few tokens are run through a stand-in for the decoder.
+
+Its parameters have no content, and blocks that are alike share theirs, so that a model of any size can be measured
+before it is read. What autograd saves is caught by its own hooks, whatever the method or the block. Bytes are a
+constant and so many a token, which runs of two lengths tell apart. (On the meta device the same would take a second:
+its operations are written in Python, and load PyTorch's compiler.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from accessory.method import Attachment
+from accessory.model.attention import Attention
+from accessory.model.decoder import Decoder
+from accessory.parallel.tensor import without_communication
+
+_FEW, _MORE = 2, 4  # tokens
+
+
+@dataclass(frozen=True)
+class KeptByBlock:
+    """Bytes that one block keeps for its backward.
+
+    all: its input included, if it keeps that. input: its input's size. behind_attention: of `all`, what is first kept
+    behind attention, and gone when attention's backward comes. keeps_input, keeps_attended: whether its input is kept,
+    and what attention gives to `wo`.
+    """
+
+    all: int
+    input: int
+    behind_attention: int
+    keeps_input: bool
+    keeps_attended: bool
+
+    def scaled(self, scale: Callable[[int, int], int], other: KeptByBlock) -> KeptByBlock:
+        """For other tokens, from this and that of `other` tokens."""
+        sizes = (scale(getattr(self, n), getattr(other, n)) for n in ("all", "input", "behind_attention"))
+        return KeptByBlock(*sizes, self.keeps_input, self.keeps_attended)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward keeps for its backward: each block's, and what stands before and behind them."""
+
+    blocks: tuple[KeptByBlock, ...]
+    entrance: int
+    exit: int
+
+
+def measure_kept(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
+    """What a forward of one document of `tokens` tokens keeps, parameters, loss and batch aside, as a CPU computes it.
+
+    The decoder need not be filled, nor have anybody to communicate with.
+    """
+    few, more = (_measure(decoder, attachment, count) for count in (_FEW, _MORE))
+
+    def scale(at_few: int, at_more: int) -> int:
+        return at_few + (at_more - at_few) * (tokens - _FEW) // (_MORE - _FEW)
+
+    blocks = tuple(one.scaled(scale, other) for one, other in zip(few.blocks, more.blocks, strict=True))
+    return Kept(blocks, scale(few.entrance, more.entrance), scale(few.exit, more.exit))
+
+
+def _measure(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
+    stand_ins = _stand_ins(decoder, attachment)
+    run = _Run(decoder, {tensor.untyped_storage()._cdata for tensor in stand_ins.values()})
+    training = decoder.training
+    try:
+        with without_communication(), run.watched():
+            functional_call(run.eval(), {f"decoder.{name}": t for name, t in stand_ins.items()}, (tokens,))
+    finally:
+        decoder.train(training)
+    return Kept(tuple(run.blocks), run.entrance, run.behind - sum(block.all for block in run.kinds.values()))
+
+
+def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
+    """Parameters and buffers without content; those of one shape are the same memory, which nobody writes to."""
+    memory = cache(lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
+    made = {name: memory(p.shape, p.dtype).detach() for name, p in decoder.named_parameters()}
+    for name, tensor in made.items():
+        tensor.requires_grad_(name in attachment.trainable)
+    return made | {name: memory(b.shape, b.dtype) for name, b in decoder.named_buffers()}
+
+
+class _Run(nn.Module):
+    """A forward of the decoder, in which a block like one before it is not run again: nothing of it would be new."""
+
+    def __init__(self, decoder: Decoder, known: set[int]) -> None:
+        super().__init__()
+        self.decoder, self.known = decoder, known
+        self.saved: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no address is used twice
+        self.entrance = self.behind = 0  # bytes saved before the first block or read by all, and since
+        self.blocks: list[KeptByBlock] = []
+        self.kinds: dict[Any, KeptByBlock] = {}
+        self._before_blocks: set[int] = set()  # addresses of what is made before them
+        self._in_blocks = False
+        self._up_to_attention = 0
+        self._attended: Tensor | None = None
+
+    def forward(self, tokens: int) -> None:
+        """Token ids do not matter: how much is kept does not follow from them."""
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        sequences = self.decoder.sequences((tokens,))
+        self._before_blocks = {_address(t) for t in (sequences.positions, sequences.turn, *(sequences.lean or ()))}
+        with torch.enable_grad(), saved_tensors_hooks(self._note, lambda tensor: tensor):
+            self.decoder(ids, sequences)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While it is entered, blocks are measured as they are run."""
+        blocks, hooks = [block for _, block in self.decoder.blocks()], []
+        for block in blocks:
+            block.forward = partial(self._run_block, block, block.forward)
+            for attention in (module for module in block.modules() if isinstance(module, Attention)):
+                hooks.append(attention.wo.register_forward_pre_hook(self._note_attended))
+                hooks.append(attention.register_forward_hook(self._note_end_of_attention))
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+            for hook in hooks:
+                hook.remove()
+
+    def _run_block(self, block: nn.Module, forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+        self._in_blocks = True
+        kind = type(block), parameters, x.requires_grad, torch.is_grad_enabled()
+        if kind in self.kinds:
+            self.blocks.append(self.kinds[kind])
+            return x.clone()  # another tensor, with a gradient where x has one
+        before = self._up_to_attention = self.behind
+        y = forward(x, *rest)
+        self.kinds[kind] = KeptByBlock(
+            all=self.behind - before,
+            input=x.nbytes,
+            behind_attention=self.behind - self._up_to_attention,
+            keeps_input=_address(x) in self.saved,
+            keeps_attended=self._attended is not None and _address(self._attended) in self.saved,
+        )
+        self.blocks.append(self.kinds[kind])
+        return y
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if address not in self.known and address not in self.saved:
+            storage = self.saved[address] = tensor.untyped_storage()
+            size = storage.nbytes()
+            if not self._in_blocks or address in self._before_blocks:
+                self.entrance += size
+            else:
+                self.behind += size
+        return tensor
+
+    def _note_attended(self, _wo: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._attended = inputs[0]
+
+    def _note_end_of_attention(self, *_given: Any) -> None:
+        self._up_to_attention = self.behind
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
