@@ -13,6 +13,7 @@ from accessory.errors import ConfigError
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
+from accessory.model.decoding import decoding
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
 
@@ -63,7 +64,8 @@ def generate_tokens(
                 layer.keep(rows, max(len(prompts[i]) for i in alive) + produced)
             alive, tokens = [alive[row] for row in rows], tokens[rows]
         starts = tuple(len(prompts[i]) + produced - 1 for i in alive)
-        hidden = decoder(tokens, decoder.sequences((1,) * len(alive), starts), cache)
+        with decoding():
+            hidden = decoder(tokens, decoder.sequences((1,) * len(alive), starts), cache)
 
 
 def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache]) -> Tensor:
@@ -82,7 +84,8 @@ def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCa
         lengths = tuple(len(prompt) for prompt in prompts[begin:end])
         tokens = torch.tensor([token for prompt in prompts[begin:end] for token in prompt], device=device)
         part = [layer.documents(begin, end) for layer in cache]
-        hidden = decoder(tokens, decoder.sequences(lengths), part)
+        with decoding():
+            hidden = decoder(tokens, decoder.sequences(lengths), part)
         lasts.append(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
         begin = end
     return torch.cat(lasts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
+from accessory.model.decoding import decodes
 from accessory.model.document_attention import attend_by_document
 from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.norm import RMSNorm
@@ -67,9 +68,9 @@ class Attention(nn.Module):
         return [[self.wq, self.wk, self.wv], [self.wo]]
 
     def _rotated(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled():
+        if not decodes():
             return rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
-        both = rotate(torch.cat([q, k], 1), sequences.turn, self.layout)  # of one token, a call takes all the time
+        both = rotate(torch.cat([q, k], 1), sequences.turn, self.layout)  # one call costs less than two
         return both.split_with_sizes([q.shape[1], k.shape[1]], 1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs
+from accessory.model.decoding import decodes
 from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.recomputed import Recomputed
 
@@ -69,7 +70,7 @@ def activate(x: Tensor, activation: str) -> Recomputed:
 
 def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputed:
     """act(x) * up, elementwise; nobody keeps it nor act(x)."""
-    if not torch.is_grad_enabled():
+    if decodes():
         return Recomputed.of(_gated(activation, x, up))
     return Recomputed(_Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, activation))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs
+from accessory.model.decoding import decodes
 from accessory.model.recomputed import Recomputed
 
 
@@ -37,7 +38,7 @@ class RMSNorm(Norm):
 
     def recomputed(self, x: Tensor) -> Recomputed:
         """The result, and that it is x times two things that the norm keeps."""
-        if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
+        if decodes():
             if kernel := kernels.chosen("rms_norm", x.device, x.dtype):
                 return Recomputed.of(kernel.forward(x, self.weight, self.eps)[0])
             wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs, RopeScaling
+from accessory.model.decoding import decodes
 
 Layout = Literal["pairs", "halves"]
 LEAN_WIDTH = 8  # channels that ALiBi adds to a head; six are used, and CUDA's kernels want a multiple of eight
@@ -54,7 +55,7 @@ def rotate(x: Tensor, turn: Tensor, layout: Layout = "pairs") -> Tensor:
     Only the first rotary_dim channels of a head turn: neighbours together ("pairs"), or channel i with
     i + rotary_dim / 2 ("halves"). The rest pass through.
     """
-    if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
+    if decodes():
         return _turned(x, turn, layout)
     return _Rotate.apply(x, turn, layout)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accessory import kernels
+from accessory.model.decoding import decodes
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight
 from accessory.quant.addition import NOTHING, Addition
@@ -26,13 +27,13 @@ def project(
     """
     source = Recomputed.of(x)
     additions = additions or [NOTHING] * len(weights)
-    if not torch.is_grad_enabled():  # an autograd function is a good part of the work on one token
-        return _without_gradient(source.value, weights, additions)
+    if decodes():
+        return _decoded(source.value, weights, additions)
     flat = [*_columns(additions), *(None if isinstance(weight, PackedWeight) else weight for weight in weights)]
     return _Projection.apply(source.value, source, weights, additions, unread, *flat)
 
 
-def _without_gradient(x: Tensor, weights: list[Matrix], additions: list[Addition]) -> tuple[Tensor, ...]:
+def _decoded(x: Tensor, weights: list[Matrix], additions: list[Addition]) -> tuple[Tensor, ...]:
     first, *others = weights
     if isinstance(first, PackedWeight) and not any(addition.dropout for addition in additions):
         decoded = first.decode(x, others, additions)

@@ -241,6 +241,23 @@ def test_gradients_equal_transformers(pair) -> None:
         assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_trained_without_gradients_it_is_the_same(random_decoder, name: str, dtype: torch.dtype) -> None:
+    """A base that a network beside it reads: the same bits, of documents and of few rows, and nothing is kept."""
+    decoder = random_decoder(other(name), dtype, "nf4", trainable=("norm", "layers"))
+    decoder.prepare_decoding()
+    for lengths in (LENGTHS, (2,)):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            wanted = run(decoder, tokens(lengths), lengths)
+            assert saved
+            saved.clear()
+            with torch.no_grad():
+                found = run(decoder, tokens(lengths), lengths)
+        assert torch.equal(found, wanted) and not saved
+
+
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_backward_stops_below_the_lowest_trained_parameter(random_decoder, quant: str | None) -> None:
     """With the norms of the last block trained, nothing below asks for a gradient, and frozen weights get none."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels import avx512
+from accessory.model.decoding import decoding
 from accessory.model.projection import project
 from accessory.model.recomputed import Recomputed
 from accessory.quant import PackedWeight, storage
@@ -86,12 +87,12 @@ def test_equals_the_formula_in_float64(kind: str | None, lora: bool, bias: bool,
 
 
 @pytest.mark.parametrize(("kind", "lora", "bias", "dropout"), CASES)
-def test_without_a_gradient_it_is_the_same(kind: str | None, lora: bool, bias: bool, dropout: float) -> None:
+def test_decoding_it_is_the_same(kind: str | None, lora: bool, bias: bool, dropout: float) -> None:
     """Bit for bit."""
     made, _ = products(kind, lora=lora, bias=bias, dropout=dropout)
     x = random(TOKENS, INPUTS, seed=5)
     wanted = project(x, *made)
-    with torch.no_grad():
+    with torch.no_grad(), decoding():
         found = project(x, *made)
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
@@ -244,7 +245,7 @@ def test_few_rows_that_are_prepared(lora: bool, bias: bool, dropout: float) -> N
     first, *others = made[0]
     first.prepare_decoding(others)
     x = random(TOKENS, INPUTS, seed=5).bfloat16()
-    with torch.no_grad():
+    with torch.no_grad(), decoding():
         found = project(x, *made)
         by_kernel = first.decode(x, others, made[1])
     wanted = project(x, *made) if lora and dropout else by_kernel
