@@ -4,73 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory.checkpoint.training_state import Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
-from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
-from accessory.optim import (
-    FIRST_LOSS_SCALE,
-    LEAST_LOSS_SCALE,
-    gradient_norm,
-    learning_rate,
-    next_loss_scale,
-    scale_gradients,
-    sum_partial_gradients,
-)
+from accessory.optim import FIRST_LOSS_SCALE, LEAST_LOSS_SCALE
 from accessory.parallel.agree import highest
-from accessory.parallel.data import DataParallel, sum_over_data_parallel
-from accessory.parallel.groups import Layout
-from accessory.parallel.tensor import Slicing
+from accessory.parallel.data import reduce_gradients, sum_over_data_parallel
+from accessory.parallel.parameters import NamedParameters
+from accessory.run import step_faults
+from accessory.run.course import Schedule
 from accessory.run.report import Reporter, StepReport, peak_memory
-from accessory.run.signals import StopSignals, name_of
+from accessory.run.saving import Saver
+from accessory.run.signals import StopSignals
 
 MOST_SKIPPED = int(math.log2(FIRST_LOSS_SCALE / LEAST_LOSS_SCALE))
 """Steps in a row that may be skipped: as many as it takes to bring fp16's loss scale down to its floor."""
-_NAMED = 8  # documents in a message
 _OVERFLOWS = 1  # only the gradient, in fp16: a smaller loss scale may mend it
 _NOT_FINITE = 2
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long to train, how fast, and when to save. Steps are optimizer steps."""
-
-    epochs: int
-    steps_per_epoch: int
-    warmup_epochs: float
-    lr: float
-    min_lr: float
-    clip_grad: float
-    save_every_epochs: int
-    save_every_steps: int
-    max_steps: int | None = None
-    save_every_minutes: float | None = None
-    skipped_count: bool = True
-    """Whether steps that changed nothing count towards `max_steps`."""
-
-    def is_over(self, progress: Progress) -> bool:
-        """Whether nothing is left to train."""
-        taken = progress.total_steps - (0 if self.skipped_count else progress.skipped)
-        return progress.epoch >= self.epochs or (self.max_steps is not None and taken >= self.max_steps)
-
-    def total_steps(self, progress: Progress) -> int:
-        """Steps of the whole run, those up to `progress` included."""
-        planned = progress.total_steps + (self.epochs - progress.epoch) * self.steps_per_epoch - progress.step
-        return min(planned, self.max_steps) if self.max_steps else planned
-
-    def learning_rate(self, epoch: float) -> float:
-        """At a fractional epoch; a step is given the epoch at its end, so that the first one already learns."""
-        return learning_rate(
-            epoch, lr=self.lr, min_lr=self.min_lr, warmup_epochs=self.warmup_epochs, epochs=self.epochs
-        )
 
 
 class Asked(NamedTuple):
@@ -81,33 +37,33 @@ class Asked(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed, and what happens to one that cannot be."""
+
+    scales_loss: bool = False
+    """Whether the loss is multiplied by `Progress.loss_scale` before the backward, which fp16 needs."""
+    pin_memory: bool = False
+    """Whether a micro-batch goes to a GPU from pinned memory, beside the work there."""
+    skip_not_finite: bool = False
+    """Whether a step whose loss or gradient is not finite changes nothing, instead of ending the run."""
+    spare_memory: str = ""
+    """What makes a step smaller, for one that does not fit into memory."""
+
+
 @dataclass
 class Engine:
-    """Trains `model`, whose trained parameters are `parameters` (by name, fp32, cut as `slicings` says).
-
-    `save(progress, name, loss)` is given the mean loss since the save before; None: the run writes nothing. With
-    `skip_not_finite`, a step whose loss or gradient is not finite changes nothing, instead of ending the run. With
-    `scales_loss`, which fp16 needs, the loss is multiplied by `Progress.loss_scale` before the backward. `spare_memory`
-    says what makes a step smaller.
-    """
+    """Trains `model`, whose trained parameters are `parameters`. saver: None for a run that writes nothing."""
 
     model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    slicings: dict[str, Slicing]
+    parameters: NamedParameters
     optimizer: torch.optim.Optimizer
     order: GlobalOrder
     schedule: Schedule
-    data_parallel: DataParallel
-    layout: Layout
+    settings: StepSettings
     reporter: Reporter
-    save: Callable[[Progress, str, float | None], None] | None
+    saver: Saver | None
     signals: StopSignals
-    scales_loss: bool = False
-    pin_memory: bool = False
-    skip_not_finite: bool = False
-    spare_memory: str = ""
-    _losses: list[float] = field(default_factory=list, init=False)  # since the last save
-    _saved_at_time: float = field(default_factory=time.monotonic, init=False)
 
     def train(self, progress: Progress) -> None:
         """Run from `progress` to the end of the schedule, saving on the way and at the end.
@@ -120,15 +76,13 @@ class Engine:
         while not schedule.is_over(progress):
             report, asked = self.step(progress)
             self.reporter.step(report)
-            if progress.step == schedule.steps_per_epoch:
-                progress.epoch, progress.step = progress.epoch + 1, 0
             if schedule.is_over(progress) and progress.skipped == progress.total_steps:
-                raise self._nothing_learned(progress)
-            if asked.stop or asked.save or self._is_time_to_save(progress):
+                raise step_faults.nothing_learned(progress, self.settings.scales_loss)
+            if asked.stop or asked.save or schedule.saves_after(progress):
                 self._save(progress)
                 saved_at = progress.total_steps
             if asked.stop and not schedule.is_over(progress):
-                raise self._preempted(asked.stop, progress)
+                raise step_faults.preempted(asked.stop, progress, saved=self.saver is not None)
         if saved_at != progress.total_steps:
             self._save(progress)
         if skipped := progress.total_steps - max((int(s["step"]) for s in self.optimizer.state.values()), default=0):
@@ -137,14 +91,13 @@ class Engine:
 
     def step(self, progress: Progress) -> tuple[StepReport, Asked]:
         """One optimizer step on one global batch; moves `progress` on by it."""
-        began = time.monotonic()
-        at = progress.epoch, progress.step
+        began, at, scales = time.monotonic(), (progress.epoch, progress.step), self.settings.scales_loss
         supervised = self.order.supervised_tokens(*at)
-        scale = progress.loss_scale if self.scales_loss else 1.0
+        scale = progress.loss_scale if scales else 1.0
         losses = self._accumulate(progress, scale / supervised)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / supervised).item()
-        sum_partial_gradients(self.parameters, self.slicings)
-        norm = gradient_norm(self.parameters, self.slicings).item() / scale
+        self.parameters.sum_partial_gradients()
+        norm = self.parameters.gradient_norm().item() / scale
         asked = self._agree(loss, norm)
         epoch = progress.epoch + (progress.step + 1) / self.schedule.steps_per_epoch
         lr = self.schedule.learning_rate(epoch)
@@ -152,14 +105,12 @@ class Engine:
             self._skip(asked.not_finite == _OVERFLOWS, loss, norm, losses, progress)
         else:
             self._update(norm, lr, scale)
-            self._losses.append(loss)
+            if self.saver:
+                self.saver.learned(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scales_loss and asked.not_finite != _NOT_FINITE:
-            progress.loss_scale, progress.good_steps = next_loss_scale(
-                progress.loss_scale, progress.good_steps, finite=not asked.not_finite
-            )
-        progress.skipped = progress.skipped + 1 if asked.not_finite else 0
-        progress.step, progress.total_steps = progress.step + 1, progress.total_steps + 1
+        if scales and asked.not_finite != _NOT_FINITE:
+            progress.rescale(finite=not asked.not_finite)
+        progress.advance(self.schedule.steps_per_epoch, skipped=bool(asked.not_finite))
         return StepReport(
             step=progress.total_steps,
             epoch=epoch,
@@ -169,7 +120,7 @@ class Engine:
             tokens=self.order.tokens(*at),
             supervised=supervised,
             seconds=time.monotonic() - began,
-            peak_bytes=peak_memory(self.layout.device),
+            peak_bytes=peak_memory(self.parameters.device),
         ), asked
 
     def _accumulate(self, progress: Progress, factor: float) -> list[Tensor]:
@@ -180,108 +131,54 @@ class Engine:
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
         losses = []
         for i, batch in enumerate(pending):
-            self.data_parallel.reduce_gradients(self.model, last=i == len(pending) - 1)
+            reduce_gradients(self.model, last=i == len(pending) - 1)
             try:
                 loss = self._forward(batch)
                 (loss * factor).backward()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not step_faults.is_out_of_memory(error):
                     raise
-                raise self._out_of_memory(i, len(pending), batch, progress) from error
+                spare = self.settings.spare_memory
+                raise step_faults.out_of_memory(i, len(pending), batch, progress, spare) from error
             losses.append(loss.detach().double())
         return losses
 
     def _forward(self, batch: PackedBatch) -> Tensor:
-        if self.pin_memory:
+        if self.settings.pin_memory:
             batch = batch.pin_memory()
-        return self.model(batch.to(self.layout.device, non_blocking=self.pin_memory))
+        return self.model(batch.to(self.parameters.device, non_blocking=self.settings.pin_memory))
 
     def _agree(self, loss: float, norm: float) -> Asked:
         """What all ranks do about this step, since one alone must never decide."""
         not_finite = 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            not_finite = _OVERFLOWS if self.scales_loss and math.isfinite(loss) else _NOT_FINITE
-        minutes = self.schedule.save_every_minutes
-        late = minutes is not None and time.monotonic() - self._saved_at_time >= 60 * minutes
-        return Asked(*highest([not_finite, int(late), self.signals.received], self.layout.device))
+            not_finite = _OVERFLOWS if self.settings.scales_loss and math.isfinite(loss) else _NOT_FINITE
+        late = self.saver is not None and self.saver.is_late(self.schedule.save_every_minutes)
+        return Asked(*highest([not_finite, int(late), self.signals.received], self.parameters.device))
 
     def _skip(self, overflows: bool, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:
         """Report that this step is skipped, with its documents. Raises `NotFiniteError` where it may not be."""
-        batches = self.order.micro_batches(progress.epoch, progress.step)
-        mine = [i for batch, own in zip(batches, losses, strict=True) if not own.isfinite() for i in batch.sample_ids]
-        of_all: list[list[int]] = [[]] * self.layout.world_size
-        dist.all_gather_object(of_all, mine)
-        ids = sorted({i for of_one in of_all for i in of_one})
-        if ids:
-            where = "Documents whose micro-batch has no finite loss"
-        else:
-            where = "Every micro-batch has a finite loss; documents of the step"
-            ids = sorted(self.order.global_ids(progress.epoch, progress.step).tolist())
-        shown = ", ".join(self.order.corpus.where(i) for i in ids[:_NAMED])
-        scaled = f" at a loss scale of {progress.loss_scale:g}" if self.scales_loss else ""
-        said = (
-            f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}{scaled}. {where}: {shown}"
-            f"{f' and {len(ids) - _NAMED} more' if len(ids) > _NAMED else ''}."
-        )
-        may_go_on = progress.loss_scale > LEAST_LOSS_SCALE if overflows else self.skip_not_finite
-        if may_go_on and progress.skipped < MOST_SKIPPED:
-            halved = ", and the loss scale halved" if overflows else ""
-            self.reporter.say(f"{said} The step is skipped: nothing is changed by it{halved}.")
-            return
-        raise self._fault(f"{said}{f' {progress.skipped} steps before it were skipped.' if progress.skipped else ''}")
-
-    def _nothing_learned(self, progress: Progress) -> NotFiniteError:
-        said = f"All {progress.skipped} steps of the run were skipped: nothing was learned."
-        if self.scales_loss and progress.loss_scale < FIRST_LOSS_SCALE:
-            scale = f"The loss scale, {progress.loss_scale:g} by now, was still being lowered"
-            said = f"{said} {scale}: give more --max_steps or --epochs."
-        return self._fault(said)
-
-    def _fault(self, said: str) -> NotFiniteError:
-        wider = "give --precision bf16 or fp32, whose range is wider, " if self.scales_loss else ""
-        ways = f"Look at the documents, {wider}lower --lr, or set --clip_grad; what is saved is whole."
-        return NotFiniteError(f"{said} {ways}", common=True)
-
-    def _out_of_memory(self, number: int, count: int, batch: PackedBatch, progress: Progress) -> OutOfMemoryError:
-        return OutOfMemoryError(
-            f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
-            f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
-            f"What is saved is whole. Less memory is needed with {self.spare_memory}."
-        )
+        scales = self.settings.scales_loss
+        scaled = f" at a loss scale of {progress.loss_scale:g}" if scales else ""
+        said = f"Step {progress.total_steps + 1}: the loss is {loss}, the gradient norm {norm}{scaled}."
+        said = f"{said} {step_faults.suspects(self.order, progress, losses)}"
+        may_go_on = progress.loss_scale > LEAST_LOSS_SCALE if overflows else self.settings.skip_not_finite
+        if not may_go_on or progress.skipped >= MOST_SKIPPED:
+            before = f" {progress.skipped} steps before it were skipped." if progress.skipped else ""
+            raise step_faults.not_finite(said + before, scales)
+        halved = ", and the loss scale halved" if overflows else ""
+        self.reporter.say(f"{said} The step is skipped: nothing is changed by it{halved}.")
 
     def _update(self, norm: float, lr: float, scale: float) -> None:
         """Step the optimizer. The gradients are `scale` times too large; `norm` is the norm of the true ones."""
         factor = 1.0 / scale
         if self.schedule.clip_grad > 0:
             factor *= min(1.0, self.schedule.clip_grad / (norm + 1e-6))
-        scale_gradients(self.parameters, factor)
+        self.parameters.scale_gradients(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
 
     def _save(self, progress: Progress) -> None:
-        mean = sum(self._losses) / len(self._losses) if self._losses else None
-        if self.save:
-            self.save(progress, self.checkpoint_name(progress), mean)
-        self._losses, self._saved_at_time = [], time.monotonic()
-
-    def _preempted(self, number: int, progress: Progress) -> Preempted:
-        if self.save:
-            rest = f", which is saved as {self.checkpoint_name(progress)}. Go on with --resume latest."
-        else:
-            rest = ". Nothing is saved: this run writes nothing."
-        return Preempted(f"Stopped by {name_of(number)} after step {progress.total_steps}{rest}", common=True)
-
-    def _is_time_to_save(self, progress: Progress) -> bool:
-        if progress.step == 0:
-            return progress.epoch % self.schedule.save_every_epochs == 0
-        return progress.step % self.schedule.save_every_steps == 0
-
-    def checkpoint_name(self, progress: Progress) -> str:
-        """`epochN` after N's last step (N from 0), `epochN-iterM` after M steps within it."""
-        return f"epoch{progress.epoch - 1}" if progress.step == 0 else f"epoch{progress.epoch}-iter{progress.step}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator has no error of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if self.saver:
+            self.saver(progress)

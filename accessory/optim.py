@@ -1,17 +1,15 @@
-"""The optimizer, its learning-rate schedule, gradient clipping over every layout, and fp16's loss scale."""
+"""The optimizer, its learning-rate schedule, and fp16's loss scale."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from accessory.parallel.data import local, sum_over_data_parallel
-from accessory.parallel.groups import model_parallel_group
-from accessory.parallel.tensor import Slicing
+from accessory.parallel.data import local
 from accessory.quant.bitsandbytes_library import functional as kernels
 from accessory.quant.moments import BLOCK as MOMENT_BLOCK
 from accessory.quant.moments import levels, pack_moment
@@ -30,7 +28,7 @@ _EMBEDDINGS = ("tok_embeddings.", "pos_embeddings.")
 
 
 def build_optimizer(
-    kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float
+    kind: str, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """The optimizer that `--optim KIND` names.
 
@@ -46,7 +44,7 @@ def build_optimizer(
     return build_adamw(parameters, lr, weight_decay)
 
 
-def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
+def state_bytes(kind: str, parameters: Mapping[str, nn.Parameter]) -> int:
     """Bytes that the two moments of whole `parameters` take, as `build_optimizer(KIND)` keeps them.
 
     Those that a GPU would page out count too: they leave only when it is full.
@@ -59,12 +57,12 @@ def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
     return total
 
 
-def build_adamw(parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_adamw(parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over fp32 parameters; biases and norms are not decayed."""
     return torch.optim.AdamW(_groups(parameters, weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
 
 
-def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     decayed = [p for name, p in parameters.items() if not name.endswith((".bias", "norm.weight"))]
     spared = [p for name, p in parameters.items() if name.endswith((".bias", "norm.weight"))]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -147,44 +145,6 @@ def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: floa
         return lr * epoch / warmup_epochs
     progress = min((epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9), 1.0)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def sum_partial_gradients(parameters: dict[str, nn.Parameter], slicings: dict[str, Slicing]) -> None:
-    """Complete the gradients of which every model-parallel rank holds only its share, in one message."""
-    group = model_parallel_group()
-    shares = [local(p.grad) for name, p in parameters.items() if slicings[name].partial and p.grad is not None]
-    if dist.get_world_size(group) == 1 or not shares:
-        return
-    flat = torch.cat([share.flatten() for share in shares])
-    dist.all_reduce(flat, group=group)
-    for share, total in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
-        share.copy_(total.view_as(share))
-
-
-def gradient_norm(parameters: dict[str, nn.Parameter], slicings: dict[str, Slicing]) -> Tensor:
-    """L2 norm of the whole gradient, equal on every rank; each value counts once however it is cut or copied."""
-    sliced, copied = [], []
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            (copied if slicings[name].dim is None else sliced).append(local(parameter.grad))
-    device = next(iter(parameters.values())).device
-    squares = torch.stack([_sum_of_squares(sliced, device), _sum_of_squares(copied, device)])
-    dist.all_reduce(squares[:1], group=model_parallel_group())
-    return sum_over_data_parallel(squares.sum()).sqrt()
-
-
-def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
-    gradients = [gradient for gradient in gradients if gradient.numel()]
-    if not gradients:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(gradients)).square().sum()
-
-
-def scale_gradients(parameters: dict[str, nn.Parameter], factor: float) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
-    if factor != 1.0 and gradients:
-        torch._foreach_mul_(gradients, factor)
 
 
 def next_loss_scale(scale: float, good_steps: int, finite: bool) -> tuple[float, int]:

@@ -11,9 +11,10 @@ import torch
 from fairscale.nn.model_parallel import destroy_model_parallel
 from torch import nn
 
-from accessory.optim import BETAS, build_optimizer, gradient_norm, sum_partial_gradients
+from accessory.optim import BETAS, build_optimizer
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel, local, whole
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
 
 SLICINGS = {"rows": Slicing(dim=0), "columns": Slicing(dim=1), "shares": Slicing(partial=True), "copies": Slicing()}
@@ -47,9 +48,10 @@ def tensor_parallel(rank: int) -> torch.Tensor:
         gradient = gradient if dim is None else gradient.chunk(2, dim)[rank]
         parameters[name] = nn.Parameter(torch.zeros(gradient.shape))
         parameters[name].grad = (gradient / 2 + share if SLICINGS[name].partial else gradient).clone()
-    sum_partial_gradients(parameters, SLICINGS)
+    parameters = NamedParameters(parameters, SLICINGS)
+    parameters.sum_partial_gradients()
     torch.testing.assert_close(parameters["shares"].grad, gradients()["shares"])
-    return gradient_norm(parameters, SLICINGS)
+    return parameters.gradient_norm()
 
 
 def data_parallel(layout: groups.Layout) -> torch.Tensor:
@@ -61,7 +63,7 @@ def data_parallel(layout: groups.Layout) -> torch.Tensor:
     assert sorted({local(p.grad).shape[0] for p in parameters.values()})[0] < 4
     for name, gradient in gradients().items():
         torch.testing.assert_close(whole(parameters[name].grad), gradient)
-    return gradient_norm(parameters, SLICINGS)
+    return NamedParameters(parameters, SLICINGS).gradient_norm()
 
 
 def eight_bit_shards(layout: groups.Layout) -> None:

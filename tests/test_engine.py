@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +17,33 @@ from accessory.checkpoint.training_state import Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
-from accessory.engine import MOST_SKIPPED, Engine, Schedule, is_out_of_memory
+from accessory.engine import MOST_SKIPPED, Engine, StepSettings
 from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
 from accessory.meta import MetaModel
 from accessory.optim import build_adamw
 from accessory.parallel import groups
-from accessory.parallel.data import DataParallel
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import WHOLE
+from accessory.run.course import Schedule
 from accessory.run.report import Reporter, StepReport
+from accessory.run.saving import Saver
 from accessory.run.signals import StopSignals
+
+
+class Saves(Saver):
+    """Remembers what it is to save: (name, steps, mean loss)."""
+
+    def __init__(self) -> None:
+        self.made, self.losses, self.saved_at = [], [], time.monotonic()
+
+    def write(self, progress: Progress, loss: float | None) -> None:
+        self.made.append((progress.checkpoint_name, progress.total_steps, loss))
 
 
 @pytest.fixture
 def engine(tiny_base: Path, tmp_path: Path) -> Engine:
     """Trains the norms of the tiny model, plain SGD-like steps of 2 x 3 documents on 8 records."""
-    layout = groups.start("cpu")
+    groups.start("cpu")
     model = MetaModel.from_pretrained(tiny_base, dtype="fp32")
     parameters = {n: p.requires_grad_() for n, p in model.llma.named_parameters() if n.endswith("norm.weight")}
     data = tmp_path / "data.json"
@@ -39,15 +52,13 @@ def engine(tiny_base: Path, tmp_path: Path) -> Engine:
     order = GlobalOrder(build_corpus(data, model.tokenizer, max_words=128), batch_size=3, accum_iter=2)
     return Engine(
         model=model,
-        parameters=parameters,
-        slicings=dict.fromkeys(parameters, WHOLE),
+        parameters=NamedParameters(parameters, dict.fromkeys(parameters, WHOLE)),
         optimizer=build_adamw(parameters, 1e-3, 0.0),
         order=order,
         schedule=Schedule(2, order.steps_per_epoch, 0.0, 1e-3, 1e-3, -1.0, 1, 1),
-        data_parallel=DataParallel(layout, "sdp", base_is_trained=False),
-        layout=layout,
+        settings=StepSettings(),
         reporter=Reporter(None, 4, 0, enabled=False),
-        save=lambda *_: None,
+        saver=Saves(),
         signals=StopSignals(),
     )
 
@@ -79,23 +90,8 @@ def test_what_a_step_reports(engine: Engine) -> None:
     assert (report.tokens, report.supervised) == (engine.order.tokens(0, 1), supervised)
     assert report.grad_norm == pytest.approx(gradients.norm().item() / supervised, rel=1e-4)
     assert 0 < report.seconds < 60 and 2**20 < report.peak_bytes < 2**40
-    assert progress == Progress(step=2, total_steps=2)
+    assert progress == Progress(epoch=1, total_steps=2)
     assert all(p.grad is None for p in engine.parameters.values())
-
-
-@pytest.mark.parametrize(
-    ("progress", "total"),
-    [(Progress(), 15), (Progress(1, 2, 7), 15), (Progress(1, 2, 9), 17), (Progress(3, 0, 15), 15)],
-)
-def test_steps_of_the_whole_run(progress: Progress, total: int) -> None:
-    """Those that were taken, however many they were, and those that are left; over by epochs or by steps."""
-    assert Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1).total_steps(progress) == total
-    assert Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1).is_over(progress) == (progress.epoch == 3)
-    for most in (9, 99):
-        schedule = Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1, max_steps=most)
-        assert schedule.total_steps(progress) == min(most, total)
-        assert schedule.is_over(progress) == (progress.epoch == 3 or progress.total_steps >= most)
-    assert schedule.is_over(replace(progress, total_steps=99, skipped=9))  # steps that changed nothing count
 
 
 def test_gradient_does_not_depend_on_accumulation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,18 +142,15 @@ def test_a_gradient_within_bounds_is_left_as_it_is(engine: Engine, clip_grad: fl
 
 
 def test_saves_each_epoch_and_in_between(engine: Engine) -> None:
-    saved = []
-    engine.save = lambda progress, name, _: saved.append((name, progress.total_steps))
     engine.train(Progress())
+    saved = [made[:2] for made in engine.saver.made]
     assert saved == [("epoch0-iter1", 1), ("epoch0", 2), ("epoch1-iter1", 3), ("epoch1", 4)]
 
 
 def test_a_run_cut_by_max_steps_is_saved_once(engine: Engine) -> None:
-    saved = []
-    engine.save = lambda progress, name, _: saved.append(name)
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 1, 100, max_steps=3)
     engine.train(Progress())
-    assert saved == ["epoch0", "epoch1-iter1"]
+    assert [name for name, *_ in engine.saver.made] == ["epoch0", "epoch1-iter1"]
 
 
 def test_stops_before_the_optimizer_when_not_finite(engine: Engine) -> None:
@@ -173,7 +166,7 @@ def test_stops_before_the_optimizer_when_not_finite(engine: Engine) -> None:
 
 def test_fp16_scales_the_loss_from_the_first_step_on(engine: Engine) -> None:
     """What the backward pass starts from, as autograd sees it: 65,536 over the supervised tokens, or what was saved."""
-    engine.scales_loss, seen = True, []
+    engine.settings, seen = StepSettings(scales_loss=True), []
 
     def watch(model: nn.Module, inputs: tuple, loss: torch.Tensor) -> None:
         loss.register_hook(lambda gradient: seen.append(gradient.item()))
@@ -189,7 +182,7 @@ def test_fp16_scales_the_loss_from_the_first_step_on(engine: Engine) -> None:
     assert seen == pytest.approx([512 / engine.order.supervised_tokens(0, 1)], rel=1e-6)
     assert (progress.loss_scale, progress.good_steps) == (1024, 2000)
     seen.clear()
-    engine.scales_loss = False
+    engine.settings = StepSettings()
     engine.step(Progress(step=1, total_steps=1))
     assert seen == pytest.approx([1 / engine.order.supervised_tokens(0, 1)], rel=1e-6)
 
@@ -203,7 +196,7 @@ def test_the_scale_changes_no_step(engine: Engine) -> None:
     engine.schedule = Schedule(2, 2, 0.0, 1e-12, 1e-12, 0.1, 9, 9)
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
     for scaled in (False, True):
-        engine.scales_loss = scaled
+        engine.settings = StepSettings(scales_loss=scaled)
         for name, value in before.items():
             engine.parameters[name].data.copy_(value)
         reports.append(engine.step(Progress())[0])
@@ -212,7 +205,7 @@ def test_the_scale_changes_no_step(engine: Engine) -> None:
 
 def test_fp16_skips_the_step_and_halves_the_scale(engine: Engine) -> None:
     """And says so, with the documents."""
-    engine.scales_loss, said = True, []
+    engine.settings, said = StepSettings(scales_loss=True), []
     engine.reporter.say = said.append
     before = engine.model.llma.norm.weight.detach().clone()
     progress = Progress(loss_scale=1e38, good_steps=7)  # overflows any gradient
@@ -225,7 +218,7 @@ def test_fp16_skips_the_step_and_halves_the_scale(engine: Engine) -> None:
 
 
 def test_a_loss_scale_at_its_floor_ends_the_run(engine: Engine) -> None:
-    engine.scales_loss = True
+    engine.settings = StepSettings(scales_loss=True)
     engine.model.llma.norm.weight.register_hook(lambda gradient: gradient * math.inf)
     progress = Progress(loss_scale=2.0)
     engine.step(progress)
@@ -236,13 +229,12 @@ def test_a_loss_scale_at_its_floor_ends_the_run(engine: Engine) -> None:
 
 def test_a_run_that_only_skipped_is_not_finished(engine: Engine) -> None:
     """Nor is what it did not learn saved at its end."""
-    saved = []
-    engine.skip_not_finite, engine.save = True, lambda *_: saved.append(1)
+    engine.settings = StepSettings(skip_not_finite=True)
     engine.model.llma.norm.weight.data[0] = math.nan
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
     with pytest.raises(NotFiniteError, match="All 4 steps of the run were skipped: nothing was learned"):
         engine.train(Progress())
-    assert not saved
+    assert not engine.saver.made
 
 
 @pytest.mark.parametrize(("broken", "said"), [((), []), ((1,), ["1 of the run's 4 steps were skipped."]),
@@ -251,7 +243,7 @@ def test_a_run_that_only_skipped_is_not_finished(engine: Engine) -> None:
 def test_skipped_steps_are_counted_at_the_end(engine: Engine, broken: tuple[int, ...], said: list[str]) -> None:
     """Those that an earlier run skipped before this one went on from it, too."""
     lines: list[str] = []
-    engine.skip_not_finite, engine.reporter.say, progress = True, lines.append, Progress()
+    engine.settings, engine.reporter.say, progress = StepSettings(skip_not_finite=True), lines.append, Progress()
     engine.model.llma.norm.weight.register_hook(
         lambda gradient: gradient * (math.inf if progress.total_steps in broken else 1.0)
     )
@@ -264,7 +256,7 @@ def test_skipped_steps_are_counted_at_the_end(engine: Engine, broken: tuple[int,
 
 def test_skipped_steps_may_not_count(engine: Engine) -> None:
     """For a run that is to take one true step: the first one whose gradient is finite is its last."""
-    engine.scales_loss = True
+    engine.settings = StepSettings(scales_loss=True)
     engine.schedule = Schedule(9, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, max_steps=1, skipped_count=False)
     progress = Progress(loss_scale=2.0**70)
     engine.train(progress)
@@ -273,31 +265,28 @@ def test_skipped_steps_may_not_count(engine: Engine) -> None:
 
 def test_saves_when_minutes_have_passed(engine: Engine) -> None:
     """Counted from the last save, whatever it was made for."""
-    saved = []
-    engine.save = lambda progress, name, loss: saved.append((name, loss is not None))
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, save_every_minutes=1e-9)
     engine.train(Progress())
-    assert saved == [("epoch0-iter1", True), ("epoch0", True), ("epoch1-iter1", True), ("epoch1", True)]
-    saved.clear()
+    assert [name for name, *_ in engine.saver.made] == ["epoch0-iter1", "epoch0", "epoch1-iter1", "epoch1"]
+    engine.saver.made.clear()
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9, save_every_minutes=60)
     engine.train(Progress())
-    assert saved == [("epoch1", True)]
+    assert [name for name, *_ in engine.saver.made] == ["epoch1"]
 
 
 def test_what_is_saved_has_the_mean_loss_since_the_last_save(engine: Engine) -> None:
-    losses, saved = [], []
+    losses = []
     engine.reporter.step = lambda report: losses.append(report.loss)
-    engine.save = lambda progress, name, loss: saved.append(loss)
     engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 1, 9)
     engine.train(Progress())
+    saved = [loss for *_, loss in engine.saver.made]
     assert saved == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-12)
 
 
 def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
     """Unless it was the last one anyway."""
     for at, steps in ((2, 4), (4, 4)):
-        saved, engine.signals = [], StopSignals()
-        engine.save = lambda progress, name, _, saved=saved: saved.append(progress.total_steps)
+        engine.saver, engine.signals = Saves(), StopSignals()
         engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
         signals = engine.signals
 
@@ -313,23 +302,21 @@ def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
             assert caught.value.common
         else:
             engine.train(Progress())
-        assert saved == [at]
+        assert [steps for _, steps, _ in engine.saver.made] == [at]
 
 
 def test_a_run_that_writes_nothing_does_not_say_that_it_saved(engine: Engine) -> None:
-    engine.save, engine.signals.received = None, 15
+    engine.saver, engine.signals.received = None, 15
     with pytest.raises(Preempted, match=r"Stopped by SIGTERM after step 1\. Nothing is saved"):
         engine.train(Progress())
 
 
 def test_a_save_after_skipped_steps_alone_has_no_loss(engine: Engine) -> None:
-    saved = []
-    engine.save = lambda progress, name, loss: saved.append(loss)
-    engine.skip_not_finite = True
+    engine.settings = StepSettings(skip_not_finite=True)
     engine.model.llma.norm.weight.data[0] = math.nan
     with pytest.raises(NotFiniteError, match="All 4 steps of the run were skipped"):
         engine.train(Progress())
-    assert saved == [None, None, None]
+    assert [loss for *_, loss in engine.saver.made] == [None, None, None]
 
 
 def test_a_first_step_that_is_not_finite_had_none_before_it(engine: Engine) -> None:
@@ -340,7 +327,7 @@ def test_a_first_step_that_is_not_finite_had_none_before_it(engine: Engine) -> N
 
 def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
     """`MOST_SKIPPED` in a row; one more ends the run."""
-    engine.skip_not_finite = True
+    engine.settings = StepSettings(skip_not_finite=True)
     engine.schedule = Schedule(9, 2, 0.0, 1e-3, 1e-3, -1.0, 99, 99)
     engine.model.llma.norm.weight.data[0] = math.nan
     with pytest.raises(NotFiniteError, match=rf"Step {MOST_SKIPPED + 1}: .* {MOST_SKIPPED} steps before it were"):
@@ -351,7 +338,7 @@ def test_steps_are_skipped_only_so_often(engine: Engine) -> None:
 def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
     """Eight at most, and those of the micro-batches without a finite loss, where there are any."""
     said: list[str] = []
-    engine.skip_not_finite, engine.reporter.say = True, said.append
+    engine.settings, engine.reporter.say = StepSettings(skip_not_finite=True), said.append
     progress = Progress(total_steps=4)
     engine.order = GlobalOrder(engine.order.corpus, batch_size=2, accum_iter=2, shuffle=False)
     broken = engine.model.register_forward_hook(
@@ -373,7 +360,7 @@ def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
     line = said.pop()
     assert line.count("data.json:1 record ") == 8 and "more" not in line
     engine.order.global_ids = lambda epoch, step: torch.arange(8).repeat(2)[:11].numpy()
-    engine.skip_not_finite = False
+    engine.settings = StepSettings()
     with pytest.raises(NotFiniteError) as caught:
         engine.step(progress)
     said = str(caught.value)
@@ -386,10 +373,8 @@ def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
 
 def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> None:
     """Its number, its documents, and what would help; other errors are not touched."""
-    engine.spare_memory, full = (
-        "--batch_size 1",
-        [None, torch.OutOfMemoryError("of 8 GB"), None, RuntimeError("a shape")],
-    )
+    engine.settings = StepSettings(spare_memory="--batch_size 1")
+    full = [None, torch.OutOfMemoryError("of 8 GB"), None, RuntimeError("a shape")]
 
     def fail(*_: object) -> None:
         if error := full.pop(0):
@@ -406,9 +391,3 @@ def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> No
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     with pytest.raises(RuntimeError, match=r"^a shape$"):
         engine.step(Progress())
-
-
-def test_memory_is_told_from_other_errors() -> None:
-    full = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
-    assert all(map(is_out_of_memory, (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError(full))))
-    assert not any(map(is_out_of_memory, (RuntimeError("shape"), ValueError("memory"))))

@@ -1,4 +1,4 @@
-"""Schedule, groups, gradient norm, clipping and loss scale, against formulas and PyTorch's own."""
+"""Schedule, groups, clipping and loss scale, against formulas and PyTorch's own."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from accessory.engine import Engine, Schedule
+from accessory.engine import Engine, StepSettings
 from accessory.optim import (
     BETAS,
     FIRST_LOSS_SCALE,
     OPTIMIZERS,
     build_adamw,
     build_optimizer,
-    gradient_norm,
     learning_rate,
     next_loss_scale,
-    scale_gradients,
     state_bytes,
-    sum_partial_gradients,
 )
 from accessory.parallel import groups
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
 from accessory.quant.moments import unpack_moment
+from accessory.run.course import Schedule
 from accessory.run.signals import StopSignals
 
 SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
@@ -215,28 +214,6 @@ def test_optimizers_by_name(parameters: dict[str, nn.Parameter]) -> None:
     assert all(p.grad is None for p in parameters.values())
 
 
-def test_gradient_norm_is_that_of_the_whole(parameters: dict[str, nn.Parameter]) -> None:
-    """Sliced, partial and whole parameters each count once; one without a gradient does not."""
-    flat = torch.cat([p.grad.flatten() for p in parameters.values()])
-    torch.testing.assert_close(gradient_norm(parameters, SLICINGS), flat.norm())
-    parameters["a.weight"].grad = None
-    flat = torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None])
-    torch.testing.assert_close(gradient_norm(parameters, SLICINGS), flat.norm())
-    for parameter in parameters.values():
-        parameter.grad = None
-    assert gradient_norm(parameters, SLICINGS) == 0
-
-
-def test_gradient_norm_of_shards_and_overflow(parameters: dict[str, nn.Parameter]) -> None:
-    """A shard may be empty on a rank; what is not finite shows."""
-    parameters["d"].grad = torch.randn(4, 6)
-    parameters["empty"] = nn.Parameter(torch.zeros(0, 6))
-    parameters["empty"].grad = torch.zeros(0, 6)
-    assert gradient_norm(parameters, {**SLICINGS, "empty": Slicing()}).isfinite()
-    parameters["d"].grad[0, 0] = float("inf")
-    assert gradient_norm(parameters, {**SLICINGS, "empty": Slicing()}).isinf()
-
-
 def test_gradient_norm_over_two_ranks(torchrun, tmp_path: Path) -> None:
     """Cut over tensor-parallel and over data-parallel ranks, every value counts once, and both know the same norm.
 
@@ -250,21 +227,6 @@ def test_gradient_norm_over_two_ranks(torchrun, tmp_path: Path) -> None:
     assert norms[0] == [pytest.approx(norms[0][0], rel=1e-6)] * 3
 
 
-def test_scaling_and_summing(parameters: dict[str, nn.Parameter]) -> None:
-    """In place; one rank has nothing to sum, and a missing gradient is no hindrance."""
-    before = {name: p.grad.clone() for name, p in parameters.items()}
-    parameters["d"].grad = None
-    sum_partial_gradients(parameters, SLICINGS)
-    scale_gradients(parameters, 0.5)
-    assert all(torch.equal(parameters[name].grad, before[name] * 0.5) for name in SLICINGS if name != "d")
-    scale_gradients(parameters, 1.0)
-    assert torch.equal(parameters["a.weight"].grad, before["a.weight"] * 0.5)
-    scale_gradients(parameters, 2.0)
-    assert torch.equal(parameters["a.weight"].grad, before["a.weight"])
-    scale_gradients({"d": parameters["d"]}, 0.5)
-    assert parameters["d"].grad is None
-
-
 class Sgd(torch.optim.SGD):
     """Shows the gradients that a step was given; keeps them."""
 
@@ -274,7 +236,7 @@ class Sgd(torch.optim.SGD):
 
 @pytest.mark.parametrize("clip", [0.5, 1e6, 0.0, -1.0])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], layout, clip: float, scale: float) -> None:
+def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], clip: float, scale: float) -> None:
     """The engine's update against `clip_grad_norm_`, under a loss scale as without."""
     reference = [nn.Parameter(p.detach().clone()) for p in parameters.values()]
     for theirs, ours in zip(reference, parameters.values(), strict=True):
@@ -284,11 +246,10 @@ def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], layout, clip:
         nn.utils.clip_grad_norm_(reference, clip)
     schedule = Schedule(1, 1, 0.0, 0.1, 0.1, clip, 1, 1)
     engine = Engine(
-        model=None, parameters=parameters, slicings=SLICINGS, optimizer=Sgd(parameters.values(), lr=0.0), order=None,
-        schedule=schedule, data_parallel=None, layout=layout, reporter=None, save=None,
-        signals=StopSignals(),
+        model=None, parameters=NamedParameters(parameters, SLICINGS), optimizer=Sgd(parameters.values(), lr=0.0),
+        order=None, schedule=schedule, settings=StepSettings(), reporter=None, saver=None, signals=StopSignals(),
     )  # fmt: skip
-    engine._update(gradient_norm(parameters, SLICINGS).item() / scale, lr=0.1, scale=scale)
+    engine._update(engine.parameters.gradient_norm().item() / scale, lr=0.1, scale=scale)
     for theirs, ours in zip(reference, parameters.values(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     assert engine.optimizer.param_groups[0]["lr"] == 0.1

@@ -24,6 +24,7 @@ from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
 from accessory.optim import OPTIMIZERS
 from accessory.parallel import groups
+from accessory.parallel.groups import Layout
 from accessory.run.report import StepReport
 from tools.benchmarking import ideal, time_shares
 from tools.benchmarking.decoding import Decoding
@@ -111,13 +112,13 @@ def train(
         raise ConfigError(
             f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {training.batch_size}."
         )
-    result = _measure_training(engine, steps)
+    result = _measure_training(engine, steps, layout)
     if layout.is_main:
         _show({"system": "accessory", "method": method, "device": layout.device.type, "steps": steps, **result}, json)
     groups.stop()
 
 
-def _measure_training(engine: Engine, steps: int) -> dict:
+def _measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
     engine.model.train()
     progress = Progress()
     reports = [engine.step(progress)[0] for _ in range(steps)]
@@ -133,14 +134,15 @@ def _measure_training(engine: Engine, steps: int) -> dict:
         "trainable": sum(p.numel() for p in engine.parameters.values()),
         "losses": [round(r.loss, 4) for r in reports],
     }
-    progress.step -= 1
-    shares = time_shares.measure(lambda: engine.step(progress), engine)
+    shares = time_shares.measure(lambda: engine.step(Progress(step=steps - 1)), engine)
     result["shares"] = {category: round(share, 2) for category, share in shares.items()}
-    return result | _beside_ideal(engine, timed, packed, seconds, tokens)
+    return result | _beside_ideal(engine, layout, timed, packed, seconds, tokens)
 
 
-def _beside_ideal(engine: Engine, timed: list[StepReport], packed: list[int], seconds: float, tokens: int) -> dict:
-    decoder, order, layout = engine.model.llma, engine.order, engine.layout
+def _beside_ideal(
+    engine: Engine, layout: Layout, timed: list[StepReport], packed: list[int], seconds: float, tokens: int
+) -> dict:
+    decoder, order = engine.model.llma, engine.order
     work = ideal.Work()
     for report, computed in zip(timed, packed, strict=True):
         lengths = order.corpus.lengths[order.global_ids(0, report.step - 1)].tolist()

@@ -7,17 +7,15 @@ import re
 import shutil
 from pathlib import Path
 
-from torch import nn
-
 from accessory.errors import CheckpointError, DiskFullError
-from accessory.parallel.tensor import Slicing
+from accessory.parallel.parameters import NamedParameters
 
 _BESIDE = 16 << 20  # tokenizer, settings, generators: more than any has
 
 
-def checkpoint_bytes(saved: dict[str, nn.Parameter], slicings: dict[str, Slicing], mp_size: int, moments: int) -> int:
+def checkpoint_bytes(saved: NamedParameters, mp_size: int, moments: int) -> int:
     """Bytes of a checkpoint with the `saved` weights, of which this rank has slices, and `moments` bytes of moments."""
-    slices = {name: mp_size if slicings[name].dim is not None else 1 for name in saved}
+    slices = {name: mp_size if saved.slicings[name].dim is not None else 1 for name in saved}
     return sum(slices[name] * p.numel() * p.element_size() for name, p in saved.items()) + moments + _BESIDE
 
 

@@ -20,22 +20,10 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
 from accessory.checkpoint.room import disk_fault
 from accessory.errors import CheckpointError
 from accessory.parallel.agree import together
-from accessory.parallel.data import whole
-from accessory.parallel.tensor import Slicing, gather_slices
 from accessory.tokenizer import Tokenizer
 
 STATE_STEM = "training_state"
 SHARD_BYTES = 4 << 30  # host memory that writing a large model may take
-
-
-def gather_whole(tensors: dict[str, Tensor], slicings: dict[str, Slicing]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor put together from all ranks' parts, on the CPU, one at a time. A collective: all ranks iterate."""
-    for name in sorted(tensors):
-        slicing = slicings[name]
-        gathered = gather_slices(whole(tensors[name].detach()), slicing.dim)
-        if slicing.whole is not None:  # the last slices were padded
-            gathered = gathered.narrow(slicing.dim, 0, slicing.whole)
-        yield name, gathered.cpu()
 
 
 @contextmanager

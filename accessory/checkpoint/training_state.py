@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from accessory.checkpoint.save import STATE_STEM, gather_whole
+from accessory.checkpoint.save import STATE_STEM
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
-from accessory.optim import FIRST_LOSS_SCALE
+from accessory.optim import FIRST_LOSS_SCALE, next_loss_scale
 from accessory.parallel.agree import differences
 from accessory.parallel.data import as_shard, is_sharded, shard_like
 from accessory.parallel.groups import Layout
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, own_slice
 from accessory.quant.moments import unpack_moment, zero_code
 from accessory.tokenizer.sniff import what_is
@@ -40,7 +41,7 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` over all epochs.
+    """Where a run stands; nobody else moves it on. `step` counts optimizer steps within `epoch`, `total_steps` all.
 
     In fp16 the next step's loss is multiplied by `loss_scale`, and `good_steps` counts the finite steps in a row; other
     precisions leave both as they are. `skipped` counts the latest steps in a row that changed nothing, since their loss
@@ -54,17 +55,31 @@ class Progress:
     good_steps: int = 0
     skipped: int = 0
 
+    def advance(self, steps_per_epoch: int, skipped: bool) -> None:
+        """A step is over; `skipped`: it changed nothing."""
+        self.skipped = self.skipped + 1 if skipped else 0
+        self.step, self.total_steps = self.step + 1, self.total_steps + 1
+        if self.step == steps_per_epoch:
+            self.epoch, self.step = self.epoch + 1, 0
 
-def collect_training_state(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], slicings: dict[str, Slicing]
-) -> dict[str, Tensor]:
+    def rescale(self, finite: bool) -> None:
+        """The next loss scale of fp16, after a step whose gradients were `finite` or not."""
+        self.loss_scale, self.good_steps = next_loss_scale(self.loss_scale, self.good_steps, finite)
+
+    @property
+    def checkpoint_name(self) -> str:
+        """`epochN` after N's last step (N from 0), `epochN-iterM` after M steps within it."""
+        return f"epoch{self.epoch - 1}" if self.step == 0 else f"epoch{self.epoch}-iter{self.step}"
+
+
+def collect_training_state(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
     """Moments put together from all ranks and every rank's generators, on the main rank's CPU. A collective."""
     tensors: dict[str, Tensor] = {}
     for moment in _MOMENTS:
         states = {
             name: _as_sharded(optimizer.state[p][moment], p) for name, p in parameters.items() if p in optimizer.state
         }
-        tensors |= {f"{moment}.{name}": value for name, value in gather_whole(states, slicings)}
+        tensors |= {f"{moment}.{name}": value for name, value in parameters.gathered(states)}
     if counts := [optimizer.state[p]["step"] for p in parameters.values() if p in optimizer.state]:
         tensors["step"] = counts[0].detach().cpu()  # fewer than the run's steps where fp16 skipped some
     own: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
@@ -144,8 +159,7 @@ def _said(name: str, was: Any, now: Any) -> str:
 def restore_training_state(
     found: Resumption,
     optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    slicings: dict[str, Slicing],
+    parameters: NamedParameters,
     layout: Layout,
 ) -> None:
     """Restore the optimizer and, on the layout that was saved, this rank's generators. Raises `CheckpointError`."""
@@ -156,7 +170,7 @@ def restore_training_state(
             continue  # the optimizer has not stepped yet
         state = {"step": count.to(parameter.device, copy=True)}
         for moment in _MOMENTS:
-            values, slicing = tensors[f"{moment}.{name}"], slicings[name]
+            values, slicing = tensors[f"{moment}.{name}"], parameters.slicings[name]
             scales = {rank: tensors.get(f"{moment}_scales.{name}.{rank}") for rank in range(found.ranks)}
             if values.dtype != torch.uint8:
                 state[moment] = _place(values, parameter, slicing, layout)
@@ -194,7 +208,7 @@ def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:
     return moment if is_sharded(moment) or not is_sharded(parameter) else as_shard(moment, parameter)
 
 
-def _scales(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _scales(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
     """This rank's scales of 8-bit moments, whose blocks are those of its shards and no other's."""
     return {
         f"{moment}_scales.{name}": optimizer.state[p][f"{moment}_scales"].cpu()
@@ -204,7 +218,7 @@ def _scales(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
     }
 
 
-def _read(file: Path, parameters: dict[str, nn.Parameter], ranks: int) -> dict[str, Tensor]:
+def _read(file: Path, parameters: NamedParameters, ranks: int) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:

@@ -61,11 +61,13 @@ class DataParallel:
                 "Give --data_parallel sdp, leave out --quant, or install torch 2.13."
             ) from error
 
-    def reduce_gradients(self, model: nn.Module, last: bool) -> None:
-        """Tell the next backward whether to reduce gradients: only the last micro-batch of a step does."""
-        if self.active:
-            model.set_requires_gradient_sync(last)
-            model.set_is_last_backward(last)
+
+def reduce_gradients(model: nn.Module, last: bool) -> None:
+    """Tell the next backward of a sharded model whether to reduce gradients: only a step's last micro-batch does."""
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    if sharding is not None and isinstance(model, sharding.FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
 
 
 def local(tensor: Tensor) -> Tensor:

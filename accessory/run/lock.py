@@ -5,15 +5,29 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from accessory.errors import ConfigError
 
 LOCK_FILE = ".lock"
 _PATIENCE = 3.0  # seconds in which the processes of a launcher that was just killed are gone
+
+
+def take_output(output_dir: Path | None, held: ExitStack) -> None:
+    """Make the directory and lock it until `held` ends, before hours are spent on what could then not be written."""
+    if output_dir is None:
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir}: cannot be written to ({error.strerror}).") from error
+    held.enter_context(lock(output_dir))
 
 
 @contextmanager

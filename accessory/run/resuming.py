@@ -1,12 +1,16 @@
-"""Which checkpoint a run begins from, and what an earlier run may have left beside it."""
+"""Which checkpoints a run begins from, and what an earlier run may have left beside them."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from accessory.checkpoint.latest import checkpoints_in, latest_checkpoint
 from accessory.checkpoint.manifest import read_manifest, verify
+from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.retention import remove
+from accessory.checkpoint.run_record import began_at, with_base
+from accessory.checkpoint.source import Source
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.launcher import restart_count
@@ -36,6 +40,22 @@ def find_start(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
     if config.dry_run:
         return begin, []
     return begin, _make_way([path for path in there if _step(path) > step], config)
+
+
+def open_sources(config: FinetuneConfig) -> list[Source]:
+    """What `--pretrained_path` names, behind its base, then what is resumed. Raises `CheckpointError`."""
+    return with_base(list(config.pretrained_path)) + ([open_source(config.resume)] if config.resume else [])
+
+
+def base_of(config: FinetuneConfig, sources: list[Source]) -> list[Source]:
+    """What was given to begin with, without what is resumed."""
+    return [source for source in sources if source.path != config.resume]
+
+
+def first_started(config: FinetuneConfig, sources: list[Source]) -> datetime:
+    """When the run was first started, for chat templates that print the time."""
+    resumed = next((source for source in sources if source.path == config.resume), None)
+    return began_at(resumed) if resumed else datetime.now().replace(microsecond=0)
 
 
 def _step(checkpoint: Path) -> float:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from accessory.checkpoint.manifest import MANIFEST_FILE
 from accessory.checkpoint.retention import Retention
 from accessory.checkpoint.room import check_room, checkpoint_bytes
-from accessory.checkpoint.save import CheckpointWriter, gather_whole
+from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import read_json
 from accessory.checkpoint.training_state import Progress, collect_training_state, state_record
 from accessory.optim import state_bytes
 from accessory.parallel.agree import on_main
 from accessory.parallel.groups import Layout
-from accessory.parallel.tensor import Slicing
+from accessory.parallel.parameters import NamedParameters
 from accessory.run.report import Reporter
 from accessory.run.status import RunStatus
 
@@ -28,13 +27,13 @@ from accessory.run.status import RunStatus
 class Saver:
     """Saves `weights` (what a checkpoint holds, `trained` or more) and the state of `optimizer`.
 
-    `identity` and `conditions` are those of `state_record`; `keep_last` None keeps everything.
+    It keeps the losses and the time since the last save. `identity` and `conditions` are those of `state_record`.
+    `keep_last` None keeps everything.
     """
 
     writer: CheckpointWriter
-    weights: dict[str, nn.Parameter]
-    trained: dict[str, nn.Parameter]
-    slicings: dict[str, Slicing]
+    weights: NamedParameters
+    trained: NamedParameters
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
     conditions: dict[str, Any]
@@ -42,26 +41,41 @@ class Saver:
     reporter: Reporter
     status: RunStatus
     keep_last: int | None = None
+    losses: list[float] = field(default_factory=list, init=False)
+    saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         moments = self.layout.mp_size * state_bytes(self.identity["optim"], self.trained)
-        self.needed = checkpoint_bytes(self.weights, self.slicings, self.layout.mp_size, moments)
+        self.needed = checkpoint_bytes(self.weights, self.layout.mp_size, moments)
         self.retention = Retention(self.writer.output_dir, self.keep_last) if self.keep_last else None
 
     def check_room(self) -> None:
         """Raise `DiskFullError`, on all ranks, where a checkpoint has no room. A collective."""
         on_main(check_room, self.writer.output_dir, self.needed)
 
-    def __call__(self, progress: Progress, name: str, loss: float | None) -> None:
-        """Write the checkpoint `name`; `loss` is the mean of the steps since the one before. A collective.
+    def learned(self, loss: float) -> None:
+        """A step changed something; `loss` is what it was before. The next save tells the mean of such losses."""
+        self.losses.append(loss)
+
+    def is_late(self, minutes: float | None) -> bool:
+        """Whether the last save is so many minutes ago; None: it never is."""
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def __call__(self, progress: Progress) -> None:
+        """Write a checkpoint of the step after which `progress` is. A collective.
 
         Raises `CheckpointError`, on all ranks, where it could not be written; what was saved before is whole then.
         """
+        self.write(progress, sum(self.losses) / len(self.losses) if self.losses else None)
+        self.losses, self.saved_at = [], time.monotonic()
+
+    def write(self, progress: Progress, loss: float | None) -> None:
+        """The work of a save; `loss` is the mean since the one before, None where nothing was learned since."""
         began = time.monotonic()
         self.check_room()
-        weights = gather_whole(self.weights, self.slicings)
-        state = collect_training_state(self.optimizer, self.trained, self.slicings)
+        state = collect_training_state(self.optimizer, self.trained)
         record = state_record(progress, self.identity, self.conditions)
+        name, weights = progress.checkpoint_name, self.weights.gathered()
         path = self.writer.write(name, weights, state, record, progress.total_steps, loss)
         self.status.saved(progress.total_steps, path)
         if self.layout.is_main:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from accessory.checkpoint.save import CheckpointWriter, gather_whole
+from accessory.checkpoint.save import CheckpointWriter
 from accessory.errors import CheckpointError
 from accessory.parallel import groups
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
 from accessory.tokenizer import open_tokenizer
 
@@ -21,7 +22,7 @@ dims = {"rows": 0, "columns": 1, "whole": None}
 def weights():
     """This rank's slices, gathered as they are iterated."""
     parts = {name: whole if dim is None else whole.chunk(2, dim)[layout.mp_rank] for name, dim in dims.items()}
-    return gather_whole(parts, {name: Slicing(dim=dim) for name, dim in dims.items()})
+    return NamedParameters(parts, {name: Slicing(dim=dim) for name, dim in dims.items()}).gathered()
 
 
 CheckpointWriter(output, "model", {}, tokenizer).write("epoch0", weights(), {}, {}, 1)

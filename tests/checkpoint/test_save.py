@@ -16,9 +16,8 @@ from torch import Tensor
 from accessory.checkpoint import save
 from accessory.checkpoint.manifest import verify
 from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.save import CheckpointWriter, fresh_directory, gather_whole, write_json, write_tensors
+from accessory.checkpoint.save import CheckpointWriter, fresh_directory, write_json, write_tensors
 from accessory.errors import CheckpointError, DiskFullError
-from accessory.parallel.tensor import Slicing
 from accessory.tokenizer import open_tokenizer
 
 RUN = {"base": [], "quantization": None}
@@ -161,12 +160,6 @@ def test_large_models_are_written_in_shards(tmp_path: Path, weights, monkeypatch
     assert all(torch.equal(source.tensors[name].read(), weight) for name, weight in weights.items())
     write_tensors(tmp_path, "trainable", iter({"norm.weight": torch.ones(8)}.items()))
     assert [path.name for path in tmp_path.glob("trainable*")] == ["trainable.safetensors"]
-
-
-def test_gathering_is_in_the_order_of_names() -> None:
-    """All ranks must meet at the same tensor, however their dictionaries are ordered."""
-    gathered = gather_whole({"b": torch.ones(1), "a": torch.ones(1)}, {"a": Slicing(dim=0), "b": Slicing()})
-    assert [name for name, _ in gathered] == ["a", "b"]
 
 
 def test_two_ranks_write_the_whole_and_fail_together(torchrun, tiny_base: Path, tmp_path: Path) -> None:

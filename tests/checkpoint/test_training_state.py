@@ -24,6 +24,7 @@ from accessory.checkpoint.training_state import (
 from accessory.errors import CheckpointError
 from accessory.optim import build_adamw, build_optimizer
 from accessory.parallel.groups import Layout
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
 from accessory.quant.moments import pack_moment, unpack_moment
 
@@ -59,7 +60,8 @@ def step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) 
 
 def write(directory: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """As the checkpoint writer does."""
-    write_tensors(directory, "training_state", collect_training_state(optimizer, parameters, SLICINGS).items())
+    state = collect_training_state(optimizer, NamedParameters(parameters, SLICINGS))
+    write_tensors(directory, "training_state", state.items())
     write_json(directory / "training_state.json", state_record(PROGRESS, IDENTITY, conditions(Layout())))
 
 
@@ -74,7 +76,7 @@ def load(
     """As a resumed run does."""
     layout = layout or Layout()
     found = find_resumption(directory, IDENTITY | changes, conditions(layout), allowed)
-    restore_training_state(found, optimizer, parameters, SLICINGS, layout)
+    restore_training_state(found, optimizer, NamedParameters(parameters, SLICINGS), layout)
     return found
 
 
@@ -84,6 +86,20 @@ def saved_by(directory: Path, ranks: int, mp_size: int) -> None:
     record = json.loads(path.read_text())
     record["conditions"] |= {"world_size": ranks, "mp_size": mp_size}
     path.write_text(json.dumps(record))
+
+
+def test_progress_moves_on() -> None:
+    """Within an epoch and to the next; skipped steps count too, those in a row apart."""
+    progress = Progress(epoch=1, step=2, total_steps=7)
+    assert progress.checkpoint_name == "epoch1-iter2"
+    progress.advance(4, skipped=True)
+    assert progress == Progress(epoch=1, step=3, total_steps=8, skipped=1)
+    progress.advance(4, skipped=False)
+    assert progress == Progress(epoch=2, step=0, total_steps=9) and progress.checkpoint_name == "epoch1"
+    progress.rescale(finite=False)
+    assert (progress.loss_scale, progress.good_steps) == (32768.0, 0)
+    progress.rescale(finite=True)
+    assert (progress.loss_scale, progress.good_steps) == (32768.0, 1)
 
 
 @pytest.fixture
@@ -213,7 +229,7 @@ def test_padded_slices_hold_the_code_of_zero(tmp_path: Path) -> None:
     optimizer = build_optimizer("adamw8bit", cut, 0.1, 0.1)
     layout = Layout(rank=2, world_size=3, mp_rank=2, mp_size=3)
     found = find_resumption(tmp_path, IDENTITY, conditions(layout))
-    restore_training_state(found, optimizer, cut, {"wq.weight": padded}, layout)
+    restore_training_state(found, optimizer, NamedParameters(cut, {"wq.weight": padded}), layout)
     state = optimizer.state[cut["wq.weight"]]
     for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         values = unpack_moment(state[moment], state[f"{moment}_scales"], signed)
@@ -238,17 +254,18 @@ def test_padding_is_no_moment_on_another_layout(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.zeros(64, 100))
     optimizer = build_optimizer("adamw8bit", {"wq.weight": parameter}, 0.1, 0.1)
     found = find_resumption(tmp_path, IDENTITY, conditions(Layout()))
-    restore_training_state(found, optimizer, {"wq.weight": parameter}, {"wq.weight": padded}, Layout())
+    parameters = NamedParameters({"wq.weight": parameter}, {"wq.weight": padded})
+    restore_training_state(found, optimizer, parameters, Layout())
     assert all(torch.equal(optimizer.state[parameter][moment], values) for moment, values in wanted.items())
 
 
 def test_a_parameter_that_is_not_cut_in_8_bits_from_two_replicas(tmp_path: Path) -> None:
     """The only one there is; each of two data-parallel ranks quantized its shard."""
     torch.manual_seed(0)
-    parameters, slicings = {"w": nn.Parameter(torch.randn(64, 100))}, {"w": Slicing()}
+    parameters = NamedParameters({"w": nn.Parameter(torch.randn(64, 100))}, {"w": Slicing()})
     optimizer = build_optimizer("adamw8bit", parameters, 0.1, 0.1)
     step(parameters, optimizer)
-    saved, wanted = collect_training_state(optimizer, parameters, slicings), {}
+    saved, wanted = collect_training_state(optimizer, parameters), {}
     assert saved["step"] == 1
     for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         shards = [pack_moment(shard.square(), signed) for shard in parameters["w"].detach().chunk(2)]
@@ -258,7 +275,7 @@ def test_a_parameter_that_is_not_cut_in_8_bits_from_two_replicas(tmp_path: Path)
     write_tensors(tmp_path, "training_state", (saved | {"generator.cpu.1": torch.get_rng_state()}).items())
     write_json(tmp_path / "training_state.json", state_record(PROGRESS, IDENTITY, conditions(Layout(world_size=2))))
     found = find_resumption(tmp_path, IDENTITY, conditions(Layout()))
-    restore_training_state(found, optimizer, parameters, slicings, Layout())
+    restore_training_state(found, optimizer, parameters, Layout())
     assert all(torch.equal(optimizer.state[parameters["w"]][moment], values) for moment, values in wanted.items())
 
 

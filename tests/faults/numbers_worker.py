@@ -15,7 +15,6 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import destroy_model_parallel
 from safetensors.torch import load_file
 
-from accessory.checkpoint.save import gather_whole
 from accessory.config import FinetuneConfig, parse
 from accessory.engine import Engine
 from accessory.errors import AccessoryError
@@ -70,7 +69,7 @@ for kind, more in (*((kind, []) for kind in KINDS), ("nan", ["--not_finite", "sk
     except AccessoryError as error:
         said = f"{type(error).__name__}: {error}"
     engine = seen["engine"]
-    now = dict(gather_whole(engine.parameters, engine.slicings))
+    now = dict(engine.parameters.gathered())
     before = load_file(output / f"epoch0-iter{STEP - 1}" / "trainable.safetensors")
     unchanged = all(torch.equal(before[name], value) for name, value in now.items())
     results.append([kind, said, seen.get("fired", False), list(seen.get("ids", ())), seen["step"], unchanged])

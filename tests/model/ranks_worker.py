@@ -12,16 +12,15 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.load import fill, named_generator, targets
-from accessory.checkpoint.save import gather_whole
 from accessory.checkpoint.training_state import _place
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
-from accessory.optim import gradient_norm, sum_partial_gradients
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, gather_slices, own_slice
 
 SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
@@ -60,14 +59,15 @@ def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.
     hidden = decoder.train()(ids, decoder.sequences(LENGTHS))
     loss = cross_entropy_sum(hidden, decoder.head_weight, labels, 97)
     loss.backward()
-    parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    sum_partial_gradients(parameters, slicings)
-    found = {"loss": loss.detach(), "norm": gradient_norm(parameters, slicings)}
-    gradients = dict(gather_whole({name: p.grad for name, p in parameters.items()}, slicings))
+    weights = NamedParameters(dict(decoder.named_parameters()), slicings)
+    parameters = weights.only({name for name, p in weights.items() if p.requires_grad})
+    parameters.sum_partial_gradients()
+    found = {"loss": loss.detach(), "norm": parameters.gradient_norm()}
+    gradients = dict(parameters.gathered({name: p.grad for name, p in parameters.items()}))
     for name, whole in gradients.items():  # what a resumed run does with whole moments gives every rank its part again
         assert torch.equal(_place(whole, parameters[name], slicings[name], layout), parameters[name].grad), name
     found |= {f"gradient {name}": value.clone() for name, value in gradients.items()}
-    found |= {name: value.clone() for name, value in gather_whole(dict(decoder.named_parameters()), slicings)}
+    found |= {name: value.clone() for name, value in weights.gathered()}
     with torch.no_grad():
         found["logits"] = next_token_logits(decoder, hidden)
     prompts = [[5, 96, 33, 2, 60], [9], [77, 3, 50]]

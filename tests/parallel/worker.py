@@ -9,10 +9,10 @@ from torch import nn
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from accessory.errors import CheckpointError, DataError, ParallelError
-from accessory.optim import gradient_norm, scale_gradients, sum_partial_gradients
 from accessory.parallel import groups
 from accessory.parallel.agree import check_alike, highest, on_main, together
-from accessory.parallel.data import DataParallel, local, shard_like, sum_over_data_parallel, whole
+from accessory.parallel.data import DataParallel, local, reduce_gradients, shard_like, sum_over_data_parallel, whole
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import (
     WHOLE,
     Slicing,
@@ -99,12 +99,13 @@ def check_gradient_norm(rank: int) -> None:
     partial.grad = torch.full((4,), float(10**rank))
     parameters = {"sliced": sliced, "copied": copied, "partial": partial}
     slicings = {"sliced": Slicing(dim=0), "copied": WHOLE, "partial": Slicing(partial=True)}
-    sum_partial_gradients(parameters, slicings)
+    named = NamedParameters(parameters, slicings)
+    named.sum_partial_gradients()
     assert partial.grad.tolist() == [11.0] * 4
     expected = (4 * (1 + 4) + 4 * 9 + 4 * 121) ** 0.5
-    torch.testing.assert_close(gradient_norm(parameters, slicings), torch.tensor(expected))
-    scale_gradients(parameters, 0.5)
-    torch.testing.assert_close(gradient_norm(parameters, slicings), torch.tensor(expected / 2))
+    torch.testing.assert_close(named.gradient_norm(), torch.tensor(expected))
+    named.scale_gradients(0.5)
+    torch.testing.assert_close(named.gradient_norm(), torch.tensor(expected / 2))
 
 
 def check_data_parallel(layout: groups.Layout) -> None:
@@ -124,11 +125,10 @@ def check_data_parallel(layout: groups.Layout) -> None:
             rebuilt = shard_like(value, sharded[name])
             assert torch.equal(local(rebuilt), local(sharded[name].detach())), name
         x = torch.full((2, 5), float(layout.rank + 1))
-        data_parallel.reduce_gradients(model, last=True)
+        reduce_gradients(model, last=True)
         model(x).sum().backward()
         assert torch.equal(whole(model.weight.grad), torch.full((3, 5), 6.0))
-        slicings = dict.fromkeys(before, WHOLE)
-        norm = gradient_norm({n: p for n, p in sharded.items() if p.requires_grad}, slicings)
+        norm = NamedParameters(sharded, dict.fromkeys(before, WHOLE)).gradient_norm()
         torch.testing.assert_close(norm, torch.tensor((15 * 36 + 3 * 16.0) ** 0.5))
     assert sum_over_data_parallel(torch.tensor(layout.rank + 1.0)).item() == 3.0
 

@@ -19,6 +19,7 @@ from accessory.checkpoint.training_state import Progress, find_resumption
 from accessory.errors import DiskFullError
 from accessory.optim import build_optimizer
 from accessory.parallel import groups
+from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import WHOLE, Slicing
 from accessory.run.report import Reporter
 from accessory.run.saving import Saver
@@ -44,8 +45,8 @@ def saver(layout: groups.Layout, tiny_base: Path, tmp_path: Path) -> Callable[..
     def make(optim: str = "adamw", ranks: int = 1, rank: int = 0, keep_last: int | None = None) -> Saver:
         torch.manual_seed(0)
         shapes = {"wq.weight": (64, 100), "norm.weight": (6,), "frozen": (3, 5)}
-        weights = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-        trained = {name: weights[name] for name in ("wq.weight", "norm.weight")}
+        weights = NamedParameters({n: nn.Parameter(torch.randn(shape)) for n, shape in shapes.items()}, SLICINGS)
+        trained = weights.only({"wq.weight", "norm.weight"})
         optimizer = build_optimizer("adamw", trained, 0.1, 0.1)
         for parameter in trained.values():
             parameter.grad = torch.randn_like(parameter)
@@ -54,7 +55,7 @@ def saver(layout: groups.Layout, tiny_base: Path, tmp_path: Path) -> Callable[..
         out.mkdir(exist_ok=True)
         return Saver(
             CheckpointWriter(out, "trainable", {"meta.json": {}}, open_tokenizer(tiny_base)), weights, trained,
-            SLICINGS, optimizer, {"optim": optim, "seed": 3}, CONDITIONS, where, Reporter(None, 9, 0, where.is_main),
+            optimizer, {"optim": optim, "seed": 3}, CONDITIONS, where, Reporter(None, 9, 0, where.is_main),
             RunStatus(out, 1, where.is_main), keep_last,
         )  # fmt: skip
 
@@ -64,7 +65,10 @@ def saver(layout: groups.Layout, tiny_base: Path, tmp_path: Path) -> Callable[..
 def test_what_is_saved_can_be_gone_on_from(saver, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, moments, where the run stands, what it is; its size and time are told, its name kept in the status."""
     one = saver()
-    one(PROGRESS, "epoch1-iter2", 0.5)
+    for loss in (0.25, 0.75):
+        one.learned(loss)
+    one(PROGRESS)
+    assert not one.losses
     path = one.writer.output_dir / "epoch1-iter2"
     assert verify(path) == 7 and read_manifest(path)["loss"] == 0.5
     found = load_file(path / "trainable.safetensors")
@@ -83,7 +87,7 @@ def test_what_is_saved_can_be_gone_on_from(saver, capsys: pytest.CaptureFixture[
 def test_only_the_main_rank_tells_and_removes(saver, capsys: pytest.CaptureFixture[str]) -> None:
     one = saver(rank=1, keep_last=1)
     for n in range(2):
-        one(Progress(n, 0, n + 1), f"epoch{n}", None)
+        one(Progress(n + 1, 0, n + 1))
     assert not capsys.readouterr().out and len(list(one.writer.output_dir.glob("epoch*"))) == 2
 
 
@@ -98,10 +102,10 @@ def test_room_is_for_weights_moments_and_more(saver) -> None:
 def test_without_room_nothing_is_begun(saver) -> None:
     """Earlier checkpoints stay."""
     one = saver()
-    one(PROGRESS, "epoch0", None)
+    one(Progress(1, 0, 4))
     one.needed = 10**18
     with pytest.raises(DiskFullError, match="a checkpoint needs 1,000,000,000,000,000,000 bytes"):
-        one(PROGRESS, "epoch1", None)
+        one(PROGRESS)
     assert [path.name for path in one.writer.output_dir.glob("epoch*")] == ["epoch0"]
 
 
@@ -110,9 +114,9 @@ def test_older_ones_go_where_that_is_wanted(saver, capsys: pytest.CaptureFixture
     for keep_last, left in ((None, ["epoch0", "epoch1", "epoch2"]), (2, ["epoch1", "epoch2"])):
         one = saver(keep_last=keep_last)
         for n in range(3):
-            one(Progress(n, 0, n + 1), f"epoch{n}", None)
+            one(Progress(n + 1, 0, n + 1))
         assert sorted(path.name for path in one.writer.output_dir.glob("epoch*")) == left
     (one.writer.output_dir / ".epoch1.removed").touch()
-    one(Progress(3, 0, 4), "epoch3", None)
+    one(Progress(4, 0, 4))
     assert f"{one.writer.output_dir / 'epoch1'}: could not be removed (Not a directory)" in capsys.readouterr().out
     assert json.loads((one.writer.output_dir / "epoch1" / MANIFEST_FILE).read_text())["step"] == 2

@@ -54,7 +54,7 @@ def measure(step: Callable[[], object], engine: Engine) -> dict[str, float]:
 
     On a GPU its kernels' time counts, and `IDLE` is what they leave of the step's.
     """
-    device = engine.layout.device
+    device = engine.parameters.device
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with _labels(engine.order), profile(activities=activities) as profiled:
         began = time.perf_counter()

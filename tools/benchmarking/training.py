@@ -12,7 +12,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
-from accessory.engine import Engine, Schedule
+from accessory.engine import Engine, StepSettings
 from accessory.errors import ConfigError
 from accessory.memory.recompute import choose_layers, recompute_layers
 from accessory.meta import MetaModel
@@ -23,6 +23,8 @@ from accessory.model.families import architecture_of
 from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
+from accessory.parallel.parameters import NamedParameters
+from accessory.run.course import Schedule
 from accessory.run.report import Reporter
 from accessory.run.signals import StopSignals
 from tools.benchmarking.random_parts import random_corpus, random_source
@@ -77,7 +79,7 @@ class Training:
         slicings = {target.name: target.slicing for target in targets(decoder)}
         model = MetaModel(decoder, blueprint.tokenizer, self.max_words)
         data_parallel.shard_root(model)
-        parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
+        parameters = NamedParameters(dict(decoder.named_parameters()), slicings).only(attachment.trainable)
         order = GlobalOrder(
             self._corpus(blueprint, layout), batch_size=self.batch_size, accum_iter=1, dp_rank=layout.dp_rank,
             dp_size=layout.dp_size, shuffle=False,
@@ -86,16 +88,13 @@ class Training:
         return Engine(
             model=model,
             parameters=parameters,
-            slicings=slicings,
             optimizer=build_optimizer(self.optim, parameters, self.lr, weight_decay=0.0),
             order=order,
             schedule=Schedule(1, order.steps_per_epoch, 0.0, self.lr, self.lr, 2.0, 1, 1),
-            data_parallel=data_parallel,
-            layout=layout,
+            settings=StepSettings(scales_loss=self.precision == "fp16"),
             reporter=Reporter(None, 0, 0, enabled=False),
-            save=lambda *_: None,
+            saver=None,
             signals=StopSignals(),
-            scales_loss=self.precision == "fp16",
         )
 
     def _blueprint(self, layout: Layout) -> tuple[Blueprint, list[Source]]:

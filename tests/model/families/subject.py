@@ -14,9 +14,10 @@ from accessory.generate import generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
-from accessory.optim import build_adamw, sum_partial_gradients
+from accessory.optim import build_adamw
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
+from accessory.parallel.parameters import NamedParameters
 from accessory.quant import storage
 
 LENGTHS = (19, 1, 12)
@@ -52,8 +53,8 @@ def measure(directory: Path, layout: Layout) -> dict[str, Tensor]:
 def train(directory: Path, layout: Layout) -> Tensor:
     """Mean loss of a repeated batch before each step of AdamW, fp32 [STEPS]."""
     decoder, _ = read_decoder(directory, layout, train=True)
-    parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     slicings = {target.name: target.slicing for target in targets(decoder)}
+    parameters = NamedParameters({name: p for name, p in decoder.named_parameters() if p.requires_grad}, slicings)
     optimizer = build_adamw(parameters, RATE, 0.0)
     losses = []
     for _ in range(STEPS):
@@ -61,7 +62,7 @@ def train(directory: Path, layout: Layout) -> Tensor:
         loss = cross_entropy_sum(hidden, decoder.head_weight, IDS.roll(-1), decoder.args.vocab_size) / len(IDS)
         optimizer.zero_grad()
         loss.backward()
-        sum_partial_gradients(parameters, slicings)
+        parameters.sum_partial_gradients()
         optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses)

@@ -1,0 +1,88 @@
+"""Parameters by name, each with how it is cut over the ranks: what is asked of all of them and of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from accessory.parallel.data import local, sum_over_data_parallel, whole
+from accessory.parallel.groups import model_parallel_group
+from accessory.parallel.tensor import Slicing, gather_slices
+
+
+class NamedParameters(Mapping[str, nn.Parameter]):
+    """Name -> this rank's part of a parameter; `slicings` says by name which part of the whole one it is.
+
+    `slicings` may name more. The gradients are those of the last backward; a parameter may have none.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], slicings: Mapping[str, Slicing]) -> None:
+        self._parameters, self.slicings = dict(parameters), slicings
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of them lie."""
+        return next(iter(self._parameters.values())).device
+
+    def only(self, names: Collection[str]) -> NamedParameters:
+        """Those with such names, in the same order."""
+        return NamedParameters({name: p for name, p in self.items() if name in names}, self.slicings)
+
+    def gathered(self, values: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Each whole parameter, put together from all ranks' parts, on the CPU, one at a time, by name.
+
+        values: what is put together instead, cut as the parameters of these names are. A collective: all ranks iterate.
+        """
+        values = self if values is None else values
+        for name in sorted(values):
+            slicing = self.slicings[name]
+            tensor = gather_slices(whole(values[name].detach()), slicing.dim)
+            if slicing.whole is not None:  # the last slices were padded
+                tensor = tensor.narrow(slicing.dim, 0, slicing.whole)
+            yield name, tensor.cpu()
+
+    def sum_partial_gradients(self) -> None:
+        """Complete the gradients of which every model-parallel rank holds only its share, in one message."""
+        group = model_parallel_group()
+        shares = [local(p.grad) for name, p in self.items() if self.slicings[name].partial and p.grad is not None]
+        if dist.get_world_size(group) == 1 or not shares:
+            return
+        flat = torch.cat([share.flatten() for share in shares])
+        dist.all_reduce(flat, group=group)
+        for share, total in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
+            share.copy_(total.view_as(share))
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the whole gradient, fp32 [], equal on every rank; each value counts once however it is cut."""
+        sliced, copied = [], []
+        for name, parameter in self.items():
+            if parameter.grad is not None:
+                (copied if self.slicings[name].dim is None else sliced).append(local(parameter.grad))
+        squares = torch.stack([_sum_of_squares(sliced, self.device), _sum_of_squares(copied, self.device)])
+        dist.all_reduce(squares[:1], group=model_parallel_group())
+        return sum_over_data_parallel(squares.sum()).sqrt()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient by `factor`, in place."""
+        gradients = [local(p.grad) for p in self.values() if p.grad is not None]
+        if factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, factor)
+
+
+def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(gradients)).square().sum()

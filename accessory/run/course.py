@@ -1,0 +1,88 @@
+"""The course of a run: how many steps it has, how fast it learns in each, and after which it is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from accessory.checkpoint.training_state import Progress
+from accessory.config import FinetuneConfig
+from accessory.data.order import GlobalOrder
+from accessory.optim import learning_rate
+
+FEW_STEPS = 30
+"""A run with fewer optimizer steps is told so."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, how fast, and when to save. Steps are optimizer steps."""
+
+    epochs: int
+    steps_per_epoch: int
+    warmup_epochs: float
+    lr: float
+    min_lr: float
+    clip_grad: float
+    save_every_epochs: int
+    save_every_steps: int
+    max_steps: int | None = None
+    save_every_minutes: float | None = None
+    skipped_count: bool = True
+    """Whether steps that changed nothing count towards `max_steps`."""
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether nothing is left to train."""
+        taken = progress.total_steps - (0 if self.skipped_count else progress.skipped)
+        return progress.epoch >= self.epochs or (self.max_steps is not None and taken >= self.max_steps)
+
+    def total_steps(self, progress: Progress) -> int:
+        """Steps of the whole run, those up to `progress` included."""
+        planned = progress.total_steps + (self.epochs - progress.epoch) * self.steps_per_epoch - progress.step
+        return min(planned, self.max_steps) if self.max_steps else planned
+
+    def learning_rate(self, epoch: float) -> float:
+        """At a fractional epoch; a step is given the epoch at its end, so that the first one already learns."""
+        return learning_rate(
+            epoch, lr=self.lr, min_lr=self.min_lr, warmup_epochs=self.warmup_epochs, epochs=self.epochs
+        )
+
+    def saves_after(self, progress: Progress) -> bool:
+        """Whether the steps or epochs that are done make it time to save."""
+        if progress.step == 0:
+            return progress.epoch % self.save_every_epochs == 0
+        return progress.step % self.save_every_steps == 0
+
+
+def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) -> Schedule:
+    """The schedule that the flags ask for; a dry run takes one true step from `progress` on."""
+    return Schedule(
+        epochs=config.epochs,
+        steps_per_epoch=order.steps_per_epoch,
+        warmup_epochs=config.warmup_epochs,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        clip_grad=config.clip_grad,
+        save_every_epochs=config.save_interval,
+        save_every_steps=config.save_steps or max(config.save_iteration_interval // config.accum_iter, 1),
+        save_every_minutes=config.save_minutes,
+        max_steps=progress.total_steps + 1 if config.dry_run else config.max_steps,
+        skipped_count=not config.dry_run,
+    )
+
+
+def course_notes(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, progress: Progress) -> list[str]:
+    """Lines on how many steps the run has, and on what to change if they are too few to learn from."""
+    steps = replace(schedule, max_steps=config.max_steps).total_steps(progress)  # not the one of a dry run
+    epochs = steps / order.steps_per_epoch
+    notes = [f"optimizer steps: {steps:,}, {order.steps_per_epoch:,} an epoch, of {order.global_batch} documents each"]
+    if schedule.warmup_epochs >= epochs:
+        reached = schedule.learning_rate(epochs)
+        notes.append(
+            f"the run ends within its warm-up, at a learning rate of {reached:.2e}: --warmup_epochs is "
+            f"{schedule.warmup_epochs:g}, the run {epochs:.3g} epochs"
+        )
+    if steps < FEW_STEPS and config.max_steps is None:
+        smaller = [f"a smaller --{name}" for name in ("accum_iter", "batch_size") if getattr(config, name) > 1]
+        ways = " or ".join(["more --epochs", *smaller])
+        notes.append(f"{steps} steps may be too few to learn anything; for more steps give {ways}")
+    return notes

@@ -1,0 +1,92 @@
+"""What a run is: what must be equal for it to be resumed at all, what for that to be bit for bit, and what changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from accessory import kernels
+from accessory.blueprint import Blueprint
+from accessory.checkpoint.source import Source
+from accessory.checkpoint.training_state import Progress, Resumption, find_resumption
+from accessory.config import FinetuneConfig, plain
+from accessory.data.corpus import Corpus
+from accessory.data.order import GlobalOrder
+from accessory.optim import FIRST_LOSS_SCALE
+from accessory.parallel.groups import Layout
+
+_COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
+"""Flags that set what a step does, or how long a run is."""
+_FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
+"""Flag -> the flag from which its value follows if it is not given."""
+_PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
+"""Flags that may differ from node to node: what lies there is compared instead."""
+_ORDER = frozenset(("data", "seed", "global_batch"))
+"""Of a run's identity: what its documents' order follows from."""
+_SCALED = frozenset(("precision", "base", "quantization", "data"))
+"""Of a run's identity: what the size of its gradients depends on, and so fp16's loss scale."""
+
+
+def shared_flags(config: FinetuneConfig) -> dict[str, Any]:
+    """The flags that all processes of a run must be given alike."""
+    return {name: value for name, value in plain(config).items() if name not in _PLACES}
+
+
+def identity_of(
+    config: FinetuneConfig, blueprint: Blueprint, base: list[Source], corpus: Corpus, order: GlobalOrder
+) -> dict[str, Any]:
+    """What must not change between a run and its resumption, or it would be another run."""
+    return {
+        "llama_type": blueprint.llama_type,
+        "settings": blueprint.method.settings.model_dump(),
+        "base": [source.fingerprint()[:16] for source in base],
+        "data": corpus.identity,
+        "seed": config.seed,
+        "global_batch": order.global_batch,
+        "quantization": blueprint.quant_type,
+        "optim": config.optim,
+        **{name: getattr(config, name) for name in _COURSE},
+    }
+
+
+def conditions_of(config: FinetuneConfig, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
+    """What must not change for a resumed run to go on bit for bit: all that changes how sums are rounded."""
+    return {
+        "world_size": layout.world_size,
+        "mp_size": layout.mp_size,
+        "device": layout.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kernels": kernels.computing(layout.device, dtype),
+        **{name: getattr(config, name) for name in ("data_parallel", "batch_size", "accum_iter", "max_tokens")},
+    }
+
+
+def resumed(config: FinetuneConfig, identity: dict[str, Any], conditions: dict[str, Any]) -> Resumption | None:
+    """What `--resume` says to go on from, if anything. Raises `CheckpointError` where it belongs to another run."""
+    if config.resume is None:
+        return None
+    follows = {name: of for name, of in _FOLLOWS.items() if name not in config.model_fields_set}
+    return find_resumption(config.resume, identity, conditions, config.allow_changed, follows)
+
+
+def beginning(found: Resumption | None) -> tuple[Progress, list[str]]:
+    """Where the run begins, and what to tell the user about it.
+
+    The epoch begins anew if the order of its documents has changed, the loss scale if the gradients' size has.
+    """
+    if found is None:
+        return Progress(), []
+    progress, notes = found.progress, [f"resuming {found.directory} after step {found.progress.total_steps}"]
+    if found.inexact:
+        notes.append(f"not bit for bit: {'; '.join(found.inexact)}")
+    if found.changed:
+        notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
+    if _SCALED.intersection(found.changed):
+        progress = replace(progress, loss_scale=FIRST_LOSS_SCALE, good_steps=0)
+    if progress.step and _ORDER.intersection(found.changed):
+        notes.append(f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
+        progress = replace(progress, step=0)
+    return progress, notes

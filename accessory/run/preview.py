@@ -1,0 +1,76 @@
+"""What a run says before it reads any weight: what will be trained, where, and what memory a step takes."""
+
+from __future__ import annotations
+
+from accessory.blueprint import Blueprint
+from accessory.config import FinetuneConfig
+from accessory.data.corpus import Corpus
+from accessory.data.order import GlobalOrder
+from accessory.memory.plan import StepMemory, device_memory, parameter_counts
+from accessory.memory.recompute import choose_layers
+from accessory.method import Attachment
+from accessory.model.decoder import Decoder
+from accessory.parallel.groups import Layout
+
+
+def preview(
+    config: FinetuneConfig,
+    layout: Layout,
+    blueprint: Blueprint,
+    order: GlobalOrder,
+    decoder: Decoder,
+    attachment: Attachment,
+) -> tuple[int, list[str]]:
+    """(how many layers to recompute, what to tell the user), for a decoder on meta. A collective.
+
+    Raises `ConfigError` for a `--checkpointing` that cannot be.
+    """
+    step = StepMemory(
+        decoder, attachment, layout,
+        tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),
+        micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # whether gradients wait for others
+        data_parallel=config.data_parallel, optim=config.optim, offload=config.offload_inputs,
+    )  # fmt: skip
+    n_layers = sum(1 for _ in decoder.blocks())
+    recomputed, why = choose_layers(config.checkpointing, n_layers, step.plan, layout, remedies(config))
+    trained, total = parameter_counts(decoder, attachment)
+    packed = blueprint.quant_type
+    stored = f"{packed} in the blocks, {config.precision} elsewhere" if packed else config.precision
+    notes = [
+        f"{blueprint.llama_type} on {layout.world_size} x {layout.device.type}: model parallel {layout.mp_size}, data "
+        f"parallel {layout.dp_size} ({config.data_parallel}); weights in {stored}",
+        f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.3f} %)",
+        *blueprint.notes,
+    ]
+    if config.pretrained_type:
+        notes.append(f"--pretrained_type {config.pretrained_type} is needless: formats are told from the files")
+    if config.checkpointing not in ("none", 0):
+        moved = ", their inputs kept in host memory" if config.offload_inputs else ""
+        notes.append(f"recomputed layers: {recomputed} of {n_layers}{f' ({why})' if why else ''}{moved}")
+    if config.optim == "paged_adamw" and layout.device.type == "cpu":
+        notes.append("--optim paged_adamw is adamw on the CPU: there is no smaller memory to page out of")
+    title = f"a micro-batch of {order.most_tokens:,} tokens (the most there can be)"
+    return recomputed, [*notes, step.plan(recomputed).table(title, device_memory(layout.device))]
+
+
+def corpus_notes(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus) -> list[str]:
+    """What the data are, and what in them the model will not see. Raises `DataError` for a document it cannot hold."""
+    args = blueprint.args
+    notes = [
+        *corpus.check_lengths(args.longest_document, args.stated_length),
+        f"data {config.data_config}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
+    ]
+    if unheld := corpus.without(config.new_tokens):
+        notes.append(f"--new_tokens: no document holds {', '.join(unheld)}")
+    return notes
+
+
+def remedies(config: FinetuneConfig) -> str:
+    """Flags that make a step smaller and are not used yet."""
+    found = ["a smaller --max_words"]
+    found.append("a smaller --batch_size" if config.max_tokens is None else "a smaller --max_tokens")
+    found += [] if config.quant else ["--quant with a method that trains a small part"]
+    found += [] if config.optim == "adamw8bit" else ["--optim adamw8bit"]
+    found += [] if config.checkpointing in ("all", "auto") else ["--checkpointing"]
+    found += [] if config.data_parallel == "fsdp" else ["--data_parallel fsdp on more ranks"]
+    return ", ".join([*found, "--model_parallel_size on more ranks"])

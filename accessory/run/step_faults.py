@@ -1,0 +1,73 @@
+"""What is said of a step that cannot be used and of a run that cannot go on: after which step, with which documents."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.checkpoint.training_state import Progress
+from accessory.data.batch import PackedBatch
+from accessory.data.order import GlobalOrder
+from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
+from accessory.optim import FIRST_LOSS_SCALE
+from accessory.run.signals import name_of
+
+_NAMED = 8  # documents in a message
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose allocator has no error of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progress, spare: str) -> OutOfMemoryError:
+    """For micro-batch `number` (from 0) of `count`; `spare` says what makes a step smaller."""
+    return OutOfMemoryError(
+        f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
+        f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
+        f"What is saved is whole. Less memory is needed with {spare}."
+    )
+
+
+def suspects(order: GlobalOrder, progress: Progress, losses: list[Tensor]) -> str:
+    """The documents of the step's micro-batches whose loss is not finite, over all ranks, or all. A collective.
+
+    losses: those of this rank's micro-batches.
+    """
+    batches = order.micro_batches(progress.epoch, progress.step)
+    mine = [i for batch, own in zip(batches, losses, strict=True) if not own.isfinite() for i in batch.sample_ids]
+    of_all: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_all, mine)
+    ids = sorted({i for of_one in of_all for i in of_one})
+    if ids:
+        where = "Documents whose micro-batch has no finite loss"
+    else:
+        where = "Every micro-batch has a finite loss; documents of the step"
+        ids = sorted(order.global_ids(progress.epoch, progress.step).tolist())
+    shown = ", ".join(order.corpus.where(i) for i in ids[:_NAMED])
+    return f"{where}: {shown}{f' and {len(ids) - _NAMED} more' if len(ids) > _NAMED else ''}."
+
+
+def not_finite(said: str, scales_loss: bool) -> NotFiniteError:
+    """`said`, on all ranks, and what may help."""
+    wider = "give --precision bf16 or fp32, whose range is wider, " if scales_loss else ""
+    ways = f"Look at the documents, {wider}lower --lr, or set --clip_grad; what is saved is whole."
+    return NotFiniteError(f"{said} {ways}", common=True)
+
+
+def nothing_learned(progress: Progress, scales_loss: bool) -> NotFiniteError:
+    """For a run that is over and skipped every step."""
+    said = f"All {progress.skipped} steps of the run were skipped: nothing was learned."
+    if scales_loss and progress.loss_scale < FIRST_LOSS_SCALE:
+        scale = f"The loss scale, {progress.loss_scale:g} by now, was still being lowered"
+        said = f"{said} {scale}: give more --max_steps or --epochs."
+    return not_finite(said, scales_loss)
+
+
+def preempted(number: int, progress: Progress, saved: bool) -> Preempted:
+    """For a run that stops, on all ranks, since one of them got the signal `number`; saved: whether it saves at all."""
+    rest = ". Nothing is saved: this run writes nothing."
+    if saved:
+        rest = f", which is saved as {progress.checkpoint_name}. Go on with --resume latest."
+    return Preempted(f"Stopped by {name_of(number)} after step {progress.total_steps}{rest}", common=True)
