@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import fire
 from pydantic import BaseModel
@@ -26,28 +26,29 @@ Config = TypeVar("Config", bound=BaseModel)
 _GRACE = 5.0  # seconds that other ranks leave the main one to speak, before the launcher ends everyone
 
 
-def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> None:
+def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoReturn:
     """Parse the command line into `config_class` and call `main`.
 
-    Leaves the process with status 0, that of the `AccessoryError` which ended it, or 1 for what was not foreseen.
+    Ends the process with status 0, that of the `AccessoryError` which ended it, or 1 for what was not foreseen.
     """
     die_with_launcher()
+    status = 0
     try:
         main(parse(config_class, sys.argv[1:]))
     except Exception as error:
-        _leave(groups.settle(error))
-    finally:
-        groups.stop()
+        status = _told(groups.settle(error))
+    groups.end_process(status)
 
 
-def run_tool(main: Callable[[], object]) -> None:
+def run_tool(main: Callable[[], object]) -> NoReturn:
     """Run a command of `tools/`; what the user can mend becomes one line and a status of 1."""
+    status = 0
     try:
         main()
     except AccessoryError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    finally:
-        groups.stop()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        status = 1
+    groups.end_process(status)
 
 
 def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
@@ -81,8 +82,8 @@ def sources_and_target(paths: tuple[object, ...]) -> list[Path]:
     return [Path(str(path)) for path in paths]
 
 
-def _leave(error: AccessoryError) -> None:
-    """Print the message, if this rank is to, and end the process; torchrun puts it into its report, too."""
+def _told(error: AccessoryError) -> int:
+    """Print the message, if this rank is to; torchrun puts it into its report, too. Returns the process's status."""
     if error.speaks:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -90,4 +91,4 @@ def _leave(error: AccessoryError) -> None:
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE)
-    sys.exit(error.status)
+    return error.status

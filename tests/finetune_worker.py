@@ -35,4 +35,4 @@ for flags in json.loads(Path(sys.argv[1]).read_text()):
     if dist.get_world_size() == config.model_parallel_size and config.resume is None:  # not sharded over data
         check_reload(model, config)
     destroy_model_parallel()  # the next run may lay other groups over the same processes
-groups.stop()  # a process that ends inside its group may abort on the way out
+groups.end_process()

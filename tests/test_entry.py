@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from accessory.errors import ConfigError
+
 MAIN = Path(__file__).resolve().parent.parent / "accessory" / "main_finetune.py"
 
 
@@ -112,3 +114,11 @@ def test_found_before_anything_is_read(bad: str, tiny_base, tmp_path, python) ->
     assert done.returncode == 2
     assert {"file": "--output_dir", "nothing_to_train": "nothing would be trained"}[bad] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "status"), [("entry", ConfigError.status), ("tool", 1)])
+def test_a_thread_that_frees_tensors_does_not_abort_the_end(kind: str, status: int, tiny_base, python) -> None:
+    """An interpreter that is taken apart meanwhile is ended by SIGABRT."""
+    done = python("-m", "tests.ending_worker", kind, "--pretrained_path", tiny_base)
+    assert (done.returncode, done.stdout) == (status, "written"), done.stderr
+    assert done.stderr.strip() == "ConfigError: said"

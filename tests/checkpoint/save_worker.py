@@ -31,4 +31,4 @@ try:
     CheckpointWriter(output / "file", "model", {}, tokenizer).write("epoch0", weights(), {}, {}, 1)
 except CheckpointError as error:
     (output / f"refused.{layout.rank}").write_text(str(error))
-groups.stop()
+groups.end_process()

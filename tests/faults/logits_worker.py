@@ -22,4 +22,4 @@ with torch.inference_mode():
     logits = next_token_logits(decoder, hidden)
 if layout.is_main:
     save_file({"logits": logits.clone()}, file)
-groups.stop()
+groups.end_process()

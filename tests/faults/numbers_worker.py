@@ -78,4 +78,4 @@ every = [None] * dist.get_world_size()
 dist.all_gather_object(every, results)
 if dist.get_rank() == 0:
     Path(sys.argv[3]).write_text(json.dumps(every))
-groups.stop()
+groups.end_process()

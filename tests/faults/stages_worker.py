@@ -62,4 +62,4 @@ every = [None] * dist.get_world_size()
 dist.all_gather_object(every, results)
 if os.environ["RANK"] == "0":
     Path(sys.argv[3]).write_text(json.dumps(every))
-groups.stop()
+groups.end_process()

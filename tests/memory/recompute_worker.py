@@ -21,4 +21,4 @@ def plan(layers: int) -> MemoryPlan:
 alone = next(layers for layers in range(9) if plan(layers).total <= 0.45 * free)
 chosen, _ = choose_layers("auto", 8, plan, layout, "")
 Path(sys.argv[1], str(layout.rank)).write_text(f"{alone} {chosen}")
-groups.stop()
+groups.end_process()

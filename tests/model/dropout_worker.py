@@ -29,4 +29,4 @@ again, other = dropped("column")  # and stay alike
 assert torch.equal(again, other)
 assert not torch.equal(again, one)
 print(f"OK {layout.rank}", flush=True)
-groups.stop()
+groups.end_process()

@@ -95,4 +95,4 @@ everything = {
 everything |= {f"loss in {dtype}": of_the_loss(dtype, layout) for dtype in (torch.float32, torch.bfloat16)}
 if layout.is_main:
     torch.save(everything, sys.argv[1])
-groups.stop()
+groups.end_process()

@@ -143,4 +143,4 @@ assert (layout.mp_rank, layout.mp_size, layout.dp_rank, layout.dp_size) == expec
     "data": lambda: check_data_parallel(layout),
 }[scenario]()
 print(f"OK {layout.rank}", flush=True)
-groups.stop()
+groups.end_process()

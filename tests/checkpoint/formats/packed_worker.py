@@ -31,4 +31,4 @@ for path in sys.argv[1:]:
             )
     sys.stdout.write(f"codes {equal} equal\n")
     sys.stdout.flush()
-groups.stop()
+groups.end_process()

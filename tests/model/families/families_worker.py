@@ -15,4 +15,4 @@ root = Path(sys.argv[1])
 found = {path.name: measure(path, layout) for path in sorted(root.iterdir()) if path.is_dir()}
 if layout.is_main:
     torch.save(found, sys.argv[2])
-groups.stop()
+groups.end_process()
