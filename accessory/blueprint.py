@@ -16,7 +16,7 @@ from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import Source, read_json, settings_read_by
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.foreign_names import unknown
-from accessory.method import METHODS, Attachment, Method
+from accessory.method import METHODS, Attachment, Method, setting_names
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES, FAMILIES, architecture_of
@@ -24,8 +24,6 @@ from accessory.parallel.groups import Layout
 from accessory.quant import storage
 from accessory.tokenizer import Tokenizer, holds_tokenizer, open_tokenizer, with_added_tokens
 
-LLAMA_TYPES = {family + suffix: (family, method) for family in FAMILIES for suffix, method in
-               (("", "full"), ("_peft", "peft"))}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _FAMILY_OF = (
     {name: architecture.family for name, architecture in ARCHITECTURES.items()}
@@ -42,6 +40,11 @@ _THEIR_KEYS = {
 }
 """Key of Hugging Face's config.json -> ours."""
 SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the embedding's, that may belong together
+
+
+def llama_types() -> dict[str, tuple[str, type[Method]]]:
+    """Each value of `--llama_type`, and the family and method it names."""
+    return {family + method.suffix: (family, method) for family in FAMILIES for method in METHODS.values()}
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,13 @@ def draw_blueprint(
     missing or foreign tokenizer.
     """
     llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
-    method_class = _method_class(llama_type)
+    family, method_class = _named(llama_type)
     quant_type = _storage(sources, quant, quant_type)
     if quant_type and train and (fault := method_class.storage_fault(quant_type)):
-        family = LLAMA_TYPES[llama_type][0]
-        others = [t for t, (f, m) in LLAMA_TYPES.items() if f == family and not METHODS[m].storage_fault(quant_type)]
+        others = [family + method.suffix for method in METHODS.values() if not method.storage_fault(quant_type)]
         raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
     args, method = _settings(sources, llama_config, method_class)
-    _check_family(llama_type, args)
+    _check_family(llama_type, family, method_class, args)
     _check_blocks(args, sources)
     tokenizer = _tokenizer(sources, tokenizer_path)
     tokenizer = with_added_tokens(tokenizer, new_tokens) if new_tokens else tokenizer
@@ -136,14 +138,12 @@ def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | Non
     return packed.storage
 
 
-def _check_family(llama_type: str, args: ModelArgs) -> None:
-    wanted, suffix = LLAMA_TYPES[llama_type][0], llama_type.partition("_")[2]
+def _check_family(llama_type: str, wanted: str, method: type[Method], args: ModelArgs) -> None:
     family = architecture_of(args.architecture, "architecture").family
     if family != wanted:
-        right = family + (f"_{suffix}" if suffix else "")
         raise ConfigError(
             f"--llama_type {llama_type}: the checkpoint is a {args.architecture}, of the family {family}; "
-            f"use --llama_type {right}."
+            f"use --llama_type {family}{method.suffix}."
         )
 
 
@@ -165,27 +165,29 @@ def _plain_linears(sources: list[Source]) -> frozenset[str]:
     return frozenset(name.removesuffix(".weight") for name, t in matrices.items() if not isinstance(t, PackedTensor))
 
 
-def _method_class(llama_type: str) -> type[Method]:
-    if llama_type not in LLAMA_TYPES:
-        known = ", ".join(LLAMA_TYPES)
-        hint = _family_hint(llama_type) or nearest(llama_type, LLAMA_TYPES)
-        raise ConfigError(f"--llama_type {llama_type!r} is not supported.{hint} Known: {known}.")
-    return METHODS[LLAMA_TYPES[llama_type][1]]
+def _named(llama_type: str) -> tuple[str, type[Method]]:
+    known = llama_types()
+    if llama_type not in known:
+        hint = _family_hint(llama_type) or nearest(llama_type, known)
+        raise ConfigError(f"--llama_type {llama_type!r} is not supported.{hint} Known: {', '.join(known)}.")
+    return known[llama_type]
 
 
 def _family_hint(llama_type: str) -> str:
     """What to write instead of a `llama_type` that begins with a model's name, or ends in an unknown method."""
-    model, method = re.fullmatch(r"(.*?)((?:_(?:full|q?lora|peft))?)", llama_type.lower().replace("-", "_")).groups()
+    suffixes = {method.suffix: method.suffix for method in METHODS.values()}
+    suffixes |= {f"_{word}": method.suffix for method in METHODS.values() for word in method.also_called}
+    model, method = re.fullmatch(f"(.*?)({'|'.join(suffixes)}|)", llama_type.lower().replace("-", "_")).groups()
     beginnings = [name for name in _FAMILY_OF if model.startswith(name)]
     if not beginnings or (model in FAMILIES and not method):
         return ""
     name = max(beginnings, key=len)
     rest = model.removeprefix(name).lstrip("0123456789._b")
     if rest and name in FAMILIES:  # such as llama_adapter, llama_qformerv2_peft
-        return f" There is no {rest!r} yet, only all weights ({name}) and norms, biases and LoRA ({name}_peft)."
+        there_is = "; ".join(f"{known.summary} ({name}{known.suffix})" for known in METHODS.values())
+        return f" There is no {rest!r} yet, only {there_is}."
     family = _FAMILY_OF[name]
-    right = family if method in ("", "_full") else f"{family}_peft"
-    return f" Use --llama_type {right}: {name} is of the family {family}."
+    return f" Use --llama_type {family}{suffixes.get(method, '')}: {name} is of the family {family}."
 
 
 def _settings(sources: list[Source], llama_config: list[Path], method_class: type[Method]) -> tuple[ModelArgs, Method]:
@@ -198,7 +200,7 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
     merged["rotary_layout"] = sources[0].rotary_layout
     faults = []
     for path in llama_config:
-        content = _stated_settings(path)
+        content = method_class.translated(_stated_settings(path))
         faults += [f"{path}: unknown key {key!r}{_unknown_key(key, model_keys | method_keys)}"
                    for key in content if key not in model_keys | method_keys]  # fmt: skip
         merged |= content
@@ -244,13 +246,13 @@ def _unknown_key(key: str, known: set[str]) -> str:
     if key in _THEIR_KEYS:
         return f': it is "{_THEIR_KEYS[key]}" here; or give the whole config.json, with its model_type.'
     if home := next((name for name, method in METHODS.items() if key in method.Settings.model_fields), None):
-        return f": it goes with a --llama_type that ends in _{home}."
+        return f": it goes with a --llama_type that ends in {METHODS[home].suffix}."
     return unknown(key, known)
 
 
 def _unread(source: Source) -> tuple[str, ...]:
     """A note on the keys of a checkpoint's own settings that are unknown here; empty if there are none."""
-    known = set(ModelArgs.model_fields).union(*(method.Settings.model_fields for method in METHODS.values()))
+    known = set(ModelArgs.model_fields) | setting_names()
     unread = sorted((source.settings or {}).keys() - known)
     return (f"not used of its settings, as unknown here: {', '.join(unread)}",) if unread else ()
 

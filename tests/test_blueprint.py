@@ -189,7 +189,7 @@ def test_unknown_type(tiny_base: Path) -> None:
     ("Qwen2.5-7B_lora", "Use --llama_type llama_peft: qwen2 is of the family llama."),
     ("gpt_neox", "Use --llama_type neox: gpt_neox is of the family neox."),
     ("chatglm_qlora", "Use --llama_type glm_peft: chatglm is of the family glm."),
-    ("llama_qformerv2_peft", "There is no 'qformerv2' yet, only all weights (llama) and norms, biases and LoRA"),
+    ("llama_qformerv2_peft", "There is no 'qformerv2' yet, only all weights (llama); norms, biases and LoRA"),
     ("falcon_peft", "is not supported. Known: llama, "),
 ])  # fmt: skip
 def test_type_of_another_name(tiny_base: Path, asked: str, said: str) -> None:

@@ -70,7 +70,7 @@ def train(
         seq: tokens of a random document, 512; or several numbers that take turns: 64,448.
         supervised: the share of a random document that is learned; all, if absent.
         max_words: the longest document of DATA in tokens.
-        method: lora, normbias, normbiaslora, norm or full.
+        method: full, normbias, normbiaslora, lora or norm.
         rank: of LoRA; 16, or the adapter's.
         adapter: a PEFT adapter or a trained part, whose values the trained parameters start with.
         quant: keep the base in 4 bits.
@@ -98,7 +98,7 @@ def train(
     for flag, share in (("--supervised", supervised), ("--lr", lr)):
         if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
             raise ConfigError(f"{flag} {share!r}: expected a number above 0, of at most 1.")
-    _check_method(method, rank, adapter, quant)
+    _check_method(method, rank, adapter, quant_type if quant else None)
     training = Training(
         model=str(model), data=None if data is None else str(data), steps=steps,
         batch_size=_documents(batch_size, tokens, lengths), seq=lengths,
@@ -187,9 +187,9 @@ def _check_model(model: str) -> None:
         )
 
 
-def _check_method(method: str, rank: int | None, adapter: str | None, quant: bool) -> None:
-    if method == "full" and quant:
-        raise ConfigError("--quant with --method full: 4-bit weights cannot be trained; leave one of them out.")
+def _check_method(method: str, rank: int | None, adapter: str | None, quant_type: str | None) -> None:
+    if quant_type and (fault := METHODS[method].storage_fault(quant_type)):
+        raise ConfigError(f"--quant with --method {method}: {fault}; leave one of them out.")
     if method not in WITH_LORA and (rank is not None or adapter is not None):
         flag = f"--rank {rank}" if adapter is None else f"--adapter {adapter}"
         raise ConfigError(f"{flag}: --method {method} has no LoRA; expected {' or '.join(WITH_LORA)}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accessory.checkpoint.source import read_json, settings_read_by
 from accessory.errors import ConfigError
-from accessory.method import METHODS
+from accessory.method import setting_names
 from accessory.model.args import ModelArgs
 from accessory.model.families import architecture_of
 
@@ -62,6 +62,6 @@ def args_of(model: str) -> ModelArgs:
     if "model_type" in settings:
         architecture = architecture_of(settings["model_type"], str(file))
         return settings_read_by(lambda: architecture.read(settings, str(file)), file)
-    ours = METHODS["peft"].Settings.model_fields  # our own files hold a method's settings too
-    stated = {key: value for key, value in settings.items() if value != -1 and key not in ours}
+    others = setting_names()  # our own files hold a method's settings too
+    stated = {key: value for key, value in settings.items() if value != -1 and key not in others}
     return settings_read_by(lambda: ModelArgs(**{"vocab_size": 32000} | stated), file)

@@ -21,8 +21,7 @@ from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
 from accessory.memory.plan import MemoryPlan, StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import MARGIN
-from accessory.method import METHODS as METHOD_CLASSES
-from accessory.method import Attachment
+from accessory.method import Attachment, presets
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
@@ -30,13 +29,7 @@ from accessory.parallel.groups import Layout
 from accessory.quant import STORAGES, storage
 from tools.model_sizes import LLAMA_2, args_of
 
-METHODS = {
-    "normbias": ("peft", {}),
-    "normbiaslora": ("peft", {"lora_rank": 16}),
-    "lora": ("peft", {"lora_rank": 16, "norm_tuning": False, "bias_tuning": False}),
-    "full": ("full", {}),
-}
-"""Kind of method and its settings."""
+METHODS = presets()
 PLAIN = "none"
 """The --quant_type that packs nothing."""
 
@@ -82,7 +75,7 @@ class Setting:
                 f"--max_tokens {self.max_tokens!r}: expected a whole number from {self.seq} (--seq) on, so that each "
                 "document has room."
             )
-        fault = METHOD_CLASSES[METHODS[self.method][0]].storage_fault(self.quant_type)
+        fault = METHODS[self.method].storage_fault(self.quant_type)
         if fault and self.quant_type != PLAIN:
             raise ConfigError(
                 f"--method {self.method} with --quant_type {self.quant_type}: {fault}; give --quant_type {PLAIN} or "
@@ -130,7 +123,7 @@ def plan(
 
     Args:
         model: 7B, 13B, 70B, a params.json or config.json, or a directory with one (Hugging Face, Meta or ours).
-        method: normbias, normbiaslora, lora (both of rank 16) or full.
+        method: full, normbias, normbiaslora, lora (both of rank 16) or norm.
         quant_type: nf4, nf4_single, fp4, fp4_single, or none; absent: nf4, and none with full.
         precision: bf16, fp16, fp32 or tf32.
         seq: tokens of a document.
@@ -148,7 +141,8 @@ def plan(
     """
     model = str(model)
     args = args_of(model)
-    quant_type = quant_type or (PLAIN if method == "full" else "nf4")
+    fault = method in METHODS and METHODS[method].storage_fault("nf4")
+    quant_type = quant_type or (PLAIN if fault else "nf4")
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, _layers(checkpointing, args.n_layers),
         optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
@@ -203,8 +197,7 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
 @cache
 def _built(model: str, method: str, quant_type: str, precision: str, ranks: int) -> tuple[Decoder, Attachment]:
     args = args_of(model)
-    kind, settings = METHODS[method]
-    made = METHOD_CLASSES[kind](METHOD_CLASSES[kind].Settings(**settings))
+    made = METHODS[method]
     made.check(args, Layout(world_size=ranks, mp_size=ranks), "sdp")
     maker = None if quant_type == PLAIN else storage(quant_type)
     decoder = made.decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
@@ -251,11 +244,11 @@ def _steps(args: ModelArgs, setting: Setting, device: torch.device) -> Iterator[
         yield [{"max_tokens": size} for size in sizes]
     if setting.optim != "adamw8bit":
         yield [{"optim": "adamw8bit"}]
-    if setting.method != "full" and setting.quant_type != "nf4":
+    if setting.quant_type != "nf4" and not METHODS[setting.method].storage_fault("nf4"):
         yield [{"quant_type": "nf4"}]
     if setting.batch_size > 1:
         yield [{"batch_size": size} for size in _halved(setting.batch_size, 1)]
-    if setting.method == "full":
+    if METHODS[setting.method].trains_base:
         yield [{"method": "lora", "quant_type": "nf4"}]
     elif setting.method != "normbias":
         yield [{"method": "normbias"}]

@@ -8,4 +8,19 @@ from accessory.method.peft import Peft
 
 METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft}
 
-__all__ = ["METHODS", "Attachment", "Method"]
+
+def presets() -> dict[str, Method]:
+    """What tools take as `--method`: a name for each method with certain settings."""
+    return {
+        name: method(method.Settings(**settings))
+        for method in METHODS.values()
+        for name, settings in method.presets.items()
+    }
+
+
+def setting_names() -> set[str]:
+    """Keys of all methods' settings."""
+    return set().union(*(method.Settings.model_fields for method in METHODS.values()))
+
+
+__all__ = ["METHODS", "Attachment", "Method", "presets", "setting_names"]

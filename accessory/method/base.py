@@ -31,6 +31,15 @@ class Method(ABC):
     """One way of fine-tuning. `settings` holds the method's own keys of `--llama_config`."""
 
     Settings: ClassVar[type[BaseModel]]
+    """No key of it is one of `ModelArgs`, beside which a checkpoint's `config.json` holds it."""
+    suffix: ClassVar[str]
+    """What `--llama_type` ends in after the family."""
+    also_called: ClassVar[tuple[str, ...]] = ()
+    """Words at the end of a `--llama_type` by which users of other trainers may mean it."""
+    summary: ClassVar[str]
+    """What is trained, in a few words."""
+    presets: ClassVar[dict[str, dict[str, Any]]]
+    """Names that tools take as `--method`, and the settings they stand for."""
     trains_base: ClassVar[bool] = False
     """Whether the base's own weights are trained, rather than something beside them."""
     merge_fault: ClassVar[str | None] = None
@@ -42,6 +51,11 @@ class Method(ABC):
     def storage_fault(cls, quant_type: str) -> str | None:
         """Why it cannot be trained on a base packed as `quant_type`; None: it can."""
         return None
+
+    @classmethod
+    def translated(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """A file of `--llama_config` in our names, where published ones call this method's keys otherwise."""
+        return content
 
     def check(self, args: ModelArgs, layout: Layout, data_parallel: str) -> None:
         """Raise an `AccessoryError` that names the flag to change where this base or layout will not do.

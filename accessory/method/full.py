@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +18,10 @@ class Full(Method):
 
         model_config = ConfigDict(extra="forbid")
 
+    suffix: ClassVar[str] = ""
+    also_called: ClassVar[tuple[str, ...]] = ("full",)
+    summary: ClassVar[str] = "all weights"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"full": {}}
     trains_base: ClassVar[bool] = True
     merge_fault: ClassVar[str] = "the base itself was trained, nothing stands beside it"
     adapter_fault: ClassVar[str] = merge_fault

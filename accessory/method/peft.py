@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -69,6 +69,16 @@ class Peft(Method):
         def lora_scale(self) -> float:
             """What LoRA's product is multiplied by."""
             return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+
+    suffix: ClassVar[str] = "_peft"
+    also_called: ClassVar[tuple[str, ...]] = ("lora", "qlora")
+    summary: ClassVar[str] = "norms, biases and LoRA"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "normbias": {},
+        "normbiaslora": {"lora_rank": 16},
+        "lora": {"lora_rank": 16, "norm_tuning": False, "bias_tuning": False},
+        "norm": {"bias_tuning": False},
+    }
 
     @property
     def trains_vocabulary(self) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accessory.method import METHODS, Attachment, Method
+from accessory.config import FinetuneConfig
+from accessory.method import METHODS, Attachment, Method, presets
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
+from accessory.model.families import FAMILIES
+from tools.benchmark import train
+from tools.plan import plan
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=64)
 
@@ -24,6 +28,21 @@ def test_a_method_must_attach() -> None:
     """The promise cannot be made empty-handed."""
     with pytest.raises(TypeError, match="attach"):
         Method(None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_setting_is_also_the_models(name: str) -> None:
+    """A checkpoint's config.json holds both, and one would overwrite the other."""
+    assert not METHODS[name].Settings.model_fields.keys() & ModelArgs.model_fields.keys()
+
+
+def test_help_names_every_method_and_family() -> None:
+    """Where a person reads them, they stand in words."""
+    said = FinetuneConfig.model_fields["llama_type"].description
+    assert all(name in said for name in [*FAMILIES, *(method.suffix for method in METHODS.values())])
+    for command in (train, plan):
+        (line,) = (line for line in command.__doc__.splitlines() if line.strip().startswith("method:"))
+        assert all(name in line for name in presets())
 
 
 @pytest.mark.parametrize("name", METHODS)

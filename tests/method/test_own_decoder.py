@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from accessory import blueprint
 from accessory.checkpoint.load import fill
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ParallelError
@@ -40,9 +39,9 @@ WIDTH = 16
 class SideDecoder(Decoder):
     """Beside each block stands one of WIDTH channels, which reads its output; the last one's is added to the base's."""
 
-    def __init__(self, args: ModelArgs, **how: Any) -> None:
+    def __init__(self, args: ModelArgs, activation: str, **how: Any) -> None:
         super().__init__(args, **how)
-        side = ModelArgs(dim=WIDTH, n_layers=args.n_layers, n_heads=2, hidden_dim=32, vocab_size=args.vocab_size)
+        side = ModelArgs(dim=WIDTH, n_layers=args.n_layers, n_heads=2, hidden_dim=32, activation=activation)
         self.side = nn.ModuleList(Block(side, i, self.ranks, dtype=torch.float32) for i in range(side.n_layers))
         self.down = nn.ModuleList(Projection(args.dim, WIDTH, torch.float32) for _ in self.side)
         self.up = Projection(WIDTH, args.embedding_dim, torch.float32)
@@ -84,10 +83,19 @@ class Side(Method):
     """Trains what stands beside the base."""
 
     class Settings(BaseModel):
-        """None."""
+        """One, which files elsewhere call as the base's is called."""
 
         model_config = ConfigDict(extra="forbid")
+        side_activation: str = "silu"
 
+    @classmethod
+    def translated(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Files with a `side` hold the side's keys."""
+        return {"side_activation": content["activation"]} if "side" in content else content
+
+    suffix: ClassVar[str] = "_side"
+    summary: ClassVar[str] = "a network beside the base"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"side": {}}
     merge_fault: ClassVar[str] = "a network beside the base is no change of its matrices"
     adapter_fault: ClassVar[str] = merge_fault
 
@@ -99,7 +107,7 @@ class Side(Method):
 
     def decoder(self, args: ModelArgs, **how: Any) -> Decoder:
         """With the side."""
-        return SideDecoder(args, **how)
+        return SideDecoder(args, self.settings.side_activation, **how)
 
     def attach(self, decoder: Decoder) -> Attachment:
         """It stands there already."""
@@ -116,7 +124,6 @@ def started(shape: tuple[int, ...]):
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--llama_type llama_side` is a method like others."""
     monkeypatch.setitem(METHODS, "side", Side)
-    monkeypatch.setitem(blueprint.LLAMA_TYPES, "llama_side", ("llama", "side"))
 
 
 @pytest.fixture
@@ -170,17 +177,23 @@ def test_a_run(known: None, tiny_base: Path, tmp_path: Path) -> None:
     """Trained beside 4 bits, saved, asked; neither merged nor an adapter; refused where its layout will not do."""
     data = tmp_path / "data.yaml"
     data.write_text(f"META:\n  - path: {ROOT / 'data_example' / 'accessory_qa.json'}\n    type: text\n")
+    settings = tmp_path / "side.json"
+    settings.write_text('{"side": true, "activation": "relu"}')
     config = FinetuneConfig(
         pretrained_path=[tiny_base], data_config=data, output_dir=tmp_path / "out", llama_type="llama_side", quant=True,
         only_save_trainable=True, device="cpu", max_steps=3, lr=1e-2, warmup_epochs=0, max_words=256,
-        checkpointing="all",
+        checkpointing="all", llama_config=[settings],
     )  # fmt: skip
     finetune(config)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     (part,) = (tmp_path / "out").glob("epoch*")
     model = MetaModel.from_pretrained(part)
-    assert isinstance(model.llma, SideDecoder) and len(model.generate(["What is it?"], max_gen_len=4)) == 1
+    assert (model.llma.side[0].feed_forward.activation, model.llma.layers[0].feed_forward.activation) == (
+        "relu",
+        "silu",
+    )
+    assert len(model.generate(["What is it?"], max_gen_len=4)) == 1
     with pytest.raises(CheckpointError, match="cannot be merged: it is a llama_side, a network beside the base"):
         merge([tiny_base, part], tmp_path / "merged", Destination(), base=None, drop_biases=False)
     with pytest.raises(CheckpointError, match="it is a llama_side, a network beside the base"):

@@ -16,9 +16,7 @@ from accessory.engine import Engine, StepSettings
 from accessory.errors import ConfigError
 from accessory.memory.recompute import choose_layers, recompute_layers
 from accessory.meta import MetaModel
-from accessory.method import Method
-from accessory.method.full import Full
-from accessory.method.peft import Peft
+from accessory.method import Method, presets
 from accessory.model.families import architecture_of
 from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
@@ -30,15 +28,8 @@ from accessory.run.signals import StopSignals
 from tools.benchmarking.random_parts import random_corpus, random_source
 from tools.model_sizes import is_shape
 
-_PEFT = {
-    "lora": {"norm_tuning": False, "bias_tuning": False},
-    "normbias": {"norm_tuning": True, "bias_tuning": True, "lora_rank": -1},
-    "normbiaslora": {"norm_tuning": True, "bias_tuning": True},
-    "norm": {"norm_tuning": True, "bias_tuning": False, "lora_rank": -1},
-}
-METHODS = (*_PEFT, "full")
-WITH_LORA = tuple(name for name, settings in _PEFT.items() if "lora_rank" not in settings)
-RANK = 16
+METHODS = presets()
+WITH_LORA = tuple(name for name, method in METHODS.items() if getattr(method.settings, "lora_rank", 0) > 0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class Training:
 
     model: a checkpoint, or a shape that gets random weights. data None: random documents, whose tokens are those of
     `seq` in turn.
-    quant_type None: plain weights. rank None: `RANK`, or the adapter's.
+    quant_type None: plain weights. rank None: the method's, or the adapter's.
     """
 
     model: str
@@ -114,16 +105,17 @@ class Training:
 
     def _llama_type(self, base: Source) -> str:
         name = (base.settings or {}).get("architecture", "llama")
-        return architecture_of(name, str(base.path)).family + ("" if self.method == "full" else "_peft")
+        return architecture_of(name, str(base.path)).family + METHODS[self.method].suffix
 
     def _with_adapter(self, base: Source) -> list[Source]:
         return [base] if self.adapter is None else [base, open_source(self.adapter, base)]
 
     def _method(self, adapters: list[Source]) -> Method:
         """With the rank, scale and targets of an adapter, which are not to be chosen."""
-        if self.method == "full":
-            return Full(Full.Settings())
-        settings = {"lora_rank": RANK if self.rank is None else self.rank} | _PEFT[self.method]
+        method = METHODS[self.method]
+        if self.method not in WITH_LORA:
+            return method
+        settings = method.settings.model_dump() | ({} if self.rank is None else {"lora_rank": self.rank})
         for adapter in adapters:
             stated = {key: value for key, value in (adapter.settings or {}).items() if key.startswith("lora_")}
             if stated.get("lora_rank", -1) < 1:
@@ -131,7 +123,7 @@ class Training:
             if self.rank not in (None, stated["lora_rank"]):
                 raise ConfigError(f"--rank {self.rank}: {adapter.path} has rank {stated['lora_rank']}; leave it out.")
             settings |= stated
-        return Peft(Peft.Settings(**settings))
+        return type(method)(method.Settings(**settings))
 
     def _corpus(self, blueprint: Blueprint, layout: Layout) -> Corpus:
         if self.data is not None:
