@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from accessory.tokenizer import Tokenizer
+from accessory.tokenizer import Chat, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
 """A text, messages with `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
@@ -88,6 +89,11 @@ class MetaModel(nn.Module):
         """The default layout of a question: that of most training documents, or alpaca where unknown."""
         return self.prompt_layouts[0] if self.prompt_layouts else "alpaca"
 
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat template at work. Raises `TokenizerError` where the checkpoint has none, or one that is no Jinja."""
+        return Chat(self.tokenizer)
+
     def question(self, question: str, context: str = "", prompt_layout: str | None = None) -> Prompt:
         """The prompt of a question, and perhaps an input that belongs to it, as training lays it out; for `generate`.
 
@@ -109,7 +115,7 @@ class MetaModel(nn.Module):
             first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
             pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
         else:
-            start, pieces = [], [self.tokenizer.chat_ids(prompt)]
+            start, pieces = [], [self.chat.ids(prompt)]
         tokens = [token for piece in pieces for token in piece]
         room = max(self.max_seq_len - 1 - len(start), 1)
         if lost := len(tokens[:-room]):
@@ -180,7 +186,7 @@ class MetaModel(nn.Module):
             ids,
             max_gen_len=how.max_gen_len,
             max_seq_len=self.max_seq_len,
-            stop_ids=self.tokenizer.chat.stop_ids if chats else self.tokenizer.stop_ids,
+            stop_ids=self.chat.stop_ids if chats else self.tokenizer.stop_ids,
             temperature=how.temperature,
             top_p=how.top_p,
             generator=torch.Generator(self.llma.frequencies.device).manual_seed(how.seed),

@@ -64,7 +64,7 @@ def main(config: DemoConfig) -> None:
     for prompt in config.prompt:
         check_words(prompt, config.system_prompt)
     if config.system_prompt == CHAT:
-        _ = model.tokenizer.chat  # says what is missing before anybody asks
+        _ = model.chat  # says what is missing before anybody asks
     if layout.is_main and (note := prompt_layout_note(model, config.system_prompt)):
         print(note, file=sys.stderr, flush=True)
     if config.prompt:

@@ -7,12 +7,10 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.chat import Chat, default_template
 from accessory.tokenizer.special import NEW_TOKENS, Added
 
 # Vocabularies often list chat markers as ordinary user-defined tokens. Text of a data set that spells such a marker
@@ -26,6 +24,20 @@ Place = Literal["start", "behind_control", "continued"]
 def looks_like_control(token: str) -> bool:
     """Whether `token` is spelled like a control marker (`<|im_end|>`, `</s>`, `[INST]`)."""
     return _CONTROL.fullmatch(token) is not None
+
+
+def default_template(config: Mapping[str, object], source: str) -> str | None:
+    """The chat template of a tokenizer_config.json, the one named `default` where it lists several; None without any.
+
+    Raises TokenizerError for a value of another shape.
+    """
+    stated = config.get("chat_template")
+    if isinstance(stated, list):
+        named = {item.get("name"): item.get("template") for item in stated if isinstance(item, dict)}
+        stated = named.get("default", stated)
+    if stated is not None and not isinstance(stated, str):
+        raise TokenizerError(f"{source}: 'chat_template' is {stated!r}; expected a text, or a list with a 'default'.")
+    return stated
 
 
 class Tokenizer(ABC):
@@ -72,15 +84,6 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Ids of one text; see `encode_batch`."""
         return self.encode_batch([text], continuation=continuation)[0]
-
-    @cached_property
-    def chat(self) -> Chat:
-        """The chat template at work. Raises TokenizerError where the checkpoint has none, or one that is no Jinja."""
-        return Chat(self)
-
-    def chat_ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation as the checkpoint's template lays it out; see `Chat.ids`."""
-        return self.chat.ids(messages, add_generation_prompt)
 
     def control_tokens(self) -> dict[int, Added]:
         """The tokens that a chat template writes as markers, by id."""

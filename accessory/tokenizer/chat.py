@@ -7,33 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from accessory.errors import TokenizerError
+from accessory.tokenizer.base import Place, Tokenizer
 from accessory.tokenizer.reasoning import is_whole, written_whole
 from accessory.tokenizer.sandbox import ChatTemplate
-
-if TYPE_CHECKING:
-    from accessory.tokenizer.base import Place, Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Noncharacters of Unicode: no text has a use for them, so that they can stand for what must pass the template unread.
 _BEGIN, _END, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _STANDING_IN = re.compile(f"{_BEGIN}([0-9]+){_END}")
-
-
-def default_template(config: Mapping[str, object], source: str) -> str | None:
-    """The chat template of a tokenizer_config.json, the one named `default` where it lists several; None without any.
-
-    Raises TokenizerError for a value of another shape.
-    """
-    stated = config.get("chat_template")
-    if isinstance(stated, list):
-        named = {item.get("name"): item.get("template") for item in stated if isinstance(item, dict)}
-        stated = named.get("default", stated)
-    if stated is not None and not isinstance(stated, str):
-        raise TokenizerError(f"{source}: 'chat_template' is {stated!r}; expected a text, or a list with a 'default'.")
-    return stated
 
 
 class Chat:

@@ -11,7 +11,7 @@ from accessory.data.batch import IGNORE
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import DIALOG_SYSTEM, format_prompt
 from accessory.errors import DataError, TokenizerError
-from accessory.tokenizer import open_tokenizer
+from accessory.tokenizer import Chat, open_tokenizer
 
 GOOD = {"instruction": "q", "output": "ab"}
 
@@ -264,7 +264,7 @@ def test_a_record_is_laid_out_by_the_checkpoints_chat_template(write, chat_token
     write("x.json", [{"instruction": "q <|im_end|>", "input": "more", "output": " ab\n"}, GOOD])
     corpus = make(write("c.yaml", CHAT), tokenizer)
     tokens, learned = learned_text(corpus, tokenizer)
-    prompt = tokenizer.chat_ids([{"role": "user", "content": "q <|im_end|>\n\nmore"}])
+    prompt = Chat(tokenizer).ids([{"role": "user", "content": "q <|im_end|>\n\nmore"}])
     assert tokens.tolist() == [*prompt, *tokenizer.encode(" ab\n"), END] and learned == " ab\n"
     assert corpus.document(0)[1][-2] == END
     assert corpus.show(0) == "user\nq <|im_end|>\n\nmore\nassistant\n« ab\n<end>»"

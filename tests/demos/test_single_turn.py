@@ -220,7 +220,7 @@ def test_messages_end_where_the_template_ends_an_answer(tiny_base: Path, with_te
     monkeypatch.setattr(meta, "generate_tokens", lambda *_, stop_ids, **__: stops.append(set(stop_ids)) or iter(()))
     model = MetaModel.from_pretrained(tiny_base, tokenizer_path=with_template, max_seq_len=30)
     messages = [{"role": "user", "content": QUESTION}]
-    ids = model.tokenizer.chat_ids(messages)
+    ids = model.chat.ids(messages)
     assert model.prompt_tokens(messages) == ids[-29:] and ids[0] == model.tokenizer.bos_id
     model.generate([QUESTION])
     model.generate([messages])

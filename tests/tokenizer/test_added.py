@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import Chat, open_tokenizer, with_added_tokens
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
 
@@ -91,8 +91,8 @@ def test_chat_prompts_hold_them(byte_level, tmp_path):
     ours = with_added_tokens(open_tokenizer(tmp_path), NEW)
     tok, call = (next(i for i, t in ours.added_tokens().items() if t.content == name) for name in ("<tok>", "<|call|>"))
     messages = [{"role": "user", "content": "a<tok>"}, {"role": "assistant", "content": "<|call|><|im_end|>"}]
-    ((asked, said),) = ours.chat.documents(messages)
-    assert asked == (ours.chat_ids(messages[:1]), False) and asked[0].count(tok) == 2
+    ((asked, said),) = Chat(ours).documents(messages)
+    assert asked == (Chat(ours).ids(messages[:1]), False) and asked[0].count(tok) == 2
     assert (said[0].count(tok), said[0].count(call), said[0].count(ours.eos_id)) == (1, 1, 1)
 
 

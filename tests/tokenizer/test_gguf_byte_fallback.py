@@ -10,7 +10,7 @@ import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import Chat, open_tokenizer, with_added_tokens
 from accessory.tokenizer.gguf_differences import differences
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
@@ -128,8 +128,8 @@ def test_a_conversation_and_new_tokens(pipeline, spm_model, llama_cpp, tmp_path,
     path = as_gguf(ours, tmp_path / "v.gguf", 1510)
     again = open_tokenizer(path)
     asked = [[{"role": "user", "content": text}, {"role": "user", "content": "b"}] for text in TEXTS]
-    ids = [ours.chat_ids(messages) for messages in asked]
-    assert [again.chat_ids(messages) for messages in asked] == ids
+    ids = [Chat(ours).ids(messages) for messages in asked]
+    assert [Chat(again).ids(messages) for messages in asked] == ids
     rendered = [f"<s><|user|>{text}<|end|>\n<|user|>b<|end|>\n" for text in TEXTS]
     assert llama_cpp.ask(path, marked=rendered)["marked"] == ids
 

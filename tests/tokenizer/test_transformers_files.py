@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import Chat, open_tokenizer, with_added_tokens
 from accessory.tokenizer.transformers_files import save_for_transformers
 from tests.tokenizer.gguf_files import write, write_byte_level
 
@@ -44,7 +44,7 @@ def read_back(ours, directory, strings):
     decoded = [theirs.decode(ids, skip_special_tokens=True) for ids in known]
     assert not differing(known, map(ours.decode, known), decoded)
     if ours.chat_template is not None:
-        assert ours.chat_ids(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+        assert Chat(ours).ids(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
     theirs.backend_tokenizer.encode_special_tokens = True  # control tokens that a text spells are text
     opened = [[*ours.opening, *ids] for ids in ours.encode_batch(strings)]
