@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +22,22 @@ from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import Slicing, mark
 
 
+class AttentionAddition(nn.Module, ABC):
+    """What a method adds to attention's result before `wo`, such as prefixes with a softmax of their own."""
+
+    @abstractmethod
+    def forward(self, q: Tensor, sequences: Sequences, attention: Attention) -> Tensor:
+        """This rank's queries [T, H, E] as attention has them, rotated -> what is added to its result [T, H, E]."""
+
+    def prepare_decoding(self, attention: Attention) -> None:
+        """Make what is the same for every token of an answer; `train` forgets it."""
+
+
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(E)) v with H query and K key/value heads; this rank holds its share of both."""
+    """softmax(q k^T / sqrt(E)) v with H query and K key/value heads; this rank holds its share of both.
+
+    addition: what a method put between that and `wo`.
+    """
 
     def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
         super().__init__()
@@ -35,6 +51,7 @@ class Attention(nn.Module):
         self.wo = Linear(q_width, args.dim, cut="row", ranks=ranks, bias=args.out_bias, **linear)
         self.q_norm = _head_norm(args) if args.qk_norm else None
         self.k_norm = _head_norm(args) if args.qk_norm else None
+        self.addition: AttentionAddition | None = None
 
     def forward(self, x: Tensor | Recomputed, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
@@ -45,7 +62,8 @@ class Attention(nn.Module):
         scale = None
         if self.position == "rotary":
             q, k = self._rotated(q, k, sequences)
-        elif self.position == "alibi":
+        queries = None if self.addition is None else q
+        if self.position == "alibi":
             q, k, v = lean(q, k, v, sequences.lean)
             scale = self.head_dim**-0.5
         if cache is not None:
@@ -56,12 +74,16 @@ class Attention(nn.Module):
             out = attend_cached(q, cache, sequences, self.window, scale)
         if self.position == "alibi":
             out = out[..., : self.head_dim]
+        if self.addition is not None:
+            out = out + self.addition(queries, sequences, self)
         return self.wo(out.flatten(1))
 
     def prepare_decoding(self) -> None:
         """Make ready for single tokens."""
         for together in self.called_together():
             prepare_decoding(together)
+        if self.addition is not None:
+            self.addition.prepare_decoding(self)
 
     def called_together(self) -> list[list[Linear]]:
         """The linears that share an input, and those that do not."""

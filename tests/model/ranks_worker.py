@@ -22,6 +22,7 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, gather_slices, own_slice
+from tests.model.prefixes import Prefixes
 
 SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
 LAYER = {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
@@ -36,6 +37,7 @@ SHAPES = {
     "glm4": {"norm_placement": "both", "rotary_dim": 4},
 }  # fmt: skip
 LENGTHS = (9, 1, 6)
+METHODS["prefixes"] = Prefixes
 
 
 def initial(name: str, shape: tuple[int, ...]):
@@ -88,10 +90,10 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
     return {"loss": loss.detach(), "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
 
 
+CASES = [(name, method) for name in SHAPES for method in ("full", "peft")]
+CASES += [("qwen3", "prefixes"), ("bloom", "prefixes")]
 layout = groups.start("cpu", model_parallel_size=int(sys.argv[2]))
-everything = {
-    f"{name} {method}": results(shape, method, layout) for name, shape in SHAPES.items() for method in ("full", "peft")
-}
+everything = {f"{name} {method}": results(SHAPES[name], method, layout) for name, method in CASES}
 everything |= {f"loss in {dtype}": of_the_loss(dtype, layout) for dtype in (torch.float32, torch.bfloat16)}
 if layout.is_main:
     torch.save(everything, sys.argv[1])
