@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from accessory.config import DemoConfig, FinetuneConfig, flags_table, parse, plain
+from accessory.config import DemoConfig, FinetuneConfig, parse, plain
 from accessory.errors import ConfigError
+from tests.flags_table import flags_table
 
 UPSTREAM = {
     "batch_size": 16, "accum_iter": 4, "llama_type": "llama", "llama_config": [], "no_visual": False,

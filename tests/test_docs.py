@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from accessory.config import DemoConfig, FinetuneConfig, flags_table
+from accessory.config import DemoConfig, FinetuneConfig
 from accessory.data.meta_config import load_data_config
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import AccessoryError
 from accessory.foreign_names import unknown
 from accessory.method.peft import Peft
 from tests.conftest import DATA, ROOT, run_python
+from tests.flags_table import flags_table
 from tests.model.families.matrix import families_table
 
 README = "README.md"

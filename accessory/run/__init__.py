@@ -1,1 +1,1 @@
-"""The life of one run: its lock and status, signals, resuming, saving, and what it reports step by step."""
+"""The life of one run: what it is and its course, lock and status, signals, resuming, saving, and what it reports."""
