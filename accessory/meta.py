@@ -60,7 +60,8 @@ _Arguments = TypeVar("_Arguments", _Loading, _Sampling)
 class MetaModel(nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
-    prompt_layouts: those that training data was in, the one with most documents first; empty where unknown.
+    prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. encoder: a
+    module that makes the embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
     """
 
     def __init__(
@@ -68,12 +69,27 @@ class MetaModel(nn.Module):
     ) -> None:
         super().__init__()
         self.llma, self.tokenizer, self.prompt_layouts = llma, tokenizer, prompt_layouts
+        self.encoder: nn.Module | None = None
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
-        hidden = self.llma(batch.tokens, self.llma.sequences(batch.lengths, shared=batch.shared))
+        hidden = self.hidden(batch)
         return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """What the head multiplies of each packed token [T, embedding_dim]."""
+        inputs = self._with_insets(batch) if batch.insets else batch.tokens
+        return self.llma(inputs, self.llma.sequences(batch.lengths, shared=batch.shared))
+
+    def _with_insets(self, batch: PackedBatch) -> Tensor:
+        """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""
+        embedded, parts, end = self.llma.tok_embeddings(batch.tokens), [], 0
+        for inset in batch.insets:
+            rows = inset.content if isinstance(inset.content, Tensor) else self.encoder(inset.content)
+            parts += [embedded[end : inset.start], rows.to(embedded.dtype)]
+            end = inset.start + inset.rows
+        return torch.cat([*parts, embedded[end:]])
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 
 from accessory import meta
-from accessory.data.batch import PackedBatch
+from accessory.data.batch import Inset, PackedBatch
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import CHAT, DIALOG, PROMPT_LAYOUTS
 from accessory.errors import AccessoryError, ConfigError
@@ -135,6 +136,48 @@ def test_loss_is_the_sum_over_supervised_tokens(checkpoint, tmp_path: Path) -> N
     assert batch.supervised == 14
     wanted = F.cross_entropy(logits.double(), labels, reduction="sum")
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+class Stretched(torch.nn.Module):
+    """An encoder of rows whose name is their height."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, name: str) -> torch.Tensor:
+        """[3, D]."""
+        return self.weight * float(name)
+
+
+def test_insets_stand_in_place_of_their_tokens(checkpoint, tmp_path: Path) -> None:
+    """Against transformers, given the embeddings document by document; what they begin alike with is computed once."""
+    theirs, ours = checkpoint(), MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    ours.encoder = Stretched()
+    documents = []
+    for number, (height, last) in enumerate((("1", 5), ("1", 9), ("-2", 5))):
+        tokens = np.array([1, 0, 0, 0, 40, 41, 42, last], np.int32)
+        labels = np.array([-100] * 6 + [last, -100])
+        held = height if number else ours.encoder.weight.detach().clone()  # by value, and by name
+        documents.append((tokens, labels, number, (Inset(1, 3, held),)))
+    for named in (documents[:1], documents[1:]):
+        batch = PackedBatch.pack(named)
+        loss = ours(batch)
+        wanted = 0
+        for tokens, labels, number, _ in named:
+            rows = theirs.get_input_embeddings()(torch.from_numpy(tokens).long())
+            rows = torch.cat([rows[:1], ours.encoder("-2" if number == 2 else "1"), rows[4:]])
+            logits = theirs(inputs_embeds=rows[None]).logits[0]
+            wanted = wanted + F.cross_entropy(logits.double(), torch.from_numpy(labels), reduction="sum")
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    ours_gradient, theirs_gradient = (
+        torch.autograd.grad(value, ours.encoder.weight)[0] for value in (loss, wanted)
+    )  # fmt: skip
+    torch.testing.assert_close(ours_gradient, theirs_gradient, rtol=1e-4, atol=1e-5)
+    alone = sum(ours(PackedBatch.pack([document])) for document in documents)
+    together = PackedBatch.pack([(*d[:3], (Inset(1, 3, "1" if d[2] < 2 else "-2"),)) for d in documents])
+    assert sorted(together.shared) == [0, 1, 6] and len(together.insets) == 2
+    assert ours(together).item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_quantized_model_is_near_the_plain_one(checkpoint, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +18,44 @@ WORTH_SHARING = 10
 """Beginnings are shared if that spares one token in so many. Attention lays documents out whole again, and keeps them
 so: for fewer, that would take more memory than it spares."""
 
-Document = tuple[np.ndarray, np.ndarray, int]
-"""Tokens, labels, id."""
+
+@dataclass(frozen=True, eq=False)
+class Inset:
+    """`rows` embeddings in place of as many placeholder tokens without labels, from `start` on of a document or batch.
+
+    content: the embeddings [rows, embedding_dim], or the name of what `MetaModel.encoder` makes them of.
+    """
+
+    start: int
+    rows: int
+    content: Tensor | str
+
+    @cached_property
+    def key(self) -> int:
+        """A number below 0 that two insets have in common only if they hold the same."""
+        held = self.content
+        data = held.encode() if isinstance(held, str) else held.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest = hashlib.blake2b(data, digest_size=7, salt=self.rows.to_bytes(8)).digest()
+        return -1 - int.from_bytes(digest)
+
+    def to(self, start: int, device: torch.device | str | None = None, **how: bool) -> Inset:
+        """The same from `start` on, on `device`."""
+        moves = device is not None and isinstance(self.content, Tensor)
+        return Inset(start, self.rows, self.content.to(device, **how) if moves else self.content)
+
+
+class Document(NamedTuple):
+    """tokens and labels [S] as in `PackedBatch`; insets in order, their `start` counted from the document's."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    id: int
+    insets: tuple[Inset, ...] = ()
+
+
+def cut_at(most: int, insets: Sequence[Inset]) -> int:
+    """Where a document is cut that may have `most` tokens: before an inset that it would cut through."""
+    return next((inset.start for inset in insets if inset.start < most < inset.start + inset.rows), most)
 
 
 @dataclass(frozen=True)
@@ -26,7 +65,7 @@ class PackedBatch:
     tokens: int64 [T]. labels: int64 [T]; `labels[i]` is the token to predict after `tokens[i]` within its document, or
     `IGNORE`. lengths: tokens of each document. sample_ids: which documents they are. shared: how many tokens, none of
     them with a label, each document begins with as the one before it does. Those are packed only there, so that
-    `lengths` less `shared` sum to T.
+    `lengths` less `shared` sum to T. insets: of all documents, their `start` counted in the batch's T tokens.
     """
 
     tokens: Tensor
@@ -34,23 +73,26 @@ class PackedBatch:
     lengths: tuple[int, ...]
     sample_ids: tuple[int, ...]
     shared: tuple[int, ...]
+    insets: tuple[Inset, ...] = ()
 
     @staticmethod
     def pack(documents: Sequence[Document], share: bool = True) -> PackedBatch:
         """Lay documents end to end: as they are given, or sorted, where `share` is allowed and worth it."""
+        documents = [Document(*document) for document in documents]
         shared = (0,) * len(documents)
         if share:
-            alike = sorted(documents, key=lambda document: document[0].tolist())
+            alike = sorted(documents, key=lambda document: _keyed(document).tolist())
             found = (0, *map(_common_beginning, alike, alike[1:]))
-            if sum(found) * WORTH_SHARING >= sum(len(tokens) for tokens, _, _ in documents):
+            if sum(found) * WORTH_SHARING >= sum(len(document.tokens) for document in documents):
                 documents, shared = alike, found
-        tokens, labels, ids = zip(*documents, strict=True)
+        tokens, labels, ids, _ = zip(*documents, strict=True)
         return PackedBatch(
             _packed(tokens, shared),
             _packed(labels, shared),
             tuple(len(document) for document in tokens),
             tuple(int(i) for i in ids),
             shared,
+            _packed_insets(documents, shared),
         )
 
     @staticmethod
@@ -70,7 +112,8 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on `device`."""
         tokens, labels = (t.to(device, non_blocking=non_blocking) for t in (self.tokens, self.labels))
-        return replace(self, tokens=tokens, labels=labels)
+        insets = tuple(inset.to(inset.start, device, non_blocking=non_blocking) for inset in self.insets)
+        return replace(self, tokens=tokens, labels=labels, insets=insets)
 
 
 def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
@@ -78,10 +121,28 @@ def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.concatenate(new).astype(np.int64))
 
 
+def _packed_insets(documents: Sequence[Document], shared: tuple[int, ...]) -> tuple[Inset, ...]:
+    found, begin = [], 0
+    for document, known in zip(documents, shared, strict=True):
+        found += [inset.to(begin + inset.start - known) for inset in document.insets if inset.start >= known]
+        begin += len(document.tokens) - known
+    return tuple(found)
+
+
+def _keyed(document: Document) -> np.ndarray:
+    """Its tokens [S], and what stands where an inset starts, which tells apart what begins there."""
+    if not document.insets:
+        return document.tokens
+    keyed = document.tokens.astype(np.int64)
+    for inset in document.insets:
+        keyed[inset.start] = inset.key
+    return keyed
+
+
 def _common_beginning(one: Document, other: Document) -> int:
     """With how many tokens both begin, up to the first that has a label in either."""
-    length = min(len(one[0]), len(other[0]))
-    ends = one[0][:length] != other[0][:length]
-    for _, labels, _ in (one, other):
-        ends = ends | (labels[:length] >= 0)
+    length = min(len(one.tokens), len(other.tokens))
+    ends = _keyed(one)[:length] != _keyed(other)[:length]
+    for document in (one, other):
+        ends = ends | (document.labels[:length] >= 0)
     return int(ends.argmax()) if ends.any() else length

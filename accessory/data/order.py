@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from accessory.data.batch import PackedBatch
+from accessory.data.batch import Document, PackedBatch
 from accessory.data.corpus import Corpus
 from accessory.errors import ConfigError
 
@@ -91,7 +91,7 @@ class GlobalOrder:
     def _packed(self, ids: np.ndarray) -> PackedBatch:
         if len(ids) == 0:
             return PackedBatch.idle(int(self.corpus.tokens[0]))
-        return PackedBatch.pack([(*self.corpus.document(i), i) for i in ids], self.share_prefixes)
+        return PackedBatch.pack([Document(*self.corpus.document(i), i) for i in ids], self.share_prefixes)
 
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from accessory.data.batch import IGNORE, PackedBatch
+from accessory.data.batch import IGNORE, Inset, PackedBatch, cut_at
 
 
 @pytest.fixture
@@ -104,3 +104,27 @@ def test_packing_copies(batch):
     packed = PackedBatch.pack([(tokens, tokens, 0)])
     tokens[0] = 9
     assert packed.tokens.tolist() == [1, 2]
+
+
+def test_beginnings_end_where_insets_differ():
+    """By value or by name; an equal one is laid in once, and one behind it moves up with its tokens."""
+    rows = torch.arange(6.0).view(3, 2)
+    one, other, same = (Inset(1, 3, held) for held in (rows, rows + 1, rows.clone()))
+    packed = PackedBatch.pack(
+        [
+            (*document([7, 0, 0, 0, 8, 9], 1, 0), (one,)),
+            (*document([7, 0, 0, 0, 8, 5], 1, 1), (other,)),
+            (*document([7, 0, 0, 0, 8, 6, 0, 0, 4], 1, 2), (same, Inset(6, 2, "a.png"))),
+        ]
+    )
+    assert sorted(packed.shared) == [0, 1, 4] and len(packed.tokens) == 16
+    assert sorted(inset.rows for inset in packed.insets) == [2, 3, 3]
+    assert all(packed.tokens[i.start : i.start + i.rows].eq(0).all() for i in packed.insets)
+    assert [i.start for i in packed.to("meta").insets] == [i.start for i in packed.insets]
+    named = [(*document([7, 0, 0, 8, 9], 1, i), (Inset(1, 2, name),)) for i, name in enumerate("aab")]
+    assert sorted(PackedBatch.pack(named).shared) == [0, 1, 3]
+
+
+def test_insets_are_not_cut_through():
+    insets = (Inset(1, 3, "a"), Inset(6, 2, "b"))
+    assert [cut_at(most, insets) for most in range(1, 10)] == [1, 1, 1, 4, 5, 6, 6, 8, 9]
