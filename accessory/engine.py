@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from accessory.checkpoint.training_state import Progress
+from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, LEAST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
-from accessory.optim import FIRST_LOSS_SCALE, LEAST_LOSS_SCALE
 from accessory.parallel.agree import highest
 from accessory.parallel.data import reduce_gradients, sum_over_data_parallel
 from accessory.parallel.parameters import NamedParameters
@@ -72,19 +71,19 @@ class Engine:
         `NotFiniteError`. On the one rank it happens to: `OutOfMemoryError`.
         """
         self.model.train()
-        schedule, saved_at = self.schedule, progress.total_steps
+        schedule, saved_at, save = self.schedule, progress.total_steps, self.saver or (lambda progress: None)
         while not schedule.is_over(progress):
             report, asked = self.step(progress)
             self.reporter.step(report)
             if schedule.is_over(progress) and progress.skipped == progress.total_steps:
                 raise step_faults.nothing_learned(progress, self.settings.scales_loss)
             if asked.stop or asked.save or schedule.saves_after(progress):
-                self._save(progress)
+                save(progress)
                 saved_at = progress.total_steps
             if asked.stop and not schedule.is_over(progress):
                 raise step_faults.preempted(asked.stop, progress, saved=self.saver is not None)
         if saved_at != progress.total_steps:
-            self._save(progress)
+            save(progress)
         if skipped := progress.total_steps - max((int(s["step"]) for s in self.optimizer.state.values()), default=0):
             last = f", the last {progress.skipped} among them" if progress.skipped else ""
             self.reporter.say(f"{skipped} of the run's {progress.total_steps} steps were skipped{last}.")
@@ -178,7 +177,3 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-
-    def _save(self, progress: Progress) -> None:
-        if self.saver:
-            self.saver(progress)

@@ -1,9 +1,7 @@
-"""The optimizer, its learning-rate schedule, and fp16's loss scale."""
+"""The optimizer that `--optim` names, over every layout."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +16,6 @@ BETAS = (0.9, 0.95)
 EPS = 1e-8
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw")
 """Values of `--optim`."""
-FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
-"""The loss scale of an fp16 run at its start, and the smallest."""
-LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
 MIN_8BIT = 4096  # values from which on bitsandbytes' own optimizers use 8 bits
 MIN_PAGED = 100_000  # values from which on they page
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +23,7 @@ _EMBEDDINGS = ("tok_embeddings.", "pos_embeddings.")
 
 
 def build_optimizer(
-    kind: str, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float
+    kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """The optimizer that `--optim KIND` names.
 
@@ -44,7 +39,7 @@ def build_optimizer(
     return build_adamw(parameters, lr, weight_decay)
 
 
-def state_bytes(kind: str, parameters: Mapping[str, nn.Parameter]) -> int:
+def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
     """Bytes that the two moments of whole `parameters` take, as `build_optimizer(KIND)` keeps them.
 
     Those that a GPU would page out count too: they leave only when it is full.
@@ -57,12 +52,12 @@ def state_bytes(kind: str, parameters: Mapping[str, nn.Parameter]) -> int:
     return total
 
 
-def build_adamw(parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_adamw(parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over fp32 parameters; biases and norms are not decayed."""
     return torch.optim.AdamW(_groups(parameters, weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     decayed = [p for name, p in parameters.items() if not name.endswith((".bias", "norm.weight"))]
     spared = [p for name, p in parameters.items() if name.endswith((".bias", "norm.weight"))]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -137,22 +132,3 @@ class KernelAdamW(torch.optim.Optimizer):
             levels(True, shard.device), levels(False, shard.device), state["exp_avg_scales"],
             state["exp_avg_sq_scales"], weight_decay=group["weight_decay"],
         )  # fmt: skip
-
-
-def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear from 0 to `lr` over `warmup_epochs`, then half a cosine down to `min_lr` at `epochs`. All in epochs."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    progress = min((epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9), 1.0)
-    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def next_loss_scale(scale: float, good_steps: int, finite: bool) -> tuple[float, int]:
-    """(next loss scale, good steps in a row) of an fp16 run, after a step whose gradients were `finite` or not.
-
-    Doubled after many good steps, halved after a bad one (Micikevicius et al. 2018, section 3.2).
-    """
-    if not finite:
-        return max(scale / 2, LEAST_LOSS_SCALE), 0
-    good_steps += 1
-    return scale * 2 if good_steps % LOSS_SCALE_GROWTH == 0 else scale, good_steps

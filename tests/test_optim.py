@@ -1,8 +1,7 @@
-"""Schedule, groups, clipping and loss scale, against formulas and PyTorch's own."""
+"""Groups, steps, moments and clipping, against formulas and PyTorch's own."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +13,9 @@ from torch import nn
 from accessory.engine import Engine, StepSettings
 from accessory.optim import (
     BETAS,
-    FIRST_LOSS_SCALE,
     OPTIMIZERS,
     build_adamw,
     build_optimizer,
-    learning_rate,
-    next_loss_scale,
     state_bytes,
 )
 from accessory.parallel import groups
@@ -47,43 +43,6 @@ def parameters() -> dict[str, nn.Parameter]:
     for parameter in made.values():
         parameter.grad = torch.randn(4, 6)
     return made
-
-
-def rate(epoch: float, **changes: float) -> float:
-    """The schedule of 10 epochs, 2 of them warm-up, from 1e-3 down to 1e-4."""
-    return learning_rate(epoch, **{"lr": 1e-3, "min_lr": 1e-4, "warmup_epochs": 2.0, "epochs": 10, **changes})
-
-
-def test_schedule_follows_the_formula() -> None:
-    """Linear, then half a cosine; checked at every hundredth of an epoch."""
-    for i in range(1001):
-        epoch = i / 100
-        expected = 1e-3 * epoch / 2 if epoch < 2 else 1e-4 + 9e-4 * (1 + math.cos(math.pi * (epoch - 2) / 8)) / 2
-        assert rate(epoch) == pytest.approx(expected, rel=1e-12)
-
-
-def test_schedule_at_its_edges() -> None:
-    """Starts at 0, is highest where warm-up ends, lowest at the end and beyond."""
-    assert rate(0) == 0
-    assert rate(2) == 1e-3
-    assert rate(6) == pytest.approx(5.5e-4)
-    assert rate(10) == rate(11) == pytest.approx(1e-4)
-    assert rate(0, warmup_epochs=0.0) == 1e-3
-    assert rate(0.01, warmup_epochs=0.01) == 1e-3
-    assert rate(0.875, warmup_epochs=0.75, epochs=1) == pytest.approx(5.5e-4)
-    assert rate(1, warmup_epochs=0.75, epochs=1) == pytest.approx(1e-4)
-
-
-@pytest.mark.parametrize("warmup", [10.0, 20.0])
-def test_warmup_as_long_as_training(warmup: float) -> None:
-    """It only ever rises."""
-    rates = [rate(epoch, warmup_epochs=warmup) for epoch in range(11)]
-    assert rates == [pytest.approx(1e-3 * epoch / warmup) for epoch in range(11)]
-
-
-def test_constant_rate() -> None:
-    """min_lr equal to lr, no warm-up."""
-    assert {rate(epoch / 7, warmup_epochs=0.0, min_lr=1e-3) for epoch in range(80)} == {1e-3}
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -253,20 +212,3 @@ def test_clipping_is_pytorchs(parameters: dict[str, nn.Parameter], clip: float, 
     for theirs, ours in zip(reference, parameters.values(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     assert engine.optimizer.param_groups[0]["lr"] == 0.1
-
-
-def test_loss_scale_grows_and_backs_off() -> None:
-    """Doubled after every 2000 good steps in a row, halved at once after a bad one, never below 1."""
-    scale, good = FIRST_LOSS_SCALE, 0
-    assert scale == 65536
-
-    def after(steps: int, finite: bool = True) -> float:
-        nonlocal scale, good
-        for _ in range(steps):
-            scale, good = next_loss_scale(scale, good, finite)
-        return scale
-
-    assert [after(1999), after(1), after(1999)] == [65536, 131072, 131072] and good == 3999
-    assert (after(1, finite=False), good) == (65536, 0)
-    assert [after(1999), after(1), after(2000)] == [65536, 131072, 262144]
-    assert after(40, finite=False) == 1

@@ -94,36 +94,24 @@ class CheckpointWriter:
 
         A collective: all ranks iterate `weights`, the main one writes; all raise `CheckpointError` if it cannot.
         """
-        fault: list[CheckpointError] = []
+        target, faults = self.output_dir / name, []
         if dist.get_rank() == 0:
             try:
-                self._write(self.output_dir / name, weights, state, state_record, step, loss)
+                with fresh_directory(target) as directory:
+                    write_tensors(directory, self.stem, weights)
+                    save_file(state, directory / f"{STATE_STEM}.safetensors")  # one file: it is read back as one
+                    for file_name, content in {f"{STATE_STEM}.json": state_record, **self.documents}.items():
+                        write_json(directory / file_name, content)
+                    self.tokenizer.save(directory)
+                    write_json(directory / MANIFEST_FILE, manifest_of(directory, step, loss))
             except CheckpointError as error:
-                fault.append(error)
+                faults.append(error)
             except Exception as error:  # the other ranks are waiting: whatever it was, all must hear of it
-                fault.append(CheckpointError(f"{self.output_dir / name}: cannot be written ({error!r})."))
+                faults.append(CheckpointError(f"{target}: cannot be written ({error!r})."))
         for _ in weights:  # the ranks that do not write, and what a failed write left over
             pass
-        together(_raise_first, fault)
-        return self.output_dir / name
-
-    def _write(
-        self,
-        target: Path,
-        weights: Iterator[tuple[str, Tensor]],
-        state: dict[str, Tensor],
-        state_record: dict[str, Any],
-        step: int,
-        loss: float | None,
-    ) -> None:
-        with fresh_directory(target) as directory:
-            write_tensors(directory, self.stem, weights)
-            save_file(state, directory / f"{STATE_STEM}.safetensors")  # one file: it is read back as one
-            write_json(directory / f"{STATE_STEM}.json", state_record)
-            for file_name, content in self.documents.items():
-                write_json(directory / file_name, content)
-            self.tokenizer.save(directory)
-            write_json(directory / MANIFEST_FILE, manifest_of(directory, step, loss))
+        together(_raise_first, faults)
+        return target
 
 
 def _raise_first(faults: list[CheckpointError]) -> None:

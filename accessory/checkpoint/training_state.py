@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from accessory.checkpoint.save import STATE_STEM
 from accessory.checkpoint.source import read_json
 from accessory.errors import CheckpointError
-from accessory.optim import FIRST_LOSS_SCALE, next_loss_scale
 from accessory.parallel.agree import differences
 from accessory.parallel.data import as_shard, is_sharded, shard_like
 from accessory.parallel.groups import Layout
@@ -35,6 +34,9 @@ CHANGEABLE = frozenset((
     "weight_decay", "clip_grad",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
+FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
+"""The loss scale of an fp16 run at its start, and the smallest."""
+LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
@@ -63,8 +65,12 @@ class Progress:
             self.epoch, self.step = self.epoch + 1, 0
 
     def rescale(self, finite: bool) -> None:
-        """The next loss scale of fp16, after a step whose gradients were `finite` or not."""
-        self.loss_scale, self.good_steps = next_loss_scale(self.loss_scale, self.good_steps, finite)
+        """After a step in fp16 whose gradients were `finite` or not (Micikevicius et al. 2018, section 3.2)."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale = max(self.loss_scale / 2, LEAST_LOSS_SCALE)
+        elif self.good_steps % LOSS_SCALE_GROWTH == 0:
+            self.loss_scale *= 2
 
     @property
     def checkpoint_name(self) -> str:

@@ -42,12 +42,8 @@ def together(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.k
 
 def on_main(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
     """`work(*args, **kwargs)` on the main rank alone; what it returns, or raises, reaches all. A collective."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        found = [together(work, *args, **kwargs)]
-    else:
-        found = [together(lambda: None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
+    found = [together(work, *args, **kwargs) if dist.get_rank() == 0 else together(lambda: None)]
+    dist.broadcast_object_list(found)
     return found[0]
 
 

@@ -13,28 +13,20 @@ from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import Slicing, gather_slices
 
 
-class NamedParameters(Mapping[str, nn.Parameter]):
+class NamedParameters(dict[str, nn.Parameter]):
     """Name -> this rank's part of a parameter; `slicings` says by name which part of the whole one it is.
 
     `slicings` may name more. The gradients are those of the last backward; a parameter may have none.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], slicings: Mapping[str, Slicing]) -> None:
-        self._parameters, self.slicings = dict(parameters), slicings
-
-    def __getitem__(self, name: str) -> nn.Parameter:
-        return self._parameters[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
+        super().__init__(parameters)
+        self.slicings = slicings
 
     @property
     def device(self) -> torch.device:
         """Where all of them lie."""
-        return next(iter(self._parameters.values())).device
+        return next(iter(self.values())).device
 
     def only(self, names: Collection[str]) -> NamedParameters:
         """Those with such names, in the same order."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from accessory.checkpoint.training_state import Progress
 from accessory.config import FinetuneConfig
 from accessory.data.order import GlobalOrder
-from accessory.optim import learning_rate
 
 FEW_STEPS = 30
 """A run with fewer optimizer steps is told so."""
@@ -41,10 +41,14 @@ class Schedule:
         return min(planned, self.max_steps) if self.max_steps else planned
 
     def learning_rate(self, epoch: float) -> float:
-        """At a fractional epoch; a step is given the epoch at its end, so that the first one already learns."""
-        return learning_rate(
-            epoch, lr=self.lr, min_lr=self.min_lr, warmup_epochs=self.warmup_epochs, epochs=self.epochs
-        )
+        """Linear from 0 to `lr` over `warmup_epochs`, then half a cosine down to `min_lr` at `epochs`.
+
+        `epoch` is fractional: that of a step is at its end, so that the first one already learns.
+        """
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        progress = min((epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9), 1.0)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def saves_after(self, progress: Progress) -> bool:
         """Whether the steps or epochs that are done make it time to save."""
@@ -56,12 +60,8 @@ class Schedule:
 def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) -> Schedule:
     """The schedule that the flags ask for; a dry run takes one true step from `progress` on."""
     return Schedule(
-        epochs=config.epochs,
+        **{name: getattr(config, name) for name in ("epochs", "warmup_epochs", "lr", "min_lr", "clip_grad")},
         steps_per_epoch=order.steps_per_epoch,
-        warmup_epochs=config.warmup_epochs,
-        lr=config.lr,
-        min_lr=config.min_lr,
-        clip_grad=config.clip_grad,
         save_every_epochs=config.save_interval,
         save_every_steps=config.save_steps or max(config.save_iteration_interval // config.accum_iter, 1),
         save_every_minutes=config.save_minutes,

@@ -10,11 +10,10 @@ import torch
 from accessory import kernels
 from accessory.blueprint import Blueprint
 from accessory.checkpoint.source import Source
-from accessory.checkpoint.training_state import Progress, Resumption, find_resumption
+from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress, Resumption, find_resumption
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder
-from accessory.optim import FIRST_LOSS_SCALE
 from accessory.parallel.groups import Layout
 
 _COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")

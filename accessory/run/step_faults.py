@@ -6,11 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.checkpoint.training_state import Progress
+from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
-from accessory.optim import FIRST_LOSS_SCALE
 from accessory.run.signals import name_of
 
 _NAMED = 8  # documents in a message

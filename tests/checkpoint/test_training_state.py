@@ -96,10 +96,22 @@ def test_progress_moves_on() -> None:
     assert progress == Progress(epoch=1, step=3, total_steps=8, skipped=1)
     progress.advance(4, skipped=False)
     assert progress == Progress(epoch=2, step=0, total_steps=9) and progress.checkpoint_name == "epoch1"
-    progress.rescale(finite=False)
-    assert (progress.loss_scale, progress.good_steps) == (32768.0, 0)
-    progress.rescale(finite=True)
-    assert (progress.loss_scale, progress.good_steps) == (32768.0, 1)
+
+
+def test_loss_scale_grows_and_backs_off() -> None:
+    """Doubled after every 2000 good steps in a row, halved at once after a bad one, never below 1."""
+    progress = Progress()
+    assert progress.loss_scale == 65536
+
+    def after(steps: int, finite: bool = True) -> float:
+        for _ in range(steps):
+            progress.rescale(finite)
+        return progress.loss_scale
+
+    assert [after(1999), after(1), after(1999)] == [65536, 131072, 131072] and progress.good_steps == 3999
+    assert (after(1, finite=False), progress.good_steps) == (65536, 0)
+    assert [after(1999), after(1), after(2000)] == [65536, 131072, 262144]
+    assert after(40, finite=False) == 1
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""How many steps a run has, and after which it is saved. What a run says of them is in tests/test_finetune.py."""
+"""How many steps a run has, how fast it learns in each, when it is saved. What is said of them: tests/test_finetune.py."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -30,3 +31,40 @@ def test_saves_after_epochs_and_steps() -> None:
     schedule = Schedule(9, 5, 0.0, 1e-3, 1e-3, -1.0, 2, 3)
     assert [schedule.saves_after(Progress(epoch, 0)) for epoch in (1, 2, 3, 4)] == [False, True, False, True]
     assert [schedule.saves_after(Progress(1, step)) for step in (1, 2, 3, 4)] == [False, False, True, False]
+
+
+def rate(epoch: float, **changes: float) -> float:
+    """The learning rate of 10 epochs, 2 of them warm-up, from 1e-3 down to 1e-4."""
+    return replace(Schedule(10, 5, 2.0, 1e-3, 1e-4, -1.0, 1, 1), **changes).learning_rate(epoch)
+
+
+def test_schedule_follows_the_formula() -> None:
+    """Linear, then half a cosine; checked at every hundredth of an epoch."""
+    for i in range(1001):
+        epoch = i / 100
+        expected = 1e-3 * epoch / 2 if epoch < 2 else 1e-4 + 9e-4 * (1 + math.cos(math.pi * (epoch - 2) / 8)) / 2
+        assert rate(epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedule_at_its_edges() -> None:
+    """Starts at 0, is highest where warm-up ends, lowest at the end and beyond."""
+    assert rate(0) == 0
+    assert rate(2) == 1e-3
+    assert rate(6) == pytest.approx(5.5e-4)
+    assert rate(10) == rate(11) == pytest.approx(1e-4)
+    assert rate(0, warmup_epochs=0.0) == 1e-3
+    assert rate(0.01, warmup_epochs=0.01) == 1e-3
+    assert rate(0.875, warmup_epochs=0.75, epochs=1) == pytest.approx(5.5e-4)
+    assert rate(1, warmup_epochs=0.75, epochs=1) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("warmup", [10.0, 20.0])
+def test_warmup_as_long_as_training(warmup: float) -> None:
+    """It only ever rises."""
+    rates = [rate(epoch, warmup_epochs=warmup) for epoch in range(11)]
+    assert rates == [pytest.approx(1e-3 * epoch / warmup) for epoch in range(11)]
+
+
+def test_constant_rate() -> None:
+    """min_lr equal to lr, no warm-up."""
+    assert {rate(epoch / 7, warmup_epochs=0.0, min_lr=1e-3) for epoch in range(80)} == {1e-3}
