@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accessory.kernels.bitsandbytes_library import functional as kernels
 from accessory.parallel.data import local
-from accessory.quant.bitsandbytes_library import functional as kernels
 from accessory.quant.moments import BLOCK as MOMENT_BLOCK
 from accessory.quant.moments import levels, pack_moment
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests import cpu_kernels
 from tests.llama_cpp import LlamaCpp, find_library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slowest files first."""
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.fixture
+def needs_cpu_kernels() -> None:
+    """Skipped on a machine that cannot have this CPU's kernels, failed where they do not work."""
+    cpu_kernels.require()
+
+
+@pytest.fixture
+def switch_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Switches them on, as `needs_cpu_kernels`, or off, until the test ends."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setenv("ACCESSORY_AVX512", str(int(on)))
+        cpu_kernels.forget()
+        if on:
+            cpu_kernels.require()
+
+    yield switch
+    cpu_kernels.forget()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.errors import ConfigError
 from accessory.generate import generate_tokens, next_token_logits, sample
-from accessory.kernels import avx512
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs, RopeScaling
@@ -26,9 +25,7 @@ from accessory.parallel.data import DataParallel
 from accessory.quant import storage
 from accessory.quant.four_bit import FourBitWeight
 
-needs_kernel = pytest.mark.skipif(
-    not avx512.available(torch.device("cpu"), torch.bfloat16), reason="no AVX512-bf16 or no compiler"
-)
+needs_kernel = pytest.mark.usefixtures("needs_cpu_kernels")
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
 LENGTH = 15
 

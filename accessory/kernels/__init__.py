@@ -1,83 +1,61 @@
-"""Kernels for steps that plain PyTorch makes several passes over memory of: in Triton, and in C++ for a CPU (`avx512`).
+"""The inner steps of a model, each with up to three implementations that have the same functions and signatures.
 
-Each is the counterpart of plain lines elsewhere, which compute wherever `chosen` gives none: for Triton's on a CPU,
-without Triton, where it cannot compile, in other dtypes, or when ACCESSORY_TRITON=0. So nothing needs Triton or a
-compiler, and nothing here imports it before it is used. Under Triton's interpreter (TRITON_INTERPRET=1, set before
-anything imports Triton) its kernels run on the CPU, slowly, to be tested.
+`plain` is PyTorch's and computes anything anywhere. `triton` is for GPUs, `avx512`, in C++, for CPUs with AVX512-bf16:
+they read and write memory once where plain PyTorch does several times. `of` gives the best one there is. Nothing needs
+Triton or a compiler, and neither is touched before it is used: where it is missing, fails or computes wrongly, or is
+switched off by ACCESSORY_TRITON=0 or ACCESSORY_AVX512=0, `plain` computes.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from accessory.kernels import avx512
-from accessory.kernels.switches import switched_on
+from accessory.kernels import avx512, triton
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
-KERNELS = ("cross_entropy", "four_bit", "gate", "rms_norm", "rotary")
+_KNOWN = {"triton": triton.KERNELS, "avx512": avx512.KERNELS, "plain": ()}
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in KERNELS:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def of(name: str, x: Tensor, *case: object) -> ModuleType:
+    """The implementation of the kernel `name` for x: see `on`."""
+    return on(name, x.device, x.dtype, *case)
 
 
-def chosen(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The kernel `name` that computes in `dtype` on `device`, Triton's or this CPU's; None: plain PyTorch does.
+def on(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> ModuleType:
+    """The implementation of the kernel `name` that computes in `dtype` on `device`: plain PyTorch's as the last resort.
 
-    Raises `ConfigError` for a strange ACCESSORY_TRITON or ACCESSORY_AVX512.
+    case: what the call depends on where an implementation computes some cases only, as its `takes` says: an activation,
+    a head's width. Raises `ConfigError` for a strange ACCESSORY_TRITON or ACCESSORY_AVX512.
     """
-    if device.type == "cpu" and not interpreted():
-        found = name in avx512.KERNELS and avx512.available(device, dtype)
-        return _module(f"{avx512.__name__}.{name}") if found else None
-    return _module(f"{__name__}.{name}") if name in KERNELS and available(device, dtype) else None
+    # Triton launches on the current device and its stream, wherever the tensors are.
+    if device.type == "cuda" and not (torch.cuda.is_initialized() and device.index == torch.cuda.current_device()):
+        return _implementation("plain", name)
+    fast = _fast(name, device, dtype)
+    if fast is None or (case and not fast.takes(*case)):
+        return _implementation("plain", name)
+    return fast
 
 
 def computing(device: torch.device, dtype: torch.dtype) -> str:
-    """Which of them compute in `dtype` on `device`: triton, avx512, or none."""
-    if available(device, dtype):
+    """Which implementations compute in `dtype` on `device`, where they have the kernel: triton, avx512 or plain."""
+    if triton.available(device, dtype):
         return "triton"
-    return "avx512" if not interpreted() and avx512.available(device, dtype) else "none"
+    return "avx512" if not triton.interpreted() and avx512.available(device, dtype) else "plain"
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_TRITON."""
-    # Triton launches on the current device and its stream, wherever the tensors are.
-    here = device.index == torch.cuda.current_device() if device.type == "cuda" else interpreted()
-    return here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels") and _works(device)
-
-
-@lru_cache  # Triton asks once too
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-_module = lru_cache(import_module)  # which takes longer to look a module up than some kernels to compute
+@lru_cache  # while decoding, the questions take longer than some kernels
+def _fast(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    package = computing(device, dtype)
+    return _implementation(package, name) if name in _KNOWN[package] else None
 
 
 @lru_cache
-def _works(device: torch.device) -> bool:
-    """Every kernel is tried once: Triton needs a C compiler, Python's headers and a GPU of these years."""
-    if find_spec("triton") is None:
-        return False
-    try:
-        wrong = import_module(f"{__name__}.trial").wrong_kernels(device)
-        fault = f"the results of {', '.join(wrong)} are wrong" if wrong else ""
-    except Exception as error:  # whatever a compiler, a linker or a driver may raise
-        fault = f"{type(error).__name__}: {str(error).strip()}"
-    if fault:
-        logging.getLogger(__name__).warning("Triton does not work on %s, plain PyTorch computes: %s", device, fault)
-    return not fault
+def _implementation(package: str, name: str) -> ModuleType:
+    return import_module(f"{__name__}.{package}.{name}")
 
 
-__all__ = ["DTYPES", "KERNELS", "available", "chosen", "computing", "interpreted"]
+__all__ = ["computing", "of", "on"]

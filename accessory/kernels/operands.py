@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from accessory.kernels import DTYPES
+AllReduce = Callable[[Tensor, Literal["max", "sum"]], None]
+"""Replaces what a rank has by the highest of all ranks' or by their sum."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
 
 
 def check_floats(**tensors: Tensor) -> None:
@@ -56,6 +62,17 @@ def check_of_rows(scores: Tensor, **tensors: Tensor) -> None:
         check_device(scores.device, **{name: tensor})
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected float32, contiguous")
+
+
+def agree(highest: Tensor, mass: Tensor, target: Tensor, all_reduce: AllReduce | None) -> None:
+    """Make statistics of rows of scores, of this rank's slice of the vocabulary, those of all slices."""
+    if all_reduce is None:
+        return
+    mine = highest.clone()
+    all_reduce(highest, "max")
+    mass *= (mine - highest).exp()
+    all_reduce(mass, "sum")
+    all_reduce(target, "sum")
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ Result = TypeVar("Result")
 _wanted = False
 
 
-def compile_fusible(wanted: bool) -> None:
-    """From now on, compile what is `fusible` at its first use, or leave it plain again."""
+def compile_fusible(wanted: bool) -> bool:
+    """From now on, compile what is `fusible` at its first use, or leave it plain; returns what was wanted before."""
     global _wanted
-    _wanted = wanted
+    before, _wanted = _wanted, wanted
+    return before
 
 
 def fusible(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -1,78 +1,145 @@
-"""Each kernel once, on a few numbers, against its formula: what a device that was never tried before has to pass."""
+"""Each kernel once, on a few numbers, beside plain PyTorch: what a machine that was never tried before has to pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from accessory.kernels import cross_entropy, four_bit, gate, rms_norm, rotary
+from accessory.kernels.bitsandbytes_library import functional
+from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.documents import Documents
+from accessory.kernels.torch_compile import compile_fusible
 
-TOLERANCE = 1e-3  # relative, in fp32: hundreds of times the rounding, far less than any real fault
-
-
-def wrong_kernels(device: torch.device) -> list[str]:
-    """Names of the kernels whose results differ from plain PyTorch's on `device`."""
-    generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randn(3, 16, generator=generator).to(device) for _ in range(3))
-    trials = {
-        "rms_norm": _norm(a, b, c[0]),
-        "gate": _gate(a, b, c),
-        "rotary": _rotation(a[:, None], b[:, None, :8]),
-        "four_bit": _unpacking(a, b),
-        "cross_entropy": _loss(a),
-    }
-    return [name for name, pairs in trials.items() if not all(_close(found, wanted) for found, wanted in pairs)]
+Draw = Callable[..., Tensor]
+"""Random normal numbers of a shape, in the dtype that is tried: the same ones for both."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative: many times the rounding, less than any real fault
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
+def fault_of(package: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+    """What is wrong with the kernels `names` of `package` in `dtype` on `device`; empty: nothing."""
+    try:
+        wrong = wrong_kernels(package, names, device, dtype)
+    except Exception as error:  # whatever a compiler, a linker, a driver or a library may raise
+        return f"{type(error).__name__}: {str(error).strip()}"
+    return f"the results of {', '.join(wrong)} are wrong" if wrong else ""
 
 
-def _norm(x: Tensor, dy: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    y, scale = rms_norm.forward(x, weight, 1e-5)
-    dx, dweight = rms_norm.backward(dy, x, weight, scale)
-    inverse = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    unit, dunit = x * inverse, dy * weight
-    wanted = inverse * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
-    return [(y, unit * weight), (dx, wanted), (dweight, (dy * unit).sum(0))]
+def wrong_kernels(package: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of those whose results differ from plain PyTorch's of the same numbers in fp32."""
+    compiles = compile_fusible(False)  # a compiler would take longer than the trial
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        # Whatever the first to ask is in; who watches what is saved shall not see what the trial saves.
+        unseen = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), unseen:
+            return [name for name in names if not _agree(package, name, device, dtype)]
+    finally:
+        torch.set_default_dtype(default)
+        compile_fusible(compiles)
 
 
-def _gate(x: Tensor, up: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
-    dx, dup = gate.backward(dy, x, up, "silu")
-    share = x.sigmoid()
-    slope = share * (1 + x * (1 - share))
-    return [(gate.forward(x, up, "silu"), x * share * up), (dx, dy * up * slope), (dup, dy * x * share)]
+def _agree(package: str, name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    results = []
+    for implementation, wide in ((package, dtype), ("plain", torch.float32)):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, generator: torch.Generator = generator, wide: torch.dtype = wide) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype).to(device, wide)
+
+        results.append(_TRIALS[name](import_module(f"accessory.kernels.{implementation}.{name}"), draw))
+    return all(
+        (found.float() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+        for found, wanted in zip(*results, strict=True)
+    )
 
 
-def _rotation(x: Tensor, angles: Tensor) -> list[tuple[Tensor, Tensor]]:
-    turn = torch.polar(torch.ones_like(angles), angles)
-    first, second = x.chunk(2, -1)
-    halves = torch.complex(first, second) * turn
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn
-    return [
-        (rotary.rotate(x, turn, "halves"), torch.cat([halves.real, halves.imag], -1)),
-        (rotary.rotate(x, turn, "pairs"), torch.view_as_real(pairs).flatten(-2)),
-    ]
+def _cached_attention(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    """Two query heads, one other; 19 keys of 24, of which 17 are seen."""
+    return [kernel.attend(draw(1, 2, 20), draw(1, 24, 1, 20), draw(1, 24, 1, 20), (19,), 17, 0.25)]
 
 
-def _unpacking(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-    codebook, nested_codebook = a.flatten()[:16].contiguous(), torch.linspace(-1, 1, 256, device=a.device)
-    codes = torch.arange(64, dtype=torch.uint8, device=a.device) * 3  # two blocks
-    scales = torch.tensor([40, 200], dtype=torch.uint8, device=a.device)
-    nested = b[0, :1].contiguous(), b[1, :1].contiguous(), nested_codebook
-    values = codebook[torch.stack([codes >> 4, codes & 15], 1).flatten().long()].view(2, 64)
-    plain = nested_codebook[scales.long()] * nested[0] + nested[1]
-    return [
-        (four_bit.dequantize(codes, scales, codebook, (2, 64), a.dtype, nested=nested), values * plain[:, None]),
-        (four_bit.dequantize(codes, plain, codebook, (2, 64), a.dtype), values * plain[:, None]),
-    ]
+def _column_sums(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    return [kernel.column_sums(draw(5, 20))]
 
 
-def _loss(scores: Tensor) -> list[tuple[Tensor, Tensor]]:
-    labels = torch.tensor([5, 0, 15], device=scores.device)
-    gradient = scores.clone()
-    highest, mass, target = cross_entropy.statistics(gradient, labels)
-    cross_entropy.become_gradient(gradient, labels, highest, mass)
-    one_hot = torch.nn.functional.one_hot(labels, scores.shape[1])
-    wanted = -scores.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    return [(mass.log() + highest - target, wanted), (gradient, scores.softmax(-1) - one_hot)]
+def _cross_entropy(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    """Of 20 columns the last three are padding. Likely labels, whose loss is small beside its parts; other ranks'."""
+    scores = [draw(5, 20), draw(5, 20)]
+    labels = scores[0][:, :17].argmax(1)
+    losses = kernel.losses_and_gradient(scores[0], labels, 17, None, kernel.workspace(scores[0]))
+    kernel.losses_and_gradient(scores[1], labels - 20, 17, None, kernel.workspace(scores[1]))
+    return [losses, *scores]
+
+
+def _document_attention(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    """Documents of 40 and 25 tokens that share 3, two query heads, one other."""
+    leaves, dout = [draw(62, heads, 16).requires_grad_() for heads in (2, 1, 1)], draw(62, 2, 16)
+    with torch.enable_grad():
+        out = kernel.attend(*leaves, Documents.build((40, 25), (0, 3)), None, 0.25)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def _four_bit(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    nested = _codes(draw)
+    plain = nested._replace(scales=draw(260).float(), nested=None)
+    return [kernel.dequantize(codes, draw(0).dtype) for codes in (nested, plain)]
+
+
+def _four_bit_gemv(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    """Fifteen rows, so that each number of rows that go together is among them; two matrices, LoRA, a bias."""
+    beside = [Beside(a=draw(4, 128).float(), b=draw(130, 4).float(), scale=0.5), Beside(draw(130).float())]
+    return list(kernel.Matrices([_codes(draw), _codes(draw)]).multiply(draw(15, 128), beside))
+
+
+def _four_bit_product(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    """One matrix with all that may stand beside it, and two whose products are summed."""
+    codes, x, dy, low = _codes(draw), draw(14, 128), draw(14, 130), draw(14, 4)
+    a, b, bias = draw(4, 128).float(), draw(130, 4).float(), draw(130).float()
+    y = kernel.sum_of_products([x], [codes], transposed=False, bias=bias, low=(low, b, 0.5))
+    return [y, kernel.sum_of_products([dy, dy], [codes, codes], transposed=True, low=(low, a, 0.5))]
+
+
+def _codes(draw: Draw) -> Codes:
+    """W [130, 128], of whose 260 blocks 256 share a scale's scale."""
+    nested = draw(256).float(), draw(2).float(), draw(1).float()
+    codes, scales = (draw(n).float().mul(50).clamp(-128, 127).add(128).byte() for n in (130 * 64, 260))
+    return Codes((130, 128), codes, functional.get_4bit_type("nf4", device=str(codes.device)), scales, nested)
+
+
+def _gate(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    x, up, dy = draw(5, 20), draw(5, 20), draw(5, 20)
+    return [kernel.forward(x, up, "silu"), *kernel.backward(dy, x, up, "silu")]
+
+
+def _rms_norm(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    x, dy, weight = draw(5, 20), draw(5, 20), draw(20).float()
+    y, scale = kernel.forward(x, weight, 1e-5)
+    again = kernel.normalized(x, weight, 1e-5), kernel.again(x, weight, scale)
+    return [y, *again, *kernel.backward(dy, x, weight, scale)]
+
+
+def _rotary(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+    """The first 16 of 20 channels are rotated, the others pass."""
+    x, angles = draw(5, 1, 20), draw(5, 1, 8).float()
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    return [kernel.rotate(x, rotations, "halves"), kernel.rotate(x, rotations.conj(), "pairs")]
+
+
+_TRIALS: dict[str, Callable[[ModuleType, Draw], list[Tensor]]] = {
+    "cached_attention": _cached_attention,
+    "column_sums": _column_sums,
+    "cross_entropy": _cross_entropy,
+    "document_attention": _document_attention,
+    "four_bit": _four_bit,
+    "four_bit_gemv": _four_bit_gemv,
+    "four_bit_product": _four_bit_product,
+    "gate": _gate,
+    "rms_norm": _rms_norm,
+    "rotary": _rotary,
+}

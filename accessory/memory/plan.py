@@ -12,16 +12,15 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
+from accessory import kernels
 from accessory.checkpoint.load import targets
 from accessory.memory.kept import Kept, KeptByBlock, measure_kept
 from accessory.method import Attachment
 from accessory.model.attention import Attention
 from accessory.model.decoder import Decoder
-from accessory.model.document_attention import backward_bytes
 from accessory.model.feed_forward import FeedForward
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK, chunk_bytes
-from accessory.model.packed_attention import attends, packed_backward_bytes
 from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
@@ -237,10 +236,9 @@ class StepMemory:
         given = tokens * self._width * (args.dim + heads * head_dim)
         if self._has_kernel:
             return given + tokens * heads * head_dim * (3 * self._width + 4)
-        if attends(self.layout.device, dtype, head_dim):
-            return given + packed_backward_bytes(tokens, longest, heads, kv_heads, head_dim, dtype)
         lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
         windows = {args.window(i) for i in range(args.n_layers)}
+        backward_bytes = kernels.on("document_attention", self.layout.device, dtype, head_dim).backward_bytes
         return given + max(backward_bytes(lengths, heads, kv_heads, head_dim, dtype, w) for w in windows)
 
     def _in_optimizer(self) -> int:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.decoding import decodes
-from accessory.model.document_attention import attend_by_document
 from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.norm import RMSNorm
-from accessory.model.packed_attention import attend_packed, attends
 from accessory.model.position import lean, rotate
 from accessory.model.recomputed import Recomputed
 from accessory.model.sequences import Sequences
@@ -69,7 +66,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache.store(k, v, sequences)
         if cache is None or not any(sequences.starts):
-            out = attend(q, k, v, sequences, self.window, scale)
+            kernel = kernels.of("document_attention", q, q.shape[-1])
+            out = kernel.attend(q, k, v, sequences.documents, self.window, scale)
         else:
             out = attend_cached(q, cache, sequences, self.window, scale)
         if self.position == "alibi":
@@ -103,80 +101,20 @@ def _head_norm(args: ModelArgs) -> RMSNorm:
     return norm
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None = None, scale: float | None = None
-) -> Tensor:
-    """Causal attention inside each document: q [T, H, E], k and v [T, K, E] -> [T, H, E].
-
-    window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    On CUDA in half precision one variable-length flash kernel does all documents, in bf16 on a CPU that has AVX512-bf16
-    one of ours, elsewhere `attend_by_document`.
-    """
-    if attends(q.device, q.dtype, q.shape[-1]):
-        return attend_packed(q, k, v, sequences, window, scale)
-    if sequences.prefixes is None:
-        return _attend_whole(q, k, v, sequences, window, scale)
-    q, k, v = (sequences.prefixes.lay_out(t) for t in (q, k, v))
-    return sequences.prefixes.pack(_attend_whole(q, k, v, sequences, window, scale))
-
-
-def _attend_whole(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, scale: float | None
-) -> Tensor:
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _attend_varlen(q, k, v, sequences, window, scale)
-    return attend_by_document(q, k, v, sequences.lengths, window, scale, sequences.shared)
-
-
-def _attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window: int | None, scale: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only
-
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # the kernel's own grouping flag came after torch 2.11
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    offsets, longest = sequences.offsets, sequences.longest
-    before = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(before, 0))
-
-
 def attend_cached(
     q: Tensor, cache: LayerCache, sequences: Sequences, window: int | None = None, scale: float | None = None
 ) -> Tensor:
     """New queries q [T, H, E] against everything their documents have in the cache, causally -> [T, H, E].
 
-    One document after the other, whatever stands beside it: no padding is read, and it gets what it gets alone.
+    All documents at once where they have as many new tokens: each gets what it gets alone.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernel, lengths = kernels.chosen("cached_attention", q.device, q.dtype), sequences.lengths
-    if kernel and lengths == (1,) * len(lengths):
-        return kernel.attend(q, cache.keys, cache.values, sequences.ends, window, scale)
+    lengths, ends = sequences.lengths, sequences.ends
+    if len(set(lengths)) == 1:
+        kernel = kernels.of("cached_attention", q, lengths[0])
+        return kernel.attend(q, cache.keys, cache.values, ends, window, scale)
     parts = []
     for i, part in enumerate(q.split(lengths)):
-        keys, values, end = cache.keys[i : i + 1], cache.values[i : i + 1], sequences.ends[i]
-        if kernel and len(part) == 1:
-            parts.append(kernel.attend(part, keys, values, (end,), window, scale))
-        else:
-            parts.append(_attend_document(part, keys[0, :end], values[0, :end], window, scale))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _attend_document(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:
-    """The last tokens' queries [S, H, E] of one document, keys and values [n, K, E] of all -> [S, H, E]."""
-    first = 0 if window is None else max(len(keys) - len(q) - window + 1, 0)
-    keys, values = (t[first:].transpose(0, 1)[None] for t in (keys, values))
-    if len(q) == 1:  # sees them all: heads that share keys can be rows of one head, at a fifth of the time
-        rows = q.view(1, keys.shape[1], -1, q.shape[-1])
-        return F.scaled_dot_product_attention(rows, keys, values, scale=scale).view(q.shape)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys, values, attn_mask=_seen(len(q), keys.shape[2], window, q.device),
-        scale=scale, enable_gqa=q.shape[1] != keys.shape[1],
-    )  # fmt: skip
-    return out[0].transpose(0, 1)
-
-
-def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of `keys` keys each of the `queries` last tokens sees, bool [queries, keys]."""
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return seen if window is None else seen.triu(keys - queries - window + 1)
+        one, kernel = slice(i, i + 1), kernels.of("cached_attention", q, len(part))
+        parts.append(kernel.attend(part, cache.keys[one], cache.values[one], ends[one], window, scale))
+    return torch.cat(parts)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory import kernels
-from accessory.kernels.torch_compile import fusible
+from accessory.kernels.plain.gate import ACTIVATIONS
 from accessory.model.args import ModelArgs
 from accessory.model.decoding import decodes
 from accessory.model.linear import Linear, prepare_decoding, project_columns
 from accessory.model.recomputed import Recomputed
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (dy, x) -> dx
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
-    "relu": lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0),
-}
 
 
 class FeedForward(nn.Module):
@@ -76,24 +60,7 @@ def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputed:
 
 
 def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
-    if kernel := _kernel(x, activation):
-        return kernel.forward(x, up, activation)
-    return _plainly_gated(activation, x, up)
-
-
-def _kernel(x: Tensor, activation: str) -> ModuleType | None:
-    kernel = kernels.chosen("gate", x.device, x.dtype)
-    return kernel if kernel and activation in kernel.ACTIVATIONS else None
-
-
-@fusible
-def _plainly_gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
-    return ACTIVATIONS[activation](x).mul_(up)
-
-
-@fusible
-def _gate_gradients(activation: str, dy: Tensor, x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return _GRADIENTS[activation](dy * up, x), ACTIVATIONS[activation](x).mul_(dy)
+    return kernels.of("gate", x, activation).forward(x, up, activation)
 
 
 class _Gate(torch.autograd.Function):
@@ -106,6 +73,4 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, up = ctx.saved_tensors
-        if kernel := _kernel(x, ctx.activation):
-            return *kernel.backward(dy, x, up, ctx.activation), None
-        return *_gate_gradients(ctx.activation, dy, x, up), None
+        return *kernels.of("gate", x, ctx.activation).backward(dy, x, up, ctx.activation), None

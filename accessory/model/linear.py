@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from accessory.model.projection import column_sums, project
+from accessory import kernels
+from accessory.model.projection import project
 from accessory.model.recomputed import Recomputed, runs_again
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import (
@@ -157,4 +158,5 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        return dy, column_sums(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        sums = kernels.of("column_sums", dy).column_sums
+        return dy, sums(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None

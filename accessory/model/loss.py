@@ -6,8 +6,7 @@ rows of the vocabulary, and only sums travel (vocab-parallel cross-entropy, Mega
 
 from __future__ import annotations
 
-import math
-from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,6 @@ from accessory import kernels
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
-LOG2_E = math.log2(math.e)
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -31,10 +29,9 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: 
 
 def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
     """Most bytes of logits at once, for so many supervised tokens and rows of a head: for a plan of memory."""
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    if device.type == "cpu" and kernels.chosen("cross_entropy", device, dtype):  # a GPU need not be here to be planned
-        wide = 0
-    return min(tokens, CHUNK) * rows * (dtype.itemsize + wide)
+    scores = torch.empty(min(tokens, CHUNK), rows, dtype=dtype, device="meta")
+    work = kernels.on("cross_entropy", device, dtype).workspace(scores)
+    return scores.nbytes + (0 if work is None else work.nbytes)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -48,26 +45,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         most = min(len(rows), CHUNK), len(head)
-        narrow = hidden.new_empty(most)  # one pair of buffers: made anew they would cost more than what fills them
-        kernel = kernels.chosen("cross_entropy", hidden.device, hidden.dtype)
-        scores = narrow if kernel else hidden.new_empty(most, dtype=wide)
+        scores = hidden.new_empty(most)  # one buffer, or two: made anew they would cost more than what fills them
+        kernel = kernels.of("cross_entropy", hidden)
+        work = kernel.workspace(scores)
+        group = model_parallel_group()
+        all_reduce = _all_reduce if dist.get_world_size(group) > 1 else None
+        before = dist.get_rank(group) * len(head)
+        width = None if vocab_size is None else min(max(vocab_size - before, 0), len(head))
         for begin in range(0, len(rows), CHUNK):
             chunk = rows[begin : begin + CHUNK]
-            x, narrow, scores = hidden[chunk], narrow[: len(chunk)], scores[: len(chunk)]
-            torch.mm(x, matrix.t(), out=narrow)
-            if kernel:
-                total += _loss_and_gradient_by_kernel(kernel, narrow, labels[chunk], vocab_size)
-            else:
-                scores.copy_(narrow)
-                _leave_out_padding(scores, vocab_size)
-                total += _loss_and_gradient(scores, labels[chunk])
-                narrow.copy_(scores)
+            x, scores = hidden[chunk], scores[: len(chunk)]
+            torch.mm(x, matrix.t(), out=scores)
+            losses = kernel.losses_and_gradient(scores, labels[chunk] - before, width, all_reduce, work)
+            total += losses.sum(dtype=torch.float64)
             if dhidden is not None:
-                torch.mm(narrow, matrix, out=dhidden[begin : begin + CHUNK])
+                torch.mm(scores, matrix, out=dhidden[begin : begin + CHUNK])
             if dhead is not None:
-                dhead += narrow.t() @ x
-        if dhidden is not None and len(rows):
-            _sum_over_ranks(dhidden)
+                dhead += scores.t() @ x
+        if dhidden is not None and len(rows) and all_reduce:
+            all_reduce(dhidden)
         ctx.save_for_backward(rows, dhidden, dhead)
         ctx.shape, ctx.head_dtype = hidden.shape, head.dtype
         return total.to(wide)
@@ -84,51 +80,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None
 
 
-def _leave_out_padding(scores: Tensor, vocab_size: int | None) -> None:
-    """Give the rows from `vocab_size` on no probability: `scores` [c, V / ranks] is changed."""
-    if vocab_size is not None:
-        before = dist.get_rank(model_parallel_group()) * scores.shape[1]
-        scores[:, max(vocab_size - before, 0) :] = -torch.inf
-
-
-def _loss_and_gradient(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the chunk's losses; `scores` [c, V / ranks] is overwritten with softmax minus the one-hot labels."""
-    group = model_parallel_group()
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    local = labels - rank * scores.shape[1]
-    mine = (local >= 0) & (local < scores.shape[1])
-    local = local.masked_fill(~mine, 0)
-    highest = scores.amax(1)
-    if ranks > 1:
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    scores.sub_(highest[:, None])
-    target = scores.gather(1, local[:, None])[:, 0].masked_fill_(~mine, 0)
-    # Powers of two: PyTorch makes them in a third of the time of powers of e on a CPU.
-    mass = scores.mul_(LOG2_E).exp2_().sum(1)
-    _sum_over_ranks(target)
-    _sum_over_ranks(mass)
-    scores.div_(mass[:, None])
-    scores[torch.arange(len(labels), device=labels.device), local] -= mine.to(scores.dtype)
-    return (mass.log() - target).sum(dtype=torch.float64)
-
-
-def _loss_and_gradient_by_kernel(kernel: ModuleType, scores: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
-    """The same of scores in any dtype, without a wide copy of them; those from `vocab_size` on are left out here."""
-    group, columns = model_parallel_group(), scores.shape[1]
-    before = dist.get_rank(group) * columns
-    local, width = labels - before, columns if vocab_size is None else min(max(vocab_size - before, 0), columns)
-    highest, mass, target = kernel.statistics(scores, local, width)
-    if dist.get_world_size(group) > 1:
-        mine = highest.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        mass *= (mine - highest).exp()
-        _sum_over_ranks(mass)
-        _sum_over_ranks(target)
-    kernel.become_gradient(scores, local, highest, mass, width)
-    return (mass.log() + highest - target).sum(dtype=torch.float64)
-
-
-def _sum_over_ranks(tensor: Tensor) -> None:
-    group = model_parallel_group()
-    if dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
+def _all_reduce(tensor: Tensor, operation: Literal["max", "sum"] = "sum") -> None:
+    dist.all_reduce(tensor, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation], model_parallel_group())

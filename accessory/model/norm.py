@@ -6,11 +6,9 @@ from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory import kernels
-from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs
 from accessory.model.decoding import decodes
 from accessory.model.recomputed import Recomputed
@@ -39,12 +37,9 @@ class RMSNorm(Norm):
     def recomputed(self, x: Tensor) -> Recomputed:
         """The result, and that it is x times two things that the norm keeps."""
         if decodes():
-            if kernel := kernels.chosen("rms_norm", x.device, x.dtype):
-                return Recomputed.of(kernel.forward(x, self.weight, self.eps)[0])
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return Recomputed.of(F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype))
+            return Recomputed.of(kernels.of("rms_norm", x).normalized(x, self.weight, self.eps))
         y, scale = _RMSNorm.apply(x, self.weight, self.eps)
-        return Recomputed(y, (x.detach(), scale, self.weight), _scaled)
+        return Recomputed(y, (x.detach(), scale, self.weight), _again)
 
 
 class LayerNorm(Norm):
@@ -65,56 +60,14 @@ def make_norm(args: ModelArgs, dim: int) -> Norm:
     return (LayerNorm if args.norm == "layer" else RMSNorm)(dim, args.norm_eps)
 
 
-def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    if kernel := kernels.chosen("rms_norm", x.device, x.dtype):
-        return kernel.again(x, weight, scale)
-    return _plainly_scaled(x, scale, weight)
-
-
-@fusible
-def _plainly_scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    return (x.to(scale.dtype) * scale).mul_(weight).to(x.dtype)
-
-
-@fusible
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-
-
-@fusible
-def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    unit = x.to(scale.dtype) * scale
-    dunit = dy.to(scale.dtype) * weight
-    return dunit.sub_(unit.mul_((dunit * unit).mean(-1, keepdim=True))).mul_(scale).to(x.dtype)
-
-
-@fusible
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return (dy.to(scale.dtype) * (x.to(scale.dtype) * scale)).flatten(0, -2).sum(0).to(weight.dtype)
-
-
-@fusible
-def _both_gradients(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    unit, wide = x.to(scale.dtype) * scale, dy.to(scale.dtype)
-    terms = wide * unit  # of both sums
-    along = (terms @ weight.to(terms.dtype)).div_(x.shape[-1])[..., None]
-    dx = (wide * weight).sub_(unit.mul_(along)).mul_(scale).to(x.dtype)
-    return dx, terms.flatten(0, -2).sum(0).to(weight.dtype)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The result, and 1 / rms(x) [..., 1]."""
-    if kernel := kernels.chosen("rms_norm", x.device, x.dtype):
-        return kernel.forward(x, weight, eps)
-    scale = _inverse_rms(x, eps)
-    return _plainly_scaled(x, scale, weight), scale
+def _again(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return kernels.of("rms_norm", x).again(x, weight, scale)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, scale = _rms_norm(x, weight, eps)
+        y, scale = kernels.of("rms_norm", x).forward(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
         return y, scale
@@ -123,12 +76,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         saved = ctx.saved_tensors
         need_dx, need_dweight, _ = ctx.needs_input_grad
-        if kernel := kernels.chosen("rms_norm", dy.device, dy.dtype):
-            return *kernel.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
-        if need_dx and need_dweight:
-            return *_both_gradients(dy, *saved), None
-        dx = _input_gradient(dy, *saved) if need_dx else None
-        return dx, _weight_gradient(dy, *saved) if need_dweight else None, None
+        kernel = kernels.of("rms_norm", dy)
+        return *kernel.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory import kernels
-from accessory.kernels.torch_compile import fusible
 from accessory.model.args import ModelArgs, RopeScaling
 from accessory.model.decoding import decodes
 
 Layout = Literal["pairs", "halves"]
 LEAN_WIDTH = 8  # channels that ALiBi adds to a head; six are used, and CUDA's kernels want a multiple of eight
-_CHUNK = 1 << 19  # values turned at once on the CPU: their fp32 copies stay in its cache
 
 
 def rotary_frequencies(args: ModelArgs) -> Tensor:
@@ -76,34 +74,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, turn: Tensor, layout: Layout) -> Tensor:
-    kernel = kernels.chosen("rotary", x.device, x.dtype)
-    if kernel and turn.dtype == torch.complex64:
-        return kernel.rotate(x, turn, layout)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    width, formula = 2 * turn.shape[-1], {"pairs": _turn_pairs, "halves": _turn_halves}[layout]
-    rows = len(x) if x.is_cuda else _CHUNK // (x.shape[1] * x.shape[2])
-    rows = max(rows, 1)
-    for part, angles, place in zip(x.split(rows), turn.split(rows), out.split(rows), strict=True):
-        place[..., :width] = formula(part[..., :width], angles)
-    if width < x.shape[-1]:
-        out[..., width:] = x[..., width:]
-    return out
-
-
-def _turn_pairs(x: Tensor, turn: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
-
-
-def _turn_halves(x: Tensor, turn: Tensor) -> Tensor:
-    return _turn_halves_by(x, turn.real, turn.imag.contiguous())
-
-
-@fusible
-def _turn_halves_by(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    # Over whole heads: faster than over halves one by one, or complex numbers.
-    wide, sines = x.to(cosine.dtype), torch.cat([-sine, sine], -1)
-    return (wide * torch.cat([cosine, cosine], -1)).addcmul_(wide.roll(x.shape[-1] // 2, -1), sines)
+    return kernels.of("rotary", x, turn.dtype).rotate(x, turn, layout)
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -89,7 +89,7 @@ class _Projection(torch.autograd.Function):
         biases, factors, others, matrices = (ctx.need[i : i + count] for i in range(0, 4 * count, count))
         return (
             *(dx, None, None, None, None),
-            *(column_sums(dy).to(its.bias.dtype) if needed else None
+            *(kernels.of("column_sums", dy).column_sums(dy).to(its.bias.dtype) if needed else None
               for dy, its, needed in zip(gradients, additions, biases, strict=True)),
             *_gradients_of_a(x, narrow, additions, factors),
             *((dy.t() @ low).mul_(its.scale).to(its.b.dtype) if needed else None
@@ -152,10 +152,3 @@ def _gradients_of_a(
         if addition.dropout and wanted[i]:
             found[i] = (narrow[i].t() @ (x * addition.kept(x))).to(addition.a.dtype)
     return found
-
-
-def column_sums(dy: Tensor) -> Tensor:
-    """A bias's gradient: [T, N] -> [N] in fp32 at least, however narrow the activations are."""
-    if kernel := kernels.chosen("column_sums", dy.device, dy.dtype):
-        return kernel.column_sums(dy)
-    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))

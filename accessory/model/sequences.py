@@ -8,9 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512.document_attention import Documents
+from accessory.kernels.documents import Documents
 from accessory.model.position import rotations
-from accessory.model.shared_prefixes import SharedPrefixes
 
 
 @dataclass(frozen=True)
@@ -19,16 +18,15 @@ class Sequences:
 
     lengths: new tokens of each document, summing to T where none are shared. starts: tokens of each document already in
     the key/value cache (all zero in training). positions: of each token in its document [T], on the tokens' device.
-    turn: rotary factors [T, 1, rotary_dim / 2]. shared: of each document, how many first tokens it shares with the one
-    before it. prefixes: where those stand, or None. lean: ALiBi's channels (`lean_channels`), or None.
+    turn: rotary factors [T, 1, rotary_dim / 2]. documents: the same for attention kernels, and what documents share.
+    lean: ALiBi's channels (`lean_channels`), or None.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
     positions: Tensor
     turn: Tensor
-    shared: tuple[int, ...]
-    prefixes: SharedPrefixes | None = None
+    documents: Documents
     lean: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
@@ -49,8 +47,8 @@ class Sequences:
         spans = zip(starts, shared, lengths, strict=True)
         positions = torch.cat([torch.arange(start + known, start + n) for start, known, n in spans])
         positions = positions.to(frequencies.device)
-        prefixes = SharedPrefixes.build(lengths, shared, positions.device)
-        return Sequences(lengths, starts, positions, rotations(frequencies, positions), shared, prefixes)
+        documents = Documents.build(lengths, shared, positions.device)
+        return Sequences(lengths, starts, positions, rotations(frequencies, positions), documents)
 
     def leaning(self, channels: tuple[Tensor, Tensor]) -> Sequences:
         """The same with ALiBi's channels."""
@@ -60,19 +58,3 @@ class Sequences:
     def ends(self) -> tuple[int, ...]:
         """Tokens that the cache has of each document with the new ones."""
         return tuple(start + length for start, length in zip(self.starts, self.lengths, strict=True))
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """Where each document begins and the last one ends, int32 [B + 1], for variable-length attention kernels."""
-        ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(self.positions.device)
-
-    @cached_property
-    def documents(self) -> Documents:
-        """The same for the CPU's kernel, documents that begin alike included."""
-        return Documents.build(self.lengths, self.shared, None if self.prefixes is None else self.prefixes.whole)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.lengths)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.errors import CheckpointError
-from accessory.kernels.avx512.four_bit import Codes, takes
-from accessory.kernels.avx512.four_bit_gemv import Beside, Matrices
-from accessory.quant import native
+from accessory.kernels.avx512.four_bit_gemv import Matrices
+from accessory.kernels.avx512.four_bit_matrix import takes
+from accessory.kernels.bitsandbytes_library import functional as bnb
+from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.plain import native
 from accessory.quant.addition import Addition
-from accessory.quant.bitsandbytes_library import functional as bnb
 from accessory.quant.packed import Low, PackedWeight
 from accessory.quant.workspace import shared_memory
 
@@ -102,7 +103,7 @@ class FourBitWeight(PackedWeight):
         """Dequantize to [N, K] in `dtype`."""
         if dtype == torch.float64:  # which bitsandbytes does not know
             return self.unpack(torch.float32).double()
-        if kernels.available(self.codes.device, dtype):
+        if kernels.computing(self.codes.device, dtype) == "triton":
             return self._unpack_by_kernel(dtype)
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             self.codes.view(-1, 1), self._plain_scales(), BLOCK, self.quant_type, _whole_blocks(self.shape), dtype
@@ -110,7 +111,7 @@ class FourBitWeight(PackedWeight):
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """As `unpack`, the same bits, into memory that all matrices share: later ones overwrite it."""
-        if kernels.available(self.codes.device, dtype):
+        if kernels.computing(self.codes.device, dtype) == "triton":
             return self._unpack_by_kernel(dtype, shared_memory(self.shape, dtype, self.codes.device))
         if not (native.AVAILABLE and self.codes.is_cpu and dtype in native.DTYPES):
             return self.unpack(dtype)
@@ -156,7 +157,7 @@ class FourBitWeight(PackedWeight):
         nested, device = None, self.codes.device
         if self.nested:
             nested = nested_codebook(device), self.nested_scales, self.offset
-        return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested)
+        return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested, self.quant_type)
 
     def decode(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple[Tensor, ...] | None:
         """By this CPU's kernel for few rows, in one call."""
@@ -173,7 +174,8 @@ class FourBitWeight(PackedWeight):
         weights = [self, *others]
         if not all(isinstance(weight, FourBitWeight) and takes(weight.shape) for weight in weights):
             return
-        if kernel := kernels.chosen("four_bit_gemv", self.codes.device, torch.bfloat16):
+        if kernels.computing(self.codes.device, torch.bfloat16) == "avx512":
+            kernel = kernels.on("four_bit_gemv", self.codes.device, torch.bfloat16)
             self.together, self.together_with = kernel.Matrices([w._as_codes() for w in weights]), others
 
     def train(self, mode: bool = True) -> FourBitWeight:
@@ -182,19 +184,16 @@ class FourBitWeight(PackedWeight):
         return super().train(mode)
 
     def _unpack_by_kernel(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        device, nested = self.codes.device, None
-        if self.nested:
-            nested = self.nested_scales, self.offset, nested_codebook(device)
-        codebook = codebook_of(self.quant_type, device)
-        return kernels.four_bit.dequantize(self.codes, self.scales, codebook, self.shape, dtype, nested=nested, out=out)
+        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self._as_codes(), dtype, out)
 
     def _plain_scales(self) -> Tensor:
         return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
 
 
 def _product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-    kernel = kernels.chosen("four_bit_product", device, dtype)
-    return kernel if kernel and all(kernel.takes(weight.shape) for weight in weights) else None
+    if kernels.computing(device, dtype) != "avx512" or not all(takes(weight.shape) for weight in weights):
+        return None
+    return kernels.on("four_bit_product", device, dtype)
 
 
 def _whole_blocks(shape: torch.Size) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from accessory.quant.bitsandbytes_library import functional as bnb
+from accessory.kernels.bitsandbytes_library import functional as bnb
 
 BLOCK = 256
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from accessory.kernels.plain import gate
+from accessory.kernels.plain.rms_norm import _input_gradient, _inverse_rms
 from accessory.kernels.torch_compile import compile_fusible, fusible
-from accessory.model.feed_forward import _gate_gradients, _plainly_gated
-from accessory.model.norm import _input_gradient, _inverse_rms
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_compiled_equal_plain(compiling: None) -> None:
         weight = torch.rand(64) + 0.5
         scale = _inverse_rms(x, 1e-5)
         given = [(_inverse_rms, (x, 1e-5)), (_input_gradient, (dy, x, weight, scale)),
-                 (_plainly_gated, ("silu", x, up)), (_gate_gradients, ("silu", dy, x, up))]  # fmt: skip
+                 (gate.forward, (x, up, "silu")), (gate.backward, (dy, x, up, "silu"))]  # fmt: skip
         for function, arguments in given:
             found, wanted = function(*arguments), function.__wrapped__(*arguments)
             for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, wanted)), strict=True):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory import kernels
 from accessory.model.args import ModelArgs
-from accessory.model.attention import Attention, attend, attend_cached
+from accessory.model.attention import Attention, attend_cached
 from accessory.model.cache import LayerCache
 from accessory.model.position import LEAN_WIDTH, lean, lean_channels, rotate
 from accessory.model.sequences import Sequences
@@ -18,6 +19,11 @@ from accessory.parallel.tensor import Slicing, slicing_of
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 FREQUENCIES = torch.ones(WIDTH // 2)
 LENGTHS = (5, 1, 9)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, *more: object, **named: object) -> Tensor:
+    """As attention calls it."""
+    return kernels.of("document_attention", q, q.shape[-1]).attend(q, k, v, sequences.documents, *more, **named)
 
 
 def qkv(dtype: torch.dtype = torch.float32, kv_heads: int = KV_HEADS, tokens: int = sum(LENGTHS)) -> list[Tensor]:

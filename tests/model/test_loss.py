@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,10 +56,10 @@ def test_equals_torch_in_float64(supervised: int) -> None:
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 0.002)]
 )
 def test_narrow_is_close_to_float64(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, kernels_wanted: str
+    switch_cpu_kernels: Callable[[bool], None], dtype: torch.dtype, tolerance: float, kernels_wanted: str
 ) -> None:
     """Each result within a part of its norm; the loss is fp32, gradients have the dtype of what they belong to."""
-    monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
+    switch_cpu_kernels(kernels_wanted == "1")
     hidden, head, labels = problem(700, dtype)
     found = gradients(cross_entropy_sum, hidden, head, labels)
     assert [t.dtype for t in found] == [torch.float32, dtype, dtype]
@@ -163,15 +165,15 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize("kernels_wanted", ["0", "1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bytes_of_logits_are_known_before(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kernels_wanted: str
+    switch_cpu_kernels: Callable[[bool], None], dtype: torch.dtype, kernels_wanted: str
 ) -> None:
-    """Fewer than a chunk's and more; a GPU's are wide ones beside those of the dtype, whatever this CPU can do."""
-    monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
+    """Fewer than a chunk's and more; a GPU's have wide ones beside narrow ones, whatever this CPU can do."""
+    switch_cpu_kernels(kernels_wanted == "1")
     for tokens in (7, CHUNK + 9):
         with Logits() as logits:
             cross_entropy_sum(*problem(tokens, dtype, ignore_every=0))
         assert chunk_bytes(tokens, VOCABULARY, torch.device("cpu"), dtype) == logits.bytes > 0
-    assert chunk_bytes(700, 50, torch.device("cuda"), dtype) == CHUNK * 50 * (dtype.itemsize + 4)
+    assert chunk_bytes(700, 50, torch.device("cuda"), dtype) == CHUNK * 50 * (6 if dtype == torch.bfloat16 else 4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 0.01)])

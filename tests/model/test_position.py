@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from accessory.model import position
+from accessory.kernels.plain import rotary as plain_rotary
 from accessory.model.args import ModelArgs
 from accessory.model.position import alibi_slopes, lean, lean_channels, rotary_frequencies, rotate, rotations
 
@@ -140,7 +140,7 @@ def test_turning_piece_by_piece_changes_nothing(monkeypatch, layout: str, dtype:
     """Pieces of three tokens, the last of them shorter."""
     turn, x = rotations(torch.tensor([1.0, 0.3]), torch.arange(11)), random(11, 2, 8).to(dtype)
     whole = rotate(x, turn, layout)
-    monkeypatch.setattr(position, "_CHUNK", 3 * 2 * 8)
+    monkeypatch.setattr(plain_rotary, "_CHUNK", 3 * 2 * 8)
     assert torch.equal(rotate(x, turn, layout), whole)
 
 

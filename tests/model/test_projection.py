@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels import avx512
 from accessory.model.decoding import decoding
 from accessory.model.projection import project
 from accessory.model.recomputed import Recomputed
@@ -225,18 +225,16 @@ def test_backward_reads_a_packed_matrix_again() -> None:
 
 
 @pytest.mark.parametrize("kernels_wanted", ["0", "1"])
-def test_bias_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch, kernels_wanted: str) -> None:
+def test_bias_gradient_is_summed_in_fp32(switch_cpu_kernels: Callable[[bool], None], kernels_wanted: str) -> None:
     """4,097 ones: a bf16 sum would stop at 256 or round to 4,096."""
-    monkeypatch.setenv("ACCESSORY_AVX512", kernels_wanted)
+    switch_cpu_kernels(kernels_wanted == "1")
     bias = torch.zeros(2, requires_grad=True)
     (y,) = project(torch.zeros(4097, 3, dtype=torch.bfloat16), [torch.zeros(2, 3).bfloat16()], [Addition(bias)])
     y.backward(torch.ones(4097, 2, dtype=torch.bfloat16))
     assert bias.grad.tolist() == [4097.0, 4097.0]
 
 
-@pytest.mark.skipif(
-    not avx512.available(torch.device("cpu"), torch.bfloat16), reason="no AVX512-bf16 or no C++ compiler"
-)
+@pytest.mark.usefixtures("needs_cpu_kernels")
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(("lora", "bias"), [(False, False), (True, False), (False, True), (True, True)])
 def test_few_rows_that_are_prepared(lora: bool, bias: bool, dropout: float) -> None:

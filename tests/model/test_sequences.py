@@ -29,16 +29,16 @@ def test_positions_go_on_from_the_cache() -> None:
 def test_offsets_and_longest() -> None:
     """Cumulative ends, int32 as the variable-length kernels want them."""
     found = Sequences.build((2, 3, 1), FREQUENCIES)
-    assert found.offsets.tolist() == [0, 2, 5, 6]
-    assert found.offsets.dtype == torch.int32
-    assert found.longest == 3
+    assert found.documents.offsets.tolist() == [0, 2, 5, 6]
+    assert found.documents.offsets.dtype == torch.int32
+    assert found.documents.longest == 3
 
 
 def test_shared_beginnings_are_counted_on_from() -> None:
     """The second document's third token is its first that is packed; with a cache there are none."""
     found = Sequences.build((3, 4), FREQUENCIES, shared=(0, 2))
     assert found.positions.tolist() == [0, 1, 2, 2, 3]
-    assert found.offsets.tolist() == [0, 3, 7]
+    assert found.documents.offsets.tolist() == [0, 3, 7]
     with pytest.raises(AssertionError, match="cannot share"):
         Sequences.build((3, 4), FREQUENCIES, (1, 1), (0, 2))
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels import avx512
 from accessory.model.projection import project
 from accessory.quant import storage, workspace
 from accessory.quant.addition import NOTHING
-from accessory.quant.four_bit import CPU, FourBitWeight, plain_scales
+from accessory.quant.four_bit import FourBitWeight, plain_scales
 
 FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
 """Our name -> bitsandbytes' quant_type and compress_statistics."""
@@ -170,7 +169,7 @@ def test_later_borrowed_ones_may_overwrite(monkeypatch) -> None:
     assert torch.equal(kept, one.borrow(torch.bfloat16))
 
 
-needs_kernel = pytest.mark.skipif(not avx512.available(CPU, torch.bfloat16), reason="no AVX512-bf16 or no compiler")
+needs_kernel = pytest.mark.usefixtures("needs_cpu_kernels")
 
 
 @needs_kernel

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from accessory import kernels
 from accessory.kernels.avx512 import four_bit_product
 from accessory.quant import storage, workspace
 from accessory.quant.addition import Addition
@@ -48,10 +49,10 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_float64(
-    monkeypatch: pytest.MonkeyPatch, kind: str, biased: bool, rank: int, avx512: str, dtype: torch.dtype
+    switch_cpu_kernels: Callable[[bool], None], kind: str, biased: bool, rank: int, avx512: str, dtype: torch.dtype
 ) -> None:
     """To the rounding of the dtype, with the CPU's kernel and without; of matrices that lie alike and not."""
-    monkeypatch.setenv("ACCESSORY_AVX512", avx512)
+    switch_cpu_kernels(avx512 == "1")
     one, other = matrix(kind), matrix("plain" if rank == 3 and "odd" not in kind else kind, seed=1)
     (n, k), w, v = one.shape, wide(one, dtype), wide(other, dtype)
     x, dy, dz, bias = random(20, k).to(dtype), random(20, n).to(dtype), random(20, n, seed=2).to(dtype), random(n)
@@ -70,10 +71,10 @@ def test_equals_float64(
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_young_lora_adds_is_not_lost(
-    monkeypatch: pytest.MonkeyPatch, kind: str, biased: bool, avx512: str
+    switch_cpu_kernels: Callable[[bool], None], kind: str, biased: bool, avx512: str
 ) -> None:
     """A thousandth of the result each, and a young bias: added to one that is rounded, nothing of it would be left."""
-    monkeypatch.setenv("ACCESSORY_AVX512", avx512)
+    switch_cpu_kernels(avx512 == "1")
     weight = matrix(kind)
     x = random(400, weight.shape[1]).bfloat16()
     without = multiply(x, weight).double()
@@ -84,9 +85,7 @@ def test_what_a_young_lora_adds_is_not_lost(
     assert float((found - without).mean()) == pytest.approx((1 + biased) * size, rel=0.25)
 
 
-@pytest.mark.skipif(
-    kernels.chosen("four_bit_product", torch.device("cpu"), torch.bfloat16) is None, reason="no kernel for this CPU"
-)
+@pytest.mark.usefixtures("needs_cpu_kernels")
 def test_nor_beside_a_large_bias_by_the_kernel() -> None:
     """It rounds once."""
     weight = matrix("nf4")
@@ -123,9 +122,7 @@ def test_memory_for_what_lies_plain_is_none() -> None:
     assert found == (0, 0)
 
 
-@pytest.mark.skipif(
-    kernels.chosen("four_bit_product", torch.device("cpu"), torch.bfloat16) is None, reason="no kernel for this CPU"
-)
+@pytest.mark.usefixtures("needs_cpu_kernels")
 def test_memory_of_a_wide_matrix_is_that_of_the_forward() -> None:
     """A row of it is longer than a column."""
     weight = storage("nf4")((34, 512))

@@ -107,7 +107,7 @@ def test_size_by_name_and_time_shares(called: Callable) -> None:
     assert tuple(shares) == time_shares.CATEGORIES
     assert sum(shares.values()) == pytest.approx(100, abs=0.1)
     none = set()
-    if kernels.chosen("four_bit_product", torch.device("cpu"), torch.bfloat16):  # which unpacks where it multiplies
+    if kernels.computing(torch.device("cpu"), torch.bfloat16) == "avx512":  # which unpacks where it multiplies
         none.add("unpacking")
     assert {category for category in shares if not shares[category]} - {"communication"} == none
     matrices = sum(rows * columns for rows, columns in SHAPES)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from accessory.kernels.avx512.compiling import CannotCompile
 from accessory.kernels.switches import switched_on
+from accessory.kernels.trial import fault_of
 
 KERNELS = (
     "cached_attention",
@@ -41,13 +40,7 @@ def _works() -> bool:
     """Every kernel is tried once: a compiler may be missing, too old, or wrong."""
     if not _processor_has_it():
         return False
-    try:
-        wrong = import_module(f"{__name__}.trial").wrong_kernels()
-        fault = f"the results of {', '.join(wrong)} are wrong" if wrong else ""
-    except CannotCompile as error:
-        fault = str(error)
-    except Exception as error:  # whatever a library may raise that is not what was compiled
-        fault = f"{type(error).__name__}: {error}"
+    fault = fault_of("avx512", KERNELS, torch.device("cpu"), torch.bfloat16)
     if fault:
         logging.getLogger(__name__).warning(
             "This CPU's C++ kernels do not work, plain PyTorch computes: it trains in up to twice the time, and "

@@ -11,12 +11,18 @@ from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.operands import address, whole
 
 
+def takes(each: int) -> bool:
+    """Whether documents have one new token `each`."""
+    return each == 1
+
+
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, counts: tuple[int, ...], window: int | None, scale: float
 ) -> Tensor:
     """q [B, H, E], keys and values [B, longest, K, E], bf16 -> [B, H, E].
 
-    counts: how many keys each document has, one at least. window: how many of them, the last ones, are seen.
+    counts: how many keys each document has, one at least. window: how many of them, the last ones, are seen; all if
+    absent.
 
     Raises `AssertionError` for what does not fit together.
     """

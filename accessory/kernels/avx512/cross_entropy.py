@@ -7,13 +7,34 @@ from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.operands import address, check_numbers, made
-from accessory.kernels.operands import check_of_rows, check_scores
+from accessory.kernels.operands import AllReduce, agree, check_of_rows, check_scores
+
+
+def workspace(scores: Tensor) -> None:
+    """Nothing: scores are widened where they are read."""
+
+
+def losses_and_gradient(
+    scores: Tensor,
+    local: Tensor,
+    width: int | None = None,
+    all_reduce: AllReduce | None = None,
+    work: Tensor | None = None,
+) -> Tensor:
+    """-log p(label) of every row of scores [c, V / ranks] -> fp32 [c]; `scores` become softmax minus one-hot.
+
+    As `accessory.kernels.plain.cross_entropy`, which says what the others are.
+    """
+    highest, mass, target = statistics(scores, local, width)
+    agree(highest, mass, target, all_reduce)
+    become_gradient(scores, local, highest, mass, width)
+    return mass.log() + highest - target
 
 
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row of scores [c, V / ranks]: its highest, the sum of exp(score - highest), its label's; fp32 [c].
 
-    As `accessory.kernels.cross_entropy.statistics`, which says what `local` and `width` are.
+    As `accessory.kernels.triton.cross_entropy.statistics`, which says what `local` and `width` are.
     """
     width = _check(scores, local, width)
     found = [made((len(scores),), torch.float32) for _ in range(3)]

@@ -1,49 +1,59 @@
-"""Attention inside documents, and its backward, in bf16: counterpart of `accessory.model.document_attention`."""
+"""Causal attention inside each document, and its backward, in bf16, by one call."""
 
 from __future__ import annotations
 
 from ctypes import c_int64
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.operands import address, made, whole
-
-
-class Documents(NamedTuple):
-    """Where documents stand in packed tensors.
-
-    table: int64 [B, 4], the longest first: where the keys of one begin, its tokens, of how many first queries nobody
-    reads the result, and the row that its first query has or would have. longest: its tokens. rows, keys: how many
-    are packed, and of all documents. order: int64 [keys], the row of each key; absent where they stand in that order.
-    """
-
-    table: Tensor
-    longest: int
-    rows: int
-    keys: int
-    order: Tensor | None
-
-    @staticmethod
-    def build(lengths: tuple[int, ...], shared: tuple[int, ...], order: Tensor | None) -> Documents:
-        """Of documents of `lengths` tokens, the first `shared` of each being packed with the one before it alone."""
-        place = row = 0
-        entries = []
-        for length, known in zip(lengths, shared, strict=True):
-            entries.append((place, length, known, row - known))
-            place += length
-            row += length - known
-        entries.sort(key=lambda entry: -entry[1])
-        table = torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 4)
-        order = None if order is None else whole(order, (place,), "order", torch.int64)
-        return Documents(table, max(lengths, default=0), row, place, order)
+from accessory.kernels.documents import Documents
 
 
 def takes(head_dim: int) -> bool:
     """Whether there is a kernel for heads of `head_dim` channels: they are multiplied two at a time."""
     return head_dim % 2 == 0
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """q [T, H, E], k and v [T, K, E] of packed documents -> [T, H, E], with gradients.
+
+    window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
+    What documents share is read where it stands.
+    """
+    return _Attend.apply(q, k, v, documents, window, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps q, k and v; the backward makes the scores again."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.documents, ctx.window, ctx.scale = documents, window, scale
+        return forward(q, k, v, documents, window, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = backward(*ctx.saved_tensors, dout, ctx.documents, ctx.window, ctx.scale)
+        if prefixes := ctx.documents.prefixes:
+            dk = prefixes.sum_copies(dk)  # one is gone before the other's sums are made
+            dv = prefixes.sum_copies(dv)
+        return dq, dk, dv, None, None, None
+
+
+def backward_bytes(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None
+) -> int:
+    """Most bytes that the backward has at once beside q, k, v and the result's gradient: for a plan of memory."""
+    gradients = sum(lengths) * (heads + 2 * kv_heads) * head_dim * dtype.itemsize
+    return gradients + workspace_bytes(max(lengths, default=0), head_dim, backward=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
@@ -87,8 +97,9 @@ def _run(
     name: str, tensors: tuple[Tensor, ...], documents: Documents, window: int | None, scale: float, *, backward: bool
 ) -> None:
     (_, heads, head_dim), kv_heads = tensors[0].shape, tensors[1].shape[1]
+    order = documents.prefixes and whole(documents.prefixes.whole, (documents.keys,), "order", torch.int64)
     memory = made((workspace_bytes(documents.longest, head_dim, backward=backward),), torch.uint8)
     compiled(name, "p" * (len(tensors) + 2) + "nnnnnfpn")(
-        *map(address, (*tensors, documents.order, documents.table)), len(documents.table), heads, kv_heads, head_dim,
+        *map(address, (*tensors, order, documents.table)), len(documents.table), heads, kv_heads, head_dim,
         documents.longest if window is None else window, scale, address(memory), torch.get_num_threads(),
     )  # fmt: skip

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int64
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.four_bit import Codes, Packed, packed, plain
+from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain
 from accessory.kernels.avx512.operands import address, whole
+from accessory.kernels.codes import Beside, Codes
 
 MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
-
-
-class Beside(NamedTuple):
-    """What is added to x W^T, W [n, k]: a bias [n], and scale * (x a^T) b^T with a [R, k] and b [n, R], or neither."""
-
-    bias: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scale: float = 1.0
 
 
 class Matrices:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.four_bit import Codes, Packed, packed, plain, takes
+from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
 from accessory.kernels.avx512.operands import address, check_numbers, made, whole
+from accessory.kernels.codes import Codes
 from accessory.kernels.operands import check_shape
 
 

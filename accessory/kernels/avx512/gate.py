@@ -11,6 +11,11 @@ from accessory.kernels.avx512.operands import address, whole
 ACTIVATIONS = ("silu",)
 
 
+def takes(activation: str) -> bool:
+    """Whether `activation` is among those that are known."""
+    return activation in ACTIVATIONS
+
+
 def forward(x: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(x) * up, both [..., F], in x's dtype."""
     (y,) = _run("gate_forward", activation, 1, x=x, up=up)

@@ -11,8 +11,13 @@ from accessory.kernels.avx512.operands import address, made, whole
 CHUNK = 64  # rows whose share in the weight's gradient is one sum
 
 
+def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] and weight [D] -> x / rms(x) * weight in x's dtype, for no gradient."""
+    return forward(x, weight, eps)[0]
+
+
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., D] and weight [D] -> x / rms(x) * weight in x's dtype, and 1 / rms(x) fp32 [..., 1]."""
+    """The same, and 1 / rms(x) fp32 [..., 1]."""
     scale = made((*x.shape[:-1], 1), torch.float32)
     return _forward(x, weight, scale, eps, known=False), scale
 

@@ -1,4 +1,4 @@
-"""Rotary embedding (Su et al. 2021) in bf16: a token's heads turned in fp32, read and written once."""
+"""Rotary embedding (Su et al. 2021) in bf16: a token's heads rotated in fp32, read and written once."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.operands import address, whole
 
 
-def rotate(x: Tensor, turn: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
-    """Queries or keys x [T, heads, E] turned by `turn` complex64 [T, 1, R / 2]; the result has x's dtype.
+def takes(dtype: torch.dtype) -> bool:
+    """Whether rotations in `dtype` are read."""
+    return dtype == torch.complex64
 
-    The first R channels of a head turn, neighbours together ("pairs") or channel i with i + R / 2 ("halves"); the rest
-    pass through. A conjugate `turn` turns back.
+
+def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
+    """Queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, R / 2]; the result has x's dtype.
+
+    The first R channels of a head are rotated, neighbours together ("pairs") or channel i with i + R / 2 ("halves");
+    the rest pass through. A conjugate rotates back.
     """
     if layout not in ("pairs", "halves"):
         raise AssertionError(f"layout {layout!r}; known: pairs, halves")
     tokens, heads, width = x.shape
-    half, direction = turn.shape[-1], -1.0 if turn.is_conj() else 1.0
+    half, back = rotations.shape[-1], rotations.is_conj()
     if 2 * half > width:
-        raise AssertionError(f"turn is of {2 * half} channels; heads have {width}")
-    angles = whole(turn.conj() if turn.is_conj() else turn, (tokens, 1, half), "turn", torch.complex64)
+        raise AssertionError(f"rotations are of {2 * half} channels; heads have {width}")
+    angles = whole(rotations.conj() if back else rotations, (tokens, 1, half), "rotations", torch.complex64)
     x = whole(x, x.shape, "x")
     y = torch.empty_like(x)
     compiled("rotate", "pppnnnnbfn")(
-        *map(address, (x, angles, y)), tokens, heads, width, half, layout == "pairs", direction, torch.get_num_threads()
-    )
+        *map(address, (x, angles, y)), tokens, heads, width, half, layout == "pairs", -1.0 if back else 1.0,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y

@@ -15,6 +15,7 @@ from accessory import kernels
 from accessory.errors import ConfigError
 from accessory.kernels import avx512
 from accessory.kernels.avx512 import compiling, gate
+from accessory.kernels.plain import gate as plain_gate
 
 CPU = torch.device("cpu")
 HERE = avx512._processor_has_it()
@@ -23,7 +24,7 @@ needs_processor = pytest.mark.skipif(not HERE, reason="no AVX512-bf16")
 
 def forget() -> None:
     """As if no kernel had been asked for yet."""
-    for cached in (avx512._works, compiling.compiled, compiling.compiled_library):
+    for cached in (kernels._fast, avx512._works, compiling.compiled, compiling.compiled_library):
         cached.cache_clear()
 
 
@@ -41,21 +42,36 @@ def test_where_they_compute() -> None:
     assert avx512.available(CPU, torch.bfloat16)
     assert not any(avx512.available(CPU, dtype) for dtype in (torch.float16, torch.float32, torch.float64))
     assert not any(avx512.available(torch.device(other), torch.bfloat16) for other in ("meta", "cuda"))
-    assert {name: kernels.chosen(name, CPU, torch.bfloat16).__name__ for name in avx512.KERNELS} == {
-        name: f"accessory.kernels.avx512.{name}" for name in avx512.KERNELS
-    }
-    assert kernels.chosen("four_bit", CPU, torch.bfloat16) is None
+    for dtype, package in ((torch.bfloat16, "avx512"), (torch.float32, "plain")):
+        found = {kernels.on(name, CPU, dtype).__name__ for name in avx512.KERNELS}
+        assert found == {f"accessory.kernels.{package}.{name}" for name in avx512.KERNELS}
+    assert kernels.on("four_bit", CPU, torch.bfloat16).__name__ == "accessory.kernels.plain.four_bit"
     assert kernels.computing(CPU, torch.bfloat16) == "avx512"
-    assert kernels.computing(CPU, torch.float32) == "none"
+    assert kernels.computing(CPU, torch.float32) == "plain"
+
+
+@needs_processor
+def test_cases_that_they_do_not_know_are_plain() -> None:
+    """Another activation, an odd head, several new tokens a document, wide angles."""
+    for name, known, unknown in (
+        ("gate", "silu", "gelu"),
+        ("document_attention", 64, 7),
+        ("cached_attention", 1, 2),
+        ("rotary", torch.complex64, torch.complex128),
+    ):
+        x = torch.empty(0, dtype=torch.bfloat16)
+        found = [kernels.of(name, x, case).__name__ for case in (known, unknown)]
+        assert found == [f"accessory.kernels.{package}.{name}" for package in ("avx512", "plain")]
 
 
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """0 means never; a word is refused, and named."""
     monkeypatch.setenv("ACCESSORY_AVX512", "0")
-    assert kernels.chosen("gate", CPU, torch.bfloat16) is None
+    assert kernels.on("gate", CPU, torch.bfloat16) is plain_gate
+    kernels._fast.cache_clear()
     monkeypatch.setenv("ACCESSORY_AVX512", "off")
     with pytest.raises(ConfigError, match=r"ACCESSORY_AVX512 is 'off'; expected 1 .* or 0"):
-        kernels.chosen("gate", CPU, torch.bfloat16)
+        kernels.on("gate", CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("information", ["flags : fpu avx512f avx512_bf16x avx2\n", None])

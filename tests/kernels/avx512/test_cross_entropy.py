@@ -1,4 +1,4 @@
-"""Cross-entropy in C++ against float64, and beside its plain twin."""
+"""Cross-entropy in C++ against float64."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 from accessory.kernels.avx512 import cross_entropy
 from accessory.kernels.avx512.cross_entropy import become_gradient, statistics
-from accessory.model import loss
-from accessory.parallel import groups
 from tests.kernels.scores import exact, over_slices, problem
 
 HALF_STEP = 1.01 * 2**-8
@@ -31,21 +29,6 @@ def test_equals_float64(ranks: int, padding: float, columns: int) -> None:
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient[:, :vocabulary].double(), wanted, rtol=HALF_STEP, atol=2e-7)
     assert not gradient[:, vocabulary:].any()
-
-
-def test_beside_the_twin() -> None:
-    """Sum of losses, and the gradient but for its rounding, of the plain lines."""
-    scores, labels = problem(6, 5000, torch.bfloat16)
-    ours, wide = scores.clone(), scores.float()
-    highest, mass, target = statistics(ours, labels)
-    become_gradient(ours, labels, highest, mass)
-    groups.start("cpu")
-    try:
-        wanted = loss._loss_and_gradient(wide, labels)
-    finally:
-        groups.stop()
-    torch.testing.assert_close((mass.log() + highest - target).sum(dtype=torch.float64), wanted, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours.float(), wide, rtol=HALF_STEP, atol=1e-9)
 
 
 @pytest.mark.usefixtures("threads")

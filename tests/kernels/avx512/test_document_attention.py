@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512.document_attention import Documents, backward, forward, takes, workspace_bytes
+from accessory.kernels.avx512.document_attention import backward, forward, takes, workspace_bytes
+from accessory.kernels.documents import Documents
 
 LENGTHS = (130, 1, 17, 64, 33, 0, 32, 100)
 
@@ -45,7 +46,7 @@ def exact(given: list[Tensor], lengths: tuple[int, ...], window: int | None) -> 
 def test_equals_float64(width: int, heads: tuple[int, int], window: int | None) -> None:
     """Within bf16's rounding of the norm: single and whole blocks, odd ends, none at all, any width that is even."""
     given = operands(sum(LENGTHS), *heads, width)
-    found = ours(given, Documents.build(LENGTHS, (0,) * len(LENGTHS), None), window)
+    found = ours(given, Documents.build(LENGTHS), window)
     for one, wanted in zip(found, exact(given, LENGTHS, window), strict=True):
         assert one.dtype == torch.bfloat16
         assert one.shape == wanted.shape
@@ -56,14 +57,14 @@ def test_scores_are_not_rounded() -> None:
     """Weights of keys whose scores of some 30 differ by a hundredth: in bf16 those would be equal."""
     q, k = torch.full((2, 1, 2), 4.0), torch.tensor([[[8.0, 2.0]], [[8.0, 2.015625]]])
     v = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-    out = forward(*(t.bfloat16() for t in (q, k, v)), Documents.build((2,), (0,), None), None, 1.0)
+    out = forward(*(t.bfloat16() for t in (q, k, v)), Documents.build((2,)), None, 1.0)
     wanted = torch.softmax(torch.tensor([0.0, 0.0625]), 0)
     torch.testing.assert_close(out[1, 0].float(), wanted, rtol=2**-7, atol=0)
 
 
 def test_threads_change_nothing(threads: int) -> None:
     """Not a bit: a document is one thread's."""
-    given, documents = operands(sum(LENGTHS), 6, 2, 64), Documents.build(LENGTHS, (0,) * len(LENGTHS), None)
+    given, documents = operands(sum(LENGTHS), 6, 2, 64), Documents.build(LENGTHS)
     found = ours(given, documents)
     torch.set_num_threads(1)
     assert all(map(torch.equal, found, ours(given, documents)))
@@ -76,8 +77,8 @@ def test_other_documents_change_nothing() -> None:
     alone = [t[100:200] for t in given]
     for t in given:
         t[:100], t[200:] = torch.nan, torch.inf
-    found = ours(given, Documents.build((100, 100, 100), (0, 0, 0), None))
-    for one, other in zip(found, ours(alone, Documents.build((100,), (0,), None)), strict=True):
+    found = ours(given, Documents.build((100, 100, 100)))
+    for one, other in zip(found, ours(alone, Documents.build((100,))), strict=True):
         assert torch.equal(one[100:200], other)
         assert not one[:100].isfinite().any()
 
@@ -92,8 +93,8 @@ def test_documents_that_begin_alike() -> None:
     whole = [t[order] for t in packed]
     new = torch.cat([torch.arange(n) >= known for n, known in zip(lengths, shared, strict=True)])
     whole[3][~new] = 0  # what is read of a token is read where it is packed
-    out, dq, dk, dv = ours(packed, Documents.build(lengths, shared, order))
-    wanted = ours(whole, Documents.build(lengths, (0, 0, 0), None))
+    out, dq, dk, dv = ours(packed, Documents.build(lengths, shared))
+    wanted = ours(whole, Documents.build(lengths))
     assert torch.equal(out, wanted[0][new])
     assert torch.equal(dq, wanted[1][new])
     for one, other in zip((dk, dv), wanted[2:], strict=True):
@@ -102,7 +103,7 @@ def test_documents_that_begin_alike() -> None:
 
 def test_what_lies_in_the_workspace_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is never cleared."""
-    given, documents = operands(sum(LENGTHS), 6, 2, 80), Documents.build(LENGTHS, (0,) * len(LENGTHS), None)
+    given, documents = operands(sum(LENGTHS), 6, 2, 80), Documents.build(LENGTHS)
     found, empty = ours(given, documents), torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(255))
     assert all(map(torch.equal, found, ours(given, documents)))
@@ -113,13 +114,13 @@ def test_tensors_of_any_strides() -> None:
     wide = operands(40, 8, 8, 32)
     given = [wide[0][:, ::2], wide[1][:, :2], wide[2][..., :].transpose(0, 1).contiguous().transpose(0, 1)[:, 3:5]]
     given.append(wide[3][:, 1::2])
-    documents = Documents.build((40,), (0,), None)
+    documents = Documents.build((40,))
     assert all(map(torch.equal, ours(given, documents), ours([t.contiguous() for t in given], documents)))
 
 
 def test_no_documents() -> None:
     """A rank that has none."""
-    found = ours(operands(0, 4, 2, 16), Documents.build((), (), None))
+    found = ours(operands(0, 4, 2, 16), Documents.build(()))
     assert [tuple(t.shape) for t in found] == [(0, 4, 16), (0, 4, 16), (0, 2, 16), (0, 2, 16)]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS, Beside, Matrices
+from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS, Matrices
+from accessory.kernels.codes import Beside
 from accessory.quant.four_bit import BLOCK, FourBitWeight, codebook_of
 
 SHAPES = [(192, 192), (34, 192), (2, 192)]

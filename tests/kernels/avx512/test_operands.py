@@ -20,8 +20,9 @@ from accessory.kernels.avx512 import (
     rotary,
 )
 from accessory.kernels.avx512.column_sums import column_sums
-from accessory.kernels.avx512.four_bit import Codes
 from accessory.kernels.avx512.operands import address, made, whole
+from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.documents import Documents
 
 
 def bf16(*shape: int) -> Tensor:
@@ -31,7 +32,7 @@ def bf16(*shape: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0, window: int | None = None) -> Tensor:
     """In one document of 8 tokens."""
-    return document_attention.forward(q, k, v, document_attention.Documents.build((8,), (0,), None), window, scale)
+    return document_attention.forward(q, k, v, Documents.build((8,)), window, scale)
 
 
 def attend_cached(
@@ -58,7 +59,7 @@ def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
 
 def few(x: Tensor, *shapes: tuple[int, int], **beside: Tensor) -> tuple[Tensor, ...]:
     """By such matrices, beside the first of which something stands."""
-    first, *others = [four_bit_gemv.Beside(**beside), *[four_bit_gemv.Beside()] * (len(shapes) - 1)]
+    first, *others = [Beside(**beside), *[Beside()] * (len(shapes) - 1)]
     return four_bit_gemv.Matrices([codes_of(shape) for shape in shapes]).multiply(x, [first, *others])
 
 
@@ -97,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "fewer angles": (
         lambda: rotary.rotate(bf16(9, 2, 8), torch.ones(1, 1, 4, dtype=torch.complex64)),
-        r"turn is \[1, 1, 4",
+        r"rotations is \[1, 1, 4",
     ),
     "more angles": (lambda: rotary.rotate(bf16(9, 2, 8), torch.ones(9, 1, 5, dtype=torch.complex64)), "10 channels"),
     "wide angles": (lambda: rotary.rotate(bf16(9, 2, 8), torch.ones(9, 1, 4, dtype=torch.complex128)), "complex128"),
@@ -142,7 +143,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"b is \[2, 4\]; expected \[4, 2\]",
     ),
     "too little beside": (
-        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [four_bit_gemv.Beside()]),
+        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [Beside()]),
         "1 stand beside 2 matrices",
     ),
     "rows of low": (

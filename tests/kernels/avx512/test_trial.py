@@ -18,8 +18,8 @@ from accessory.kernels.avx512 import (
     gate,
     rms_norm,
     rotary,
-    trial,
 )
+from accessory.kernels.trial import wrong_kernels
 
 RESULTS = [
     (cached_attention, "attend", None),
@@ -32,15 +32,22 @@ RESULTS = [
     (four_bit_product, "sum_of_products", None),
     (gate, "forward", None),
     *((gate, "backward", i) for i in range(2)),
+    (rms_norm, "normalized", None),
     (rms_norm, "forward", 0),
+    (rms_norm, "again", None),
     *((rms_norm, "backward", i) for i in range(2)),
     (rotary, "rotate", None),
 ]
 
 
+def found() -> list[str]:
+    """What the trial finds wrong."""
+    return wrong_kernels("avx512", avx512.KERNELS, torch.device("cpu"), torch.bfloat16)
+
+
 def test_all_are_tried_and_right() -> None:
     """None is wrong, and a fault of every kernel is among those below."""
-    assert trial.wrong_kernels() == []
+    assert found() == []
     assert {kernel_of(owner) for owner, *_ in RESULTS} == set(avx512.KERNELS)
 
 
@@ -56,7 +63,7 @@ def test_whatever_torchs_defaults_are(default: torch.dtype) -> None:
     try:
         torch.set_default_dtype(default)
         with torch.device("meta"), torch.inference_mode():
-            assert trial.wrong_kernels() == []
+            assert found() == []
     finally:
         torch.set_default_dtype(before)
 
@@ -75,4 +82,4 @@ def test_wrong_by_a_twentieth(
         return found * 1.05 if result is None else [t * 1.05 if i == result else t for i, t in enumerate(found)]
 
     monkeypatch.setattr(owner, name, wrong)
-    assert trial.wrong_kernels() == [kernel_of(owner)]
+    assert found() == [kernel_of(owner)]

@@ -13,6 +13,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 BLOCK = 2048  # values of one program: two loads of 16 bytes a thread from each operand in bf16
 
 
+def takes(activation: str) -> bool:
+    """Whether `activation` is among those that are known."""
+    return activation in ACTIVATIONS
+
+
 def forward(x: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(x) * up, both [..., F], in x's dtype. Rows may be slices of wider ones."""
     (y,) = _launch(_forward, activation, 1, x=x, up=up)

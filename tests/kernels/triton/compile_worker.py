@@ -10,16 +10,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accessory.kernels import cross_entropy, four_bit, gate, rms_norm, rotary
+from accessory.kernels.triton import cross_entropy, four_bit, gate, rms_norm, rotary
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FP32 = ("weight", "scale", "sums", "turn", "highest", "mass", "target", "nested_scales", "offset")
+FP32 = ("weight", "scale", "sums", "rotations", "highest", "mass", "target", "nested_scales", "offset")
 TYPES = {
     **dict.fromkeys(("x", "y", "dy", "dx", "up", "dup", "out", "scores"), "*bf16"),
     **dict.fromkeys((*FP32, "codebook", "nested_codebook"), "*fp32"),

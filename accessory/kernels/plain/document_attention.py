@@ -1,4 +1,4 @@
-"""Causal attention inside each document, where there is no variable-length kernel: on CPUs, and in fp32.
+"""Causal attention inside each document. Where there is no variable-length kernel, on CPUs and in fp32:
 
 Documents of about one length are computed together, and of long ones some rows of scores at a time. On a CPU that takes
 less time than PyTorch's flash kernel, which wants a call a document.
@@ -13,9 +13,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from accessory.model.document_grid import Group, cut_groups, grid_of, padded, rows_at_once
+from accessory.kernels.documents import Documents
+from accessory.kernels.plain.document_grid import Group, cut_groups, grid_of, padded, rows_at_once
 
 MASKS = 8  # that are kept
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """q [T, H, E], k and v [T, K, E] of packed documents -> [T, H, E], with gradients.
+
+    window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
+    On CUDA in half precision one variable-length flash kernel of PyTorch does all documents.
+    """
+    if documents.prefixes is None:
+        return _attend_whole(q, k, v, documents, window, scale)
+    q, k, v = (documents.prefixes.lay_out(t) for t in (q, k, v))
+    return documents.prefixes.pack(_attend_whole(q, k, v, documents, window, scale))
+
+
+def _attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
+) -> Tensor:
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return _attend_varlen(q, k, v, documents, window, scale)
+    return attend_by_document(q, k, v, documents.lengths, window, scale, documents.shared)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # the kernel's own grouping flag came after torch 2.11
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    offsets, longest = documents.offsets, documents.longest
+    before = -1 if window is None else window - 1
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(before, 0))
 
 
 def attend_by_document(

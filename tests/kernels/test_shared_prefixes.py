@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from accessory.data.batch import IGNORE, PackedBatch
+from accessory.kernels.shared_prefixes import SharedPrefixes
 from accessory.memory.recompute import recompute_layers
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
-from accessory.model.shared_prefixes import SharedPrefixes
 
 CPU = torch.device("cpu")
 PLAIN = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160, "vocab_size": 96}

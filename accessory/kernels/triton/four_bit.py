@@ -13,30 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
 from accessory.kernels.operands import check_device, check_floats, check_shape
 
-BLOCK = 64  # weights that share one scale
-NESTED_BLOCK = 256  # scales that share one scale of their own
 BLOCKS = 64  # blocks a program decodes: 4,096 weights, 32 of them to a thread
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    codebook: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    nested: tuple[Tensor, Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The weights of `shape` in `dtype`; written into `out`, contiguous and of that many elements, if it is given.
+def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """W [n, k] in `dtype`; written into `out`, contiguous and of that many elements, if it is given.
 
-    codes uint8 [numel / 2], high nibble first; scales fp32 [numel / 64]; codebook fp32 [16]. Where `nested` gives
-    nested_scales fp32 [numel / 64 / 256], offset fp32 [1] and nested_codebook fp32 [256], scales is uint8 and decodes
-    as nested_codebook[scales] * nested_scales + offset. All numbers are those of bitsandbytes to the last bit: each
-    product and sum is rounded to fp32, the weight once more to `dtype`. Raises `AssertionError` for anything else.
+    All numbers are those of bitsandbytes to the last bit: each product and sum is rounded to fp32, the weight once more
+    to `dtype`. Raises `AssertionError` for what does not fit together.
     """
+    shape, codes, codebook, scales, nested, _ = w
     numel = torch.Size(shape).numel()
     if numel % 2:
         raise AssertionError(f"4-bit weights come in pairs; got {numel}")
@@ -44,17 +33,17 @@ def dequantize(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
     check_floats(out=out)
-    check_device(out.device, codes=codes, scales=scales, codebook=codebook)
+    check_device(out.device, codes=codes, scales=scales, table=codebook)
     _check(codes, torch.uint8, numel // 2, "codes")
     _check(scales, torch.float32 if nested is None else torch.uint8, blocks, "scales")
-    _check(codebook, torch.float32, 16, "codebook")
+    _check(codebook, torch.float32, 16, "table")
     _check(out, dtype, numel, "out")
-    nested_scales, offset, nested_codebook = nested or (scales, scales, codebook)
+    nested_codebook, nested_scales, offset = nested or (codebook, scales, scales)
     if nested is not None:
-        check_device(out.device, nested_scales=nested_scales, offset=offset, nested_codebook=nested_codebook)
+        check_device(out.device, nested_scales=nested_scales, offset=offset, book=nested_codebook)
         _check(nested_scales, torch.float32, triton.cdiv(blocks, NESTED_BLOCK), "nested_scales")
         _check(offset, torch.float32, 1, "offset")
-        _check(nested_codebook, torch.float32, 256, "nested_codebook")
+        _check(nested_codebook, torch.float32, 256, "book")
     if not numel:
         return out.view(shape)
     # Four bytes at a time, eight weights, make a full 16-byte store in bf16; odd ends and odd addresses go by the byte.

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int64
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.operands import address, whole
-
-BLOCK = 64  # weights of a row that share a scale
-NESTED_BLOCK = 256  # scales that share one of their own
-
-
-class Codes(NamedTuple):
-    """W [n, k]: codes uint8 [n k / 2], high nibble first, whose values `table` fp32 [16] has, and a scale for each 64.
-
-    scales: fp32 [n k / 64], or, with `nested`, uint8: `book[scales] * nested_scales + offset`.
-    nested: (book [256], nested_scales, one for each 256 scales, offset [1]), fp32.
-    """
-
-    shape: tuple[int, int]
-    codes: Tensor
-    table: Tensor
-    scales: Tensor
-    nested: tuple[Tensor, Tensor, Tensor] | None
+from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
 
 
 class Packed(ctypes.Structure):
-    """The same in C: addresses, of tensors that whoever calls has to keep."""
+    """`Codes` in C: addresses, of tensors that whoever calls has to keep."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "table", "scales", "book", "nested_scales", "offset")),

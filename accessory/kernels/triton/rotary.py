@@ -1,4 +1,4 @@
-"""Rotary embedding (Su et al. 2021): a token's heads turned in fp32, read and written once, in place if asked."""
+"""Rotary embedding (Su et al. 2021): a token's heads rotated in fp32, read and written once."""
 
 from __future__ import annotations
 
@@ -11,45 +11,42 @@ from torch import Tensor
 
 from accessory.kernels.operands import check_device, check_floats, check_shape
 
-CHANNELS = 4096  # of a token that one program turns
+CHANNELS = 4096  # of a token that one program rotates
 
 
-def rotate(
-    x: Tensor,
-    turn: Tensor,
-    layout: Literal["pairs", "halves"] = "pairs",
-    *,
-    inverse: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Queries or keys x [T, heads, E] turned by `turn` complex64 [T, 1, R / 2], or back; the result has x's dtype.
+def takes(dtype: torch.dtype) -> bool:
+    """Whether rotations in `dtype` are read."""
+    return dtype == torch.complex64
 
-    The first R channels of a head turn, neighbours together ("pairs") or channel i with i + R / 2 ("halves"); the rest
-    pass through. `out` may be x itself; a head's channels must be adjacent in both, heads and tokens need not be.
+
+def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
+    """Queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, R / 2]; the result has x's dtype.
+
+    The first R channels of a head are rotated, neighbours together ("pairs") or channel i with i + R / 2 ("halves");
+    the rest pass through. A conjugate rotates back. A head's channels must be adjacent, heads and tokens need not be.
     """
     tokens, heads, width = x.shape
-    half = turn.shape[-1]
-    turned = 2 * half
+    half, back = rotations.shape[-1], rotations.is_conj()
+    rotated = 2 * half
     if layout not in ("pairs", "halves"):
         raise AssertionError(f"layout {layout!r}; known: pairs, halves")
-    if turn.dtype != torch.complex64 or turned > width:
-        raise AssertionError(f"turn is {turn.dtype} of {turned} channels; expected torch.complex64 of up to {width}")
-    check_shape(turn, (tokens, 1, half), "turn")
+    if not takes(rotations.dtype) or rotated > width:
+        raise AssertionError(
+            f"rotations are {rotations.dtype} of {rotated} channels; expected torch.complex64 of up to {width}"
+        )
+    check_shape(rotations, (tokens, 1, half), "rotations")
     x = x if x.stride(-1) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    check_floats(x=x, out=out)
-    check_device(x.device, turn=turn)
-    check_shape(out, x.shape, "out")
-    if out.dtype != x.dtype or out.stride(-1) != 1:
-        raise AssertionError(f"out is {out.dtype}, strides {out.stride()}; expected {x.dtype}, adjacent channels")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    check_floats(x=x)
+    check_device(x.device, rotations=rotations)
     if not x.numel():
         return out
     pairs = triton.next_power_of_2(max(half, 1))
-    rest = 0 if turned == width or out is x else triton.next_power_of_2(width - turned)
+    rest = 0 if rotated == width else triton.next_power_of_2(width - rotated)
     block = min(triton.next_power_of_2(heads), max(CHANNELS // (2 * pairs), 1))
     _rotate[(tokens, triton.cdiv(heads, block))](
         x,
-        torch.view_as_real(turn.resolve_conj().contiguous()),
+        torch.view_as_real((rotations.conj() if back else rotations).contiguous()),
         out,
         heads,
         width,
@@ -57,7 +54,7 @@ def rotate(
         *x.stride()[:2],
         *out.stride()[:2],
         NEIGHBOURS=layout == "pairs",
-        INVERSE=inverse,
+        INVERSE=back,
         HEADS=block,
         PAIRS=pairs,
         REST=rest,
@@ -69,7 +66,7 @@ def rotate(
 @triton.jit
 def _rotate(
     x,
-    turn,
+    rotations,
     out,
     heads,
     width,
@@ -90,12 +87,12 @@ def _rotate(
     target = out + token * out_token + head * out_head
     there = head < heads
     both, one = tl.arange(0, 2 * PAIRS), tl.arange(0, PAIRS)
-    turned = 2 * half
-    angles = tl.load(turn + token * turned + both, both < turned, other=0)
+    rotated = 2 * half
+    angles = tl.load(rotations + token * rotated + both, both < rotated, other=0)
     cosine, sine = tl.split(angles.reshape(PAIRS, 2))
     cosine, sine = cosine[None, :], (-sine if INVERSE else sine)[None, :]
     if NEIGHBOURS:  # whole heads are read and written, 16 bytes a thread; a pair's two channels are in one thread
-        inside = there & (both < turned)[None, :]
+        inside = there & (both < rotated)[None, :]
         value = tl.load(source + both[None, :], inside, other=0).to(tl.float32)
         a, b = tl.split(value.reshape(HEADS, PAIRS, 2))
         result = tl.join(a * cosine - b * sine, b * cosine + a * sine).reshape(HEADS, 2 * PAIRS)
@@ -107,6 +104,6 @@ def _rotate(
         tl.store(target + one[None, :], (a * cosine - b * sine).to(out.dtype.element_ty), inside)
         tl.store(target + half + one[None, :], (b * cosine + a * sine).to(out.dtype.element_ty), inside)
     if REST:
-        column = turned + tl.arange(0, REST)[None, :]
+        column = rotated + tl.arange(0, REST)[None, :]
         inside = there & (column < width)
         tl.store(target + column, tl.load(source + column, inside), inside)

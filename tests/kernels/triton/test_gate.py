@@ -1,4 +1,4 @@
-"""The gate against float64, and beside its plain twin."""
+"""The gate against float64."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels import DTYPES
-from accessory.kernels.gate import ACTIVATIONS, BLOCK, backward, forward
-from accessory.model import feed_forward
+from accessory.kernels.operands import DTYPES
+from accessory.kernels.plain import gate as plain
+from accessory.kernels.triton.gate import ACTIVATIONS, BLOCK, backward, forward
 
 FUNCTIONS = {
     "silu": F.silu,
@@ -38,7 +38,7 @@ def exact(x: Tensor, up: Tensor, dy: Tensor, activation: str) -> tuple[Tensor, T
 
 def test_every_activation_of_a_feed_forward_layer_is_known() -> None:
     """Or the first model with another would end here."""
-    assert set(ACTIVATIONS) == set(FUNCTIONS) == set(feed_forward.ACTIVATIONS)
+    assert set(ACTIVATIONS) == set(FUNCTIONS) == set(plain.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,20 +52,6 @@ def test_equals_float64(shape: tuple[int, ...], activation: str, dtype: torch.dt
         assert one.dtype == dtype
         assert one.shape == shape
         torch.testing.assert_close(one.double(), other, rtol=ROUNDING[dtype], atol=2e-6)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beside_the_twin(monkeypatch: pytest.MonkeyPatch, activation: str, dtype: torch.dtype) -> None:
-    """Value and gradients of the plain gate, which in bf16 rounds twice."""
-    monkeypatch.setenv("ACCESSORY_TRITON", "0")
-    x, up, dy = operands((5, 48), dtype)
-    leaf, other_leaf = x.clone().requires_grad_(), up.clone().requires_grad_()
-    wanted = feed_forward.gate(leaf, other_leaf, activation).value
-    wanted.backward(dy)
-    found = (forward(x, up, activation), *backward(dy, x, up, activation))
-    for one, other in zip(found, (wanted.detach(), leaf.grad, other_leaf.grad), strict=True):
-        torch.testing.assert_close(one, other, rtol=4 * ROUNDING[dtype], atol=4 * ROUNDING[dtype])
 
 
 def test_slices_of_one_product() -> None:

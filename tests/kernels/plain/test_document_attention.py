@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.model import document_grid
-from accessory.model.document_attention import attend_by_document
+from accessory.kernels.plain import document_grid
+from accessory.kernels.plain.document_attention import attend_by_document
 
 WIDTH = 16
 

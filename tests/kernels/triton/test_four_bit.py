@@ -7,23 +7,21 @@ from itertools import product
 import bitsandbytes.functional as reference
 import pytest
 import torch
-from torch import Tensor
 
-from accessory.kernels import DTYPES
-from accessory.kernels.four_bit import dequantize
+from accessory.kernels.codes import Codes
+from accessory.kernels.operands import DTYPES
+from accessory.kernels.triton.four_bit import dequantize
 
 SHAPES = [(64, 128), (5, 26), (3, 2), (257, 256)]
 """Whole blocks; a last block and a last word that are not full; less than a word; several groups of nested scales."""
 
 
-def packed(shape: tuple[int, int], quant_type: str, nested: bool) -> tuple[dict, Tensor]:
-    """`dequantize`'s arguments for a random matrix, and bitsandbytes' state of it."""
+def packed(shape: tuple[int, int], quant_type: str, nested: bool) -> tuple[Codes, reference.QuantState]:
+    """A random matrix, and bitsandbytes' state of it."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     codes, state = reference.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=quant_type)
-    given = {"codes": codes.flatten(), "scales": state.absmax, "codebook": state.code, "shape": shape}
-    if nested:
-        given["nested"] = (state.state2.absmax, state.offset.view(1), state.state2.code)
-    return given, state
+    more = (state.state2.code, state.state2.absmax, state.offset.view(1)) if nested else None
+    return Codes(shape, codes.flatten(), state.code, state.absmax, more, quant_type), state
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -33,8 +31,8 @@ def test_every_bit_is_bitsandbytes(shape: tuple[int, int], quant_type: str, nest
     given, state = packed(shape, quant_type, nested)
     for dtype in DTYPES:
         state.dtype = dtype
-        wanted = reference.dequantize_4bit(given["codes"].view(-1, 1), state)
-        found = dequantize(**given, dtype=dtype)
+        wanted = reference.dequantize_4bit(given.codes.view(-1, 1), state)
+        found = dequantize(given, dtype)
         assert found.dtype == dtype
         assert torch.equal(found, wanted), dtype
 
@@ -42,38 +40,38 @@ def test_every_bit_is_bitsandbytes(shape: tuple[int, int], quant_type: str, nest
 def test_formula() -> None:
     """A code's value times its block's decoded scale, written out, each step rounded to fp32."""
     given, _ = packed((5, 26), "nf4", True)
-    nested_scales, offset, nested_codebook = given["nested"]
+    nested_codebook, nested_scales, offset = given.nested
     wanted = []
     for i in range(130):
-        code = int(given["codes"][i // 2]) >> (0 if i % 2 else 4) & 15
-        scale = nested_codebook[int(given["scales"][i // 64])] * nested_scales[0] + offset[0]
-        wanted.append(given["codebook"][code] * scale)
-    assert torch.equal(dequantize(**given, dtype=torch.float32).flatten(), torch.stack(wanted))
+        code = int(given.codes[i // 2]) >> (0 if i % 2 else 4) & 15
+        scale = nested_codebook[int(given.scales[i // 64])] * nested_scales[0] + offset[0]
+        wanted.append(given.table[code] * scale)
+    assert torch.equal(dequantize(given, torch.float32).flatten(), torch.stack(wanted))
 
 
 def test_codes_at_an_odd_address() -> None:
     """A slice of a larger buffer, where four bytes cannot be read at once."""
     given, _ = packed((64, 128), "nf4", True)
-    wanted = dequantize(**given, dtype=torch.bfloat16)
-    buffer = torch.cat([given["codes"].new_zeros(3), given["codes"]])
-    given["codes"] = buffer[3:]
-    assert torch.equal(dequantize(**given, dtype=torch.bfloat16), wanted)
+    wanted = dequantize(given, torch.bfloat16)
+    buffer = torch.cat([given.codes.new_zeros(3), given.codes])
+    given = given._replace(codes=buffer[3:])
+    assert torch.equal(dequantize(given, torch.bfloat16), wanted)
 
 
 def test_into_a_buffer() -> None:
     """The beginning of a longer one is written, and not a number more."""
     given, _ = packed((5, 26), "nf4", True)
     buffer = torch.full((200,), 7.0, dtype=torch.bfloat16)
-    found = dequantize(**given, dtype=torch.bfloat16, out=buffer[:130])
+    found = dequantize(given, torch.bfloat16, buffer[:130])
     assert found.data_ptr() == buffer.data_ptr()
-    assert torch.equal(found, dequantize(**given, dtype=torch.bfloat16))
+    assert torch.equal(found, dequantize(given, torch.bfloat16))
     assert (buffer[130:] == 7).all()
 
 
 def test_nothing_to_do() -> None:
     """A rank may hold no rows."""
-    empty = {"codes": torch.empty(0, dtype=torch.uint8), "scales": torch.empty(0), "codebook": torch.empty(16)}
-    assert dequantize(**empty, shape=(0, 64), dtype=torch.bfloat16).shape == (0, 64)
+    empty = Codes((0, 64), torch.empty(0, dtype=torch.uint8), torch.empty(16), torch.empty(0), None)
+    assert dequantize(empty, torch.bfloat16).shape == (0, 64)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +85,12 @@ def test_nothing_to_do() -> None:
         ({"shape": (1, 1)}, "come in pairs; got 1"),
         ({"scales": torch.empty(127, dtype=torch.uint8)}, r"scales is \[127\]; expected \[128\]"),
         ({"nested": None}, r"scales is torch.uint8, .*expected torch.float32"),
-        ({"codebook": torch.empty(16, device="meta")}, "codebook is on meta, the rest on cpu"),
+        ({"table": torch.empty(16, device="meta")}, "table is on meta, the rest on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     """Before a pointer is followed beyond its end."""
     given, _ = packed((64, 128), "nf4", True)
     with pytest.raises(AssertionError, match=message):
-        dequantize(**{"dtype": torch.bfloat16, **given, **change})
+        dequantize(given._replace(**{name: value for name, value in change.items() if name in given._fields}),
+                   change.get("dtype", torch.bfloat16), change.get("out"))  # fmt: skip

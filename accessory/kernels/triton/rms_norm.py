@@ -12,8 +12,13 @@ from accessory.kernels.operands import as_rows, check_device, check_floats, chec
 WIDEST = 1 << 16  # channels whose row a program still holds in registers
 
 
+def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] and weight [D] -> x / rms(x) * weight in x's dtype, for no gradient."""
+    return forward(x, weight, eps)[0]
+
+
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., D] and weight [D] -> x / rms(x) * weight in x's dtype, and 1 / rms(x) fp32 [..., 1]."""
+    """The same, and 1 / rms(x) fp32 [..., 1]."""
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     return _launch_forward(x, weight, scale, eps, known=False), scale
 

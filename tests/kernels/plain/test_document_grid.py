@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from accessory.model import document_grid
-from accessory.model.document_grid import BLOCK_SCORES, MULTIPLE, cheapest_blocks, cut_groups, grid_of, padded
+from accessory.kernels.plain import document_grid
+from accessory.kernels.plain.document_grid import BLOCK_SCORES, MULTIPLE, cheapest_blocks, cut_groups, grid_of, padded
 
 CPU = torch.device("cpu")
 

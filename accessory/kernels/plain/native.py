@@ -12,7 +12,7 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from accessory.quant.bitsandbytes_library import ErrorHandlerMockBNBNativeLibrary, lib
+from accessory.kernels.bitsandbytes_library import ErrorHandlerMockBNBNativeLibrary, lib
 
 AVAILABLE = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
 """Whether bitsandbytes found its library; without it, its operations do the same in plain PyTorch."""

@@ -1,51 +1,43 @@
-"""Attention by the CPU's kernel within a model's attention, beside its plain twin."""
+"""Attention in C++ with its gradients, as a model calls it, beside plain PyTorch's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels import avx512
-from accessory.model.attention import attend
-from accessory.model.packed_attention import attend_packed, attends, packed_backward_bytes
-from accessory.model.sequences import Sequences
+from accessory import kernels
+from accessory.kernels.avx512 import document_attention
+from accessory.kernels.documents import Documents
 
-CPU = torch.device("cpu")
 LENGTHS, SHARED = (60, 75, 41, 80), (0, 33, 20, 41)
-pytestmark = pytest.mark.skipif(not avx512.available(CPU, torch.bfloat16), reason="no AVX512-bf16, or no C++ compiler")
 
 
 def value_and_gradients(shared: tuple[int, ...], window: int | None, dtype: torch.dtype) -> list[Tensor]:
     """Of random q, k and v, whose results are weighed at random."""
-    sequences = Sequences.build(LENGTHS, torch.empty(0), shared=shared)
     generator = torch.Generator().manual_seed(0)
     tokens = sum(LENGTHS) - sum(shared)
     given = [torch.randn(tokens, n, 32, generator=generator).bfloat16().to(dtype).requires_grad_() for n in (6, 2, 2)]
-    out = attend(*given, sequences, window)
+    out = kernels.of("document_attention", given[0], 32).attend(*given, Documents.build(LENGTHS, shared), window)
     weights = torch.randn(out.shape, generator=generator).bfloat16().to(dtype)
     return [out.detach(), *torch.autograd.grad(out, given, weights)]
 
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shared", [(0, 0, 0, 0), SHARED])
-def test_beside_the_twin(monkeypatch: pytest.MonkeyPatch, shared: tuple[int, ...], window: int | None) -> None:
+def test_beside_plain_pytorch(
+    switch_cpu_kernels: Callable[[bool], None], shared: tuple[int, ...], window: int | None
+) -> None:
     """As near to float64 as plain PyTorch in bf16, documents that begin alike included."""
     found = value_and_gradients(shared, window, torch.bfloat16)
     wanted = value_and_gradients(shared, window, torch.float64)
-    monkeypatch.setenv("ACCESSORY_AVX512", "0")
+    switch_cpu_kernels(False)
     twins = value_and_gradients(shared, window, torch.bfloat16)
     assert not all(map(torch.equal, found, twins))
     for one, twin, exact in zip(found, twins, wanted, strict=True):
         assert (one - exact).norm() < 1.1 * (twin - exact).norm() < 5e-3 * exact.norm()
-
-
-def test_where_it_attends() -> None:
-    """bf16 on the CPU, heads of an even width."""
-    assert attends(CPU, torch.bfloat16, 64)
-    assert not attends(CPU, torch.bfloat16, 7)
-    assert not attends(CPU, torch.float32, 64)
-    assert not attends(torch.device("meta"), torch.bfloat16, 64)
 
 
 def test_keeps_no_scores() -> None:
@@ -53,11 +45,13 @@ def test_keeps_no_scores() -> None:
     saved: list[Tensor] = []
     given = [torch.ones(20, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        attend_packed(*given, Sequences.build((20,), torch.empty(0)))
+        document_attention.attend(*given, Documents.build((20,)))
     assert [tuple(t.shape) for t in saved] == [(20, heads, 16) for heads in (4, 2, 2)]
 
 
 def test_a_plan_knows_its_bytes() -> None:
     """Gradients, and every thread's workspace: of one long document more than of many short ones."""
-    short, long = (packed_backward_bytes(4096, n, 32, 8, 128, torch.bfloat16) for n in (128, 4096))
+    short, long = (
+        document_attention.backward_bytes((n,) * (4096 // n), 32, 8, 128, torch.bfloat16) for n in (128, 4096)
+    )
     assert 4096 * 48 * 128 * 2 < short < long < 10 * short

@@ -1,4 +1,4 @@
-"""Rotary embedding against float64, and beside its plain twin."""
+"""Rotary embedding against float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels import DTYPES, rotary
+from accessory.kernels.operands import DTYPES
+from accessory.kernels.triton import rotary
 from accessory.model import position
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
@@ -25,13 +26,13 @@ def turns(tokens: int, pairs: int) -> Tensor:
     return position.rotations(frequencies, 37 * torch.arange(tokens))
 
 
-def exact(x: Tensor, turn: Tensor, layout: str, inverse: bool = False) -> Tensor:
+def exact(x: Tensor, turn: Tensor, layout: str) -> Tensor:
     """The rotation in float64, as two by two matrices."""
     half, y = turn.shape[-1], x.double().clone()
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if layout == "pairs" else (slice(0, half), slice(half, 2 * half))
     )
-    cosine, sine = turn.real.double(), turn.imag.double() * (-1 if inverse else 1)
+    cosine, sine = turn.real.double(), turn.imag.double()
     a, b = x[..., first].double(), x[..., second].double()
     y[..., first], y[..., second] = a * cosine - b * sine, a * sine + b * cosine
     return y
@@ -43,10 +44,10 @@ def exact(x: Tensor, turn: Tensor, layout: str, inverse: bool = False) -> Tensor
 def test_equals_float64(heads: int, width: int, turned: int, layout: str, dtype: torch.dtype) -> None:
     """Forward and back, whole heads and parts of them, numbers no power of two; what is not turned stays bit by bit."""
     x, turn = random(5, heads, width, dtype=dtype), turns(5, turned // 2)
-    for inverse in (False, True):
-        found = rotary.rotate(x, turn, layout, inverse=inverse)
+    for rotations in (turn, turn.conj()):
+        found = rotary.rotate(x, rotations, layout)
         assert found.dtype == dtype
-        wanted = exact(x, turn, layout, inverse)
+        wanted = exact(x, rotations, layout)
         torch.testing.assert_close(found.double(), wanted, rtol=ROUNDING[dtype], atol=1e-6)
         assert torch.equal(found[..., turned:], x[..., turned:])
 
@@ -61,44 +62,25 @@ def test_more_channels_than_a_program_turns(monkeypatch: pytest.MonkeyPatch, lay
 
 
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
-def test_in_place_and_strided(layout: str) -> None:
-    """Heads within a fused projection are turned where they are, and nothing beside them."""
-    wide, turn = random(4, 6, 8), turns(4, 3)
-    before = wide.clone()
-    heads = wide[:, 1:4]
-    assert rotary.rotate(heads, turn, layout, out=heads) is heads
-    torch.testing.assert_close(heads.double(), exact(before[:, 1:4], turn, layout), rtol=1e-6, atol=1e-6)
-    wide[:, 1:4] = before[:, 1:4]
-    assert torch.equal(wide, before)
+def test_strided(layout: str) -> None:
+    """Heads within a fused projection, tokens that are adjacent, channels that are not."""
+    before, turn = random(4, 6, 8), turns(4, 3)
+    heads = before[:, 1:4]
+    found, wanted = rotary.rotate(heads, turn, layout), exact(heads, turn, layout)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
     across = before.transpose(0, 1).contiguous().transpose(0, 1)  # tokens adjacent
     assert torch.equal(rotary.rotate(across, turn, layout), rotary.rotate(before, turn, layout))
     columns = before.transpose(1, 2).contiguous().transpose(1, 2)  # channels not adjacent
     assert torch.equal(rotary.rotate(columns, turn, layout), rotary.rotate(before, turn, layout))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["pairs", "halves"])
-def test_beside_the_twin(monkeypatch: pytest.MonkeyPatch, layout: str, dtype: torch.dtype) -> None:
-    """Value and gradient of the plain rotation."""
-    monkeypatch.setenv("ACCESSORY_TRITON", "0")
-    x, turn = random(5, 3, 16, dtype=dtype), turns(5, 6)
-    leaf = x.clone().requires_grad_()
-    wanted = position.rotate(leaf, turn, layout)
-    wanted.backward(x)
-    tolerance = {"rtol": 2 * ROUNDING[dtype], "atol": 1e-6}
-    torch.testing.assert_close(rotary.rotate(x, turn, layout), wanted.detach(), **tolerance)
-    torch.testing.assert_close(rotary.rotate(x, turn, layout, inverse=True), leaf.grad, **tolerance)
-    torch.testing.assert_close(rotary.rotate(x, turn.conj(), layout), leaf.grad, **tolerance)
-
-
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 def test_tokens_far_apart(layout: str, far: Callable[[Tensor], Tensor]) -> None:
-    """Beyond the reach of 32 bits, read and written."""
+    """Beyond the reach of 32 bits."""
     x, turn = random(3, 2, 8, dtype=torch.bfloat16), turns(3, 3)
     there = far(x)
     wanted = rotary.rotate(x, turn, layout)
     assert torch.equal(rotary.rotate(there, turn, layout), wanted)
-    assert torch.equal(rotary.rotate(there, turn, layout, out=there), wanted)
 
 
 def test_no_tokens() -> None:
@@ -111,14 +93,11 @@ def test_what_does_not_fit_is_refused() -> None:
     x, turn = random(4, 2, 8), turns(4, 4)
     for change, message in (
         ({"x": x.double()}, "x is torch.float64; kernels take"),
-        ({"turn": turn[:3]}, r"turn is \[3, 1, 4\]; expected \[4, 1, 4\]"),
-        ({"turn": turn.to(torch.complex128)}, "turn is torch.complex128"),
-        ({"turn": turns(4, 5)}, "of 10 channels; expected torch.complex64 of up to 8"),
-        ({"turn": turn.to("meta")}, "turn is on meta, the rest on cpu"),
+        ({"rotations": turn[:3]}, r"rotations is \[3, 1, 4\]; expected \[4, 1, 4\]"),
+        ({"rotations": turn.to(torch.complex128)}, "rotations are torch.complex128"),
+        ({"rotations": turns(4, 5)}, "of 10 channels; expected torch.complex64 of up to 8"),
+        ({"rotations": turn.to("meta")}, "rotations is on meta, the rest on cpu"),
         ({"layout": "quarters"}, "layout 'quarters'; known: pairs, halves"),
-        ({"out": x[:, :1]}, r"out is \[4, 1, 8\]; expected \[4, 2, 8\]"),
-        ({"out": x.bfloat16()}, "out is torch.bfloat16"),
-        ({"out": torch.empty(4, 2, 16)[..., ::2]}, "adjacent channels"),
     ):
         with pytest.raises(AssertionError, match=message):
-            rotary.rotate(**{"x": x, "turn": turn, **change})
+            rotary.rotate(**{"x": x, "rotations": turn, **change})

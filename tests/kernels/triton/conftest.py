@@ -1,7 +1,7 @@
 """Triton decides when it is imported whether its interpreter runs the kernels, for the whole process.
 
 So each file of this directory is one test to pytest, and all of them are run in one other Python with
-TRITON_INTERPRET=1. To run some of a file: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_gate.py -k relu
+TRITON_INTERPRET=1. To run some of a file: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_gate.py -k relu
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accessory.kernels.avx512.four_bit import Codes, packed, takes
+from accessory.kernels.avx512.four_bit_matrix import packed, takes
+from accessory.kernels.codes import Codes
 
 
 def codes(**others) -> Codes:

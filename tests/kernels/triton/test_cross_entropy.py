@@ -1,4 +1,4 @@
-"""Cross-entropy over a chunk of logits against float64, and beside its plain twin."""
+"""Cross-entropy over a chunk of logits against float64."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels import DTYPES, cross_entropy
-from accessory.kernels.cross_entropy import become_gradient, statistics
-from accessory.model import loss
-from accessory.parallel import groups
+from accessory.kernels.operands import DTYPES
+from accessory.kernels.triton import cross_entropy
+from accessory.kernels.triton.cross_entropy import become_gradient, statistics
 from tests.kernels.scores import exact, over_slices, problem
 
 HALF_STEP = {torch.float32: 2e-7, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
@@ -44,21 +43,6 @@ def test_a_rank_of_padding_alone() -> None:
     assert not target.any()
     become_gradient(scores, labels - 20, torch.zeros(4), torch.ones(4), 0)
     assert not scores.any()
-
-
-def test_beside_the_twin() -> None:
-    """Sum of losses and gradient of the plain lines."""
-    scores, labels = problem(6, 50)
-    ours = scores.clone()
-    highest, mass, target = statistics(ours, labels)
-    become_gradient(ours, labels, highest, mass)
-    groups.start("cpu")
-    try:
-        wanted = loss._loss_and_gradient(scores, labels)
-    finally:
-        groups.stop()
-    torch.testing.assert_close((mass.log() + highest - target).sum(dtype=torch.float64), wanted, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours, scores, rtol=1e-6, atol=1e-7)
 
 
 def test_huge_scores_do_not_overflow_and_nan_shows() -> None:

@@ -1,0 +1,35 @@
+"""Matrices of 4-bit codes, as kernels are told of them, and what stands beside one in a product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+BLOCK = 64  # weights that share a scale
+NESTED_BLOCK = 256  # scales that share one of their own
+
+
+class Codes(NamedTuple):
+    """W [n, k]: codes uint8 [n k / 2], high nibble first, whose values `table` fp32 [16] has, and a scale for each 64.
+
+    scales: fp32 [n k / 64], or, with `nested`, uint8: `book[scales] * nested_scales + offset`.
+    nested: (book [256], nested_scales, one for each 256 scales, offset [1]), fp32. quant_type: the table's name in
+    bitsandbytes, nf4 or fp4.
+    """
+
+    shape: tuple[int, int]
+    codes: Tensor
+    table: Tensor
+    scales: Tensor
+    nested: tuple[Tensor, Tensor, Tensor] | None
+    quant_type: str = "nf4"
+
+
+class Beside(NamedTuple):
+    """What is added to x W^T, W [n, k]: a bias [n], and scale * (x a^T) b^T with a [R, k] and b [n, R], or neither."""
+
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0

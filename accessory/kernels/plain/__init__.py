@@ -1,0 +1,1 @@
+"""Every kernel in plain PyTorch, for all devices and dtypes."""
