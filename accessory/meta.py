@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,7 @@ from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, explain_validation, nearest
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.model.decoder import Decoder
-from accessory.model.loss import cross_entropy_sum
+from accessory.model.loss import CHUNK, cross_entropy_sum
 from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
@@ -57,6 +57,15 @@ class _Sampling(BaseModel):
 _Arguments = TypeVar("_Arguments", _Loading, _Sampling)
 
 
+class Score(NamedTuple):
+    """Of a document: the sum of log p of its supervised tokens, their number, and whether all were the likeliest."""
+
+    id: int
+    log_probability: float
+    tokens: int
+    greedy: bool
+
+
 class MetaModel(nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
@@ -90,6 +99,28 @@ class MetaModel(nn.Module):
             parts += [embedded[end : inset.start], rows.to(embedded.dtype)]
             end = inset.start + inset.rows
         return torch.cat([*parts, embedded[end:]])
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> list[Score]:
+        """How likely the supervised tokens of each document are, in the batch's order, which packing may change.
+
+        Choices that share a context are computed behind one copy of it, and the logits of `CHUNK` tokens at a time.
+        """
+        batch = batch.to(self.llma.frequencies.device)
+        own = torch.tensor([length - known for length, known in zip(batch.lengths, batch.shared, strict=True)])
+        rows = (batch.labels >= 0).nonzero()[:, 0]
+        owner = torch.arange(len(own)).repeat_interleave(own)[rows.cpu()]
+        hidden, found = self.hidden(batch), []
+        for part in rows.split(CHUNK):
+            logits, labels = next_token_logits(self.llma, hidden[part]), batch.labels[part]
+            chosen = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)
+            found.append(torch.stack([chosen, logits.argmax(1) != labels]).double().cpu())
+        each = torch.cat([torch.cat(found, 1), torch.ones(1, len(rows))]).double()
+        sums = torch.zeros(3, len(own), dtype=torch.float64).index_add_(1, owner, each)
+        return [
+            Score(number, value, int(tokens), not misses)
+            for number, (value, misses, tokens) in zip(batch.sample_ids, sums.t().tolist(), strict=False)
+        ]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:

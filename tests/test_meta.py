@@ -138,6 +138,32 @@ def test_loss_is_the_sum_over_supervised_tokens(checkpoint, tmp_path: Path) -> N
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_scores_of_choices(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 over transformers' whole logits, document by document; choices share a context."""
+    theirs, ours = checkpoint().double(), MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    monkeypatch.setattr("accessory.meta.CHUNK", 4)
+    context, choices = random_ids(20).tolist(), [random_ids(n).tolist() for n in (3, 1, 7)]
+    for _ in range(3):  # what is likeliest after the context
+        likely = context + (choices[3] if len(choices) > 3 else [])
+        token = int(theirs(torch.tensor([likely])).logits[0, -1].argmax())
+        choices[3:] = [[*likely[20:], token]]
+    documents = []
+    for number, (begin, choice) in enumerate([*((context, choice) for choice in choices), (context[5:9], choices[2])]):
+        labels = [-100] * (len(begin) - 1) + choice + [-100]
+        documents.append((np.array(begin + choice, np.int32), np.array(labels), number))
+    batch = PackedBatch.pack(documents)
+    assert len(batch.tokens) == 20 + 3 + 3 + 1 + 7 + 3 + 11  # the context once but for its last token
+    found = {score.id: score for score in ours.score(batch)}
+    for tokens, labels, number in documents:
+        logits, labels = theirs(torch.from_numpy(tokens).long()[None]).logits[0], torch.from_numpy(labels)
+        wanted = -F.cross_entropy(logits, labels, reduction="sum").item()
+        greedy = bool((logits.argmax(-1) == labels)[labels >= 0].all())
+        assert found[number].log_probability == pytest.approx(wanted, rel=1e-5)
+        assert found[number][2:] == (int((labels >= 0).sum()), greedy)
+    assert [found[number].greedy for number in range(5)] == [False, False, False, True, False]
+    assert ours.score(PackedBatch.idle(0)) == []
+
+
 class Stretched(torch.nn.Module):
     """An encoder of rows whose name is their height."""
 
