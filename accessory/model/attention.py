@@ -11,7 +11,7 @@ from accessory import kernels
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.decoding import decodes
-from accessory.model.linear import Linear, prepare_decoding, project_columns
+from accessory.model.linear import Linear, project_columns
 from accessory.model.norm import RMSNorm
 from accessory.model.position import lean, rotate
 from accessory.model.recomputed import Recomputed
@@ -75,13 +75,6 @@ class Attention(nn.Module):
         if self.addition is not None:
             out = out + self.addition(queries, sequences, self)
         return self.wo(out.flatten(1))
-
-    def prepare_decoding(self) -> None:
-        """Make ready for single tokens."""
-        for together in self.called_together():
-            prepare_decoding(together)
-        if self.addition is not None:
-            self.addition.prepare_decoding(self)
 
     def called_together(self) -> list[list[Linear]]:
         """The linears that share an input, and those that do not."""

@@ -11,6 +11,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
 from accessory.model.cache import LayerCache
 from accessory.model.feed_forward import FeedForward
+from accessory.model.linear import prepare_decoding
 from accessory.model.norm import make_norm
 from accessory.model.offload import InputOffload
 from accessory.model.recomputed import RunningAgain
@@ -47,6 +48,13 @@ class Block(nn.Module):
             with self.offload or nullcontext():
                 return checkpoint(self._forward, x, sequences, use_reentrant=False, context_fn=_contexts)
         return self._forward(x, sequences, cache)
+
+    def prepare_decoding(self) -> None:
+        """Make ready for single tokens."""
+        for linears in (*self.attention.called_together(), *self.feed_forward.called_together()):
+            prepare_decoding(linears)
+        if self.attention.addition is not None:
+            self.attention.addition.prepare_decoding(self.attention)
 
     def _forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         if self.placement == "after":

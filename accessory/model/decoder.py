@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
-    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+    def blocks(self) -> Iterator[tuple[str, Block]]:
         """(name, module) of all that is filled, sharded and run again one at a time."""
         for i, block in enumerate(self.layers):
             yield f"layers.{i}", block
@@ -193,9 +193,8 @@ class Decoder(nn.Module):
 
     def prepare_decoding(self) -> None:
         """Make ready to be asked for single tokens; training undoes it."""
-        for block in self.layers:
-            block.attention.prepare_decoding()
-            block.feed_forward.prepare_decoding()
+        for _, block in self.blocks():
+            block.prepare_decoding()
 
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens, one for each block."""

@@ -11,7 +11,7 @@ from accessory import kernels
 from accessory.kernels.plain.gate import ACTIVATIONS
 from accessory.model.args import ModelArgs
 from accessory.model.decoding import decodes
-from accessory.model.linear import Linear, prepare_decoding, project_columns
+from accessory.model.linear import Linear, project_columns
 from accessory.model.recomputed import Recomputed
 
 
@@ -27,11 +27,6 @@ class FeedForward(nn.Module):
         self.gated = args.gated
         if self.gated:
             self.w3 = Linear(args.dim, args.hidden_dim, cut="column", **common)
-
-    def prepare_decoding(self) -> None:
-        """Make ready for single tokens."""
-        for together in self.called_together():
-            prepare_decoding(together)
 
     def called_together(self) -> list[list[Linear]]:
         """The linears that share an input, and those that do not."""

@@ -62,7 +62,7 @@ class SideDecoder(Decoder):
             x = self.leave(x)
         return x + self.up(side)
 
-    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+    def blocks(self) -> Iterator[tuple[str, Block]]:
         """The side's too."""
         yield from super().blocks()
         yield from ((f"side.{i}", block) for i, block in enumerate(self.side))

@@ -16,12 +16,12 @@ from accessory.checkpoint.training_state import _place
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
-from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, gather_slices, own_slice
+from tests.method.test_own_decoder import Side
 from tests.model.prefixes import Prefixes
 
 SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
@@ -37,7 +37,7 @@ SHAPES = {
     "glm4": {"norm_placement": "both", "rotary_dim": 4},
 }  # fmt: skip
 LENGTHS = (9, 1, 6)
-METHODS["prefixes"] = Prefixes
+METHODS |= {"prefixes": Prefixes, "side": Side}
 
 
 def initial(name: str, shape: tuple[int, ...]):
@@ -47,9 +47,10 @@ def initial(name: str, shape: tuple[int, ...]):
 
 def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.Tensor]:
     """One decoder, one micro-batch, one batch of answers."""
-    decoder = Decoder(ModelArgs(**SMALL | shape), dtype=torch.float32, rank=layout.mp_rank, ranks=layout.mp_size)
-    settings = {"lora_rank": 4} if method == "peft" else {}
-    attachment = METHODS[method](METHODS[method].Settings(**settings)).attach(decoder)
+    trainer = METHODS[method](METHODS[method].Settings(**({"lora_rank": 4} if method == "peft" else {})))
+    how = {"dtype": torch.float32, "rank": layout.mp_rank, "ranks": layout.mp_size}
+    decoder = trainer.decoder(ModelArgs(**SMALL | shape), **how)
+    attachment = trainer.attach(decoder)
     makers = {t.name: initial(t.name, t.whole_shape(layout.mp_size)) for t in targets(decoder)}
     slicings = {target.name: target.slicing for target in targets(decoder)}
     held = {name: HeldTensor(make(named_generator(0, name))) for name, make in makers.items()}
@@ -91,7 +92,7 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
 
 
 CASES = [(name, method) for name in SHAPES for method in ("full", "peft")]
-CASES += [("qwen3", "prefixes"), ("bloom", "prefixes")]
+CASES += [("qwen3", "prefixes"), ("bloom", "prefixes"), ("llama", "side")]
 layout = groups.start("cpu", model_parallel_size=int(sys.argv[2]))
 everything = {f"{name} {method}": results(SHAPES[name], method, layout) for name, method in CASES}
 everything |= {f"loss in {dtype}": of_the_loss(dtype, layout) for dtype in (torch.float32, torch.bfloat16)}
