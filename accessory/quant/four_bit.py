@@ -228,14 +228,7 @@ def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
 
 def plain_scales(scales: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
     """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
-    codebook = nested_codebook(scales.device)
-    if scales.is_cpu and native.AVAILABLE:
-        plain = torch.empty(scales.numel())
-        native.unpack_scales_into(plain, scales.contiguous(), nested_scales.contiguous(), codebook, NESTED_BLOCK)
-        return plain.add_(offset)
-    return torch.ops.bitsandbytes.dequantize_blockwise.default(
-        scales, nested_scales, codebook, NESTED_BLOCK, torch.float32
-    ).add_(offset)
+    return native.plain_scales(scales, nested_codebook(scales.device), nested_scales, offset)
 
 
 def slice_packed(

@@ -10,7 +10,7 @@ from accessory.kernels.avx512.operands import address, check_numbers, made
 from accessory.kernels.operands import AllReduce, agree, check_of_rows, check_scores
 
 
-def workspace(scores: Tensor) -> None:
+def workspace(scores: Tensor) -> Tensor | None:
     """Nothing: scores are widened where they are read."""
 
 

@@ -38,7 +38,7 @@ def _attend_whole(
 ) -> Tensor:
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _attend_varlen(q, k, v, documents, window, scale)
-    return attend_by_document(q, k, v, documents.lengths, window, scale, documents.shared)
+    return _attend_by_document(q, k, v, documents.lengths, window, scale, documents.shared)
 
 
 def _attend_varlen(
@@ -54,7 +54,7 @@ def _attend_varlen(
     return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(before, 0))
 
 
-def attend_by_document(
+def _attend_by_document(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
+from accessory.kernels.codes import BLOCK, Codes
 from accessory.kernels.plain import native
 
 
@@ -14,7 +14,7 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
     out = torch.empty(w.shape, dtype=dtype, device=w.codes.device) if out is None else out.view(w.shape)
     if dtype == torch.float64:  # which bitsandbytes does not know
         return out.copy_(dequantize(w, torch.float32))
-    scales = w.scales if w.nested is None else plain_scales(w.scales, *w.nested)
+    scales = w.scales if w.nested is None else native.plain_scales(w.scales, *w.nested)
     if native.AVAILABLE and w.codes.is_cpu:
         native.unpack_into(out.view(_whole_blocks(w.shape)), w.codes, scales, BLOCK, w.quant_type)
         return out
@@ -23,17 +23,6 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
         operation.out(*given, w.shape, dtype, out=out)
         return out
     return out.copy_(operation.default(*given, _whole_blocks(w.shape), dtype).view(w.shape))
-
-
-def plain_scales(scales: Tensor, book: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
-    """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
-    if scales.is_cpu and native.AVAILABLE:
-        plain = torch.empty(scales.numel())
-        native.unpack_scales_into(plain, scales.contiguous(), nested_scales.contiguous(), book, NESTED_BLOCK)
-        return plain.add_(offset)
-    return torch.ops.bitsandbytes.dequantize_blockwise.default(
-        scales, nested_scales, book, NESTED_BLOCK, torch.float32
-    ).add_(offset)
 
 
 def _whole_blocks(shape: tuple[int, int]) -> tuple[int, int]:

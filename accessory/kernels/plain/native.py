@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.bitsandbytes_library import ErrorHandlerMockBNBNativeLibrary, lib
+from accessory.kernels.codes import NESTED_BLOCK
 
 AVAILABLE = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
 """Whether bitsandbytes found its library; without it, its operations do the same in plain PyTorch."""
@@ -45,7 +46,12 @@ def unpack_into(out: Tensor, codes: Tensor, scales: Tensor, block: int, quant_ty
     function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), block, *out.shape)
 
 
-def unpack_scales_into(out: Tensor, scales: Tensor, nested_scales: Tensor, codebook: Tensor, block: int) -> None:
-    """Fill `out` fp32 [blocks] with `codebook[scales] * nested_scales`, one of the latter for every `block`."""
-    addresses = (tensor.data_ptr() for tensor in (codebook, scales, nested_scales, out))
-    _UNPACK_SCALES(*addresses, block, out.numel())
+def plain_scales(scales: Tensor, book: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
+    """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
+    if not (AVAILABLE and scales.is_cpu):
+        operation = torch.ops.bitsandbytes.dequantize_blockwise.default
+        return operation(scales, nested_scales, book, NESTED_BLOCK, torch.float32).add_(offset)
+    plain = torch.empty(scales.numel())
+    given = book, scales.contiguous(), nested_scales.contiguous(), plain
+    _UNPACK_SCALES(*(tensor.data_ptr() for tensor in given), NESTED_BLOCK, plain.numel())
+    return plain.add_(offset)

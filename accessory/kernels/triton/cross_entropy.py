@@ -17,7 +17,7 @@ from accessory.kernels.operands import AllReduce, agree, check_floats, check_of_
 BLOCK = 4096  # scores a program reads at a time
 
 
-def workspace(scores: Tensor) -> None:
+def workspace(scores: Tensor) -> Tensor | None:
     """Nothing: scores are widened where they are read."""
 
 
