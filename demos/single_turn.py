@@ -23,7 +23,7 @@ from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.parallel.agree import on_main
-from accessory.parallel.allocator import share_one_heap
+from accessory.parallel.allocator import give_back_freed_memory
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
 MAX_QUESTION = 20_000  # characters
@@ -153,7 +153,6 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
         from demos.page_guard import MOST_BYTES, guards
     except ImportError as error:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
-    share_one_heap()  # whichever of the page's threads answers
     one_at_a_time = threading.Lock()
     offered = tuple(name for name in PROMPT_LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
@@ -170,6 +169,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
                 finally:
                     for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
                         pass
+                    give_back_freed_memory()  # the next one may be answered by another thread, in a heap of its own
         except AccessoryError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 

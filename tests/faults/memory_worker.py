@@ -11,6 +11,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
+from accessory.parallel.allocator import start_without_thread_caches
+
+start_without_thread_caches()  # as main_finetune.py is
+
 from accessory.config import FinetuneConfig, parse
 from accessory.engine import Engine
 from accessory.finetune import finetune

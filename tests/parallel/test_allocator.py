@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -25,6 +27,38 @@ def test_freed_memory_is_not_faulted_in_again(python) -> None:
     """60 MiB made four times over: fewer page faults than one time has pages; left alone, several times as many."""
     kept, left = (int(python("-c", PROBE, how).stdout) for how in ("kept", "left"))
     assert kept < 60 << 8 < left
+
+
+CACHED = """
+import ctypes, json, os, sys
+from accessory.parallel.allocator import start_without_thread_caches
+
+if sys.argv[1] == "without":
+    start_without_thread_caches()
+
+class Info(ctypes.Structure):  # of malloc.h: struct mallinfo2
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes, libc.mallinfo2.restype = ctypes.c_void_p, [ctypes.c_void_p], Info
+used = lambda: libc.mallinfo2().uordblks
+before = used()
+for piece in [libc.malloc(size) for size in range(600, 1000, 16) for _ in range(7)]:
+    libc.free(piece)
+print(json.dumps([used() - before, sys.argv[1:], sys.flags.dev_mode, os.environ.get("GLIBC_TUNABLES")]))
+"""
+
+
+def test_started_anew_without_caches_of_small_pieces(python) -> None:
+    """140 kB that were freed count as in use as long as a thread caches them. Arguments, flags and tunables stay."""
+    own = "glibc.malloc.arena_max=3"
+    run = lambda how: json.loads(python("-X", "dev", "-c", CACHED, how, "--x", "a b", GLIBC_TUNABLES=own).stdout)  # noqa: E731
+    cached, arguments, *same = run("left")
+    kept, again, development, tunables = run("without")
+    assert kept < 20_000 < 100_000 < cached
+    assert [again[1:], development] == [arguments[1:], same[0]] == [["--x", "a b"], True]
+    assert (same[1], tunables) == (own, f"{own}:glibc.malloc.tcache_count=0")
 
 
 PRODUCTS = """
