@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +15,7 @@ from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import restore_training_state
 from accessory.config import FinetuneConfig, plain
-from accessory.data.corpus import Corpus, build_corpus
+from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, StepSettings
 from accessory.errors import ConfigError
@@ -33,11 +31,11 @@ from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.run.course import course_notes, schedule_of
-from accessory.run.identity import beginning, conditions_of, identity_of, resumed, shared_flags
+from accessory.run.identity import Job, beginning, shared_flags
 from accessory.run.lock import take_output
 from accessory.run.preview import corpus_notes, preview, remedies
 from accessory.run.report import Reporter
-from accessory.run.resuming import base_of, find_start, first_started, open_sources
+from accessory.run.resuming import find_start, first_started, open_sources
 from accessory.run.saving import Saver
 from accessory.run.signals import StopSignals
 from accessory.run.status import RunStatus
@@ -79,10 +77,10 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     blueprint = together(_blueprint, config, sources)
     decoder, attachment = together(blueprint.build, layout, config.data_parallel)
     job = _job(config, layout, sources, blueprint)
-    found = together(resumed, config, job.identity, job.conditions)
+    found = together(job.resumption)
     progress, notes = beginning(found)
     _say(layout, *notes)
-    recomputed, notes = preview(config, layout, blueprint, job.order, decoder, attachment)
+    recomputed, notes = preview(job, decoder, attachment)
     _say(layout, *notes)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model = _fill(job, decoder, attachment)
@@ -113,26 +111,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     return model
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is to be trained, on what, and by what it is known again.
-
-    identity: what must not change between a run and its resumption; conditions: what its rounding depends on. began:
-    when the run was first started.
-    """
-
-    config: FinetuneConfig
-    layout: Layout
-    sources: list[Source]
-    blueprint: Blueprint
-    corpus: Corpus
-    order: GlobalOrder
-    identity: dict[str, Any]
-    conditions: dict[str, Any]
-    began: datetime
-
-
-def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> _Job:
+def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> Job:
     """Reads the data. All ranks have come to the same, or it raises."""
     began = on_main(first_started, config, sources)
     corpus = together(
@@ -158,10 +137,9 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         max_tokens=config.max_tokens,
         share_prefixes=not blueprint.method.drops_out,
     )
-    identity = identity_of(config, blueprint, base_of(config, sources), corpus, order)
-    check_alike(identity)
-    conditions = conditions_of(config, blueprint.dtype, layout)
-    return _Job(config, layout, sources, blueprint, corpus, order, identity, conditions, began)
+    job = Job(config, layout, sources, blueprint, corpus, order, began)
+    check_alike(job.identity)
+    return job
 
 
 def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
@@ -184,7 +162,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
     return blueprint
 
 
-def _fill(job: _Job, decoder: Decoder, attachment: Attachment) -> MetaModel:
+def _fill(job: Job, decoder: Decoder, attachment: Attachment) -> MetaModel:
     """Read, quantize and shard the weights, block by block."""
     config, layout, blueprint = job.config, job.layout, job.blueprint
     tensors = together(resolve, decoder, job.sources, attachment, initialize=config.resume is None)
@@ -196,7 +174,7 @@ def _fill(job: _Job, decoder: Decoder, attachment: Attachment) -> MetaModel:
 
 
 def _saver(
-    job: _Job,
+    job: Job,
     weights: NamedParameters,
     parameters: NamedParameters,
     optimizer: torch.optim.Optimizer,
@@ -209,9 +187,7 @@ def _saver(
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
-        RUN_FILE: run_record(
-            plain(config), base_of(config, job.sources), blueprint.quant_type, corpus.fingerprint, layouts, job.began
-        ),
+        RUN_FILE: run_record(plain(config), job.base, blueprint.quant_type, corpus.fingerprint, layouts, job.began),
     }
     only_trainable = config.only_save_trainable and len(parameters) < len(weights.slicings)
     stem = "trainable" if only_trainable else "model"

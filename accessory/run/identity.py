@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from accessory.parallel.groups import Layout
 
 _COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
 """Flags that set what a step does, or how long a run is."""
+_ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
+"""Flags that change how sums are rounded."""
 _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
 _PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
@@ -33,42 +37,58 @@ def shared_flags(config: FinetuneConfig) -> dict[str, Any]:
     return {name: value for name, value in plain(config).items() if name not in _PLACES}
 
 
-def identity_of(
-    config: FinetuneConfig, blueprint: Blueprint, base: list[Source], corpus: Corpus, order: GlobalOrder
-) -> dict[str, Any]:
-    """What must not change between a run and its resumption, or it would be another run."""
-    return {
-        "llama_type": blueprint.llama_type,
-        "settings": blueprint.method.settings.model_dump(),
-        "base": [source.fingerprint()[:16] for source in base],
-        "data": corpus.identity,
-        "seed": config.seed,
-        "global_batch": order.global_batch,
-        "quantization": blueprint.quant_type,
-        "optim": config.optim,
-        **{name: getattr(config, name) for name in _COURSE},
-    }
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what. began: when the run was first started."""
 
+    config: FinetuneConfig
+    layout: Layout
+    sources: list[Source]
+    blueprint: Blueprint
+    corpus: Corpus
+    order: GlobalOrder
+    began: datetime
 
-def conditions_of(config: FinetuneConfig, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
-    """What must not change for a resumed run to go on bit for bit: all that changes how sums are rounded."""
-    return {
-        "world_size": layout.world_size,
-        "mp_size": layout.mp_size,
-        "device": layout.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "kernels": kernels.computing(layout.device, dtype),
-        **{name: getattr(config, name) for name in ("data_parallel", "batch_size", "accum_iter", "max_tokens")},
-    }
+    @property
+    def base(self) -> list[Source]:
+        """What was given to begin with: `sources` without what is resumed."""
+        return [source for source in self.sources if source.path != self.config.resume]
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption, or it would be another run."""
+        return {
+            "llama_type": self.blueprint.llama_type,
+            "settings": self.blueprint.method.settings.model_dump(),
+            "base": [source.fingerprint()[:16] for source in self.base],
+            "data": self.corpus.identity,
+            "seed": self.config.seed,
+            "global_batch": self.order.global_batch,
+            "quantization": self.blueprint.quant_type,
+            "optim": self.config.optim,
+            **{name: getattr(self.config, name) for name in _COURSE},
+        }
 
-def resumed(config: FinetuneConfig, identity: dict[str, Any], conditions: dict[str, Any]) -> Resumption | None:
-    """What `--resume` says to go on from, if anything. Raises `CheckpointError` where it belongs to another run."""
-    if config.resume is None:
-        return None
-    follows = {name: of for name, of in _FOLLOWS.items() if name not in config.model_fields_set}
-    return find_resumption(config.resume, identity, conditions, config.allow_changed, follows)
+    @cached_property
+    def conditions(self) -> dict[str, Any]:
+        """What must not change for a resumed run to go on bit for bit: all that changes how sums are rounded."""
+        return {
+            "world_size": self.layout.world_size,
+            "mp_size": self.layout.mp_size,
+            "device": self.layout.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "kernels": kernels.computing(self.layout.device, self.blueprint.dtype),
+            **{name: getattr(self.config, name) for name in _ROUNDING},
+        }
+
+    def resumption(self) -> Resumption | None:
+        """What `--resume` says to go on from, if anything. Raises `CheckpointError` where it is another run's."""
+        config = self.config
+        if config.resume is None:
+            return None
+        follows = {name: of for name, of in _FOLLOWS.items() if name not in config.model_fields_set}
+        return find_resumption(config.resume, self.identity, self.conditions, config.allow_changed, follows)
 
 
 def beginning(found: Resumption | None) -> tuple[Progress, list[str]]:

@@ -5,26 +5,19 @@ from __future__ import annotations
 from accessory.blueprint import Blueprint
 from accessory.config import FinetuneConfig
 from accessory.data.corpus import Corpus
-from accessory.data.order import GlobalOrder
 from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import choose_layers
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
-from accessory.parallel.groups import Layout
+from accessory.run.identity import Job
 
 
-def preview(
-    config: FinetuneConfig,
-    layout: Layout,
-    blueprint: Blueprint,
-    order: GlobalOrder,
-    decoder: Decoder,
-    attachment: Attachment,
-) -> tuple[int, list[str]]:
+def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, list[str]]:
     """(how many layers to recompute, what to tell the user), for a decoder on meta. A collective.
 
     Raises `ConfigError` for a `--checkpointing` that cannot be.
     """
+    config, layout, blueprint, order = job.config, job.layout, job.blueprint, job.order
     step = StepMemory(
         decoder, attachment, layout,
         tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),

@@ -47,11 +47,6 @@ def open_sources(config: FinetuneConfig) -> list[Source]:
     return with_base(list(config.pretrained_path)) + ([open_source(config.resume)] if config.resume else [])
 
 
-def base_of(config: FinetuneConfig, sources: list[Source]) -> list[Source]:
-    """What was given to begin with, without what is resumed."""
-    return [source for source in sources if source.path != config.resume]
-
-
 def first_started(config: FinetuneConfig, sources: list[Source]) -> datetime:
     """When the run was first started, for chat templates that print the time."""
     resumed = next((source for source in sources if source.path == config.resume), None)
