@@ -129,7 +129,10 @@ def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | Non
     """The storage format: what is asked for, unless the base is packed already; then that, which nothing may change."""
     packed = next((s for s in sources if s.storage), None)
     if packed is None:
-        return asked or ("nf4" if quant else None)
+        # Parts of packed weights that were trained are of no use without the rest of them.
+        recorded = [s.run["quantization"] for s in sources if s.is_delta and s.run and s.run["quantization"]]
+        trained = next((name for name in reversed(recorded) if storage(name).trained), None)
+        return asked or trained or ("nf4" if quant else None)
     if asked and packed.storage not in (asked, f"{asked}_single"):
         raise ConfigError(
             f"--quant_type {asked}: {packed.path} is packed as {packed.storage} already, and packing it again would "

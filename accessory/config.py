@@ -63,8 +63,9 @@ class FinetuneConfig(BaseModel):
     """Needless: the format is told from the files. Accepted for upstream's scripts."""
     quant: bool = False
     """Keep the linears of all blocks packed (--quant_type); embedding, head and norms stay in the compute precision."""
-    quant_type: Literal[tuple(STORAGES)] | None = None
-    """Format of --quant: nf4, fp4 (double-quantized), nf4_single, fp4_single (fp32 statistics), int8; absent: nf4."""
+    quant_type: Literal[tuple(STORAGES)] | None = Field(
+        None, description=f"Format of --quant (see docs/memory.md): {', '.join(STORAGES)}; absent: nf4."
+    )
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
     precision: Precision = "bf16"

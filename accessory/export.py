@@ -14,7 +14,7 @@ from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.load import overlay, resolve
-from accessory.checkpoint.merge import merged, repacked, unpacked
+from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_parts
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
@@ -23,6 +23,7 @@ from accessory.meta import MetaModel
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
+from accessory.quant import storage
 
 FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
 PROBE_QUESTION = "Explain in a few sentences why the sky looks blue during the day and red at sunset."
@@ -56,7 +57,12 @@ class Destination:
                 )
         if not (isinstance(self.ranks, int) and self.ranks > 0):
             raise ConfigError(f"--model_parallel_size {self.ranks!r} is not a number of shards.")
-        if self.quant_type and self.to not in ("accessory", "hf"):
+        if self.quant_type:
+            self.refuse_packed()
+
+    def refuse_packed(self) -> None:
+        """Raise `ConfigError` for a format that has no packed weights."""
+        if self.to not in ("accessory", "hf"):
             raise ConfigError(f"--to {self.to}: packed weights are written as accessory or hf.")
 
     def write(self, model: WholeModel, target: Path) -> None:
@@ -155,8 +161,9 @@ def merge(
 ) -> str:
     """Write base and trained part, read as `open_whole` does, as one model; returns the `base` that was used.
 
-    base: "full" adds the part to the weights in the base's files, "dequantized" to what 4 bits left of them; None takes
-    the one that training saw, "dequantized" for a packed base. Raises `CheckpointError`.
+    base: "full" adds the part to the weights in the base's files, "dequantized" to what packing left of them; "packed"
+    leaves these packed, beside norms and biases; None takes the one that training saw, "dequantized" for a packed base.
+    Raises `CheckpointError`.
     """
     model, sources, blueprint = open_whole(paths, **reading)
     if fault := blueprint.method.merge_fault:
@@ -164,17 +171,23 @@ def merge(
     quantization = trained_quantization(sources)
     base = base or ("dequantized" if quantization else "full")
     tensors = model.tensors
+    if base not in ("full", "dequantized", "packed"):
+        raise ConfigError(f"--base {base!r} is neither full, dequantized nor packed.")
+    packed = next((source.path for source in sources if source.storage), None)
+    if base == "full" and packed:
+        raise CheckpointError(f"{packed}: is a quantized base: its full weights are gone. Leave out --base full.")
+    if base == "full" and quantization and storage(quantization).trained:
+        raise CheckpointError(f"{paths[-1]}: trained parts of {quantization} weights. Leave out --base full.")
+    if base != "full" and quantization is None:
+        raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base {base}.")
+    if base == "packed" and any(".lora_" in name for name in tensors):
+        raise CheckpointError(f"{paths[-1]}: has LoRA, which packed weights cannot take up. Leave out --base packed.")
+    if base == "packed":
+        destination.refuse_packed()
+    if base != "full":
+        tensors = with_trained_parts(tensors if packed else repacked(tensors, quantization))
     if base == "dequantized":
-        if quantization is None:
-            raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base dequantized.")
-        packed = any(source.storage for source in sources)
-        tensors = unpacked(tensors) if packed else repacked(tensors, quantization)
-    elif base != "full":
-        raise ConfigError(f"--base {base!r} is neither full nor dequantized.")
-    elif any(source.storage for source in sources):
-        raise CheckpointError(
-            f"{sources[0].path}: is a quantized base: its full weights are gone. Leave out --base full."
-        )
+        tensors = unpacked(tensors)
     args, tensors = merged(tensors, model.args, blueprint.method.settings, drop_biases=drop_biases)
     destination.write(replace(model, args=args, tensors=tensors), target)
     return base

@@ -238,7 +238,7 @@ class TestMerge:
         [
             ("part", "dequantized", "was not trained on a quantized base; leave out --base dequantized"),
             ("packed_part", "full", "is a quantized base: its full weights are gone. Leave out --base full"),
-            ("part", "quantized", "--base 'quantized' is neither full nor dequantized"),
+            ("part", "quantized", "--base 'quantized' is neither full, dequantized nor packed"),
             ("base", "full", "cannot be merged: it is a llama, the base itself was trained"),
         ],
     )

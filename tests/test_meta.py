@@ -22,7 +22,7 @@ from accessory.data.templates import CHAT, DIALOG, PROMPT_LAYOUTS
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
-from accessory.quant.four_bit import FourBitWeight
+from accessory.quant.packed import PackedWeight
 
 BYTES = 256
 VOCABULARY = BYTES + 2  # every byte, then <s> and </s>
@@ -210,7 +210,7 @@ def test_quantized_model_is_near_the_plain_one(checkpoint, tmp_path: Path) -> No
     """--quant packs every linear of the blocks and nothing else; logits stay correlated, and are not the same."""
     checkpoint()
     plain, packed = (MetaModel.from_pretrained(tmp_path, dtype="fp32", quant=quant) for quant in (None, True))
-    names = {name for name, m in packed.named_modules() if isinstance(m, FourBitWeight)}
+    names = {name for name, m in packed.named_modules() if isinstance(m, PackedWeight)}
     assert len(names) == 2 * 7
     assert all(name.startswith("llma.layers.") for name in names)
     ids = random_ids(30)
@@ -222,7 +222,7 @@ def test_a_storage_format_alone_packs_the_base(checkpoint, tmp_path: Path) -> No
     """quant_type without quant is not ignored."""
     checkpoint()
     model = MetaModel.from_pretrained(tmp_path, quant_type="int8")
-    assert model.llma.layers[0].attention.wq.weight.quant_type == "int8"
+    assert model.llma.layers[0].attention.wq.weight.name == "int8"
 
 
 def test_asked_models_are_frozen(model: MetaModel) -> None:

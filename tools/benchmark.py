@@ -74,7 +74,7 @@ def train(
         rank: of LoRA; 16, or the adapter's.
         adapter: a PEFT adapter or a trained part, whose values the trained parameters start with.
         quant: keep the base in 4 bits.
-        quant_type: nf4, nf4_single, fp4, fp4_single or int8.
+        quant_type: a format, as --quant_type of training.
         lr: learning rate, constant.
         optim: adamw, adamw8bit or paged_adamw.
         checkpointing: layers to recompute: none, a number, or all (also without a value).
@@ -228,7 +228,7 @@ def generate(
         prompt_tokens: of each.
         new_tokens: of each answer, whatever would end it.
         quant: keep the matrices in 4 bits.
-        quant_type: nf4, nf4_single, fp4, fp4_single or int8.
+        quant_type: a format, as --quant_type of training.
         precision: bf16, fp16 or fp32.
         peer: have transformers and bitsandbytes decode the same prompts then, and count the tokens that are equal.
         device: auto, cpu or cuda.

@@ -32,8 +32,9 @@ def main(
 
     Args:
         to: hf, gguf, meta, upstream (LLaMA2-Accessory) or accessory.
-        base: dequantized adds to what 4 bits left of the base, as training saw it; full to the weights in its files,
-            which changes answers; absent: what training saw.
+        base: dequantized adds to what packing left of the base, as training saw it; packed leaves that packed, beside
+            norms and biases (accessory and hf); full adds to the weights in its files, which changes answers; absent:
+            what training saw.
         dtype: of plain weights: bf16, fp16 or fp32.
         gguf_type: of a GGUF file's matrices: f16, bf16, f32 or q8_0.
         model_parallel_size: shards of a meta or upstream checkpoint.

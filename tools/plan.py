@@ -124,7 +124,7 @@ def plan(
     Args:
         model: 7B, 13B, 70B, a params.json or config.json, or a directory with one (Hugging Face, Meta or ours).
         method: full, normbias, normbiaslora, lora (both of rank 16) or norm.
-        quant_type: nf4, nf4_single, fp4, fp4_single, or none; absent: nf4, and none with full.
+        quant_type: a format, as --quant_type of training, or none; absent: nf4, and none with full.
         precision: bf16, fp16, fp32 or tf32.
         seq: tokens of a document.
         batch_size: documents of a micro-batch.

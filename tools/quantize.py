@@ -20,7 +20,7 @@ def main(base: str, target: str, quant_type: str = "nf4", to: str = "accessory",
     Args:
         base: any full-precision checkpoint that --pretrained_path takes.
         target: a new directory.
-        quant_type: nf4 (double-quantized), nf4_single, fp4, fp4_single or int8 (which --to hf cannot hold).
+        quant_type: a format, as --quant_type of training; one that bitsandbytes has for --to hf.
         to: accessory, or hf for bitsandbytes' layout, which transformers loads.
         dtype: of embedding, head and norms.
     """

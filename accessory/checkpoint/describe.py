@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
+from accessory.checkpoint.lazy import LazyTensor, PackedTensor
 from accessory.checkpoint.source import Source
 from accessory.model.args import ModelArgs
 from accessory.model.families import ARCHITECTURES
@@ -30,12 +31,16 @@ def describe(source: Source, *, every_tensor: bool = False) -> str:
     width = max(map(len, lines))
     text = [f"{name:<{width}}  {value}" for name, value in lines.items()]
     if every_tensor:
-        text += [f"{name}  {tensor.dtype}  {list(tensor.shape)}" for name, tensor in source.tensors.items()]
+        text += [f"{name}  {_type(tensor)}  {list(tensor.shape)}" for name, tensor in source.tensors.items()]
     return "\n".join(text)
 
 
+def _type(tensor: LazyTensor) -> str:
+    return tensor.storage.name if isinstance(tensor, PackedTensor) else tensor.dtype
+
+
 def _types(source: Source) -> str:
-    counts = Counter(tensor.dtype for tensor in source.tensors.values())
+    counts = Counter(map(_type, source.tensors.values()))
     return ", ".join(f"{name} x {count}" for name, count in counts.most_common())
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.errors import CheckpointError
-from accessory.quant.four_bit import BLOCK, NESTED_BLOCK, FourBitWeight, PackedState, slice_packed
-from accessory.quant.int8 import Int8Weight, slice_int8
-from accessory.quant.packed import PackedWeight
+from accessory.quant.packed import PackedState, PackedWeight
 
 
 class LazyTensor(ABC):
@@ -163,110 +159,58 @@ class StackedRows(LazyTensor):
         return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
 
 
-_BYTES = {"U8": 1, "uint8": 1}
-_FLOATS = {"F32": 1, "float32": 1}
-# Bytes, which some files keep under a wider type.
-_CODES = _BYTES | {"I8": 1, "int8": 1, "BF16": 2, "bfloat16": 2, "F16": 2, "float16": 2, "F32": 4, "float32": 4}
-"""For each part of a packed matrix: the types that it may have, and what each of its numbers counts for."""
-
-
 @dataclass(frozen=True)
 class PackedTensor(LazyTensor):
-    """A matrix [N, K] that its file holds in 4 bits, as `FourBitWeight` does; `parts` are that class's tensors.
+    """A matrix [N, K] that its file holds packed, as its storage's `parts`.
 
-    read: dequantizes to fp32. read_packed: the codes and statistics themselves, which lose nothing.
+    read: dequantizes to fp32. read_packed: the parts themselves, which lose nothing. rows: those that are chosen of the
+    file's, in an order of their own. trained: parts that other files hold, of the rows that are chosen.
     """
 
     parts: dict[str, LazyTensor]
-    quant_type: str
+    storage: type[PackedWeight]
     shape: tuple[int, int]
     name: str
     rows: Tensor | None = None
+    trained: dict[str, LazyTensor] = field(default_factory=dict)
+    dtype: str = "float32"
 
     @staticmethod
-    def of(parts: dict[str, LazyTensor], quant_type: str, shape: tuple[int, int], name: str) -> PackedTensor:
+    def of(
+        parts: dict[str, LazyTensor], storage: type[PackedWeight], shape: tuple[int, int], name: str
+    ) -> PackedTensor:
         """The whole matrix called `name`. Raises `CheckpointError` for parts whose sizes or types do not make it."""
-        blocks = -(-prod(shape) // BLOCK)
-        expected = {
-            "codes": prod(shape) // 2,
-            "scales": blocks,
-            "nested_scales": -(-blocks // NESTED_BLOCK),
-            "offset": 1,
-        }
-        for part, tensor in parts.items():
-            widths = _CODES if part == "codes" else _BYTES if part == "scales" and "nested_scales" in parts else _FLOATS
-            if tensor.dtype not in widths:
-                known = ", ".join(name for name in widths if name.isupper())
-                raise CheckpointError(f"{name} has {part} of type {tensor.dtype}; expected {known}.")
-            found = prod(tensor.shape) * widths[tensor.dtype]
-            if found != expected[part]:
-                raise CheckpointError(f"{name} of shape {shape} has {found} {part}; expected {expected[part]}.")
-        return PackedTensor(parts, quant_type, shape, name)
+        return PackedTensor(parts, storage.stored_as(parts, shape, name), shape, name)
 
-    @property
-    def nested(self) -> bool:
-        """Whether the statistics are quantized too."""
-        return "nested_scales" in self.parts
-
-    @property
-    def dtype(self) -> str:
-        """The storage format's name."""
-        return self.quant_type if self.nested else f"{self.quant_type}_single"
+    def stored(self) -> PackedState:
+        """The parts of all rows of the file."""
+        return {part: tensor.read() for part, tensor in self.parts.items()}
 
     def read_packed(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedState:
-        """The packed tensors of the matrix or of a range of it, codes byte for byte those of the file."""
-        state = {name: part.read().reshape(-1) for name, part in self.parts.items()}
-        state["codes"] = state["codes"].view(torch.uint8)  # some files keep the bytes under another type
-        whole = (2 * state["codes"].numel() // self.shape[1], self.shape[1])
-        return slice_packed(state, whole, name=self.name, rows=self.rows, dim=dim, start=start, stop=stop)
+        """The parts of the matrix or of a range of it; codes are those of the file."""
+        cut, span, where = self.storage.cut, (dim, start, stop), (self.shape[1], self.name)
+        if not self.trained:
+            return cut(self.stored(), *where, self.rows, span)
+        trained = {part: tensor.read() for part, tensor in self.trained.items()}
+        return cut(cut(self.stored(), *where, self.rows) | trained, *where, span=span)
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Dequantize to fp32."""
+        return self.read_matrix(dim, start, stop).unpack(torch.float32)
+
+    def read_matrix(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedWeight:
+        """The matrix or a range of it, packed."""
         shape = list(self.shape)
         if dim is not None:
             shape[dim] = stop - start
-        packed = self._empty(tuple(shape))
-        packed.adopt(self.read_packed(dim, start, stop))
-        return packed.unpack(torch.float32)
-
-    def _empty(self, shape: tuple[int, int]) -> PackedWeight:
-        return FourBitWeight(shape, quant_type=self.quant_type, nested=self.nested)
+        matrix = self.storage(tuple(shape))
+        matrix.adopt(self.read_packed(dim, start, stop))
+        return matrix
 
     def select(self, rows: Tensor) -> LazyTensor:
         """The same matrix, with some of its rows."""
         chosen = rows if self.rows is None else self.rows[rows]
         return replace(self, rows=chosen, shape=(len(rows), self.shape[1]))
-
-
-@dataclass(frozen=True)
-class Int8Tensor(PackedTensor):
-    """A matrix [N, K] that its file holds in int8, as `Int8Weight` does."""
-
-    @staticmethod
-    def of(parts: dict[str, LazyTensor], quant_type: str, shape: tuple[int, int], name: str) -> Int8Tensor:
-        """The whole matrix called `name`. Raises `CheckpointError` for parts whose shapes or types do not make it."""
-        expected = {"codes": (("I8", "int8"), shape), "scales": (("F32", "float32"), shape[:1])}
-        for part, tensor in parts.items():
-            types, wanted = expected[part]
-            if tensor.dtype not in types or tuple(tensor.shape) != wanted:
-                raise CheckpointError(
-                    f"{name} has {part} of type {tensor.dtype} and shape {tuple(tensor.shape)}; expected {types[0]} of "
-                    f"{wanted}."
-                )
-        return Int8Tensor(parts, quant_type, shape, name)
-
-    @property
-    def dtype(self) -> str:
-        """The storage format's name."""
-        return self.quant_type
-
-    def read_packed(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedState:
-        """Codes and scales of the matrix or of a range of it, the numbers of the file."""
-        state = {name: part.read() for name, part in self.parts.items()}
-        return slice_int8(state, rows=self.rows, dim=dim, start=start, stop=stop)
-
-    def _empty(self, shape: tuple[int, int]) -> PackedWeight:
-        return Int8Weight(shape)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ VOCABULARY_MATRICES = ("tok_embeddings.weight", "output.weight")
 
 @dataclass(frozen=True)
 class Target:
-    """A place to fill: a parameter, or a packed matrix standing where the parameter would."""
+    """A place to fill: a parameter, a packed matrix standing where the parameter would, or a part of one.
+
+    A part is a place of its own if it is trained: packing the matrix fills it, a trained part's file fills it anew.
+    """
 
     name: str
     owner: nn.Module
@@ -54,7 +57,11 @@ def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
             continue
         for leaf, value in [*child._parameters.items(), *child._modules.items()]:
             if isinstance(value, PackedWeight):
-                yield Target(f"{name}.{leaf}".lstrip("."), child, leaf, value.slicing, tuple(value.shape))
+                matrix = f"{name}.{leaf}".lstrip(".")
+                yield Target(matrix, child, leaf, value.slicing, tuple(value.shape))
+                for part in value.trained:
+                    shape = tuple(getattr(value, part).shape)
+                    yield Target(f"{matrix}.{part}", value, part, value.slicing, shape)
             elif isinstance(value, nn.Parameter):
                 yield Target(f"{name}.{leaf}".lstrip("."), child, leaf, slicing_of(value), tuple(value.shape))
 
@@ -99,7 +106,8 @@ def resolve(
         if alien:
             faults.append(f"{source.path}: {_list(alien, 'has', 'have')} no place in this model.{_hint(alien, wanted)}")
     found, origin = overlay(sources, decoder.args)
-    optional = attachment.initial if initialize else {}
+    optional = {name for name, target in wanted.items() if isinstance(target.owner, PackedWeight)}
+    optional |= attachment.initial.keys() if initialize else set()
     missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
         where = " + ".join(str(source.path) for source in sources)
@@ -108,7 +116,7 @@ def resolve(
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
             faults.append(_misfit(origin[name], name, found[name].shape, expected))
-        elif name in found and not isinstance(found[name], PackedTensor) and _NO_WEIGHTS.fullmatch(found[name].dtype):
+        elif name in found and _NO_WEIGHTS.fullmatch(found[name].dtype):
             faults.append(f"{origin[name].path}: {name} holds {found[name].dtype}; expected floating-point weights.")
     if faults:
         raise CheckpointError("The checkpoint does not fit the model.\n" + "\n".join(faults[: 3 * _SHOWN]))
@@ -151,7 +159,9 @@ def _fill_one(
         state = tensor.read_packed(*span)
         place.adopt({name: part.to(layout.device, copy=True) for name, part in state.items()})
         return
-    if tensor is None:
+    if tensor is None and isinstance(target.owner, PackedWeight):
+        value = place.detach()
+    elif tensor is None:
         value = attachment.initial[target.name](named_generator(seed, target.name))
         value = own_slice(value, target.slicing, layout.mp_rank, layout.mp_size)
     else:

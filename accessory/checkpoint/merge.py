@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,38 +13,32 @@ from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
 from accessory.quant import storage
+from accessory.quant.packed import PackedState
 
 _QKV, _OUT, _MLP = ("wq", "wk", "wv"), ("wo",), ("w1", "w2", "w3")
 
 
 @dataclass(frozen=True)
-class RepackedTensor(LazyTensor):
-    """A matrix as packing it leaves it: what was trained on, in plain numbers."""
+class RepackedTensor(PackedTensor):
+    """A matrix as packing it leaves it: what was trained on."""
 
-    inner: LazyTensor
-    quant_type: str
+    inner: LazyTensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Unchanged."""
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        """The inner tensor's."""
-        return self.inner.dtype
+    def stored(self) -> PackedState:
+        """The parts, packed anew."""
+        matrix = self.storage(self.inner.shape)
+        matrix.pack(self.inner.read())
+        return {part: value.detach() for part, value in matrix.named_parameters()}
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Packs the whole, whose blocks do not end where slices do; a range is cut out of it. fp32."""
-        matrix = storage(self.quant_type)(self.shape)
-        matrix.pack(self.inner.read())
-        values = matrix.unpack(torch.float32)
+        values = super().read()
         return values if dim is None else values.narrow(dim, start, stop - start).contiguous()
 
 
 @dataclass(frozen=True)
 class UnpackedTensor(LazyTensor):
-    """A matrix that its file holds packed, in plain numbers: a writer must not take it for one to be kept packed."""
+    """A packed matrix in plain numbers: a writer must not take it for one to be kept packed."""
 
     inner: PackedTensor
     dtype: str = "float32"
@@ -57,10 +51,6 @@ class UnpackedTensor(LazyTensor):
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Dequantize to fp32."""
         return self.inner.read(dim, start, stop)
-
-    def select(self, rows: Tensor) -> LazyTensor:
-        """Rows of the packed matrix."""
-        return UnpackedTensor(self.inner.select(rows))
 
 
 @dataclass(frozen=True)
@@ -91,11 +81,22 @@ class MergedTensor(LazyTensor):
 
 
 def repacked(tensors: Tensors, quant_type: str) -> Tensors:
-    """The base as it was in training: every matrix of the blocks packed and unpacked again."""
+    """The base as it was in training: every matrix of the blocks packed."""
+    kind = storage(quant_type)
     return {
-        name: RepackedTensor(tensor, quant_type) if BLOCK_LINEAR.fullmatch(name) else tensor
+        name: RepackedTensor({}, kind, tensor.shape, name, inner=tensor) if BLOCK_LINEAR.fullmatch(name) else tensor
         for name, tensor in tensors.items()
     }
+
+
+def with_trained_parts(tensors: Tensors) -> Tensors:
+    """Packed matrices with those of their parts that were trained, which stand beside them in `tensors`."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        parts = tensor.storage.trained if isinstance(tensor, PackedTensor) else ()
+        if trained := {part: found.pop(f"{name}.{part}") for part in parts if f"{name}.{part}" in found}:
+            found[name] = replace(tensor, trained=trained)
+    return found
 
 
 def unpacked(tensors: Tensors) -> Tensors:

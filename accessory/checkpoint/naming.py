@@ -16,7 +16,7 @@ from accessory.model.families.architecture import Fused, Names
 Tensors = dict[str, LazyTensor]
 BLOCK_LINEAR = re.compile(r"layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.weight")
 """Our names of the matrices that storage formats apply to."""
-_ROTATED = re.compile(r"attention\.(?:(wq|wk)\.(?:weight|bias|lora_b\.weight)|([qk]_norm)\.weight)$")
+_ROTATED = re.compile(r"attention\.(?:(wq|wk)\.(?:weight(?:\.\w+)?|bias|lora_b\.weight)|([qk]_norm)\.weight)$")
 
 
 def part_rows(fused: Fused, args: ModelArgs) -> list[Tensor]:

@@ -64,7 +64,7 @@ class Source:
     def storage(self) -> str | None:
         """Name of the storage format that its matrices are packed in already; None for plain weights."""
         packed = [tensor for tensor in self.tensors.values() if isinstance(tensor, PackedTensor)]
-        return packed[0].dtype if packed else None
+        return packed[0].storage.name if packed else None
 
     def fingerprint(self) -> str:
         """sha256 over each file's name, size, and first and last mebibyte: cheap, and moves with any retraining."""

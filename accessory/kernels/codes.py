@@ -27,7 +27,10 @@ class Codes(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What is added to x W^T, W [n, k]: a bias [n], and scale * (x a^T) b^T with a [R, k] and b [n, R], or neither."""
+    """What is added to x W^T, W [n, k]: a bias [n], and scale * (x a^T) b^T with a [R, k] and b [n, R], or neither.
+
+    Whatever else has these fields serves as well.
+    """
 
     bias: Tensor | None = None
     a: Tensor | None = None

@@ -20,6 +20,7 @@ from accessory.model.families import ARCHITECTURES
 from accessory.model.families.architecture import Fused
 from accessory.model.linear import Linear
 from accessory.model.norm import Norm
+from accessory.quant import PackedWeight
 
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 
@@ -109,7 +110,7 @@ class Peft(Method):
         )
 
     def attach(self, decoder: Decoder) -> Attachment:
-        """Add biases and LoRA factors; choose norms, biases and factors as the settings say."""
+        """Add biases and LoRA factors; choose these and norms as the settings say, and what the storage trains."""
         attachment = Attachment()
         if self.settings.vocabulary_tuning:
             self._choose_vocabulary(decoder, attachment)
@@ -119,6 +120,8 @@ class Peft(Method):
             elif isinstance(module, Linear):
                 if self.settings.bias_tuning:
                     self._attach_bias(name, module, attachment)
+                if isinstance(module.weight, PackedWeight):
+                    attachment.trainable |= {f"{name}.weight.{part}" for part in module.weight.trained}
                 if self.settings.lora_rank > 0 and name.rsplit(".", 1)[-1] in self.settings.lora_targets:
                     self._attach_lora(name, module, attachment)
         return attachment

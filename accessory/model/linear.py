@@ -110,9 +110,10 @@ class Linear(nn.Module):
         The seed comes from the CPU's generator, which the ranks of a model-parallel group start alike and use alike:
         an x that is whole on each of them must lose the same values. Of a cut x each has its own slice.
         """
-        if self.lora_a is None:
+        factor = self.lora_a
+        if factor is None:
             return Addition(bias)
-        a, b, dropout = self.lora_a.weight, self.lora_b.weight, self.lora_dropout
+        a, b, dropout = factor.weight, self.lora_b.weight, self.lora_dropout
         if not (dropout and self.training):
             return Addition(bias, a, b, self.lora_scale)
         seed = int(torch.randint(1 << 62, ()))

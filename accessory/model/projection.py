@@ -29,7 +29,7 @@ def project(
     additions = additions or [NOTHING] * len(weights)
     if decodes():
         return _decoded(source.value, weights, additions)
-    flat = [*_columns(additions), *(None if isinstance(weight, PackedWeight) else weight for weight in weights)]
+    flat = [*_columns(additions), *(tensor for weight in weights for tensor in _tensors(weight))]
     return _Projection.apply(source.value, source, weights, additions, unread, *flat)
 
 
@@ -48,6 +48,11 @@ def _columns(additions: list[Addition]) -> list[Tensor | None]:
     return [tensor for kind in zip(*(addition[:3] for addition in additions), strict=True) for tensor in kind]
 
 
+def _tensors(weight: Matrix) -> list[Tensor]:
+    """What of a weight may be trained."""
+    return [getattr(weight, part) for part in weight.trained] if isinstance(weight, PackedWeight) else [weight]
+
+
 class _Projection(torch.autograd.Function):
     """The module of a packed matrix rather than its tensors is held for the backward: a sharded base is gathered into
     other memory by then.
@@ -63,8 +68,8 @@ class _Projection(torch.autograd.Function):
         unread: bool,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """flat: the tensors of additions and of plain weights once more, where autograd sees them: n biases, n A, n B,
-        n weights.
+        """flat: the tensors of additions and weights once more, where autograd sees them: n biases, n A, n B, and what
+        may be trained of each weight.
         """
         count, lows = len(weights), _low_products(x, additions)
         need = ctx.needs_input_grad[5:]
@@ -72,7 +77,8 @@ class _Projection(torch.autograd.Function):
         ctx.packed = [weight if isinstance(weight, PackedWeight) else None for weight in weights]
         ctx.settings, ctx.need, ctx.make = [addition[3:] for addition in additions], need, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
-        ctx.save_for_backward(*source.inputs[: ctx.inputs], *lows, *flat)
+        plain = (weight for weight in weights if isinstance(weight, Tensor))
+        ctx.save_for_backward(*source.inputs[: ctx.inputs], *lows, *flat[: 3 * count], *plain)
         if unread:
             return tuple(x.new_empty(len(x), weight.shape[0]) for weight in weights)
         return tuple(map(multiply, [x] * count, weights, additions, lows))
@@ -81,12 +87,14 @@ class _Projection(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         count, saved = len(ctx.packed), ctx.saved_tensors
         x = ctx.make(*saved[: ctx.inputs]) if ctx.inputs else None
-        lows, *of_additions, plain = (saved[i : i + count] for i in range(ctx.inputs, len(saved), count))
-        weights = [own if packed is None else packed for packed, own in zip(ctx.packed, plain, strict=True)]
+        end = ctx.inputs + 4 * count
+        lows, *of_additions = (saved[i : i + count] for i in range(ctx.inputs, end, count))
+        plain = iter(saved[end:])
+        weights = [next(plain) if packed is None else packed for packed in ctx.packed]
         additions = [Addition(*tensors, *its) for *tensors, its in zip(*of_additions, ctx.settings, strict=True)]
         narrow = _low_gradients(gradients, additions)
         dx = _input_gradient(gradients, narrow, weights, additions) if ctx.needs_input_grad[0] else None
-        biases, factors, others, matrices = (ctx.need[i : i + count] for i in range(0, 4 * count, count))
+        biases, factors, others = (ctx.need[i : i + count] for i in range(0, 3 * count, count))
         return (
             *(dx, None, None, None, None),
             *(kernels.of("column_sums", dy).column_sums(dy).to(its.bias.dtype) if needed else None
@@ -94,8 +102,7 @@ class _Projection(torch.autograd.Function):
             *_gradients_of_a(x, narrow, additions, factors),
             *((dy.t() @ low).mul_(its.scale).to(its.b.dtype) if needed else None
               for dy, low, its, needed in zip(gradients, lows, additions, others, strict=True)),
-            *((dy.t() @ x).to(weight.dtype) if needed else None
-              for dy, weight, needed in zip(gradients, weights, matrices, strict=True)),
+            *_gradients_of_weights(x, gradients, weights, ctx.need[3 * count :]),
         )  # fmt: skip
 
 
@@ -151,4 +158,20 @@ def _gradients_of_a(
     for i, addition in enumerate(additions):
         if addition.dropout and wanted[i]:
             found[i] = (narrow[i].t() @ (x * addition.kept(x))).to(addition.a.dtype)
+    return found
+
+
+def _gradients_of_weights(
+    x: Tensor | None, gradients: tuple[Tensor, ...], weights: list[Matrix], wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Of a plain weight, dy^T x [N, K]; of a packed one, its trained parts'."""
+    found: list[Tensor | None] = []
+    for dy, weight in zip(gradients, weights, strict=True):
+        count = len(_tensors(weight))
+        if not any(wanted[len(found) : len(found) + count]):
+            found += [None] * count
+        elif isinstance(weight, PackedWeight):
+            found += weight.gradients(x, dy)
+        else:
+            found.append((dy.t() @ x).to(weight.dtype))
     return found

@@ -1,27 +1,18 @@
-"""Storage formats of frozen weights: how a matrix lies in memory, and how to multiply with it."""
+"""Storage formats of matrices: how one lies in memory and in files, and how to multiply with it. One class a format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from accessory.errors import ConfigError, nearest
-from accessory.quant.four_bit import FourBitWeight
+from accessory.quant.four_bit import Fp4, Fp4Single, Nf4, Nf4Single
 from accessory.quant.int8 import Int8Weight
 from accessory.quant.packed import PackedWeight
 
-STORAGES: dict[str, Callable[[tuple[int, int]], PackedWeight]] = {
-    "nf4": partial(FourBitWeight, quant_type="nf4", nested=True),
-    "nf4_single": partial(FourBitWeight, quant_type="nf4", nested=False),
-    "fp4": partial(FourBitWeight, quant_type="fp4", nested=True),
-    "fp4_single": partial(FourBitWeight, quant_type="fp4", nested=False),
-    "int8": Int8Weight,
-}
-"""Name given to `--quant_type` -> a function making an empty packed matrix of a shape [N, K]."""
+STORAGES: dict[str, type[PackedWeight]] = {kind.name: kind for kind in (Nf4, Nf4Single, Fp4, Fp4Single, Int8Weight)}
+"""Name given to `--quant_type` -> the class that packs a matrix so."""
 
 
-def storage(name: str) -> Callable[[tuple[int, int]], PackedWeight]:
-    """The maker of packed matrices called `name`. Raises `ConfigError` for a name we do not know."""
+def storage(name: str) -> type[PackedWeight]:
+    """The storage format called `name`. Raises `ConfigError` for a name we do not know."""
     if name not in STORAGES:
         known = ", ".join(STORAGES)
         raise ConfigError(f"--quant_type {name!r} is not a storage format.{nearest(name, STORAGES)} Known: {known}.")

@@ -6,29 +6,35 @@ operations; the packed tensors are ours, because its modules repack and re-cast 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.kernels.avx512.four_bit_gemv import Matrices
 from accessory.kernels.avx512.four_bit_matrix import takes
 from accessory.kernels.bitsandbytes_library import functional as bnb
-from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.codes import Codes
 from accessory.kernels.plain import native
 from accessory.quant.addition import Addition
-from accessory.quant.packed import Low, PackedWeight
+from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, frozen, uncuttable
 from accessory.quant.workspace import shared_memory
 
-PackedState = dict[str, Tensor]
-"""`FourBitWeight`'s tensors by name: codes, scales and, double-quantized, nested_scales and offset."""
 CPU = torch.device("cpu")
 BLOCK = 64  # weights that share one scale
 CPU_PIECE = 1 << 18  # weights quantized at a time
 NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsandbytes
+_BYTES = {"U8": 1, "uint8": 1}
+_FLOATS = {"F32": 1, "float32": 1}
+# Bytes, which some files keep under a wider type.
+_CODES = _BYTES | {"I8": 1, "int8": 1, "BF16": 2, "bfloat16": 2, "F16": 2, "float16": 2, "F32": 4, "float32": 4}
+"""For each part: the types that it may have in a file, and what each of its numbers counts for."""
 
 
 @lru_cache
@@ -43,28 +49,89 @@ def codebook_of(quant_type: str, device: torch.device = CPU) -> Tensor:
     return bnb.get_4bit_type(quant_type, device="cpu").to(device)
 
 
+class Running(Part):
+    """A part whose blocks of `block` weights run on from row to row, the last one perhaps fewer; None: all are one."""
+
+    def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
+        """[blocks] of a matrix `of` [N, K]."""
+        return (1 if self.block is None else -(-prod(of) // self.block),)
+
+
 class FourBitWeight(PackedWeight):
     """W [N, K] as 4-bit codes, high nibble first, row-major blocks of 64.
 
-    Parameters (frozen): `codes` uint8 [N*K/2] and `scales`, fp32 [N*K/64] when single-level. Double-quantized
-    (`nested`), `scales` is uint8 and decodes as `nested_codebook[scales] * nested_scales + offset`, with
-    `nested_scales` fp32 [N*K/64/256] and `offset` fp32 [1].
+    Parts: `codes` uint8 [N*K/2] and `scales`, fp32 [N*K/64] when single-level. Double-quantized (`nested`), `scales` is
+    uint8 and decodes as `nested_codebook[scales] * nested_scales + offset`, with `nested_scales` fp32 [N*K/64/256] and
+    `offset` fp32 [1].
     """
 
-    def __init__(self, shape: tuple[int, int], *, quant_type: str = "nf4", nested: bool = True) -> None:
+    quant_type: ClassVar[str]
+    """What bitsandbytes calls the 16 values of a code."""
+    single: ClassVar[type[FourBitWeight]]
+    """The same without scales of scales; itself where it has none."""
+    IN_BITSANDBYTES: ClassVar = {"codes": "", "scales": ".absmax", "nested_scales": ".nested_absmax"}
+
+    def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(shape)
         if shape[1] % 2:
             raise AssertionError(f"4-bit rows hold pairs of weights; got {shape[1]} columns")
-        self.quant_type, self.nested = quant_type, nested
         self.together: Matrices | None = None
         self.together_with: list[PackedWeight] = []
-        numel = shape[0] * shape[1]
-        blocks = -(-numel // BLOCK)
-        self.codes = _frozen(torch.empty(numel // 2, dtype=torch.uint8, device="meta"))
-        self.scales = _frozen(torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"))
-        if nested:
-            self.nested_scales = _frozen(torch.empty(-(-blocks // NESTED_BLOCK), device="meta"))
-            self.offset = _frozen(torch.empty(1, device="meta"))
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantized too; those of a slice may not be, though the rest are."""
+        return "nested_scales" in self._parameters
+
+    @classmethod
+    def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[FourBitWeight]:
+        """See `PackedWeight`: double-quantized or not, as the file's scales are."""
+        nested = not parts.keys().isdisjoint(("nested_scales", "offset"))
+        kind = cls if nested or ("scales" in parts and parts["scales"].dtype in _BYTES) else cls.single
+        cls.refuse_missing(parts, kind.PARTS, name)
+        for part, stored in parts.items():
+            kept = kind.PARTS[part].dtype
+            widths = _CODES if part == "codes" else _BYTES if kept == torch.uint8 else _FLOATS
+            if stored.dtype not in widths:
+                known = ", ".join(name for name in widths if name.isupper())
+                raise CheckpointError(f"{name} has {part} of type {stored.dtype}; expected {known}.")
+            found, expected = prod(stored.shape) * widths[stored.dtype], prod(kind.PARTS[part].shape(shape))
+            if found != expected:
+                raise CheckpointError(f"{name} of shape {shape} has {found} {part}; expected {expected}.")
+        return kind
+
+    @classmethod
+    def cut(
+        cls, state: PackedState, columns: int, name: str, rows: Tensor | None = None, span: Span = WHOLE
+    ) -> PackedState:
+        """See `PackedWeight`. Codes are copied byte for byte.
+
+        Scales of scales are kept where their groups of 256 blocks stay whole; elsewhere the fp32 scales they stand for
+        are, which multiply to the same numbers.
+        """
+        state = {part: value.reshape(-1) for part, value in state.items()}
+        state["codes"] = state["codes"].view(torch.uint8)  # some files keep the bytes under another type
+        if rows is None and span == WHOLE:
+            return state
+        dim, start, stop = span
+        n, k = 2 * state["codes"].numel() // columns, columns
+        taken = torch.arange(n) if rows is None else rows
+        taken = taken[start:stop] if dim == 0 else taken
+        first, last = (start, stop) if dim == 1 else (0, k)
+        if k % BLOCK or first % BLOCK or last % BLOCK:
+            raise uncuttable(name, k, BLOCK, first, last)
+        per_row, top = k // BLOCK, int(taken[0])
+        straight = (first, last) == (0, k) and bool((taken.diff() == 1).all())
+        codes = state["codes"].view(n, k // 2)[taken, first // 2 : last // 2].reshape(-1)
+        if "nested_scales" in state and straight and top * per_row % NESTED_BLOCK == 0:
+            blocks = slice(top * per_row, (top + len(taken)) * per_row)
+            groups = slice(blocks.start // NESTED_BLOCK, -(-blocks.stop // NESTED_BLOCK))
+            scales = {"scales": state["scales"][blocks], "nested_scales": state["nested_scales"][groups]}
+            return {"codes": codes, **scales, "offset": state["offset"]}
+        scales = state["scales"]
+        if "nested_scales" in state:
+            scales = plain_scales(scales, state["nested_scales"], state["offset"])
+        return {"codes": codes, "scales": scales.view(n, per_row)[taken, first // BLOCK : last // BLOCK].reshape(-1)}
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
@@ -77,24 +144,46 @@ class FourBitWeight(PackedWeight):
             torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, self.quant_type, torch.uint8)
             for part in flat.split(piece)
         ]
-        self.codes = _frozen(torch.cat([codes.view(-1) for codes, _ in quantized]))
+        self.codes = frozen(torch.cat([codes.view(-1) for codes, _ in quantized]))
         scales = torch.cat([scales for _, scales in quantized])
         if self.nested:
             offset = scales.mean()
             scales, state = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-            self.nested_scales, self.offset = _frozen(state.absmax), _frozen(offset.view(1))
-        self.scales = _frozen(scales)
+            self.nested_scales, self.offset = frozen(state.absmax), frozen(offset.view(1))
+        self.scales = frozen(scales)
 
     def adopt(self, state: PackedState) -> None:
-        """Take codes and statistics as they are; those of a slice may be single-level though the rest are nested."""
-        self.nested, self.together = "nested_scales" in state, None
-        for name in ("codes", "scales", "nested_scales", "offset"):
-            self._parameters.pop(name, None)
-            if name in state:
-                setattr(self, name, _frozen(state[name]))
+        """Take parts as they are."""
+        self.together = None
+        super().adopt(state)
+
+    @classmethod
+    def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
+        """See `PackedWeight`."""
+        return {
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": cls.quant_type,
+            "bnb_4bit_use_double_quant": "nested_scales" in cls.PARTS,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
+    @classmethod
+    def reads_bitsandbytes(cls, state: dict[str, Any]) -> bool:
+        """See `PackedWeight`."""
+        nested = "nested_offset" in state
+        sizes = state.get("blocksize"), state.get("nested_blocksize", NESTED_BLOCK)
+        return (state["quant_type"], nested, *sizes) == (cls.quant_type, cls is not cls.single, BLOCK, NESTED_BLOCK)
+
+    @classmethod
+    def has_codebook(cls, code: Tensor) -> bool:
+        """See `PackedWeight`."""
+        known = codebook_of(cls.quant_type)
+        return code.shape == known.shape and torch.allclose(code.float(), known, atol=1e-6)
 
     def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What bitsandbytes stores of such a matrix, by what it appends to the weight's name; unpacks to `dtype`."""
+        """See `PackedWeight`."""
         state = _quant_state(self, dtype).as_dict(packed=True)
         return {"": self.codes.data.view(-1, 1)} | {f".{key}": value for key, value in state.items()}
 
@@ -121,52 +210,27 @@ class FourBitWeight(PackedWeight):
         return matrix
 
     @staticmethod
-    def fused_sum(
-        factors: list[Tensor],
-        weights: list[FourBitWeight],
-        *,
-        transposed: bool,
-        bias: Tensor | None,
-        low: Low | None,
-    ) -> Tensor | None:
-        """By this CPU's kernel: it unpacks a few columns at a time, where they are multiplied with."""
-        kernel = _product_kernel(weights, factors[0].dtype, factors[0].device)
-        if kernel is None:
+    def product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+        """This CPU's: it unpacks a few columns at a time, where they are multiplied with."""
+        if kernels.computing(device, dtype) != "avx512" or not all(takes(weight.shape) for weight in weights):
             return None
-        return kernel.sum_of_products(
-            factors, [w._as_codes() for w in weights], transposed=transposed, bias=bias, low=low
-        )
+        return kernels.on("four_bit_product", device, dtype)
 
-    @staticmethod
-    def fused_bytes(
-        weights: list[FourBitWeight],
-        rank: int,
-        rows: int,
-        *,
-        transposed: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> int | None:
-        """The workspace of all threads."""
-        kernel = _product_kernel(weights, dtype, device)
-        return kernel and kernel.workspace_bytes(
-            [weight.shape for weight in weights], rank, rows, transposed=transposed
-        )
-
-    def _as_codes(self) -> Codes:
+    def as_codes(self) -> Codes:
+        """Where codes and scales lie."""
         nested, device = None, self.codes.device
         if self.nested:
             nested = nested_codebook(device), self.nested_scales, self.offset
-        return Codes(self.shape, self.codes, codebook_of(self.quant_type, device), self.scales, nested, self.quant_type)
+        table, scales = codebook_of(self.quant_type, device), self.scales.view(-1)
+        return Codes(self.shape, self.codes, table, scales, nested, self.quant_type)
 
     def decode(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple[Tensor, ...] | None:
         """By this CPU's kernel for few rows, in one call."""
         if self.together is None or not self.together.takes(x) or self.together_with != others:
             return None
+        # Of nothing no list is made: for one token, that takes longer than multiplying.
         there = any(addition.bias is not None or addition.a is not None for addition in additions)
-        # A list of nothing is left out: for one token, making it takes longer than multiplying.
-        beside = [Beside(*addition[:4]) for addition in additions] if there else None
-        return self.together.multiply(x, beside)
+        return self.together.multiply(x, additions if there else None)
 
     @torch.no_grad()
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
@@ -176,7 +240,7 @@ class FourBitWeight(PackedWeight):
             return
         if kernels.computing(self.codes.device, torch.bfloat16) == "avx512":
             kernel = kernels.on("four_bit_gemv", self.codes.device, torch.bfloat16)
-            self.together, self.together_with = kernel.Matrices([w._as_codes() for w in weights]), others
+            self.together, self.together_with = kernel.Matrices([w.as_codes() for w in weights]), others
 
     def train(self, mode: bool = True) -> FourBitWeight:
         """As every module's; addresses are kept for no longer than they are of use."""
@@ -184,16 +248,45 @@ class FourBitWeight(PackedWeight):
         return super().train(mode)
 
     def _unpack_by_kernel(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self._as_codes(), dtype, out)
+        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype, out)
 
     def _plain_scales(self) -> Tensor:
-        return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales
+        return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales.view(-1)
 
 
-def _product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-    if kernels.computing(device, dtype) != "avx512" or not all(takes(weight.shape) for weight in weights):
-        return None
-    return kernels.on("four_bit_product", device, dtype)
+class Nf4Single(FourBitWeight):
+    """The 16 values that halve a normal distribution's quantiles, with fp32 scales."""
+
+    name, quant_type = "nf4_single", "nf4"
+    PARTS: ClassVar = {"codes": Running(torch.uint8, 2), "scales": Running(torch.float32, BLOCK)}
+
+
+class Nf4(Nf4Single):
+    """`Nf4Single`, double-quantized."""
+
+    name = "nf4"
+    PARTS: ClassVar = {
+        "codes": Running(torch.uint8, 2),
+        "scales": Running(torch.uint8, BLOCK),
+        "nested_scales": Running(torch.float32, BLOCK * NESTED_BLOCK),
+        "offset": Running(torch.float32, None),
+    }
+
+
+class Fp4Single(Nf4Single):
+    """The 16 values of a float of 4 bits, with fp32 scales."""
+
+    name, quant_type = "fp4_single", "fp4"
+
+
+class Fp4(Nf4):
+    """`Fp4Single`, double-quantized."""
+
+    name, quant_type = "fp4", "fp4"
+
+
+Nf4.single = Nf4Single.single = Nf4Single
+Fp4.single = Fp4Single.single = Fp4Single
 
 
 def _whole_blocks(shape: torch.Size) -> tuple[int, int]:
@@ -215,7 +308,7 @@ def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
             absmax=matrix.nested_scales.data, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
     return bnb.QuantState(
-        absmax=matrix.scales.data,
+        absmax=matrix.scales.data.view(-1),
         shape=matrix.shape,
         code=codebook_of(matrix.quant_type).clone(),
         blocksize=BLOCK,
@@ -229,50 +322,3 @@ def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
 def plain_scales(scales: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
     """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
     return native.plain_scales(scales, nested_codebook(scales.device), nested_scales, offset)
-
-
-def slice_packed(
-    state: PackedState,
-    shape: tuple[int, int],
-    *,
-    name: str,
-    rows: Tensor | None = None,
-    dim: int | None = None,
-    start: int = 0,
-    stop: int = 0,
-) -> PackedState:
-    """The packed form of some rows of a packed matrix [N, K], and of the range [start, stop) along `dim` of those.
-
-    Codes are copied byte for byte. Scales of scales are kept where their groups of 256 blocks stay whole; elsewhere the
-    fp32 scales they stand for are, which multiply to the same numbers. Raises `CheckpointError` where the cut would go
-    through blocks of 64.
-    """
-    if rows is None and dim is None:
-        return state
-    n, k = shape
-    taken = torch.arange(n) if rows is None else rows
-    taken = taken[start:stop] if dim == 0 else taken
-    columns = (start, stop) if dim == 1 else (0, k)
-    if k % BLOCK or columns[0] % BLOCK or columns[1] % BLOCK:
-        raise CheckpointError(
-            f"{name}: its {k} columns are packed in blocks of {BLOCK} that cannot be cut at {columns[0]}:{columns[1]}; "
-            "choose another --model_parallel_size, or give the full-precision checkpoint."
-        )
-    per_row, first = k // BLOCK, int(taken[0])
-    straight = columns == (0, k) and bool((taken.diff() == 1).all())
-    aligned = first * per_row % NESTED_BLOCK == 0
-    codes = state["codes"].view(n, k // 2)[taken, columns[0] // 2 : columns[1] // 2].reshape(-1)
-    if "nested_scales" in state and straight and aligned:
-        blocks = slice(first * per_row, (first + len(taken)) * per_row)
-        groups = slice(blocks.start // NESTED_BLOCK, -(-blocks.stop // NESTED_BLOCK))
-        scales = {"scales": state["scales"][blocks], "nested_scales": state["nested_scales"][groups]}
-        return {"codes": codes, **scales, "offset": state["offset"]}
-    scales = state["scales"]
-    if "nested_scales" in state:
-        scales = plain_scales(scales, state["nested_scales"], state["offset"])
-    cut = scales.view(n, per_row)[taken, columns[0] // BLOCK : columns[1] // BLOCK]
-    return {"codes": codes, "scales": cut.reshape(-1)}
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

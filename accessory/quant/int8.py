@@ -6,10 +6,12 @@ dtype, the weights alone are rounded, and nothing needs setting apart.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import ClassVar
 
-from accessory.quant.packed import PackedWeight
+import torch
+from torch import Tensor
+
+from accessory.quant.packed import PackedWeight, Part
 from accessory.quant.workspace import shared_memory
 
 LARGEST = 127  # code; -128 is not used, so that the codes are as many on both sides of zero
@@ -20,16 +22,12 @@ _NOTHING = 1e-36  # largest magnitude of a row whose codes are not worth having:
 class Int8Weight(PackedWeight):
     """W [N, K] = codes * (scales / 127), multiplied in fp32 and then rounded to the dtype asked for.
 
-    Parameters (frozen): `codes` int8 [N, K], and `scales` fp32 [N], the largest magnitude of each row. A weight is off
-    by at most scales / 254, half a step (and the rounding of fp32).
+    Parts: `codes` int8 [N, K], and `scales` fp32 [N], the largest magnitude of each row. A weight is off by at most
+    scales / 254, half a step (and the rounding of fp32).
     """
 
-    quant_type = "int8"
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__(shape)
-        self.codes = _frozen(torch.empty(shape, dtype=torch.int8, device="meta"))
-        self.scales = _frozen(torch.empty(shape[0], device="meta"))
+    name = "int8"
+    PARTS: ClassVar = {"codes": Part(torch.int8), "scales": Part(torch.float32, None)}
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
@@ -42,10 +40,6 @@ class Int8Weight(PackedWeight):
         packed = [_quantized(part.float()) for part in weight.split(rows)]
         codes, scales = (torch.cat(parts) for parts in zip(*packed, strict=True))
         self.adopt({"codes": codes, "scales": scales})
-
-    def adopt(self, state: dict[str, Tensor]) -> None:
-        """Take codes and scales as they are."""
-        self.codes, self.scales = _frozen(state["codes"]), _frozen(state["scales"])
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`."""
@@ -65,24 +59,3 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.abs().amax(1)
     steps = LARGEST / scales.clamp_min(_NOTHING)
     return (weight * steps[:, None]).round_().to(torch.int8), scales
-
-
-def slice_int8(
-    state: dict[str, Tensor], *, rows: Tensor | None = None, dim: int | None = None, start: int = 0, stop: int = 0
-) -> dict[str, Tensor]:
-    """The packed form of some rows of a packed matrix, and of the range [start, stop) along `dim` of those.
-
-    Every number of it stands for the same weight as before: a row keeps its scale, however it is cut.
-    """
-    codes, scales = state["codes"], state["scales"]
-    if rows is not None:
-        codes, scales = codes[rows], scales[rows]
-    if dim is not None:
-        codes = codes.narrow(dim, start, stop - start)
-    if dim == 0:
-        scales = scales[start:stop]
-    return {"codes": codes.contiguous(), "scales": scales}
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -1,72 +1,173 @@
-"""What every storage format of a frozen matrix offers."""
+"""What every storage format of a matrix offers: one class a format, which owns all that is known of it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from accessory.errors import CheckpointError
 from accessory.quant.addition import Addition
 
-Low = tuple[Tensor, Tensor, float]
-"""A product of low rank added to one with W^T: (x [T, R] in its dtype, factor [N, R] in any, scale) add scale * x
-factor^T. To one with W: factor is [R, K], and not transposed either."""
+Span = tuple[int | None, int, int]
+"""(dimension, start, stop): a range of a matrix; no dimension: the whole."""
+WHOLE: Span = (None, 0, 0)
+PackedState = dict[str, Tensor]
+"""The parts of a packed matrix by name."""
+
+
+class Part(NamedTuple):
+    """One tensor of a packed W [N, K]: a number for each `block` columns of a row, [N, K / block], or each row, [N].
+
+    trained: whether a run with a frozen base trains it, as an fp32 parameter that is cut as W is.
+    """
+
+    dtype: torch.dtype
+    block: int | None = 1
+    trained: bool = False
+
+    def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
+        """Of the part of a matrix `of` [N, K]."""
+        return of[:1] if self.block is None else (of[0], of[1] // self.block)
+
+
+class Stored(Protocol):
+    """A tensor in a file: its type in that file's words (F32 or float32), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class PackedWeight(nn.Module, ABC):
-    """A frozen matrix W [N, K] kept in fewer bits. Who multiplies with it unpacks it each time, or a kernel of it does.
+    """A matrix W [N, K] kept in fewer bits. Who multiplies with it unpacks it each time, or a kernel of it does.
 
-    Subclasses keep their codes and statistics as frozen parameters, so that data parallelism can shard them, and
-    know no process group: under tensor parallelism W is this rank's slice.
+    Its parts are parameters, so that data parallelism can shard them; frozen, but for those that `PARTS` calls trained.
+    It knows no process group: under tensor parallelism W is this rank's slice.
     """
+
+    name: ClassVar[str]
+    """As `--quant_type`, and files, call it."""
+    PARTS: ClassVar[dict[str, Part]]
+    trained: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that are trained."""
+    IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
+    """Part -> what bitsandbytes appends to the weight's name for it; empty where it has no such form."""
+
+    def __init_subclass__(cls) -> None:
+        cls.trained = tuple(name for name, part in getattr(cls, "PARTS", {}).items() if part.trained)
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
+        for name, part in self.PARTS.items():
+            self.register_parameter(name, frozen(torch.empty(part.shape(shape), dtype=part.dtype, device="meta")))
+
+    @classmethod
+    def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[PackedWeight]:
+        """The storage of the matrix `name` that a file holds as `parts`: this one, or one that a file calls the same.
+
+        Raises `CheckpointError` for a missing part, and for one whose type or shape does not make the matrix.
+        """
+        cls.refuse_missing(parts, cls.PARTS, name)
+        for part, stored in parts.items():
+            dtype, expected = cls.PARTS[part].dtype, cls.PARTS[part].shape(shape)
+            if stored.dtype not in _words(dtype) or tuple(stored.shape) != expected:
+                raise CheckpointError(
+                    f"{name} has {part} of type {stored.dtype} and shape {tuple(stored.shape)}; expected "
+                    f"{_words(dtype)[0]} of {expected}."
+                )
+        return cls
+
+    @staticmethod
+    def refuse_missing(parts: Mapping[str, Stored], wanted: Mapping[str, Any], name: str) -> None:
+        """Raise `CheckpointError` where the matrix `name` lacks one of the `wanted` parts."""
+        if absent := [part for part in wanted if part not in parts]:
+            raise CheckpointError(f"{name} is packed, but its {', '.join(absent)} is missing.")
+
+    @classmethod
+    def cut(
+        cls, state: PackedState, columns: int, name: str, rows: Tensor | None = None, span: Span = WHOLE
+    ) -> PackedState:
+        """The parts of some rows of a matrix `name` [N, columns], and of the range `span` of those.
+
+        Every number of it stands for the same weight as before. Raises `CheckpointError` for a cut through a block.
+        """
+        found, (dim, start, stop) = {}, span
+        for part, value in state.items():
+            block = cls.PARTS[part].block
+            value = value if rows is None else value[rows]
+            if dim == 0:
+                value = value[start:stop]
+            elif dim == 1 and block is not None:
+                if start % block or stop % block:
+                    raise uncuttable(name, columns, block, start, stop)
+                value = value[:, start // block : stop // block]
+            found[part] = value.contiguous()
+        return found
 
     @abstractmethod
     def pack(self, weight: Tensor) -> None:
-        """Fill the codes and statistics from `weight` [N, K] in any float dtype, on the device where it lies."""
+        """Fill the parts from `weight` [N, K] in any float dtype, on the device where it lies."""
 
-    @abstractmethod
-    def adopt(self, state: dict[str, Tensor]) -> None:
-        """Take codes and statistics, by parameter name, that were packed before."""
+    def adopt(self, state: PackedState) -> None:
+        """Take parts, by name, that were packed before."""
+        for name in self.PARTS:
+            self._parameters.pop(name, None)
+            if name in state:
+                self.register_parameter(name, frozen(state[name]))
 
     @abstractmethod
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in `dtype`, as the codes and statistics say."""
+        """The matrix [N, K] in `dtype`, as its parts say."""
+
+    @classmethod
+    def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
+        """What config.json says of such matrices in bitsandbytes' layout, to be unpacked to `dtype`."""
+        raise NotImplementedError
+
+    def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What bitsandbytes stores of the matrix, by what it appends to the weight's name."""
+        raise NotImplementedError
+
+    @classmethod
+    def reads_bitsandbytes(cls, state: dict[str, Any]) -> bool:
+        """Whether a matrix of which bitsandbytes says `state` is of this storage."""
+        return False
+
+    @classmethod
+    def has_codebook(cls, code: Tensor) -> bool:
+        """Whether the values that bitsandbytes wrote for the codes of such a matrix are those of this storage."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and statistics; equal on the meta device and on a real one."""
+        """Bytes of the parts; equal on the meta device and on a real one."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`, to multiply with at once: one that is borrowed later may overwrite it."""
         return self.unpack(dtype)
 
-    @staticmethod
-    def fused_sum(
-        factors: list[Tensor],
-        weights: list[PackedWeight],
-        *,
-        transposed: bool,
-        bias: Tensor | None,
-        low: Low | None,
-    ) -> Tensor | None:
-        """Sum of the products of `factors` with matrices of this format, x W^T (dy W if `transposed`), of bias and low.
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
+        """Of the trained parts, from x [T, K] and the gradient dy [T, N] of x W^T; W's own is never whole."""
+        raise AssertionError(f"{self.name} trains nothing")
 
-        By one kernel; None where there is none for them: who asked borrows the matrices (`accessory.quant.products`).
+    @staticmethod
+    def product_kernel(weights: list[PackedWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+        """What sums products with matrices of this format without unpacking them whole; None where nothing does.
+
+        It has `sum_of_products`, given each matrix's `as_codes()`, and `workspace_bytes`: see
+        `accessory.kernels.avx512.four_bit_product`.
         """
         return None
 
-    @staticmethod
-    def fused_bytes(
-        weights: list[PackedWeight], rank: int, rows: int, *, transposed: bool, dtype: torch.dtype, device: torch.device
-    ) -> int | None:
-        """What that kernel keeps to work in, for factors of so many rows and a low term of `rank`; None likewise."""
-        return None
+    def as_codes(self) -> Any:
+        """The matrix as that kernel takes it."""
+        raise NotImplementedError
 
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
         """Make what `decode` needs to multiply with this matrix and these others, where there is something for it.
@@ -84,3 +185,22 @@ class PackedWeight(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The logical shape, for `print(model)`."""
         return f"{tuple(self.shape)}"
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter without a gradient."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def uncuttable(name: str, columns: int, block: int, start: int, stop: int) -> CheckpointError:
+    """The fault of a cut through a block."""
+    return CheckpointError(
+        f"{name}: its {columns} columns are packed in blocks of {block} that cannot be cut at {start}:{stop}; "
+        "choose another --model_parallel_size, or give the full-precision checkpoint."
+    )
+
+
+def _words(dtype: torch.dtype) -> tuple[str, str]:
+    """What safetensors and torch call a type."""
+    word = str(dtype).removeprefix("torch.")
+    return word[0].upper() + word.lstrip("abcdefghijklmnopqrstuvwxyz"), word

@@ -7,12 +7,14 @@ is rounded already does not move when something below half its last digit comes 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.quant.addition import NOTHING, Addition
-from accessory.quant.packed import Low, PackedWeight
+from accessory.quant.packed import PackedWeight
 from accessory.quant.workspace import shared_bytes
 
 Matrix = Tensor | PackedWeight
@@ -60,26 +62,35 @@ def memory_to_multiply(
     products = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
     workspace = borrowed = 0
     for together, rank, transposed in [*products, (matrices, sum(ranks), True)]:
-        kind = _one_format(together)
-        fused = kind and kind.fused_bytes(together, rank, rows, transposed=transposed, dtype=dtype, device=device)
-        if fused is None:
+        kernel = _kernel(together, dtype, device)
+        if kernel is None:
             largest = max((m.shape.numel() for m in together if isinstance(m, PackedWeight)), default=0)
             borrowed = max(borrowed, shared_bytes(largest * dtype.itemsize, device))
         else:
-            workspace = max(workspace, fused)
+            shapes = [matrix.shape for matrix in together]
+            workspace = max(workspace, kernel.workspace_bytes(shapes, rank, rows, transposed=transposed))
     return workspace, borrowed
 
 
-def _fused(
-    factors: list[Tensor], matrices: list[Matrix], *, transposed: bool, bias: Tensor | None, low: Low | None
-) -> Tensor | None:
-    kind = _one_format(matrices)
-    return None if kind is None else kind.fused_sum(factors, matrices, transposed=transposed, bias=bias, low=low)
-
-
-def _one_format(matrices: list[Matrix]) -> type[PackedWeight] | None:
+def _kernel(matrices: list[Matrix], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """Of matrices that are all of one format, if that has one for them."""
     kind = type(matrices[0])
-    return kind if issubclass(kind, PackedWeight) and all(type(matrix) is kind for matrix in matrices) else None
+    if issubclass(kind, PackedWeight) and all(type(matrix) is kind for matrix in matrices):
+        return kind.product_kernel(matrices, dtype, device)
+    return None
+
+
+def _fused(
+    factors: list[Tensor],
+    matrices: list[Matrix],
+    *,
+    transposed: bool,
+    bias: Tensor | None,
+    low: tuple[Tensor, Tensor, float] | None,
+) -> Tensor | None:
+    kernel = _kernel(matrices, factors[0].dtype, factors[0].device)
+    codes = kernel and [matrix.as_codes() for matrix in matrices]
+    return kernel and kernel.sum_of_products(factors, codes, transposed=transposed, bias=bias, low=low)
 
 
 def _borrowed(matrix: Matrix, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.lazy import HeldTensor, PackedTensor
-from accessory.checkpoint.merge import MergedTensor, RepackedTensor, merged, repacked, unpacked
+from accessory.checkpoint.merge import MergedTensor, merged, repacked, unpacked
 from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
@@ -120,8 +120,8 @@ def rounded(weight: Tensor, quant_type: str, nested: bool) -> Tensor:
 @pytest.mark.parametrize("name", ["nf4", "nf4_single", "fp4", "fp4_single"])
 def test_repacked_is_bitsandbytes_rounding(name: str) -> None:
     """Bit for bit, the whole and ranges that go through blocks."""
-    inner = held(96, 80)
-    tensor, expected = RepackedTensor(inner, name), rounded(inner.value, name[:3], "_" not in name)
+    inner, key = held(96, 80), f"{WQ}.weight"
+    tensor, expected = unpacked(repacked({key: inner}, name))[key], rounded(inner.value, name[:3], "_" not in name)
     assert tensor.shape == (96, 80)
     assert torch.equal(tensor.read(), expected)
     assert torch.equal(tensor.read(0, 5, 31), expected[5:31])
@@ -144,7 +144,7 @@ def test_unpacked_is_plain() -> None:
     matrix = storage("nf4")((64, 128))
     matrix.pack(held(64, 128).value)
     parts = {part: HeldTensor(value.data) for part, value in matrix.named_parameters()}
-    tensors = {f"{WQ}.weight": PackedTensor.of(parts, "nf4", (64, 128), "wq"), "norm.weight": held(4)}
+    tensors = {f"{WQ}.weight": PackedTensor.of(parts, storage("nf4"), (64, 128), "wq"), "norm.weight": held(4)}
     found, expected = unpacked(tensors), rounded(held(64, 128).value, "nf4", True)
     plain = found[f"{WQ}.weight"]
     assert found["norm.weight"] is tensors["norm.weight"]

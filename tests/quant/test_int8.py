@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.model.projection import project
-from accessory.quant.int8 import CPU_PIECE, Int8Weight, slice_int8
+from accessory.quant.int8 import CPU_PIECE, Int8Weight
 
 
 def matrix(rows: int = 48, columns: int = 192, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,21 +82,6 @@ def test_slices_of_rows_are_packed_slices() -> None:
     assert (columns.scales <= whole.scales).all()
     bound = whole.scales[:, None] / 254 * (1 + 1e-5)
     assert ((columns.unpack(torch.float32) - weight[:, 64:128]).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("rows", [None, torch.tensor([5, 40, 2, 7, 7, 0])])
-@pytest.mark.parametrize("cut", [(None, 0, 0), (0, 1, 4), (1, 3, 170)])
-def test_slicing_packed_is_slicing_unpacked(rows: Tensor | None, cut: tuple[int | None, int, int]) -> None:
-    """Selected rows, and ranges of rows or columns at any place."""
-    whole = packed(matrix())
-    dim, start, stop = cut
-    part = slice_int8({"codes": whole.codes, "scales": whole.scales}, rows=rows, dim=dim, start=start, stop=stop)
-    wanted = whole.unpack(torch.float32)
-    wanted = wanted if rows is None else wanted[rows]
-    wanted = wanted if dim is None else wanted.narrow(dim, start, stop - start)
-    ours = Int8Weight(tuple(wanted.shape))
-    ours.adopt(part)
-    assert torch.equal(ours.unpack(torch.float32), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -92,7 +92,7 @@ def test_user_error(python, part: Path, tmp_path: Path) -> None:
         (("--to", "gguff"), "ConfigError: --to 'gguff' is unknown. Did you mean 'gguf'?"),
         (("--dtype", "fp33"), "ConfigError: --dtype 'fp33' is unknown. Did you mean 'fp32'?"),
         (("--precision", "bf61"), "ConfigError: --precision 'bf61' is unknown. Did you mean 'bf16'?"),
-        (("--base", "half"), "ConfigError: --base 'half' is neither full nor dequantized."),
+        (("--base", "half"), "ConfigError: --base 'half' is neither full, dequantized nor packed."),
     ],
 )
 def test_user_errors(called, part: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""How bitsandbytes lays 4-bit matrices into Hugging Face files: bytes, their statistics, and a JSON text on them."""
+"""How bitsandbytes lays packed matrices into Hugging Face files: bytes, their statistics, and a JSON text on them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor
 from accessory.errors import CheckpointError
-from accessory.quant import STORAGES
-from accessory.quant.four_bit import BLOCK, NESTED_BLOCK, codebook_of
+from accessory.quant import STORAGES, PackedWeight
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -33,16 +32,15 @@ def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: Any, path: Pa
     for state_key in [key for key in tensors if _STATE in key]:
         name = state_key.partition(_STATE)[0]
         state = _state_of(name, found.pop(state_key), path)
-        parts = {"codes": found.pop(name, None), "scales": found.pop(f"{name}.absmax", None)}
-        code = found.pop(f"{name}.quant_map", None)
+        kind = _storage_of(name, state, path)
+        suffixes = kind.IN_BITSANDBYTES.items()
+        parts = {part: found.pop(f"{name}{end}") for part, end in suffixes if f"{name}{end}" in found}
         if "nested_offset" in state:
-            found.pop(f"{name}.nested_quant_map", None)
-            parts["nested_scales"] = found.pop(f"{name}.nested_absmax", None)
             parts["offset"] = HeldTensor(torch.tensor([float(state["nested_offset"])]))
-        if absent := [part for part, tensor in parts.items() if tensor is None]:
-            raise CheckpointError(f"{path}: {name} is packed, but its {', '.join(absent)} is missing.")
-        _check_state(name, state, code, path)
-        found[name] = PackedTensor.of(parts, state["quant_type"], tuple(state["shape"]), f"{path}: {name}")
+        code, _ = (found.pop(f"{name}.{table}", None) for table in ("quant_map", "nested_quant_map"))
+        if code is not None and not kind.has_codebook(code.read()):
+            raise CheckpointError(f"{path}: {name} has a codebook of its own; expected {state['quant_type']}'s.")
+        found[name] = PackedTensor.of(parts, kind, tuple(state["shape"]), f"{path}: {name}")
     return found
 
 
@@ -57,31 +55,22 @@ def _state_of(name: str, tensor: LazyTensor, path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_state(name: str, state: dict[str, Any], code: LazyTensor | None, path: Path) -> None:
-    sizes = state.get("blocksize"), state.get("nested_blocksize", NESTED_BLOCK)
-    known = state["quant_type"] in ("nf4", "fp4")
-    if not known or sizes != (BLOCK, NESTED_BLOCK):
-        raise CheckpointError(
-            f"{path}: {name} is packed as {state['quant_type']} in blocks of {sizes[0]} and {sizes[1]}; expected "
-            f"nf4 or fp4 in blocks of {BLOCK} and {NESTED_BLOCK}."
-        )
-    known_code = codebook_of(state["quant_type"])
-    if code is not None and not (
-        code.shape == known_code.shape and torch.allclose(code.read().float(), known_code, atol=1e-6)
-    ):
-        raise CheckpointError(f"{path}: {name} has a codebook of its own; expected {state['quant_type']}'s.")
+def _storage_of(name: str, state: dict[str, Any], path: Path) -> type[PackedWeight]:
+    for kind in STORAGES.values():
+        if kind.reads_bitsandbytes(state):
+            return kind
+    sizes = [str(state[key]) for key in ("blocksize", "nested_blocksize") if key in state]
+    known = ", ".join(name for name, kind in STORAGES.items() if kind.IN_BITSANDBYTES)
+    raise CheckpointError(
+        f"{path}: {name} is packed as {state['quant_type']} in blocks of {' and '.join(sizes)}; expected one of "
+        f"{known}, in blocks as large as bitsandbytes makes them by default."
+    )
 
 
-def quantization_config(quant_type: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of matrices packed as `quant_type`, to be unpacked to `dtype`."""
-    settings = STORAGES[quant_type].keywords
+def quantization_config(kind: type[PackedWeight], dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of matrices packed as `kind`, to be unpacked to `dtype`."""
     return {
         "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": settings["quant_type"],
-        "bnb_4bit_use_double_quant": settings["nested"],
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
+        **kind.bitsandbytes_config(dtype),
         "llm_int8_skip_modules": ["lm_head", "embed_out", "output", "output_layer", "project_in", "project_out"],
     }

@@ -19,8 +19,7 @@ from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_exi
 from accessory.errors import CheckpointError
 from accessory.model.families import Architecture, architecture_of
 from accessory.model.families.architecture import Fused
-from accessory.quant import storage
-from accessory.quant.four_bit import FourBitWeight
+from accessory.quant import STORAGES, storage
 from accessory.tokenizer.transformers_files import save_for_transformers
 
 
@@ -37,11 +36,14 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     theirs = theirs_from_ours(model.tensors, architecture.names, model.args)
     _refuse_repacking(theirs)
-    packed = quant_type or next((t.dtype for t in theirs.values() if isinstance(t, PackedTensor)), None)
-    if packed == "int8":
+    packed = next((t.storage for t in theirs.values() if isinstance(t, PackedTensor)), None)
+    packed = storage(quant_type) if quant_type else packed
+    if packed and not packed.IN_BITSANDBYTES:
+        known = ", ".join(name for name, kind in STORAGES.items() if kind.IN_BITSANDBYTES)
         raise CheckpointError(
-            f"{target}: int8 matrices have no place in Hugging Face files: bitsandbytes' 8 bits are another format. "
-            "Pack the full-precision checkpoint as nf4 or fp4, or write it --to accessory."
+            f"{target}: {packed.name} matrices have no place in Hugging Face files: bitsandbytes, in whose layout they "
+            f"are packed there, has no such format. Pack the full-precision checkpoint as one of {known}, or write it "
+            "--to accessory."
         )
     if packed:
         config["quantization_config"] = quantization_config(packed, dtype)
@@ -78,8 +80,7 @@ def _written(
     for name, tensor in progress(theirs, "packing" if quant_type else "writing"):
         matrix = None
         if isinstance(tensor, PackedTensor):
-            matrix = FourBitWeight(tensor.shape, quant_type=tensor.quant_type, nested=tensor.nested)
-            matrix.adopt(tensor.read_packed())
+            matrix = tensor.read_matrix()
         elif quant_type and _is_block_linear(name, architecture):
             matrix = storage(quant_type)(tensor.shape)
             matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type

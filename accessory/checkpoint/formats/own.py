@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import Int8Tensor, LazyTensor, PackedTensor
+from accessory.checkpoint.lazy import LazyTensor, PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.save import fresh_directory, write_json, write_tensors
 from accessory.checkpoint.source import Source, open_safetensors, read_json, stated_llama_type, stated_settings
@@ -22,7 +22,6 @@ from accessory.quant import STORAGES, storage
 
 TRAINABLE_FILES = "trainable*.safetensors"
 MODEL_FILES = "model*.safetensors"
-PACKED_PARTS = ("codes", "scales", "nested_scales", "offset")
 
 
 def open_own(path: Path) -> Source | None:
@@ -85,18 +84,13 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
         raise CheckpointError(f"{meta}: 'packed' is {packing!r}; expected an object of matrices.")
     found = dict(tensors)
     for name, entry in packing.items():
-        scales = found.get(f"{name}.scales")
-        wanted = PACKED_PARTS if scales is not None and scales.dtype == "U8" else PACKED_PARTS[:2]
-        parts = {part: found.pop(f"{name}.{part}", None) for part in wanted}
         try:
             rows, columns = (operator.index(size) for size in entry["shape"])
-            quant_type = entry["quant_type"]
-            matrix = {"nf4": PackedTensor, "fp4": PackedTensor, "int8": Int8Tensor}[quant_type]
+            kind = STORAGES[entry["quant_type"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
-        if absent := [part for part, tensor in parts.items() if tensor is None]:
-            raise CheckpointError(f"{meta.parent}: {name} is packed, but its {', '.join(absent)} is missing.")
-        found[name] = matrix.of(parts, quant_type, (rows, columns), f"{meta.parent}: {name}")
+        parts = {part: found.pop(f"{name}.{part}") for part in kind.PARTS if f"{name}.{part}" in found}
+        found[name] = PackedTensor.of(parts, kind, (rows, columns), f"{meta.parent}: {name}")
     return found
 
 
@@ -121,14 +115,15 @@ def _written(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in progress(model.tensors, "packing" if quant_type else "writing"):
         if isinstance(tensor, PackedTensor):
-            state, kind = tensor.read_packed(), tensor.quant_type
+            state, kind = tensor.read_packed(), tensor.storage
         elif quant_type and BLOCK_LINEAR.fullmatch(name):
-            matrix = storage(quant_type)(tensor.shape)
+            kind = storage(quant_type)
+            matrix = kind(tensor.shape)
             matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type
-            state, kind = dict(matrix.named_parameters()), matrix.quant_type
+            state = dict(matrix.named_parameters())
         else:
             yield name, read_as(tensor, dtype)
             continue
-        packed[name] = {"quant_type": kind, "shape": list(tensor.shape)}
+        packed[name] = {"quant_type": kind.name, "shape": list(tensor.shape)}
         for part, value in state.items():
             yield f"{name}.{part}", value.detach()

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS, Matrices
 from accessory.kernels.codes import Beside
+from accessory.quant import storage
 from accessory.quant.four_bit import BLOCK, FourBitWeight, codebook_of
 
 SHAPES = [(192, 192), (34, 192), (2, 192)]
-STORAGES = [{}, {"nested": False}, {"quant_type": "fp4"}]
+STORAGES = ["nf4", "nf4_single", "fp4"]
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -19,9 +20,9 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(shape: tuple[int, int], seed: int = 0, **storage) -> FourBitWeight:
+def packed(shape: tuple[int, int], seed: int = 0, kind: str = "nf4") -> FourBitWeight:
     """A random matrix."""
-    weight = FourBitWeight(shape, **storage)
+    weight = storage(kind)(shape)
     weight.pack(0.05 * random(*shape, seed=seed))
     return weight
 
@@ -36,7 +37,7 @@ def exact(weight: FourBitWeight) -> Tensor:
 
 def ready(weights: list[FourBitWeight]) -> Matrices:
     """To be multiplied with."""
-    return Matrices([weight._as_codes() for weight in weights])
+    return Matrices([weight.as_codes() for weight in weights])
 
 
 def close(found: Tensor, wanted: Tensor, terms: Tensor) -> None:
@@ -48,10 +49,10 @@ def close(found: Tensor, wanted: Tensor, terms: Tensor) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 15, MOST_ROWS])
-@pytest.mark.parametrize("storage", STORAGES, ids=["nf4", "nf4_single", "fp4"])
-def test_equals_float64(rows: int, storage: dict) -> None:
+@pytest.mark.parametrize("kind", STORAGES)
+def test_equals_float64(rows: int, kind: str) -> None:
     """Of three matrices, whole and not in sixteens of rows, together."""
-    weights = [packed(shape, seed=i, **storage) for i, shape in enumerate(SHAPES)]
+    weights = [packed(shape, seed=i, kind=kind) for i, shape in enumerate(SHAPES)]
     x = random(rows, 192).bfloat16()
     for found, w in zip(ready(weights).multiply(x), map(exact, weights), strict=True):
         close(found, x.double() @ w.t(), x.double().abs() @ w.t().abs())
