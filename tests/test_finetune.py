@@ -50,6 +50,10 @@ JOBS = {
         ["--llama_type", "llama_peft", "--quant", "--quant_type", "int8", "--only_save_trainable",
          "--optim", "adamw8bit"],
     ),
+    "nf4_scales": (
+        "NormBiasLoRA and scales of NF4",
+        ["--llama_type", "llama_peft", "--quant", "--quant_type", "nf4_scales", "--only_save_trainable"],
+    ),
 }  # fmt: skip
 CUT_ANEW, CUT_ANEW_NOISE = ("nf4", "fp4", "int8"), 1e-3  # measured: 2.1e-4
 
