@@ -163,10 +163,7 @@ def _said(name: str, was: Any, now: Any) -> str:
 
 
 def restore_training_state(
-    found: Resumption,
-    optimizer: torch.optim.Optimizer,
-    parameters: NamedParameters,
-    layout: Layout,
+    found: Resumption, optimizer: torch.optim.Optimizer, parameters: NamedParameters, layout: Layout
 ) -> None:
     """Restore the optimizer and, on the layout that was saved, this rank's generators. Raises `CheckpointError`."""
     tensors = _read(found.directory / f"{STATE_STEM}.safetensors", parameters, found.ranks)

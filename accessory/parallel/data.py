@@ -24,11 +24,8 @@ class DataParallel:
         self.mode, self.active = mode, layout.dp_size > 1
         # Small trained parts travel in one piece; whole trained layers are gathered and reduced one by one.
         self.per_block = mode == "fsdp" or base_is_trained
-        self.mesh = (
-            DeviceMesh.from_group(data_parallel_group(), layout.device.type, mesh_dim_names=("dp",))
-            if self.active
-            else None
-        )
+        if self.active:
+            self.mesh = DeviceMesh.from_group(data_parallel_group(), layout.device.type, mesh_dim_names=("dp",))
 
     def shard_block(self, block: nn.Module) -> None:
         """Shard one decoder block, once its weights are in place."""

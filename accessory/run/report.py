@@ -115,7 +115,7 @@ class Reporter:
         try:
             self.writer.close()
             if (self.output_dir / LOG_FILE).is_file():
-                draw_loss_curve(self.output_dir / LOG_FILE, self.output_dir / CURVE_FILE)
+                loss_figure(read_losses(self.output_dir / LOG_FILE)).savefig(self.output_dir / CURVE_FILE, dpi=120)
         except Exception as error:  # not worth a trained model, and perhaps an effect of what ends the run
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self.say(f"{self.output_dir / CURVE_FILE}: cannot be written ({reason})")
@@ -160,11 +160,6 @@ def read_losses(log: Path) -> dict[int, float]:
             losses = {step: loss for step, loss in losses.items() if step < entry["step"]}
         losses[entry["step"]] = math.nan if entry["loss"] is None else entry["loss"]
     return losses
-
-
-def draw_loss_curve(log: Path, picture: Path) -> None:
-    """Draw loss over steps from a JSON log into a PNG."""
-    loss_figure(read_losses(log)).savefig(picture, dpi=120)
 
 
 def loss_figure(losses: dict[int, float]) -> Figure:

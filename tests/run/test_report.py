@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from accessory.run import report
-from accessory.run.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, draw_loss_curve, loss_figure, read_losses
+from accessory.run.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, loss_figure, read_losses
 
 REPORT = StepReport(
     step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
@@ -115,8 +115,6 @@ def test_log_of_a_killed_run(tmp_path: Path) -> None:
         file.write('{"step": 3, "lo')
     run(tmp_path, [4.0, 3.0], first=2)
     assert read_losses(tmp_path / LOG_FILE) == {1: 6.0, 2: 5.0, 3: 4.0, 4: 3.0}
-    draw_loss_curve(tmp_path / LOG_FILE, tmp_path / "again.png")
-    assert (tmp_path / "again.png").exists()
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,10 +166,10 @@ def test_a_curve_that_cannot_be_drawn_hides_no_other_error(
 ) -> None:
     """When memory has run out, so that not even the library that draws can be loaded: it is said, and that is all."""
 
-    def fail(_log: Path, _picture: Path) -> None:
+    def fail(_losses: dict[int, float]) -> None:
         raise error
 
-    monkeypatch.setattr(report, "draw_loss_curve", fail)
+    monkeypatch.setattr(report, "loss_figure", fail)
     reporter = Reporter(tmp_path, 3, 0, enabled=True)
     (tmp_path / LOG_FILE).write_text("")
     reporter.close()
