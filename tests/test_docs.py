@@ -172,11 +172,12 @@ def test_readme_is_short_and_lists_every_page() -> None:
 def test_page_says_what_it_answers_and_leads_to_what_is_there(page: str) -> None:
     text, folder = PAGES[page], (ROOT / page).parent
     assert page == README or re.match(r"# .*\n\nThis page answers: [^.]*\?\n\n", text)
-    for target in re.findall(r"\]\(([^)]+)\)", text):
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub("```.*?```", "", text, flags=re.DOTALL)):
         assert (folder / target).is_file(), f"{page}: {target}"
     places = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "output")
+    elsewhere = OTHERS_FILES | set(re.findall(r"^# (\S+\.py)$", text, re.MULTILINE))  # what its examples would make
     for path in re.findall(rf"(?<![\w./-])((?:{places})/[\w./-]*\w/?)", text):
-        assert (ROOT / path).exists() or path in OTHERS_FILES, f"{page}: {path}"
+        assert (ROOT / path).exists() or path in elsewhere, f"{page}: {path}"
 
 
 def test_pages_that_the_code_names_are_there() -> None:
@@ -238,7 +239,7 @@ def test_command(command: str, workshop: Path, shell) -> None:
         assert "A: " in done.stdout
 
 
-@pytest.mark.parametrize(("page", "example"), blocks("python"))
+@pytest.mark.parametrize(("page", "example"), [b for b in blocks("python") if b[0] != "docs/extending.md"])
 def test_python_example(page: str, example: str, workshop: Path, python) -> None:
     """That of docs/python.md gives the answer that the demo gives."""
     train(workshop)

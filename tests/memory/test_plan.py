@@ -89,8 +89,9 @@ def built(
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Decoder, Attachment]:
     """A decoder on meta with a method on it."""
-    decoder = Decoder(args, dtype=dtype, storage=storage(quant) if quant else None)
-    return decoder, METHODS[method](METHODS[method].Settings(**settings)).attach(decoder)
+    made = METHODS[method](METHODS[method].Settings(**settings))
+    decoder = made.decoder(args, dtype=dtype, storage=storage(quant) if quant else None)
+    return decoder, made.attach(decoder)
 
 
 def filled(layout: Layout, settings: dict, **options) -> tuple[Decoder, Attachment]:

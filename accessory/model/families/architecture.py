@@ -158,7 +158,7 @@ class Architecture:
                 raise CheckpointError(f"{source}: head_dim {config['head_dim']!r} is not supported; expected {width}.")
             values |= self._rope(config, width, source)
         if self.sliding != "none":
-            values |= self._window(config, source)
+            values |= self._window(config, values["n_layers"], source)
         return ModelArgs(**values)
 
     def has_unit_head(self, config: Config) -> bool:
@@ -209,9 +209,9 @@ class Architecture:
             "rotary_dim": int(width * share),
         }
 
-    def _window(self, config: Config, source: str) -> Config:
+    def _window(self, config: Config, blocks: Any, source: str) -> Config:
         # Silence means Mistral 0.1's window, and that no layer of Qwen below the 28th has one, as in transformers.
-        window, layers, blocks = config.get("sliding_window", 4096), None, config["num_hidden_layers"]
+        window, layers = config.get("sliding_window", 4096), None
         if type(blocks) is not int or blocks > MOST_BLOCKS:
             return {}  # which the settings as a whole are refused for
         if self.sliding == "switched":
