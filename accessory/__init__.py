@@ -1,4 +1,9 @@
-"""Fine-tuning of quantized large language models: `from accessory import MetaModel` asks what was trained."""
+"""Fine-tuning of quantized large language models: `from accessory import MetaModel` asks what was trained.
+
+Letters of tensor shapes, here and in every room: B documents, S tokens of one document, T tokens of a packed
+micro-batch, D model width, H attention heads, K key/value heads, E head width, F hidden width of the MLP, V vocabulary,
+R rank of LoRA. A matrix W [N, K] has N outputs and K inputs.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Checkpoints read and written: streaming reader, re-sharding, trained parts, training state."""

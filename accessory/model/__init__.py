@@ -1,0 +1,1 @@
+"""The decoder and its layers, driven by `ModelArgs`: one file a concern."""

@@ -46,7 +46,7 @@ class ModelArgs(BaseModel):
     dim: Size = 4096
     """Model width D."""
     n_layers: Count = 32
-    """Number of blocks L."""
+    """Number of blocks."""
     n_heads: Count = 32
     """Attention heads H."""
     n_kv_heads: Count | None = None

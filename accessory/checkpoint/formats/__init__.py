@@ -1,0 +1,1 @@
+"""The file formats of checkpoints, one or two files each."""
