@@ -1,1 +1,1 @@
-"""What a step needs of memory: the plan, and blocks recomputed where that is too much."""
+"""How much memory a step takes (the plan), and recomputing blocks where that is too much."""

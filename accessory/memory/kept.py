@@ -1,9 +1,8 @@
-"""What a forward keeps for its backward, measured: a few tokens are run through a stand-in for the decoder.
+"""Measures what a forward keeps for its backward, by running a few tokens through a stand-in for the decoder.
 
-Its parameters have no content, and blocks that are alike share theirs, so that a model of any size can be measured
-before it is read. What autograd saves is caught by its own hooks, whatever the method or the block. Bytes are a
-constant and so many a token, which runs of two lengths tell apart. (On the meta device the same would take a second:
-its operations are written in Python, and load PyTorch's compiler.)
+The stand-in's parameters are uninitialized, and those of one shape share memory: a model of any size can be measured
+before it is read. autograd's hooks see every saved tensor, whatever the method or the block. Bytes are linear in the
+tokens, so two lengths suffice. (The meta device would take a second: it runs Python and loads PyTorch's compiler.)
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ _FEW, _MORE = 2, 4  # tokens
 class KeptByBlock:
     """Bytes that one block keeps for its backward.
 
-    all: its input included, if it keeps that. input: its input's size. behind_attention: of `all`, what is first kept
-    behind attention, and gone when attention's backward comes. keeps_input, keeps_attended: whether its input is kept,
-    and what attention gives to `wo`.
+    all: everything, with its input if that is kept. input: size of its input. after_attention: the part of `all` that
+    is saved after attention and freed before attention's backward. keeps_input, keeps_attended: whether its input is
+    kept, and the input of `wo`.
     """
 
     all: int
     input: int
-    behind_attention: int
+    after_attention: int
     keeps_input: bool
     keeps_attended: bool
 
     def scaled(self, scale: Callable[[int, int], int], other: KeptByBlock) -> KeptByBlock:
-        """For other tokens, from this and that of `other` tokens."""
-        sizes = (scale(getattr(self, n), getattr(other, n)) for n in ("all", "input", "behind_attention"))
+        """For another number of tokens: `scale` is given each size here and in `other`."""
+        sizes = (scale(getattr(self, n), getattr(other, n)) for n in ("all", "input", "after_attention"))
         return KeptByBlock(*sizes, self.keeps_input, self.keeps_attended)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward keeps for its backward: each block's, and what stands before and behind them."""
+    """Bytes that a forward keeps for its backward: each block's, and those before and after the blocks."""
 
     blocks: tuple[KeptByBlock, ...]
     entrance: int
@@ -58,9 +57,9 @@ class Kept:
 
 
 def measure_kept(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
-    """What a forward of one document of `tokens` tokens keeps, parameters, loss and batch aside, as a CPU computes it.
+    """What a forward of one document of `tokens` tokens keeps on a CPU, besides parameters, loss and batch.
 
-    The decoder need not be filled, nor have anybody to communicate with.
+    The decoder may be on the meta device, and needs no process group.
     """
     few, more = (_measure(decoder, attachment, count) for count in (_FEW, _MORE))
 
@@ -84,7 +83,7 @@ def _measure(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
 
 
 def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
-    """Parameters and buffers without content; those of one shape are the same memory, which nobody writes to."""
+    """Uninitialized parameters and buffers; those of one shape share memory, which nothing writes to."""
     memory = cache(lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
     made = {name: memory(p.shape, p.dtype).detach() for name, p in decoder.named_parameters()}
     for name, tensor in made.items():
@@ -93,22 +92,22 @@ def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
 
 
 class _Run(nn.Module):
-    """A forward of the decoder, in which a block like one before it is not run again: nothing of it would be new."""
+    """A forward of the decoder that runs one of several equal blocks, and counts what it keeps for each of them."""
 
     def __init__(self, decoder: Decoder, known: set[int]) -> None:
         super().__init__()
         self.decoder, self.known = decoder, known
         self.saved: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no address is used twice
-        self.entrance = self.behind = 0  # bytes saved before the first block or read by all, and since
+        self.entrance = self.behind = 0  # bytes saved before the blocks, and from the first one on
         self.blocks: list[KeptByBlock] = []
         self.kinds: dict[Any, KeptByBlock] = {}
-        self._before_blocks: set[int] = set()  # addresses of what is made before them
+        self._before_blocks: set[int] = set()  # addresses of what they all read, such as rotations
         self._in_blocks = False
         self._up_to_attention = 0
         self._attended: Tensor | None = None
 
     def forward(self, tokens: int) -> None:
-        """Token ids do not matter: how much is kept does not follow from them."""
+        """Run zeros as token ids: how much is kept does not depend on them."""
         ids = torch.zeros(tokens, dtype=torch.int64)
         sequences = self.decoder.sequences((tokens,))
         self._before_blocks = {_address(t) for t in (sequences.positions, sequences.turn, *(sequences.lean or ()))}
@@ -117,7 +116,7 @@ class _Run(nn.Module):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """While it is entered, blocks are measured as they are run."""
+        """Inside this context each block is measured when it runs."""
         blocks, hooks = [block for _, block in self.decoder.blocks()], []
         for block in blocks:
             block.forward = partial(self._run_block, block, block.forward)
@@ -144,7 +143,7 @@ class _Run(nn.Module):
         self.kinds[kind] = KeptByBlock(
             all=self.behind - before,
             input=x.nbytes,
-            behind_attention=self.behind - self._up_to_attention,
+            after_attention=self.behind - self._up_to_attention,
             keeps_input=_address(x) in self.saved,
             keeps_attended=self._attended is not None and _address(self._attended) in self.saved,
         )

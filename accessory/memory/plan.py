@@ -1,7 +1,7 @@
-"""The memory plan of a rank: bytes of everything that lives at the worst moment of a training step, without weights.
+"""The memory plan of a rank: the bytes alive at the peak of a training step, known before weights are read.
 
-Parameters are counted on the model itself, made on the meta device; what a forward keeps for its backward is measured
-(`accessory.memory.kept`). Formulas stand for what only the moment sees: kernels' workspaces, gradients, logits.
+Parameters are counted on the model, which is on the meta device; what a forward keeps for its backward is measured
+(`accessory.memory.kept`). Formulas count what is alive only for a moment: kernels' workspaces, gradients, logits.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from accessory.quant.products import memory_to_multiply
 class MemoryPlan:
     """Bytes on one rank.
 
-    Every document counts as a whole, though a batch keeps less of those that begin alike (see `PackedBatch`).
-    activations: kept by the forward, and by the block being run again. logits: a loss chunk. buffers: what matrices are
-    unpacked into, and kernels of them work in. working: of activations, logits, gradients and a block's backward, what
-    is alive together when it is most.
+    Documents count whole, though a batch keeps less of those that share a beginning (see `PackedBatch`).
+    activations: kept by the forward, and by the block that is recomputed. logits: of a loss chunk. buffers: for
+    unpacked matrices, and workspaces of their kernels. working: the peak of activations, logits, gradients and a
+    block's backward together.
     """
 
     weights: int
@@ -48,11 +48,11 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """What the rank needs: all that stays, and the worst moment of what comes and goes."""
+        """What the rank needs: everything permanent, and the peak of the rest."""
         return self.weights + self.trainable + self.optimizer + self.buffers + self.working
 
     def table(self, title: str, available: int | None) -> str:
-        """Lines for a person, against what the device has."""
+        """Printable lines; available: bytes the device has."""
         lines = [f"memory plan per rank: {title}"]
         for field in fields(self):
             lines.append(f"  {field.name:<12} {getattr(self, field.name) / 1e9:9.3f} GB")
@@ -62,10 +62,10 @@ class MemoryPlan:
 
 
 class StepMemory:
-    """What a step needs on a decoder that need not be filled, for micro-batches of `tokens`, all supervised.
+    """The memory of a step with micro-batches of `tokens` supervised tokens; the decoder may be on the meta device.
 
-    longest: tokens of the longest document; absent: all are one. micro_batches: of a step. optim: as `--optim`.
-    offload: whether inputs of recomputed blocks wait in host memory.
+    longest: tokens of the longest document; by default there is one. micro_batches: of a step. optim: as `--optim`.
+    offload: whether inputs of recomputed blocks are moved to host memory.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class StepMemory:
     def plan(self, checkpointing: int) -> MemoryPlan:
         """The plan where the first `checkpointing` blocks are recomputed.
 
-        The worst is one of four moments. At the end of the forward, all that is kept beside a chunk's logits; in a
-        block's backward, what the blocks up to it keep, the gradients of those behind it and its own work; in the
-        embedding's, all gradients and what made the last; in the optimizer's step, all gradients and its workspace.
-        Gradients of earlier micro-batches are there throughout, and take up those of later ones as they are made.
+        The peak is one of four moments: at the loss, everything kept and a chunk's logits; in a block's backward, what
+        it and earlier blocks keep, gradients of later blocks and its own work; in the embedding's backward, all
+        gradients and its own work; in the optimizer's step, all gradients and its workspace. Gradients of earlier
+        micro-batches are there throughout; later ones are added to them as they are made.
         """
         layout, trainable, blocks = self.layout, self.trainable, self.blocks.values()
         share, sharded = layout.dp_size, layout.dp_size > 1
         weights = self.frozen
-        gathered = trainable if sharded else 0  # what is trained is put together on every rank while it is used
+        gathered = trainable if sharded else 0  # the trained part is gathered on every rank while it is used
         if sharded and self.data_parallel == "fsdp":
-            # A block at a time is put together, and the next one on its way.
+            # One block is gathered at a time, and the next one meanwhile.
             sizes = (_nbytes(dict(block.named_parameters())) for block in blocks)
             weights = weights // share + 2 * max(a - b for a, b in zip(sizes, self.gradients, strict=True))
             gathered = 2 * trainable // len(blocks)
@@ -127,15 +127,15 @@ class StepMemory:
         )
 
     def _kept(self, kept: Kept) -> Kept:
-        """What was measured, as this device's attention keeps it."""
+        """What was measured on a CPU, corrected for this device's attention."""
         if not self._has_kernel:
             return kept
         return replace(kept, blocks=tuple(map(self._by_kernel, kept.blocks)))
 
     def _by_kernel(self, block: KeptByBlock) -> KeptByBlock:
-        """It is given k and v for every query head, and also keeps its result and a 4-byte log-sum a head.
+        """CUDA's attention is given k and v for every query head, and keeps its result and a 4-byte log-sum a head.
 
-        Without ALiBi, whose heads are wider, its result is what `wo` reads.
+        Its result is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
         """
         heads, kv_heads, width = self._heads
         result = self._width * heads * width
@@ -145,18 +145,18 @@ class StepMemory:
         return replace(block, all=block.all + self.tokens * per_token)
 
     def _activations(self, recomputed: int, *, again: bool) -> int:
-        """All that the forward keeps; `again`: and what the last block does when it is run again.
+        """Everything that the forward keeps; `again`: and what the last block keeps when it is recomputed.
 
-        Where some blocks are not recomputed, that takes the place of what is gone by then.
+        If some blocks are not recomputed, those are freed before that.
         """
-        hidden = self.tokens * self.decoder.args.embedding_dim * self._width  # the loss's gradient of it
+        hidden = self.tokens * self.decoder.args.embedding_dim * self._width  # gradient of the hidden states
         kept = self._by_blocks(len(self.kept.blocks), recomputed, again=again)
         return kept + self._beside_blocks() + self.kept.exit + hidden
 
     def _by_blocks(self, blocks: int, recomputed: int, *, again: bool) -> int:
-        """What the first `blocks` blocks keep, `recomputed` of them their input only; `again`: the last is run again.
+        """What the first `blocks` blocks keep, `recomputed` of them only their input; `again`: the last is recomputed.
 
-        Of inputs that are offloaded three are on the device.
+        Three of the inputs that are offloaded are on the device at a time.
         """
         kept = self.kept.blocks[:blocks]
         inputs = [block.input for block in kept[:recomputed]]
@@ -164,24 +164,24 @@ class StepMemory:
         return total + (kept[-1].all - kept[-1].keeps_input * kept[-1].input if again else 0)
 
     def _beside_blocks(self) -> int:
-        """What stands before the blocks, the loss's row numbers, and a trained head's gradient, made in the forward."""
+        """What is kept before the blocks, the loss's row numbers, a trained head's gradient (made in the forward)."""
         return self.kept.entrance + 8 * self.tokens + self._trained_head * 4
 
     def _at_loss(self, recomputed: int) -> int:
-        """What is alive beside a chunk's logits: what is kept, hidden states, two chunks of them, a head's gradient."""
+        """What is alive beside a chunk's logits: all kept, hidden states and two chunks of them, a head's gradient."""
         hidden = self._width * self.decoder.args.embedding_dim * (self.tokens + 2 * min(self.tokens, CHUNK))
         return self._activations(recomputed, again=False) + hidden + self._trained_head * (self._width + 4)
 
     def _logits(self) -> int:
-        """Of a chunk; a wider head (an fp32 master) is cast whole for the products with it."""
+        """Logits of a chunk, and a copy of the head if it is cast (an fp32 master), which happens once and whole."""
         head = self.decoder.head_weight
         copy = head.numel() * self._width if head.dtype != self.decoder.dtype else 0
         return copy + chunk_bytes(self.tokens, len(head), self.layout.device, self.decoder.dtype)
 
     def _in_blocks(self, recomputed: int) -> int:
-        """The worst moment of the blocks' backward: what is kept up to a block, gradients behind it, and its own work.
+        """The peak of the blocks' backward: what is kept up to a block, gradients of later blocks, and its own work.
 
-        To gradients of earlier micro-batches a function's are added as soon as they are made.
+        If there are gradients of earlier micro-batches, new ones are added to them as each autograd function ends.
         """
         beside, gradients = self._beside_blocks(), self.gradients
         if self.held:
@@ -192,7 +192,7 @@ class StepMemory:
         return beside + max(
             self._by_blocks(i + 1, min(recomputed, i + 1), again=i < recomputed)
             + sum(gradients[i:])
-            + max(self._feed_forward_backward(), self._attention_backward() - block.behind_attention)
+            + max(self._feed_forward_backward(), self._attention_backward() - block.after_attention)
             for i, block in enumerate(self.kept.blocks)
         )
 
@@ -201,7 +201,7 @@ class StepMemory:
         return _nbytes({name: p for name, p in self.trained.items() if name.startswith(prefixes)})
 
     def _most_gradients_at_once(self) -> int:
-        """Those that one function makes: of linears that share an input."""
+        """Bytes of the gradients that one autograd function makes: those of linears that share an input."""
         names = {module: f"{name}." for name, module in self.decoder.named_modules()}
         return max(self._trained_below(*(names[linear] for linear in linears)) for linears in self._called_together())
 
@@ -211,9 +211,9 @@ class StepMemory:
                 yield from module.called_together()
 
     def _at_embedding(self) -> int:
-        """Beside all gradients, when a trained embedding's is made: its rows', twice, and its part of a sum.
+        """Bytes beside all gradients while a trained embedding's is made: its rows' gradients twice, and terms to add.
 
-        Parts are added if the head is tied to it, and if gradients of other micro-batches wait.
+        There is one term if the head is tied to it, and one if earlier micro-batches left gradients.
         """
         weight = self.decoder.tok_embeddings.weight
         if "tok_embeddings.weight" not in self.trained:
@@ -222,14 +222,14 @@ class StepMemory:
         return weight.element_size() * (parts * weight.numel() + 2 * self.tokens * self.decoder.args.embedding_dim)
 
     def _feed_forward_backward(self) -> int:
-        """Gradients of the block's output, of what w2 reads and of what that is made of: F each, one for a moment."""
+        """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each)."""
         args = self.decoder.args
         return self.tokens * self._width * (args.dim + (3 if args.gated else 2) * args.hidden_dim // self.decoder.ranks)
 
     def _attention_backward(self) -> int:
-        """Gradients of the block's middle and of attention's result, and what attention's own backward takes.
+        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
 
-        On CUDA in half precision that is the gradients of q, k and v, and an fp32 sum for q's.
+        For CUDA's kernel the latter are the gradients of q, k and v, and an fp32 sum for q's.
         """
         args, dtype, tokens, longest = self.decoder.args, self.decoder.dtype, self.tokens, self.longest
         heads, kv_heads, head_dim = self._heads
@@ -242,17 +242,14 @@ class StepMemory:
         return given + max(backward_bytes(lengths, heads, kv_heads, head_dim, dtype, w) for w in windows)
 
     def _in_optimizer(self) -> int:
-        """Bytes beside gradients: on a CPU bitsandbytes steps on a parameter by way of fp32 copies.
-
-        They are five where its moments are in 8 bits, and three where they are not.
-        """
+        """The step's workspace: bitsandbytes' fp32 copies of a parameter on a CPU, 5 if it has 8-bit moments, else 3."""
         if self.layout.device.type != "cpu" or self.optim != "adamw8bit":
             return 0
         narrow = {name: state_bytes(self.optim, {name: p}) < 8 * p.numel() for name, p in self.trained.items()}
         return max(4 * p.numel() * (5 if narrow[name] else 3) for name, p in self.trained.items())
 
     def _buffers(self) -> int:
-        """What kernels of packed matrices work in, and what others are unpacked into."""
+        """Workspaces of kernels for packed matrices, and the buffer that other packed ones are unpacked into."""
         dtype, device = self.decoder.dtype, self.layout.device
         found = [
             memory_to_multiply([m.weight for m in linears], [_rank(m) for m in linears], self.tokens, dtype, device)
@@ -273,7 +270,7 @@ class StepMemory:
 
     @property
     def _has_kernel(self) -> bool:
-        """Whether one CUDA call attends in all documents."""
+        """Whether one CUDA kernel computes the attention of all documents."""
         return self.layout.device.type == "cuda" and self.decoder.dtype in (torch.float16, torch.bfloat16)
 
     @property

@@ -1,4 +1,4 @@
-"""How many blocks are run again in the backward, instead of keeping what they computed: asked for, or as few as fit."""
+"""Activation checkpointing: how many blocks are recomputed in the backward, as asked for or as few as fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
 
 MARGIN = 0.1
-"""Share of the free memory that is left to what no plan knows: workspaces, communication, fragmentation."""
+"""Share of the free memory that is reserved for what the plan does not count: communication, fragmentation."""
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -27,15 +27,14 @@ def choose_layers(
 ) -> tuple[int, str]:
     """(layers to recompute, what to tell the user) for a value of `--checkpointing`, equal on all ranks.
 
-    plan: what a step takes with so many layers recomputed. remedies: flags that make a step smaller. A collective.
-
+    plan: number of recomputed layers -> a step's memory. remedies: flags that make a step smaller. A collective.
     Raises `ConfigError` for more layers than there are, and for `auto` where not even all would be enough.
     """
     if asked != "auto":
         return together(_number, asked, n_layers), ""
     free = _share_of_free_memory(layout)
     chosen = together(_fewest_that_fit, n_layers, plan, free, remedies)
-    # A rank may have less memory than others, and ranks that share a model run the same products again.
+    # The rank with the least memory decides: model-parallel ranks must recompute the same blocks together.
     most = torch.tensor(chosen, device=layout.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most), f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
@@ -64,12 +63,11 @@ def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int
 
 
 def recompute_layers(decoder: Decoder, layers: int, *, offload: bool, device: torch.device) -> None:
-    """Have the first `layers` blocks run again in the backward, their inputs moved to host memory with `offload`.
+    """Recompute the first `layers` blocks in the backward; with `offload` their inputs are moved to host memory.
 
-    The first, because the backward comes to them last: what the blocks behind them kept is gone by the time one of
-    them is run again, so that its activations need no room of their own. Were it the last ones, those of one block
-    would stand beside all that is kept, and recomputing a single block would spare nothing. Also, the first inputs
-    are out of use the longest, and have the most time to be moved.
+    The first ones, because the backward reaches them last: what later blocks kept is freed by then, and makes room for
+    a recomputed block's activations. Those of the last block would be added to all that is kept, so recomputing it
+    saves nothing. The first inputs are also unused for the longest time, which is when they are moved.
     """
     inputs = InputOffload(device) if offload else None
     for _, block in islice(decoder.blocks(), layers):
@@ -86,7 +84,7 @@ def check_offload(asked: bool, device: torch.device) -> None:
 
 
 def _share_of_free_memory(layout: Layout) -> int | None:
-    """What this rank may take: on the CPU the ranks of one machine share. A collective."""
+    """The free memory that this rank may use; ranks on one machine divide the CPU's. A collective."""
     hosts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     sharers = hosts.count(socket.gethostname()) if layout.device.type == "cpu" else 1
@@ -95,7 +93,7 @@ def _share_of_free_memory(layout: Layout) -> int | None:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free now: of the GPU, or of this machine within what its control groups leave; None: unknown."""
+    """Free bytes of the GPU, or of this machine within the limits of its cgroups; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -107,9 +105,9 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def cgroup_room(membership: Path, root: Path) -> Iterator[int]:
-    """Bytes that this process's control group and those around it may still take, of version 2 or 1.
+    """Bytes left in this process's cgroup (version 2 or 1) and in each of its parents.
 
-    membership: /proc/self/cgroup. root: where the groups are mounted. Groups without a limit are passed over.
+    membership: /proc/self/cgroup. root: where the groups are mounted. Groups without a limit are skipped.
     """
     if not membership.is_file():
         return

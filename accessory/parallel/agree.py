@@ -1,4 +1,4 @@
-"""One rank alone must never decide: work that may fail on some ranks is agreed upon before anyone goes on."""
+"""Agreement between ranks: if work fails on one rank, all ranks raise the same error before any goes on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 
 
 def together(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-    """`work(*args, **kwargs)` on every rank; if it raises an `AccessoryError` on any, all raise the first such rank's.
+    """Run `work` on every rank; if it raises an `AccessoryError` on any, all ranks raise the first such rank's.
 
-    `work` must hold no collective, or the ranks that failed inside would leave the others waiting. The raised error is
+    `work` must contain no collective: a rank that failed inside it would leave the others waiting. The raised error is
     `common`, so that the entry prints it once.
     """
     result: Result | None = None
@@ -41,14 +41,14 @@ def together(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.k
 
 
 def on_main(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-    """`work(*args, **kwargs)` on the main rank alone; what it returns, or raises, reaches all. A collective."""
+    """Run `work` on the main rank only; every rank returns its result or raises its error. A collective."""
     found = [together(work, *args, **kwargs) if dist.get_rank() == 0 else together(lambda: None)]
     dist.broadcast_object_list(found)
     return found[0]
 
 
 def highest(values: list[int], device: torch.device) -> list[int]:
-    """Each value's highest over all ranks, so that what one rank alone knows is known to all. A collective."""
+    """The maximum of each value over all ranks. A collective."""
     if dist.get_world_size() == 1:
         return values
     tensor = torch.tensor(values, device=device)
@@ -68,9 +68,9 @@ def differences(name: str, one: Any, other: Any) -> list[tuple[str, Any, Any]]:
 
 
 def check_alike(facts: dict[str, object]) -> None:
-    """Compare JSON-like `facts` over all ranks, which otherwise would train on different things. A collective.
+    """Check that JSON-like `facts` are equal on all ranks, so that all train on the same thing. A collective.
 
-    Raises `ParallelError`, on all, that names each one that differs, with the main rank's value and another's.
+    Raises `ParallelError` on every rank, naming each fact that differs, with rank 0's value and another rank's.
     """
     everyone: list[dict[str, object]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)

@@ -18,11 +18,11 @@ from accessory.parallel.groups import Layout, data_parallel_group
 
 
 class DataParallel:
-    """Shards a model block by block as it is filled. With one data-parallel rank it leaves everything alone."""
+    """Shards a model block by block as it is filled. With one data-parallel rank it does nothing."""
 
     def __init__(self, layout: Layout, mode: str, base_is_trained: bool) -> None:
         self.mode, self.active = mode, layout.dp_size > 1
-        # Small trained parts travel in one piece; whole trained layers are gathered and reduced one by one.
+        # A small trained part is gathered and reduced in one message, a trained base block by block.
         self.per_block = mode == "fsdp" or base_is_trained
         if self.active:
             self.mesh = DeviceMesh.from_group(data_parallel_group(), layout.device.type, mesh_dim_names=("dp",))
@@ -45,7 +45,7 @@ class DataParallel:
                 module.set_force_sum_reduction_for_comms(True)
 
     def _shard(self, module: nn.Module) -> None:
-        from torch.distributed.fsdp import fully_shard  # half a second that a process alone need not wait
+        from torch.distributed.fsdp import fully_shard  # takes half a second, for which a single process has no use
 
         frozen = {p for p in module.parameters() if not p.requires_grad} if self.mode == "sdp" else None
         try:
@@ -73,7 +73,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a rank holds a shard of it only. Without FSDP, whose import takes half a second, none is."""
+    """Whether this rank holds only a shard of it. Does not import FSDP (half a second) if nothing else has."""
     sharding = sys.modules.get("torch.distributed.tensor")
     return sharding is not None and isinstance(tensor, sharding.DTensor)
 
@@ -95,7 +95,7 @@ def shard_like(values: Tensor, like: Tensor) -> Tensor:
 
 
 def as_shard(part: Tensor, like: Tensor) -> Tensor:
-    """A rank's part as what it is a shard of: a tensor sharded as `like` is. No communication."""
+    """Wrap this rank's shard as a tensor that is sharded as `like` is. No communication."""
     return type(like).from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -1,4 +1,4 @@
-"""Process groups: who runs beside whom. Ranks of a model-parallel group are neighbours, as fairscale lays them out."""
+"""Process groups of model and data parallelism. A model-parallel group has consecutive ranks, as in fairscale."""
 
 from __future__ import annotations
 
@@ -95,9 +95,8 @@ def start(
 ) -> Layout:
     """Join the process group and lay model-parallel and data-parallel groups over it. Called once a process.
 
-    A rank that waits longer than `timeout` for the others gives up.
-
-    Raises `ParallelError` where the device is missing or the world is not a multiple of `model_parallel_size`.
+    A rank that waits longer than `timeout` for the others gives up. Raises `ParallelError` where the device is missing
+    or the world is not a multiple of `model_parallel_size`.
     """
     rank, world_size, local_rank = launch_environment(dist_on_itp)
     if model_parallel_size < 1 or world_size % model_parallel_size:
@@ -139,7 +138,7 @@ def limit_waiting(timeout: timedelta) -> None:
 
 
 def settle(error: Exception) -> AccessoryError:
-    """What all ranks report for `error`, see `Witness.settle`; `speaks` on it says whether this rank does."""
+    """The error that all ranks report for `error` (see `Witness.settle`); `speaks`: whether this rank prints it."""
     if isinstance(error, AccessoryError) and error.speaks is not None:
         return error
     return (_witness or Witness(dist.HashStore(), _launched_rank(), 1)).settle(error)
@@ -160,12 +159,12 @@ def stop() -> None:
 
 
 def end_process(status: int = 0) -> NoReturn:
-    """Leave the groups and end the process with `status`, without taking the interpreter apart.
+    """Leave the groups and end the process with `status`, skipping the interpreter's shutdown.
 
-    A moment after a collective is over, one of gloo's threads frees its tensors, for which it waits for Python's lock.
-    An interpreter that is being taken apart ends such a thread, and C++ then ends the process with SIGABRT (Python
-    3.11, torch 2.13). `stop` joins the threads only of groups that nothing refers to any more, but default arguments in
-    `torch.distributed.nn` do, and so do sharded models and tracebacks.
+    Just after a collective, one of gloo's threads frees its tensors, for which it needs Python's lock. An interpreter
+    that is shutting down ends such a thread, and C++ then aborts the process (Python 3.11, torch 2.13). `stop` joins
+    only the threads of groups that nothing refers to, but sharded models, tracebacks and default arguments in
+    `torch.distributed.nn` refer to them.
     """
     stop()
     atexit._run_exitfuncs()  # it has no public name (Python 3.11)

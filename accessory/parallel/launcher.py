@@ -31,11 +31,11 @@ def die_with_launcher() -> None:
     launcher = os.getppid()
     _at_launchers_death(signal.SIGKILL)
     if os.getppid() != launcher or (launcher == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()):
-        os.kill(os.getpid(), signal.SIGKILL)  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)  # the launcher died before the kernel was told
 
 
 def outlive_launcher() -> None:
-    """Undo it: asked to stop, a worker saves and ends by itself, and torchrun leaves at a second signal."""
+    """Undo `die_with_launcher`: a worker that was asked to stop saves and ends even if torchrun leaves before it."""
     if hasattr(os, "fork") and os.uname().sysname == "Linux":
         _at_launchers_death(0)
 

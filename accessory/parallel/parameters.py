@@ -1,4 +1,4 @@
-"""Parameters by name, each with how it is cut over the ranks: what is asked of all of them and of their gradients."""
+"""Named parameters that are sliced over the ranks, and operations on all of them and on their gradients."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from accessory.parallel.tensor import Slicing, gather_slices
 
 
 class NamedParameters(dict[str, nn.Parameter]):
-    """Name -> this rank's part of a parameter; `slicings` says by name which part of the whole one it is.
-
-    `slicings` may name more. The gradients are those of the last backward; a parameter may have none.
-    """
+    """Name -> this rank's slice of a parameter; `slicings` says how each is cut, and may name others too."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], slicings: Mapping[str, Slicing]) -> None:
         super().__init__(parameters)
@@ -25,7 +22,7 @@ class NamedParameters(dict[str, nn.Parameter]):
 
     @property
     def device(self) -> torch.device:
-        """Where all of them lie."""
+        """The device of all of them."""
         return next(iter(self.values())).device
 
     def only(self, names: Collection[str]) -> NamedParameters:
@@ -33,9 +30,9 @@ class NamedParameters(dict[str, nn.Parameter]):
         return NamedParameters({name: p for name, p in self.items() if name in names}, self.slicings)
 
     def gathered(self, values: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Each whole parameter, put together from all ranks' parts, on the CPU, one at a time, by name.
+        """(name, whole tensor on the CPU) of one parameter after the other, gathered from all ranks' slices.
 
-        values: what is put together instead, cut as the parameters of these names are. A collective: all ranks iterate.
+        values: gathered instead, cut as the parameters of the same names. A collective: all ranks must iterate.
         """
         values = self if values is None else values
         for name in sorted(values):
@@ -46,7 +43,7 @@ class NamedParameters(dict[str, nn.Parameter]):
             yield name, tensor.cpu()
 
     def sum_partial_gradients(self) -> None:
-        """Complete the gradients of which every model-parallel rank holds only its share, in one message."""
+        """Sum the gradients that are partial on each model-parallel rank, in one message."""
         group = model_parallel_group()
         shares = [local(p.grad) for name, p in self.items() if self.slicings[name].partial and p.grad is not None]
         if dist.get_world_size(group) == 1 or not shares:

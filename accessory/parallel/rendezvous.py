@@ -1,4 +1,4 @@
-"""Where the processes of one attempt meet: a store of keys that no earlier attempt has written to."""
+"""The key/value store in which the processes of one attempt meet, empty of what earlier attempts wrote."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _POLL = 0.01  # seconds
 def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """A store for the `world_size` processes of this attempt, empty but for what they write. Blocks until all are here.
 
-    torchrun keeps its store over restarts, and gloo would find the addresses of the dead in it (pytorch #135712). So
-    everything is kept under a name which rank 0 has just made up. Raises `ParallelError` if not all come in time.
+    torchrun keeps its store over restarts, and gloo would find addresses of dead processes in it (pytorch #135712). So
+    all keys of an attempt begin with a name that its rank 0 makes up. Raises `ParallelError` if not all come in time.
     """
     if world_size == 1:
         return dist.HashStore()
@@ -29,7 +29,7 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def _name_attempt(store: dist.Store, world_size: int, deadline: float) -> str:
-    """Make up the name and answer whoever asks, among them perhaps the dead, until all others have confirmed it."""
+    """Make up the name and answer every question, even a dead process's, until all other ranks have confirmed it."""
     name = f"attempt-{uuid.uuid4().hex}"
     missing = set(range(1, world_size))
     while missing:

@@ -1,8 +1,8 @@
-"""Which process is at fault when a run of several ends: said once, by one of them, with the cause and the rank.
+"""Finds the rank that made a run of several processes fail, and lets one rank report it, once.
 
 A collective fails on the healthy ranks too, and torchrun's own report shows whichever error came first. Here the rank
 whose own code failed puts its error into the store before it leaves, and the others, whose collectives then fail, look
-there. Where nobody left one, the ranks that answer tell which do not: those were killed, or hang.
+there. If there is none, the ranks that answer name those that do not: they were killed, or hang.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Witness:
         store.set(_place(rank), json.dumps([os.getpid(), socket.gethostname()]))
 
     def settle(self, error: Exception) -> AccessoryError:
-        """What all ranks report for `error`; `speaks` on it is true on the rank that is to say so.
+        """The error that all ranks report for `error`; its `speaks` is true on the one rank that prints it.
 
-        An error that all ranks have in common is the main rank's to say, one of a single rank that rank's. A failed
-        collective becomes the error of the rank that caused it, or `LostRankError` naming those that do not answer.
+        The main rank prints an error that all ranks have in common, a single rank prints its own. A failed collective
+        becomes the error of the rank that caused it, or `LostRankError` naming those that do not answer.
         """
         if isinstance(error, AccessoryError):
             if not error.common:
@@ -56,7 +56,7 @@ class Witness:
         mine = json.dumps([kind.__name__, where + message])
         try:
             first = self.store.compare_set(_CAUSE, "", mine).decode() == mine
-        except (RuntimeError, ValueError):  # the store went with its process
+        except (RuntimeError, ValueError):  # the process that held the store is gone
             first = True
         return kind(where + message, common=True, speaks=first)
 
@@ -88,7 +88,7 @@ class Witness:
 
 
 def _end_sibling(process: int, host: str) -> None:
-    """Kill what hangs, if this process's launcher started it: torchrun would wait for it for half a minute more."""
+    """Kill the hanging `process` if our launcher started it: torchrun would wait half a minute more for it."""
     if host != socket.gethostname():
         return
     try:

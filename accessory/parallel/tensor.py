@@ -46,7 +46,7 @@ WHOLE = Slicing()
 
 
 def mark(parameter: nn.Parameter, slicing: Slicing) -> nn.Parameter:
-    """Write on a parameter how it is sliced; returns it."""
+    """Record on a parameter how it is sliced; returns it."""
     parameter.slicing = slicing
     return parameter
 
@@ -65,13 +65,13 @@ def slice_bounds(size: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def padded_bounds(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The half-open range of `rank` when `size` is cut into slices of which the last ones may have less in them."""
+    """The half-open range of `rank` when `size` is cut into equal slices, the last of which may be shorter or empty."""
     step = -(-size // ranks)
     return min(rank * step, size), min((rank + 1) * step, size)
 
 
 def pad_slice(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor lengthened to `size` along `dim` with zeros; itself where it is as long."""
+    """The tensor padded with zeros to `size` along `dim`; itself if it has that size."""
     missing = size - tensor.shape[dim]
     if not missing:
         return tensor
@@ -92,7 +92,7 @@ _SILENT = ContextVar("silent", default=False)
 
 @contextmanager
 def without_communication() -> Iterator[None]:
-    """While it is entered, a forward has the shapes of a rank of many but asks none of them: only to be measured."""
+    """Inside this context a forward has the shapes of one rank of many, but does not communicate: for measurements."""
     token = _SILENT.set(True)
     try:
         yield
@@ -101,12 +101,12 @@ def without_communication() -> Iterator[None]:
 
 
 def copy_to_model_parallel_region(x: Tensor) -> Tensor:
-    """x, which all ranks have alike; its gradient is the sum of theirs."""
+    """x, equal on all ranks; its gradient is summed over the ranks."""
     return x if _SILENT.get() else mappings.copy_to_model_parallel_region(x)
 
 
 def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
-    """The sum over all ranks of their x; each one's gradient is that of the sum."""
+    """The sum of x over the ranks; every rank's gradient is the sum's."""
     return x if _SILENT.get() else mappings.reduce_from_model_parallel_region(x)
 
 

@@ -1,7 +1,6 @@
-"""What there is to know of a foreign model type: how its files spell our settings, and how they name our weights.
+"""A model type of other libraries: how its files spell our settings and name our weights.
 
-A model type is data. What reads and writes settings from that data stands here; what moves the weights is
-`accessory.checkpoint.naming`.
+A model type is data. This file reads and writes settings with it; `accessory.checkpoint.naming` moves weights.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _THEIR_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_tanh
 
 @dataclass(frozen=True)
 class Fused:
-    """Several of our matrices in one of theirs, one below the other.
+    """One of their matrices that holds several of ours, stacked by rows.
 
-    groups: its rows fall into this many equal parts, each of which holds a share of every one of ours in turn:
-    "whole" one part, "heads" one an attention head, "kv_heads" one a key/value head.
+    groups: "whole": ours follow one another. "heads", "kv_heads": for each attention head, or key/value head, the rows
+    of all of ours that belong to it.
     """
 
     parts: tuple[str, ...]
@@ -40,8 +39,8 @@ class Fused:
 class Names:
     """Their module names -> ours; `.weight` and `.bias` follow on both sides.
 
-    outer: modules that stand once. block: how a block's modules begin, `{}` for its number; inner: what follows.
-    prefix: what all names begin with, and some files leave out. needless: tensors that carry nothing.
+    outer: modules outside the blocks. block: beginning of a block's names, `{}` for its number; inner: the rest.
+    prefix: beginning of all names, which some files leave out. needless: pattern of tensors that are ignored.
     """
 
     outer: Mapping[str, str]
@@ -51,7 +50,7 @@ class Names:
     needless: str = r"rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq"
 
     def ours(self, name: str) -> tuple[str | Fused, str] | None:
-        """(our module or the fused ones, with the block's number in, and "weight" or "bias"); None if unknown."""
+        """(our module or the fused ones, with the block's number; "weight" or "bias"); None if unknown."""
         module, _, leaf = name.rpartition(".")
         if self.prefix and not module.startswith(self.prefix):
             module = self.prefix + module
@@ -75,7 +74,7 @@ class Names:
         return None
 
     def is_needless(self, name: str) -> bool:
-        """Whether a tensor of theirs carries nothing."""
+        """Whether one of their tensors is to be ignored."""
         return re.search(self.needless, name) is not None
 
 
@@ -88,9 +87,9 @@ def _numbered(our: str | Fused, number: str) -> str | Fused:
 
 @dataclass(frozen=True)
 class Rope:
-    """How a model type spells rotary settings: its key of the base, of the rotated share of a head, and defaults.
+    """How a model type spells rotary settings: keys and defaults of the base and of the rotated share of a head.
 
-    share_key: None where the share is part of the model's code, which reads none.
+    share_key: None if the share is fixed in the model's code.
     """
 
     theta_key: str = "rope_theta"
@@ -103,7 +102,7 @@ class Rope:
 class Gguf:
     """How GGUF files hold this model type: their architecture, which channels of q and k rotate together, names.
 
-    rope_factors: whether llama.cpp knows factors on its wavelengths, which is how Llama 3's scaling is stored.
+    rope_factors: whether llama.cpp applies stored frequency factors, which hold Llama 3's scaling.
     positions: number of blocks -> kind of position, where llama.cpp tells it by that number alone (Baichuan).
     biases: our settings of the biases that llama.cpp has a place for.
     tied: whether a file may lack the head, in which case the embedding is used. wide_heads: whether H x E may differ
@@ -126,9 +125,9 @@ class Architecture:
     """One `model_type` of Hugging Face's config.json.
 
     family: first part of --llama_type. class_name: entry of `architectures`. names: of the weights.
-    keys: our setting -> theirs ("a|b": either; the first is written). defaults: what their silence means.
-    fixed: settings that all its models share. required: their keys that must have one value, for anything else would
-    be computed differently. rope: None for a model without rotary embedding.
+    keys: our setting -> theirs ("a|b": either; the first is written). defaults: of our settings
+    that a file does not state. fixed: settings that all its models share. required: their keys of which we compute only
+    this value. rope: None for a model without rotary embedding.
     sliding: how a window is spelled: "plain" (Mistral), "switched" (Qwen: a switch and a first layer), or not at all.
     native: whether transformers knows it; other types need code that lies beside their files.
     """
@@ -153,7 +152,7 @@ class Architecture:
                 raise CheckpointError(f"{source}: {key} {config[key]!r} is not supported; expected {wanted!r}.")
         values = {"architecture": self.name} | self._by_key(config, source) | dict(self.fixed)
         if self.rope and values.get("position", "rotary") == "rotary":
-            width = ModelArgs(**values).head_dim  # values of a wrong kind are complained about here
+            width = ModelArgs(**values).head_dim  # raises for values of a wrong type
             if config.get("head_dim", width) not in (None, width):
                 raise CheckpointError(f"{source}: head_dim {config['head_dim']!r} is not supported; expected {width}.")
             values |= self._rope(config, width, source)
@@ -210,10 +209,10 @@ class Architecture:
         }
 
     def _window(self, config: Config, blocks: Any, source: str) -> Config:
-        # Silence means Mistral 0.1's window, and that no layer of Qwen below the 28th has one, as in transformers.
+        # Defaults as in transformers: Mistral 0.1's window, and for Qwen none in the first 28 blocks.
         window, layers = config.get("sliding_window", 4096), None
         if type(blocks) is not int or blocks > MOST_BLOCKS:
-            return {}  # which the settings as a whole are refused for
+            return {}  # `ModelArgs` refuses such a number of blocks
         if self.sliding == "switched":
             if not config.get("use_sliding_window"):
                 return {}
@@ -274,12 +273,12 @@ class Architecture:
         return written
 
     def lost(self, args: ModelArgs, reread: ModelArgs) -> list[str]:
-        """Names of settings that `reread`, what a file of this type would say, has otherwise."""
+        """Names of the settings in which `reread`, read back from such a file, differs from `args`."""
         return [
             name
             for name in ModelArgs.model_fields
-            # How wide the MLP came to be is what counts; rows can be put into another rotary layout; a default window
-            # over all layers is the same as one over each.
+            # The MLP's width counts, not how it was computed; rows can be permuted to another rotary layout; a window of
+            # all layers may be stated once or layer by layer.
             if name not in _WORDING and getattr(args, name) != getattr(reread, name)
             and not (name == "sliding_layers" and [args.window(i) for i in range(args.n_layers)]
                      == [reread.window(i) for i in range(args.n_layers)])

@@ -1,7 +1,7 @@
 """Baichuan 1 and 2, 7B (rotary) and 13B (ALiBi): LLaMA's block with q, k and v in one matrix.
 
 Baichuan 2 scales the rows of its head to length 1 whenever it is used. We do so once, when it is read, as its authors
-advise for running it with Baichuan 1's code: what is trained, converted and merged from there on is a Baichuan 1.
+advise for running it with Baichuan 1's code: from then on, and in what is saved, it is a Baichuan 1.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ GGUF_NAMES = Names(
         "ffn_norm": "ffn_norm",
     },
 )
-"""Of every model whose MLP has no gate."""
+"""For every model whose MLP has no gate."""
 
 
 class _Bloom(Architecture):

@@ -45,7 +45,7 @@ _ROPE = Rope(share_key="partial_rotary_factor", share=0.5)
 
 
 class _ChatGlm(Architecture):
-    """Own names for all keys. rope_ratio multiplies the rotation's base of 10,000, or divides positions (ChatGLM2)."""
+    """Has its own names for all keys. rope_ratio multiplies the base of 10,000, or divides positions (ChatGLM2)."""
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """See `Architecture.read`."""
@@ -56,7 +56,7 @@ class _ChatGlm(Architecture):
             )
         ratio = config.get("rope_ratio", 1.0)
         rope: Config = {"rope_theta": 10000.0 * ratio, "rope_scaling": None}
-        if ratio != 1 and "chatglm2" in str(config.get("_name_or_path")).lower():  # 32K, told by its name alone
+        if ratio != 1 and "chatglm2" in str(config.get("_name_or_path")).lower():  # ChatGLM2-32K: only the name tells
             rope = {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": ratio}}
         return super().read({**config, **rope}, source)
 

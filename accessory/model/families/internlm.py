@@ -35,7 +35,7 @@ _KINDS = {"origin": "default", "dynamic": "dynamic"}
 
 
 class _InternLm(Architecture):
-    """Own names for the rotary settings: the base, and whether it grows in documents longer than the model's."""
+    """Has its own names for rotary settings: the base, and whether it grows beyond the trained length."""
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """See `Architecture.read`. A file without `rotary` is of the first version, whose base was fixed."""

@@ -1,4 +1,4 @@
-"""LLaMA 1, 2, 3 and SmolLM, and Mistral, whose window slides: one block, rotary halves in Hugging Face's order."""
+"""LLaMA 1, 2, 3 and SmolLM, and Mistral with its sliding window."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = Names(
     },
 )
 GGUF_QKV = {"attn_qkv": Fused(("attention.wq", "attention.wk", "attention.wv"))}
-"""llama.cpp takes q, k and v in one matrix, too; separate ones stand before it, so that they are what is written."""
+"""llama.cpp also takes q, k and v in one matrix; the separate names come first, and are the ones written."""
 GGUF_NAMES = Names(
     outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
     block="blk.{}.",
@@ -52,7 +52,7 @@ KEYS = {
     "max_seq_len": "max_position_embeddings",
 }
 UNGROUPED_KEYS = {ours: theirs for ours, theirs in KEYS.items() if ours not in ("n_kv_heads", "head_dim")}
-"""Of a model whose code knows neither groups of heads nor heads of another width than dim / n_heads."""
+"""For models without grouped heads, whose heads are dim / n_heads wide."""
 DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "max_seq_len": 2048}
 BIASES = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 NO_BIASES = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}

@@ -10,7 +10,7 @@ _BIASES = ("qkv_bias", "out_bias", "mlp_bias")
 
 
 class _Opt(Architecture):
-    """One switch says where the norms stand, and with it whether there is a last one."""
+    """One switch says where the norms are, and whether there is a final one."""
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """See `Architecture.read`."""
