@@ -242,7 +242,7 @@ class StepMemory:
         return given + max(backward_bytes(lengths, heads, kv_heads, head_dim, dtype, w) for w in windows)
 
     def _in_optimizer(self) -> int:
-        """The step's workspace: bitsandbytes' fp32 copies of a parameter on a CPU, 5 if it has 8-bit moments, else 3."""
+        """The step's workspace: bitsandbytes' fp32 copies of a parameter on a CPU, 5 with 8-bit moments, else 3."""
         if self.layout.device.type != "cpu" or self.optim != "adamw8bit":
             return 0
         narrow = {name: state_bytes(self.optim, {name: p}) < 8 * p.numel() for name, p in self.trained.items()}

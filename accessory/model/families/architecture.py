@@ -277,8 +277,8 @@ class Architecture:
         return [
             name
             for name in ModelArgs.model_fields
-            # The MLP's width counts, not how it was computed; rows can be permuted to another rotary layout; a window of
-            # all layers may be stated once or layer by layer.
+            # The MLP's width counts, not how it was computed; rows can be permuted to another rotary layout; a window
+            # of all layers may be stated once or layer by layer.
             if name not in _WORDING and getattr(args, name) != getattr(reread, name)
             and not (name == "sliding_layers" and [args.window(i) for i in range(args.n_layers)]
                      == [reread.window(i) for i in range(args.n_layers)])
