@@ -1,4 +1,4 @@
-"""Every flag of every entry, once: the string under a field is its `--help` and its row in docs/flags.md."""
+"""Every flag of training and of the demo. The string under a field is its `--help` and its row in docs/flags.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAYER_WORDS = ("none", "all", "auto")
 
 
 def _layers(value: Any) -> Any:
-    """`none`, `all`, `auto`, a number, or what upstream's switch stores."""
+    """`none`, `all`, `auto` or a number; a bool is the bare flag, as upstream's scripts give it."""
     if isinstance(value, bool):
         return "all" if value else "none"
     if value in _LAYER_WORDS or (isinstance(value, int) and value >= 0):
@@ -171,7 +171,7 @@ class FinetuneConfig(BaseModel):
 
     @property
     def resumes_latest(self) -> bool:
-        """Whether to find out what to go on from."""
+        """Whether to resume from the newest whole checkpoint in `--output_dir`."""
         return self.resume == Path("latest")
 
 

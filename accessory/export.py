@@ -1,4 +1,4 @@
-"""Checkpoints made of checkpoints: converted, merged with what was trained on them, quantized."""
+"""Makes checkpoints from checkpoints: converts, merges trained parts, exports adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROBE_ANSWER = (
     "Sunlight holds all colours. Air scatters short waves more than long ones, so that blue light reaches "
     "the eye from all over the sky; in the evening the light comes a longer way, and mostly red is left of it."
 )
-PROBE_TOKENS = 256  # whose logits are held at once
+PROBE_TOKENS = 256  # the most, since the logits of all are held at once
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,17 @@ def transformers_hint(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class LogitError:
-    """How far a written model is from another, over the logits of a probe text [T, V]."""
+    """How much two models' logits [T, V] of a probe text differ; at `changed` of `tokens` their argmax does."""
 
     largest: float
     mean: float
-    moved: int
+    changed: int
     tokens: int
 
     def __str__(self) -> str:
         return (
             f"logits differ by {self.largest:.4f} at most and {self.mean:.5f} on average over {self.tokens} probe "
-            f"tokens; the likeliest next token is another at {self.moved} of them"
+            f"tokens; the likeliest next token is another at {self.changed} of them"
         )
 
 
@@ -137,7 +137,7 @@ def open_whole(
 
 
 def open_base(paths: list[Path], **reading) -> tuple[WholeModel, list[Source]]:
-    """`open_whole` of what is all base. Raises `CheckpointError` where biases or LoRA stand beside it."""
+    """`open_whole` of a base alone. Raises `CheckpointError` if biases or LoRA were trained beside it."""
     model, sources, blueprint = open_whole(paths, **reading)
     if any(source.is_delta and not source.is_difference for source in sources):
         raise CheckpointError(f"{paths[-1]}: is a trained part; merge it (tools/merge.py), or write it with --to peft.")
@@ -161,8 +161,8 @@ def merge(
 ) -> str:
     """Write base and trained part, read as `open_whole` does, as one model; returns the `base` that was used.
 
-    base: "full" adds the part to the weights in the base's files, "dequantized" to what packing left of them; "packed"
-    leaves these packed, beside norms and biases; None takes the one that training saw, "dequantized" for a packed base.
+    base: "full" adds the part to the weights in the base's files, "dequantized" to these weights packed and unpacked
+    again; "packed" leaves them packed, beside norms and biases; None takes the base that training saw.
     Raises `CheckpointError`.
     """
     model, sources, blueprint = open_whole(paths, **reading)
@@ -236,7 +236,7 @@ def export_adapter(
 
 
 def asking_hint(paths: list[Path], to: str) -> str | None:
-    """How to ask a model made of `paths`, written as `to`; None if that states it, or the layout is the default one."""
+    """The prompt layout to ask a model made of `paths` in; None if format `to` records it, or it is the default one."""
     layouts = trained_prompt_layouts(with_base(list(paths)))
     if not layouts or layouts[0] == "alpaca" or to == "accessory":
         return None
@@ -267,8 +267,8 @@ def logit_error(
     shared = min(first.shape[1], second.shape[1])  # one of them may pad its vocabulary
     first, second = first[:, :shared], second[:, :shared]
     difference = (first - second).abs()
-    moved = int((first.argmax(-1) != second.argmax(-1)).sum())
-    return LogitError(float(difference.max()), float(difference.mean()), moved, len(tokens))
+    changed = int((first.argmax(-1) != second.argmax(-1)).sum())
+    return LogitError(float(difference.max()), float(difference.mean()), changed, len(tokens))
 
 
 def check_precision(precision: str) -> None:

@@ -1,8 +1,8 @@
 """Other trainers' names of flags and keys, each with a sentence that says what to write here instead.
 
 The names are those of LLaMA2-Accessory's other entries, artidoro's qlora, peft, transformers' Trainer and TRL, Axolotl,
-LLaMA-Factory, torchtune and LitGPT. A name may have several sentences, since entries have different flags: the first
-sentence counts whose flags the entry has.
+LLaMA-Factory, torchtune and LitGPT. A name may have several sentences, since training and the demo have different
+flags: the first one counts that names only flags of the entry.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ _TORCHRUN = "--nproc-per-node"
 def unknown(name: str, candidates: Iterable[str], flags: Iterable[str] | None = None) -> str:
     """The end of an error's sentence about an unknown `name`: what to write instead, else the nearest of `candidates`.
 
-    flags: those of the entry; sentences that name others are passed over. None: any sentence will do.
+    flags: those of the entry; sentences that name other flags are skipped. None: no sentence is skipped.
     """
     bare, known = name.lstrip("-").replace("-", "_"), {*(flags or ()), _TORCHRUN}
     for names, sentence in _SENTENCES:

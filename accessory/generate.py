@@ -59,7 +59,7 @@ def generate_tokens(
         rows = [row for row, i in enumerate(alive) if i in chosen and produced < rooms[i]]
         if not rows:
             return
-        if len(rows) < len(alive):  # what ended is not computed any further
+        if len(rows) < len(alive):  # prompts that have ended are dropped from the batch
             for layer in cache:
                 layer.keep(rows, max(len(prompts[i]) for i in alive) + produced)
             alive, tokens = [alive[row] for row in rows], tokens[rows]
@@ -69,10 +69,10 @@ def generate_tokens(
 
 
 def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache]) -> Tensor:
-    """Fill an empty `cache`; returns what the head multiplies of each prompt's last token [B, embedding_dim].
+    """Fill an empty `cache`; returns the decoder's output for each prompt's last token [B, embedding_dim].
 
-    On a CPU, prompts that are short enough for the kernel of few rows are read no more at once than it takes, so that
-    what stands beside a prompt does not decide which product rounds its numbers.
+    On a CPU, prompts are read in groups that the kernel for few rows can take: kernels round differently, and an answer
+    should not depend on the other prompts of the batch.
     """
     device = decoder.frequencies.device
     most = MOST_ROWS if device.type == "cpu" else sum(map(len, prompts))

@@ -42,7 +42,7 @@ def build_optimizer(
 def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
     """Bytes that the two moments of whole `parameters` take, as `build_optimizer(KIND)` keeps them.
 
-    Those that a GPU would page out count too: they leave only when it is full.
+    Moments in managed memory count too: a GPU pages them out only when it is full.
     """
     total = 0
     for name, parameter in parameters.items():
@@ -67,7 +67,7 @@ def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[di
 class KernelAdamW(torch.optim.Optimizer):
     """AdamW by bitsandbytes' kernels, with moments in 8 bits or in managed memory that a full GPU pages out.
 
-    bitsandbytes' own optimizers know no sharded parameters; here each rank's shard is what the kernels are given.
+    bitsandbytes' own optimizers do not support sharded parameters; here the kernels get each rank's shard.
     State of a parameter: `step`, fp32, on the CPU; `exp_avg` and `exp_avg_sq`, of the shard's shape: fp32, or uint8
     codes beside `exp_avg_scales` and `exp_avg_sq_scales` (see `accessory.quant.moments`). A restored state may be
     sharded as the parameter is, and of either precision; it is brought into that form by the next step.

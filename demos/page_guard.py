@@ -1,4 +1,4 @@
-"""What stands before a demo's page: requests that are too large, or sent by somebody else's page, are turned away."""
+"""Guards a demo's page: refuses requests that are too large, or that another site's page sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _TooLarge(Exception):
 
 
 class PageGuard:
-    """ASGI middleware: 413 beyond `MOST_BYTES` of body, 403 for files and for what another site's page made ask."""
+    """ASGI middleware: 413 for bodies over `MOST_BYTES`, 403 for files and for requests by another site's page."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -56,7 +56,7 @@ class PageGuard:
 
 
 def guards(host: str) -> list[Middleware]:
-    """Of a page served at `host`. On loopback it is asked for by name of this machine only, against DNS rebinding."""
+    """The middleware of a page at `host`. On loopback only loopback's names are answered to, against DNS rebinding."""
     found = [Middleware(PageGuard)]
     if host in LOOPBACK:
         found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))

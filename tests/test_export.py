@@ -434,7 +434,7 @@ class TestLogitError:
     def test_zero_for_the_same(self, part: Path) -> None:
         """Bit for bit."""
         found = logit_error([part], part, PROBE_ANSWER)
-        assert (found.largest, found.mean, found.moved) == (0.0, 0.0, 0)
+        assert (found.largest, found.mean, found.changed) == (0.0, 0.0, 0)
 
     def test_by_hand(self, tiny_base: Path, tmp_path: Path) -> None:
         """Against transformers' logits of the same text, for a head that has been changed."""
@@ -452,10 +452,10 @@ class TestLogitError:
         assert found.tokens == ids.shape[1]
         assert found.largest == pytest.approx(float((first - second).abs().max()), abs=1e-4) and found.largest > 0.1
         assert found.mean == pytest.approx(float((first - second).abs().mean()), abs=1e-5)
-        assert found.moved == int((first.argmax(-1) != second.argmax(-1)).sum()) > 0
+        assert found.changed == int((first.argmax(-1) != second.argmax(-1)).sum()) > 0
         assert str(found) == (
             f"logits differ by {found.largest:.4f} at most and {found.mean:.5f} on average over {found.tokens} probe "
-            f"tokens; the likeliest next token is another at {found.moved} of them"
+            f"tokens; the likeliest next token is another at {found.changed} of them"
         )
 
     def test_padded_vocabulary(self, tiny_base: Path, tmp_path: Path) -> None:

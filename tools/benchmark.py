@@ -153,14 +153,14 @@ def _beside_ideal(
 
 
 def _check_random(data: str | None, **flags: object) -> None:
-    """These say what random documents are like."""
+    """Raise `ConfigError` for a flag of random documents beside `data`."""
     for name, value in flags.items():
         if data is not None and value is not None:
             raise ConfigError(f"--{name} {value}: is of random documents; leave it out, or --data {data}.")
 
 
 def _documents(batch_size: int | None, tokens: int | None, lengths: tuple[int, ...]) -> int:
-    """How many make a step, of `tokens` if that is given."""
+    """Documents of a step, with `tokens` in all if that is given."""
     if tokens is None:
         return 8 if batch_size is None else batch_size
     if batch_size is not None:
@@ -171,7 +171,7 @@ def _documents(batch_size: int | None, tokens: int | None, lengths: tuple[int, .
 
 
 def _layers(asked: bool | int | str) -> int | str:
-    """What `--checkpointing` says: none, all or a number."""
+    """The value of `--checkpointing`: none, all or a number."""
     if isinstance(asked, bool):
         return "all" if asked else "none"
     if asked in ("none", "all") or (isinstance(asked, int) and asked >= 0):
@@ -272,10 +272,10 @@ def generate(
 
 
 def load(model: str, quant: bool = False, quant_type: str = "nf4", peer: bool = False, json: bool = False) -> None:
-    """Time how long MODEL takes to load, and how much memory beyond the loaded model that takes at its worst.
+    """Time how long MODEL takes to load, and how much memory loading takes at most beyond the loaded model.
 
-    Counted is memory of the process's own, not the pages of files mapped into it. With `peer` transformers and
-    bitsandbytes load the same directory.
+    The process's own memory counts, pages of mapped files do not. With `peer` transformers and bitsandbytes load the
+    same directory.
     """
     with Watch() as watch:
         loaded = (load_peer if peer else load_ours)(model, quant, quant_type)
@@ -309,7 +309,7 @@ COMMANDS = {"train": train, "generate": generate, "load": load}
 
 
 def _command() -> None:
-    """The command line's first word says which; the rest are its flags."""
+    """Run the command that the first word names, with the flags that follow."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(__doc__)

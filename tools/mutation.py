@@ -38,11 +38,11 @@ from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError
 
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "output")
-"""What no test needs of the working tree."""
+"""Files of the working tree that no test needs."""
 PATIENCE = 10
-"""No mutant is waited for longer than so many times what its tests take, and 5 seconds."""
+"""A mutant gets this many times the seconds that its tests take without it, and 5 more."""
 MOST_MEMORY = 8 << 30
-"""Bytes a process of a mutant may take: one that never ends may also never stop growing."""
+"""Bytes that a mutant's process may take: an endless loop may also grow without end."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def put_in(old: object, new: object, module: str) -> None:
 
 
 def _bare(value: object) -> object:
-    """The function that a property, a method of a class or what a decorator made is of."""
+    """The plain function within a property, a class method or a decorated function."""
     return inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
 
 

@@ -36,7 +36,7 @@ PLAIN = "none"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step's memory follows from, each by the name of its flag."""
+    """All that determines a step's memory, by the names of the flags."""
 
     method: str = "normbias"
     quant_type: str = "nf4"
@@ -84,14 +84,14 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of the largest micro-batch there can be, as `GlobalOrder.most_tokens` has it."""
+        """Tokens of the largest micro-batch there can be, as `GlobalOrder.most_tokens`."""
         if self.max_tokens is None:
             return self.seq * self.batch_size
         return min(self.seq * self.batch_size * self.accum_iter * self.data_parallel_size, self.max_tokens)
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, on each rank: more than one have gradients wait for one another."""
+        """Micro-batches of a step on each rank; with more than one, gradients are accumulated."""
         return -(-self.seq * self.batch_size * self.accum_iter // self.tokens)
 
     def flags_beside(self, other: Setting) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words."""
+"""Describes a checkpoint in words, for `tools/inspect_checkpoint.py`."""
 
 from __future__ import annotations
 

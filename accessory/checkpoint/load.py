@@ -27,16 +27,16 @@ from accessory.parallel.tensor import Slicing, own_slice, pad_slice, padded_boun
 from accessory.quant import PackedWeight
 
 _NO_WEIGHTS = re.compile(r"[IUC]\d+|BOOL|u?int\d+|bool|complex\d+")
-"""Types, in files' words, that no weight has."""
+"""Names of types, as files write them, that no weight has."""
 _SHOWN = 8  # names listed per fault
 VOCABULARY_MATRICES = ("tok_embeddings.weight", "output.weight")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A place to fill: a parameter, a packed matrix standing where the parameter would, or a part of one.
+    """Something in the decoder to fill: a parameter, a packed matrix in its place, or a trained part of such a matrix.
 
-    A part is a place of its own if it is trained: packing the matrix fills it, a trained part's file fills it anew.
+    Packing the matrix fills a trained part first; then the checkpoint of a run that trained it does, if one is given.
     """
 
     name: str
@@ -85,7 +85,7 @@ def overlay(sources: list[Source], args: ModelArgs) -> tuple[dict[str, LazyTenso
         found |= tensors
         origin |= dict.fromkeys(tensors, source)
     rows = {name: found[name].shape[:1] for name in VOCABULARY_MATRICES if name in found}
-    # Rows that differ are no vocabulary that grew, but a shape that does not fit.
+    # If embedding and head differ in rows, the vocabulary has not grown: a shape is wrong, and `resolve` says so.
     if len(set(rows.values())) == 1 and next(iter(rows.values())) < (args.vocab_size,):
         found |= {name: GrownRows(found[name], args.vocab_size) for name in rows}
     return found, origin

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint consists of, with the size and SHA-256 of every file, so that damage is told.
+"""`manifest.json`: the files of a checkpoint with size and SHA-256, so that damage is noticed.
 
 It is written last, before the directory gets its name: a directory with a manifest that agrees was saved whole.
 """

@@ -20,7 +20,7 @@ _QKV, _OUT, _MLP = ("wq", "wk", "wv"), ("wo",), ("w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class RepackedTensor(PackedTensor):
-    """A matrix as packing it leaves it: what was trained on."""
+    """A full-precision matrix, packed when it is read: what a run that packed it was trained on."""
 
     inner: LazyTensor | None = None
 
@@ -31,14 +31,14 @@ class RepackedTensor(PackedTensor):
         return {part: value.detach() for part, value in matrix.named_parameters()}
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Packs the whole, whose blocks do not end where slices do; a range is cut out of it. fp32."""
+        """Pack the whole matrix, since blocks may cross the edge of a range, and cut the range out of it; fp32."""
         values = super().read()
         return values if dim is None else values.narrow(dim, start, stop - start).contiguous()
 
 
 @dataclass(frozen=True)
 class UnpackedTensor(LazyTensor):
-    """A packed matrix in plain numbers: a writer must not take it for one to be kept packed."""
+    """A packed matrix that writers see as a plain one, so that they do not keep it packed."""
 
     inner: PackedTensor
     dtype: str = "float32"
@@ -90,7 +90,7 @@ def repacked(tensors: Tensors, quant_type: str) -> Tensors:
 
 
 def with_trained_parts(tensors: Tensors) -> Tensors:
-    """Packed matrices with those of their parts that were trained, which stand beside them in `tensors`."""
+    """Put trained parts, which `tensors` has by names of their own, into the packed matrices they belong to."""
     found = dict(tensors)
     for name, tensor in tensors.items():
         parts = tensor.storage.trained if isinstance(tensor, PackedTensor) else ()
@@ -100,7 +100,7 @@ def with_trained_parts(tensors: Tensors) -> Tensors:
 
 
 def unpacked(tensors: Tensors) -> Tensors:
-    """A packed base in plain numbers."""
+    """A base whose packed matrices are read as plain ones."""
     return {
         name: UnpackedTensor(tensor) if isinstance(tensor, PackedTensor) else tensor for name, tensor in tensors.items()
     }

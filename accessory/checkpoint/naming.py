@@ -1,4 +1,4 @@
-"""Their weights as ours and back: names, matrices that stand in one, and which channels of a head rotate together."""
+"""Translates tensors between another format and ours: names, fused matrices, and the order of rotary channels."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def _file_order(name: str) -> tuple[int, int, str]:
 
 
 def rotary_rows(heads: int, head_dim: int, rotary_dim: int, wanted: str) -> Tensor:
-    """Which row of the other layout stands at each row of the `wanted` one: int64 [heads * head_dim].
+    """For each row of the `wanted` layout, its row in the other one: int64 [heads * head_dim].
 
-    "pairs" puts channels 2i and 2i + 1 of a head's first `rotary_dim` together, "halves" i and i + rotary_dim / 2.
+    "pairs" rotates channels 2i and 2i + 1 of a head's first `rotary_dim` together, "halves" i and i + rotary_dim / 2.
     """
     channels = torch.arange(rotary_dim)
-    turned = channels.view(2, -1).t() if wanted == "pairs" else channels.view(-1, 2).t()
-    head = torch.cat([turned.flatten(), torch.arange(rotary_dim, head_dim)])
+    reordered = channels.view(2, -1).t() if wanted == "pairs" else channels.view(-1, 2).t()
+    head = torch.cat([reordered.flatten(), torch.arange(rotary_dim, head_dim)])
     return (torch.arange(heads)[:, None] * head_dim + head).flatten()
 
 

@@ -19,7 +19,7 @@ _PARTS = (".safetensors", ".pth", ".bin", ".json")
 
 
 def open_source(path: str | Path, base: Source | None = None) -> Source:
-    """Open one checkpoint directory or file; `base` is the one before it, which an adapter's names are told by.
+    """Open one checkpoint directory or file; `base`, the one before it, says what an adapter's names mean.
 
     Raises `CheckpointError` saying what was found and what is known.
     """

@@ -11,7 +11,7 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
 from accessory.errors import CheckpointError
 
 FEWEST = 2
-"""With one alone, a disk that fails on it would leave nothing."""
+"""Smallest `--keep_last`: if one checkpoint turns out to be damaged, another one is left."""
 
 
 class Retention:
@@ -19,7 +19,7 @@ class Retention:
 
     def __init__(self, output_dir: Path, keep_last: int) -> None:
         self.output_dir, self.keep_last = output_dir, keep_last
-        self._verified: dict[Path, int] = {}  # when the manifest was written that a checkpoint agreed with
+        self._verified: dict[Path, int] = {}  # checkpoint -> mtime of the manifest with which it agreed
 
     def prune(self) -> list[str]:
         """Remove older ones; returns what could not be removed, and why.
@@ -47,12 +47,12 @@ class Retention:
 
 
 def remove(checkpoint: Path) -> str | None:
-    """Take a checkpoint away: first its name, so that none is ever there in part. Returns why it could not be."""
-    dying = checkpoint.with_name(f".{checkpoint.name}.removed")
+    """Rename a checkpoint, so that none is ever there in part, and delete it. Returns why it could not be removed."""
+    renamed = checkpoint.with_name(f".{checkpoint.name}.removed")
     try:
-        shutil.rmtree(dying, ignore_errors=True)
-        checkpoint.rename(dying)
-        shutil.rmtree(dying)
+        shutil.rmtree(renamed, ignore_errors=True)
+        checkpoint.rename(renamed)
+        shutil.rmtree(renamed)
     except OSError as error:
         return f"{checkpoint}: could not be removed ({error.strerror})"
     return None

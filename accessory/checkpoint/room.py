@@ -1,4 +1,4 @@
-"""Whether the disk has room for a checkpoint, asked before it is needed, and how it is told that it had not."""
+"""Disk space: checked before a checkpoint is written, and named in the error of a write that fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from accessory.errors import CheckpointError, DiskFullError
 from accessory.parallel.parameters import NamedParameters
 
-_BESIDE = 16 << 20  # tokenizer, settings, generators: more than any has
+_BESIDE = 16 << 20  # bytes for tokenizer, settings and random generators: more than these take
 
 
 def checkpoint_bytes(saved: NamedParameters, mp_size: int, moments: int) -> int:
@@ -33,12 +33,12 @@ def check_room(output_dir: Path, needed: int) -> None:
 
 
 def disk_fault(target: Path, error: Exception) -> CheckpointError:
-    """What to raise where `error` kept `target` from being written: full disks are told from other faults."""
+    """What to raise after `error` kept `target` from being written: `DiskFullError` if the disk is full."""
     try:
         free = shutil.disk_usage(target.parent).free
     except OSError:
         free = 0
-    # safetensors keeps the number of the system's error in its words only.
+    # safetensors gives the number of the system's error only in its message.
     numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))}
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return DiskFullError(

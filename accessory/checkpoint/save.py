@@ -90,7 +90,7 @@ class CheckpointWriter:
         step: int,
         loss: float | None = None,
     ) -> Path:
-        """What stands after `step` optimizer steps, of which those since the last save had this mean `loss`.
+        """Write the state after `step` optimizer steps; `loss` is their mean since the last save.
 
         A collective: all ranks iterate `weights`, the main one writes; all raise `CheckpointError` if it cannot.
         """

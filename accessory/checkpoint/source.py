@@ -44,10 +44,7 @@ class Source:
 
     @property
     def rotary_layout(self) -> str:
-        """Which channels of a head of q and k rotate together: ModelArgs' `rotary_layout`; Meta's where unsaid.
-
-        Raises `CheckpointError` for a word that is none.
-        """
+        """ModelArgs' `rotary_layout`; pairs, as in Meta's files, if not stated. Raises `CheckpointError` for others."""
         layout = (self.settings or {}).get("rotary_layout", "pairs")
         if layout not in ("pairs", "halves"):
             raise CheckpointError(
@@ -67,7 +64,7 @@ class Source:
         return packed[0].storage.name if packed else None
 
     def fingerprint(self) -> str:
-        """sha256 over each file's name, size, and first and last mebibyte: cheap, and moves with any retraining."""
+        """sha256 over each file's name, size, and first and last mebibyte: cheap, and another after any retraining."""
         digest, span = hashlib.sha256(), 1 << 20
         for path in self.files:
             size = path.stat().st_size
@@ -110,7 +107,7 @@ def stated_llama_type(path: Path) -> str | None:
 
 
 def settings_read_by(read: Callable[[], ModelArgs], file: Path) -> ModelArgs:
-    """What `read` makes of `file`; its complaints about what that says or lacks become one of ours."""
+    """The result of `read`, which reads `file`; what it raises for missing or wrong settings becomes our error."""
     try:
         return read()
     except KeyError as error:

@@ -43,7 +43,7 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 @dataclass
 class Progress:
-    """Where a run stands; nobody else moves it on. `step` counts optimizer steps within `epoch`, `total_steps` all.
+    """Where a run stands. `step` counts optimizer steps within `epoch`, `total_steps` those of the run.
 
     In fp16 the next step's loss is multiplied by `loss_scale`, and `good_steps` counts the finite steps in a row; other
     precisions leave both as they are. `skipped` counts the latest steps in a row that changed nothing, since their loss
@@ -98,18 +98,18 @@ def collect_training_state(optimizer: torch.optim.Optimizer, parameters: NamedPa
 def state_record(progress: Progress, identity: dict[str, Any], conditions: dict[str, Any]) -> dict[str, Any]:
     """The JSON beside the tensors.
 
-    `identity` is what must be equal for a run to be resumed; `conditions` what must be for that to be bit for bit,
-    `world_size` and `mp_size` among them.
+    `identity` must be equal for a run to be resumed; `conditions`, `world_size` and `mp_size` among them, for it to go
+    on bit for bit.
     """
     return {"progress": asdict(progress), "identity": identity, "conditions": conditions}
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """What is to be gone on from, and in what the run is not the one that was saved.
+    """Where a run resumes, and how it differs from the saved run.
 
     ranks, mp_size: of the saved run. changed: parts of the identity that differ, as was allowed. inexact: conditions
-    that do, with both values, for which it does not go on bit for bit.
+    that differ, with both values; the run then does not go on bit for bit.
     """
 
     directory: Path
@@ -131,11 +131,11 @@ def find_resumption(
     allowed: Collection[str] = (),
     follows: Mapping[str, str] = MappingProxyType({}),
 ) -> Resumption:
-    """What `directory` says of the run it was saved by, without reading tensors.
+    """Compare the run that saved `directory` with this one, without reading tensors.
 
-    follows: key of the identity -> the key that its value follows from. Raises `CheckpointError` for a directory
-    without a training state, a damaged one, or one of a different run: field by field, but for those of the identity
-    that are `allowed` to differ, or follow from such.
+    follows: key of the identity -> the key that its value follows from. Raises `CheckpointError` for a missing or
+    damaged training state, and for another run's, naming each key of the identity that differs and is neither `allowed`
+    to nor follows from one that is.
     """
     record, state_file = directory / f"{STATE_STEM}.json", directory / f"{STATE_STEM}.safetensors"
     if not record.is_file() or not state_file.is_file():
@@ -206,13 +206,13 @@ def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]
 
 
 def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A moment of this rank's shard as what it is a shard of."""
+    """A moment of this rank's shard as a sharded tensor, if its parameter is one."""
     moment = moment.to(parameter.device)
     return moment if is_sharded(moment) or not is_sharded(parameter) else as_shard(moment, parameter)
 
 
 def _scales(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
-    """This rank's scales of 8-bit moments, whose blocks are those of its shards and no other's."""
+    """This rank's scales of 8-bit moments, which are made in blocks of its own shards."""
     return {
         f"{moment}_scales.{name}": optimizer.state[p][f"{moment}_scales"].cpu()
         for name, p in parameters.items()
@@ -245,7 +245,7 @@ def _place(value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Lay
 
 
 def _place_codes(codes: Tensor, signed: bool, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:
-    """`_place` for uint8 codes; where a slice is padded, with the code of 0."""
+    """`_place` for uint8 codes; a slice is padded with the code of 0."""
     zero = zero_code(signed)
     return (_place(codes.float() - zero, parameter, slicing, layout) + zero).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""A whole model to be written somewhere: what every writer of a format takes."""
+"""A complete model to be written, and what the writers of all formats have in common."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def progress(tensors: Tensors, task: str) -> Iterator[tuple[str, LazyTensor]]:
 
 
 def read_as(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
-    """The whole tensor in `dtype`: a copy, for what is read may share a file's memory."""
+    """The whole tensor in `dtype`: a copy, since a tensor that is read may share its file's memory."""
     return tensor.read().to(dtype, copy=True)

@@ -34,7 +34,7 @@ from accessory.errors import DataError, TokenizerError
 from accessory.tokenizer import Chat, Tokenizer
 
 _CHUNK = 4096  # records tokenized at a time
-_FORMAT = 8  # to be raised where the same records come to make other documents
+_FORMAT = 8  # part of the cache's key: raise it when a change makes other documents of the same records
 _DIGITS = 32  # kept of a digest
 _CACHED = ("notes", "skipped", "unused", "truncated")  # fields of Omissions kept in the cache
 
@@ -42,9 +42,9 @@ _CACHED = ("notes", "skipped", "unused", "truncated")  # fields of Omissions kep
 class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
-    `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and `supervised` [documents] count a document's
-    tokens and the labels in it that count. `prompt_layouts` has one of `PROMPT_LAYOUTS` for each entry. `identity` is
-    all that the documents follow from.
+    `learned` marks supervised tokens. `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and
+    `supervised` [documents] are the numbers of tokens and of supervised labels. `prompt_layouts` has one of
+    `PROMPT_LAYOUTS` for each entry. `identity` is all that determines the documents.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Corpus:
         self.origins, self.prompt_layouts = arrays["origins"], prompt_layouts
         self.identity, self.omissions, self.tokenizer = identity, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
-        # A document's first token is nobody's label.
+        # A document's first token is never a label: no token stands before it.
         running = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
         self.supervised = running[self.offsets[1:]] - running[self.offsets[:-1]] - self.learned[self.offsets[:-1]]
 
@@ -286,7 +286,7 @@ def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.nd
 def _identity(
     entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool, chat: Chat | None
 ) -> dict[str, Any]:
-    """All that the documents follow from, as JSON: settings by their names, contents of files by digests."""
+    """All that determines the documents, as JSON: settings by their names, contents of files by digests."""
     files = []
     for entry in entries:
         try:

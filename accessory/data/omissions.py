@@ -1,4 +1,4 @@
-"""What a run does not use of its data, and why: counted, named, and shown before training."""
+"""Counts the records and keys that a run does not use, and why, for the report before training."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ from accessory.errors import ConfigError
 class GlobalOrder:
     """Cuts each epoch's permutation of the corpus into global batches and deals each over ranks and micro-batches.
 
-    The permutation depends on (seed, epoch) alone and a step's documents on the global batch alone, so any number of
-    data-parallel ranks that divides the global batch trains on the same documents step by step, and any step can be
-    made without those before it. An epoch's last batch may be short; nothing is dropped.
+    The permutation depends on (seed, epoch) alone and a step's documents on the size of the global batch alone. So any
+    number of data-parallel ranks that divides the global batch trains on the same documents in each step, and any step
+    can be made without those before it. An epoch's last batch may be short; nothing is dropped.
 
-    With `max_tokens`, micro-batches hold as many documents as have that many tokens together rather than `batch_size`
-    of them; a global batch is the same, and only in how many micro-batches it is trained on differs from step to step.
-    With `share_prefixes`, tokens that documents of a micro-batch begin with alike are packed once (see `PackedBatch`).
+    With `max_tokens`, a micro-batch holds documents of at most that many tokens together instead of `batch_size` ones.
+    Global batches stay the same; the number of their micro-batches then differs from step to step.
+    With `share_prefixes`, a prefix that documents of a micro-batch share is packed once (see `PackedBatch`).
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class GlobalOrder:
         return int(self.corpus.lengths[self.global_ids(epoch, step)].sum())
 
     def packed_tokens(self, epoch: int, step: int) -> int:
-        """Tokens that all ranks compute of it: those that documents of a micro-batch share once, an idle rank's too."""
+        """Tokens that all ranks compute in the step; shared prefixes count once, tokens of idle ranks count too."""
         return sum(len(self._packed(ids).tokens) for ids in self._deal(self.global_ids(epoch, step)))
 
     @property
     def most_tokens(self) -> int:
-        """No micro-batch has more: those of its longest possible documents together, or `max_tokens`."""
+        """The most tokens a micro-batch can have: those of the longest documents it may hold, at most `max_tokens`."""
         documents = self.batch_size if self.max_tokens is None else self.global_batch
         together = int(np.sort(self.corpus.lengths)[-documents:].sum())
         return together if self.max_tokens is None else min(together, self.max_tokens)
@@ -96,8 +96,8 @@ class GlobalOrder:
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.
 
-        Longest first, forth and back over the slots, so that ranks that wait for each other have alike many tokens, by
-        whole documents.
+        Documents are dealt longest first, forwards over the slots and then backwards, so that ranks, which wait for
+        each other, get about equally many tokens.
         """
         if self.max_tokens is not None:
             return self._deal_tokens(ids)
@@ -114,7 +114,7 @@ class GlobalOrder:
         """`_deal` into the fewest micro-batches a rank that hold no more than `max_tokens` each.
 
         Longest first, each to the slot with the fewest tokens so far (Graham 1969, longest processing time): at worst
-        4/3 of the best. Slots of one micro-batch are then alike, as they are laid out by their tokens.
+        4/3 of the best. Slots are then sorted by their tokens, so that those of one micro-batch are about equal.
         """
         lengths = self.corpus.lengths[ids]
         by_length = np.argsort(-lengths, kind="stable")

@@ -31,7 +31,7 @@ _REMEDIES = {
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
 }
 _SPACE = re.compile(r"[ \t\n\r]*")
-_FIRST_LINE, _INK = re.compile(rb"(?:\xef\xbb\xbf)?\s*([^\n]*)"), re.compile(rb"\S")
+_FIRST_LINE, _NOT_BLANK = re.compile(rb"(?:\xef\xbb\xbf)?\s*([^\n]*)"), re.compile(rb"\S")
 _EXCEL = re.compile(r"sep=([\t,;])\r?\n")
 _HEADER = re.compile(r'(?:"[^"]*"|[^"\n])*')
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
@@ -88,7 +88,7 @@ def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
 
     Raises `DataError` for a file that is missing, undecodable, not of its kind, or breaks off. A record that is not an
     object, repeats a key or holds NaN is returned with its `fault`; so is a line of JSON Lines that is no JSON, or no
-    UTF-8, unless not one is.
+    UTF-8, if any other line is.
     """
     if not is_data_file(path):
         expected = f"{path}: is not a data file; expected one of {', '.join(SUFFIXES)}."
@@ -114,7 +114,7 @@ def _text(content: bytes, path: Path) -> str:
 
 def _read_json(content: bytes, path: Path, notes: list[str]) -> list[Record]:
     first, named_lines = _FIRST_LINE.match(content), path.suffix.lower() == ".jsonl"
-    goes_on = _INK.search(content, first.end())
+    goes_on = _NOT_BLANK.search(content, first.end())
     if (named_lines and not first[1].startswith(b"[")) or (goes_on and _is_json(first[1])):
         notes += [] if named_lines else ["read as JSON Lines, an object a line"]
         return _read_lines(content, path)
@@ -165,7 +165,7 @@ def _read_list(text: str, start: int, path: Path) -> tuple[list[Record], int]:
 
 
 def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
-    """Position of the one list of objects in the object at `start`; just before the object if it is the one record."""
+    """Where a list of records opens in the object at `start`: its one list of objects, or before it, as one record."""
     try:
         values = json.loads(text[start:])
     except (ValueError, RecursionError) as error:

@@ -38,7 +38,7 @@ PROMPT_TYPES: dict[str, Callable[[str, str], str]] = {
 }
 """Name of a template -> function of (instruction, input) giving the prompt."""
 CHAT = "chat"
-"""Name of the template that the checkpoint brings along: conversations are laid out by it, no prompt of ours around."""
+"""Name of the layout by the checkpoint's own chat template, without any prompt of ours."""
 DIALOG = "dialog"
 """Name of the layout that --dialog gives conversations, where `prompt_type` is not `chat`."""
 PROMPT_LAYOUTS = (*PROMPT_TYPES, CHAT, DIALOG)
@@ -64,9 +64,9 @@ _SHOWN = 40  # characters of a name in a message
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a document; `supervised` says whether its tokens are learned.
+    """A part of a document; `supervised` says whether its tokens are learned.
 
-    `ids` are there where a chat template made the document, its opening and end included; `text` is empty then.
+    If a chat template made the document, `ids` holds the tokens, start and end included, and `text` is empty.
     """
 
     text: str
@@ -76,7 +76,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class DialogPrompt:
-    """What stands before an answer in a conversation of ours, cut where training cuts it into tokens."""
+    """The prompt of an answer in the `DIALOG` layout, in the pieces that training tokenizes one by one."""
 
     pieces: tuple[str, ...]
 
@@ -108,7 +108,7 @@ def single_turn(fields: dict[str, Any], prompt_type: str) -> list[Segment]:
 
 
 def single_turn_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of such a record, for a chat template. Raises `UnusableRecord`."""
+    """The messages of a record with `instruction` and `output`, for a chat template. Raises `UnusableRecord`."""
     instruction, context, output = _question_and_answer(fields, CHAT)
     _check_text([instruction, context, output])
     return [*question_messages(instruction, context), {"role": "assistant", "content": output}]
@@ -249,7 +249,7 @@ def _missing(fields: dict[str, Any], key: str) -> str:
 
 
 def unused_keys(fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool) -> list[str]:
-    """What a record holds and its layout does not read, for a message; empty values aside.
+    """The keys of a record that its layout does not read, for a message; those with empty values are left out.
 
     llava: whether `preprocess` takes instruction and output from the conversation.
     """

@@ -1,4 +1,4 @@
-"""The one face behind which every vocabulary hides."""
+"""The interface of all tokenizers."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from accessory.tokenizer.reasoning import is_whole, written_whole
 from accessory.tokenizer.sandbox import ChatTemplate
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Noncharacters of Unicode: no text has a use for them, so that they can stand for what must pass the template unread.
+# Noncharacters of Unicode: no text uses them, so they can stand in for what a template must not see.
 _BEGIN, _END, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _STANDING_IN = re.compile(f"{_BEGIN}([0-9]+){_END}")
 
@@ -38,7 +38,7 @@ class Chat:
         self._tokenizer, self._source = tokenizer, tokenizer.source
         self._template = ChatTemplate(tokenizer.chat_template, tokenizer.source, clock)
         self.definition = tokenizer.chat_template + (str(clock) if "strftime_now" in tokenizer.chat_template else "")
-        """The template, and the clock if it prints the time: all that the layout depends on, for a given tokenizer."""
+        """The template, and the clock if it prints the time: with the tokenizer, all that the layout depends on."""
         self._left_out: dict[str, bool] = {}
         # Longest first, as a longer token may begin like a shorter one.
         self._controls = sorted(tokenizer.control_tokens().items(), key=lambda item: -len(item[1].content))
@@ -54,7 +54,7 @@ class Chat:
         self._written = re.compile("|".join(f"({part})" for part in parts) or r"(?!)")
 
     def ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation, nothing added before or behind: the template writes BOS where it belongs.
+        """The ids of a conversation. Nothing is added before or after: the template writes BOS where it belongs.
 
         Each message has a `role` (of `ROLES`) and a `content`. Raises TokenizerError for other messages, and for those
         that the template refuses or leaves out.
@@ -101,8 +101,8 @@ class Chat:
         answer = whole.removesuffix(end.rest)[len(asked) :]
         if whole == asked + answer + end.rest and is_whole(asked, answer, content):
             return asked, answer, end.closing
-        # The template cuts or rewrites this answer, or begins answers otherwise than it asks for them. The words then
-        # go where it puts those of a probe.
+        # The template cuts or rewrites this answer, or begins answers otherwise than its generation prompt does. The
+        # words then go where it puts those of a probe.
         framed, rest = self._around_answer(before)
         end = self._ending(rest)
         if end.control is not None and end.control not in self.stop_ids:
@@ -111,7 +111,7 @@ class Chat:
 
     @cached_property
     def _after_answer(self) -> _Ending:
-        """What the template puts behind an assistant's words, found out with words that occur nowhere else."""
+        """What the template puts after an assistant's words, found with a probe that occurs nowhere else."""
         asked = [{"role": "user", "content": "a"}]
         found = self._ending(self._around_answer(asked)[1])
         if found.control is not None:

@@ -1,7 +1,7 @@
 """A tokenizer.json of Llama 2's kind (byte-fallback BPE, blanks as ▁) as GGUF's `llama` vocabulary.
 
-That vocabulary's pieces have scores, as in sentencepiece: of all neighbours that together are a piece, those are merged
-whose piece has the highest score. A tokenizer.json ranks merges instead; `transformers` makes its ranks from scores.
+That vocabulary's pieces have scores, as in sentencepiece: of all neighbours that can be merged, those are whose merged
+piece has the highest score. A tokenizer.json ranks merges instead; `transformers` makes its ranks from scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How llama.cpp encodes text otherwise than in training, where a GGUF file cannot state what a tokenizer does."""
+"""How llama.cpp's tokenization will differ from training's, where a GGUF file cannot state what a tokenizer does."""
 
 from __future__ import annotations
 

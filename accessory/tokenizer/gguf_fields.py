@@ -30,7 +30,7 @@ Value = str | bool | int | bytes | list[str] | list[int] | list[float]
 
 
 def vocabulary_fields(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
-    """The `tokenizer.*` fields by which a GGUF file of an embedding with `rows` rows tells its tokenizer.
+    """The `tokenizer.*` fields that describe a tokenizer in the GGUF file of an embedding with `rows` rows.
 
     Rows beyond the vocabulary are listed as unused tokens `[PAD<id>]`. Of the ids that end an answer the format has
     room for EOS and two more; the highest others are left out.
@@ -188,7 +188,7 @@ def _odd(model: dict) -> list[str]:
 
 
 def _check_opening(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple[str, ...], names) -> None:
-    """A document opens with nothing, BOS, or what goes without saying for the family."""
+    """Raise TokenizerError if a document opens with anything but nothing, BOS, or the ids `known` for its family."""
     opening = tokenizer.opening
     if opening not in ((), (tokenizer.bos_id,)) and tuple(names[token_id] for token_id in opening) != known:
         found = ", ".join(repr(names[token_id]) for token_id in opening)

@@ -55,7 +55,7 @@ class MetadataWalk:
         return self._unpack("<" + _SCALARS[kind])[0]
 
     def _array(self, kind: int, count: int) -> list:
-        # A damaged count must not be taken for an order to make that many objects.
+        # A damaged count could ask for any number of objects.
         if count > len(self._buffer) - self._at:
             raise ValueError(f"a list of {count} values passes the end of the file")
         if kind in _SCALARS:

@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file, rebuilt as a tokenizer of one of the two other kinds."""
+"""The vocabulary inside a GGUF file, rebuilt as a `JsonTokenizer` or a `SentencePieceTokenizer`."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _check_merges(merges: list[tuple[str, ...]], vocabulary: dict[str, int], sou
 
 
 def _special_tokens(values: dict[str, object], tokens: list[str], *, add_bos: bool, source: str) -> SpecialTokens:
-    """BOS and EOS by name; `add_bos` holds where the file does not say. The chat template is kept for saving."""
+    """BOS and EOS by name; `add_bos` counts if the file does not say. The chat template is kept for saving."""
     ids = {name: _special_id(values, name, len(tokens), source) for name in ("bos", "eos", "eot", "eom")}
     names = {name: None if ids[name] is None else tokens[ids[name]] for name in ("bos", "eos")}
     template = values.get("tokenizer.chat_template")

@@ -62,7 +62,7 @@ class JsonTokenizer(Tokenizer):
             source=source,
             config=special.config,
         )
-        # An id that only config.json knows may name a token which the pipeline holds for plain text.
+        # An id that only config.json gives may be of a token which the pipeline takes for plain text.
         self._silent = {self.bos_id, self.eos_id}
 
     def pipeline(self) -> dict:
@@ -196,7 +196,7 @@ def _parse(definition: str, source: str) -> dict:
         raise TokenizerError(f"{source}: found {found}; {_EXPECTED}, whole and undamaged ({error}).") from error
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("model"), dict):
         raise TokenizerError(f'{source}: found {found} with no "model" in it; {_EXPECTED}.')
-    # Cutting and padding are the corpus' business; some published files carry both.
+    # Some published files ask for truncation and padding, which are not the tokenizer's task here.
     pipeline["truncation"] = pipeline["padding"] = None
     try_apart("tokenizers", json.dumps(pipeline).encode(), f"{source}: {_EXPECTED}")
     return pipeline
@@ -242,7 +242,7 @@ def _never_match_special(pipeline: dict) -> None:
 
 
 def _without_leading_space(pipeline: dict) -> dict:
-    """The same pipeline for text that continues another: no step of it makes up a leading space or removes one."""
+    """The same pipeline for text that continues another: no step adds a leading space or removes one."""
     continuing = copy.deepcopy({key: value for key, value in pipeline.items() if key != "model"})
     for stage in _STEPS:
         continuing[stage] = _strip_prefix_steps(continuing.get(stage), stage)
@@ -272,7 +272,7 @@ def _strip_prefix_steps(step: dict | None, stage: str, *, only_first: bool = Fal
 def _load(pipeline: dict, source: str) -> tokenizers.Tokenizer:
     try:
         loaded = tokenizers.Tokenizer.from_str(json.dumps(pipeline, ensure_ascii=False))
-    except BaseException as error:  # bare Exception for most faults of a file, and panics beyond it
+    except BaseException as error:  # the library raises bare Exception, or panics, which no Exception catches
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise TokenizerError(f"{source}: {_EXPECTED}, but the library refuses it ({error}).") from error

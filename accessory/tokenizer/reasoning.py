@@ -1,4 +1,4 @@
-"""Answers that hold reasoning (`<think>`): whether a chat template wrote one whole, and how to write it otherwise."""
+"""Answers with reasoning (`<think>`): whether a chat template wrote one completely, and if not, how to write it."""
 
 from __future__ import annotations
 

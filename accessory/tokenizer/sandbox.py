@@ -1,7 +1,7 @@
-"""Jinja templates of strangers, rendered where they reach nothing and cannot go on for ever.
+"""Renders strangers' Jinja templates in a sandbox, where they reach nothing and cannot run for ever.
 
 A checkpoint's chat template is a program that somebody else wrote. Jinja's sandbox keeps it from the objects of this
-process; what it leaves open is time and memory. Here every loop, call, operator and output draws on a budget.
+process, but does not limit time and memory. Here every loop, call, operator and output counts against a budget.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class SpecialTokens:
 
 
 def read_special_tokens(directory: Path, *, whole_json: bool = False) -> SpecialTokens:
-    """Gather what the files of `directory` state, the first file that speaks of a token being right.
+    """Gather what the files of `directory` state; where several state a token, the first file counts.
 
     `whole_json`: a tokenizer.json is read, beside which transformers asks added_tokens.json only where
     tokenizer_config.json lists no added tokens. Raises TokenizerError for a file that is not a JSON object or that

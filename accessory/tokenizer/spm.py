@@ -184,7 +184,7 @@ def write_model_file(directory: Path, definition: bytes, ids: dict[str, int]) ->
 
 
 def _parse(definition: bytes, source: str) -> ModelProto:
-    """The model, checked for what sentencepiece itself only notices by crashing or in words nobody understands."""
+    """The model, checked for faults at which sentencepiece itself crashes or gives an unclear error."""
     found = what_is(Path(source)) if Path(source).is_file() else f"{len(definition)} bytes"
     refusal = TokenizerError(f"{source}: found {found}; {_EXPECTED}, whole and undamaged.")
     proto = ModelProto()
@@ -269,7 +269,7 @@ def _hide_control_pieces(proto: ModelProto, special_ids: set[int | None], new: t
 
 
 def _without_leading_space(proto: ModelProto) -> ModelProto:
-    """The same model for text that continues another: no made-up leading space, and a real one is kept."""
+    """The same model for text that continues another: no leading space is added, and none is removed."""
     continuing = ModelProto()
     continuing.CopyFrom(proto)
     continuing.normalizer_spec.add_dummy_prefix = False

@@ -106,7 +106,7 @@ def _normalizers(proto: ModelProto, legacy: bool) -> list[normalizers.Normalizer
 def _pre_tokenizers(tokenizer: SentencePieceTokenizer) -> list[pre_tokenizers.PreTokenizer]:
     proto, steps = tokenizer.proto, []
     if proto.normalizer_spec.add_dummy_prefix and not tokenizer.legacy:
-        # Only Metaspace knows where a text begins, but it adds no blank before a blank; by now there are only ▁.
+        # Only Metaspace knows where a text begins. It adds no blank before a blank, but by now blanks are ▁.
         steps.append(pre_tokenizers.Metaspace(" ", "first", split=False))
         steps.append(pre_tokenizers.Metaspace(BLANK, "never", split=False))
     # A text that spells a special piece would become that piece in a Unigram; in a BPE, too, if user-defined pieces are

@@ -1,4 +1,4 @@
-"""Writes a tokenizer as files from which transformers, in any version, encodes text as we do."""
+"""Writes a tokenizer as files with which transformers, in any version, encodes text as we do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vocabulary is first tried in a process of its own: what brings its library down there brings down no run.
+"""Tries a vocabulary in a subprocess first, so that a file which crashes its library does not crash the run.
 
 The libraries are native code, which answers some damaged or malicious files with a segmentation fault (sentencepiece
 issues 1263 and 1269), an abort, or a panic that no `except Exception` sees.
@@ -32,7 +32,7 @@ def use(definition, texts):
 }
 _RUN = """
 import resource, sys
-for limited, most in (resource.RLIMIT_CPU, 300), (resource.RLIMIT_AS, 8 << 30):  # should nobody wait for it any more
+for limited, most in (resource.RLIMIT_CPU, 300), (resource.RLIMIT_AS, 8 << 30):  # even if nobody waits for it
     hard = resource.getrlimit(limited)[1]
     resource.setrlimit(limited, (most if hard < 0 else min(most, hard), hard))
 texts = "a", "  The sum\\nis 1,234. ", "<s> \\u2581e\\u0301 \\u65e5\\u672c \\U0001f642\\t" + "ab" * 200, ""

@@ -42,11 +42,11 @@ class Run:
 
     @property
     def ms_per_token(self) -> float:
-        """Of each token behind the first, which is the prompts' to wait for."""
+        """Milliseconds per token, without the first, whose time is that of reading the prompts."""
         return 1000 * (self.stamps[-1] - self.stamps[0]) / (len(self.stamps) - 1)
 
     def figures(self) -> dict[str, float]:
-        """What is shown of it; prompts are in the time of `tokens_per_s`."""
+        """The figures to print; `tokens_per_s` includes the time of the prompts."""
         tokens = sum(map(len, self.answers))
         return {
             "seconds": round(self.stamps[-1], 3),
@@ -153,13 +153,13 @@ class Decoding:
         decode(min(_WARM_UP, self.new_tokens), lambda: None)
         run = Run(prompts)
         began = time.perf_counter()
-        # As numbers on the host, or asked whether to stop: a GPU is through with the token.
+        # Ours are numbers on the host by then, and `_Stamping` synchronizes: a GPU has finished the token.
         run.answers = decode(self.new_tokens, lambda: run.stamps.append(time.perf_counter() - began))
         return run
 
 
 class _Stamping:
-    """What transformers asks after every token whether to stop."""
+    """A stopping criterion, which transformers calls after every token: it notes the time and never stops."""
 
     def __init__(self, new_step: Callable[[], None]) -> None:
         self.new_step = new_step

@@ -1,4 +1,4 @@
-"""What a step asks of the machine at least, and how fast that machine would be at it: the ideal to compare with.
+"""The least work a step needs, and how fast the machine could do it: the ideal that measurements are compared with.
 
 Per token and weight a product takes 2 FLOPs forward and 2 for the gradient of its input; none for that of a frozen
 matrix. The head is counted for supervised tokens only, attention by documents (FlashAttention, Dao et al. 2022: two

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by torch.profiler: each moment belongs to the nearest labelled thing around it.
+"""Where the time of a step goes, by torch.profiler: time counts for the innermost labelled call around it.
 
 Our autograd functions carry their names into the profile. What has none there, such as a call of a C function, is
 labelled while the step is profiled.
@@ -45,7 +45,7 @@ _OWNERS = {
     "record_param_comms": "communication",
     "_dequantize": "unpacking",  # our Triton kernel, launched outside any operation
 }
-"""Beginnings of names -> what is theirs and everything under them, down to the next such name."""
+"""Beginning of a call's name -> the category of its time, and of all calls within it down to the next such name."""
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 
 
@@ -73,7 +73,7 @@ def measure(step: Callable[[], object], engine: Engine) -> dict[str, float]:
 
 
 def category_of(path: Iterable[str]) -> str:
-    """Whose a moment is: `path` names what it was spent in, then what that was called from, and so on outwards."""
+    """The category of time spent in the first name of `path`, which was called from the second, and so on outwards."""
     multiplied = False
     for name in path:
         name = name.removeprefix("autograd::engine::evaluate_function: ")

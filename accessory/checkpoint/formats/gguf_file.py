@@ -43,7 +43,7 @@ SIZES = {
 _OPTIONAL = ("n_kv_heads", "head_dim", "rotary_dim", "max_seq_len")
 EPSILON = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 _NEVER = {"expert_count": "a mixture of experts", "attention.scale": "a scale of attention of its own"}
-"""Keys of what no model of ours does, where they are not zero."""
+"""Key that must be absent or zero -> the feature that no model here has."""
 EMBEDDING, FACTORS = "token_embd.weight", "rope_freqs.weight"
 _PUBLISHED_FACTORS = (8.0, 32.0)  # Llama 3.1 and 3.2
 _ORIGINAL_CONTEXTS = (8192, *(1 << power for power in range(4, 21)))
@@ -137,7 +137,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
             f"{path}: found {what_is(path)}; expected a GGUF file (version 2 or 3), whole and undamaged ({error})."
         ) from error
     _check_whole(fields, entries, path)
-    # Copy-on-write, for torch knows no read-only memory.
+    # Copy-on-write, since torch has no read-only tensors.
     content = np.asarray(np.memmap(path, mode="c"))[start:]
     return fields, {entry.name: _tensor(entry, content, path) for entry in entries}
 
@@ -225,12 +225,12 @@ def args_of(fields: dict[str, Any], theirs: Tensors, architecture: Architecture,
 
 
 def _one(value: Any) -> Any:
-    """A value that is stated for each block alike, once."""
+    """The value of a list that repeats it for each block; any other value as it is."""
     return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value
 
 
 def _sizes(stated: dict[str, Any], theirs: Tensors, prefix: str, path: Path) -> dict[str, Any]:
-    """Sizes, none of which passes what the tensors hold: a damaged one must not be taken for an order of memory."""
+    """Sizes, checked against those of the tensors: a damaged one could ask for any amount of memory."""
     widest = max(max(tensor.shape) for tensor in theirs.values())
     most = {"n_layers": len(theirs), "max_seq_len": _LONGEST_CONTEXT}
     values = {}
@@ -295,7 +295,7 @@ def _check_heads(args: ModelArgs, stated: dict[str, Any], theirs: Tensors, path:
 
 
 def _with_factors(args: ModelArgs, theirs: Tensors, path: Path) -> ModelArgs:
-    """`args` with the scaling whose factors on the wavelengths are in the file: only Llama 3's is ever there."""
+    """`args` with the rope scaling that the file's factors on the wavelengths come from: Llama 3's, as no other has."""
     if FACTORS not in theirs:
         return args
     factors = theirs[FACTORS].read().float()

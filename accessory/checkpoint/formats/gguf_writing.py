@@ -98,7 +98,7 @@ def _laid_out(model: WholeModel, architecture: Architecture, target: Path) -> tu
 
 
 def _way_out(model: WholeModel, target: Path) -> str:
-    """A sentence on which architecture or format to write where the model's own architecture would lose something."""
+    """A sentence on which architecture or format to write instead, if the model's own would lose something."""
     for architecture in ARCHITECTURES.values():
         with suppress(CheckpointError):
             _laid_out(model, architecture, target)
@@ -107,7 +107,7 @@ def _way_out(model: WholeModel, target: Path) -> str:
 
 
 def _within_context(args: ModelArgs) -> ModelArgs:
-    """The same settings, without those that llama.cpp cannot be told and that change nothing within the context.
+    """The settings without those that GGUF cannot state and that change nothing within the context.
 
     With a sliding window the window becomes the context: within it every token attends to all tokens before it.
     """

@@ -46,7 +46,7 @@ class _Header:
     start: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Arrays in the order of the file; those of the blocks have a first dimension more."""
+        """Arrays in the order of the file; the first dimension of those in the blocks is the block."""
         dim, blocks, head = self.dim, self.n_layers, self.dim // self.n_heads
         known = {
             "tok_embeddings": (self.vocab_size, dim),

@@ -99,7 +99,7 @@ def read_adapter_config(file: Path) -> AdapterConfig:
     stated = read_json(file)
     if faults := _faults(stated):
         raise CheckpointError(f"{file}: {'; '.join(faults)}: not supported. {SUPPORTED} {MERGE_FIRST}")
-    # None stands for "as if unsaid" in PEFT's files.
+    # In PEFT's files null means "not set".
     said = {key: value for key, value in stated.items() if value is not None}
     try:
         config = AdapterConfig(**said)

@@ -13,7 +13,7 @@ from accessory.method.peft import truncated_normal
 
 
 @dataclass(frozen=True)
-class DrawnRows(LazyTensor):
+class RandomRows(LazyTensor):
     """A's first rows from a file, if there are any, and below them random rows as a new LoRA has, seeded by `name`.
 
     With zeros in the same columns of B the new rows add nothing at first, but learn. Zeros in both would never learn:
@@ -26,7 +26,7 @@ class DrawnRows(LazyTensor):
     dtype: str = "float32"
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Draw the whole, so that every layout gets the same values, and cut the range out of it."""
+        """Make all rows, so that every layout gets the same values, and cut the range out of them."""
         values = truncated_normal(*self.shape)(named_generator(0, self.name))
         if self.first is not None:
             values[: self.first.shape[0]] = self.first.read().float()
@@ -52,7 +52,7 @@ class PaddedColumns(LazyTensor):
         return self.inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Read what of the inner matrix lies in the range, in fp32."""
+        """Read the part of the inner matrix that lies in the range; fp32."""
         if dim == 1:
             end = self.inner.shape[1]
             values, columns = self.inner.read(1, min(start, end), min(stop, end)), stop - start
@@ -113,13 +113,13 @@ class Factors:
         return replace(self, a=self.a.select(torch.arange(first, last)), b=SomeColumns(self.b, first, last))
 
     def fitted(self, rank: int, scale: float, name: str) -> Factors:
-        """The same product at another scale, to which B is fitted, and at a rank no smaller; `name` is the linear's."""
+        """The same product of the linear `name` at another scale, which B makes up for, and a rank that is not smaller."""
         factor = self.scale / scale if scale else 1.0
-        a = DrawnRows(self.a, (rank, self.a.shape[1]), name) if self.rank < rank else self.a
+        a = RandomRows(self.a, (rank, self.a.shape[1]), name) if self.rank < rank else self.a
         exact = self.rank == rank and factor == 1.0
         return Factors(a, self.b if exact else PaddedColumns(self.b, rank, factor), scale)
 
 
 def new_factors(shape: tuple[int, int], rank: int, scale: float, name: str) -> Factors:
     """Factors that add nothing yet to the linear `name`, whose weight has `shape` [out, in]."""
-    return Factors(DrawnRows(None, (rank, shape[1]), name), ZeroTensor((shape[0], rank)), scale)
+    return Factors(RandomRows(None, (rank, shape[1]), name), ZeroTensor((shape[0], rank)), scale)

@@ -118,5 +118,5 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def _named_as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without LLaMA2-Accessory's prefix, and what carries nothing."""
+    """Without LLaMA2-Accessory's prefix, and without tensors that are no weights."""
     return {name.removeprefix("llma."): tensor for name, tensor in state.items() if not _NEEDLESS.search(name)}

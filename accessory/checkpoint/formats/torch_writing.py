@@ -27,9 +27,9 @@ _BIASED = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
 def write_torch_shards(model: WholeModel, target: Path, dtype: torch.dtype, flavour: Flavour, ranks: int) -> None:
     """Write `consolidated.NN.pth` ("meta") or `consolidated.NN-of-MM.model.pth` ("upstream") for `ranks` ranks.
 
-    Biases have a place in LLaMA2-Accessory's alone. What is being written lies in files mapped into memory, so that the
-    process itself stays small. Raises `CheckpointError` for a model that is not LLaMA's block, `ParallelError` for a
-    number of ranks that does not divide it.
+    Only LLaMA2-Accessory's have biases. A shard is made in memory-mapped files, so that the process itself stays small.
+    Raises `CheckpointError` for a model that is not LLaMA's block, `ParallelError` for a number of ranks that does not
+    divide it.
     """
     refuse_existing(target)
     model = model.in_layout("pairs")
