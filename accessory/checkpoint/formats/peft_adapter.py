@@ -23,6 +23,7 @@ from accessory.checkpoint.lazy import HeldTensor, LazyTensor, SafetensorsTensor,
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, model_args_of, open_safetensors, read_json
 from accessory.errors import CheckpointError, is_file
+from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
 from accessory.model.families import Architecture, architecture_of
 from accessory.model.families.architecture import Fused
@@ -56,7 +57,7 @@ def open_adapter(path: Path, base: Source | None) -> Source:
     adapter.sort(_open_weights(file))
     adapter.check()
     tensors, settings, notes = adapter.as_ours()
-    llama_type = f"{architecture.family}_peft"
+    llama_type = architecture.family + Peft.suffix
     files = [file, path / CONFIG_FILE]  # the scale stands in the config: both make the fingerprint
     return Source(path, "PEFT adapter", files, tensors, settings, llama_type, is_delta=True, base=named, notes=notes)
 
