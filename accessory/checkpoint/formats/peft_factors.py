@@ -113,7 +113,7 @@ class Factors:
         return replace(self, a=self.a.select(torch.arange(first, last)), b=SomeColumns(self.b, first, last))
 
     def fitted(self, rank: int, scale: float, name: str) -> Factors:
-        """The same product of the linear `name` at another scale, which B makes up for, and a rank that is no smaller."""
+        """The product of the linear `name` with another scale, which B makes up for, and at least the same rank."""
         factor = self.scale / scale if scale else 1.0
         a = RandomRows(self.a, (rank, self.a.shape[1]), name) if self.rank < rank else self.a
         exact = self.rank == rank and factor == 1.0
