@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests import cpu_kernels
 from tests.llama_cpp import LlamaCpp, find_library
+from tests.support import SupportTable
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data_example" / "accessory_qa.json"
@@ -44,10 +46,34 @@ TINY_CONFIG = {
 """Widths are multiples of 64 x 2, so that blocks of 64 weights commute with slicing over two ranks."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first."""
+def starts_processes(item: pytest.Item) -> bool:
+    """Whether it does: by a fixture that is there for that, by its file's `subprocess`, or in Triton's interpreter."""
+    if not isinstance(item, pytest.Function) or hasattr(item.module, "subprocess"):
+        return True
+    return not {"clean_environment", "python", "shell", "torchrun", "llama_cpp"}.isdisjoint(item.fixturenames)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the slowest files first, or leave out what --quick does."""
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if starts_processes(item)])
+        items[:] = [item for item in items if not starts_processes(item)]
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Flags of ours."""
+    parser.addoption("--quick", action="store_true", help="leave out tests that start processes")
+    parser.addoption(
+        "--write-tables", action="store_true", help="write the outcomes of tests into docs/' support tables"
+    )
+
+
+@pytest.fixture(scope="session")
+def say(pytestconfig: pytest.Config) -> Callable:
+    """`SupportTable.say`: what a test has shown is what the table in docs/ says, or is written there."""
+    return partial(SupportTable.say, write=pytestconfig.getoption("--write-tables"))
 
 
 @pytest.fixture
@@ -169,7 +195,7 @@ def run_ranks(ranks: int, *arguments: str | Path, **options):
     return run_python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments, **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clean_environment() -> dict[str, str]:
     """`environment`."""
     return environment()

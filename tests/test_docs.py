@@ -5,7 +5,6 @@ From the repository's root, `python -m tests.test_docs` writes the tables anew.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -23,7 +22,9 @@ from accessory.foreign_names import unknown
 from accessory.method.peft import Peft
 from tests.conftest import DATA, ROOT, run_python
 from tests.flags_table import flags_table
-from tests.model.families.matrix import families_table
+from tests.model.families.matrix import FAMILIES_TABLE
+from tests.runs import SUPPORT
+from tests.support import SupportTable
 
 README = "README.md"
 PAGES = {name: (ROOT / name).read_text() for name in
@@ -56,12 +57,9 @@ def plan_table(_: str) -> str:
     return run_python(ROOT / "tools" / "plan.py", "table", "--seq", "512").stdout.strip()
 
 
-def support_table(_: str) -> str:
-    """What the layout tests run."""
-    spec = importlib.util.spec_from_file_location("layout_tests", ROOT / "tests" / "test_finetune.py")
-    layout_tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layout_tests)
-    return layout_tests.support_table()
+def rows_and_columns(table: SupportTable) -> Callable[[str], str]:
+    """Those of a support table; what its cells say is left to the tests that they stand for."""
+    return lambda now: table.filled(table.states(now))
 
 
 def names_table(now: str) -> str:
@@ -83,8 +81,8 @@ def _in_code(sentence: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "flags": lambda _: flags_table(FinetuneConfig),
     "demo-flags": lambda _: flags_table(DemoConfig),
-    "families": lambda _: families_table(),
-    "support": support_table,
+    "families": rows_and_columns(FAMILIES_TABLE),
+    "support": rows_and_columns(SUPPORT),
     "plan": plan_table,
     **{f"names of {trainer}": names_table for trainer in ("LLaMA2-Accessory", "qlora", "peft", "Axolotl")},
 }

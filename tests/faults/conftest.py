@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
 from tests.faults.job import Job
 
 
@@ -21,15 +20,17 @@ def dropout_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(tiny_base: Path, dropout_lora: Path, tmp_path: Path) -> Job:
+def job(tiny_base: Path, dropout_lora: Path, clean_environment: dict[str, str], tmp_path: Path) -> Job:
     """The job, not started."""
-    return Job(tiny_base, dropout_lora, tmp_path / "run", environment())
+    return Job(tiny_base, dropout_lora, tmp_path / "run", clean_environment)
 
 
 @pytest.fixture(scope="package")
-def twin(tiny_base: Path, dropout_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def twin(
+    tiny_base: Path, dropout_lora: Path, clean_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Job:
     """The job, run without a fault."""
-    job = Job(tiny_base, dropout_lora, tmp_path_factory.mktemp("twin") / "run", environment())
+    job = Job(tiny_base, dropout_lora, tmp_path_factory.mktemp("twin") / "run", clean_environment)
     done = job.run()
     assert done.returncode == 0, done.stderr[-3000:]
     return job

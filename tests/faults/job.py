@@ -20,7 +20,10 @@ from accessory.run.status import read_status
 WORKER = Path(__file__).with_name("faulty_worker.py")
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 12
-PATIENCE = 120  # seconds until a job is taken to hang
+PATIENCE = 200  # seconds until a job is taken to hang
+START = 8.0  # seconds on two idle cores from a job's start to its first steps
+FORCED = "forcefully exiting via SIGKILL"
+"""Torchrun says so where a rank has not left half a minute after SIGTERM."""
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Job:
     environment: dict[str, str]
     ranks: int = 2
     launcher: list[str] = field(default_factory=list)
+    started: float = 0.0
 
     def flags(self, *more: str) -> list[str]:
         """Of `main_finetune.py`; those given last win."""
@@ -49,6 +53,7 @@ class Job:
     ) -> subprocess.Popen:
         """Under torchrun, in a session of its own. `script` takes the worker's place."""
         self.fired_in.mkdir(parents=True, exist_ok=True)
+        self.started = time.time()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
         settings = {"FAULTS": json.dumps(faults or []), "FIRED": str(self.fired_in)}
         return subprocess.Popen(
@@ -73,6 +78,11 @@ class Job:
     def fired(self) -> list[str]:
         """The faults that struck."""
         return sorted(path.name for path in self.fired_in.iterdir())
+
+    @property
+    def pace(self) -> float:
+        """How many times as long as on idle cores the first fault took to come; limits on time are stretched by it."""
+        return max(1.0, (min(path.stat().st_mtime for path in self.fired_in.iterdir()) - self.started) / START)
 
     @property
     def status(self) -> dict:
@@ -107,7 +117,7 @@ def said(done: subprocess.CompletedProcess) -> str:
     return done.stderr.split("torch/distributed/elastic")[0]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Until it is true, or the test fails."""
     deadline = time.monotonic() + seconds
     while not condition():

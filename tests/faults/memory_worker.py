@@ -18,6 +18,7 @@ start_without_thread_caches()  # as main_finetune.py is
 from accessory.config import FinetuneConfig, parse
 from accessory.engine import Engine
 from accessory.finetune import finetune
+from accessory.parallel import groups
 
 PAGE = 4096
 
@@ -44,3 +45,4 @@ def step_and_look(self, progress):
 Engine.step = step_and_look
 finetune(parse(FinetuneConfig, sys.argv[2:]))
 Path(sys.argv[1]).write_text(json.dumps(memory))
+groups.end_process()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.model.families.alibi_llama import AlibiLlama
+from tests.support import SupportTable
 
 VOCABULARY = 513  # what two ranks do not divide, and the tiny tokenizer fits into
 SIZES = {
@@ -278,17 +279,20 @@ CASES = {
     "chatglm": Case("glm", "chatglm", "ChatGLM2, ChatGLM3", chatglm, transformers=False),
 }
 """Name of a variant -> its case; each is a row of docs/models.md, and a run of test_families.py."""
-CHECKS = ("logits", "2-way tensor parallel", "greedy answers", "NF4 + NormBiasLoRA")
 
 
-def families_table() -> str:
-    """Table of docs/models.md: a row a variant, a column a check of test_families.py, which runs for each."""
-    lines = ["| models | `--llama_type` | `model_type` | compared with | " + " | ".join(CHECKS) + " |"]
-    lines.append("|---" * (4 + len(CHECKS)) + "|")
-    for case in CASES.values():
-        against = "transformers" if case.transformers else "the same, unpacked"
-        if case.write in (baichuan_13b, baichuan2):
-            against = "its formula"
-        start = f"| {case.models} | `{case.llama_type}` | `{case.model_type}` | {against} |"
-        lines.append(start + " tested |" * len(CHECKS))
-    return "\n".join(lines)
+def _row(case: Case) -> tuple[str, ...]:
+    """What a row of the table begins with."""
+    against = "transformers" if case.transformers else "the same, unpacked"
+    if case.write in (baichuan_13b, baichuan2):
+        against = "its formula"
+    return case.models, f"`{case.llama_type}`", f"`{case.model_type}`", against
+
+
+FAMILIES_TABLE = SupportTable(
+    "models.md",
+    "families",
+    ("models", "`--llama_type`", "`model_type`", "compared with"),
+    {name: _row(case) for name, case in CASES.items()},
+    ("logits", "greedy answers", "NF4 + NormBiasLoRA", "2-way tensor parallel"),
+)
