@@ -31,13 +31,16 @@ def on(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> Mo
     case: what the call depends on where an implementation computes some cases only, as its `takes` says: an activation,
     a head's width. Raises `ConfigError` for a strange ACCESSORY_TRITON or ACCESSORY_AVX512.
     """
+    return fast(name, device, dtype, *case) or _implementation("plain", name)
+
+
+def fast(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> ModuleType | None:
+    """The same where it is faster than plain PyTorch's, else None: for who has other ways then."""
     # Triton launches on the current device and its stream, wherever the tensors are.
     if device.type == "cuda" and not (torch.cuda.is_initialized() and device.index == torch.cuda.current_device()):
-        return _implementation("plain", name)
-    fast = _fast(name, device, dtype)
-    if fast is None or (case and not fast.takes(*case)):
-        return _implementation("plain", name)
-    return fast
+        return None
+    found = _fast(name, device, dtype)
+    return None if found is None or (case and not found.takes(*case)) else found
 
 
 def computing(device: torch.device, dtype: torch.dtype) -> str:
@@ -58,4 +61,4 @@ def _implementation(package: str, name: str) -> ModuleType:
     return import_module(f"{__name__}.{package}.{name}")
 
 
-__all__ = ["computing", "of", "on"]
+__all__ = ["computing", "fast", "of", "on"]

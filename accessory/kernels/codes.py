@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 BLOCK = 64  # weights that share a scale
@@ -24,6 +25,21 @@ class Codes(NamedTuple):
     scales: Tensor
     nested: tuple[Tensor, Tensor, Tensor] | None
     quant_type: str = "nf4"
+
+    def check(self, device: torch.device) -> None:
+        """Raises `AssertionError` for a part that is not as above, or not in one piece on `device`."""
+        numel = self.shape[0] * self.shape[1]
+        blocks, numbers = -(-numel // BLOCK), torch.float32
+        expected = [("codes", self.codes, torch.uint8, numel // 2), ("table", self.table, numbers, 16)]
+        expected.append(("scales", self.scales, torch.uint8 if self.nested else numbers, blocks))
+        if self.nested:
+            book, nested_scales, offset = self.nested
+            expected += [("book", book, numbers, 256), ("offset", offset, numbers, 1)]
+            expected.append(("nested_scales", nested_scales, numbers, -(-blocks // NESTED_BLOCK)))
+        for name, part, dtype, size in expected:
+            if (part.dtype, part.shape, part.device) != (dtype, (size,), device) or not part.is_contiguous():
+                found = f"{part.dtype} {list(part.shape)} on {part.device}, strides {part.stride()}"
+                raise AssertionError(f"{name} is {found}; expected {dtype} [{size}] on {device}, contiguous")
 
 
 class Beside(NamedTuple):

@@ -18,18 +18,15 @@ from torch import Tensor
 from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.kernels.avx512.four_bit_gemv import Matrices
-from accessory.kernels.avx512.four_bit_matrix import takes
 from accessory.kernels.bitsandbytes_library import functional as bnb
-from accessory.kernels.codes import Codes
+from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
 from accessory.kernels.plain import native
 from accessory.quant.addition import Addition
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, frozen, uncuttable
 from accessory.quant.workspace import shared_memory
 
 CPU = torch.device("cpu")
-BLOCK = 64  # weights that share one scale
 CPU_PIECE = 1 << 18  # weights quantized at a time
-NESTED_BLOCK = 256  # scales that share one scale of their own; fixed in bitsandbytes
 _BYTES = {"U8": 1, "uint8": 1}
 _FLOATS = {"F32": 1, "float32": 1}
 # Bytes, which some files keep under a wider type.
@@ -130,7 +127,8 @@ class FourBitWeight(PackedWeight):
             return {"codes": codes, **scales, "offset": state["offset"]}
         scales = state["scales"]
         if "nested_scales" in state:
-            scales = plain_scales(scales, state["nested_scales"], state["offset"])
+            book = nested_codebook(scales.device)
+            scales = native.plain_scales(scales, book, state["nested_scales"], state["offset"])
         return {"codes": codes, "scales": scales.view(n, per_row)[taken, first // BLOCK : last // BLOCK].reshape(-1)}
 
     @torch.no_grad()
@@ -190,31 +188,17 @@ class FourBitWeight(PackedWeight):
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Dequantize to [N, K] in `dtype`."""
-        if dtype == torch.float64:  # which bitsandbytes does not know
-            return self.unpack(torch.float32).double()
-        if kernels.computing(self.codes.device, dtype) == "triton":
-            return self._unpack_by_kernel(dtype)
-        return torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.codes.view(-1, 1), self._plain_scales(), BLOCK, self.quant_type, _whole_blocks(self.shape), dtype
-        ).view(self.shape)
+        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype)
 
     def borrow(self, dtype: torch.dtype) -> Tensor:
         """As `unpack`, the same bits, into memory that all matrices share: later ones overwrite it."""
-        if kernels.computing(self.codes.device, dtype) == "triton":
-            return self._unpack_by_kernel(dtype, shared_memory(self.shape, dtype, self.codes.device))
-        if not (native.AVAILABLE and self.codes.is_cpu and dtype in native.DTYPES):
-            return self.unpack(dtype)
-        matrix = shared_memory(self.shape, dtype, self.codes.device)
-        by_blocks = matrix.view(_whole_blocks(self.shape))
-        native.unpack_into(by_blocks, self.codes, self._plain_scales(), BLOCK, self.quant_type)
-        return matrix
+        memory = shared_memory(self.shape, dtype, self.codes.device)
+        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype, memory)
 
     @staticmethod
     def product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
         """This CPU's: it unpacks a few columns at a time, where they are multiplied with."""
-        if kernels.computing(device, dtype) != "avx512" or not all(takes(weight.shape) for weight in weights):
-            return None
-        return kernels.on("four_bit_product", device, dtype)
+        return kernels.fast("four_bit_product", device, dtype, *(weight.shape for weight in weights))
 
     def as_codes(self) -> Codes:
         """Where codes and scales lie."""
@@ -236,22 +220,15 @@ class FourBitWeight(PackedWeight):
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
         """Keep the addresses of all, where there is a kernel for them."""
         weights = [self, *others]
-        if not all(isinstance(weight, FourBitWeight) and takes(weight.shape) for weight in weights):
+        if not all(isinstance(weight, FourBitWeight) for weight in weights):
             return
-        if kernels.computing(self.codes.device, torch.bfloat16) == "avx512":
-            kernel = kernels.on("four_bit_gemv", self.codes.device, torch.bfloat16)
+        if kernel := kernels.fast("four_bit_gemv", self.codes.device, torch.bfloat16, *(w.shape for w in weights)):
             self.together, self.together_with = kernel.Matrices([w.as_codes() for w in weights]), others
 
     def train(self, mode: bool = True) -> FourBitWeight:
         """As every module's; addresses are kept for no longer than they are of use."""
         self.together = None if mode else self.together
         return super().train(mode)
-
-    def _unpack_by_kernel(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype, out)
-
-    def _plain_scales(self) -> Tensor:
-        return plain_scales(self.scales, self.nested_scales, self.offset) if self.nested else self.scales.view(-1)
 
 
 class Nf4Single(FourBitWeight):
@@ -289,17 +266,6 @@ Nf4.single = Nf4Single.single = Nf4Single
 Fp4.single = Fp4Single.single = Fp4Single
 
 
-def _whole_blocks(shape: torch.Size) -> tuple[int, int]:
-    """A shape of as many numbers whose rows are whole blocks.
-
-    On the CPU bitsandbytes 0.50.2 takes every row to begin a new block when it unpacks, though it packs across rows.
-    """
-    n, k = shape
-    if k % BLOCK == 0:
-        return n, k
-    return (n * k // BLOCK, BLOCK) if n * k % BLOCK == 0 else (1, n * k)
-
-
 def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
     nested = None
     if matrix.nested:
@@ -317,8 +283,3 @@ def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
         offset=matrix.offset.data[0] if matrix.nested else None,
         state2=nested,
     )
-
-
-def plain_scales(scales: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
-    """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
-    return native.plain_scales(scales, nested_codebook(scales.device), nested_scales, offset)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain
+from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
 from accessory.kernels.avx512.operands import address, whole
 from accessory.kernels.codes import Beside, Codes
 
@@ -73,3 +73,6 @@ class _Beside(ctypes.Structure):
         ("rank", c_int64),
         ("scale", ctypes.c_float),
     )
+
+
+__all__ = ["MOST_ROWS", "Matrices", "takes"]

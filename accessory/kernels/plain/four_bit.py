@@ -16,7 +16,7 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
         return out.copy_(dequantize(w, torch.float32))
     scales = w.scales if w.nested is None else native.plain_scales(w.scales, *w.nested)
     if native.AVAILABLE and w.codes.is_cpu:
-        native.unpack_into(out.view(_whole_blocks(w.shape)), w.codes, scales, BLOCK, w.quant_type)
+        native.unpack_into(out, w.codes, scales, _whole_blocks(w.shape), w.quant_type)
         return out
     operation, given = torch.ops.bitsandbytes.dequantize_4bit, (w.codes.view(-1, 1), scales, BLOCK, w.quant_type)
     if w.codes.is_cuda:

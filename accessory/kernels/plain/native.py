@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.bitsandbytes_library import ErrorHandlerMockBNBNativeLibrary, lib
-from accessory.kernels.codes import NESTED_BLOCK
+from accessory.kernels.codes import BLOCK, NESTED_BLOCK
 
 AVAILABLE = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
 """Whether bitsandbytes found its library; without it, its operations do the same in plain PyTorch."""
@@ -40,10 +40,13 @@ if AVAILABLE:
     _UNPACK_SCALES = _declared("cdequantize_blockwise_cpu_fp32", [c_void_p] * 4 + [c_int64] * 2)
 
 
-def unpack_into(out: Tensor, codes: Tensor, scales: Tensor, block: int, quant_type: str) -> None:
-    """Fill `out` [N, K] with the weights of `codes` uint8 [N*K/2] and `scales` fp32 [N*K/block], all contiguous."""
+def unpack_into(out: Tensor, codes: Tensor, scales: Tensor, rows: tuple[int, int], quant_type: str) -> None:
+    """Fill `out` with the weights of `codes` uint8 [numel / 2] and `scales` fp32 [numel / 64], all contiguous.
+
+    rows: the matrix's shape, or that of as many weights whose rows are whole blocks.
+    """
     function = _UNPACK[quant_type, out.dtype]
-    function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), block, *out.shape)
+    function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), BLOCK, *rows)
 
 
 def plain_scales(scales: Tensor, book: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:

@@ -32,7 +32,10 @@ def sum_of_products(
     if low is not None:
         x, factor, scale = low
         factor = factor.to(x.dtype) if transposed else factor.to(x.dtype).t()
-        y = (x @ factor).mul_(scale) if y is None else torch.addmm(y, x, factor, alpha=scale)
+        if y is not None:
+            y = torch.addmm(y, x, factor, alpha=scale)
+        else:
+            y = x @ factor if scale == 1 else (x @ factor).mul_(scale)
     for a, w in zip(factors, weights, strict=True):
         w = (w if transposed else w.t()).to(a.dtype)
         y = a @ w if y is None else y.addmm_(a, w) if y.dim() == 2 else torch.addmm(y, a, w)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
-from accessory.kernels.operands import check_device, check_floats, check_shape
+from accessory.kernels.operands import check_floats, check_shape
 
 BLOCKS = 64  # blocks a program decodes: 4,096 weights, 32 of them to a thread
 
@@ -33,17 +33,11 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
     check_floats(out=out)
-    check_device(out.device, codes=codes, scales=scales, table=codebook)
-    _check(codes, torch.uint8, numel // 2, "codes")
-    _check(scales, torch.float32 if nested is None else torch.uint8, blocks, "scales")
-    _check(codebook, torch.float32, 16, "table")
-    _check(out, dtype, numel, "out")
+    w.check(out.device)
+    if out.dtype != dtype or not out.is_contiguous():
+        raise AssertionError(f"out is {out.dtype}, strides {out.stride()}; expected {dtype}, contiguous")
+    check_shape(out.view(-1), (numel,), "out")
     nested_codebook, nested_scales, offset = nested or (codebook, scales, scales)
-    if nested is not None:
-        check_device(out.device, nested_scales=nested_scales, offset=offset, book=nested_codebook)
-        _check(nested_scales, torch.float32, triton.cdiv(blocks, NESTED_BLOCK), "nested_scales")
-        _check(offset, torch.float32, 1, "offset")
-        _check(nested_codebook, torch.float32, 256, "book")
     if not numel:
         return out.view(shape)
     # Four bytes at a time, eight weights, make a full 16-byte store in bf16; odd ends and odd addresses go by the byte.
@@ -67,12 +61,6 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
         enable_fp_fusion=False,  # a fused multiply-add would round a nested scale once instead of twice
     )
     return out.view(shape)
-
-
-def _check(tensor: Tensor, dtype: torch.dtype, numel: int, name: str) -> None:
-    if tensor.dtype != dtype or not tensor.is_contiguous():
-        raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected {dtype}, contiguous")
-    check_shape(tensor.view(-1), (numel,), name)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS, Matrices
 from accessory.kernels.codes import Beside
+from accessory.kernels.plain import native
 from accessory.quant import storage
 from accessory.quant.four_bit import BLOCK, FourBitWeight, codebook_of
 
@@ -30,7 +31,9 @@ def packed(shape: tuple[int, int], seed: int = 0, kind: str = "nf4") -> FourBitW
 def exact(weight: FourBitWeight) -> Tensor:
     """What it is here, in float64: code values in bf16 times exact scales."""
     table = codebook_of(weight.quant_type)
-    scales = weight._plain_scales().double().repeat_interleave(BLOCK)
+    codes = weight.as_codes()
+    scales = codes.scales if codes.nested is None else native.plain_scales(codes.scales, *codes.nested)
+    scales = scales.double().repeat_interleave(BLOCK)
     values = torch.stack([weight.codes >> 4, weight.codes & 15], -1).view(-1).long()
     return (table.bfloat16().double()[values] * scales).view(weight.shape)
 

@@ -81,11 +81,14 @@ def test_nothing_to_do() -> None:
         ({"out": torch.empty(64, 128)}, r"out is torch.float32, .*expected torch.bfloat16"),
         ({"out": torch.empty(64, 64, dtype=torch.bfloat16)}, r"out is \[4096\]; expected \[8192\]"),
         ({"out": torch.empty(64, 256, dtype=torch.bfloat16)[:, :128]}, r"out is .*strides \(256, 1\).*contiguous"),
-        ({"shape": (64, 126)}, r"codes is \[4096\]; expected \[4032\]"),
+        ({"shape": (64, 126)}, r"codes is torch.uint8 \[4096\] .*; expected torch.uint8 \[4032\]"),
         ({"shape": (1, 1)}, "come in pairs; got 1"),
-        ({"scales": torch.empty(127, dtype=torch.uint8)}, r"scales is \[127\]; expected \[128\]"),
-        ({"nested": None}, r"scales is torch.uint8, .*expected torch.float32"),
-        ({"table": torch.empty(16, device="meta")}, "table is on meta, the rest on cpu"),
+        (
+            {"scales": torch.empty(127, dtype=torch.uint8)},
+            r"scales is torch.uint8 \[127\] .*; expected .* \[128\]",
+        ),
+        ({"nested": None}, "scales is torch.uint8 .*expected torch.float32"),
+        ({"table": torch.empty(16, device="meta")}, "table is .* on meta, .*; expected torch.float32 .* on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
