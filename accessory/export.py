@@ -284,7 +284,7 @@ def _probe_tokens(model: MetaModel, probe: str | None) -> torch.Tensor:
         ids = model.prompt_tokens(model.question(PROBE_QUESTION))
         ids += model.tokenizer.encode(PROBE_ANSWER, continuation=True)
     else:
-        ids = [*model.tokenizer.opening, *model.tokenizer.encode(probe)]
+        ids = [*model.tokenizer.start_ids, *model.tokenizer.encode(probe)]
     if not ids:
         raise ConfigError("--probe '' has no tokens to compare the logits of.")
     return torch.tensor(ids[: min(PROBE_TOKENS, model.max_seq_len)], dtype=torch.int64)

@@ -158,7 +158,7 @@ class MetaModel(nn.Module):
         A text stands behind what opens the tokenizer's documents; messages are laid out by the checkpoint's template.
         """
         if isinstance(prompt, str | DialogPrompt):
-            start = list(self.tokenizer.opening)
+            start = list(self.tokenizer.start_ids)
             first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
             pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
         else:

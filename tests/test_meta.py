@@ -299,7 +299,7 @@ def test_stream_is_generate(model: MetaModel, temperature: float) -> None:
 def test_empty_prompt_without_bos_is_refused(model: MetaModel) -> None:
     """There is nothing to continue; with BOS there is."""
     assert len(model.generate([""], max_gen_len=2)) == 1
-    model.tokenizer.opening = ()
+    model.tokenizer.start_ids = ()
     with pytest.raises(ConfigError, match="A prompt has 0 tokens"):
         model.generate([""], max_gen_len=2)
 

@@ -228,7 +228,7 @@ def _by_chat_template(messages: list[dict[str, str]], chat: Chat) -> list[list[S
         documents = chat.documents(messages)
     except TokenizerError as error:
         raise UnusableRecord(str(error)) from error
-    return [[Segment("", learned, tuple(ids)) for ids, learned in stretches] for stretches in documents]
+    return [[Segment("", learned, tuple(ids)) for ids, learned in segments] for segments in documents]
 
 
 def _tokenize(
@@ -271,9 +271,9 @@ def _tokenize(
 def _assemble(pieces: list[list[int]], segments: list[Segment], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """What opens the tokenizer's documents, the segments, EOS; only supervised segments and EOS are learned."""
     ids, flags = _joined(pieces, segments)
-    opening = np.array(tokenizer.opening, dtype=np.int32)
-    ids = np.concatenate((opening, ids, np.array([tokenizer.eos_id], dtype=np.int32)))
-    return ids, np.concatenate((np.zeros(len(opening), dtype=bool), flags, [segments[-1].supervised]))
+    start_ids = np.array(tokenizer.start_ids, dtype=np.int32)
+    ids = np.concatenate((start_ids, ids, np.array([tokenizer.eos_id], dtype=np.int32)))
+    return ids, np.concatenate((np.zeros(len(start_ids), dtype=bool), flags, [segments[-1].supervised]))
 
 
 def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from accessory.tokenizer.special import NEW_TOKENS, Added
 _CONTROL = re.compile(r"<[|｜].+[|｜]>|</?s>|\[/?INST\]")
 
 Place = Literal["start", "behind_control", "continued"]
-"""Where a stretch of a chat stands: first, behind a control token, or where other text ended."""
+"""Where a segment of a chat stands: first, behind a control token, or where other text ended."""
 
 
 def looks_like_control(token: str) -> bool:
@@ -47,7 +47,7 @@ class Tokenizer(ABC):
         vocab_size: number of ids the model must have rows for (highest id + 1).
         bos_id: id of the BOS token, or None where the vocabulary has none.
         eos_id: id that ends a document.
-        opening: ids that every document starts with: none, BOS, or for GLM `[gMASK]` and `<sop>`.
+        start_ids: ids that every document starts with: none, BOS, or for GLM `[gMASK]` and `<sop>`.
         stop_ids: ids that end an answer; `eos_id` is one of them.
         chat_template: the checkpoint's Jinja template of a conversation, or None.
         source: the file it was read from, for messages.
@@ -57,7 +57,7 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int | None
     eos_id: int
-    opening: tuple[int, ...]
+    start_ids: tuple[int, ...]
     stop_ids: frozenset[int]
     chat_template: str | None = None
     source: str
@@ -97,7 +97,7 @@ class Tokenizer(ABC):
         """The special tokens a chat template may ask for: `bos_token`, `eos_token` and others there are."""
         return {}
 
-    def encode_stretch(self, text: str, place: Place) -> list[int]:
+    def encode_segment(self, text: str, place: Place) -> list[int]:
         """Ids of text between the control tokens of a chat, as the library of the vocabulary would cut it there."""
         return self.encode(text, continuation=place != "start")
 
@@ -108,7 +108,7 @@ class Tokenizer(ABC):
         eos_id: int,
         definition: bytes,
         source: str,
-        opening: tuple[int, ...] = (),
+        start_ids: tuple[int, ...] = (),
         stop_ids: Iterable[int] = (),
         config: Mapping[str, object] | None = None,
     ) -> None:
@@ -123,11 +123,11 @@ class Tokenizer(ABC):
                     f"{source}: the {name} id is {token_id}; expected an id of the vocabulary, 0 to "
                     f"{self.vocab_size - 1}."
                 )
-        self.bos_id, self.eos_id, self.opening = bos_id, eos_id, opening
+        self.bos_id, self.eos_id, self.start_ids = bos_id, eos_id, start_ids
         self.stop_ids = frozenset({eos_id, *(token_id for token_id in stop_ids if 0 <= token_id < self.vocab_size)})
         self.source, self.chat_template = source, default_template(config or {}, source)
         new = (config or {}).get(NEW_TOKENS) or ()
-        settings = json.dumps([type(self).__name__, bos_id, eos_id, opening, sorted(self.stop_ids), *new])
+        settings = json.dumps([type(self).__name__, bos_id, eos_id, start_ids, sorted(self.stop_ids), *new])
         self.fingerprint = hashlib.sha256(definition + settings.encode()).hexdigest()
 
     @property
@@ -136,8 +136,8 @@ class Tokenizer(ABC):
         return (self.eos_id, *sorted(self.stop_ids - {self.eos_id}))
 
 
-def document_opening(usual: tuple[int, ...], bos_id: int | None, add_bos: bool | None) -> tuple[int, ...]:
-    """What opens a document: the family's `usual` ids, BOS put in or left out where a file states it (`add_bos`)."""
+def choose_start_ids(usual: tuple[int, ...], bos_id: int | None, add_bos: bool | None) -> tuple[int, ...]:
+    """Ids that start a document: the family's `usual` ones, with or without BOS where a file states it (`add_bos`)."""
     if add_bos is None or bos_id is None or (bos_id in usual) == add_bos:
         return usual
     return (bos_id, *usual) if add_bos else tuple(token_id for token_id in usual if token_id != bos_id)

@@ -9,18 +9,18 @@ from pathlib import Path
 from tokenizers import decoders, pre_tokenizers
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.cutting import CUTTINGS
 from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import Added, SpecialTokens, read_object
 
 FILE_NAMES = ("vocab.json", "merges.txt")
-_WAYS = {"GPT2": "gpt-2", "GPTNeoX": "olmo", "Qwen2": "qwen2"}
+_RULES_OF_CLASS = {"GPT2": "gpt-2", "GPTNeoX": "olmo", "Qwen2": "qwen2"}
 _USUAL_END = "<|endoftext|>"
 
 
 def open_bpe_files(directory: Path, special: SpecialTokens) -> JsonTokenizer:
-    """Read a directory's vocab.json and merges.txt; what cuts the text is told by `tokenizer_class`, GPT-2 if unsaid.
+    """Read a directory's vocab.json and merges.txt; `tokenizer_class` says how to split text, absent: as GPT-2.
 
     The result saves as tokenizer.json. Raises TokenizerError for files that do not fit each other or a class that is
     not known here.
@@ -29,27 +29,27 @@ def open_bpe_files(directory: Path, special: SpecialTokens) -> JsonTokenizer:
     ids = list(vocabulary.values())
     if not ids or not all(type(token_id) is int and token_id >= 0 for token_id in ids) or len(set(ids)) < len(ids):
         raise TokenizerError(f"{path}: found {what_is(path)}; expected an object of tokens, each with its own id.")
-    way = CUTTINGS[_way(directory, special)]
-    pipeline = way.pipeline(vocabulary, _merges(directory / FILE_NAMES[1], vocabulary))
-    if special.config.get("add_prefix_space") and way is CUTTINGS[_WAYS["GPT2"]]:
+    rules = PRE_TOKENIZATIONS[_rules_name(directory, special)]
+    pipeline = rules.pipeline(vocabulary, _merges(directory / FILE_NAMES[1], vocabulary))
+    if special.config.get("add_prefix_space") and rules is PRE_TOKENIZATIONS[_RULES_OF_CLASS["GPT2"]]:
         pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     pipeline.decoder = decoders.ByteLevel()
     special = _complete(special, vocabulary)
     return JsonTokenizer(json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False), special, source=str(path))
 
 
-def _way(directory: Path, special: SpecialTokens) -> str:
+def _rules_name(directory: Path, special: SpecialTokens) -> str:
     stated = special.config.get("tokenizer_class")
     if stated is None:
-        return _WAYS["GPT2"]
+        return _RULES_OF_CLASS["GPT2"]
     family = str(stated).removesuffix("Fast").removesuffix("Tokenizer")
-    if family not in _WAYS:
-        known = ", ".join(f"{name}Tokenizer" for name in _WAYS)
+    if family not in _RULES_OF_CLASS:
+        known = ", ".join(f"{name}Tokenizer" for name in _RULES_OF_CLASS)
         raise TokenizerError(
             f"{directory / 'tokenizer_config.json'}: 'tokenizer_class' is {stated!r}; expected one of {known} beside a "
             f"{FILE_NAMES[0]}. Give --tokenizer_path the model's tokenizer.json."
         )
-    return _WAYS[family]
+    return _RULES_OF_CLASS[family]
 
 
 def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, ...]]:

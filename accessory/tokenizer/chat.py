@@ -63,7 +63,7 @@ class Chat:
         return self._encode(self._render(self._hide(messages, hidden), add_generation_prompt), hidden)[0]
 
     def documents(self, messages: Sequence[Mapping[str, str]]) -> list[list[tuple[list[int], bool]]]:
-        """The documents to learn a conversation from, each a list of stretches: (ids, whether they are learned).
+        """The documents to learn a conversation from, each a list of segments: (ids, whether they are learned).
 
         Every answer is learned whole, with its end, after exactly the ids that stand before it when it is asked for.
         Answers share a document as long as the template leaves earlier turns as they were; where it changes them (drops
@@ -184,10 +184,10 @@ class Chat:
         """Ids of rendered text that stands at `place`, and the place of what follows it."""
         ids, position = [], 0
         for found in [*self._written.finditer(text), None]:
-            stretch = text[position : found.start() if found else len(text)]
-            if stretch:
-                words = _STANDING_IN.sub(lambda m: hidden[int(m[1])] if int(m[1]) < len(hidden) else "", stretch)
-                ids += self._tokenizer.encode_stretch(words, place)
+            segment = text[position : found.start() if found else len(text)]
+            if segment:
+                words = _STANDING_IN.sub(lambda m: hidden[int(m[1])] if int(m[1]) < len(hidden) else "", segment)
+                ids += self._tokenizer.encode_segment(words, place)
                 place = "continued"
             if found:
                 ids.append(self._id(found))

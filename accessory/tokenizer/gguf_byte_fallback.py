@@ -13,8 +13,8 @@ from itertools import groupby
 from typing import Literal
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.cutting import merges_of, steps
 from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.pre_tokenization import merges_of, steps
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -31,7 +31,7 @@ def is_byte_fallback(pipeline: dict) -> bool:
 
 
 def space_prefix(pipeline: dict, source: str) -> Prefix:
-    """Where a blank is put before text: always (each stretch between added tokens), the first of a text, or never.
+    """Where a blank is put before text: always (each segment between added tokens), the first of a text, or never.
 
     `pipeline` is a tokenizer.json (parsed). Raises `TokenizerError` for one that changes or cuts text in another way.
     """

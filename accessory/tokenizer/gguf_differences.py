@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.cutting import name_of_cutting, steps
 from accessory.tokenizer.gguf_byte_fallback import is_byte_fallback, sentencepiece_beside, space_prefix
 from accessory.tokenizer.gguf_fields import stop_names
 from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.pre_tokenization import pre_tokenization_name, steps
 from accessory.tokenizer.spm import SentencePieceTokenizer
 
 _TEKKEN = "cuts words otherwise at combining marks, and at capitals beyond A to Z"
@@ -25,7 +25,7 @@ def differences(tokenizer: Tokenizer) -> list[str]:
     elif isinstance(tokenizer, JsonTokenizer):
         found += _of_json(tokenizer)
     blanks = [token.content for token in tokenizer.control_tokens().values() if token.lstrip or token.rstrip]
-    if tokenizer.opening not in ((), (tokenizer.bos_id,)):
+    if tokenizer.start_ids not in ((), (tokenizer.bos_id,)):
         found.append("puts nothing before a text, where documents begin with tokens of the family in training")
     if blanks:
         found.append(f"keeps blanks beside {', '.join(blanks[:4])}, where training drops them")
@@ -53,7 +53,7 @@ def _of_json(tokenizer: JsonTokenizer) -> list[str]:
     if not is_byte_fallback(pipeline):
         if {"type": "NFC"} in steps(pipeline.get("normalizer")):
             return ["does not compose characters (NFC) before it cuts a text"]
-        return [_TEKKEN] if name_of_cutting(pipeline, ()) == "tekken" else []
+        return [_TEKKEN] if pre_tokenization_name(pipeline, ()) == "tekken" else []
     try:
         prefix, found = space_prefix(pipeline, tokenizer.source), []
     except TokenizerError:  # the tokenizer.model beside it is what was written

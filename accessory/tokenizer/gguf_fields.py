@@ -8,7 +8,6 @@ from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.cutting import CUTTINGS, WRITTEN, merges_of, name_of_cutting
 from accessory.tokenizer.gguf_byte_fallback import (
     BLANK,
     BYTE,
@@ -19,7 +18,8 @@ from accessory.tokenizer.gguf_byte_fallback import (
 )
 from accessory.tokenizer.gguf_vocab import TokenType
 from accessory.tokenizer.hf_json import JsonTokenizer
-from accessory.tokenizer.spm import CHATGLM_OPENING, SentencePieceTokenizer
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, WRITTEN, merges_of, pre_tokenization_name
+from accessory.tokenizer.spm import CHATGLM_START, SentencePieceTokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -68,7 +68,7 @@ def stop_names(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _special_fields(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict[str, Value]:
-    fields: dict[str, Value] = {f"{_KEY}add_bos_token": tokenizer.bos_id in tokenizer.opening}
+    fields: dict[str, Value] = {f"{_KEY}add_bos_token": tokenizer.bos_id in tokenizer.start_ids}
     if tokenizer.bos_id is not None:
         fields[f"{_KEY}bos_token_id"] = tokenizer.bos_id
     fields |= {f"{_KEY}{name}_token_id": token_id for name, token_id in stop_names(tokenizer).items()}
@@ -91,7 +91,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Va
         piece.piece.replace(BLANK, " ") if piece.type == TokenType.USER_DEFINED else piece.piece
         for piece in proto.pieces
     ]
-    _check_opening(tokenizer, CHATGLM_OPENING, names)
+    _check_start(tokenizer, CHATGLM_START, names)
     if types.count(TokenType.BYTE) != 256:
         raise TokenizerError(f"{source}: lacks some of the pieces <0x00> to <0xFF>; llama.cpp needs all 256. {_HINT}")
     return {
@@ -109,14 +109,14 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Va
 def _byte_level(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str, Value]:
     source, model = tokenizer.source, pipeline["model"]
     names, types = _names_and_types(tokenizer, pipeline)
-    opening = tuple(names.get(token_id, "") for token_id in tokenizer.opening)
-    pre = name_of_cutting(pipeline, opening) if model.get("type") == "BPE" and not _odd(model) else None
+    start_tokens = tuple(names.get(token_id, "") for token_id in tokenizer.start_ids)
+    pre = pre_tokenization_name(pipeline, start_tokens) if model.get("type") == "BPE" and not _odd(model) else None
     if pre is None:
         raise TokenizerError(
             f"{source}: cuts text in a way that GGUF has no name for; expected a byte-level BPE that cuts like one of "
             f"{', '.join(WRITTEN)}. {_HINT}"
         )
-    _check_opening(tokenizer, CUTTINGS[pre].opening, names)
+    _check_start(tokenizer, PRE_TOKENIZATIONS[pre].start_tokens, names)
     if not model["merges"]:
         raise TokenizerError(f"{source}: has no merges; llama.cpp loads no byte-level vocabulary without. {_HINT}")
     return {
@@ -143,7 +143,7 @@ def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[
     if _odd(model):
         raise TokenizerError(f"{source}: has settings that GGUF cannot state ({', '.join(_odd(model))}). {_HINT}")
     names, types = _names_and_types(tokenizer, pipeline)
-    _check_opening(tokenizer, (), names)
+    _check_start(tokenizer, (), names)
     prefix = space_prefix(pipeline, source)
     control = {names[token_id] for token_id, kind in types.items() if kind == TokenType.CONTROL}
     scores = merge_scores(model, control, source)
@@ -187,11 +187,11 @@ def _odd(model: dict) -> list[str]:
     return [name for name in settings if model.get(name)]
 
 
-def _check_opening(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple[str, ...], names) -> None:
-    """Raise TokenizerError if a document opens with anything but nothing, BOS, or the ids `known` for its family."""
-    opening = tokenizer.opening
-    if opening not in ((), (tokenizer.bos_id,)) and tuple(names[token_id] for token_id in opening) != known:
-        found = ", ".join(repr(names[token_id]) for token_id in opening)
+def _check_start(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple[str, ...], names) -> None:
+    """Raise TokenizerError if documents start with anything but nothing, BOS, or the tokens `known` of the family."""
+    start_ids = tokenizer.start_ids
+    if start_ids not in ((), (tokenizer.bos_id,)) and tuple(names[token_id] for token_id in start_ids) != known:
+        found = ", ".join(repr(names[token_id]) for token_id in start_ids)
         raise TokenizerError(f"{tokenizer.source}: documents open with {found}, for which GGUF has no words. {_HINT}")
 
 

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, decoders, processors
 
 from accessory.errors import TokenizerError, nearest
 from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.cutting import CUTTINGS
 from accessory.tokenizer.gguf_metadata import read_metadata
 from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from accessory.tokenizer.special import Added, SpecialTokens
-from accessory.tokenizer.spm import CHATGLM_CLASS, CHATGLM_OPENING, SentencePieceTokenizer
+from accessory.tokenizer.spm import CHATGLM_CLASS, CHATGLM_START, SentencePieceTokenizer
 
 
 class TokenType(IntEnum):
@@ -52,22 +52,22 @@ def open_gguf(path: Path) -> Tokenizer:
 def _byte_level(values: dict[str, object], source: str) -> JsonTokenizer:
     tokens, types = _tokens_and_types(values, source)
     pre = values.get("tokenizer.ggml.pre", "default")
-    if pre not in CUTTINGS:
+    if pre not in PRE_TOKENIZATIONS:
         raise TokenizerError(
-            f"{source}: tokenizer.ggml.pre is {pre!r}; expected one of {', '.join(sorted(CUTTINGS))}."
-            f"{nearest(str(pre), CUTTINGS)} Give --tokenizer_path the model's tokenizer.json."
+            f"{source}: tokenizer.ggml.pre is {pre!r}; expected one of {', '.join(sorted(PRE_TOKENIZATIONS))}."
+            f"{nearest(str(pre), PRE_TOKENIZATIONS)} Give --tokenizer_path the model's tokenizer.json."
         )
-    way = CUTTINGS[pre]
+    rules = PRE_TOKENIZATIONS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(values, "tokenizer.ggml.merges", source)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     _check_merges(merges, vocabulary, source)
-    pipeline = way.pipeline(vocabulary, merges)
+    pipeline = rules.pipeline(vocabulary, merges)
     pipeline.decoder = decoders.ByteLevel()
     pipeline.add_tokens(_added_tokens(tokens, types))
-    if way.opening and set(way.opening) <= vocabulary.keys():
-        ids = [(name, vocabulary[name]) for name in way.opening]
-        pipeline.post_processor = processors.TemplateProcessing(f"{' '.join(way.opening)} $A", None, ids)
-    special = _special_tokens(values, tokens, add_bos=way.add_bos, source=source)
+    if rules.start_tokens and set(rules.start_tokens) <= vocabulary.keys():
+        ids = [(name, vocabulary[name]) for name in rules.start_tokens]
+        pipeline.post_processor = processors.TemplateProcessing(f"{' '.join(rules.start_tokens)} $A", None, ids)
+    special = _special_tokens(values, tokens, add_bos=rules.add_bos, source=source)
     return JsonTokenizer(json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False), special, source=source)
 
 
@@ -89,7 +89,7 @@ def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceToken
         raise TokenizerError(f"{source}: tokenizer.ggml.scores is missing or short; expected {len(tokens)} scores.")
     special = _special_tokens(values, tokens, add_bos=True, source=source)
     controls = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL}
-    if set(CHATGLM_OPENING) <= controls:
+    if set(CHATGLM_START) <= controls:
         special.config["tokenizer_class"] = CHATGLM_CLASS
     # llama.cpp cuts text at user-defined tokens first, and treats each part as a text of its own.
     own = {index for index, kind in enumerate(types) if kind == TokenType.USER_DEFINED}

@@ -14,12 +14,12 @@ import tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import spm
-from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
+from accessory.tokenizer.base import Place, Tokenizer, choose_start_ids, looks_like_control
 from accessory.tokenizer.sniff import may_be_model, what_is
 from accessory.tokenizer.special import FLAGS, Added, SpecialTokens, further_names, write_special_tokens
 from accessory.tokenizer.spm import write_model_file
 from accessory.tokenizer.spm_pipeline import EXTRA_BLANKS
-from accessory.tokenizer.trial import try_apart
+from accessory.tokenizer.trial import try_in_subprocess
 
 FILE_NAME = "tokenizer.json"
 _NEVER = -1e6  # score of a Unigram entry that any cutting into other known entries beats
@@ -56,7 +56,7 @@ class JsonTokenizer(Tokenizer):
         self._set_special(
             bos_id=bos_id,
             eos_id=eos_id,
-            opening=document_opening(self.usual_opening(eos_id), bos_id, special.add_bos),
+            start_ids=choose_start_ids(self.usual_start_ids(eos_id), bos_id, special.add_bos),
             stop_ids=special.stop_ids,
             definition=definition.encode() + added.encode(),
             source=source,
@@ -107,10 +107,10 @@ class JsonTokenizer(Tokenizer):
         own = {key: self._main.id_to_token(token_id) for key, token_id in ids.items() if token_id is not None}
         return {**further_names(self.special.config), **own}
 
-    def encode_stretch(self, text: str, place: Place) -> list[int]:
-        """See `Tokenizer.encode_stretch`. A space for the first word of a text is only made up for the first stretch.
+    def encode_segment(self, text: str, place: Place) -> list[int]:
+        """See `Tokenizer.encode_segment`. A space for the first word of a text is only added for the first segment.
 
-        Other steps that make one up do so for every stretch.
+        Other steps that add one do so for every segment.
         """
         if place == "behind_control":
             return self._behind_control.encode(text, add_special_tokens=False).ids
@@ -139,7 +139,7 @@ class JsonTokenizer(Tokenizer):
             {"tokenizer_class": "PreTrainedTokenizerFast", **self.special.config},
             bos=None if self.bos_id is None else self._main.id_to_token(self.bos_id),
             eos=self._main.id_to_token(self.eos_id),
-            add_bos=self.bos_id in self.opening,
+            add_bos=self.bos_id in self.start_ids,
             stop_ids=self._ordered_stop_ids,
             added=self._added if self.model_file is None else self.added_tokens(),
         )
@@ -167,8 +167,8 @@ class JsonTokenizer(Tokenizer):
                     f"where this vocabulary has {found}; expected ids that go on where it ends."
                 )
 
-    def usual_opening(self, eos_id: int) -> tuple[int, ...]:
-        """What the pipeline's post-processor puts before a text."""
+    def usual_start_ids(self, eos_id: int) -> tuple[int, ...]:
+        """The ids that the pipeline's post-processor puts before a text."""
         found = self._main.encode("a", add_special_tokens=True)
         made_up = list(takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True)))
         ids = [token_id for token_id, _ in made_up]
@@ -198,7 +198,7 @@ def _parse(definition: str, source: str) -> dict:
         raise TokenizerError(f'{source}: found {found} with no "model" in it; {_EXPECTED}.')
     # Some published files ask for truncation and padding, which are not the tokenizer's task here.
     pipeline["truncation"] = pipeline["padding"] = None
-    try_apart("tokenizers", json.dumps(pipeline).encode(), f"{source}: {_EXPECTED}")
+    try_in_subprocess("tokenizers", json.dumps(pipeline).encode(), f"{source}: {_EXPECTED}")
     return pipeline
 
 

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Place, Tokenizer, document_opening, looks_like_control
+from accessory.tokenizer.base import Place, Tokenizer, choose_start_ids, looks_like_control
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import (
     ADDED_FILE,
@@ -24,11 +24,11 @@ from accessory.tokenizer.special import (
     write_object,
     write_special_tokens,
 )
-from accessory.tokenizer.trial import try_apart
+from accessory.tokenizer.trial import try_in_subprocess
 
 FILE_NAME = "tokenizer.model"
 CHATGLM_CLASS = "ChatGLMTokenizer"
-CHATGLM_OPENING = ("[gMASK]", "sop")
+CHATGLM_START = ("[gMASK]", "sop")
 _CHATGLM_TOKENS = (
     "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"
 )  # fmt: skip
@@ -70,7 +70,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._set_special(
             bos_id=bos_id,
             eos_id=eos_id,
-            opening=document_opening(_usual_opening(special, ids, bos_id), bos_id, special.add_bos),
+            start_ids=choose_start_ids(_usual_start_ids(special, ids, bos_id), bos_id, special.add_bos),
             stop_ids=special.stop_ids,
             definition=definition + added.encode() + (b"" if self.legacy else b"not legacy"),
             source=source,
@@ -79,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
         _hide_control_pieces(proto, {bos_id, eos_id}, special.new)
         self.proto = proto
         self._silent = {index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNUSED}
-        try_apart("sentencepiece", proto.SerializeToString(deterministic=True), f"{source}: {_EXPECTED}")
+        try_in_subprocess("sentencepiece", proto.SerializeToString(deterministic=True), f"{source}: {_EXPECTED}")
         self.cut_first = {
             index: token for index, token in self._added.items() if proto.pieces[index].type == _Piece.USER_DEFINED
         }
@@ -92,7 +92,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False, threads: int = 1) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         if self.cut_first:
-            return [self.encode_stretch(text, "continued" if continuation else "start") for text in texts]
+            return [self.encode_segment(text, "continued" if continuation else "start") for text in texts]
         processor = self._continuing if continuation else self._processor
         return processor.encode(list(texts), num_threads=threads)
 
@@ -128,8 +128,8 @@ class SentencePieceTokenizer(Tokenizer):
         own = {key: self._pieces[token_id] for key, token_id in ids.items() if token_id is not None}
         return {**further_names(self.special.config), **own}
 
-    def encode_stretch(self, text: str, place: Place) -> list[int]:
-        """See `Tokenizer.encode_stretch`."""
+    def encode_segment(self, text: str, place: Place) -> list[int]:
+        """See `Tokenizer.encode_segment`."""
         ids, added = [], {token.content: index for index, token in self.cut_first.items()}
         for part in self._cut.split(text):
             if part in added:
@@ -153,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
             {**usual, **self.special.config, "legacy": self.legacy},
             bos=None if self.bos_id is None else self._pieces[self.bos_id],
             eos=self._pieces[self.eos_id],
-            add_bos=self.bos_id in self.opening,
+            add_bos=self.bos_id in self.start_ids,
             stop_ids=self._ordered_stop_ids,
             added=self._added,
         )
@@ -203,14 +203,14 @@ def _all_added(special: SpecialTokens, proto: ModelProto) -> dict[int, Added]:
     if special.config.get("tokenizer_class") != CHATGLM_CLASS:
         return special.added
     first = len(proto.pieces)
-    if any(piece.piece == CHATGLM_OPENING[0] for piece in proto.pieces):  # a GGUF file lists them among its own
+    if any(piece.piece == CHATGLM_START[0] for piece in proto.pieces):  # a GGUF file lists them among its own
         return special.added
     return special.added | {first + place: Added(content) for place, content in enumerate(_CHATGLM_TOKENS)}
 
 
-def _usual_opening(special: SpecialTokens, ids: dict[str, int], bos_id: int | None) -> tuple[int, ...]:
+def _usual_start_ids(special: SpecialTokens, ids: dict[str, int], bos_id: int | None) -> tuple[int, ...]:
     if special.config.get("tokenizer_class") == CHATGLM_CLASS:
-        return tuple(ids[name] for name in CHATGLM_OPENING)
+        return tuple(ids[name] for name in CHATGLM_START)
     return () if bos_id is None else (bos_id,)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.cutting import CUTTINGS
 from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import SpecialTokens
 
-_WAY = CUTTINGS["llama-bpe"]
+_RULES = PRE_TOKENIZATIONS["llama-bpe"]
 _BEGIN, _END, _ENDS_OF_TURNS = "<|begin_of_text|>", "<|end_of_text|>", ("<|eom_id|>", "<|eot_id|>")
 _SPECIAL = 256  # tokens behind the ranks, most of them reserved
 _NAMED = {
@@ -36,9 +36,9 @@ def open_tiktoken(path: Path, special: SpecialTokens) -> JsonTokenizer:
     content = path.read_bytes()
     ranks = _ranks(content, path)
     vocabulary = {_spell(token): rank for token, rank in ranks.items()}
-    pipeline = _WAY.pipeline(vocabulary, _merges(ranks))
+    pipeline = _RULES.pipeline(vocabulary, _merges(ranks))
     pipeline.decoder = decoders.ByteLevel()
-    _check_cutting(ranks, path)
+    _check_pre_tokenization(ranks, path)
     names = _special_names()
     pipeline.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     ends = [len(ranks) + names.index(name) for name in (_END, *_ENDS_OF_TURNS)]
@@ -46,7 +46,7 @@ def open_tiktoken(path: Path, special: SpecialTokens) -> JsonTokenizer:
         special,
         bos=special.bos or (None if special.no_bos else _BEGIN),
         eos=special.eos or (_END if special.eos_id is None else None),
-        add_bos=special.add_bos if special.add_bos is not None else _WAY.add_bos,
+        add_bos=special.add_bos if special.add_bos is not None else _RULES.add_bos,
         stop_ids=special.stop_ids or tuple(ends),
     )
     definition = json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False)
@@ -100,9 +100,9 @@ def _special_names() -> list[str]:
     return [_NAMED.get(place) or f"<|reserved_special_token_{next(reserved)}|>" for place in range(_SPECIAL)]
 
 
-def _check_cutting(ranks: dict[bytes, int], path: Path) -> None:
-    """Raise TokenizerError for a token that Llama 3's cutting would divide: it was learned with another cutting."""
-    cut = _WAY.pre_tokenizer()
+def _check_pre_tokenization(ranks: dict[bytes, int], path: Path) -> None:
+    """Raise TokenizerError for a token that Llama 3 would split: the ranks were learned on text split otherwise."""
+    cut = _RULES.pre_tokenizer()
     for token in ranks:
         try:
             text = token.decode()

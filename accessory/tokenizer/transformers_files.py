@@ -32,8 +32,8 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
     else:
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written for transformers.")
     pipeline |= {"truncation": None, "padding": None}
-    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.usual_opening(tokenizer.eos_id) != tokenizer.opening:
-        pipeline["post_processor"] = _opening_with(tokenizer)
+    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.usual_start_ids(tokenizer.eos_id) != tokenizer.start_ids:
+        pipeline["post_processor"] = _start_processor(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(pipeline, ensure_ascii=False, indent=1)
     (directory / hf_json.FILE_NAME).write_text(text, encoding="utf-8", newline="")
@@ -42,21 +42,21 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
     _write_config(tokenizer, pipeline["added_tokens"], directory)
 
 
-def _opening_with(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict:
+def _start_processor(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict:
     """A post-processor that puts the ids which open a document before each text, the second of a pair as well."""
     names = {token_id: token.content for token_id, token in tokenizer.control_tokens().items()}
     names[tokenizer.bos_id] = tokenizer.special_names().get("bos_token")
-    opening = {names[token_id]: token_id for token_id in tokenizer.opening}
+    start_tokens = {names[token_id]: token_id for token_id in tokenizer.start_ids}
 
     def text(sequence: str, type_id: int) -> list[dict]:
-        tokens = [{"SpecialToken": {"id": name, "type_id": type_id}} for name in opening]
+        tokens = [{"SpecialToken": {"id": name, "type_id": type_id}} for name in start_tokens]
         return [*tokens, {"Sequence": {"id": sequence, "type_id": type_id}}]
 
     return {
         "type": "TemplateProcessing",
         "single": text("A", 0),
         "pair": text("A", 0) + text("B", 1),
-        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in opening.items()},
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in start_tokens.items()},
     }
 
 
@@ -72,7 +72,7 @@ def _write_config(tokenizer: SentencePieceTokenizer | JsonTokenizer, added: list
         config,
         bos=names.get("bos_token"),
         eos=names["eos_token"],
-        add_bos=tokenizer.bos_id in tokenizer.opening,
+        add_bos=tokenizer.bos_id in tokenizer.start_ids,
         stop_ids=(tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})),
         added={token["id"]: Added(**{flag: token[flag] for flag in FLAGS}) for token in added},
     )

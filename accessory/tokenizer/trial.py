@@ -49,20 +49,20 @@ _PATIENCE = 300  # seconds
 _passed: set[bytes] = set()
 
 
-def try_apart(library: Literal["sentencepiece", "tokenizers"], definition: bytes, refusal: str) -> None:
+def try_in_subprocess(library: Literal["sentencepiece", "tokenizers"], definition: bytes, refusal: str) -> None:
     """Load `definition` with `library`, encode and decode a few texts; once for each definition.
 
     Raises TokenizerError, `refusal` followed by what came of it.
     """
     digest = hashlib.sha256(library.encode() + definition).digest()
     if digest not in _passed:
-        fault = run_apart(_TRIALS[library] + _RUN, definition)
+        fault = run_in_subprocess(_TRIALS[library] + _RUN, definition)
         if fault:
             raise TokenizerError(f"{refusal}, but {library} {fault}.")
         _passed.add(digest)
 
 
-def run_apart(program: str, given: bytes) -> str | None:
+def run_in_subprocess(program: str, given: bytes) -> str | None:
     """Run a Python program with `given` on its standard input: None if it ends well, else what it came to."""
     command = [sys.executable, "-P", "-c", program]
     try:

@@ -23,7 +23,7 @@ class Bytes(Tokenizer):
 
     def __init__(self, *, add_bos: bool = True, name: str = "bytes") -> None:
         self.vocab_size, self.bos_id, self.eos_id = 260, 1, 2
-        self.opening, self.stop_ids = (1,) if add_bos else (), frozenset({2})
+        self.start_ids, self.stop_ids = (1,) if add_bos else (), frozenset({2})
         self.fingerprint = hashlib.sha256(f"{name}{add_bos}".encode()).hexdigest()
         self.calls = 0
 

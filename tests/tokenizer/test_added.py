@@ -36,7 +36,7 @@ def test_they_have_the_next_ids_and_text_becomes_them(tokenizer, sentences):
         assert ours.decode(ours.encode(f"red{token}green", continuation=True)) == f"red{token}green"
     for text in sentences:
         assert ours.encode(text) == tokenizer.encode(text)
-    assert (ours.eos_id, ours.opening, ours.stop_ids) == (tokenizer.eos_id, tokenizer.opening, tokenizer.stop_ids)
+    assert (ours.eos_id, ours.start_ids, ours.stop_ids) == (tokenizer.eos_id, tokenizer.start_ids, tokenizer.stop_ids)
     assert ours.fingerprint != tokenizer.fingerprint
     assert ours.control_tokens() == tokenizer.control_tokens()
 

@@ -1,7 +1,7 @@
 import pytest
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer, document_opening, looks_like_control
+from accessory.tokenizer.base import Tokenizer, choose_start_ids, looks_like_control
 
 
 class Characters(Tokenizer):
@@ -9,7 +9,7 @@ class Characters(Tokenizer):
 
     def __init__(self, **special):
         self.vocab_size = 128
-        self._set_special(**{"bos_id": 1, "eos_id": 2, "opening": (1,), "definition": b"", "source": "x", **special})
+        self._set_special(**{"bos_id": 1, "eos_id": 2, "start_ids": (1,), "definition": b"", "source": "x", **special})
 
     def encode_batch(self, texts, *, continuation=False, threads=1):
         return [[ord(letter) for letter in text] for text in texts]
@@ -36,7 +36,7 @@ def test_encode_is_a_batch_of_one():
 
 
 def test_fingerprint_tells_every_setting_apart():
-    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"opening": ()}, {"stop_ids": [5]}, {"definition": b"y"}]
+    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"start_ids": ()}, {"stop_ids": [5]}, {"definition": b"y"}]
     assert len({Characters(**variant).fingerprint for variant in variants}) == len(variants)
     assert Characters().fingerprint == Characters(source="elsewhere").fingerprint
 
@@ -58,7 +58,7 @@ def test_every_stop_id_within_the_vocabulary_counts_and_eos_always():
     ],
 )
 def test_bos_is_put_in_or_left_out_where_a_file_says_so(usual, bos_id, stated, expected):
-    assert document_opening(usual, bos_id, stated) == expected
+    assert choose_start_ids(usual, bos_id, stated) == expected
 
 
 @pytest.mark.parametrize(("key", "value"), [("eos_id", 128), ("bos_id", -1)])

@@ -43,7 +43,7 @@ def test_ids_are_those_of_transformers(lay, config, awkward, sentences):
     texts = [text for text in awkward + sentences if "<" not in text] + ["cafe\u0301"]
     assert [ours.encode(text) for text in texts] == [theirs(text, add_special_tokens=False).input_ids for text in texts]
     for text in texts[2:]:
-        assert [*ours.opening, *ours.encode(text)] == theirs(text).input_ids
+        assert [*ours.start_ids, *ours.encode(text)] == theirs(text).input_ids
     assert (ours.eos_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
 
 
@@ -57,7 +57,7 @@ def test_a_byte_order_mark_is_no_merge(lay):
 
 def test_a_document_of_opt_opens_with_its_end_token(lay):
     ours = open_tokenizer(lay(OPT))
-    assert ours.opening == (2,) == (ours.bos_id,) == (ours.eos_id,)
+    assert ours.start_ids == (2,) == (ours.bos_id,) == (ours.eos_id,)
     assert 2 not in ours.encode("a</s>") and ours.decode([2, *ours.encode("a</s>"), 1]) == "a</s>"
 
 
@@ -92,7 +92,7 @@ def test_of_added_tokens_json_the_named_ones_are_special(lay, tmp_path):
 
 def test_without_a_class_it_is_gpt2s_and_ends_usually(lay, byte_level):
     ours = open_tokenizer(lay({}))
-    assert ours.eos_id == 3 and ours.opening == ()
+    assert ours.eos_id == 3 and ours.start_ids == ()
     assert ours.encode("Hello world 12") == [i + 3 for i in byte_level.encode("Hello world 12").ids]
 
 
@@ -100,7 +100,7 @@ def test_saved_as_json_it_is_equal(lay, tmp_path):
     ours = open_tokenizer(lay(OPT, generation_config={"eos_token_id": [2, 5]}))
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
-    assert again.fingerprint == ours.fingerprint and again.opening == (2,) and again.stop_ids == {2, 5}
+    assert again.fingerprint == ours.fingerprint and again.start_ids == (2,) and again.stop_ids == {2, 5}
 
 
 def test_either_file_stands_for_both(lay):

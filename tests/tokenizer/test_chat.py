@@ -152,9 +152,9 @@ def test_words_around_a_spelled_control_token_are_cut_as_always(spm_model, tmp_p
     words = ours.encode("\n the philosophy")  # ChatGLM's own code encodes what follows a role by itself, too
     assert ids == [421, 423, 426, *words, 427]
     assert Chat(ours).stop_ids == {2, 426}  # a turn ends where the user's begins
-    (stretches,) = Chat(ours).documents(said(("user", "q"), ("assistant", "a")))
+    (segments,) = Chat(ours).documents(said(("user", "q"), ("assistant", "a")))
     answer = ours.encode("\n a")
-    assert stretches == [(Chat(ours).ids(said(("user", "q"))), False), ([*answer, 2], True)]
+    assert segments == [(Chat(ours).ids(said(("user", "q"))), False), ([*answer, 2], True)]
 
 
 ENDS = {"chatml": 2, "llama3": 402, "first": 2, "sentencepiece": 2}
@@ -173,13 +173,13 @@ def test_what_is_learned_is_the_answer_and_its_end(checkpoint, end):
 def test_every_answer_of_a_conversation_is_learned(checkpoint):
     ours = open_tokenizer(checkpoint)
     messages = said(("user", "a"), ("assistant", "red"), ("user", "b <|im_end|>"), ("assistant", "green"))
-    (stretches,) = Chat(ours).documents(messages)
-    assert [learned for _, learned in stretches] == [False, True, False, True]
-    assert [ours.decode(ids).strip() for ids, learned in stretches if learned] == ["red", "green"]
-    whole = [i for ids, _ in stretches for i in ids]
+    (segments,) = Chat(ours).documents(messages)
+    assert [learned for _, learned in segments] == [False, True, False, True]
+    assert [ours.decode(ids).strip() for ids, learned in segments if learned] == ["red", "green"]
+    whole = [i for ids, _ in segments for i in ids]
     rendered = Chat(ours).ids(messages, add_generation_prompt=False)
     assert ours.decode(whole).rstrip() == ours.decode(rendered).rstrip()
-    assert [stretches[:2]] == Chat(ours).documents(messages[:2])
+    assert [segments[:2]] == Chat(ours).documents(messages[:2])
 
 
 # Written for these tests after what published templates do. Earlier answers lose their reasoning:
@@ -244,8 +244,8 @@ def test_every_answer_is_learned_whole_behind_what_asks_for_it(byte_level, tmp_p
     ours = chatml(tmp_path, byte_level, chat_template=template)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     messages = said(("user", "a"), ("assistant", answers[0]), ("user", "b"), ("assistant", answers[1]))
-    found = [(stretches[:place], ids) for stretches in Chat(ours).documents(messages) for place, (ids, learned)
-             in enumerate(stretches) if learned]  # fmt: skip
+    found = [(segments[:place], ids) for segments in Chat(ours).documents(messages) for place, (ids, learned)
+             in enumerate(segments) if learned]  # fmt: skip
     assert len(found) == 2
     for (before, ids), turn, answer in zip(found, (1, 3), answers, strict=True):
         prompt = [token for stretch, _ in before for token in stretch]
@@ -292,7 +292,7 @@ def test_answers_without_an_end_of_their_own_are_a_document_each(byte_level, tmp
     """Else only the last would be learned to end."""
     ours = chatml(tmp_path, byte_level, chat_template="{% for m in messages %}{{ m.role + m.content }}\n{% endfor %}")
     documents = Chat(ours).documents(said(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
-    assert [stretches[-1][0][-1] for stretches in documents] == [ours.eos_id, ours.eos_id]
+    assert [segments[-1][0][-1] for segments in documents] == [ours.eos_id, ours.eos_id]
     assert Chat(ours).stop_ids == {ours.eos_id}
 
 

@@ -82,7 +82,7 @@ def test_ids_are_the_same_everywhere(pipeline, llama_cpp, tmp_path, form):
     assert (found["opening"], found["ends"]) == ([ours.bos_id], [ours.eos_id])
     again = open_tokenizer(path)
     assert again.encode_batch(texts) == ids
-    assert (again.opening, again.stop_ids) == (ours.opening, ours.stop_ids)
+    assert (again.start_ids, again.stop_ids) == (ours.start_ids, ours.stop_ids)
     said = differences(ours)
     assert len(said) == len(DIFFERENCES.get(form, ()))
     assert all(line.startswith(words) for line, words in zip(said, DIFFERENCES.get(form, ()), strict=True))

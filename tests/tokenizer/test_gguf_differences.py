@@ -4,8 +4,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from accessory.tokenizer import open_tokenizer
-from accessory.tokenizer.cutting import CUTTINGS
 from accessory.tokenizer.gguf_differences import differences
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from tests.tokenizer.gguf_files import write_byte_level
 
 CHATML = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -41,7 +41,7 @@ def test_words_that_llama_cpp_cuts_otherwise(llama_cpp, tmp_path):
         for end in range(1, len(word)):
             names.setdefault(word[: end + 1], len(names))
             merges.append((word[:end], word[end]))
-    pipeline = CUTTINGS["tekken"].pipeline(names, list(dict.fromkeys(merges)))
+    pipeline = PRE_TOKENIZATIONS["tekken"].pipeline(names, list(dict.fromkeys(merges)))
     pipeline.add_special_tokens(["<s>", "</s>"])
     pipeline.decoder = decoders.ByteLevel()
     tokenizer = lay(tmp_path, "tokenizer.json", pipeline.to_str().encode(), bos_token="<s>", eos_token="</s>")

@@ -6,8 +6,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer, with_added_tokens
-from accessory.tokenizer.cutting import CUTTINGS, name_of_cutting
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, pre_tokenization_name
 
 CHATML = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ x }}"}
 
@@ -28,7 +28,7 @@ def lay(directory, pipeline, config):
 
 
 def alike(one, other, texts):
-    for name in ("bos_id", "eos_id", "opening", "stop_ids", "chat_template"):
+    for name in ("bos_id", "eos_id", "start_ids", "stop_ids", "chat_template"):
         assert getattr(one, name) == getattr(other, name), name
     for text in texts:
         for continuation in (False, True):
@@ -40,7 +40,7 @@ def alike(one, other, texts):
 def with_cutting(pipeline, pre):
     made = json.loads(pipeline.to_str())
     model = made["model"]
-    way = CUTTINGS[pre].pipeline(model["vocab"], [tuple(merge) for merge in model["merges"]])
+    way = PRE_TOKENIZATIONS[pre].pipeline(model["vocab"], [tuple(merge) for merge in model["merges"]])
     ours = json.loads(way.to_str())
     return Tokenizer.from_str(
         json.dumps({**made, **{key: ours[key] for key in ("normalizer", "pre_tokenizer", "model")}})
@@ -68,21 +68,21 @@ def test_glm_is_told_from_llama3_by_what_opens_a_document(byte_level, tmp_path, 
     ids = [("[gMASK]", 400), ("<sop>", 401)]
     pipeline.post_processor = processors.TemplateProcessing("[gMASK] <sop> $A", None, ids)
     ours = lay(tmp_path, pipeline, {"eos_token": "<|endoftext|>"})
-    assert ours.opening == (400, 401)
+    assert ours.start_ids == (400, 401)
     assert vocabulary_fields(ours, 402)["tokenizer.ggml.pre"] == "glm4"
     alike(ours, through_gguf(ours, tmp_path / "v.gguf", 402), sentences)
 
 
 def test_a_token_that_no_merges_lead_to_needs_the_same_way(byte_level):
     model = json.loads(with_cutting(byte_level, "llama-bpe").to_str())
-    assert name_of_cutting(model, ()) == "llama-bpe"
+    assert pre_tokenization_name(model, ()) == "llama-bpe"
     model["model"]["ignore_merges"] = False
-    assert name_of_cutting(model, ()) == "llama-bpe"
+    assert pre_tokenization_name(model, ()) == "llama-bpe"
     model["model"]["vocab"]["zqx"] = 400
-    assert name_of_cutting(model, ()) == "dbrx"
+    assert pre_tokenization_name(model, ()) == "dbrx"
     model["model"]["ignore_merges"] = True
     model["pre_tokenizer"] = json.loads(byte_level.to_str())["pre_tokenizer"]
-    assert name_of_cutting(model, ()) is None
+    assert pre_tokenization_name(model, ()) is None
 
 
 def test_words_for_the_same_way_do_not_matter(byte_level):
@@ -90,9 +90,9 @@ def test_words_for_the_same_way_do_not_matter(byte_level):
     inner = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     pipeline["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [inner]}
     pipeline["normalizer"] = {"type": "Sequence", "normalizers": []}
-    assert name_of_cutting(pipeline, ()) == "gpt-2"
+    assert pre_tokenization_name(pipeline, ()) == "gpt-2"
     pipeline["normalizer"]["normalizers"] = [{"type": "NFC"}]
-    assert name_of_cutting(pipeline, ()) == "olmo"
+    assert pre_tokenization_name(pipeline, ()) == "olmo"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_chatglm_opens_its_documents_after_gguf_too(spm_model, tmp_path, sentenc
     again.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == again.fingerprint
     more = with_added_tokens(again, ["<tok>"])
-    assert more.added_tokens()[440].content == "<tok>" and more.opening == ours.opening
+    assert more.added_tokens()[440].content == "<tok>" and more.start_ids == ours.start_ids
 
 
 def test_a_unigram_model_is_refused(train_sentencepiece, tmp_path):

@@ -83,7 +83,7 @@ def test_llama3_takes_a_whole_token_without_merges(byte_level, tmp_path):
 )
 def test_add_bos(byte_level, tmp_path, pre, stated, expected):
     settings = {} if stated is None else {"add_bos_token": stated}
-    assert open_tokenizer(write_byte_level(tmp_path / "v.gguf", byte_level, pre, **settings)).opening == (
+    assert open_tokenizer(write_byte_level(tmp_path / "v.gguf", byte_level, pre, **settings)).start_ids == (
         (1,) if expected else ()
     )
 
@@ -114,7 +114,7 @@ def test_sentencepiece_ids_are_those_of_the_model_it_was_written_from(spm_model,
     path = write(tmp_path / "v.gguf", "llama", pieces, types, scores=scores, **settings)
     ours = open_tokenizer(path)
     assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (420, 1, 2, (1,))
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.start_ids) == (420, 1, 2, (1,))
     ours.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
 
@@ -194,7 +194,7 @@ def test_smollm2_against_transformers(texts):
     assert [ours.encode(text) for text in alike] == [theirs(text, add_special_tokens=False).input_ids for text in alike]
     theirs.backend_tokenizer.pre_tokenizer = REFERENCES["smollm"]
     assert [ours.encode(text) for text in texts] == [theirs(text, add_special_tokens=False).input_ids for text in texts]
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (49152, 1, 2, ())
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.start_ids) == (49152, 1, 2, ())
 
 
 def test_further_ids_that_end_an_answer(byte_level, spm_model, tmp_path):

@@ -29,7 +29,7 @@ def test_ids_are_those_of_transformers(byte_level, tmp_path, awkward, sentences)
     expected = [theirs(text, add_special_tokens=False).input_ids for text in texts]
     assert [ours.encode(text) for text in texts] == expected
     assert ours.encode_batch(texts, threads=2) == expected
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (400, 1, 2, ())
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.start_ids) == (400, 1, 2, ())
 
 
 def test_a_continued_text_decodes_to_the_whole(byte_level, llama_like, tmp_path):
@@ -73,7 +73,7 @@ def test_add_bos_is_stated_or_told_by_the_post_processor(byte_level, tmp_path, s
     pipeline.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
     config = CHATML if stated is None else {**CHATML, "add_bos_token": stated}
     ours = open_tokenizer(lay(tmp_path, pipeline, config))
-    assert ours.opening == ((1,) if expected else ())
+    assert ours.start_ids == ((1,) if expected else ())
     assert ours.bos_id not in ours.encode("Write")
 
 
@@ -164,9 +164,9 @@ def test_a_document_opens_as_the_post_processor_says(byte_level, tmp_path):
     ids = [("[gMASK]", 400), ("<sop>", 401), ("<|im_end|>", 2)]
     pipeline.post_processor = processors.TemplateProcessing("[gMASK] <sop> $A <|im_end|>", None, ids)
     ours = open_tokenizer(lay(tmp_path / "a", pipeline, {"eos_token": "<|im_end|>"}))
-    assert ours.opening == (400, 401)
+    assert ours.start_ids == (400, 401)
     ours.save(tmp_path / "saved")
-    assert open_tokenizer(tmp_path / "saved").opening == (400, 401)
+    assert open_tokenizer(tmp_path / "saved").start_ids == (400, 401)
 
 
 def test_end_and_beginning_are_told_apart_where_the_text_is_unknown(tmp_path):
@@ -174,7 +174,7 @@ def test_end_and_beginning_are_told_apart_where_the_text_is_unknown(tmp_path):
     pipeline.add_special_tokens(["<b>", "<e>"])
     pipeline.post_processor = processors.TemplateProcessing("<b> $A <e>", None, [("<b>", 0), ("<e>", 1)])
     ours = open_tokenizer(lay(tmp_path, pipeline, {"bos_token": "<b>", "eos_token": "<e>"}))
-    assert ours.opening == (0,)
+    assert ours.start_ids == (0,)
 
 
 def test_tokens_that_only_the_config_adds(byte_level, tmp_path, sentences):

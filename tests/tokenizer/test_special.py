@@ -86,7 +86,7 @@ def test_the_template_file_takes_precedence(tmp_path):
     put(tmp_path, tokenizer_config={"chat_template": "old"})
     (tmp_path / "chat_template.jinja").write_text("new é", encoding="utf-8-sig")
     assert read_special_tokens(tmp_path).config == {"chat_template": "new é"}
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xff")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\x00")
     with pytest.raises(TokenizerError, match=r"chat_template.jinja: found a binary file.*expected a Jinja template"):
         read_special_tokens(tmp_path)
 

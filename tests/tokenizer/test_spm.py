@@ -18,7 +18,7 @@ def test_ids_are_those_of_sentencepiece(spm_file, spm_model, awkward, sentences)
     texts = [text for text in awkward + sentences if "<|" not in text]
     assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
     assert ours.encode_batch(texts, threads=2) == [theirs.encode(text) for text in texts]
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.opening) == (420, 1, 2, (1,))
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.start_ids) == (420, 1, 2, (1,))
 
 
 def test_a_continued_text_decodes_to_the_whole(spm_file, awkward, sentences):
@@ -43,8 +43,8 @@ def test_behind_a_control_token_a_space_is_made_up_unless_a_file_says_not(spm_fi
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours, alone = open_tokenizer(spm_file), reference(spm_model).encode("[task] one")
     made_up = config is None or config.get("legacy") is not False
-    assert (ours.encode_stretch("[task] one", "behind_control") == alone) is made_up
-    assert ours.encode_stretch("[task] one", "start") == alone != ours.encode_stretch("[task] one", "continued")
+    assert (ours.encode_segment("[task] one", "behind_control") == alone) is made_up
+    assert ours.encode_segment("[task] one", "start") == alone != ours.encode_segment("[task] one", "continued")
 
 
 def test_a_continuation_keeps_its_space_in_a_model_that_strips(tmp_path, train_sentencepiece):
@@ -76,7 +76,7 @@ def test_saved_and_opened_again_it_is_equal(spm_file, tmp_path):
     ours = open_tokenizer(spm_file)
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
-    assert again.fingerprint == ours.fingerprint and again.opening == ()
+    assert again.fingerprint == ours.fingerprint and again.start_ids == ()
     stated = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
     assert stated["chat_template"] == "{{ x }}" and stated["legacy"] is True
     theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -89,7 +89,7 @@ def test_names_beside_the_model_win(spm_file, tmp_path):
     ours = open_tokenizer(spm_file)
     assert ours.encode("<|im_end|>") != [ours.eos_id]
     assert reference(spm_file.read_bytes()).id_to_piece(ours.eos_id) == "<|im_end|>"
-    assert ours.bos_id is None and ours.opening == ()
+    assert ours.bos_id is None and ours.start_ids == ()
 
 
 def test_a_name_that_is_no_piece_is_refused(spm_file, tmp_path):
@@ -216,13 +216,13 @@ def test_chatglms_tokens_follow_the_pieces_and_open_its_documents(spm_file, spm_
     ours = open_tokenizer(spm_file)
     found = {i: token.content for i, token in ours.control_tokens().items() if i >= 420}
     assert found == dict(enumerate(GLM_TOKENS, start=420))
-    assert ours.opening == (421, 423) and ours.vocab_size == 429
+    assert ours.start_ids == (421, 423) and ours.vocab_size == 429
     for text in ("philosophy [gMASK]sop<|user|>", "sop"):
         assert ours.encode(text) == reference(spm_model).encode(text)
     assert ours.decode([421, 423, 426, *ours.encode("a task")]) == "a task"
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
-    assert again.fingerprint == ours.fingerprint and again.opening == ours.opening
+    assert again.fingerprint == ours.fingerprint and again.start_ids == ours.start_ids
 
 
 def test_all_ids_that_end_an_answer_survive_saving(spm_file, tmp_path):

@@ -72,11 +72,11 @@ def test_special_tokens_are_metas(tmp_path, ranks):
         "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
     ]  # fmt: skip
     assert names[255] == "<|reserved_special_token_247|>" and len(names) == 256
-    assert (ours.opening, ours.eos_id, ours.vocab_size) == ((first,), first + 1, first + 256)
+    assert (ours.start_ids, ours.eos_id, ours.vocab_size) == ((first,), first + 1, first + 256)
     assert ours.stop_ids == {first + 1, first + 8, first + 9}
     (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>", "add_bos_token": false}')
     stated = open_tokenizer(tmp_path / "a")
-    assert stated.eos_id == first + 9 and stated.opening == ()
+    assert stated.eos_id == first + 9 and stated.start_ids == ()
 
 
 def test_saved_and_written_for_transformers(tmp_path, ranks, strings):
@@ -103,7 +103,7 @@ def test_written_to_gguf_and_read_back(tmp_path, ranks, strings):
     writer.close()
     again = open_tokenizer(tmp_path / "v.gguf")
     assert again.encode_batch(strings) == ours.encode_batch(strings)
-    assert (again.opening, again.stop_ids) == (ours.opening, ours.stop_ids)
+    assert (again.start_ids, again.stop_ids) == (ours.start_ids, ours.stop_ids)
 
 
 @pytest.mark.parametrize(

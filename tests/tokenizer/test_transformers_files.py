@@ -38,7 +38,7 @@ def read_back(ours, directory, strings):
     special = {token.content for token in theirs.added_tokens_decoder.values() if token.special}
     plain = [text for text in strings if not any(name in text for name in special)]
     assert len(plain) > 200
-    opened = [[*ours.opening, *ids] for ids in ours.encode_batch(plain)]
+    opened = [[*ours.start_ids, *ids] for ids in ours.encode_batch(plain)]
     assert not differing(plain, opened, [theirs(text).input_ids for text in plain])
     known = [ids for ids in opened if theirs.unk_token_id not in ids]
     decoded = [theirs.decode(ids, skip_special_tokens=True) for ids in known]
@@ -47,11 +47,11 @@ def read_back(ours, directory, strings):
         assert Chat(ours).ids(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
     theirs.backend_tokenizer.encode_special_tokens = True  # control tokens that a text spells are text
-    opened = [[*ours.opening, *ids] for ids in ours.encode_batch(strings)]
+    opened = [[*ours.start_ids, *ids] for ids in ours.encode_batch(strings)]
     assert not differing(strings, opened, [theirs.backend_tokenizer.encode(text).ids for text in strings])
     theirs.backend_tokenizer.encode_special_tokens = False
     again = open_tokenizer(directory)
-    assert (again.opening, again.stop_ids, again.bos_id) == (ours.opening, ours.stop_ids, ours.bos_id)
+    assert (again.start_ids, again.stop_ids, again.bos_id) == (ours.start_ids, ours.stop_ids, ours.bos_id)
     for continuation in (False, True):
         both = (tokenizer.encode_batch(strings, continuation=continuation) for tokenizer in (ours, again))
         assert not differing(strings, *both)
@@ -167,7 +167,7 @@ def test_a_tokenizer_json_is_read_as_it_is(byte_level, llama_like, tmp_path, str
         pipeline = llama_like if kind == "prepend" else metaspace(llama_like, kind)
         config = {"tokenizer_class": "LlamaTokenizer", **LLAMA}
     ours = open_tokenizer(lay(tmp_path / "base", pipeline, chat_template=TEMPLATE, **config, **stated))
-    assert ours.opening == ((1,) if stated.get("add_bos_token", kind == "opened") else ())
+    assert ours.start_ids == ((1,) if stated.get("add_bos_token", kind == "opened") else ())
     read_back(ours, tmp_path / "out", strings)
 
 
@@ -194,7 +194,7 @@ def test_flags_of_added_tokens_stay(byte_level, tmp_path, strings):
 def test_a_gguf_vocabulary_of_merges(byte_level, tmp_path, strings, pre):
     """Llama 3 opens documents with BOS, which no `add_bos_token` tells transformers."""
     ours = open_tokenizer(write_byte_level(tmp_path / "v.gguf", byte_level, pre, chat_template=TEMPLATE))
-    assert ours.opening == ((1,) if pre == "llama-bpe" else ())
+    assert ours.start_ids == ((1,) if pre == "llama-bpe" else ())
     read_back(ours, tmp_path / "out", strings)
 
 

@@ -10,7 +10,7 @@ import tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import trial
-from accessory.tokenizer.trial import run_apart, try_apart
+from accessory.tokenizer.trial import run_in_subprocess, try_in_subprocess
 
 PANICS = json.dumps({
     "version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
@@ -26,13 +26,13 @@ PANICS = json.dumps({
     ("import os; os._exit(3)", "cannot use it (status 3)"),
 ])  # fmt: skip
 def test_how_a_process_ends_is_told(program: str, fault: str | None) -> None:
-    assert run_apart(program, b"given") == fault
+    assert run_in_subprocess(program, b"given") == fault
 
 
 def test_one_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_PATIENCE", 1)
     began = time.monotonic()
-    assert run_apart("import time; time.sleep(100)", b"") == "is not done with it after 1 s"
+    assert run_in_subprocess("import time; time.sleep(100)", b"") == "is not done with it after 1 s"
     assert time.monotonic() - began < 20
 
 
@@ -41,15 +41,15 @@ def test_a_panic_that_no_handler_of_exceptions_sees_is_an_error() -> None:
         tokenizers.Tokenizer.from_buffer(PANICS)
     assert not isinstance(panic.value, Exception)
     with pytest.raises(TokenizerError, match=r"^a\.json, but tokenizers cannot use it \(Precompiled: .*\)\.$"):
-        try_apart("tokenizers", PANICS, "a.json")
+        try_in_subprocess("tokenizers", PANICS, "a.json")
 
 
 def test_what_passed_is_not_tried_again(spm_model: bytes, byte_level: tokenizers.Tokenizer, monkeypatch) -> None:
     vocabularies = {"sentencepiece": spm_model, "tokenizers": byte_level.to_str().encode()}
     for library, definition in vocabularies.items():
-        try_apart(library, definition, "")
-    monkeypatch.setattr(trial, "run_apart", lambda *_: "is asked again")
+        try_in_subprocess(library, definition, "")
+    monkeypatch.setattr(trial, "run_in_subprocess", lambda *_: "is asked again")
     for library, definition in vocabularies.items():
-        try_apart(library, definition, "")
+        try_in_subprocess(library, definition, "")
         with pytest.raises(TokenizerError, match=f"it, but {library} is asked again"):
-            try_apart(library, definition + b" ", "it")
+            try_in_subprocess(library, definition + b" ", "it")

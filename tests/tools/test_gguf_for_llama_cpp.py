@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from accessory.generate import generate_tokens
 from accessory.meta import MetaModel
 from accessory.tokenizer import open_tokenizer, with_added_tokens
-from accessory.tokenizer.cutting import CUTTINGS
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from tests.checkpoint.trained import write_trained
 from tests.model.families.matrix import CASES
 from tests.texts import mixed_texts
@@ -74,11 +74,11 @@ def write_byte_level(directory: Path, pre: str) -> None:
     )
     learner.train_from_iterator(mixed_texts(2000, seed=1), trainer)
     learned = json.loads(learner.to_str())["model"]
-    pipeline = CUTTINGS[pre].pipeline(learned["vocab"], [tuple(merge) for merge in learned["merges"]])
+    pipeline = PRE_TOKENIZATIONS[pre].pipeline(learned["vocab"], [tuple(merge) for merge in learned["merges"]])
     pipeline.add_special_tokens(special)
     pipeline.decoder = decoders.ByteLevel()
-    if CUTTINGS[pre].opening:
-        ids = [(name, learned["vocab"][name]) for name in CUTTINGS[pre].opening]
+    if PRE_TOKENIZATIONS[pre].start_tokens:
+        ids = [(name, learned["vocab"][name]) for name in PRE_TOKENIZATIONS[pre].start_tokens]
         pipeline.post_processor = processors.TemplateProcessing("[gMASK] <sop> $A", None, ids)
     pipeline.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -106,11 +106,11 @@ def test_llama_cpp_answers_as_the_model_does(llama_cpp, called: Callable, tmp_pa
     base, part = tmp_path / "base", tmp_path / "part"
     base.mkdir()
     reference = CASES[case].write(base)
-    write_byte_level(base, kind) if kind in CUTTINGS else write_sentencepiece(base, kind)
+    write_byte_level(base, kind) if kind in PRE_TOKENIZATIONS else write_sentencepiece(base, kind)
     done = called("tools/convert.py", base, tmp_path / "base.gguf", "--to", "gguf", "--gguf_type", "f32")
     assert done.returncode == 0, done.stderr
     assert ("the model's sliding window" in done.stdout) == (name == "mistral with its window")
-    composes = kind in CUTTINGS and CUTTINGS[kind].composes
+    composes = kind in PRE_TOKENIZATIONS and PRE_TOKENIZATIONS[kind].composes
     assert ("does not compose" in done.stdout) == composes
     texts = [unicodedata.normalize("NFC", text) for text in TEXTS] if composes else TEXTS
     asked = {"texts": texts, "prompts": PROMPTS, "steps": steps}

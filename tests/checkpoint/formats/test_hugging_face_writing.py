@@ -21,7 +21,7 @@ from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError
 from accessory.export import open_whole
-from accessory.tokenizer.cutting import CUTTINGS
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from tests.conftest import small_sentencepiece
 from tests.model.families.matrix import CASES, SIZES, known
 
@@ -52,7 +52,10 @@ def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
                 shutil.copy(tiny_base / file, made[name])
             if name == "qwen2":  # transformers 5 cuts text as Qwen does, whatever the tokenizer.json of a qwen2 says
                 pipeline = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
-                pipeline.normalizer, pipeline.pre_tokenizer = normalizers.NFC(), CUTTINGS["qwen2"].pre_tokenizer()
+                pipeline.normalizer, pipeline.pre_tokenizer = (
+                    normalizers.NFC(),
+                    PRE_TOKENIZATIONS["qwen2"].pre_tokenizer(),
+                )
                 pipeline.save(str(made[name] / "tokenizer.json"))
         return made[name]
 

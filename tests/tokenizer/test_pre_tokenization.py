@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from accessory.tokenizer import open_tokenizer
-from accessory.tokenizer.cutting import CUTTINGS
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from tests.texts import mixed_texts
 
 SPECIAL = ["<|end|>", "[gMASK]", "<sop>"]
@@ -28,7 +28,7 @@ def model():
     return sorted(learned["vocab"], key=learned["vocab"].get), learned["merges"]
 
 
-@pytest.mark.parametrize("pre", CUTTINGS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZATIONS)
 def test_every_way_is_llama_cpps(model, llama_cpp, tmp_path, pre):
     """Except that llama.cpp does not compose characters, and sorts some of them into other kinds in two ways."""
     tokens, merges = model
@@ -46,9 +46,9 @@ def test_every_way_is_llama_cpps(model, llama_cpp, tmp_path, pre):
     texts = mixed_texts(300)
     otherwise = OTHERWISE.get(pre, ())
     texts = [text for text in texts if not any(unicodedata.category(letter) in otherwise for letter in text)]
-    composed = [unicodedata.normalize("NFC", text) if CUTTINGS[pre].composes else text for text in texts]
+    composed = [unicodedata.normalize("NFC", text) if PRE_TOKENIZATIONS[pre].composes else text for text in texts]
     found = llama_cpp.ask(tmp_path / "v.gguf", texts=composed)
     ours = open_tokenizer(tmp_path / "v.gguf")
     assert ours.encode_batch(texts) == found["texts"]
-    if not CUTTINGS[pre].opening:  # GLM's own, of which llama.cpp knows nothing
-        assert list(ours.opening) == found["opening"]
+    if not PRE_TOKENIZATIONS[pre].start_tokens:  # GLM's own, of which llama.cpp knows nothing
+        assert list(ours.start_ids) == found["opening"]

@@ -1,4 +1,4 @@
-"""How byte-level vocabularies cut text into words before merging, by the names GGUF files give the ways."""
+"""How byte-level vocabularies split text into words before merging, by the names that GGUF files give this."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # its brackets nest, as 
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """One way: the pre-tokenizer, whether characters are composed first (NFC), and what else goes with the name.
+class PreTokenization:
+    """The pre-tokenizer, whether characters are composed first (NFC), and what else goes with the name.
 
     ignore_merges: a word that is a token is taken whole, even where no chain of merges leads to it.
     add_bos: whether a document starts with BOS where a file does not say.
-    opening: names of the tokens that open a document whatever a file says of BOS.
+    start_tokens: names of the tokens that start a document whatever a file says of BOS.
     """
 
     pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
     composes: bool = False
     ignore_merges: bool = False
     add_bos: bool = False
-    opening: tuple[str, ...] = ()
+    start_tokens: tuple[str, ...] = ()
 
     def pipeline(self, vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> Pipeline:
         """A pipeline without decoder and added tokens. Every merge must fit the vocabulary: the library would panic."""
@@ -82,7 +82,7 @@ def _deepseek_coder() -> pre_tokenizers.PreTokenizer:
 
 
 def _unnamed() -> pre_tokenizers.PreTokenizer:
-    """What llama.cpp does if a file names no way."""
+    """What llama.cpp does if a file gives no name."""
     return _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
 
 
@@ -90,46 +90,45 @@ def _bloom() -> pre_tokenizers.PreTokenizer:
     return _split(_BLOOM_WORDS)
 
 
-_WAYS: dict[Cutting, tuple[str, ...]] = {
-    Cutting(_gpt2): (
+_NAMES: dict[PreTokenization, tuple[str, ...]] = {
+    PreTokenization(_gpt2): (
         "gpt-2", "phi-2", "mpt", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4", "granite-docling",
     ),
-    Cutting(_gpt2, composes=True): ("olmo",),  # the tokenizer of GPT-NeoX
-    Cutting(_single_digits): (
+    PreTokenization(_gpt2, composes=True): ("olmo",),  # the tokenizer of GPT-NeoX
+    PreTokenization(_single_digits): (
         "smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2",
     ),
-    Cutting(_by_threes, ignore_merges=True, add_bos=True): (
+    PreTokenization(_by_threes, ignore_merges=True, add_bos=True): (
         "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2",
     ),
-    Cutting(_by_threes): ("dbrx", "smaug-bpe"),
-    Cutting(_by_threes, opening=("[gMASK]", "<sop>")): ("glm4", "chatglm-bpe"),
-    Cutting(_by_ones, composes=True): ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"),
-    Cutting(_by_ones): ("stablelm2", "hunyuan", "solar-open", "grok-2"),
-    Cutting(_tekken, ignore_merges=True, add_bos=True): ("tekken",),
-    Cutting(_deepseek_coder): ("deepseek-coder",),
-    Cutting(_bloom): ("bloom", "poro-chat", "gpt3-finnish"),
-    Cutting(_unnamed): ("default",),
+    PreTokenization(_by_threes): ("dbrx", "smaug-bpe"),
+    PreTokenization(_by_threes, start_tokens=("[gMASK]", "<sop>")): ("glm4", "chatglm-bpe"),
+    PreTokenization(_by_ones, composes=True): ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"),
+    PreTokenization(_by_ones): ("stablelm2", "hunyuan", "solar-open", "grok-2"),
+    PreTokenization(_tekken, ignore_merges=True, add_bos=True): ("tekken",),
+    PreTokenization(_deepseek_coder): ("deepseek-coder",),
+    PreTokenization(_bloom): ("bloom", "poro-chat", "gpt3-finnish"),
+    PreTokenization(_unnamed): ("default",),
 }  # fmt: skip
-CUTTINGS = {name: way for way, names in _WAYS.items() for name in names}
-"""`tokenizer.ggml.pre` -> the way. Of several names for one way, the first is the one to write."""
-WRITTEN = tuple(names[0] for names in _WAYS.values() if names[0] != "default")
-"""The names that are written, one for each way."""
+PRE_TOKENIZATIONS = {name: rules for rules, names in _NAMES.items() for name in names}
+"""`tokenizer.ggml.pre` -> what it stands for. Of several names for one, the first is the one to write."""
+WRITTEN = tuple(names[0] for names in _NAMES.values() if names[0] != "default")
+"""The names that are written, one for each pre-tokenization."""
 
 
-def name_of_cutting(pipeline: dict, opening: tuple[str, ...]) -> str | None:
-    """The name of the way in which a tokenizer.json (parsed) cuts text, None where it has none.
+def pre_tokenization_name(pipeline: dict, start_tokens: tuple[str, ...]) -> str | None:
+    """The name of the pre-tokenization of a tokenizer.json (parsed); None if it has none.
 
-    `opening` are the names of the tokens that open a document, by which GLM is told from Llama 3.
+    `start_tokens` are the names of the tokens that start a document, which differ between GLM and Llama 3.
     """
     asked = _essence(pipeline)
-    alike = {
-        name: way for name, way in CUTTINGS.items() if _essence(json.loads(way.pipeline({}, []).to_str())) == asked
-    }
+    made = {name: json.loads(rules.pipeline({}, []).to_str()) for name, rules in PRE_TOKENIZATIONS.items()}
+    alike = {name: PRE_TOKENIZATIONS[name] for name, pipeline in made.items() if _essence(pipeline) == asked}
     ignored = bool(pipeline["model"].get("ignore_merges"))
-    alike = {name: way for name, way in alike.items() if way.opening in ((), opening)}
-    # GLM's own way first, which only documents opened as GLM's go by.
-    for name, way in sorted(alike.items(), key=lambda item: not item[1].opening):
-        if way.ignore_merges == ignored or _merges_lead_everywhere(pipeline):
+    alike = {name: rules for name, rules in alike.items() if rules.start_tokens in ((), start_tokens)}
+    # GLM's own first, since only documents that start with its tokens get so far.
+    for name, rules in sorted(alike.items(), key=lambda item: not item[1].start_tokens):
+        if rules.ignore_merges == ignored or _merges_lead_everywhere(pipeline):
             return name
     return None
 
@@ -140,7 +139,7 @@ def merges_of(model: dict) -> list[tuple[str, ...]]:
 
 
 def _essence(pipeline: dict) -> list:
-    """What a tokenizer.json does to a text before it merges, whatever the words for it."""
+    """The steps of a tokenizer.json before merging, in one form whatever its spelling."""
     return [steps(pipeline.get("normalizer")), steps(pipeline.get("pre_tokenizer"))]
 
 
