@@ -124,6 +124,8 @@ def side(base: Path, work: Path) -> None:
     likeliest = model.logits(torch.tensor(prompt + answer), (len(prompt + answer),)).argmax(-1).tolist()
     assert likeliest[len(prompt) - 1 : -1] == answer
     check_kept(method="side", quant="nf4")
+    for recomputed in (0, 2 * MIDDLE.n_layers):
+        check_total(method="side", quant="nf4", goes_back=False, recomputed=recomputed)
 
 
 def recall(base: Path, work: Path) -> None:

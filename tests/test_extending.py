@@ -47,3 +47,4 @@ def test_section(name: str, tiny_base: Path, tmp_path: Path) -> None:
     worker = (ROOT / "tests" / "extending_worker.py", name, tiny_base, tmp_path / "work")
     done = run_python(*worker, cwd=tree, PYTHONPATH=f"{tree}:{ROOT}")
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    print(*re.findall("^plan: .*", done.stdout, re.MULTILINE), sep="\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -30,9 +30,10 @@ _FEW, _MORE = 2, 4  # tokens
 class KeptByBlock:
     """Bytes that one block keeps for its backward.
 
-    all: everything, with its input if that is kept. input: size of its input. after_attention: the part of `all` that
-    is saved after attention and freed before attention's backward. keeps_input, keeps_attended: whether its input is
-    kept, and the input of `wo`.
+    all: everything, with its input if that is kept. input: size of its input, which is kept if it is run again.
+    after_attention: the part of `all` that is saved after attention and freed before attention's backward. after_block:
+    what is saved between it and the next, such as its output by a network beside the blocks. keeps_input,
+    keeps_attended: whether its input is kept, and the input of `wo`.
     """
 
     all: int
@@ -40,11 +41,12 @@ class KeptByBlock:
     after_attention: int
     keeps_input: bool
     keeps_attended: bool
+    after_block: int = 0
 
     def scaled(self, scale: Callable[[int, int], int], other: KeptByBlock) -> KeptByBlock:
         """For another number of tokens: `scale` is given each size here and in `other`."""
-        sizes = (scale(getattr(self, n), getattr(other, n)) for n in ("all", "input", "after_attention"))
-        return KeptByBlock(*sizes, self.keeps_input, self.keeps_attended)
+        names = ("all", "input", "after_attention", "after_block")
+        return replace(self, **{name: scale(getattr(self, name), getattr(other, name)) for name in names})
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def _measure(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
             functional_call(run.eval(), {f"decoder.{name}": t for name, t in stand_ins.items()}, (tokens,))
     finally:
         decoder.train(training)
-    return Kept(tuple(run.blocks), run.entrance, run.behind - sum(block.all for block in run.kinds.values()))
+    blocks = tuple(replace(block, after_block=size) for block, size in zip(run.blocks, [*run.after, 0], strict=True))
+    in_blocks = sum(block.all for block in run.kinds.values())
+    return Kept(blocks, run.entrance, run.behind - in_blocks - sum(run.after))
 
 
 def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
@@ -101,9 +105,10 @@ class _Run(nn.Module):
         self.entrance = self.behind = 0  # bytes saved before the blocks, and from the first one on
         self.blocks: list[KeptByBlock] = []
         self.kinds: dict[Any, KeptByBlock] = {}
+        self.after: list[int] = []  # bytes saved between one block and the next
         self._before_blocks: set[int] = set()  # addresses of what they all read, such as rotations
         self._in_blocks = False
-        self._up_to_attention = 0
+        self._up_to_attention = self._up_to_block = 0
         self._attended: Tensor | None = None
 
     def forward(self, tokens: int) -> None:
@@ -134,15 +139,18 @@ class _Run(nn.Module):
     def _run_block(self, block: nn.Module, forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
         parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
         self._in_blocks = True
+        self.after += [self.behind - self._up_to_block] if self.blocks else []
+        self._up_to_block = self.behind
         kind = type(block), parameters, x.requires_grad, torch.is_grad_enabled()
         if kind in self.kinds:
             self.blocks.append(self.kinds[kind])
             return x.clone()  # another tensor, with a gradient where x has one
         before = self._up_to_attention = self.behind
         y = forward(x, *rest)
+        self._up_to_block = self.behind
         self.kinds[kind] = KeptByBlock(
             all=self.behind - before,
-            input=x.nbytes,
+            input=x.nbytes if torch.is_grad_enabled() else 0,
             after_attention=self.behind - self._up_to_attention,
             keeps_input=_address(x) in self.saved,
             keeps_attended=self._attended is not None and _address(self._attended) in self.saved,

@@ -161,6 +161,7 @@ class StepMemory:
         kept = self.kept.blocks[:blocks]
         inputs = [block.input for block in kept[:recomputed]]
         total = sum(inputs[:3] if self.offload else inputs) + sum(block.all for block in kept[recomputed:])
+        total += sum(block.after_block for block in kept[:-1])
         return total + (kept[-1].all - kept[-1].keeps_input * kept[-1].input if again else 0)
 
     def _beside_blocks(self) -> int:

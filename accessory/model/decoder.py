@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
-        """(name, module) of all that is filled, sharded and run again one at a time."""
+        """(name, module) of all that is filled, sharded and run again one at a time, in the order they run in."""
         for i, block in enumerate(self.layers):
             yield f"layers.{i}", block
 

@@ -451,8 +451,12 @@ def planned_and_measured(
     recomputed: int = 0,
     micro_batches: int = 1,
     optim: str = "adamw",
+    goes_back: bool = True,
 ) -> tuple[int, int]:
-    """Bytes of a training step: the plan's total, and what is held together with the peak of what is allocated."""
+    """Bytes of a training step: the plan's total, and what is held together with the peak of what is allocated.
+
+    goes_back: whether the backward goes through the base's blocks; the plan leaves room for that in any case.
+    """
     options = {"method": method, "quant": quant, "dtype": dtype}
     decoder, attachment = filled(layout, settings, args=args, **options)
     recompute_layers(decoder, recomputed, offload=False, device=layout.device)
@@ -484,7 +488,7 @@ def planned_and_measured(
         data_parallel="sdp", optim=optim,
     ).plan(recomputed)  # fmt: skip
     shared = four_bit_product._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
-    assert plan.buffers == shared
+    assert plan.buffers == shared if goes_back else plan.buffers > shared
     return plan.total, held + shared + peak.bytes
 
 

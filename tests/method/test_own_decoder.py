@@ -64,8 +64,8 @@ class SideDecoder(Decoder):
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """The side's too."""
-        yield from super().blocks()
-        yield from ((f"side.{i}", block) for i, block in enumerate(self.side))
+        for i, base in enumerate(super().blocks()):
+            yield from (base, (f"side.{i}", self.side[i]))
 
     def place(self, device: torch.device) -> None:
         """The side's rotations too."""
