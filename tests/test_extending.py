@@ -23,25 +23,46 @@ SECTIONS = {
 MOST_FILES = 3
 
 
-def added(title: str, tree: Path) -> list[str]:
-    """Put a section's blocks into `tree`; returns the files they make or change."""
-    (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+def section(title: str) -> str:
+    """Its text."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)[1]
+
+
+def added(title: str, tree: Path, *how: str) -> list[str]:
+    """Put a section's blocks into `tree`; returns the files they make or change. how: options of git apply."""
     files = []
-    for name, text in re.findall(r"```python\n# (\S+)\n(.*?)```", section, re.DOTALL):
+    for name, text in re.findall(r"```python\n# (\S+)\n(.*?)```", section(title), re.DOTALL):
         assert not (tree / name).exists(), name
         (tree / name).write_text(text)
         files.append(name)
-    for diff in re.findall(r"```diff\n(.*?)```", section, re.DOTALL):
-        done = subprocess.run(["git", "apply", "-"], input=diff, cwd=tree, text=True, capture_output=True)
+    for diff in re.findall(r"```diff\n(.*?)```", section(title), re.DOTALL):
+        done = subprocess.run(["git", "apply", *how, "-"], input=diff, cwd=tree, text=True, capture_output=True)
         assert done.returncode == 0, f"{title}: {done.stderr}"
         files += re.findall(r"^\+\+\+ b/(.*)", diff, re.MULTILINE)
     return files
 
 
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the code."""
+    shutil.copytree(ROOT / "accessory", tmp_path / "tree/accessory", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "tree"
+
+
+def test_storage_is_a_file_and_a_line(tree: Path) -> None:
+    """Without them nobody knows of it, and with them all is as it was; tests/quant/test_nf4_scales.py uses it."""
+    title, file = "A storage", "accessory/quant/nf4_scales.py"
+    assert f"](../{file})" in section(title)
+    (tree / file).unlink()
+    files = [file, *added(title, tree, "--reverse")]
+    assert not [path for path in tree.rglob("*.*") if re.search(rb"(?i)nf4.?scales", path.read_bytes())]
+    assert added(title, tree) == files[1:] and len(files) <= MOST_FILES
+    assert all((tree / name).read_bytes() == (ROOT / name).read_bytes() for name in files[1:])
+
+
 @pytest.mark.parametrize("name", SECTIONS)
-def test_section(name: str, tiny_base: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(ROOT / "accessory", tree / "accessory", ignore=shutil.ignore_patterns("__pycache__"))
+def test_section(name: str, tiny_base: Path, tree: Path, tmp_path: Path) -> None:
+    """What it adds is used by the function of extending_worker.py that is called so."""
     assert len(added(SECTIONS[name], tree)) <= MOST_FILES
     (tmp_path / "work").mkdir()
     worker = (ROOT / "tests" / "extending_worker.py", name, tiny_base, tmp_path / "work")

@@ -24,6 +24,7 @@ from accessory.model.loss import CHUNK, chunk_bytes
 from accessory.model.position import LEAN_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
+from accessory.quant import PackedWeight
 from accessory.quant.products import memory_to_multiply
 
 
@@ -190,12 +191,22 @@ class StepMemory:
             gradients = [0] * len(gradients)
             if self.decoder.output is not None:  # else the head's gradient is added when the embedding's is there too
                 beside -= 4 * self._trained_head
-        return beside + max(
-            self._by_blocks(i + 1, min(recomputed, i + 1), again=i < recomputed)
-            + sum(gradients[i:])
-            + max(self._feed_forward_backward(), self._attention_backward() - block.after_attention)
-            for i, block in enumerate(self.kept.blocks)
+        return (
+            beside
+            + max(
+                self._by_blocks(i + 1, min(recomputed, i + 1), again=i < recomputed)
+                + sum(gradients[i:])
+                + max(self._feed_forward_backward(), self._attention_backward() - block.after_attention)
+                for i, block in enumerate(self.kept.blocks)
+            )
+            + self._of_packed_gradients()
         )
+
+    def _of_packed_gradients(self) -> int:
+        """Memory in which gradients of packed matrices' trained parts are made."""
+        packed = ((name, module) for name, module in self.decoder.named_modules() if isinstance(module, PackedWeight))
+        trained = (m for name, m in packed if any(f"{name}.{part}" in self.trained for part in m.trained))
+        return max((matrix.gradients_bytes(self.decoder.dtype) for matrix in trained), default=0)
 
     def _trained_below(self, *prefixes: str) -> int:
         """Bytes of trained parameters whose names begin so, and of their gradients."""

@@ -61,5 +61,9 @@ class Nf4Scales(Nf4Single):
             found[top : top + step] = of_codes.view(-1, k // BLOCK, BLOCK).sum(-1)
         return [found]
 
+    def gradients_bytes(self, dtype: torch.dtype) -> int:
+        """A piece of dW, of its codes' values, and of their product."""
+        return min(self.shape.numel(), PIECE) * (dtype.itemsize + 4 + 4)
+
 
 Nf4Scales.single = Nf4Scales

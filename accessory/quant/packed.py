@@ -156,6 +156,10 @@ class PackedWeight(nn.Module, ABC):
         """Of the trained parts, from x [T, K] and the gradient dy [T, N] of x W^T; W's own is never whole."""
         raise AssertionError(f"{self.name} trains nothing")
 
+    def gradients_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that `gradients` works in, of x and dy in `dtype`."""
+        raise AssertionError(f"{self.name} trains nothing")
+
     @staticmethod
     def product_kernel(weights: list[PackedWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
         """What sums products with matrices of this format without unpacking them whole; None where nothing does.

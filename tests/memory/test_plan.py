@@ -390,6 +390,8 @@ STEPS = {
         "optim": "adamw8bit",
     },
     "full, two micro-batches": {"settings": {}, "method": "full", "quant": None, "micro_batches": 2},
+    "scales of NF4": {"settings": NORM_BIAS, "quant": "nf4_scales"},
+    "LoRA and scales of NF4, recomputed": {"settings": LORA, "quant": "nf4_scales", "recomputed": 6},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
 }
 
