@@ -10,9 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from accessory.config import FinetuneConfig, parse
+from accessory.method.peft import Peft
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = sorted((ROOT / "exps" / "finetune" / "sg").glob("*.sh"))
 DATA = ROOT / "data_example" / "accessory_qa.json"
+
+
+RECORDER = """#!{python}
+import json, sys
+from pathlib import Path
+Path({record!r}).write_text(json.dumps(sys.argv[1:]))
+"""
+"""Takes torchrun's place where a test asks only what the script calls."""
 
 
 def run_script(script: Path, *arguments: str | Path, cwd: Path, environment: dict[str, str], ranks: int, output: Path):
@@ -21,6 +32,24 @@ def run_script(script: Path, *arguments: str | Path, cwd: Path, environment: dic
     variables = {"PATH": path, "NPROC": str(ranks), "DEVICE": "cpu", "OUTPUT": str(output)}
     command = ["bash", str(script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=200)
+
+
+def called_by(script: Path, *arguments: str | Path, folder: Path, environment: dict[str, str]) -> FinetuneConfig:
+    """What a script makes of its arguments: the flags that it gives to main_finetune.py on 3 processes."""
+    (folder / "bin").mkdir()
+    recorder = folder / "bin" / "torchrun"
+    recorder.write_text(RECORDER.format(python=sys.executable, record=str(folder / "record.json")))
+    recorder.chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"
+    variables = {"PATH": path, "NPROC": "3", "DEVICE": "cpu", "OUTPUT": str(folder / "out")}
+    command = ["bash", str(script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *launcher, main = (words := json.loads((folder / "record.json").read_text()))[:4]
+    assert (
+        launcher == ["--nproc_per_node", "3", "--standalone"] and Path(main) == ROOT / "accessory" / "main_finetune.py"
+    )
+    return parse(FinetuneConfig, words[4:])
 
 
 @pytest.fixture(scope="module")
@@ -38,49 +67,35 @@ def test_there_are_the_four_scripts() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script_trains_with_upstreams_values(
+def test_script_gives_upstreams_values(
     script: Path, tiny_base: Path, params: Path, tmp_path: Path, clean_environment
 ) -> None:
     more = ("--data_config", DATA, "--max_steps", "1")
-    done = run_script(
-        script, tiny_base, params, tiny_base, *more,
-        cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path / "out",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    folder = tmp_path / "out" / "finetune" / "sg" / script.stem
-    used = json.loads((folder / "epoch0-iter1" / "run.json").read_text())["arguments"]
-    quantized = script.stem.endswith("_QF")
-    assert used["quant"] == used["only_save_trainable"] == quantized
+    used = called_by(script, tiny_base, params, tiny_base, *more, folder=tmp_path, environment=clean_environment)
+    assert (used.data_config, used.max_steps) == (DATA, 1)
+    assert used.output_dir == tmp_path / "out" / "finetune" / "sg" / script.stem
+    assert used.quant == used.only_save_trainable == script.stem.endswith("_QF")
     names = ("epochs", "warmup_epochs", "batch_size", "accum_iter", "max_words", "lr", "min_lr", "clip_grad")
-    assert [used[name] for name in names] == [4, 1, 4, 2, 512, 5e-5, 5e-6, 2]
-    assert used["weight_decay"] == 0.02
-    assert used["checkpointing"]
-    settings = json.loads((folder / "epoch0-iter1" / "config.json").read_text())
-    assert settings["lora_rank"] == (16 if "Lora" in script.stem else -1)
-    assert settings["bias_tuning"]
-    assert settings["norm_tuning"]
-    assert "step      1/1" in (folder / "output.log").read_text()
+    assert [getattr(used, name) for name in names] == [4, 1, 4, 2, 512, 5e-5, 5e-6, 2]
+    assert used.weight_decay == 0.02
+    assert used.checkpointing
+    assert used.llama_config[0] == params
+    settings = Peft.Settings(**(json.loads(used.llama_config[1].read_text()) if used.llama_config[1:] else {}))
+    assert settings.lora_rank == (16 if "Lora" in script.stem else -1)
+    assert settings.bias_tuning
+    assert settings.norm_tuning
 
 
 @pytest.mark.parametrize("words", [[], ["-", "BASE"], ["CONFIG", "-"]], ids=" ".join)
 def test_a_base_that_brings_its_own(words: list[str], tiny_base: Path, tmp_path: Path, clean_environment) -> None:
-    """With a Hugging Face directory, params and tokenizer may be left out, `-`, or its own files, with one result."""
+    """With a Hugging Face directory, params and tokenizer may be left out, `-`, or its own files."""
     script = next(s for s in SCRIPTS if s.stem == "alpaca_llamaPeft_normBiasLora")
     named = {"CONFIG": tiny_base / "config.json", "BASE": tiny_base}
-    more = ("--data_config", DATA, "--max_words", "160", "--max_steps", "1")
-    done = run_script(
-        script, tiny_base, *(named.get(word, word) for word in words), *more,
-        cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path / "out",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    part = tmp_path / "out" / "finetune" / "sg" / script.stem / "epoch0-iter1"
-    settings = json.loads((part / "config.json").read_text())
-    assert {name: settings[name] for name in ("dim", "n_kv_heads", "hidden_dim", "rotary_layout", "lora_rank")} == {
-        "dim": 128, "n_kv_heads": 2, "hidden_dim": 256, "rotary_layout": "halves", "lora_rank": 16,
-    }  # fmt: skip
-    used = json.loads((part / "run.json").read_text())["arguments"]
-    assert used["tokenizer_path"] == (str(tiny_base) if "BASE" in words else None)
-    assert used["llama_config"][:-1] == ([str(tiny_base / "config.json")] if "CONFIG" in words else [])
+    arguments = (tiny_base, *(named.get(word, word) for word in words), "--lr", "1")
+    used = called_by(script, *arguments, folder=tmp_path, environment=clean_environment)
+    assert (used.pretrained_path, used.lr) == ([tiny_base], 1)
+    assert used.tokenizer_path == (tiny_base if "BASE" in words else None)
+    assert used.llama_config[:-1] == ([tiny_base / "config.json"] if "CONFIG" in words else [])
 
 
 def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Path, clean_environment, torchrun) -> None:
@@ -91,7 +106,9 @@ def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Pat
         cwd=tmp_path, environment=clean_environment, ranks=2, output=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (trained,) = (tmp_path / "finetune" / "sg" / script.stem).glob("epoch*")
+    folder = tmp_path / "finetune" / "sg" / script.stem
+    assert "step      2/2" in (folder / "output.log").read_text()
+    (trained,) = folder.glob("epoch*")
     asked = torchrun(
         2, ROOT / "demos" / "single_turn.py", "--pretrained_path", tiny_base, trained, "--quant", "--device", "cpu",
         "--max_gen_len", "5", "--prompt", "What is QST?",

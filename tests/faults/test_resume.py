@@ -89,7 +89,8 @@ def test_03_from_any_place_in_an_epoch(job: Job) -> None:
 
 
 def test_04_other_numbers_of_ranks(job: Job, lora_config: Path) -> None:
-    """2, then 1, then 4 ranks: the same documents in every step, so the same losses to rounding; and it is said."""
+    """2, then 1, then 4 ranks, on which the base lies in shards: the same documents in every step, so the same losses
+    to rounding; and it is said."""
     job.method = lora_config  # without dropout
     precise = ("--precision", "fp32", "--save_steps", "2", "--batch_size", "1")
     whole = another(job, "whole")
@@ -97,9 +98,9 @@ def test_04_other_numbers_of_ranks(job: Job, lora_config: Path) -> None:
     assert whole.run("--max_steps", "6", *precise, "--accum_iter", "8").returncode == 0
     job.ranks = 2
     assert job.run("--max_steps", "2", *precise, "--accum_iter", "4").returncode == 0
-    for ranks, steps, was in ((1, 4, 2), (4, 6, 1)):
+    for ranks, steps, was, layout in ((1, 4, 2, "sdp"), (4, 6, 1, "fsdp")):
         job.ranks = ranks
-        flags = ("--resume", "latest", "--max_steps", str(steps), *precise)
+        flags = ("--resume", "latest", "--max_steps", str(steps), "--data_parallel", layout, *precise)
         done = job.run(*flags, "--accum_iter", str(8 // ranks))
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"not bit for bit: world_size was {was}, is {ranks}; " in done.stdout

@@ -28,8 +28,7 @@ IDLE = "idle"
 _LABEL = "benchmark::"
 _OWNERS = {
     **{f"{_LABEL}{category}": category for category in CATEGORIES},
-    "_AttendByDocument": "attention",
-    "_AttendPacked": "attention",
+    "_Attend": "attention",  # and _AttendByDocument
     "_LayOut": "attention",  # of documents that share beginnings
     "_Pack": "attention",
     "aten::_scaled_dot_product": "attention",
