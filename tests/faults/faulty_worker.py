@@ -28,6 +28,7 @@ from accessory.config import FinetuneConfig
 from accessory.engine import Engine
 from accessory.entry import run_entry
 from accessory.finetune import finetune
+from accessory.parallel import parameters
 from accessory.parallel.groups import data_parallel_group
 from accessory.run import saving
 
@@ -83,7 +84,7 @@ ACTIONS = {
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
     "end_launcher_in_save": end_launcher_in_save,
-    "fail_as_weights_are_gathered": lambda: fail_in_save(save, "gather_slices"),
+    "fail_as_weights_are_gathered": lambda: fail_in_save(parameters, "gather_slices"),
     "fail_as_state_is_gathered": lambda: fail_in_save(saving, "collect_training_state"),
     "raise": lambda: fail(KeyError("a fault of the program")),
     "out_of_memory": lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
