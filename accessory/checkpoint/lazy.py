@@ -14,14 +14,14 @@ from accessory.quant.packed import PackedState, PackedWeight
 
 
 class LazyTensor(ABC):
-    """A named tensor in some file. `shape` is the whole tensor's, `dtype` what its file says, in that file's words."""
+    """A named tensor in some file. `shape` is the whole tensor's, `dtype` its type as the file spells it (F32, ...)."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @abstractmethod
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor on the CPU, or its range [start, stop) along `dim`; memory is this result's, give or take."""
+        """The tensor on the CPU, or its range [start, stop) along `dim`; takes little more memory than the result."""
 
     def select(self, rows: Tensor) -> LazyTensor:
         """The tensor whose i-th row is this one's row `rows[i]` (int64)."""
@@ -52,12 +52,12 @@ class HeldTensor(LazyTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The value's."""
+        """The shape of the value."""
         return tuple(self.value.shape)
 
     @property
     def dtype(self) -> str:
-        """The value's."""
+        """The dtype of the value, as PyTorch spells it."""
         return str(self.value.dtype).removeprefix("torch.")
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
@@ -97,21 +97,32 @@ class ShardedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class SelectedRows(LazyTensor):
-    """Some rows of another tensor, in an order of their own."""
+class DerivedTensor(LazyTensor):
+    """A tensor computed from another one, `inner`; of the same shape and dtype, unless a subclass says otherwise."""
 
     inner: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `inner`."""
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of `inner`."""
+        return self.inner.dtype
+
+
+@dataclass(frozen=True)
+class SelectedRows(DerivedTensor):
+    """Some rows of another tensor, in any order."""
+
     rows: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As many rows as selected."""
         return (len(self.rows), *self.inner.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        """The other tensor's."""
-        return self.inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read no rows above the first or below the last that is wanted."""
@@ -146,7 +157,7 @@ class StackedRows(LazyTensor):
 
     @property
     def dtype(self) -> str:
-        """The first part's."""
+        """The dtype of the first part."""
         return self.parts[0].dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
@@ -163,8 +174,8 @@ class StackedRows(LazyTensor):
 class PackedTensor(LazyTensor):
     """A matrix [N, K] that its file holds packed, as its storage's `parts`.
 
-    read: dequantizes to fp32. read_packed: the parts themselves, which lose nothing. rows: those that are chosen of the
-    file's, in an order of their own. trained: parts that other files hold, of the rows that are chosen.
+    `read` dequantizes to fp32, `read_packed` gives the parts as they are. rows: the rows of the file that the matrix
+    consists of, in order; None: all. trained: parts that another file holds, of these rows.
     """
 
     parts: dict[str, LazyTensor]
@@ -183,11 +194,11 @@ class PackedTensor(LazyTensor):
         return PackedTensor(parts, storage.stored_as(parts, shape, name), shape, name)
 
     def stored(self) -> PackedState:
-        """The parts of all rows of the file."""
+        """The parts of the matrix in the file, all rows."""
         return {part: tensor.read() for part, tensor in self.parts.items()}
 
     def read_packed(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedState:
-        """The parts of the matrix or of a range of it; codes are those of the file."""
+        """The parts of the matrix or of a range of it; codes are the file's, unchanged."""
         cut, span, where = self.storage.cut, (dim, start, stop), (self.shape[1], self.name)
         if not self.trained:
             return cut(self.stored(), *where, self.rows, span)
@@ -214,21 +225,15 @@ class PackedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class GrownRows(LazyTensor):
+class GrownRows(DerivedTensor):
     """An embedding with rows for tokens added to its vocabulary: each starts as the mean of those there are."""
 
-    inner: LazyTensor
     count: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`count` rows."""
         return (self.count, *self.inner.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        """The other tensor's."""
-        return self.inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The mean takes the whole; a range is cut out of it."""
@@ -239,16 +244,10 @@ class GrownRows(LazyTensor):
 
 
 @dataclass(frozen=True)
-class UnitRows(LazyTensor):
+class UnitRows(DerivedTensor):
     """A matrix whose rows are scaled to length 1, as a normalized head has them; rows of zeros stay."""
 
-    inner: LazyTensor
     dtype: str = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Unchanged."""
-        return self.inner.shape
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """In fp32. A range of columns is cut out of whole rows, since a row's length depends on all of it."""
@@ -273,22 +272,11 @@ class ZeroTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class SummedTensor(LazyTensor):
-    """A tensor and what another file adds to it, summed in fp32."""
+class SummedTensor(DerivedTensor):
+    """A tensor and the difference that another file adds to it, summed in fp32."""
 
-    first: LazyTensor
-    second: LazyTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Both have it."""
-        return self.first.shape
-
-    @property
-    def dtype(self) -> str:
-        """The first one's."""
-        return self.first.dtype
+    difference: LazyTensor
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read both ranges, and add."""
-        return self.first.read(dim, start, stop).float() + self.second.read(dim, start, stop).float()
+        return self.inner.read(dim, start, stop).float() + self.difference.read(dim, start, stop).float()

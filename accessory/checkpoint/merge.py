@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor, PackedTensor
+from accessory.checkpoint.lazy import DerivedTensor, LazyTensor, PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors
 from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
@@ -37,16 +37,10 @@ class RepackedTensor(PackedTensor):
 
 
 @dataclass(frozen=True)
-class UnpackedTensor(LazyTensor):
+class UnpackedTensor(DerivedTensor):
     """A packed matrix that writers see as a plain one, so that they do not keep it packed."""
 
-    inner: PackedTensor
     dtype: str = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Unchanged."""
-        return self.inner.shape
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Dequantize to fp32."""
@@ -54,29 +48,18 @@ class UnpackedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class MergedTensor(LazyTensor):
-    """W + scale B A in fp32, with W [N, K], A [R, K] and B [N, R]."""
+class MergedTensor(DerivedTensor):
+    """W + scale B A in fp32, with W [N, K] (`inner`), A [R, K] and B [N, R]."""
 
-    weight: LazyTensor
     a: LazyTensor
     b: LazyTensor
     scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """W's."""
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> str:
-        """W's."""
-        return self.weight.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """A range of rows needs those of B alone, one of columns those of A."""
         a = self.a.read(1, start, stop) if dim == 1 else self.a.read()
         b = self.b.read(0, start, stop) if dim == 0 else self.b.read()
-        weight = self.weight.read(dim, start, stop).to(torch.float32, copy=True)
+        weight = self.inner.read(dim, start, stop).to(torch.float32, copy=True)
         return weight.addmm_(b.float(), a.float(), alpha=self.scale)
 
 

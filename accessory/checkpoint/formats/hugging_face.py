@@ -23,7 +23,7 @@ def open_hugging_face(path: Path) -> Source:
     architecture = architecture_of(config["model_type"], str(file))
     args = settings_read_by(lambda: architecture.read(config, str(file)), file)
     files = _weight_files(path)
-    theirs = _open_files(files)
+    theirs = open_weight_files(files)
     if quantization := config.get("quantization_config"):
         theirs = packed_by_bitsandbytes(theirs, quantization, path)
     tensors = ours_from_theirs(theirs, architecture.names, args, str(path))
@@ -63,7 +63,8 @@ def _indexed_files(index: Path) -> list[str]:
     return names
 
 
-def _open_files(files: list[Path]) -> dict[str, LazyTensor]:
+def open_weight_files(files: list[Path]) -> dict[str, LazyTensor]:
+    """Every tensor of safetensors or .bin files by the name it has there. Raises `CheckpointError` for others."""
     if files[0].suffix != ".bin":
         return open_safetensors(files)
     return {name: HeldTensor(tensor) for file in files for name, tensor in load_torch_file(file).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -98,16 +98,8 @@ def open_llama2c(path: Path) -> Source:
         raise CheckpointError(
             f"{path}: has {found:,} bytes; its header asks for {header.size():,}. It may be cut short or damaged."
         )
-    args = ModelArgs(
-        dim=header.dim,
-        hidden_dim=header.hidden_dim,
-        n_layers=header.n_layers,
-        n_heads=header.n_heads,
-        n_kv_heads=header.n_kv_heads,
-        vocab_size=header.vocab_size,
-        max_seq_len=header.max_seq_len,
-        tie_word_embeddings=header.tied,
-    )
+    sizes = {name: value for name, value in asdict(header).items() if name in ModelArgs.model_fields}
+    args = ModelArgs(**sizes, tie_word_embeddings=header.tied)
     return Source(path, "llama2.c", [path], _tensors(path, header), settings=args.model_dump(), llama_type="llama")
 
 

@@ -18,8 +18,7 @@ from accessory.checkpoint.formats.peft_config import (
 )
 from accessory.checkpoint.formats.peft_factors import Factors, new_factors
 from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
-from accessory.checkpoint.formats.torch_shards import load_torch_file
-from accessory.checkpoint.lazy import HeldTensor, LazyTensor, SafetensorsTensor, ZeroTensor
+from accessory.checkpoint.lazy import LazyTensor, SafetensorsTensor, ZeroTensor
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, model_args_of, open_safetensors, read_json
 from accessory.errors import CheckpointError, is_file
@@ -31,7 +30,7 @@ from accessory.model.families.architecture import Fused
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PARTS_KEY = "accessory_parts"
 """Entry of the safetensors header, written by `peft_writing`: their module, without its block's number -> which linears
-of ours share its rank out in equal parts, first to last. PEFT passes over it, and leaves it out of what it saves."""
+of ours share its rank out in equal parts, first to last. PEFT ignores it, and does not save it again."""
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 _SHOWN = 8  # names listed per fault
@@ -54,7 +53,7 @@ def open_adapter(path: Path, base: Source | None) -> Source:
     architecture = architecture_of(args.architecture, str(base.path))
     file = _weight_file(path)
     adapter = _Adapter(path, config, args, architecture, places_of(args, architecture.names), _parts_in(file))
-    adapter.sort(_open_weights(file))
+    adapter.sort(hugging_face.open_weight_files([file]))
     adapter.check()
     tensors, settings, notes = adapter.as_ours()
     llama_type = architecture.family + Peft.suffix
@@ -79,12 +78,6 @@ def _weight_file(path: Path) -> Path:
     raise CheckpointError(f"{path}: {' or '.join(WEIGHT_FILES)} is missing; found {present}.")
 
 
-def _open_weights(file: Path) -> dict[str, LazyTensor]:
-    if file.suffix == ".bin":
-        return {name: HeldTensor(tensor) for name, tensor in load_torch_file(file).items()}
-    return open_safetensors([file])
-
-
 def _parts_in(file: Path) -> dict[str, list[str]]:
     """What our own export says of its fused modules; nothing in anybody else's file."""
     if file.suffix == ".bin":
@@ -102,7 +95,7 @@ def _parts_in(file: Path) -> dict[str, list[str]]:
 
 @dataclass
 class _Adapter:
-    """The tensors of a file, sorted by what they are. `factors`: their linear -> A and B; `plain`: norms and biases."""
+    """The tensors of a file by kind. `factors`: linear by their name -> A and B; `plain`: norms and biases."""
 
     path: Path
     config: AdapterConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor, ZeroTensor
+from accessory.checkpoint.lazy import DerivedTensor, LazyTensor, ZeroTensor
 from accessory.checkpoint.load import named_generator
 from accessory.method.peft import truncated_normal
 
@@ -34,10 +34,9 @@ class RandomRows(LazyTensor):
 
 
 @dataclass(frozen=True)
-class PaddedColumns(LazyTensor):
+class PaddedColumns(DerivedTensor):
     """A matrix times a factor, with columns of zeros to its right."""
 
-    inner: LazyTensor
     columns: int
     factor: float = 1.0
 
@@ -45,11 +44,6 @@ class PaddedColumns(LazyTensor):
     def shape(self) -> tuple[int, int]:
         """As many columns as asked for."""
         return (self.inner.shape[0], self.columns)
-
-    @property
-    def dtype(self) -> str:
-        """The inner matrix's."""
-        return self.inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read the part of the inner matrix that lies in the range; fp32."""
@@ -64,10 +58,9 @@ class PaddedColumns(LazyTensor):
 
 
 @dataclass(frozen=True)
-class SomeColumns(LazyTensor):
+class SomeColumns(DerivedTensor):
     """Columns [first, last) of a matrix."""
 
-    inner: LazyTensor
     first: int
     last: int
 
@@ -75,11 +68,6 @@ class SomeColumns(LazyTensor):
     def shape(self) -> tuple[int, int]:
         """As many columns as there are in the range."""
         return (self.inner.shape[0], self.last - self.first)
-
-    @property
-    def dtype(self) -> str:
-        """The whole matrix's."""
-        return self.inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read no other columns, or no other rows."""
