@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-AllReduce = Callable[[Tensor, Literal["max", "sum"]], None]
+Reduce = Callable[[Tensor, Literal["max", "sum"]], None]
 """Replaces what a rank has by the highest of all ranks' or by their sum."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
@@ -64,15 +64,15 @@ def check_of_rows(scores: Tensor, **tensors: Tensor) -> None:
             raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected float32, contiguous")
 
 
-def agree(highest: Tensor, mass: Tensor, target: Tensor, all_reduce: AllReduce | None) -> None:
+def agree(highest: Tensor, mass: Tensor, target: Tensor, reduce: Reduce | None) -> None:
     """Make statistics of rows of scores, of this rank's slice of the vocabulary, those of all slices."""
-    if all_reduce is None:
+    if reduce is None:
         return
     mine = highest.clone()
-    all_reduce(highest, "max")
+    reduce(highest, "max")
     mass *= (mine - highest).exp()
-    all_reduce(mass, "sum")
-    all_reduce(target, "sum")
+    reduce(mass, "sum")
+    reduce(target, "sum")
 
 
 def as_rows(x: Tensor) -> Tensor:

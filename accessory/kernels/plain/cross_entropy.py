@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from accessory.kernels.operands import AllReduce
+from accessory.kernels.operands import Reduce
 
 LOG2_E = math.log2(math.e)
 
@@ -19,16 +19,12 @@ def workspace(scores: Tensor) -> Tensor | None:
 
 
 def losses_and_gradient(
-    scores: Tensor,
-    local: Tensor,
-    width: int | None = None,
-    all_reduce: AllReduce | None = None,
-    work: Tensor | None = None,
+    scores: Tensor, local: Tensor, width: int | None = None, reduce: Reduce | None = None, work: Tensor | None = None
 ) -> Tensor:
     """-log p(label) of every row of scores [c, V / ranks] -> [c], fp32; `scores` become softmax minus one-hot.
 
     local: int64 [c], labels counted from this rank's first row of the vocabulary; some are other ranks'. width: scores
-    from there on are padding, without probability or gradient. all_reduce: over the ranks, where there are several.
+    from there on are padding, without probability or gradient. reduce: over the ranks, where there are several.
     work: of `workspace`, for as many rows at least.
     """
     wide = scores if work is None else work[: len(scores)].copy_(scores)
@@ -37,15 +33,15 @@ def losses_and_gradient(
     mine = (local >= 0) & (local < wide.shape[1])
     local = local.masked_fill(~mine, 0)
     highest = wide.amax(1)
-    if all_reduce:
-        all_reduce(highest, "max")
+    if reduce:
+        reduce(highest, "max")
     wide.sub_(highest[:, None])
     target = wide.gather(1, local[:, None])[:, 0].masked_fill_(~mine, 0)
     # Powers of two: PyTorch makes them in a third of the time of powers of e on a CPU.
     mass = wide.mul_(LOG2_E).exp2_().sum(1)
-    if all_reduce:
-        all_reduce(target, "sum")
-        all_reduce(mass, "sum")
+    if reduce:
+        reduce(target, "sum")
+        reduce(mass, "sum")
     wide.div_(mass[:, None])
     wide[torch.arange(len(local), device=local.device), local] -= mine.to(wide.dtype)
     if wide is not scores:

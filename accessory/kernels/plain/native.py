@@ -18,8 +18,6 @@ from accessory.kernels.codes import BLOCK, NESTED_BLOCK
 AVAILABLE = not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
 """Whether bitsandbytes found its library; without it, its operations do the same in plain PyTorch."""
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DTYPES = tuple(_SUFFIX)
-"""What codes unpack to."""
 
 
 def _declared(name: str, argument_types: list[type]) -> ctypes._CFuncPtr:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.kernels.operands import AllReduce, agree, check_floats, check_of_rows, check_scores
+from accessory.kernels.operands import Reduce, agree, check_floats, check_of_rows, check_scores
 
 BLOCK = 4096  # scores a program reads at a time
 
@@ -22,18 +22,14 @@ def workspace(scores: Tensor) -> Tensor | None:
 
 
 def losses_and_gradient(
-    scores: Tensor,
-    local: Tensor,
-    width: int | None = None,
-    all_reduce: AllReduce | None = None,
-    work: Tensor | None = None,
+    scores: Tensor, local: Tensor, width: int | None = None, reduce: Reduce | None = None, work: Tensor | None = None
 ) -> Tensor:
     """-log p(label) of every row of scores [c, V / ranks] -> fp32 [c]; `scores` become softmax minus one-hot.
 
     As `accessory.kernels.plain.cross_entropy`, which says what the others are.
     """
     highest, mass, target = statistics(scores, local, width)
-    agree(highest, mass, target, all_reduce)
+    agree(highest, mass, target, reduce)
     become_gradient(scores, local, highest, mass, width)
     return mass.log() + highest - target
 
