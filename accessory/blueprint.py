@@ -85,7 +85,7 @@ class Blueprint:
         return {**self.args.model_dump(), **self.method.settings.model_dump()}
 
 
-def draw_blueprint(
+def make_blueprint(
     sources: list[Source],
     *,
     llama_type: str | None,

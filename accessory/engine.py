@@ -17,9 +17,9 @@ from accessory.parallel.agree import highest
 from accessory.parallel.data import reduce_gradients, sum_over_data_parallel
 from accessory.parallel.parameters import NamedParameters
 from accessory.run import step_faults
-from accessory.run.course import Schedule
 from accessory.run.report import Reporter, StepReport, peak_memory
 from accessory.run.saving import Saver
+from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
 
 MOST_SKIPPED = int(math.log2(FIRST_LOSS_SCALE / LEAST_LOSS_SCALE))
@@ -29,7 +29,7 @@ _NOT_FINITE = 2
 
 
 class Asked(NamedTuple):
-    """What at least one rank asks of all: to skip the step (and why), to save, to stop (the signal it got)."""
+    """What at least one rank asks all ranks for: to skip the step (and why), to save, to stop (which signal it got)."""
 
     not_finite: int
     save: int
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is computed, and what happens to one that cannot be."""
+    """How a step is computed, and what happens if it fails."""
 
     scales_loss: bool = False
     """Whether the loss is multiplied by `Progress.loss_scale` before the backward, which fp16 needs."""
@@ -46,8 +46,8 @@ class StepSettings:
     """Whether a micro-batch goes to a GPU from pinned memory, beside the work there."""
     skip_not_finite: bool = False
     """Whether a step whose loss or gradient is not finite changes nothing, instead of ending the run."""
-    spare_memory: str = ""
-    """What makes a step smaller, for one that does not fit into memory."""
+    memory_remedies: str = ""
+    """Flags that make a step smaller, named in the error if memory runs out."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Engine:
         else:
             self._update(norm, lr, scale)
             if self.saver:
-                self.saver.learned(loss)
+                self.saver.record_loss(loss)
         self.optimizer.zero_grad(set_to_none=True)
         if scales and asked.not_finite != _NOT_FINITE:
             progress.rescale(finite=not asked.not_finite)
@@ -123,10 +123,7 @@ class Engine:
         ), asked
 
     def _accumulate(self, progress: Progress, factor: float) -> list[Tensor]:
-        """Gradients of the global batch's loss, summed over tokens, times `factor`; returns each micro-batch's sum.
-
-        fp64 scalars, on the device, without the factor.
-        """
+        """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 []."""
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
         losses = []
         for i, batch in enumerate(pending):
@@ -137,8 +134,8 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if not step_faults.is_out_of_memory(error):
                     raise
-                spare = self.settings.spare_memory
-                raise step_faults.out_of_memory(i, len(pending), batch, progress, spare) from error
+                remedies = self.settings.memory_remedies
+                raise step_faults.out_of_memory(i, len(pending), batch, progress, remedies) from error
             losses.append(loss.detach().double())
         return losses
 
@@ -148,11 +145,11 @@ class Engine:
         return self.model(batch.to(self.parameters.device, non_blocking=self.settings.pin_memory))
 
     def _agree(self, loss: float, norm: float) -> Asked:
-        """What all ranks do about this step, since one alone must never decide."""
+        """What all ranks do after this step: one rank alone must never decide it."""
         not_finite = 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             not_finite = _OVERFLOWS if self.settings.scales_loss and math.isfinite(loss) else _NOT_FINITE
-        late = self.saver is not None and self.saver.is_late(self.schedule.save_every_minutes)
+        late = self.saver is not None and self.saver.is_due(self.schedule.save_every_minutes)
         return Asked(*highest([not_finite, int(late), self.signals.received], self.parameters.device))
 
     def _skip(self, overflows: bool, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:

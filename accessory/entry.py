@@ -23,25 +23,25 @@ from accessory.parallel import groups
 from accessory.parallel.launcher import die_with_launcher
 
 Config = TypeVar("Config", bound=BaseModel)
-_GRACE = 5.0  # seconds that other ranks leave the main one to speak, before the launcher ends everyone
+_GRACE = 5.0  # seconds that a rank waits which prints nothing: once it exits, the launcher ends the others
 
 
 def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoReturn:
     """Parse the command line into `config_class` and call `main`.
 
-    Ends the process with status 0, that of the `AccessoryError` which ended it, or 1 for what was not foreseen.
+    Ends the process with status 0, the status of the `AccessoryError` that was raised, or 1 for any other exception.
     """
     die_with_launcher()
     status = 0
     try:
         main(parse(config_class, sys.argv[1:]))
     except Exception as error:
-        status = _told(groups.settle(error))
+        status = _report(groups.root_cause(error))
     groups.end_process(status)
 
 
 def run_tool(main: Callable[[], object]) -> NoReturn:
-    """Run a command of `tools/`; what the user can mend becomes one line and a status of 1."""
+    """Run a command of `tools/`; an `AccessoryError` is printed in one line, and the status is 1."""
     status = 0
     try:
         main()
@@ -68,7 +68,7 @@ def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
 
 
 def _check_flags(flags: list[str]) -> None:
-    words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]  # what follows is fire's own
+    words = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]  # words after -- are fire's own
     given = [f"--{word[2:].partition('=')[0].replace('-', '_')}" for word in words if word.startswith("--")]
     known = {"--help", *flags, *(flag.replace("--", "--no") for flag in flags)}
     if faults := [f"Unknown flag {flag}{unknown(flag, flags, flags)}" for flag in given if flag not in known]:
@@ -82,9 +82,9 @@ def sources_and_target(paths: tuple[object, ...]) -> list[Path]:
     return [Path(str(path)) for path in paths]
 
 
-def _told(error: AccessoryError) -> int:
-    """Print the message, if this rank is to; torchrun puts it into its report, too. Returns the process's status."""
-    if error.speaks:
+def _report(error: AccessoryError) -> int:
+    """Print the message if `error.prints`, also into torchrun's report. Returns the status to end the process with."""
+    if error.prints:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)

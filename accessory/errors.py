@@ -1,4 +1,4 @@
-"""What a user can get wrong, said once and clearly. Everything raised on purpose derives from `AccessoryError`."""
+"""The errors that a user can mend, and their wording. Everything raised on purpose derives from `AccessoryError`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class AccessoryError(Exception):
     """A fault the user can mend. The message names the file, key or flag, what was found and what was expected.
 
     status: what the process exits with, and `run_status.json` says. common: whether all ranks raise it together.
-    speaks: whether this rank prints it for all; None until the ranks have settled that (`groups.settle`).
+    prints: whether this rank prints it for all; None until `groups.root_cause` has decided that.
     """
 
     status = 1
 
-    def __init__(self, message: str = "", *, common: bool = False, speaks: bool | None = None) -> None:
+    def __init__(self, message: str = "", *, common: bool = False, prints: bool | None = None) -> None:
         super().__init__(message)
-        self.common, self.speaks = common, speaks
+        self.common, self.prints = common, prints
 
 
 class ConfigError(AccessoryError):
@@ -137,7 +137,7 @@ def explain_validation(error: ValidationError, source: str, valid_names: Iterabl
     names, lines = list(valid_names), []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"])
-        if not fault["loc"]:  # a rule on several keys, which says their values itself
+        if not fault["loc"]:  # a rule on several keys, whose message holds their values
             lines.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}.")
         elif fault["type"] == "extra_forbidden":
             lines.append(f"{source}: unknown key {key!r}.{nearest(str(fault['loc'][-1]), names)}")

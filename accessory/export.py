@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
+from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.formats.gguf_writing import write_gguf
 from accessory.checkpoint.formats.hugging_face_writing import write_hugging_face
 from accessory.checkpoint.formats.own import write_own
@@ -119,7 +119,7 @@ def open_whole(
     A tokenizer given with tokenizer_path gets the tokens that the parts' runs added.
     """
     sources = with_base(list(paths))
-    blueprint = draw_blueprint(
+    blueprint = make_blueprint(
         sources,
         llama_type=None,
         llama_config=llama_config or [],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from accessory.blueprint import Blueprint, draw_blueprint
+from accessory.blueprint import Blueprint, make_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.run_record import RUN_FILE, run_record
 from accessory.checkpoint.save import CheckpointWriter
@@ -30,13 +30,13 @@ from accessory.parallel.agree import check_alike, on_main, together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
-from accessory.run.course import course_notes, schedule_of
-from accessory.run.identity import Job, beginning, shared_flags
-from accessory.run.lock import take_output
+from accessory.run.identity import Job, progress_at_start, shared_flags
+from accessory.run.lock import claim_output_dir
 from accessory.run.preview import corpus_notes, preview, remedies
 from accessory.run.report import Reporter
-from accessory.run.resuming import find_start, first_started, open_sources
+from accessory.run.resuming import find_start, open_sources, run_began
 from accessory.run.saving import Saver
+from accessory.run.schedule import schedule_notes, schedule_of
 from accessory.run.signals import StopSignals
 from accessory.run.status import RunStatus
 
@@ -46,20 +46,20 @@ CACHE_DIR = Path("accessory_data_cache")
 def finetune(config: FinetuneConfig) -> MetaModel:
     """Run one job from flags to the last checkpoint; returns the trained model, sharded as it was in training.
 
-    How it ends is written to `run_status.json`. Raises an `AccessoryError` on every rank, `speaks` on it being true on
-    the one that is to print it, or what was not foreseen.
+    How it ends is written to `run_status.json`. Whatever goes wrong is raised as an `AccessoryError` on every rank; its
+    `prints` is true on the one rank that prints it.
     """
     with StopSignals() as signals, ExitStack() as held:
         layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
         output_dir = None if config.dry_run else config.output_dir
-        on_main(take_output, output_dir, held)
+        on_main(claim_output_dir, output_dir, held)
         status = RunStatus(output_dir, layout.world_size, layout.is_main)
         try:
             model = _train(config, layout, signals, status)
         except Exception as error:
-            fault = groups.settle(error)
+            fault = groups.root_cause(error)
             status.end(fault)
-            raise fault from None  # where it happened is printed if nobody foresaw it
+            raise fault from None  # `root_cause` has printed the traceback of any other exception
         status.end(None)
         return model
 
@@ -78,7 +78,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     decoder, attachment = together(blueprint.build, layout, config.data_parallel)
     job = _job(config, layout, sources, blueprint)
     found = together(job.resumption)
-    progress, notes = beginning(found)
+    progress, notes = progress_at_start(found)
     _say(layout, *notes)
     recomputed, notes = preview(job, decoder, attachment)
     _say(layout, *notes)
@@ -91,7 +91,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     if found:
         together(restore_training_state, found, optimizer, parameters, layout)
     schedule = schedule_of(config, job.order, progress)
-    _say(layout, *course_notes(config, job.order, schedule, progress))
+    _say(layout, *schedule_notes(config, job.order, schedule, progress))
     together(status.begin, progress.total_steps)
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
     with closing(reporter):
@@ -100,7 +100,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
             scales_loss=config.precision == "fp16",
             pin_memory=config.pin_mem and layout.device.type == "cuda",
             skip_not_finite=config.not_finite == "skip",
-            spare_memory=remedies(config),
+            memory_remedies=remedies(config),
         )
         engine = Engine(model, parameters, optimizer, job.order, schedule, settings, reporter, saver, signals)
         groups.limit_waiting(timedelta(seconds=config.timeout))
@@ -112,8 +112,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
 
 
 def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> Job:
-    """Reads the data. All ranks have come to the same, or it raises."""
-    began = on_main(first_started, config, sources)
+    """Read the data. Raises on all ranks if one cannot, or if they would train on different data."""
+    began = on_main(run_began, config, sources)
     corpus = together(
         build_corpus,
         config.data_config,
@@ -143,7 +143,7 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
 
 
 def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
-    blueprint = draw_blueprint(
+    blueprint = make_blueprint(
         sources,
         llama_type=config.llama_type,
         llama_config=config.llama_config,
@@ -181,7 +181,7 @@ def _saver(
     reporter: Reporter,
     status: RunStatus,
 ) -> Saver:
-    """What the engine saves with. Raises `DiskFullError` where there is no room for a checkpoint."""
+    """The engine's saver. Raises `DiskFullError` if a checkpoint does not fit on the disk."""
     config, blueprint, corpus = job.config, job.blueprint, job.corpus
     layouts = corpus.documents_by_prompt_layout()
     documents = {
@@ -203,7 +203,7 @@ def _saver(
         status=status,
         keep_last=config.keep_last,
     )
-    saver.check_room()
+    saver.check_disk_space()
     return saver
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
+from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.load import fill, resolve
 from accessory.checkpoint.run_record import trained_prompt_layouts, with_base
 from accessory.data.batch import PackedBatch
@@ -277,7 +277,7 @@ class MetaModel(nn.Module):
         packed = bool(recorded or quant_type) if quant is None else quant
         wanted = (quant_type or recorded) if packed else None
         blueprint = together(
-            draw_blueprint,
+            make_blueprint,
             sources,
             llama_type=llama_type,
             llama_config=_paths(llama_config),
@@ -287,10 +287,10 @@ class MetaModel(nn.Module):
             precision=precision,
             train=False,
         )
-        return load_for_asking(blueprint, sources, layout, given.max_seq_len)
+        return load_for_inference(blueprint, sources, layout, given.max_seq_len)
 
 
-def load_for_asking(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
+def load_for_inference(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
     """Build and fill a model without gradients."""
     decoder, attachment = together(blueprint.build, layout)
     tensors = together(resolve, decoder, sources, attachment, initialize=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from accessory.blueprint import Blueprint, draw_blueprint
+from accessory.blueprint import Blueprint, make_blueprint
 from accessory.checkpoint.opening import open_source
 from accessory.errors import AccessoryError, ConfigError, TokenizerError
 from accessory.export import Destination, convert
@@ -28,7 +28,7 @@ def draw(*paths: Path, **options) -> Blueprint:
         "llama_type": "llama_peft", "llama_config": [], "tokenizer_path": None, "quant_type": None, "precision": "bf16",
         "train": True,
     }  # fmt: skip
-    return draw_blueprint([open_source(path) for path in paths], **{**defaults, **options})
+    return make_blueprint([open_source(path) for path in paths], **{**defaults, **options})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accessory.blueprint import draw_blueprint
+from accessory.blueprint import make_blueprint
 from accessory.checkpoint.run_record import with_base
 from accessory.errors import AccessoryError
 from accessory.export import Destination, convert, open_whole
@@ -255,7 +255,7 @@ def test_wrong_family_is_refused_before_weights(tiny_base: Path) -> None:
 def draw(base: Path, llama_type: str) -> None:
     """Work out what `llama_type` on `base` is."""
     sources = with_base([base])
-    draw_blueprint(
+    make_blueprint(
         sources,
         llama_type=llama_type,
         llama_config=[],

@@ -24,9 +24,9 @@ from accessory.optim import build_adamw
 from accessory.parallel import groups
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import WHOLE
-from accessory.run.course import Schedule
 from accessory.run.report import Reporter, StepReport
 from accessory.run.saving import Saver
+from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
 
 
@@ -373,7 +373,7 @@ def test_documents_of_a_step_that_is_skipped_are_named(engine: Engine) -> None:
 
 def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> None:
     """Its number, its documents, and what would help; other errors are not touched."""
-    engine.settings = StepSettings(spare_memory="--batch_size 1")
+    engine.settings = StepSettings(memory_remedies="--batch_size 1")
     full = [None, torch.OutOfMemoryError("of 8 GB"), None, RuntimeError("a shape")]
 
     def fail(*_: object) -> None:

@@ -22,7 +22,7 @@ from accessory.parallel import groups
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
 from accessory.quant.moments import unpack_moment
-from accessory.run.course import Schedule
+from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
 
 SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}

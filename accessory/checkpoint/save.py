@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accessory.checkpoint.disk_space import disk_fault
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
-from accessory.checkpoint.room import disk_fault
 from accessory.errors import CheckpointError
 from accessory.parallel.agree import together
 from accessory.tokenizer import Tokenizer

@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all (prints, writes)."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
 
@@ -137,11 +137,11 @@ def limit_waiting(timeout: timedelta) -> None:
         _set_pg_timeout(timeout, group)
 
 
-def settle(error: Exception) -> AccessoryError:
-    """The error that all ranks report for `error` (see `Witness.settle`); `speaks`: whether this rank prints it."""
-    if isinstance(error, AccessoryError) and error.speaks is not None:
+def root_cause(error: Exception) -> AccessoryError:
+    """The error that all ranks report for `error` (see `Witness.root_cause`); `prints`: whether this rank prints it."""
+    if isinstance(error, AccessoryError) and error.prints is not None:
         return error
-    return (_witness or Witness(dist.HashStore(), _launched_rank(), 1)).settle(error)
+    return (_witness or Witness(dist.HashStore(), _launched_rank(), 1)).root_cause(error)
 
 
 def _launched_rank() -> int:

@@ -33,8 +33,8 @@ class Witness:
         self.store, self.rank, self.world_size = store, rank, world_size
         store.set(_place(rank), json.dumps([os.getpid(), socket.gethostname()]))
 
-    def settle(self, error: Exception) -> AccessoryError:
-        """The error that all ranks report for `error`; its `speaks` is true on the one rank that prints it.
+    def root_cause(self, error: Exception) -> AccessoryError:
+        """The error that all ranks report for `error`; its `prints` is true on the one rank that prints it.
 
         The main rank prints an error that all ranks have in common, a single rank prints its own. A failed collective
         becomes the error of the rank that caused it, or `LostRankError` naming those that do not answer.
@@ -42,7 +42,7 @@ class Witness:
         if isinstance(error, AccessoryError):
             if not error.common:
                 return self._cause(error, str(error))
-            error.speaks = self.rank == 0
+            error.prints = self.rank == 0
             return error
         if self.world_size > 1 and _is_collective(error):
             return self._lost(error)
@@ -58,7 +58,7 @@ class Witness:
             first = self.store.compare_set(_CAUSE, "", mine).decode() == mine
         except (RuntimeError, ValueError):  # the process that held the store is gone
             first = True
-        return kind(where + message, common=True, speaks=first)
+        return kind(where + message, common=True, prints=first)
 
     def _lost(self, error: Exception) -> AccessoryError:
         if threading.current_thread() is threading.main_thread():
@@ -69,14 +69,14 @@ class Witness:
             while silent and time.monotonic() < deadline:
                 if self.store.check([_CAUSE]):
                     kind, message = json.loads(self.store.get(_CAUSE))
-                    return getattr(errors, kind)(message, common=True, speaks=False)
+                    return getattr(errors, kind)(message, common=True, prints=False)
                 silent -= {rank for rank in silent if self.store.check([_alive(rank)])}
                 time.sleep(_POLL)
             places = {rank: json.loads(self.store.get(_place(rank))) for rank in silent}
         except (RuntimeError, ValueError):
             said = "the process that the others met at is gone: rank 0, or its torchrun"
-            return LostRankError(f"Lost contact: {said} ({_short(error)}).", common=True, speaks=True)
-        speaks = self.rank == min(set(range(self.world_size)) - silent)
+            return LostRankError(f"Lost contact: {said} ({_short(error)}).", common=True, prints=True)
+        prints = self.rank == min(set(range(self.world_size)) - silent)
         if not silent:
             said = "Every rank still runs, but they wait for one another in vain"
         else:
@@ -84,7 +84,7 @@ class Witness:
                 _end_sibling(process, host)
             named = "; ".join("rank {} (process {} on {})".format(rank, *places[rank]) for rank in sorted(silent))
             said = f"{named} no longer answers: killed, or hanging"
-        return LostRankError(f"{said} ({_short(error)}).", common=True, speaks=speaks)
+        return LostRankError(f"{said} ({_short(error)}).", common=True, prints=prints)
 
 
 def _end_sibling(process: int, host: str) -> None:

@@ -1,1 +1,1 @@
-"""The life of one run: what it is and its course, lock and status, signals, resuming, saving, and what it reports."""
+"""The life of one run: its identity and schedule, lock and status, signals, resuming, saving, and its report."""

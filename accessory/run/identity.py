@@ -1,4 +1,4 @@
-"""What a run is: what must be equal for it to be resumed at all, what for that to be bit for bit, and what changed."""
+"""A run's identity, which must be equal for it to be resumed, and conditions, for it to go on bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder
 from accessory.parallel.groups import Layout
 
-_COURSE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
+_SCHEDULE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
 """Flags that set what a step does, or how long a run is."""
 _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
 """Flags that change how sums are rounded."""
@@ -27,9 +27,9 @@ _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 _PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "seed", "global_batch"))
-"""Of a run's identity: what its documents' order follows from."""
+"""The parts of the identity that the order of documents depends on."""
 _SCALED = frozenset(("precision", "base", "quantization", "data"))
-"""Of a run's identity: what the size of its gradients depends on, and so fp16's loss scale."""
+"""The parts of the identity that the size of gradients depends on, and so fp16's loss scale."""
 
 
 def shared_flags(config: FinetuneConfig) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def shared_flags(config: FinetuneConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what. began: when the run was first started."""
+    """A run that is ready to read weights: what is trained, and on what. began: when it was first started."""
 
     config: FinetuneConfig
     layout: Layout
@@ -51,12 +51,12 @@ class Job:
 
     @property
     def base(self) -> list[Source]:
-        """What was given to begin with: `sources` without what is resumed."""
+        """What `--pretrained_path` names: `sources` without the checkpoint that is resumed."""
         return [source for source in self.sources if source.path != self.config.resume]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption, or it would be another run."""
+        """What must be equal for a run to be resumed."""
         return {
             "llama_type": self.blueprint.llama_type,
             "settings": self.blueprint.method.settings.model_dump(),
@@ -66,12 +66,12 @@ class Job:
             "global_batch": self.order.global_batch,
             "quantization": self.blueprint.quant_type,
             "optim": self.config.optim,
-            **{name: getattr(self.config, name) for name in _COURSE},
+            **{name: getattr(self.config, name) for name in _SCHEDULE},
         }
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
-        """What must not change for a resumed run to go on bit for bit: all that changes how sums are rounded."""
+        """What must be equal for a resumed run to go on bit for bit: all that changes how sums are rounded."""
         return {
             "world_size": self.layout.world_size,
             "mp_size": self.layout.mp_size,
@@ -91,7 +91,7 @@ class Job:
         return find_resumption(config.resume, self.identity, self.conditions, config.allow_changed, follows)
 
 
-def beginning(found: Resumption | None) -> tuple[Progress, list[str]]:
+def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:
     """Where the run begins, and what to tell the user about it.
 
     The epoch begins anew if the order of its documents has changed, the loss scale if the gradients' size has.

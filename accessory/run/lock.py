@@ -17,8 +17,8 @@ LOCK_FILE = ".lock"
 _PATIENCE = 3.0  # seconds in which the processes of a launcher that was just killed are gone
 
 
-def take_output(output_dir: Path | None, held: ExitStack) -> None:
-    """Make the directory and lock it until `held` ends, before hours are spent on what could then not be written."""
+def claim_output_dir(output_dir: Path | None, held: ExitStack) -> None:
+    """Make the directory, check that it can be written to, and lock it until `held` ends."""
     if output_dir is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What a run says before it reads any weight: what will be trained, where, and what memory a step takes."""
+"""What a run prints before it reads any weight: what will be trained, where, and the memory plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
     step = StepMemory(
         decoder, attachment, layout,
         tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),
-        micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # whether gradients wait for others
+        micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # only whether gradients are accumulated
         data_parallel=config.data_parallel, optim=config.optim, offload=config.offload_inputs,
     )  # fmt: skip
     n_layers = sum(1 for _ in decoder.blocks())
@@ -47,7 +47,7 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
 
 
 def corpus_notes(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus) -> list[str]:
-    """What the data are, and what in them the model will not see. Raises `DataError` for a document it cannot hold."""
+    """The report on the data, and what the model will not see of them. Raises `DataError` for too long a document."""
     args = blueprint.args
     notes = [
         *corpus.check_lengths(args.longest_document, args.stated_length),

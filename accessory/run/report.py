@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from accessory.checkpoint.room import disk_fault
+from accessory.checkpoint.disk_space import disk_fault
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,9 +135,10 @@ def _end_last_line(log: Path) -> None:
 
 
 def _leave_second_of_older_events(directory: Path) -> None:
-    """Wait, a second at most, until no file in `directory` has the name that a new one gets, but for process and count.
+    """Wait, a second at most, until a new event file's name has a later second than those in `directory`.
 
-    TensorBoard reads event files by name: second of the start, host, process, count; the last two as text, "10" < "9".
+    TensorBoard reads event files in the order of their names: second, host, process, count; the last two as text, by
+    which "10" comes before "9".
     """
     seconds = {path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")}
     while str(int(time.time())) in seconds:

@@ -14,19 +14,19 @@ from accessory.checkpoint.source import Source
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.launcher import restart_count
-from accessory.run.status import is_restart_of_what_began
+from accessory.run.status import is_restart_of_same_launch
 
 
 def find_start(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
     """(the checkpoint to go on from, or None to begin; what to tell the user about it).
 
-    It is compared with its manifest. A run that torchrun or SLURM starts again goes on from the newest
-    whole checkpoint in `--output_dir` by itself. Raises `CheckpointError` where what is to be resumed is damaged or
-    missing, `ConfigError` where `--output_dir` holds checkpoints that this run would be mixed up with.
+    The checkpoint is compared with its manifest. A run that torchrun or SLURM starts again goes on from the newest
+    whole checkpoint in `--output_dir` by itself. Raises `CheckpointError` if what is to be resumed is damaged or
+    missing, `ConfigError` if `--output_dir` holds checkpoints that this run would be mixed up with.
     """
     output_dir = config.output_dir
     there = checkpoints_in(output_dir) if output_dir and output_dir.is_dir() else []
-    restarted = is_restart_of_what_began(output_dir)
+    restarted = is_restart_of_same_launch(output_dir)
     if restarted and there:
         found, faults = latest_checkpoint(output_dir)
         if config.resume and not config.resumes_latest and verify(config.resume) >= read_manifest(found)["step"]:
@@ -47,7 +47,7 @@ def open_sources(config: FinetuneConfig) -> list[Source]:
     return with_base(list(config.pretrained_path)) + ([open_source(config.resume)] if config.resume else [])
 
 
-def first_started(config: FinetuneConfig, sources: list[Source]) -> datetime:
+def run_began(config: FinetuneConfig, sources: list[Source]) -> datetime:
     """When the run was first started, for chat templates that print the time."""
     resumed = next((source for source in sources if source.path == config.resume), None)
     return began_at(resumed) if resumed else datetime.now().replace(microsecond=0)
@@ -62,7 +62,7 @@ def _step(checkpoint: Path) -> float:
 
 
 def _make_way(further: list[Path], config: FinetuneConfig) -> list[str]:
-    """Remove the checkpoints of another course of the run, if the user says so: `latest` would go on from them."""
+    """Remove checkpoints `further` than this run's start, if the user says so: `--resume latest` would take them."""
     if not further:
         return []
     names = ", ".join(path.name for path in further)

@@ -1,4 +1,4 @@
-"""What happens when a run saves: room is made sure of, a checkpoint written, older ones removed, and it is told."""
+"""Saves a run: checks the disk space, writes a checkpoint, removes older ones, and reports it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from accessory.checkpoint.disk_space import check_disk_space, checkpoint_bytes
 from accessory.checkpoint.manifest import MANIFEST_FILE
 from accessory.checkpoint.retention import Retention
-from accessory.checkpoint.room import check_room, checkpoint_bytes
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import read_json
 from accessory.checkpoint.training_state import Progress, collect_training_state, state_record
@@ -49,30 +49,30 @@ class Saver:
         self.needed = checkpoint_bytes(self.weights, self.layout.mp_size, moments)
         self.retention = Retention(self.writer.output_dir, self.keep_last) if self.keep_last else None
 
-    def check_room(self) -> None:
-        """Raise `DiskFullError`, on all ranks, where a checkpoint has no room. A collective."""
-        on_main(check_room, self.writer.output_dir, self.needed)
+    def check_disk_space(self) -> None:
+        """Raise `DiskFullError`, on all ranks, if a checkpoint does not fit on the disk. A collective."""
+        on_main(check_disk_space, self.writer.output_dir, self.needed)
 
-    def learned(self, loss: float) -> None:
-        """A step changed something; `loss` is what it was before. The next save tells the mean of such losses."""
+    def record_loss(self, loss: float) -> None:
+        """Note the loss of a step that was not skipped; the next save records the mean of those since the last one."""
         self.losses.append(loss)
 
-    def is_late(self, minutes: float | None) -> bool:
-        """Whether the last save is so many minutes ago; None: it never is."""
+    def is_due(self, minutes: float | None) -> bool:
+        """Whether the last save is at least so many minutes ago; never, if None."""
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def __call__(self, progress: Progress) -> None:
-        """Write a checkpoint of the step after which `progress` is. A collective.
+        """Write a checkpoint of the run at `progress`. A collective.
 
-        Raises `CheckpointError`, on all ranks, where it could not be written; what was saved before is whole then.
+        Raises `CheckpointError`, on all ranks, if it could not be written; earlier checkpoints are then intact.
         """
         self.write(progress, sum(self.losses) / len(self.losses) if self.losses else None)
         self.losses, self.saved_at = [], time.monotonic()
 
     def write(self, progress: Progress, loss: float | None) -> None:
-        """The work of a save; `loss` is the mean since the one before, None where nothing was learned since."""
+        """The work of a save; `loss` is the mean since the last one, None if every step since was skipped."""
         began = time.monotonic()
-        self.check_room()
+        self.check_disk_space()
         state = collect_training_state(self.optimizer, self.trained)
         record = state_record(progress, self.identity, self.conditions)
         name, weights = progress.checkpoint_name, self.weights.gathered()

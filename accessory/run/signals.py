@@ -16,8 +16,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignals:
     """While entered, a signal of `SIGNALS` raises `Preempted` at once; while `deferring`, it is kept in `received`.
 
-    `received` is the number of the last one, or 0. However many come, they only set it, so that a save is never cut
-    short by a second one. What handled them before does so again on leaving.
+    `received` is the number of the last one, or 0. Further ones only set it again, so that none cuts a save short. On
+    leaving, the handlers from before are put back.
     """
 
     def __init__(self) -> None:
@@ -25,10 +25,8 @@ class StopSignals:
         self.deferring = False
 
     def __enter__(self) -> StopSignals:
-        heard = (
-            SIGNALS if threading.current_thread() is threading.main_thread() else ()
-        )  # Python hears them nowhere else
-        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        in_main = threading.current_thread() is threading.main_thread()  # Python handles signals nowhere else
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS if in_main}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

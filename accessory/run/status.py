@@ -1,4 +1,4 @@
-"""`run_status.json`: how a run stands or ended, for schedulers, since torchrun makes every failure a status of 1."""
+"""`run_status.json`: how a run stands or ended, for schedulers; torchrun itself ends with 1 after any failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FRUITLESS = 3  # attempts that all began after the same step: the next would en
 
 
 class RunStatus:
-    """Writes `output_dir/run_status.json`, on the main rank or the one that speaks for an error; nothing without one.
+    """Writes `output_dir/run_status.json` on the main rank, or on the one that prints an error; None writes nothing.
 
     Its keys: state (running, finished, preempted, failed), status (what the process exits with; null while it runs),
     reason (the kind of error), message, step and checkpoint (the last saved), attempt, began_after (the step each
@@ -27,7 +27,7 @@ class RunStatus:
 
     def __init__(self, output_dir: Path | None, ranks: int, is_main: bool) -> None:
         self.output_dir, self.is_main = output_dir, is_main
-        self.before = read_status(output_dir) if is_restart_of_what_began(output_dir) else {}
+        self.before = read_status(output_dir) if is_restart_of_same_launch(output_dir) else {}
         self.entries: dict[str, Any] = {
             "state": "running", "status": None, "reason": None, "message": None,
             "step": self.before.get("step"), "checkpoint": self.before.get("checkpoint"),
@@ -57,7 +57,7 @@ class RunStatus:
         self.entries |= {"state": state, "status": error.status if error else 0}
         if error:
             self.entries |= {"reason": type(error).__name__, "message": str(error)}
-        self._write(error.speaks if error else self.is_main)
+        self._write(error.prints if error else self.is_main)
 
     def _write(self, wanted: bool) -> None:
         if self.output_dir is None or not wanted:
@@ -71,10 +71,10 @@ class RunStatus:
             print(f"{path}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
-def is_restart_of_what_began(output_dir: Path | None) -> bool:
-    """Whether this is a later attempt of the very launch that last began to train in `output_dir`.
+def is_restart_of_same_launch(output_dir: Path | None) -> bool:
+    """Whether this is a later attempt of the launch that last began to train in `output_dir`.
 
-    One whose first attempt was refused, or died before, is not: what lies there is then another run's.
+    If the first attempt ended before it trained, it is not: what lies there is then another run's.
     """
     was = read_status(output_dir) if output_dir and restart_count() else {}
     return bool(was.get("began_after")) and was.get("launch") == launch_name()

@@ -1,4 +1,4 @@
-"""What is said of a step that cannot be used and of a run that cannot go on: after which step, with which documents."""
+"""The errors of a step that cannot be used and of a run that cannot go on, with the step and its documents."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progress, spare: str) -> OutOfMemoryError:
-    """For micro-batch `number` (from 0) of `count`; `spare` says what makes a step smaller."""
+def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progress, remedies: str) -> OutOfMemoryError:
+    """For micro-batch `number` (from 0) of `count`; `remedies` are flags that make a step smaller."""
     return OutOfMemoryError(
         f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
         f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
-        f"What is saved is whole. Less memory is needed with {spare}."
+        f"What is saved is whole. Less memory is needed with {remedies}."
     )
 
 
@@ -49,7 +49,7 @@ def suspects(order: GlobalOrder, progress: Progress, losses: list[Tensor]) -> st
 
 
 def not_finite(said: str, scales_loss: bool) -> NotFiniteError:
-    """`said`, on all ranks, and what may help."""
+    """The error, common to all ranks, that says `said` and what may help."""
     wider = "give --precision bf16 or fp32, whose range is wider, " if scales_loss else ""
     ways = f"Look at the documents, {wider}lower --lr, or set --clip_grad; what is saved is whole."
     return NotFiniteError(f"{said} {ways}", common=True)

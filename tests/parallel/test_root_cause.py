@@ -29,7 +29,7 @@ def settled(witnesses: list[Witness], errors: dict[int, Exception]) -> dict[int,
     """What the ranks in `errors` report, all at once."""
     found: dict[int, AccessoryError] = {}
     threads = [
-        threading.Thread(target=lambda rank=rank: found.update({rank: witnesses[rank].settle(errors[rank])}))
+        threading.Thread(target=lambda rank=rank: found.update({rank: witnesses[rank].root_cause(errors[rank])}))
         for rank in errors
     ]
     for thread in threads:
@@ -41,7 +41,7 @@ def settled(witnesses: list[Witness], errors: dict[int, Exception]) -> dict[int,
 
 def speakers(found: dict[int, AccessoryError]) -> list[int]:
     """Ranks that print."""
-    return [rank for rank in found if found[rank].speaks]
+    return [rank for rank in found if found[rank].prints]
 
 
 def test_the_error_of_one_rank_is_what_all_report(witnesses: list[Witness]) -> None:
@@ -93,4 +93,4 @@ def test_a_store_that_is_gone(witnesses: list[Witness], monkeypatch: pytest.Monk
 
     witnesses[1].store = Gone()
     found = settled(witnesses, {1: GLOO})
-    assert "the process that the others met at is gone" in str(found[1]) and found[1].speaks
+    assert "the process that the others met at is gone" in str(found[1]) and found[1].prints

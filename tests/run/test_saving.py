@@ -66,7 +66,7 @@ def test_what_is_saved_can_be_gone_on_from(saver, capsys: pytest.CaptureFixture[
     """Weights, moments, where the run stands, what it is; its size and time are told, its name kept in the status."""
     one = saver()
     for loss in (0.25, 0.75):
-        one.learned(loss)
+        one.record_loss(loss)
     one(PROGRESS)
     assert not one.losses
     path = one.writer.output_dir / "epoch1-iter2"

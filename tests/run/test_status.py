@@ -33,12 +33,12 @@ def test_a_run_that_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [(Preempted("x"), "preempted", 75), (NotFiniteError("x"), "failed", 5), (ConfigError("x"), "failed", 2)],
 )
 def test_one_that_does_not(error, state: str, number: int, tmp_path: Path, monkeypatch) -> None:
-    """The rank that speaks for the error writes it, main or not."""
-    for rank_speaks in (False, True):
+    """The rank that prints for the error writes it, main or not."""
+    for rank_prints in (False, True):
         now = status(tmp_path, monkeypatch, is_main=False)
-        error.speaks = rank_speaks
+        error.prints = rank_prints
         now.end(error)
-        assert bool(read_status(tmp_path)) is rank_speaks
+        assert bool(read_status(tmp_path)) is rank_prints
     found = read_status(tmp_path)
     assert (found["state"], found["status"], found["reason"], found["message"]) == (
         state,

@@ -15,7 +15,7 @@ from accessory.blueprint import DTYPES, Blueprint
 from accessory.data.corpus import build_corpus
 from accessory.errors import ConfigError
 from accessory.generate import generate_tokens
-from accessory.meta import MetaModel, load_for_asking
+from accessory.meta import MetaModel, load_for_inference
 from accessory.method.full import Full
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import Layout
@@ -124,7 +124,7 @@ class Decoding:
         args, source = random_source(self.model, layout.device)
         method, dtype = Full(Full.Settings()), DTYPES[self.precision]
         blueprint = Blueprint("llama", args, method, self.quant_type, dtype, None, train=False)
-        return load_for_asking(blueprint, [source], layout, longest)
+        return load_for_inference(blueprint, [source], layout, longest)
 
     def _check_room(self, decoder: Decoder) -> None:
         room, longest = decoder.args.longest_document, self.prompt_tokens + self.new_tokens

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from accessory.blueprint import DTYPES, Blueprint, draw_blueprint
+from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
@@ -22,8 +22,8 @@ from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
-from accessory.run.course import Schedule
 from accessory.run.report import Reporter
+from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
 from tools.benchmarking.random_parts import random_corpus, random_source
 from tools.model_sizes import is_shape
@@ -97,7 +97,7 @@ class Training:
             )
         else:
             sources = self._with_adapter(open_source(self.model))
-            made = draw_blueprint(
+            made = make_blueprint(
                 sources, llama_type=self._llama_type(sources[0]), llama_config=[], tokenizer_path=None,
                 quant_type=self.quant_type, precision=self.precision, train=True,
             )  # fmt: skip

@@ -19,7 +19,7 @@ def checkpoint_bytes(saved: NamedParameters, mp_size: int, moments: int) -> int:
     return sum(slices[name] * p.numel() * p.element_size() for name, p in saved.items()) + moments + _BESIDE
 
 
-def check_room(output_dir: Path, needed: int) -> None:
+def check_disk_space(output_dir: Path, needed: int) -> None:
     """Raise `DiskFullError` where fewer than `needed` bytes are free, `CheckpointError` where the disk is gone."""
     try:
         free = shutil.disk_usage(output_dir).free

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from accessory.checkpoint.training_state import Progress
-from accessory.run.course import Schedule
+from accessory.run.schedule import Schedule
 
 
 @pytest.mark.parametrize(

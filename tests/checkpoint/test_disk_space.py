@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from accessory.checkpoint.room import check_room, disk_fault
+from accessory.checkpoint.disk_space import check_disk_space, disk_fault
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError, DiskFullError
 from accessory.finetune import finetune
@@ -22,7 +22,7 @@ def test_what_is_reckoned_covers_what_is_written(
 ) -> None:
     """And not by more than what it sets aside for the files beside the tensors."""
     needed = []
-    monkeypatch.setattr(Saver, "check_room", lambda self: needed.append(self.needed))
+    monkeypatch.setattr(Saver, "check_disk_space", lambda self: needed.append(self.needed))
     job = Job(tiny_base, lora_config, tmp_path / "run", {}, ranks=1)
     finetune(parse(FinetuneConfig, job.flags("--max_steps", "1", *more)))
     written = sum(path.stat().st_size for path in (job.output / "epoch0-iter1").iterdir())
@@ -31,11 +31,11 @@ def test_what_is_reckoned_covers_what_is_written(
 
 
 def test_too_little_room(tmp_path: Path) -> None:
-    check_room(tmp_path, 1)
+    check_disk_space(tmp_path, 1)
     with pytest.raises(DiskFullError, match=r"a checkpoint needs 1,000,000,000,000,000,000 bytes, [\d,]+ are free"):
-        check_room(tmp_path, 10**18)
+        check_disk_space(tmp_path, 10**18)
     with pytest.raises(CheckpointError, match=r"gone: cannot be looked at \(No such file"):
-        check_room(tmp_path / "gone", 1)
+        check_disk_space(tmp_path / "gone", 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The course of a run: how many steps it has, how fast it learns in each, and after which it is saved."""
+"""A run's schedule: how many steps it has, the learning rate of each, and after which it is saved."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) 
     )
 
 
-def course_notes(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, progress: Progress) -> list[str]:
+def schedule_notes(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, progress: Progress) -> list[str]:
     """Lines on how many steps the run has, and on what to change if they are too few to learn from."""
     steps = replace(schedule, max_steps=config.max_steps).total_steps(progress)  # not the one of a dry run
     epochs = steps / order.steps_per_epoch
