@@ -81,6 +81,11 @@ class FourBitWeight(PackedWeight):
         return "nested_scales" in self._parameters
 
     @classmethod
+    def covers(cls, other: type[PackedWeight]) -> bool:
+        """See `PackedWeight`: double-quantized or not."""
+        return other in (cls, cls.single)
+
+    @classmethod
     def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[FourBitWeight]:
         """See `PackedWeight`: double-quantized or not, as the file's scales are."""
         nested = not parts.keys().isdisjoint(("nested_scales", "offset"))

@@ -67,6 +67,11 @@ class PackedWeight(nn.Module, ABC):
             self.register_parameter(name, frozen(torch.empty(part.shape(shape), dtype=part.dtype, device="meta")))
 
     @classmethod
+    def covers(cls, other: type[PackedWeight]) -> bool:
+        """Whether a base that is packed as `other` is one of this storage's name."""
+        return other is cls
+
+    @classmethod
     def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[PackedWeight]:
         """The storage of the matrix `name` that a file holds as `parts`: this one, or one that a file calls the same.
 
