@@ -28,14 +28,14 @@ def of(name: str, x: Tensor, *case: object) -> ModuleType:
 def on(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> ModuleType:
     """The implementation of the kernel `name` that computes in `dtype` on `device`: plain PyTorch's as the last resort.
 
-    case: what the call depends on where an implementation computes some cases only, as its `takes` says: an activation,
-    a head's width. Raises `ConfigError` for a strange ACCESSORY_TRITON or ACCESSORY_AVX512.
+    case: arguments of `takes`, by which an implementation refuses what it cannot compute: an activation, a head's
+    width. Raises `ConfigError` for an invalid ACCESSORY_TRITON or ACCESSORY_AVX512.
     """
     return fast(name, device, dtype, *case) or _implementation("plain", name)
 
 
 def fast(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> ModuleType | None:
-    """The same where it is faster than plain PyTorch's, else None: for who has other ways then."""
+    """The same if it is not plain PyTorch's, else None: for callers with another way of their own."""
     # Triton launches on the current device and its stream, wherever the tensors are.
     if device.type == "cuda" and not (torch.cuda.is_initialized() and device.index == torch.cuda.current_device()):
         return None

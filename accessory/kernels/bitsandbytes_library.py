@@ -1,7 +1,7 @@
 """bitsandbytes' functions, loaded without torch's compiler.
 
-At import it hands some plain functions to torch.compile, which loads the whole compiler, almost two seconds of every
-start, though nothing is compiled before one of them is called, and most never are. Here that waits for the call.
+At import it passes some functions to torch.compile, which loads the whole compiler: almost two seconds of every start,
+for functions that are hardly ever called. Here torch.compile waits until one is called.
 """
 
 from __future__ import annotations

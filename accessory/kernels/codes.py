@@ -1,4 +1,4 @@
-"""Matrices of 4-bit codes, as kernels are told of them, and what stands beside one in a product."""
+"""Matrices of 4-bit codes as kernels take them, and what is added to their products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NESTED_BLOCK = 256  # scales that share one of their own
 
 
 class Codes(NamedTuple):
-    """W [n, k]: codes uint8 [n k / 2], high nibble first, whose values `table` fp32 [16] has, and a scale for each 64.
+    """W [n, k]: codes uint8 [n k / 2], high nibble first, into `table` fp32 [16], and a scale for each 64.
 
     scales: fp32 [n k / 64], or, with `nested`, uint8: `book[scales] * nested_scales + offset`.
     nested: (book [256], nested_scales, one for each 256 scales, offset [1]), fp32. quant_type: the table's name in
@@ -27,7 +27,7 @@ class Codes(NamedTuple):
     quant_type: str = "nf4"
 
     def check(self, device: torch.device) -> None:
-        """Raises `AssertionError` for a part that is not as above, or not in one piece on `device`."""
+        """Raises `AssertionError` for a part that is not as above, or not contiguous on `device`."""
         numel = self.shape[0] * self.shape[1]
         blocks, numbers = -(-numel // BLOCK), torch.float32
         expected = [("codes", self.codes, torch.uint8, numel // 2), ("table", self.table, numbers, 16)]

@@ -1,4 +1,4 @@
-"""Documents packed in one tensor, as attention kernels are told of them."""
+"""Documents packed in one tensor, as attention kernels take them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from accessory.kernels.shared_prefixes import SharedPrefixes
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of `lengths` tokens, the first `shared` of each packed with the one before it alone.
+    """Documents of `lengths` tokens, the first `shared` of which are packed in the document before it only.
 
-    prefixes: where those stand, or None.
+    prefixes: where shared tokens are, or None.
     """
 
     lengths: tuple[int, ...]
@@ -54,10 +54,10 @@ class Documents:
 
     @cached_property
     def table(self) -> Tensor:
-        """Of each document, the longest first, for the C++ kernel on the CPU, int64 [B, 4].
+        """A row for each document, the longest first, for the C++ kernel on the CPU, int64 [B, 4].
 
-        Where its keys begin, its tokens, how many of them are shared, whose results nobody reads, and the row that its
-        first query has or would have.
+        Its first key, its tokens, how many of them are shared (their results are not needed), and the row of its first
+        query, as if that were packed.
         """
         place = row = 0
         entries = []

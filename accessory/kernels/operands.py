@@ -1,4 +1,4 @@
-"""What a kernel may be given. A pointer has no bounds and fp32 no more digits: faults must show before the launch."""
+"""Checks of kernels' arguments: kernels read by address and compute in fp32, so errors must be found before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], None]
-"""Replaces what a rank has by the highest of all ranks' or by their sum."""
+"""Replaces each rank's tensor by the maximum, or the sum, over all ranks."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
 
@@ -64,8 +64,8 @@ def check_of_rows(scores: Tensor, **tensors: Tensor) -> None:
             raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected float32, contiguous")
 
 
-def agree(highest: Tensor, mass: Tensor, target: Tensor, reduce: Reduce | None) -> None:
-    """Make statistics of rows of scores, of this rank's slice of the vocabulary, those of all slices."""
+def combine_statistics(highest: Tensor, mass: Tensor, target: Tensor, reduce: Reduce | None) -> None:
+    """Turn statistics of this rank's slice of the vocabulary into those of all slices, in place."""
     if reduce is None:
         return
     mine = highest.clone()

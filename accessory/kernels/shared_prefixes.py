@@ -1,7 +1,7 @@
-"""Documents of a batch that begin alike: what they share is packed, and computed, once.
+"""Documents of a batch with a common beginning, which is packed, and computed, once.
 
-A causal model makes the same of the same beginning, whatever follows. Everything but attention works token by token
-and needs to know nothing of it; attention is given whole documents, and gives back packed tokens.
+A causal model computes the same for the same beginning, whatever follows. Everything but attention works token by token
+and need not know; attention expands its inputs to whole documents, and packs its result again.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 class Copies(NamedTuple):
-    """Packed tokens that stand in as many documents, G: rows int64 [n], and copies int64 [n * G], where each stands."""
+    """Packed tokens that are each in G documents: rows int64 [n], and copies int64 [n * G], their places there."""
 
     rows: Tensor
     copies: Tensor
 
 
 class SharedPrefixes(NamedTuple):
-    """Where T packed tokens stand in documents that are laid out whole, one behind the other, in W tokens.
+    """Places of T packed tokens in the whole documents, one after the other, of W tokens together.
 
     whole: int64 [W], the packed token at each place. first: int64 [T], the first place of each packed token.
-    repeated: those with several places, by how many.
+    repeated: the tokens with several places, grouped by their number.
     """
 
     whole: Tensor
@@ -55,7 +55,7 @@ class SharedPrefixes(NamedTuple):
         return _LayOut.apply(packed, self)
 
     def pack(self, whole: Tensor) -> Tensor:
-        """[W, ...] -> [T, ...], of what is alike in all copies of a token."""
+        """[W, ...] -> [T, ...], for values that are equal in all copies of a token."""
         return _Pack.apply(whole, self)
 
     def sum_copies(self, dwhole: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The environment's switches: which kernels shall not compute, though they could."""
+"""Environment variables that switch kernels off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from accessory.errors import ConfigError
 
 
 def switched_on(variable: str, kernels: str) -> bool:
-    """Whether `variable` leaves `kernels` on; unset, it does. Raises `ConfigError` for a strange value."""
+    """Whether `variable` leaves `kernels` on, as it does if unset. Raises `ConfigError` for an invalid value."""
     value = os.environ.get(variable, "1")
     if value not in ("0", "1"):
         raise ConfigError(f"{variable} is {value!r}; expected 1 (use {kernels} where they work) or 0 (never).")

@@ -1,4 +1,4 @@
-"""Plain elementwise functions that torch.compile makes one pass over memory of, where `--compile` asks for it.
+"""Elementwise functions that torch.compile fuses into one pass over memory, if `--compile` asks for it.
 
 Whole blocks are left alone: their products gain nothing, and every new set of document lengths would be compiled anew.
 """

@@ -1,4 +1,4 @@
-"""Each kernel once, on a few numbers, beside plain PyTorch: what a machine that was never tried before has to pass."""
+"""A self-test: every kernel once, on a few numbers, compared with plain PyTorch, before a machine uses it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from accessory.kernels.codes import Beside, Codes
 from accessory.kernels.documents import Documents
 from accessory.kernels.torch_compile import compile_fusible
 
-Draw = Callable[..., Tensor]
-"""Random normal numbers of a shape, in the dtype that is tried: the same ones for both."""
+Randn = Callable[..., Tensor]
+"""Normal random numbers of a shape, in the tested dtype: the same ones for both implementations."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative: many times the rounding, less than any real fault
 
 
@@ -35,7 +35,7 @@ def wrong_kernels(package: str, names: tuple[str, ...], device: torch.device, dt
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        # Whatever the first to ask is in; who watches what is saved shall not see what the trial saves.
+        # Whatever the caller's contexts are; hooks that it may have on saved tensors shall not see the trial's.
         unseen = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), unseen:
             return [name for name in names if not _agree(package, name, device, dtype)]
@@ -49,89 +49,89 @@ def _agree(package: str, name: str, device: torch.device, dtype: torch.dtype) ->
     for implementation, wide in ((package, dtype), ("plain", torch.float32)):
         generator = torch.Generator().manual_seed(0)
 
-        def draw(*shape: int, generator: torch.Generator = generator, wide: torch.dtype = wide) -> Tensor:
+        def randn(*shape: int, generator: torch.Generator = generator, wide: torch.dtype = wide) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype).to(device, wide)
 
-        results.append(_TRIALS[name](import_module(f"accessory.kernels.{implementation}.{name}"), draw))
+        results.append(_TRIALS[name](import_module(f"accessory.kernels.{implementation}.{name}"), randn))
     return all(
         (found.float() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
         for found, wanted in zip(*results, strict=True)
     )
 
 
-def _cached_attention(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    """Two query heads, one other; 19 keys of 24, of which 17 are seen."""
-    return [kernel.attend(draw(1, 2, 20), draw(1, 24, 1, 20), draw(1, 24, 1, 20), (19,), 17, 0.25)]
+def _cached_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """Two query heads, one key/value head; 19 keys of 24, a window of 17."""
+    return [kernel.attend(randn(1, 2, 20), randn(1, 24, 1, 20), randn(1, 24, 1, 20), (19,), 17, 0.25)]
 
 
-def _column_sums(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    return [kernel.column_sums(draw(5, 20))]
+def _column_sums(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    return [kernel.column_sums(randn(5, 20))]
 
 
-def _cross_entropy(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    """Of 20 columns the last three are padding. Likely labels, whose loss is small beside its parts; other ranks'."""
-    scores = [draw(5, 20), draw(5, 20)]
+def _cross_entropy(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """The last 3 of 20 columns are padding. First with the likeliest labels, then with other ranks' labels."""
+    scores = [randn(5, 20), randn(5, 20)]
     labels = scores[0][:, :17].argmax(1)
     losses = kernel.losses_and_gradient(scores[0], labels, 17, None, kernel.workspace(scores[0]))
     kernel.losses_and_gradient(scores[1], labels - 20, 17, None, kernel.workspace(scores[1]))
     return [losses, *scores]
 
 
-def _document_attention(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    """Documents of 40 and 25 tokens that share 3, two query heads, one other."""
-    leaves, dout = [draw(62, heads, 16).requires_grad_() for heads in (2, 1, 1)], draw(62, 2, 16)
+def _document_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """Documents of 40 and 25 tokens that share 3, two query heads, one key/value head."""
+    leaves, dout = [randn(62, heads, 16).requires_grad_() for heads in (2, 1, 1)], randn(62, 2, 16)
     with torch.enable_grad():
         out = kernel.attend(*leaves, Documents.build((40, 25), (0, 3)), None, 0.25)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def _four_bit(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    nested = _codes(draw)
-    plain = nested._replace(scales=draw(260).float(), nested=None)
-    return [kernel.dequantize(codes, draw(0).dtype) for codes in (nested, plain)]
+def _four_bit(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    nested = _codes(randn)
+    plain = nested._replace(scales=randn(260).float(), nested=None)
+    return [kernel.dequantize(codes, randn(0).dtype) for codes in (nested, plain)]
 
 
-def _four_bit_gemv(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    """Fifteen rows, so that each number of rows that go together is among them; two matrices, LoRA, a bias."""
-    beside = [Beside(a=draw(4, 128).float(), b=draw(130, 4).float(), scale=0.5), Beside(draw(130).float())]
-    return list(kernel.Matrices([_codes(draw), _codes(draw)]).multiply(draw(15, 128), beside))
+def _four_bit_gemv(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """15 rows = 8 + 4 + 2 + 1: every group of rows that the kernel has; two matrices, LoRA, a bias."""
+    beside = [Beside(a=randn(4, 128).float(), b=randn(130, 4).float(), scale=0.5), Beside(randn(130).float())]
+    return list(kernel.Matrices([_codes(randn), _codes(randn)]).multiply(randn(15, 128), beside))
 
 
-def _four_bit_product(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    """One matrix with all that may stand beside it, and two whose products are summed."""
-    codes, x, dy, low = _codes(draw), draw(14, 128), draw(14, 130), draw(14, 4)
-    a, b, bias = draw(4, 128).float(), draw(130, 4).float(), draw(130).float()
+def _four_bit_product(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """One matrix with bias and LoRA, and two whose products are summed."""
+    codes, x, dy, low = _codes(randn), randn(14, 128), randn(14, 130), randn(14, 4)
+    a, b, bias = randn(4, 128).float(), randn(130, 4).float(), randn(130).float()
     y = kernel.sum_of_products([x], [codes], transposed=False, bias=bias, low=(low, b, 0.5))
     return [y, kernel.sum_of_products([dy, dy], [codes, codes], transposed=True, low=(low, a, 0.5))]
 
 
-def _codes(draw: Draw) -> Codes:
+def _codes(randn: Randn) -> Codes:
     """W [130, 128], of whose 260 blocks 256 share a scale's scale."""
-    nested = draw(256).float(), draw(2).float(), draw(1).float()
-    codes, scales = (draw(n).float().mul(50).clamp(-128, 127).add(128).byte() for n in (130 * 64, 260))
+    nested = randn(256).float(), randn(2).float(), randn(1).float()
+    codes, scales = (randn(n).float().mul(50).clamp(-128, 127).add(128).byte() for n in (130 * 64, 260))
     return Codes((130, 128), codes, functional.get_4bit_type("nf4", device=str(codes.device)), scales, nested)
 
 
-def _gate(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    x, up, dy = draw(5, 20), draw(5, 20), draw(5, 20)
+def _gate(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    x, up, dy = randn(5, 20), randn(5, 20), randn(5, 20)
     return [kernel.forward(x, up, "silu"), *kernel.backward(dy, x, up, "silu")]
 
 
-def _rms_norm(kernel: ModuleType, draw: Draw) -> list[Tensor]:
-    x, dy, weight = draw(5, 20), draw(5, 20), draw(20).float()
+def _rms_norm(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    x, dy, weight = randn(5, 20), randn(5, 20), randn(20).float()
     y, scale = kernel.forward(x, weight, 1e-5)
-    again = kernel.normalized(x, weight, 1e-5), kernel.again(x, weight, scale)
-    return [y, *again, *kernel.backward(dy, x, weight, scale)]
+    recomputed = kernel.normalized(x, weight, 1e-5), kernel.recompute(x, weight, scale)
+    return [y, *recomputed, *kernel.backward(dy, x, weight, scale)]
 
 
-def _rotary(kernel: ModuleType, draw: Draw) -> list[Tensor]:
+def _rotary(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """The first 16 of 20 channels are rotated, the others pass."""
-    x, angles = draw(5, 1, 20), draw(5, 1, 8).float()
+    x, angles = randn(5, 1, 20), randn(5, 1, 8).float()
     rotations = torch.polar(torch.ones_like(angles), angles)
     return [kernel.rotate(x, rotations, "halves"), kernel.rotate(x, rotations.conj(), "pairs")]
 
 
-_TRIALS: dict[str, Callable[[ModuleType, Draw], list[Tensor]]] = {
+_TRIALS: dict[str, Callable[[ModuleType, Randn], list[Tensor]]] = {
     "cached_attention": _cached_attention,
     "column_sums": _column_sums,
     "cross_entropy": _cross_entropy,

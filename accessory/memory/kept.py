@@ -115,7 +115,8 @@ class _Run(nn.Module):
         """Run zeros as token ids: how much is kept does not depend on them."""
         ids = torch.zeros(tokens, dtype=torch.int64)
         sequences = self.decoder.sequences((tokens,))
-        self._before_blocks = {_address(t) for t in (sequences.positions, sequences.turn, *(sequences.lean or ()))}
+        shared = sequences.positions, sequences.rotations, *(sequences.alibi or ())
+        self._before_blocks = set(map(_address, shared))
         with torch.enable_grad(), saved_tensors_hooks(self._note, lambda tensor: tensor):
             self.decoder(ids, sequences)
 

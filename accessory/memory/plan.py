@@ -21,7 +21,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.feed_forward import FeedForward
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK, chunk_bytes
-from accessory.model.position import LEAN_WIDTH
+from accessory.model.position import ALIBI_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
@@ -215,12 +215,12 @@ class StepMemory:
     def _most_gradients_at_once(self) -> int:
         """Bytes of the gradients that one autograd function makes: those of linears that share an input."""
         names = {module: f"{name}." for name, module in self.decoder.named_modules()}
-        return max(self._trained_below(*(names[linear] for linear in linears)) for linears in self._called_together())
+        return max(self._trained_below(*(names[linear] for linear in linears)) for linears in self._linears_by_input())
 
-    def _called_together(self) -> Iterator[list[Linear]]:
+    def _linears_by_input(self) -> Iterator[list[Linear]]:
         for module in self.decoder.modules():
             if isinstance(module, Attention | FeedForward):
-                yield from module.called_together()
+                yield from module.linears_by_input()
 
     def _at_embedding(self) -> int:
         """Bytes beside all gradients while a trained embedding's is made: its rows' gradients twice, and terms to add.
@@ -265,9 +265,9 @@ class StepMemory:
         dtype, device = self.decoder.dtype, self.layout.device
         found = [
             memory_to_multiply([m.weight for m in linears], [_rank(m) for m in linears], self.tokens, dtype, device)
-            for linears in self._called_together()
+            for linears in self._linears_by_input()
         ]
-        return max(workspace for workspace, _ in found) + max(borrowed for _, borrowed in found)
+        return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found)
 
     @property
     def _width(self) -> int:
@@ -289,7 +289,7 @@ class StepMemory:
     def _heads(self) -> tuple[int, int, int]:
         """Query and key/value heads of this rank, and their width in attention."""
         args, ranks = self.decoder.args, self.decoder.ranks
-        width = args.head_dim + (LEAN_WIDTH if args.position == "alibi" else 0)
+        width = args.head_dim + (ALIBI_WIDTH if args.position == "alibi" else 0)
         return args.n_heads // ranks, args.n_kv_heads // ranks, width
 
 

@@ -1,4 +1,4 @@
-"""What a method promises: it makes the decoder, adds its parameters to it, and says which are trained and where."""
+"""The interface of a method: it makes the decoder, adds its parameters, and says what is trained and allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Initializer = Callable[[torch.Generator], Tensor]
 
 @dataclass
 class Attachment:
-    """What a method did to a decoder: trained parameters by name, and how those it added start out."""
+    """What a method did to a decoder: names of trained parameters, and initializers of those it added."""
 
     trainable: set[str] = field(default_factory=set)
     initial: dict[str, Initializer] = field(default_factory=dict)
@@ -31,11 +31,11 @@ class Method(ABC):
     """One way of fine-tuning. `settings` holds the method's own keys of `--llama_config`."""
 
     Settings: ClassVar[type[BaseModel]]
-    """No key of it is one of `ModelArgs`, beside which a checkpoint's `config.json` holds it."""
+    """No key may be one of `ModelArgs`: a checkpoint's `config.json` holds both."""
     suffix: ClassVar[str]
     """What `--llama_type` ends in after the family."""
     also_called: ClassVar[tuple[str, ...]] = ()
-    """Words at the end of a `--llama_type` by which users of other trainers may mean it."""
+    """Other endings of `--llama_type` by which users of other trainers may call it."""
     summary: ClassVar[str]
     """What is trained, in a few words."""
     presets: ClassVar[dict[str, dict[str, Any]]]
@@ -54,18 +54,18 @@ class Method(ABC):
 
     @classmethod
     def translated(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """A file of `--llama_config` in our names, where published ones call this method's keys otherwise."""
+        """The content of a `--llama_config` file, with other published names of this method's keys replaced by ours."""
         return content
 
     def check(self, args: ModelArgs, layout: Layout, data_parallel: str) -> None:
-        """Raise an `AccessoryError` that names the flag to change where this base or layout will not do.
+        """Raise an `AccessoryError` that names the flag to change where this base or layout is not supported.
 
-        Asked before any weight is read. data_parallel: as the flag.
+        Called before any weight is read. data_parallel: as the flag.
         """
         args.check_model_parallel(layout.mp_size)
 
     def decoder(self, args: ModelArgs, **how: Any) -> Decoder:
-        """The decoder to be filled, on the meta device; `how` is all that `Decoder` takes beside the settings."""
+        """The decoder, on the meta device; `how`: the other arguments of `Decoder`."""
         return Decoder(args, **how)
 
     @property
@@ -75,14 +75,14 @@ class Method(ABC):
 
     @property
     def drops_out(self) -> bool:
-        """Whether training drops values out, of each document's tokens others."""
+        """Whether training uses dropout, so that equal tokens of two documents give different results."""
         return False
 
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
 
     def conflict(self, stated: Mapping[str, Any]) -> str | None:
-        """Why a part trained with the settings `stated` would compute something else with these; None if it would not.
+        """Why a part trained with the settings `stated` would compute differently with these; None if it would not.
 
         Shapes are compared elsewhere.
         """

@@ -1,7 +1,7 @@
 """Norm tuning, bias tuning and LoRA (Hu et al. 2021), in any combination, beside a frozen base.
 
 The keys and the parameter names are LLaMA2-Accessory's. NormBias is `norm_tuning` and `bias_tuning` without LoRA;
-NormBiasLoRA adds `lora_rank`. Embedding and head are touched by `vocabulary_tuning` alone.
+NormBiasLoRA adds `lora_rank`. Embedding and head are trained by `vocabulary_tuning` alone.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ class Peft(Method):
 
     @property
     def trains_vocabulary(self) -> bool:
-        """Only where it is asked for."""
+        """Only with `vocabulary_tuning`."""
         return self.settings.vocabulary_tuning
 
     @property
     def drops_out(self) -> bool:
-        """Of what LoRA reads."""
+        """On LoRA's input."""
         return self.settings.lora_rank > 0 and self.settings.lora_dropout > 0
 
     def conflict(self, stated: Mapping[str, Any]) -> str | None:
-        """See `Method.conflict`: LoRA adds the product of its factors times a scale that the settings alone say."""
+        """See `Method.conflict`: the scale of LoRA's product is stored in the settings alone."""
         keys = ("lora_rank", "lora_alpha")
         try:
             trained = type(self.settings)(**{key: stated[key] for key in keys if key in stated})
@@ -110,7 +110,7 @@ class Peft(Method):
         )
 
     def attach(self, decoder: Decoder) -> Attachment:
-        """Add biases and LoRA factors; choose these and norms as the settings say, and what the storage trains."""
+        """Add biases and LoRA factors; train these, norms and the storage's trained parts, as the settings say."""
         attachment = Attachment()
         if self.settings.vocabulary_tuning:
             self._choose_vocabulary(decoder, attachment)
@@ -161,7 +161,7 @@ def _zeros(*shape: int):
 
 
 def truncated_normal(*shape: int, std: float = 0.02) -> Initializer:
-    """What a new lora_a starts as, fp32."""
+    """The initializer of a new lora_a, fp32."""
     return lambda generator: nn.init.trunc_normal_(
         torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator
     )

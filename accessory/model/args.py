@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from accessory.errors import ParallelError
 
-# Far beyond any model, and near enough that a file which says more is refused before anything of that size is made.
+# Larger than any real model: a file that states more is refused before anything of that size is made.
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 MOST_BLOCKS = 1 << 12
 Count = Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
 ALIBI_REACH = 1 << 16
-"""Positions that ALiBi's channels tell apart in every dtype: two parts of 8 bits each, which is what bf16 holds."""
+"""Positions that ALiBi's channels distinguish in every dtype: two parts of 8 bits, as many as bf16 holds."""
 
 
 class RopeScaling(BaseModel):
@@ -66,13 +66,13 @@ class ModelArgs(BaseModel):
     gated: bool = True
     """Whether the MLP is w2(act(w1 x) * w3 x); otherwise it is w2(act(w1 x)), without a w3."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    """act of the MLP."""
+    """Activation function act of the MLP."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm, or LayerNorm with a bias."""
     norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
     """Epsilon of the norms."""
     norm_placement: Literal["before", "after", "both"] = "before"
-    """Norms before each layer, after its residual sum (OPT-350m), or before it and on its output (GLM-4)."""
+    """Norms before attention and MLP, after their residual sums (OPT-350m), or before and on their outputs (GLM-4)."""
     final_norm: bool = True
     """Whether a norm follows the last block."""
     embedding_norm: bool = False
@@ -82,7 +82,7 @@ class ModelArgs(BaseModel):
     parallel_residual: bool = False
     """Whether attention and MLP read the same input and are added together (GPT-NeoX)."""
     position: Literal["rotary", "learned", "alibi"] = "rotary"
-    """How a token's place enters: rotated queries and keys, a learned embedding, or attention biased by distance."""
+    """How positions enter: rotated queries and keys, a learned embedding, or attention biased by distance."""
     position_offset: Annotated[int, Field(ge=0, le=1 << 12)] = 0
     """Row of the learned position embedding that belongs to position 0 (OPT: 2)."""
     rotary_layout: Literal["pairs", "halves"] = "pairs"
@@ -148,7 +148,7 @@ class ModelArgs(BaseModel):
 
     @property
     def longest_document(self) -> int | None:
-        """Tokens beyond which the model has no positions, or none that mean what they did; None where it has no end."""
+        """Tokens of the longest document that the model's positions allow; None if there is no limit."""
         if self.position == "alibi":
             return ALIBI_REACH
         dynamic = self.rope_scaling is not None and self.rope_scaling.kind == "dynamic"

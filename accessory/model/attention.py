@@ -13,8 +13,8 @@ from accessory.model.cache import LayerCache
 from accessory.model.decoding import decodes
 from accessory.model.linear import Linear, project_columns
 from accessory.model.norm import RMSNorm
-from accessory.model.position import lean, rotate
-from accessory.model.recomputed import Recomputed
+from accessory.model.position import append_alibi, rotate
+from accessory.model.recomputable import Recomputable
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import Slicing, mark
 
@@ -24,16 +24,16 @@ class AttentionAddition(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, q: Tensor, sequences: Sequences, attention: Attention) -> Tensor:
-        """This rank's queries [T, H, E] as attention has them, rotated -> what is added to its result [T, H, E]."""
+        """This rank's queries [T, H, E], rotated -> what is added to attention's result [T, H, E]."""
 
     def prepare_decoding(self, attention: Attention) -> None:
-        """Make what is the same for every token of an answer; `train` forgets it."""
+        """Compute what is the same for every token of an answer, once; `train` discards it."""
 
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E)) v with H query and K key/value heads; this rank holds its share of both.
 
-    addition: what a method put between that and `wo`.
+    addition: what a method adds to that, before `wo`.
     """
 
     def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.k_norm = _head_norm(args) if args.qk_norm else None
         self.addition: AttentionAddition | None = None
 
-    def forward(self, x: Tensor | Recomputed, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor | Recomputable, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
         projected = project_columns(x, [self.wq, self.wk, self.wv])
         q, k, v = (y.view(y.shape[0], -1, self.head_dim) for y in projected)
@@ -61,7 +61,7 @@ class Attention(nn.Module):
             q, k = self._rotated(q, k, sequences)
         queries = None if self.addition is None else q
         if self.position == "alibi":
-            q, k, v = lean(q, k, v, sequences.lean)
+            q, k, v = append_alibi(q, k, v, sequences.alibi)
             scale = self.head_dim**-0.5
         if cache is not None:
             cache.store(k, v, sequences)
@@ -76,14 +76,14 @@ class Attention(nn.Module):
             out = out + self.addition(queries, sequences, self)
         return self.wo(out.flatten(1))
 
-    def called_together(self) -> list[list[Linear]]:
-        """The linears that share an input, and those that do not."""
+    def linears_by_input(self) -> list[list[Linear]]:
+        """The linears, those that share an input together."""
         return [[self.wq, self.wk, self.wv], [self.wo]]
 
     def _rotated(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         if not decodes():
-            return rotate(q, sequences.turn, self.layout), rotate(k, sequences.turn, self.layout)
-        both = rotate(torch.cat([q, k], 1), sequences.turn, self.layout)  # one call costs less than two
+            return rotate(q, sequences.rotations, self.layout), rotate(k, sequences.rotations, self.layout)
+        both = rotate(torch.cat([q, k], 1), sequences.rotations, self.layout)  # one call costs less than two
         return both.split_with_sizes([q.shape[1], k.shape[1]], 1)
 
 
@@ -97,9 +97,9 @@ def _head_norm(args: ModelArgs) -> RMSNorm:
 def attend_cached(
     q: Tensor, cache: LayerCache, sequences: Sequences, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """New queries q [T, H, E] against everything their documents have in the cache, causally -> [T, H, E].
+    """Causal attention of new queries q [T, H, E] to all that their documents have in the cache -> [T, H, E].
 
-    All documents at once where they have as many new tokens: each gets what it gets alone.
+    Documents with equally many new tokens are computed in one call; each gets the result that it gets alone.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lengths, ends = sequences.lengths, sequences.ends

@@ -1,4 +1,4 @@
-"""One decoder block: attention and feed-forward, each beside a norm and a residual."""
+"""One decoder block: attention and feed-forward, each with norms and a residual."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from accessory.model.feed_forward import FeedForward
 from accessory.model.linear import prepare_decoding
 from accessory.model.norm import make_norm
 from accessory.model.offload import InputOffload
-from accessory.model.recomputed import RunningAgain
+from accessory.model.recomputable import Recomputation
 from accessory.model.sequences import Sequences
 
 
 class Block(nn.Module):
-    """x [T, D] -> x + its attention, then + its feed-forward [T, D]; `args.norm_placement` says where norms stand.
+    """x [T, D] -> h = x + attention(x) -> h + feed_forward(h) [T, D], with norms where `args.norm_placement` says.
 
-    before: on what attention and feed-forward read. after: on the sums. both: on what they read and on what they add.
-    `args.parallel_residual`: feed-forward reads x rather than the sum with attention.
-    `recompute` keeps only x for the backward and runs the block again there; `offload` moves that x out of the way.
+    before: on the inputs of attention and feed-forward. after: on the sums. both: on their inputs and outputs.
+    `args.parallel_residual`: feed-forward reads x instead of h.
+    `recompute`: save only x for the backward and run the block again there; `offload`: move that x to host memory.
     """
 
     def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
@@ -50,8 +50,8 @@ class Block(nn.Module):
         return self._forward(x, sequences, cache)
 
     def prepare_decoding(self) -> None:
-        """Make ready for single tokens."""
-        for linears in (*self.attention.called_together(), *self.feed_forward.called_together()):
+        """See `Decoder.prepare_decoding`."""
+        for linears in (*self.attention.linears_by_input(), *self.feed_forward.linears_by_input()):
             prepare_decoding(linears)
         if self.attention.addition is not None:
             self.attention.addition.prepare_decoding(self.attention)
@@ -60,16 +60,16 @@ class Block(nn.Module):
         if self.placement == "after":
             x = self.attention_norm(x + self.attention(x, sequences, cache))
             return self.ffn_norm(x + self.feed_forward(x))
-        attended = self.attention(self.attention_norm.recomputed(x), sequences, cache)
+        attended = self.attention(self.attention_norm.recomputable(x), sequences, cache)
         if self.placement == "both":
             attended = self.attention_post_norm(attended)
         middle = x + attended
-        fed = self.feed_forward(self.ffn_norm.recomputed(x if self.parallel else middle))
+        fed = self.feed_forward(self.ffn_norm.recomputable(x if self.parallel else middle))
         if self.placement == "both":
             fed = self.ffn_post_norm(fed)
         return middle + fed
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Of a recomputed block's two runs."""
-    return nullcontext(), RunningAgain()
+    """Contexts of a recomputed block's forward and of its recomputation."""
+    return nullcontext(), Recomputation()

@@ -11,14 +11,14 @@ from accessory.model.sequences import Sequences
 
 
 class LayerCache:
-    """Keys and values of one layer, each [B, longest document, K / ranks, E] (with ALiBi's channels where it leans)."""
+    """Keys and values of one layer, each [B, longest document, K / ranks, E] (E with ALiBi's channels, if any)."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def store(self, keys: Tensor, values: Tensor, sequences: Sequences) -> None:
-        """Append the new tokens' keys and values [T, K / ranks, E] behind what each document has."""
+        """Append the new tokens' keys and values [T, K / ranks, E] to what each document has."""
         begin = 0
         for i, (start, length) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
             self.keys[i, start : start + length] = keys[begin : begin + length]
@@ -32,7 +32,7 @@ class LayerCache:
         return part
 
     def keep(self, rows: list[int], longest: int) -> None:
-        """Forget all documents but `rows`, in ascending order, which have at most `longest` tokens and move up."""
+        """Keep only the documents `rows` (ascending), of at most `longest` tokens, and move them to the front."""
         for new, old in enumerate(rows):
             if new != old:
                 self.keys[new, :longest] = self.keys[old, :longest]

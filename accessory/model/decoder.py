@@ -14,7 +14,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.norm import make_norm
-from accessory.model.position import LEAN_WIDTH, alibi_slopes, lean_channels, rotary_frequencies
+from accessory.model.position import ALIBI_WIDTH, alibi_channels, alibi_slopes, rotary_frequencies
 from accessory.model.projection import project
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import (
@@ -29,9 +29,9 @@ from accessory.quant import PackedWeight
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the embedding [V, D] shared out over the ranks: each looks up its own, and the results are summed.
+    """The embedding [V, D], its rows divided over the ranks: each looks up its own, and the results are summed.
 
-    Every rank has as many rows; where the ranks do not divide V, the last ones are nobody's.
+    Every rank has equally many rows; where the ranks do not divide V, the last ones are padding.
     """
 
     def __init__(self, vocab_size: int, dim: int, *, rank: int, ranks: int, dtype: torch.dtype) -> None:
@@ -47,7 +47,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Rows of the output matrix [V, D] shared out as the embedding's; the loss and generation multiply with it."""
+    """The output matrix [V, D], divided as the embedding is; the loss and generation multiply with it."""
 
     def __init__(self, vocab_size: int, dim: int, *, ranks: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -87,10 +87,9 @@ class Projection(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder of the shape that `args` says, made on the meta device and filled by `accessory.checkpoint`.
+    """The decoder that `args` describes, made on the meta device and filled by `accessory.checkpoint`.
 
-    Open at both ends: it takes token ids or embeddings, and whoever runs it by `enter`, `states` and `leave` gets each
-    block's output.
+    It takes token ids or embeddings; `enter`, `states` and `leave` run it step by step and give each block's output.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Decoder(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(args), persistent=False)
 
     def _make_entrance(self) -> None:
-        """What stands between the embedding and the first block."""
+        """Make what comes between the embedding and the first block."""
         args, dtype = self.args, self.dtype
         narrow, learned = args.embedding_dim != args.dim, args.position == "learned"
         self.project_in = Projection(args.embedding_dim, args.dim, dtype) if narrow else None
@@ -135,7 +134,7 @@ class Decoder(nn.Module):
         starts: tuple[int, ...] | None = None,
         shared: tuple[int, ...] | None = None,
     ) -> Sequences:
-        """Where the tokens of documents of `lengths` stand, behind `starts` tokens that are in the cache already.
+        """Positions of documents of `lengths` new tokens, which follow `starts` tokens that are in the cache already.
 
         shared: as in `Sequences.build`. Raises `ConfigError` for a document longer than the model's positions reach.
         """
@@ -151,10 +150,10 @@ class Decoder(nn.Module):
             return made
         mine = slice(*slice_bounds(self.args.n_heads, self.rank, self.ranks))
         slopes = alibi_slopes(self.args.n_heads)[mine].to(self.frequencies.device)
-        return made.leaning(lean_channels(slopes, made.positions, self.args.head_dim, self.dtype))
+        return made.with_alibi(alibi_channels(slopes, made.positions, self.args.head_dim, self.dtype))
 
     def forward(self, inputs: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Tensor:
-        """Token ids [T] or their embeddings [T, embedding_dim] -> what the head multiplies [T, embedding_dim]."""
+        """Token ids [T] or their embeddings [T, embedding_dim] -> the head's input [T, embedding_dim]."""
         (last,) = deque(self.states(self.enter(inputs, sequences), sequences, cache), maxlen=1)
         return self.leave(last)
 
@@ -169,35 +168,35 @@ class Decoder(nn.Module):
         return x if self.tok_norm is None else self.tok_norm(x)
 
     def states(self, x: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Iterator[Tensor]:
-        """The first block's input [T, D] -> each block's output [T, D], made when it is asked for.
+        """The first block's input [T, D] -> each block's output [T, D], computed when it is asked for.
 
-        cache: one for each block; those behind them belong to others.
+        cache: one for each block; a subclass may append its own.
         """
         for i, block in enumerate(self.layers):
             x = block(x, sequences, cache[i] if cache else None)
             yield x
 
     def leave(self, x: Tensor) -> Tensor:
-        """The last block's output [T, D] -> normalized and led back to the embedding's width [T, embedding_dim]."""
+        """The last block's output [T, D] -> normalized and projected to the embedding's width [T, embedding_dim]."""
         x = x if self.norm is None else self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
-        """(name, module) of all that is filled, sharded and run again one at a time, in the order they run in."""
+        """(name, module) of each block, the unit of loading, sharding and recomputing, in the order they run in."""
         for i, block in enumerate(self.layers):
             yield f"layers.{i}", block
 
     def place(self, device: torch.device) -> None:
-        """Move what no checkpoint holds."""
+        """Move the buffers that no checkpoint holds to `device`."""
         self.frequencies = self.frequencies.to(device)
 
     def prepare_decoding(self) -> None:
-        """Make ready to be asked for single tokens; training undoes it."""
+        """Prepare the blocks for decoding, a few tokens at a time; `train` undoes it."""
         for _, block in self.blocks():
             block.prepare_decoding()
 
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens, one for each block."""
-        width = self.args.head_dim + (LEAN_WIDTH if self.args.position == "alibi" else 0)
+        width = self.args.head_dim + (ALIBI_WIDTH if self.args.position == "alibi" else 0)
         shape = (documents, longest, self.args.n_kv_heads // self.ranks, width)
         return [LayerCache(shape, self.dtype, self.frequencies.device) for _ in self.layers]

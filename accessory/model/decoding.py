@@ -1,7 +1,6 @@
-"""Whether a decoder is asked for next tokens: said by whoever asks it, since running without gradients may be training.
+"""Whether a decoder is decoding. Its caller says so, because running without gradients may be part of training.
 
-Of a token or a few, a call costs more than its arithmetic: autograd functions are left out, and kernels for few rows
-are taken.
+While decoding, a call costs more than its arithmetic: autograd functions are skipped, and kernels for few rows used.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ _DECODING = ContextVar("decoding", default=False)
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """While it is entered, no gradient is wanted of what is computed."""
+    """Inside this context decoders decode: no gradient of what they compute is needed."""
     token = _DECODING.set(True)
     try:
         yield
@@ -24,5 +23,5 @@ def decoding() -> Iterator[None]:
 
 
 def decodes() -> bool:
-    """Whether it is entered now."""
+    """Whether the caller is inside `decoding()`."""
     return _DECODING.get()

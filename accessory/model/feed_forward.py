@@ -12,11 +12,11 @@ from accessory.kernels.plain.gate import ACTIVATIONS
 from accessory.model.args import ModelArgs
 from accessory.model.decoding import decodes
 from accessory.model.linear import Linear, project_columns
-from accessory.model.recomputed import Recomputed
+from accessory.model.recomputable import Recomputable
 
 
 class FeedForward(nn.Module):
-    """x [T, D] -> w2(act(w1 x) * w3 x) [T, D], or w2(act(w1 x)) without a w3; the width F shared out over the ranks."""
+    """x [T, D] -> w2(act(w1 x) * w3 x) [T, D], or w2(act(w1 x)) without a w3; F is divided over the ranks."""
 
     def __init__(self, args: ModelArgs, ranks: int, **linear) -> None:
         super().__init__()
@@ -28,30 +28,30 @@ class FeedForward(nn.Module):
         if self.gated:
             self.w3 = Linear(args.dim, args.hidden_dim, cut="column", **common)
 
-    def called_together(self) -> list[list[Linear]]:
-        """The linears that share an input, and those that do not."""
+    def linears_by_input(self) -> list[list[Linear]]:
+        """The linears, those that share an input together."""
         return [[self.w1, self.w3] if self.gated else [self.w1], [self.w2]]
 
-    def forward(self, x: Tensor | Recomputed) -> Tensor:
+    def forward(self, x: Tensor | Recomputable) -> Tensor:
         """x [T, D] -> [T, D]."""
         if self.gated:
             return self.w2(gate(*project_columns(x, [self.w1, self.w3]), self.activation))
         return self.w2(activate(*project_columns(x, [self.w1]), self.activation))
 
 
-def activate(x: Tensor, activation: str) -> Recomputed:
-    """act(x), elementwise, of a linear's fresh output. ReLU overwrites it: its backward needs only its result."""
+def activate(x: Tensor, activation: str) -> Recomputable:
+    """act(x), elementwise, of a linear's new output. ReLU overwrites x: its backward needs only its result."""
     if activation == "relu":
-        return Recomputed.of(x.relu_())
+        return Recomputable.of(x.relu_())
     function = ACTIVATIONS[activation]
-    return Recomputed(function(x), (x.detach(),), function)
+    return Recomputable(function(x), (x.detach(),), function)
 
 
-def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputed:
-    """act(x) * up, elementwise; nobody keeps it nor act(x)."""
+def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputable:
+    """act(x) * up, elementwise; neither it nor act(x) is saved."""
     if decodes():
-        return Recomputed.of(_gated(activation, x, up))
-    return Recomputed(_Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, activation))
+        return Recomputable.of(_gated(activation, x, up))
+    return Recomputable(_Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, activation))
 
 
 def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The tensor-parallel linear: a product with a weight, what the method adds to it, and the communication around it.
 
-The three know nothing of each other: `weight` is a plain parameter or a packed one (`accessory.quant`), `lora_a`,
-`lora_b` and `bias` are what a method had put there (`accessory.method`), and `cut` says which dimension of the matrix
-the ranks share.
+The three are independent: `weight` is a plain parameter or a packed one (`accessory.quant`), `lora_a`, `lora_b` and
+`bias` are added by a method (`accessory.method`), and `cut` says which dimension of the matrix the ranks divide.
 
 LoRA (Hu et al. 2021) needs no communication of its own. Column: A is whole and B is cut with the rows of W, so A's
 gradient is this rank's share. Row: A is cut with the columns of W and B is whole, the sum over ranks that the base
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.model.projection import project
-from accessory.model.recomputed import Recomputed, runs_again
+from accessory.model.recomputable import Recomputable, recomputing
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import (
     WHOLE,
@@ -46,9 +45,9 @@ class LoraFactor(nn.Module):
 class Linear(nn.Module):
     """This rank's part of y = x W^T + b, with W [out_features, in_features] cut by columns or rows (Megatron's terms).
 
-    column: x [T, in] whole -> y [T, out / ranks]; those that share an x are called together, by `project_columns`.
+    column: x [T, in] whole -> y [T, out / ranks]; those that share an x are called by `project_columns`.
     row: x [T, in / ranks] -> y [T, out] whole, summed over the ranks; called by itself.
-    `ends_block`: of y nothing is made but the block's result, so it is not computed when the block is run again.
+    `ends_block`: y is used for the block's result only, so it is not computed when the block is recomputed.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Linear(nn.Module):
         return Slicing(dim=0 if self.cut == "column" else 1)
 
     def keep_plain(self, dtype: torch.dtype) -> None:
-        """Hold W as plain numbers of `dtype`, whatever the storage of the others."""
+        """Store W unquantized in `dtype`, whatever the storage of other linears."""
         shape = tuple(self.weight.shape)
         del self.weight
         self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), self.weight_slicing)
@@ -96,7 +95,7 @@ class Linear(nn.Module):
         self.bias = mark(nn.Parameter(torch.empty(size, dtype=dtype, device="meta")), slicing)
 
     def add_lora(self, rank: int, scale: float, dropout: float) -> None:
-        """Give the layer LoRA factors of `rank`, fp32; training drops a share `dropout` of what they read."""
+        """Give the layer LoRA factors of `rank`, fp32, with `dropout` on their input in training."""
         rows, columns = self.weight.shape
         of_a, of_b = Slicing(partial=True), Slicing(dim=0)
         if self.cut == "row":
@@ -105,10 +104,10 @@ class Linear(nn.Module):
         self.lora_scale, self.lora_dropout = scale, dropout
 
     def addition(self, bias: Tensor | None) -> Addition:
-        """What one forward adds to the product: `bias`, and LoRA if there is one, with its dropout drawn.
+        """What one forward adds to the product: `bias`, and LoRA if there is one, with a new dropout mask.
 
-        The seed comes from the CPU's generator, which the ranks of a model-parallel group start alike and use alike:
-        an x that is whole on each of them must lose the same values. Of a cut x each has its own slice.
+        Its seed comes from the CPU's generator, which is in the same state on all ranks of a model-parallel group: an x
+        that is whole on each of them must lose the same values. Of a cut x each rank has its own slice.
         """
         factor = self.lora_a
         if factor is None:
@@ -119,30 +118,30 @@ class Linear(nn.Module):
         seed = int(torch.randint(1 << 62, ()))
         if self.cut == "row":
             seed += dist.get_rank(model_parallel_group())
-        # What is kept grows by 1 / (1 - dropout): here, where no narrow dtype rounds it.
+        # Dropout's factor 1 / (1 - dropout) goes into the scale, where no narrow dtype rounds it.
         return Addition(bias, a, b, self.lora_scale / (1 - dropout), dropout, seed)
 
-    def forward(self, x: Tensor | Recomputed) -> Tensor:
+    def forward(self, x: Tensor | Recomputable) -> Tensor:
         """A row layer: x [T, in / ranks] -> y [T, out], in x's dtype."""
-        unread = self.ends_block and runs_again()
+        skip_output = self.ends_block and recomputing()
         if self.ranks == 1:
-            return project(x, [self.weight], [self.addition(self.bias)], unread)[0]
-        (y,) = project(x, [self.weight], [self.addition(None)], unread)
-        if not unread:
+            return project(x, [self.weight], [self.addition(self.bias)], skip_output)[0]
+        (y,) = project(x, [self.weight], [self.addition(None)], skip_output)
+        if not skip_output:
             y = reduce_from_model_parallel_region(y)
         return y if self.bias is None else _AddBias.apply(y, self.bias)
 
 
-def project_columns(x: Tensor | Recomputed, linears: list[Linear]) -> tuple[Tensor, ...]:
-    """x [T, in], read by several column layers -> each one's y [T, out / ranks]. Its gradient is summed once."""
+def project_columns(x: Tensor | Recomputable, linears: list[Linear]) -> tuple[Tensor, ...]:
+    """x [T, in] -> y [T, out / ranks] of each of several column layers. x's gradient is summed over ranks once."""
     if linears[0].ranks > 1:
-        source = Recomputed.of(x)
-        x = Recomputed(copy_to_model_parallel_region(source.value), source.inputs, source.make)
+        source = Recomputable.of(x)
+        x = Recomputable(copy_to_model_parallel_region(source.value), source.inputs, source.make)
     return project(x, [linear.weight for linear in linears], [linear.addition(linear.bias) for linear in linears])
 
 
 def prepare_decoding(linears: list[Linear]) -> None:
-    """Have the storage of linears that are called together make ready for single tokens (see `PackedWeight`)."""
+    """Prepare the storage of linears that share an input for decoding (see `PackedWeight.prepare_decoding`)."""
     first, *others = [linear.weight for linear in linears]
     if isinstance(first, PackedWeight):
         first.prepare_decoding(others)

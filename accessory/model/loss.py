@@ -1,7 +1,7 @@
-"""Cross-entropy over supervised tokens only, a chunk of them at a time, its gradient made in the forward.
+"""Cross-entropy over supervised tokens only, a chunk of them at a time, with its gradient computed in the forward.
 
-The logits of a chunk live for a moment; those of the whole batch never. Under tensor parallelism each rank holds its
-rows of the vocabulary, and only sums travel (vocab-parallel cross-entropy, Megatron-LM).
+Only one chunk's logits exist at a time. Under tensor parallelism each rank holds its rows of the vocabulary, and only
+statistics are communicated (vocab-parallel cross-entropy, Megatron-LM).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CHUNK = 256  # supervised tokens whose logits are alive at once
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
     """Sum over supervised tokens of -log p(label), fp32 scalar.
 
-    hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. Of all ranks' rows
-    together those from `vocab_size` on are padding: they take no part. Absent, there are none.
+    hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. The whole
+    head's rows from `vocab_size` on are padding and take no part; None: there are none.
     """
     return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size)
 
 
 def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Most bytes of logits at once, for so many supervised tokens and rows of a head: for a plan of memory."""
+    """Peak bytes of logits, for so many supervised tokens and rows of a head: for the memory plan."""
     scores = torch.empty(min(tokens, CHUNK), rows, dtype=dtype, device="meta")
     work = kernels.on("cross_entropy", device, dtype).workspace(scores)
     return scores.nbytes + (0 if work is None else work.nbytes)
@@ -45,7 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         most = min(len(rows), CHUNK), len(head)
-        scores = hidden.new_empty(most)  # one buffer, or two: made anew they would cost more than what fills them
+        scores = hidden.new_empty(most)  # allocated once: for each chunk, that would cost more than the arithmetic
         kernel = kernels.of("cross_entropy", hidden)
         work = kernel.workspace(scores)
         group = model_parallel_group()
@@ -73,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows, dhidden, dhead = ctx.saved_tensors
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)
-            # In dloss's own width: one over the supervised tokens loses digits in bf16, fp16's loss scale overflows.
+            # In dloss's own dtype: 1 / (supervised tokens) loses digits in bf16, and fp16's loss scale overflows.
             for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
                 full[at] = (part.to(dloss.dtype) * dloss).to(part.dtype)
             dhidden = full

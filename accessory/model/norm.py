@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), saving their input and a number or two a token."""
+"""RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), saving their input and one or two numbers a token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.model.args import ModelArgs
 from accessory.model.decoding import decodes
-from accessory.model.recomputed import Recomputed
+from accessory.model.recomputable import Recomputable
 
 
 class Norm(nn.Module, ABC):
@@ -24,22 +24,22 @@ class Norm(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension."""
-        return self.recomputed(x).value
+        return self.recomputable(x).value
 
     @abstractmethod
-    def recomputed(self, x: Tensor) -> Recomputed:
-        """The same, for readers that would keep it."""
+    def recomputable(self, x: Tensor) -> Recomputable:
+        """The same, for readers that would otherwise save it."""
 
 
 class RMSNorm(Norm):
     """x / rms(x) * weight."""
 
-    def recomputed(self, x: Tensor) -> Recomputed:
-        """The result, and that it is x times two things that the norm keeps."""
+    def recomputable(self, x: Tensor) -> Recomputable:
+        """The result, and how to recompute it from what the norm saves."""
         if decodes():
-            return Recomputed.of(kernels.of("rms_norm", x).normalized(x, self.weight, self.eps))
+            return Recomputable.of(kernels.of("rms_norm", x).normalized(x, self.weight, self.eps))
         y, scale = _RMSNorm.apply(x, self.weight, self.eps)
-        return Recomputed(y, (x.detach(), scale, self.weight), _again)
+        return Recomputable(y, (x.detach(), scale, self.weight), _recompute)
 
 
 class LayerNorm(Norm):
@@ -49,10 +49,10 @@ class LayerNorm(Norm):
         super().__init__(dim, eps)
         self.bias = nn.Parameter(torch.empty(dim, dtype=torch.float32, device="meta"))
 
-    def recomputed(self, x: Tensor) -> Recomputed:
-        """The result, and how to make it again of the input, which the norm keeps."""
+    def recomputable(self, x: Tensor) -> Recomputable:
+        """The result, and how to recompute it from the input, which the norm saves."""
         y = _LayerNorm.apply(x, self.weight, self.bias, self.eps)
-        return Recomputed(y, (x.detach(), self.weight, self.bias), partial(_layer_norm, eps=self.eps))
+        return Recomputable(y, (x.detach(), self.weight, self.bias), partial(_layer_norm, eps=self.eps))
 
 
 def make_norm(args: ModelArgs, dim: int) -> Norm:
@@ -60,8 +60,8 @@ def make_norm(args: ModelArgs, dim: int) -> Norm:
     return (LayerNorm if args.norm == "layer" else RMSNorm)(dim, args.norm_eps)
 
 
-def _again(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    return kernels.of("rms_norm", x).again(x, weight, scale)
+def _recompute(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return kernels.of("rms_norm", x).recompute(x, weight, scale)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -91,7 +91,7 @@ def _layer_norm_and_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: flo
 
 
 class _LayerNorm(torch.autograd.Function):
-    """torch's own kernels on a wide copy of x that is dropped again: they would keep it, and want one dtype on CUDA."""
+    """torch's kernels (one dtype on CUDA) on an fp32 copy of x, which torch's own function would save."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class InputOffload(torch.autograd.graph.saved_tensors_hooks):
-    """While it is entered, what autograd saves is moved off `device` and brought back when the backward asks for it.
+    """Inside this context, what autograd saves is moved from `device` to host memory, and back when the backward asks.
 
-    Entered around `torch.utils.checkpoint.checkpoint`, that is the block's input: what the block saves inside is under
-    the hooks of the checkpoint. Copies run on a stream of their own, beside the computation: out while the next block
-    runs forward, and in while the block behind it is run again, since whoever asks for an input has the one before it
-    fetched too. The newest stays where it is, as it is wanted first; so up to three are on the device at a time.
+    Around `torch.utils.checkpoint.checkpoint` that is the block's input; what the block saves inside is handled by the
+    checkpoint. Copies run on their own stream beside the computation: to the host during the next block's forward, and
+    back during the recomputation of the next block, because fetching an input also begins to fetch the one before it.
+    The newest input stays on the device, as it is needed first; so up to three are there at a time.
 
-    One serves all blocks. Inputs are linked in the order they were saved in, each knowing only the one before it while
-    that lives: any number of forwards may be waiting, in any order, and a backward may be run twice. On the CPU,
-    where nothing is gained, copies are plain; the tests use that. A saved input must not be changed in place.
+    One instance serves all blocks. Inputs are linked in the order they were saved, each with a weak reference to the
+    one before it: any number of forwards may be pending, in any order, and a backward may run twice. On the CPU, where
+    nothing is gained, copies are plain; the tests use that. A saved input must not be changed in place.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class InputOffload(torch.autograd.graph.saved_tensors_hooks):
         self._newest: Callable[[], _Kept | None] = _nobody
 
     def _keep(self, x: Tensor) -> Tensor | _Kept:
-        if not x.numel():  # not an input: some releases of PyTorch hang their checkpoint on an empty tensor
+        if not x.numel():  # not an input: some releases of PyTorch save an empty tensor for their checkpoint
             return _Kept(x, _nobody, None)
         before = self._newest()
         if before is not None:
@@ -50,25 +50,25 @@ class _Kept:
         self.device, self.stream, self.arrived = x.device, stream, None
 
     def send(self) -> None:
-        """Begin to copy it to the host, and let go of it here."""
+        """Begin to copy it to the host, and release it on the device."""
         if self.away is None:
             self.away = _copied(self.here, "cpu", self.stream)
             self.here = None
 
     def fetch(self) -> None:
-        """Begin to bring it back."""
+        """Begin to copy it back."""
         if self.here is None:
             self.here = _copied(self.away, self.device, self.stream)
             self.arrived = None if self.stream is None else self.stream.record_event()
 
     def wanted(self) -> Tensor:
-        """The input, on its device; the one before it is on its way from now on."""
+        """The input, on its device; also begins to fetch the one before it."""
         self.fetch()
         x = self.here
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
             x.record_stream(torch.cuda.current_stream(self.device))
-        if self.away is not None:  # who asks again has it fetched again
+        if self.away is not None:  # a second backward fetches it again
             self.here = None
         before = self.before()
         if before is not None:
@@ -80,11 +80,11 @@ def _copied(x: Tensor, device: torch.device | str, stream: torch.cuda.Stream | N
     """A copy of `x` on `device`, made on `stream`."""
     if stream is None:
         return x.clone()
-    if x.is_cuda:  # it may still be in the making
+    if x.is_cuda:  # it may still be being computed
         stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         copy = torch.empty_like(x, device=device, pin_memory=torch.device(device).type == "cpu")
         copy.copy_(x, non_blocking=True)
         if x.is_cuda:
-            x.record_stream(stream)  # its memory is not to be used again before the copy is made
+            x.record_stream(stream)  # its memory must not be reused before the copy is done
     return copy

@@ -1,7 +1,7 @@
-"""The products of linears that read the same input, base, LoRA and bias together, in one autograd function.
+"""Linears that share an input, each with its base, LoRA and bias, as one autograd function.
 
-It keeps neither unpacked matrices nor what can be made again, and forms no gradient of a frozen matrix. Norms alone or
-biases alone keep nothing of x; LoRA keeps x (or how to make it again) and x A^T, R numbers a token.
+It saves neither unpacked matrices nor what can be recomputed, and forms no gradient of a frozen matrix. If only norms
+or biases are trained, nothing of x is saved; LoRA saves x (or how to recompute it) and x A^T [T, R].
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.model.decoding import decodes
-from accessory.model.recomputed import Recomputed
+from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
 from accessory.quant.addition import NOTHING, Addition
 from accessory.quant.products import Matrix, multiply, sum_of_transposed_products
 
 
 def project(
-    x: Tensor | Recomputed, weights: list[Matrix], additions: list[Addition] | None = None, unread: bool = False
+    x: Tensor | Recomputable, weights: list[Matrix], additions: list[Addition] | None = None, skip_output: bool = False
 ) -> tuple[Tensor, ...]:
     """x [T, K] -> y [T, N] = x W^T and its addition, for each of `weights` [N, K], in x's dtype.
 
-    weights: packed, or plain in any float dtype, cast for each use and never kept cast. additions: one for each; None:
-    nothing is added. unread: only the backward is wanted; y is not filled.
+    weights: packed, or plain in any float dtype, which are cast at each use. additions: one for each; None: nothing is
+    added. skip_output: only the backward is needed; y is not filled.
     """
-    source = Recomputed.of(x)
+    source = Recomputable.of(x)
     additions = additions or [NOTHING] * len(weights)
     if decodes():
         return _decoded(source.value, weights, additions)
     flat = [*_columns(additions), *(tensor for weight in weights for tensor in _tensors(weight))]
-    return _Projection.apply(source.value, source, weights, additions, unread, *flat)
+    return _Projection.apply(source.value, source, weights, additions, skip_output, *flat)
 
 
 def _decoded(x: Tensor, weights: list[Matrix], additions: list[Addition]) -> tuple[Tensor, ...]:
     first, *others = weights
     if isinstance(first, PackedWeight) and not any(addition.dropout for addition in additions):
-        decoded = first.decode(x, others, additions)
+        decoded = first.decode_products(x, others, additions)
         if decoded is not None:
             return decoded
     lows = _low_products(x, additions)
@@ -44,32 +44,32 @@ def _decoded(x: Tensor, weights: list[Matrix], additions: list[Addition]) -> tup
 
 
 def _columns(additions: list[Addition]) -> list[Tensor | None]:
-    """All biases, all A, all B."""
+    """[*biases, *A, *B]."""
     return [tensor for kind in zip(*(addition[:3] for addition in additions), strict=True) for tensor in kind]
 
 
 def _tensors(weight: Matrix) -> list[Tensor]:
-    """What of a weight may be trained."""
+    """The tensors of a weight that may be trained."""
     return [getattr(weight, part) for part in weight.trained] if isinstance(weight, PackedWeight) else [weight]
 
 
 class _Projection(torch.autograd.Function):
-    """The module of a packed matrix rather than its tensors is held for the backward: a sharded base is gathered into
-    other memory by then.
+    """The backward holds the module of a packed matrix, not its tensors: by then a sharded base is gathered into other
+    memory.
     """
 
     @staticmethod
     def forward(
         ctx,
         x: Tensor,
-        source: Recomputed,
+        source: Recomputable,
         weights: list[Matrix],
         additions: list[Addition],
-        unread: bool,
+        skip_output: bool,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """flat: the tensors of additions and weights once more, where autograd sees them: n biases, n A, n B, and what
-        may be trained of each weight.
+        """flat: the tensors of additions and weights again, where autograd sees them: n biases, n A, n B, and the
+        trainable ones of each weight.
         """
         count, lows = len(weights), _low_products(x, additions)
         need = ctx.needs_input_grad[5:]
@@ -79,7 +79,7 @@ class _Projection(torch.autograd.Function):
         ctx.inputs = len(source.inputs) if keeps_x else 0
         plain = (weight for weight in weights if isinstance(weight, Tensor))
         ctx.save_for_backward(*source.inputs[: ctx.inputs], *lows, *flat[: 3 * count], *plain)
-        if unread:
+        if skip_output:
             return tuple(x.new_empty(len(x), weight.shape[0]) for weight in weights)
         return tuple(map(multiply, [x] * count, weights, additions, lows))
 
@@ -91,42 +91,42 @@ class _Projection(torch.autograd.Function):
         lows, *of_additions = (saved[i : i + count] for i in range(ctx.inputs, end, count))
         plain = iter(saved[end:])
         weights = [next(plain) if packed is None else packed for packed in ctx.packed]
-        additions = [Addition(*tensors, *its) for *tensors, its in zip(*of_additions, ctx.settings, strict=True)]
-        narrow = _low_gradients(gradients, additions)
-        dx = _input_gradient(gradients, narrow, weights, additions) if ctx.needs_input_grad[0] else None
-        biases, factors, others = (ctx.need[i : i + count] for i in range(0, 3 * count, count))
+        additions = [Addition(*tensors, *rest) for *tensors, rest in zip(*of_additions, ctx.settings, strict=True)]
+        dlows = _low_gradients(gradients, additions)
+        dx = _input_gradient(gradients, dlows, weights, additions) if ctx.needs_input_grad[0] else None
+        need_bias, need_a, need_b = (ctx.need[i : i + count] for i in range(0, 3 * count, count))
         return (
             *(dx, None, None, None, None),
-            *(kernels.of("column_sums", dy).column_sums(dy).to(its.bias.dtype) if needed else None
-              for dy, its, needed in zip(gradients, additions, biases, strict=True)),
-            *_gradients_of_a(x, narrow, additions, factors),
-            *((dy.t() @ low).mul_(its.scale).to(its.b.dtype) if needed else None
-              for dy, low, its, needed in zip(gradients, lows, additions, others, strict=True)),
+            *(kernels.of("column_sums", dy).column_sums(dy).to(added.bias.dtype) if needed else None
+              for dy, added, needed in zip(gradients, additions, need_bias, strict=True)),
+            *_gradients_of_a(x, dlows, additions, need_a),
+            *((dy.t() @ low).mul_(added.scale).to(added.b.dtype) if needed else None
+              for dy, low, added, needed in zip(gradients, lows, additions, need_b, strict=True)),
             *_gradients_of_weights(x, gradients, weights, ctx.need[3 * count :]),
         )  # fmt: skip
 
 
-def _together(additions: list[Addition]) -> list[int]:
-    """Which of the linears' A are multiplied in one product: those that read x without dropout."""
+def _without_dropout(additions: list[Addition]) -> list[int]:
+    """Indices of the additions whose A are stacked into one product: those that read x without dropout."""
     return [i for i, addition in enumerate(additions) if addition.a is not None and not addition.dropout]
 
 
 def _low_products(x: Tensor, additions: list[Addition]) -> list[Tensor | None]:
     """x A^T [T, R] of each linear that has an A."""
     lows: list[Tensor | None] = [None] * len(additions)
-    if shared := _together(additions):
+    if shared := _without_dropout(additions):
         stacked = [additions[i].a for i in shared]
         low = x @ torch.cat(stacked).to(x.dtype).t()
         for i, piece in zip(shared, low.split(list(map(len, stacked)), 1), strict=True):
             lows[i] = piece
     for i, addition in enumerate(additions):
         if addition.dropout:
-            lows[i] = (x * addition.kept(x)) @ addition.a.to(x.dtype).t()
+            lows[i] = (x * addition.dropout_mask(x)) @ addition.a.to(x.dtype).t()
     return lows
 
 
 def _low_gradients(gradients: tuple[Tensor, ...], additions: list[Addition]) -> list[Tensor | None]:
-    """Gradient of x A^T [T, R] of each linear that has an A: the narrow side is multiplied first."""
+    """The gradient of x A^T [T, R] of each linear that has an A, from which those of x and A are made."""
     return [
         None if addition.b is None else (dy @ addition.b.to(dy.dtype)).mul_(addition.scale)
         for dy, addition in zip(gradients, additions, strict=True)
@@ -134,37 +134,37 @@ def _low_gradients(gradients: tuple[Tensor, ...], additions: list[Addition]) -> 
 
 
 def _input_gradient(
-    gradients: tuple[Tensor, ...], narrow: list[Tensor | None], weights: list[Matrix], additions: list[Addition]
+    gradients: tuple[Tensor, ...], dlows: list[Tensor | None], weights: list[Matrix], additions: list[Addition]
 ) -> Tensor:
     low = None
-    if shared := _together(additions):
-        low = torch.cat([narrow[i] for i in shared], 1), torch.cat([additions[i].a for i in shared])
+    if shared := _without_dropout(additions):
+        low = torch.cat([dlows[i] for i in shared], 1), torch.cat([additions[i].a for i in shared])
     dx = sum_of_transposed_products(list(gradients), weights, low)
-    for dlow, addition in zip(narrow, additions, strict=True):
+    for dlow, addition in zip(dlows, additions, strict=True):
         if addition.dropout:
-            dx.add_((dlow @ addition.a.to(dx.dtype)).mul_(addition.kept(dx)))
+            dx.add_((dlow @ addition.a.to(dx.dtype)).mul_(addition.dropout_mask(dx)))
     return dx
 
 
 def _gradients_of_a(
-    x: Tensor | None, narrow: list[Tensor | None], additions: list[Addition], wanted: tuple[bool, ...]
+    x: Tensor | None, dlows: list[Tensor | None], additions: list[Addition], wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """(gradient of x A^T)^T x [R, K] of each A that is trained."""
     found: list[Tensor | None] = [None] * len(additions)
-    if shared := [i for i in _together(additions) if wanted[i]]:
-        together = torch.cat([narrow[i] for i in shared], 1).t() @ x
+    if shared := [i for i in _without_dropout(additions) if wanted[i]]:
+        together = torch.cat([dlows[i] for i in shared], 1).t() @ x
         for i, piece in zip(shared, together.split([len(additions[i].a) for i in shared]), strict=True):
             found[i] = piece.to(additions[i].a.dtype)
     for i, addition in enumerate(additions):
         if addition.dropout and wanted[i]:
-            found[i] = (narrow[i].t() @ (x * addition.kept(x))).to(addition.a.dtype)
+            found[i] = (dlows[i].t() @ (x * addition.dropout_mask(x))).to(addition.a.dtype)
     return found
 
 
 def _gradients_of_weights(
     x: Tensor | None, gradients: tuple[Tensor, ...], weights: list[Matrix], wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Of a plain weight, dy^T x [N, K]; of a packed one, its trained parts'."""
+    """dy^T x [N, K] for a plain weight; for a packed one the gradients of its trained parts."""
     found: list[Tensor | None] = []
     for dy, weight in zip(gradients, weights, strict=True):
         count = len(_tensors(weight))

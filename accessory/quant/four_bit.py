@@ -23,15 +23,15 @@ from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
 from accessory.kernels.plain import native
 from accessory.quant.addition import Addition
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, frozen, uncuttable
-from accessory.quant.workspace import shared_memory
+from accessory.quant.workspace import unpack_buffer
 
 CPU = torch.device("cpu")
 CPU_PIECE = 1 << 18  # weights quantized at a time
 _BYTES = {"U8": 1, "uint8": 1}
 _FLOATS = {"F32": 1, "float32": 1}
-# Bytes, which some files keep under a wider type.
+# Bytes, which some files store under a wider type.
 _CODES = _BYTES | {"I8": 1, "int8": 1, "BF16": 2, "bfloat16": 2, "F16": 2, "float16": 2, "F32": 4, "float32": 4}
-"""For each part: the types that it may have in a file, and what each of its numbers counts for."""
+"""Dtypes that a kind of part may have in a file -> how many of the part's numbers one of them holds."""
 
 
 @lru_cache
@@ -46,8 +46,8 @@ def codebook_of(quant_type: str, device: torch.device = CPU) -> Tensor:
     return bnb.get_4bit_type(quant_type, device="cpu").to(device)
 
 
-class Running(Part):
-    """A part whose blocks of `block` weights run on from row to row, the last one perhaps fewer; None: all are one."""
+class FlatPart(Part):
+    """A part with a number for each `block` weights of the flattened matrix; None: one number for all."""
 
     def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
         """[blocks] of a matrix `of` [N, K]."""
@@ -77,7 +77,7 @@ class FourBitWeight(PackedWeight):
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized too; those of a slice may not be, though the rest are."""
+        """Whether the scales are quantized too; a slice of a double-quantized matrix may have plain ones."""
         return "nested_scales" in self._parameters
 
     @classmethod
@@ -108,11 +108,11 @@ class FourBitWeight(PackedWeight):
     ) -> PackedState:
         """See `PackedWeight`. Codes are copied byte for byte.
 
-        Scales of scales are kept where their groups of 256 blocks stay whole; elsewhere the fp32 scales they stand for
-        are, which multiply to the same numbers.
+        Nested scales are kept where their groups of 256 blocks stay whole; elsewhere they are decoded to fp32 scales,
+        which give the same weights.
         """
         state = {part: value.reshape(-1) for part, value in state.items()}
-        state["codes"] = state["codes"].view(torch.uint8)  # some files keep the bytes under another type
+        state["codes"] = state["codes"].view(torch.uint8)  # some files store the bytes under another type
         if rows is None and span == WHOLE:
             return state
         dim, start, stop = span
@@ -141,7 +141,7 @@ class FourBitWeight(PackedWeight):
         """Quantize `weight` [N, K] on its own device; the same bits as bitsandbytes' `quantize_4bit` of the whole."""
         self.together = None
         flat = weight.contiguous().view(-1)
-        # On the CPU pieces whose intermediates stay in the cache take a third of the time of the whole at once.
+        # On the CPU, pieces whose intermediates fit into the cache take a third of the time.
         piece = CPU_PIECE if weight.device.type == "cpu" else max(flat.numel(), 1)
         quantized = [
             torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, self.quant_type, torch.uint8)
@@ -156,7 +156,7 @@ class FourBitWeight(PackedWeight):
         self.scales = frozen(scales)
 
     def adopt(self, state: PackedState) -> None:
-        """Take parts as they are."""
+        """See `PackedWeight`."""
         self.together = None
         super().adopt(state)
 
@@ -195,35 +195,35 @@ class FourBitWeight(PackedWeight):
         """Dequantize to [N, K] in `dtype`."""
         return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype)
 
-    def borrow(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, the same bits, into memory that all matrices share: later ones overwrite it."""
-        memory = shared_memory(self.shape, dtype, self.codes.device)
+    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
+        """As `unpack`, the same bits, into the buffer that all matrices share: later ones overwrite it."""
+        memory = unpack_buffer(self.shape, dtype, self.codes.device)
         return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype, memory)
 
     @staticmethod
     def product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-        """This CPU's: it unpacks a few columns at a time, where they are multiplied with."""
+        """The AVX512 kernel: each thread unpacks a few columns at a time and multiplies with them."""
         return kernels.fast("four_bit_product", device, dtype, *(weight.shape for weight in weights))
 
     def as_codes(self) -> Codes:
-        """Where codes and scales lie."""
+        """The matrix as kernels take it."""
         nested, device = None, self.codes.device
         if self.nested:
             nested = nested_codebook(device), self.nested_scales, self.offset
         table, scales = codebook_of(self.quant_type, device), self.scales.view(-1)
         return Codes(self.shape, self.codes, table, scales, nested, self.quant_type)
 
-    def decode(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple[Tensor, ...] | None:
-        """By this CPU's kernel for few rows, in one call."""
+    def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
+        """See `PackedWeight`: one call of the AVX512 kernel for few rows."""
         if self.together is None or not self.together.takes(x) or self.together_with != others:
             return None
-        # Of nothing no list is made: for one token, that takes longer than multiplying.
+        # No list for nothing: while decoding, it takes longer than the arithmetic.
         there = any(addition.bias is not None or addition.a is not None for addition in additions)
         return self.together.multiply(x, additions if there else None)
 
     @torch.no_grad()
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """Keep the addresses of all, where there is a kernel for them."""
+        """See `PackedWeight`: keep all addresses, if the AVX512 kernel can be used."""
         weights = [self, *others]
         if not all(isinstance(weight, FourBitWeight) for weight in weights):
             return
@@ -231,16 +231,16 @@ class FourBitWeight(PackedWeight):
             self.together, self.together_with = kernel.Matrices([w.as_codes() for w in weights]), others
 
     def train(self, mode: bool = True) -> FourBitWeight:
-        """As every module's; addresses are kept for no longer than they are of use."""
+        """As every module's; training discards the addresses."""
         self.together = None if mode else self.together
         return super().train(mode)
 
 
 class Nf4Single(FourBitWeight):
-    """The 16 values that halve a normal distribution's quantiles, with fp32 scales."""
+    """The 16 codes are quantiles of a normal distribution; scales are fp32."""
 
     name, quant_type = "nf4_single", "nf4"
-    PARTS: ClassVar = {"codes": Running(torch.uint8, 2), "scales": Running(torch.float32, BLOCK)}
+    PARTS: ClassVar = {"codes": FlatPart(torch.uint8, 2), "scales": FlatPart(torch.float32, BLOCK)}
 
 
 class Nf4(Nf4Single):
@@ -248,15 +248,15 @@ class Nf4(Nf4Single):
 
     name = "nf4"
     PARTS: ClassVar = {
-        "codes": Running(torch.uint8, 2),
-        "scales": Running(torch.uint8, BLOCK),
-        "nested_scales": Running(torch.float32, BLOCK * NESTED_BLOCK),
-        "offset": Running(torch.float32, None),
+        "codes": FlatPart(torch.uint8, 2),
+        "scales": FlatPart(torch.uint8, BLOCK),
+        "nested_scales": FlatPart(torch.float32, BLOCK * NESTED_BLOCK),
+        "offset": FlatPart(torch.float32, None),
     }
 
 
 class Fp4Single(Nf4Single):
-    """The 16 values of a float of 4 bits, with fp32 scales."""
+    """The 16 codes are floats of 4 bits; scales are fp32."""
 
     name, quant_type = "fp4_single", "fp4"
 

@@ -1,7 +1,7 @@
 """int8: a code of eight bits for each weight and a scale for each row, as in LLM.int8() (Dettmers et al. 2022).
 
-That paper's outlier columns and 8-bit activations are for products in integers; here products stay in the activations'
-dtype, the weights alone are rounded, and nothing needs setting apart.
+That paper's outlier columns and 8-bit activations are for products in integers; here only weights are rounded and
+products stay in the activations' dtype, so outliers need no columns of their own.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from accessory.quant.packed import PackedWeight, Part
-from accessory.quant.workspace import shared_memory
+from accessory.quant.workspace import unpack_buffer
 
-LARGEST = 127  # code; -128 is not used, so that the codes are as many on both sides of zero
+LARGEST = 127  # code; -128 is not used, so that codes are symmetric
 CPU_PIECE = 1 << 18  # weights quantized at a time
-_NOTHING = 1e-36  # largest magnitude of a row whose codes are not worth having: 127 / less overflows
+_SMALLEST = 1e-36  # a row's scale for quantizing is no smaller, because 127 / scale would overflow
 
 
 class Int8Weight(PackedWeight):
@@ -33,8 +33,8 @@ class Int8Weight(PackedWeight):
     def pack(self, weight: Tensor) -> None:
         """Quantize `weight` [N, K] on its own device: codes = round(weight * (127 / scales)), of fp32, ties to even.
 
-        Rows come out the same whichever others stand beside them; so do slices of a matrix that is cut by rows. Those
-        of one cut by columns get scales of their own, which are no larger than the whole row's.
+        A row's result does not depend on other rows, so slices by rows are slices of the whole result. Slices by
+        columns get scales of their own, which are no larger than the whole row's.
         """
         rows = max(CPU_PIECE // weight.shape[1], 1) if weight.device.type == "cpu" else len(weight)
         packed = [_quantized(part.float()) for part in weight.split(rows)]
@@ -45,9 +45,9 @@ class Int8Weight(PackedWeight):
         """The matrix [N, K] in `dtype`."""
         return self._unpack_into(torch.empty(self.shape, dtype=dtype, device=self.codes.device))
 
-    def borrow(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, the same bits, into memory that all matrices share: later ones overwrite it."""
-        return self._unpack_into(shared_memory(self.shape, dtype, self.codes.device))
+    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
+        """As `unpack`, the same bits, into the buffer that all matrices share: later ones overwrite it."""
+        return self._unpack_into(unpack_buffer(self.shape, dtype, self.codes.device))
 
     @torch.no_grad()
     def _unpack_into(self, out: Tensor) -> Tensor:
@@ -57,5 +57,5 @@ class Int8Weight(PackedWeight):
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [N, K] -> codes int8 [N, K], scales [N]; rows of zeros have a scale of zero."""
     scales = weight.abs().amax(1)
-    steps = LARGEST / scales.clamp_min(_NOTHING)
+    steps = LARGEST / scales.clamp_min(_SMALLEST)
     return (weight * steps[:, None]).round_().to(torch.int8), scales

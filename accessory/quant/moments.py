@@ -17,7 +17,7 @@ BLOCK = 256
 
 @cache
 def levels(signed: bool, device: torch.device) -> Tensor:
-    """What the 256 codes stand for, in units of the block's scale; fp32, rising. The second moment has no sign."""
+    """Values of the 256 codes in units of the block's scale, fp32, ascending; unsigned for the second moment."""
     return bnb.create_dynamic_map(signed=signed).to(device)
 
 

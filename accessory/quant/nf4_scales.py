@@ -1,4 +1,4 @@
-"""nf4_scales: NF4 whose scales are trained, as in PEQA (Kim et al. 2023): 4-bit weights that stay so as they learn."""
+"""nf4_scales: NF4 whose scales are trained, as in PEQA (Kim et al. 2023): weights stay 4-bit in training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.errors import ConfigError
-from accessory.quant.four_bit import BLOCK, Nf4Single, Running
+from accessory.quant.four_bit import BLOCK, FlatPart, Nf4Single
 from accessory.quant.packed import WHOLE, PackedState, Part, Span, frozen
 
 PIECE = 1 << 22  # weights whose gradient is made at a time
@@ -18,7 +18,7 @@ class Nf4Scales(Nf4Single):
     """W [N, K] = codebook[codes] * scales: `codes` uint8 [N*K/2], frozen; `scales` fp32 [N, K/64], trained."""
 
     name = "nf4_scales"
-    PARTS: ClassVar = {"codes": Running(torch.uint8, 2), "scales": Part(torch.float32, BLOCK, trained=True)}
+    PARTS: ClassVar = {"codes": FlatPart(torch.uint8, 2), "scales": Part(torch.float32, BLOCK, trained=True)}
 
     def __init__(self, shape: tuple[int, int]) -> None:
         if shape[1] % BLOCK:
@@ -49,7 +49,7 @@ class Nf4Scales(Nf4Single):
 
     @torch.no_grad()
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
-        """Of `scales`: the sum over a block of dW * codebook[codes], dW = dy^T x, some rows of it at a time."""
+        """Of `scales`: sums over blocks of dW * codebook[codes], where dW = dy^T x is made some rows at a time."""
         (n, k), found = self.shape, torch.empty_like(self.scales)
         codes, step = self.codes.view(n, k // 2), max(PIECE // k, 1)
         for top in range(0, n, step):

@@ -1,4 +1,4 @@
-"""What every storage format of a matrix offers: one class a format, which owns all that is known of it."""
+"""The interface of a storage format: one class a format, the only place that knows anything about it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     trained: bool = False
 
     def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
-        """Of the part of a matrix `of` [N, K]."""
+        """The part's shape for a matrix `of` [N, K]."""
         return of[:1] if self.block is None else (of[0], of[1] // self.block)
 
 
@@ -43,19 +43,19 @@ class Stored(Protocol):
 
 
 class PackedWeight(nn.Module, ABC):
-    """A matrix W [N, K] kept in fewer bits. Who multiplies with it unpacks it each time, or a kernel of it does.
+    """A matrix W [N, K] stored in fewer bits, which is unpacked for each product, by its user or by a kernel.
 
-    Its parts are parameters, so that data parallelism can shard them; frozen, but for those that `PARTS` calls trained.
+    Its parts are parameters, so that data parallelism can shard them, and frozen unless `PARTS` marks them trained.
     It knows no process group: under tensor parallelism W is this rank's slice.
     """
 
     name: ClassVar[str]
-    """As `--quant_type`, and files, call it."""
+    """The name in `--quant_type` and in files."""
     PARTS: ClassVar[dict[str, Part]]
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that are trained."""
     IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
-    """Part -> what bitsandbytes appends to the weight's name for it; empty where it has no such form."""
+    """Part -> suffix of the weight's name in bitsandbytes' files; empty if bitsandbytes has no such format."""
 
     def __init_subclass__(cls) -> None:
         cls.trained = tuple(name for name, part in getattr(cls, "PARTS", {}).items() if part.trained)
@@ -73,7 +73,7 @@ class PackedWeight(nn.Module, ABC):
 
     @classmethod
     def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[PackedWeight]:
-        """The storage of the matrix `name` that a file holds as `parts`: this one, or one that a file calls the same.
+        """The storage of the matrix `name` that a file holds as `parts`: this one, or a variant of the same name.
 
         Raises `CheckpointError` for a missing part, and for one whose type or shape does not make the matrix.
         """
@@ -97,9 +97,9 @@ class PackedWeight(nn.Module, ABC):
     def cut(
         cls, state: PackedState, columns: int, name: str, rows: Tensor | None = None, span: Span = WHOLE
     ) -> PackedState:
-        """The parts of some rows of a matrix `name` [N, columns], and of the range `span` of those.
+        """The parts for `rows` of a matrix `name` [N, columns], and then for the range `span` of those.
 
-        Every number of it stands for the same weight as before. Raises `CheckpointError` for a cut through a block.
+        They unpack to the same weights as the whole. Raises `CheckpointError` for a cut through a block.
         """
         found, (dim, start, stop) = {}, span
         for part, value in state.items():
@@ -119,7 +119,7 @@ class PackedWeight(nn.Module, ABC):
         """Fill the parts from `weight` [N, K] in any float dtype, on the device where it lies."""
 
     def adopt(self, state: PackedState) -> None:
-        """Take parts, by name, that were packed before."""
+        """Use parts, by name, that are packed already."""
         for name in self.PARTS:
             self._parameters.pop(name, None)
             if name in state:
@@ -127,25 +127,25 @@ class PackedWeight(nn.Module, ABC):
 
     @abstractmethod
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in `dtype`, as its parts say."""
+        """The matrix [N, K] in `dtype`."""
 
     @classmethod
     def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
-        """What config.json says of such matrices in bitsandbytes' layout, to be unpacked to `dtype`."""
+        """The quantization config of config.json for such matrices in bitsandbytes' format, computed in `dtype`."""
         raise NotImplementedError
 
     def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What bitsandbytes stores of the matrix, by what it appends to the weight's name."""
+        """The tensors that bitsandbytes stores of the matrix, by suffix of the weight's name."""
         raise NotImplementedError
 
     @classmethod
     def reads_bitsandbytes(cls, state: dict[str, Any]) -> bool:
-        """Whether a matrix of which bitsandbytes says `state` is of this storage."""
+        """Whether a matrix with bitsandbytes' quantization state `state` is in this format."""
         return False
 
     @classmethod
     def has_codebook(cls, code: Tensor) -> bool:
-        """Whether the values that bitsandbytes wrote for the codes of such a matrix are those of this storage."""
+        """Whether `code`, the code values that bitsandbytes wrote for such a matrix, are those of this format."""
         raise NotImplementedError
 
     @property
@@ -153,12 +153,12 @@ class PackedWeight(nn.Module, ABC):
         """Bytes of the parts; equal on the meta device and on a real one."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
-    def borrow(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in `dtype`, to multiply with at once: one that is borrowed later may overwrite it."""
+    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, K] in `dtype`, for one product: the next call, of any matrix, may overwrite it."""
         return self.unpack(dtype)
 
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
-        """Of the trained parts, from x [T, K] and the gradient dy [T, N] of x W^T; W's own is never whole."""
+        """Of the trained parts, from x [T, K] and the gradient dy [T, N] of x W^T; dW is never formed whole."""
         raise AssertionError(f"{self.name} trains nothing")
 
     def gradients_bytes(self, dtype: torch.dtype) -> int:
@@ -167,7 +167,7 @@ class PackedWeight(nn.Module, ABC):
 
     @staticmethod
     def product_kernel(weights: list[PackedWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-        """What sums products with matrices of this format without unpacking them whole; None where nothing does.
+        """The kernel that sums products with such matrices without unpacking them whole; None if there is none.
 
         It has `sum_of_products`, given each matrix's `as_codes()`, and `workspace_bytes`: see
         `accessory.kernels.avx512.four_bit_product`.
@@ -179,15 +179,15 @@ class PackedWeight(nn.Module, ABC):
         raise NotImplementedError
 
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """Make what `decode` needs to multiply with this matrix and these others, where there is something for it.
+        """Prepare `decode_products` of this matrix and `others`, if the format has a kernel for them.
 
-        It is gone when the module is to train or is filled anew.
+        Training and new contents undo it.
         """
 
-    def decode(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple[Tensor, ...] | None:
+    def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
         """x [T, K], few rows -> [T, N] of this matrix and of `others`: x W^T and its addition, without a gradient.
 
-        None where they were not prepared together, or not for such an x.
+        None if they were not prepared together, or not for such an x.
         """
         return None
 
@@ -202,7 +202,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def uncuttable(name: str, columns: int, block: int, start: int, stop: int) -> CheckpointError:
-    """The fault of a cut through a block."""
+    """The error for a cut through a block."""
     return CheckpointError(
         f"{name}: its {columns} columns are packed in blocks of {block} that cannot be cut at {start}:{stop}; "
         "choose another --model_parallel_size, or give the full-precision checkpoint."
@@ -210,6 +210,6 @@ def uncuttable(name: str, columns: int, block: int, start: int, stop: int) -> Ch
 
 
 def _words(dtype: torch.dtype) -> tuple[str, str]:
-    """What safetensors and torch call a type."""
+    """safetensors' and torch's names of a dtype."""
     word = str(dtype).removeprefix("torch.")
     return word[0].upper() + word.lstrip("abcdefghijklmnopqrstuvwxyz"), word

@@ -1,4 +1,4 @@
-"""Products with matrices that lie plain or packed, and the additions beside them."""
+"""Products with plain or packed matrices, and what is added to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from accessory.kernels.plain import products
 from accessory.quant.addition import NOTHING, Addition
 from accessory.quant.packed import PackedWeight
-from accessory.quant.workspace import shared_bytes
+from accessory.quant.workspace import unpack_buffer_bytes
 
 Matrix = Tensor | PackedWeight
 
@@ -18,7 +18,7 @@ Matrix = Tensor | PackedWeight
 def multiply(x: Tensor, matrix: Matrix, addition: Addition = NOTHING, low: Tensor | None = None) -> Tensor:
     """x [T, K] -> x W^T and its addition [T, N], in x's dtype. W [N, K] packed, or plain and cast for this use.
 
-    low: x A^T [T, R] as dropout left it, where the addition has an A.
+    low: x A^T [T, R], x after dropout, if the addition has an A.
     """
     lora = None if low is None else (low, addition.b, addition.scale)
     return _sum([x], [matrix], transposed=False, bias=addition.bias, low=lora)
@@ -34,25 +34,25 @@ def sum_of_transposed_products(
 def memory_to_multiply(
     matrices: list[Matrix], ranks: list[int], rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int]:
-    """(a kernel's workspace, what is borrowed into), bytes, of each product, and of the sum of all transposed ones.
+    """Peak bytes of (a kernel's workspace, the unpack buffer) over each product and the sum of all transposed ones.
 
-    ranks: of the low terms beside them; 0 where there is none.
+    ranks: of LoRA in each product; 0 where there is none.
     """
-    products = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
-    workspace = borrowed = 0
-    for together, rank, transposed in [*products, (matrices, sum(ranks), True)]:
+    calls = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
+    workspace = buffer = 0
+    for together, rank, transposed in [*calls, (matrices, sum(ranks), True)]:
         kernel = _kernel(together, dtype, device)
         if kernel is None:
             largest = max((m.shape.numel() for m in together if isinstance(m, PackedWeight)), default=0)
-            borrowed = max(borrowed, shared_bytes(largest * dtype.itemsize, device))
+            buffer = max(buffer, unpack_buffer_bytes(largest * dtype.itemsize, device))
         else:
             shapes = [matrix.shape for matrix in together]
             workspace = max(workspace, kernel.workspace_bytes(shapes, rank, rows, transposed=transposed))
-    return workspace, borrowed
+    return workspace, buffer
 
 
 def _kernel(matrices: list[Matrix], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-    """Of matrices that are all of one format, if that has one for them."""
+    """The kernel for matrices that are all of one format, if it has one."""
     kind = type(matrices[0])
     if issubclass(kind, PackedWeight) and all(type(matrix) is kind for matrix in matrices):
         return kind.product_kernel(matrices, dtype, device)
@@ -71,9 +71,9 @@ def _sum(
     if kernel := _kernel(matrices, like.dtype, like.device):
         codes = [matrix.as_codes() for matrix in matrices]
         return kernel.sum_of_products(factors, codes, transposed=transposed, bias=bias, low=low)
-    weights = (_borrowed(matrix, like) for matrix in matrices)
+    weights = (_unpacked(matrix, like) for matrix in matrices)
     return products.sum_of_products(factors, weights, transposed=transposed, bias=bias, low=low)
 
 
-def _borrowed(matrix: Matrix, like: Tensor) -> Tensor:
-    return matrix.borrow(like.dtype) if isinstance(matrix, PackedWeight) else matrix.to(like.dtype)
+def _unpacked(matrix: Matrix, like: Tensor) -> Tensor:
+    return matrix.unpack_to_buffer(like.dtype) if isinstance(matrix, PackedWeight) else matrix.to(like.dtype)

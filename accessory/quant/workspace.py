@@ -1,8 +1,8 @@
-"""The memory that matrices are unpacked into to be multiplied with at once: one piece, lent to one after the other.
+"""The buffer that matrices are unpacked into, each for one product: all matrices use it one after the other.
 
-On a CPU each matrix gets the part behind the last one's, and only when the piece is used up the first again. Written to
-at once again, memory that all cores have just read must first be taken from their caches: where these are far apart, as
-cores of two chiplets are, unpacking took 390 us instead of 90 (1536 x 576, two cores of an EPYC).
+On a CPU each matrix gets the part after the last one's, and the first part again when the buffer is used up. Writing at
+once to memory that all cores have just read must first evict it from their caches: on two chiplets of an EPYC that
+made unpacking take 390 us instead of 90 (1536 x 576, two cores).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LENT_BEFORE_REUSE = 32 << 20  # bytes: more than what caches hold for long
-MOST_TURNS = 16  # small matrices of which that would be many: no piece is larger than so many of the largest
+REUSE_DISTANCE = 32 << 20  # bytes between two uses of the same memory: more than caches hold for long
+MOST_SLOTS = 16  # a buffer holds no more matrices of the largest size, for small ones
 ALIGNED = 64  # bytes that every part begins at a multiple of: a product's last bits may depend on it
 
 
@@ -21,18 +21,18 @@ ALIGNED = 64  # bytes that every part begins at a multiple of: a product's last 
 class _Piece:
     memory: Tensor
     used: int = 0
-    """Numbers that were lent since it was last begun from the front."""
+    """Numbers of it that were used since its beginning was."""
 
 
 _pieces: dict[tuple[torch.device, torch.dtype], _Piece] = {}
 
 
-def shared_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of any content; one that is asked for later may overlap it."""
-    numel, size = shape.numel(), shared_bytes(shape.numel() * dtype.itemsize, device) // dtype.itemsize
+def unpack_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized tensor in the buffer; later ones may overlap it."""
+    numel, size = shape.numel(), unpack_buffer_bytes(shape.numel() * dtype.itemsize, device) // dtype.itemsize
     piece = _pieces.get((device, dtype))
     if piece is None or piece.memory.numel() < size:
-        with torch.inference_mode(False):  # what is made in inference mode, training may not write into
+        with torch.inference_mode(False):  # training may not write into tensors of inference mode
             piece = _pieces[device, dtype] = _Piece(torch.empty(size, dtype=dtype, device=device))
     begin = 0 if piece.used + numel > piece.memory.numel() else piece.used
     if device.type == "cpu":
@@ -40,11 +40,11 @@ def shared_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -
     return piece.memory[begin : begin + numel].view(shape)
 
 
-def shared_bytes(largest: int, device: torch.device) -> int:
-    """Bytes of the whole piece, where the largest matrix has `largest`."""
+def unpack_buffer_bytes(largest: int, device: torch.device) -> int:
+    """Bytes of the buffer, if the largest matrix has `largest`."""
     if device.type != "cpu":
         return largest
-    return min(MOST_TURNS * _aligned(largest), max(LENT_BEFORE_REUSE, largest))
+    return min(MOST_SLOTS * _aligned(largest), max(REUSE_DISTANCE, largest))
 
 
 def _aligned(size: int) -> int:

@@ -26,7 +26,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder, Projection
-from accessory.model.position import rotary_frequencies, rotations
+from accessory.model.position import rotary_frequencies, rotations_at
 from accessory.model.sequences import Sequences
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
@@ -52,7 +52,7 @@ class SideDecoder(Decoder):
         """As `Decoder.forward`; the base keeps nothing for a backward."""
         with torch.no_grad():
             states = self.states(self.enter(inputs, sequences), sequences, cache)
-        mine = replace(sequences, turn=rotations(self.side_frequencies, sequences.positions))
+        mine = replace(sequences, rotations=rotations_at(self.side_frequencies, sequences.positions))
         side = 0
         for i, block in enumerate(self.side):
             with torch.no_grad():

@@ -16,7 +16,7 @@ def dropped(cut: str) -> list[torch.Tensor]:
     """What is left of ones [50, 6], on each rank."""
     linear = Linear(6, 6, cut=cut, ranks=2, bias=False, dtype=torch.float32)
     linear.add_lora(2, 1.0, 0.5)
-    return list(gather_slices(linear.addition(None).kept(torch.ones(50, 6)), 0).chunk(2))
+    return list(gather_slices(linear.addition(None).dropout_mask(torch.ones(50, 6)), 0).chunk(2))
 
 
 layout = groups.start("cpu", model_parallel_size=2)

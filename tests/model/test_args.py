@@ -72,7 +72,7 @@ def test_unknown_scaling_is_refused() -> None:
 
 
 def test_metas_switch_gives_llama31_constants() -> None:
-    """`use_scaled_rope` stands for factor 8 over 8,192 positions, edges at 1 and 4 turns."""
+    """`use_scaled_rope` stands for factor 8 over 8,192 positions, edges at 1 and 4 cycles."""
     scaling = ModelArgs(use_scaled_rope=True).rope_scaling
     assert scaling.model_dump() == {
         "kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

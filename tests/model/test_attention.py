@@ -12,7 +12,7 @@ from accessory import kernels
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention, attend_cached
 from accessory.model.cache import LayerCache
-from accessory.model.position import LEAN_WIDTH, lean, lean_channels, rotate
+from accessory.model.position import ALIBI_WIDTH, alibi_channels, append_alibi, rotate
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import Slicing, slicing_of
 
@@ -192,10 +192,10 @@ def test_window_equals_dense(window: int, kv_heads: int) -> None:
     same_with_gradients(ours, theirs, found, packed_dense(theirs, window=window))
 
 
-def leaning(lengths: tuple[int, ...], slopes: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
+def alibi_sequences(lengths: tuple[int, ...], slopes: Tensor, starts: tuple[int, ...] | None = None) -> Sequences:
     """Documents whose tokens attend by distance."""
     sequences = Sequences.build(lengths, FREQUENCIES, starts)
-    return sequences.leaning(lean_channels(slopes, sequences.positions, WIDTH, torch.float32))
+    return sequences.with_alibi(alibi_channels(slopes, sequences.positions, WIDTH, torch.float32))
 
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.7, 0.3], dtype=torch.float64)
@@ -207,8 +207,8 @@ SCALE = WIDTH**-0.5
 def test_alibi_equals_dense(kv_heads: int, window: int | None) -> None:
     """In value and gradients, with shared key heads and under a window too."""
     ours, theirs = ([t.requires_grad_() for t in qkv(kv_heads=kv_heads)] for _ in range(2))
-    sequences = leaning(LENGTHS, SLOPES)
-    found = attend(*lean(*ours, sequences.lean), sequences, window, SCALE)[..., :WIDTH]
+    sequences = alibi_sequences(LENGTHS, SLOPES)
+    found = attend(*append_alibi(*ours, sequences.alibi), sequences, window, SCALE)[..., :WIDTH]
     wanted = packed_dense(theirs, slopes=SLOPES, window=window)
     same_with_gradients(ours, theirs, found, wanted)
     assert (wanted - packed_dense(theirs, window=window)).abs().max() > 0.1  # the slopes matter
@@ -218,8 +218,8 @@ def test_alibi_in_bf16_far_from_the_beginning() -> None:
     """The last of 3,000 tokens: within 1 % of the dense formula on the same bf16 values, whose scores reach 2,100."""
     q, k, v = qkv(torch.bfloat16, tokens=3000)
     sequences = Sequences.build((3000,), FREQUENCIES)
-    channels = lean_channels(SLOPES, sequences.positions, WIDTH, torch.bfloat16)
-    found = attend(*lean(q, k, v, channels), sequences, scale=SCALE)[-64:, :, :WIDTH].double()
+    channels = alibi_channels(SLOPES, sequences.positions, WIDTH, torch.bfloat16)
+    found = attend(*append_alibi(q, k, v, channels), sequences, scale=SCALE)[-64:, :, :WIDTH].double()
     wanted = dense(q[-64:], k, v, slopes=SLOPES, start=2936)
     assert (found - wanted).abs().max() < 0.01 * wanted.abs().max()
 
@@ -234,14 +234,14 @@ def test_cache_with_window_and_alibi(steps: list[tuple[int, ...]], alibi: bool, 
     """All at once, in chunks behind a filled cache, and step by step, against the dense formula."""
     whole = qkv()
     split = [t.split(LENGTHS) for t in whole]
-    width = WIDTH + (LEAN_WIDTH if alibi else 0)
+    width = WIDTH + (ALIBI_WIDTH if alibi else 0)
     cache = LayerCache((len(LENGTHS), max(LENGTHS), KV_HEADS, width), torch.float32, torch.device("cpu"))
     starts, outputs = (0,) * len(LENGTHS), [[] for _ in LENGTHS]
     for lengths in steps:
-        sequences = leaning(lengths, SLOPES, starts)
+        sequences = alibi_sequences(lengths, SLOPES, starts)
         places = list(enumerate(zip(starts, lengths, strict=True)))
         new = [torch.cat([t[i][s : s + n] for i, (s, n) in places]) for t in split]
-        q, k, v = lean(*new, sequences.lean) if alibi else new
+        q, k, v = append_alibi(*new, sequences.alibi) if alibi else new
         cache.store(k, v, sequences)
         found = attend_cached(q, cache, sequences, window, SCALE)[..., :WIDTH]
         for part, output in zip(found.split(lengths), outputs, strict=True):
@@ -271,7 +271,7 @@ def test_norms_of_queries_and_keys() -> None:
     sequences = Sequences.build(LENGTHS, FREQUENCIES)
     q, k, v = (torch.nn.functional.linear(x, w.weight).unflatten(-1, (-1, 8)) for w in (layer.wq, layer.wk, layer.wv))
     q, k = (
-        rotate(t * (t.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * norm.weight, sequences.turn)
+        rotate(t * (t.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * norm.weight, sequences.rotations)
         for t, norm in ((q, layer.q_norm), (k, layer.k_norm))
     )
     wanted = packed_dense([q, k, v]).flatten(1) @ layer.wo.weight.t().double()
@@ -298,7 +298,7 @@ def test_layer_follows_its_settings(settings: dict, more: dict) -> None:
     x = torch.randn(sum(LENGTHS), 48, generator=torch.Generator().manual_seed(3))
     q, k, v = (torch.nn.functional.linear(x, w.weight).unflatten(-1, (-1, 8)) for w in (layer.wq, layer.wk, layer.wv))
     wanted = packed_dense([q, k, v], **more).flatten(1) @ layer.wo.weight.t().double()
-    torch.testing.assert_close(layer(x, leaning(LENGTHS, SLOPES)).double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x, alibi_sequences(LENGTHS, SLOPES)).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel is for CUDA")
@@ -327,7 +327,7 @@ def test_cuda_kernel_with_window_and_alibi(window: int | None, alibi: bool) -> N
     q, k, v = (t.cuda() for t in qkv(torch.bfloat16))
     sequences, parts = Sequences.build(LENGTHS, FREQUENCIES.cuda()), [q, k, v]
     if alibi:
-        parts = lean(*parts, lean_channels(SLOPES.cuda(), sequences.positions, WIDTH, torch.bfloat16))
+        parts = append_alibi(*parts, alibi_channels(SLOPES.cuda(), sequences.positions, WIDTH, torch.bfloat16))
     found = attend(*parts, sequences, window, SCALE)[..., :WIDTH].cpu().double()
     wanted = packed_dense([q.cpu(), k.cpu(), v.cpu()], slopes=SLOPES if alibi else None, window=window)
     assert (found - wanted).abs().max() < 0.01 * wanted.abs().max()

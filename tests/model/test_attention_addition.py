@@ -35,11 +35,11 @@ def decoder(layout) -> Decoder:
     return made
 
 
-def by_formula(attention: Attention, x: Tensor, turn: Tensor) -> Tensor:
+def by_formula(attention: Attention, x: Tensor, rotations: Tensor) -> Tensor:
     """One document in float64: attention, and what every query makes of the prefix."""
     q, k, v = (x @ w.weight.double().t() for w in (attention.wq, attention.wk, attention.wv))
     q, k, v = (t.view(len(x), -1, 8) for t in (q, k, v))
-    q, k = (rotate(t, turn) for t in (q, k))
+    q, k = (rotate(t, rotations) for t in (q, k))
     rows = attention.addition.rows.double()
     keys, values = ((rows @ w.weight.double().t()).view(ROWS, 2, 8) for w in (attention.wk, attention.wv))
     out = written_out(q, k, v)
@@ -55,8 +55,10 @@ def test_equals_the_formula(decoder: Decoder) -> None:
     x = torch.randn(sum(LENGTHS), 48, generator=torch.Generator().manual_seed(0))
     parameters = (attention.addition.rows, attention.addition.gate)
     wanted = [
-        by_formula(attention, part.double(), turn)
-        for part, turn in zip(x.split(LENGTHS), sequences.turn.to(torch.complex128).split(LENGTHS), strict=True)
+        by_formula(attention, part.double(), rotations)
+        for part, rotations in zip(
+            x.split(LENGTHS), sequences.rotations.to(torch.complex128).split(LENGTHS), strict=True
+        )
     ]
     wanted, found = torch.cat(wanted), attention(x, sequences)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)

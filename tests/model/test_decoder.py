@@ -207,8 +207,8 @@ def test_alibi_ends_where_bf16_no_longer_tells_positions_apart() -> None:
 
 def test_heads_of_a_rank_have_their_own_slopes() -> None:
     """Rank 1 of 2 has the last three of six."""
-    whole = Decoder(other("alibi"), dtype=torch.float32).sequences((4,)).lean
-    half = Decoder(other("alibi"), dtype=torch.float32, rank=1, ranks=2).sequences((4,)).lean
+    whole = Decoder(other("alibi"), dtype=torch.float32).sequences((4,)).alibi
+    half = Decoder(other("alibi"), dtype=torch.float32, rank=1, ranks=2).sequences((4,)).alibi
     assert torch.equal(half[0], whole[0][3:])
     assert torch.equal(half[1], whole[1])
 

@@ -107,7 +107,7 @@ def test_dropout_only_in_training() -> None:
     torch.manual_seed(0)
     linear = with_lora(0.25, scale=3.0)
     addition = linear.addition(None)
-    kept = addition.kept(torch.empty(1000, 6))
+    kept = addition.dropout_mask(torch.empty(1000, 6))
     assert addition.scale == pytest.approx(4.0)
     assert kept.unique().tolist() == [0.0, 1.0]
     assert (kept == 0).float().mean() == pytest.approx(0.25, abs=0.03)
@@ -119,8 +119,8 @@ def test_what_drops_out_is_the_same_at_every_call() -> None:
     torch.manual_seed(0)
     linear, x = with_lora(0.5), torch.empty(100, 6)
     one, other = linear.addition(None), linear.addition(None)
-    assert torch.equal(one.kept(x), one.kept(x))
-    assert not torch.equal(one.kept(x), other.kept(x))
+    assert torch.equal(one.dropout_mask(x), one.dropout_mask(x))
+    assert not torch.equal(one.dropout_mask(x), other.dropout_mask(x))
 
 
 def test_dropout_of_two_ranks(torchrun) -> None:

@@ -74,7 +74,7 @@ def test_made_again_bit_for_bit(kind: type[Norm], dtype: torch.dtype) -> None:
     norm, x = kind(64, EPS), random(5, 64, dtype=dtype).requires_grad_()
     for i, name in enumerate([name for name, _ in norm.named_parameters()]):
         setattr(norm, name, torch.nn.Parameter(random(64, seed=i, dtype=torch.float32)))
-    made = norm.recomputed(x)
+    made = norm.recomputable(x)
     assert torch.equal(made.make(*made.inputs), made.value)
     assert torch.equal(norm(x), made.value)
     assert made.inputs[0].data_ptr() == x.data_ptr()

@@ -12,7 +12,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from accessory.kernels.plain import rotary as plain_rotary
 from accessory.model.args import ModelArgs
-from accessory.model.position import alibi_slopes, lean, lean_channels, rotary_frequencies, rotate, rotations
+from accessory.model.position import (
+    alibi_channels,
+    alibi_slopes,
+    append_alibi,
+    rotary_frequencies,
+    rotate,
+    rotations_at,
+)
 
 SCALINGS = {
     "default": {"rope_type": "default"},
@@ -50,7 +57,7 @@ def test_equals_transformers(kind: str) -> None:
     x, positions = random(200, 2, width), torch.arange(200)
     cos, sin = theirs(x, positions[None])
     wanted, _ = apply_rotary_pos_emb(halves(x).transpose(0, 1)[None], halves(x).transpose(0, 1)[None], cos, sin)
-    found = halves(rotate(x, rotations(frequencies, positions)))
+    found = halves(rotate(x, rotations_at(frequencies, positions)))
     torch.testing.assert_close(found, wanted[0].transpose(0, 1), rtol=1e-5, atol=1e-4)
 
 
@@ -66,14 +73,16 @@ def test_llama3_scaling_has_its_three_parts() -> None:
 
 def test_gradient_is_the_functions() -> None:
     """Finite differences in float64."""
-    turn = rotations(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 3, 5]))
-    assert turn.dtype == torch.complex128
-    assert torch.autograd.gradcheck(lambda x: rotate(x, turn), (random(3, 2, 4, dtype=torch.float64).requires_grad_(),))
+    rotations = rotations_at(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 3, 5]))
+    assert rotations.dtype == torch.complex128
+    assert torch.autograd.gradcheck(
+        lambda x: rotate(x, rotations), (random(3, 2, 4, dtype=torch.float64).requires_grad_(),)
+    )
 
 
 def test_formula_of_one_pair() -> None:
-    """(1, 0) at position p turns to (cos p f, sin p f)."""
-    found = rotate(torch.tensor([[[1.0, 0.0]]]), rotations(torch.tensor([0.5]), torch.tensor([3])))
+    """(1, 0) at position p rotates to (cos p f, sin p f)."""
+    found = rotate(torch.tensor([[[1.0, 0.0]]]), rotations_at(torch.tensor([0.5]), torch.tensor([3])))
     torch.testing.assert_close(found[0, 0], torch.tensor([math.cos(1.5), math.sin(1.5)]))
 
 
@@ -83,8 +92,8 @@ def test_scores_depend_on_distance_alone() -> None:
     q, k = random(1, 1, 32), random(2, 1, 32)[1:]
 
     def score(at_q: int, at_k: int) -> Tensor:
-        turned = (rotate(x, rotations(frequencies, torch.tensor([at]))) for x, at in ((q, at_q), (k, at_k)))
-        return torch.mul(*turned).sum()
+        rotated = (rotate(x, rotations_at(frequencies, torch.tensor([at]))) for x, at in ((q, at_q), (k, at_k)))
+        return torch.mul(*rotated).sum()
 
     torch.testing.assert_close(score(9, 4), score(25, 20))
     assert (score(9, 4) - score(9, 5)).abs() > 1e-3
@@ -93,25 +102,25 @@ def test_scores_depend_on_distance_alone() -> None:
 def test_bf16_is_turned_in_fp32() -> None:
     """A bf16 vector loses only its final rounding, at a far position too, both ways."""
     frequencies = rotary_frequencies(ModelArgs(dim=32, n_heads=1))
-    turn = rotations(frequencies, torch.tensor([3999]))
+    rotations = rotations_at(frequencies, torch.tensor([3999]))
     x = random(1, 1, 32, dtype=torch.float32).bfloat16()
     leaf = x.clone().requires_grad_()
-    y = rotate(leaf, turn)
+    y = rotate(leaf, rotations)
     y.backward(x)
-    torch.testing.assert_close(y, rotate(x.float(), turn).bfloat16(), rtol=0, atol=0)
-    torch.testing.assert_close(leaf.grad, rotate(x.float(), turn.conj()).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(y, rotate(x.float(), rotations).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(leaf.grad, rotate(x.float(), rotations.conj()).bfloat16(), rtol=0, atol=0)
 
 
 def test_nothing_but_the_angles_is_kept() -> None:
     """The rotation saves the shared factors and no vector."""
-    turn = rotations(torch.tensor([0.5]), torch.arange(4))
+    rotations = rotations_at(torch.tensor([0.5]), torch.arange(4))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        rotate(random(4, 3, 2).requires_grad_(), turn)
-    assert [t.data_ptr() for t in saved] == [turn.data_ptr()]
+        rotate(random(4, 3, 2).requires_grad_(), rotations)
+    assert [t.data_ptr() for t in saved] == [rotations.data_ptr()]
 
 
-def turned(x: Tensor, frequencies: Tensor, positions: list[int], layout: str) -> Tensor:
+def rotated(x: Tensor, frequencies: Tensor, positions: list[int], layout: str) -> Tensor:
     """The rotation of x [T, heads, E] written out, a token and a pair of channels at a time."""
     out, half = x.clone(), len(frequencies)
     for token, at in enumerate(positions):
@@ -129,34 +138,34 @@ def test_layouts_and_partial_rotation(layout: str, rotary_dim: int) -> None:
     """Value against the formula, and gradient by finite differences, in float64; what is not rotated passes through."""
     positions = [0, 1, 7]
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.02][: rotary_dim // 2], dtype=torch.float64)
-    turn, x = rotations(frequencies, torch.tensor(positions)), random(3, 2, 8, dtype=torch.float64)
-    torch.testing.assert_close(rotate(x, turn, layout), turned(x, frequencies, positions, layout))
-    assert torch.autograd.gradcheck(lambda x: rotate(x, turn, layout), (x.requires_grad_(),))
+    rotations, x = rotations_at(frequencies, torch.tensor(positions)), random(3, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(rotate(x, rotations, layout), rotated(x, frequencies, positions, layout))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotations, layout), (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 def test_turning_piece_by_piece_changes_nothing(monkeypatch, layout: str, dtype: torch.dtype) -> None:
     """Pieces of three tokens, the last of them shorter."""
-    turn, x = rotations(torch.tensor([1.0, 0.3]), torch.arange(11)), random(11, 2, 8).to(dtype)
-    whole = rotate(x, turn, layout)
+    rotations, x = rotations_at(torch.tensor([1.0, 0.3]), torch.arange(11)), random(11, 2, 8).to(dtype)
+    whole = rotate(x, rotations, layout)
     monkeypatch.setattr(plain_rotary, "_CHUNK", 3 * 2 * 8)
-    assert torch.equal(rotate(x, turn, layout), whole)
+    assert torch.equal(rotate(x, rotations, layout), whole)
 
 
 def test_halves_in_bf16_are_turned_in_fp32() -> None:
     """Only the final rounding is lost, both ways."""
-    turn = rotations(rotary_frequencies(ModelArgs(dim=32, n_heads=1)), torch.tensor([3999]))
+    rotations = rotations_at(rotary_frequencies(ModelArgs(dim=32, n_heads=1)), torch.tensor([3999]))
     x = random(1, 1, 32).bfloat16()
     leaf = x.clone().requires_grad_()
-    y = rotate(leaf, turn, "halves")
+    y = rotate(leaf, rotations, "halves")
     y.backward(x)
-    torch.testing.assert_close(y, rotate(x.float(), turn, "halves").bfloat16(), rtol=0, atol=0)
-    torch.testing.assert_close(leaf.grad, rotate(x.float(), turn.conj(), "halves").bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(y, rotate(x.float(), rotations, "halves").bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(leaf.grad, rotate(x.float(), rotations.conj(), "halves").bfloat16(), rtol=0, atol=0)
 
 
 def test_frequencies_of_a_part_of_a_head() -> None:
-    """The exponents run over what is rotated; a model that is not rotary has none; dynamic scaling waits its turn."""
+    """The exponents run over what is rotated; a model that is not rotary has none; dynamic scaling waits."""
     found = rotary_frequencies(ModelArgs(dim=64, n_heads=1, rotary_dim=8))
     torch.testing.assert_close(found, torch.tensor([1.0, 0.1, 0.01, 0.001]))
     assert rotary_frequencies(ModelArgs(dim=64, n_heads=1, position="alibi")).numel() == 0
@@ -183,10 +192,10 @@ def test_alibi_slopes(heads: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 2**-22), (torch.float16, 2**-20), (torch.float32, 1e-7)]
 )
-def test_lean_channels_lose_nothing(dtype: torch.dtype, tolerance: float) -> None:
+def test_alibi_channels_lose_nothing(dtype: torch.dtype, tolerance: float) -> None:
     """Summed exactly they are slope x position x sqrt(E), at the end of a long document and in a narrow dtype too."""
     slopes, positions = alibi_slopes(40), torch.tensor([0, 1, 255, 256, 2047, 40_001, 65_535])
-    query, key = lean_channels(slopes, positions, 96, dtype)
+    query, key = alibi_channels(slopes, positions, 96, dtype)
     assert query.dtype == key.dtype == dtype
     found = torch.einsum("hc,tc->th", query.double(), key[:, 0].double())
     wanted = positions[:, None] * slopes * math.sqrt(96)
@@ -195,9 +204,9 @@ def test_lean_channels_lose_nothing(dtype: torch.dtype, tolerance: float) -> Non
 
 def test_leaning_leaves_the_heads_as_they_are() -> None:
     """Channels come behind; values get zeros."""
-    channels = lean_channels(alibi_slopes(4), torch.arange(3), 16, torch.float32)
+    channels = alibi_channels(alibi_slopes(4), torch.arange(3), 16, torch.float32)
     q, k, v = random(3, 4, 16), random(3, 2, 16), random(3, 2, 16)
-    wide = lean(q, k, v, channels)
+    wide = append_alibi(q, k, v, channels)
     for narrow, wider in zip((q, k, v), wide, strict=True):
         assert torch.equal(wider[..., :16], narrow)
     assert not wide[2][..., 16:].any()

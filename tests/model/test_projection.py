@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accessory.model.decoding import decoding
 from accessory.model.projection import project
-from accessory.model.recomputed import Recomputed
+from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight, storage
 from accessory.quant.addition import Addition
 from accessory.quant.products import Matrix
@@ -57,7 +57,7 @@ def written_out(x: Tensor, weight: Matrix, addition: Addition) -> Tensor:
     """The formula in float64, for autograd to differentiate."""
     y = x @ plain(weight).t()
     if addition.a is not None:
-        dropped = x * addition.kept(x) if addition.dropout else x
+        dropped = x * addition.dropout_mask(x) if addition.dropout else x
         y = y + addition.scale * dropped @ addition.a.double().t() @ addition.b.double().t()
     return y if addition.bias is None else y + addition.bias.double()
 
@@ -130,7 +130,7 @@ def test_trained_matrices() -> None:
             assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
 
 
-def kept(x: Tensor | Recomputed, made: tuple[list[Matrix], list[Addition]]) -> list[Tensor]:
+def kept(x: Tensor | Recomputable, made: tuple[list[Matrix], list[Addition]]) -> list[Tensor]:
     """What waits for the backward."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -162,7 +162,7 @@ def test_what_can_be_made_again_is_not_kept() -> None:
     made, leaves = products("nf4", lora=True, bias=False, dropout=0.0)
     half = random(TOKENS, INPUTS)
     x = (2 * half).requires_grad_()
-    source = Recomputed(x, (half,), lambda given: 2 * given)
+    source = Recomputable(x, (half,), lambda given: 2 * given)
     assert x.data_ptr() not in {t.data_ptr() for t in kept(source, made)}
     ours, plainly = (
         torch.autograd.grad([y.sum() for y in project(given, *made)], [x, *leaves]) for given in (source, x)
@@ -172,13 +172,13 @@ def test_what_can_be_made_again_is_not_kept() -> None:
 
 @pytest.mark.parametrize("kind", STORAGES)
 def test_unread_outputs_have_the_same_gradients(kind: str | None) -> None:
-    """As where a block runs again for its backward: unread outputs have the right shapes, whatever they hold."""
+    """As where a block runs again for its backward: skipped outputs have the right shapes, whatever they hold."""
     made, leaves = products(kind, lora=True, bias=True, dropout=0.25)
     x = random(TOKENS, INPUTS, seed=5).requires_grad_()
-    read, unread = project(x, *made), project(x, *made, unread=True)
-    assert [(y.shape, y.dtype) for y in unread] == [(y.shape, y.dtype) for y in read]
+    read, skipped = project(x, *made), project(x, *made, skip_output=True)
+    assert [(y.shape, y.dtype) for y in skipped] == [(y.shape, y.dtype) for y in read]
     weights = [random(TOKENS, width, seed=40 + i) for i, width in enumerate(WIDTHS)]
-    ours, theirs = (torch.autograd.grad(ys, [x, *leaves], weights) for ys in (unread, read))
+    ours, theirs = (torch.autograd.grad(ys, [x, *leaves], weights) for ys in (skipped, read))
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -245,7 +245,7 @@ def test_few_rows_that_are_prepared(lora: bool, bias: bool, dropout: float) -> N
     x = random(TOKENS, INPUTS, seed=5).bfloat16()
     with torch.no_grad(), decoding():
         found = project(x, *made)
-        by_kernel = first.decode(x, others, made[1])
+        by_kernel = first.decode_products(x, others, made[1])
     wanted = project(x, *made) if lora and dropout else by_kernel
     for one, other, *product in zip(found, wanted, *made, strict=True):
         assert torch.equal(one, other)

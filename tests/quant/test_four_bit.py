@@ -64,8 +64,8 @@ def test_unpacked_is_codebook_times_scale(name: str, shape: tuple[int, int]) -> 
     codes = torch.stack([ours.codes >> 4, ours.codes & 15], 1).flatten()[: shape[0] * shape[1]].long()
     wanted = (state.code.double()[codes] * scales.double().repeat_interleave(64)[: len(codes)]).view(shape)
     torch.testing.assert_close(ours.unpack(torch.float32).double(), wanted, rtol=1e-6, atol=0)
-    assert torch.equal(ours.borrow(torch.float32), ours.unpack(torch.float32))
-    assert torch.equal(ours.borrow(torch.bfloat16), ours.unpack(torch.bfloat16))
+    assert torch.equal(ours.unpack_to_buffer(torch.float32), ours.unpack(torch.float32))
+    assert torch.equal(ours.unpack_to_buffer(torch.bfloat16), ours.unpack(torch.bfloat16))
     torch.testing.assert_close(ours.unpack(torch.bfloat16).double(), wanted, rtol=2**-8, atol=0)
 
 
@@ -148,7 +148,7 @@ def test_odd_rows_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["nf4", "nf4_single", "fp4", "fp4_single"])
-def test_borrowed_has_the_bits_of_bitsandbytes(name: str, dtype: torch.dtype) -> None:
+def test_unpacked_to_buffer_has_the_bits_of_bitsandbytes(name: str, dtype: torch.dtype) -> None:
     """Unpacked into shared memory by the C function, and by bitsandbytes' operation."""
     ours = packed(name, matrix((48, 192)))
     scales = native.plain_scales(ours.scales, *ours.as_codes().nested) if ours.nested else ours.scales
@@ -156,18 +156,18 @@ def test_borrowed_has_the_bits_of_bitsandbytes(name: str, dtype: torch.dtype) ->
     wanted = torch.ops.bitsandbytes.dequantize_4bit.default(
         ours.codes.view(-1, 1), scales, 64, ours.quant_type, (48, 192), narrow
     )
-    assert torch.equal(ours.borrow(dtype), wanted.to(dtype))
+    assert torch.equal(ours.unpack_to_buffer(dtype), wanted.to(dtype))
     assert torch.equal(ours.unpack(dtype), wanted.to(dtype))
 
 
-def test_later_borrowed_ones_may_overwrite(monkeypatch) -> None:
+def test_later_unpacked_ones_may_overwrite(monkeypatch) -> None:
     """One memory for all; what is unpacked to keep is its own."""
     monkeypatch.setattr(workspace, "_pieces", {})
     one, other = packed("nf4", matrix((64, 128))), packed("nf4", 2 * matrix((64, 128)))
-    kept, first = one.unpack(torch.bfloat16), one.borrow(torch.bfloat16)
-    lent = [other.borrow(torch.bfloat16).data_ptr() for _ in range(workspace.MOST_TURNS)]
-    assert first.data_ptr() in lent and kept.data_ptr() not in lent
-    assert torch.equal(kept, one.borrow(torch.bfloat16))
+    kept, first = one.unpack(torch.bfloat16), one.unpack_to_buffer(torch.bfloat16)
+    buffers = [other.unpack_to_buffer(torch.bfloat16).data_ptr() for _ in range(workspace.MOST_SLOTS)]
+    assert first.data_ptr() in buffers and kept.data_ptr() not in buffers
+    assert torch.equal(kept, one.unpack_to_buffer(torch.bfloat16))
 
 
 needs_kernel = pytest.mark.usefixtures("needs_cpu_kernels")
@@ -181,7 +181,7 @@ def test_decoding(rows: int) -> None:
     before = [p.detach().clone() for p in first.parameters()]
     first.prepare_decoding([second])
     x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for found, weight in zip(first.decode(x, [second], NONE * 2), (first, second), strict=True):
+    for found, weight in zip(first.decode_products(x, [second], NONE * 2), (first, second), strict=True):
         wanted = x.double() @ weight.unpack(torch.float64).t()
         assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
     assert all(torch.equal(one, other) for one, other in zip(before, first.parameters(), strict=True))
@@ -191,14 +191,14 @@ def test_what_was_not_prepared_is_not_decoded() -> None:
     """Many rows, other dtypes, other matrices beside it, or ones that the kernel does not take."""
     first, second, odd = (packed("nf4", matrix((n, 128))) for n in (64, 32, 33))
     x = torch.ones(5, 128, dtype=torch.bfloat16)
-    assert first.decode(x, [second], NONE * 2) is None
+    assert first.decode_products(x, [second], NONE * 2) is None
     first.prepare_decoding([second])
-    assert first.decode(x, [], NONE) is None
-    assert first.decode(x.float(), [second], NONE * 2) is None
-    assert first.decode(torch.ones(49, 128, dtype=torch.bfloat16), [second], NONE * 2) is None
+    assert first.decode_products(x, [], NONE) is None
+    assert first.decode_products(x.float(), [second], NONE * 2) is None
+    assert first.decode_products(torch.ones(49, 128, dtype=torch.bfloat16), [second], NONE * 2) is None
     for others in ([odd], [storage("int8")((32, 128))]):
         first.prepare_decoding(others)
-        assert first.decode(x, others, NONE * 2) is None
+        assert first.decode_products(x, others, NONE * 2) is None
 
 
 @needs_kernel
@@ -206,11 +206,11 @@ def test_a_copy_of_what_was_prepared() -> None:
     """Is of the copied weights, whatever becomes of the others."""
     ours, x = packed("nf4", matrix((64, 128))), torch.ones(5, 128, dtype=torch.bfloat16)
     ours.prepare_decoding([])
-    (before,), copied = ours.decode(x, [], NONE), copy.deepcopy(ours)
+    (before,), copied = ours.decode_products(x, [], NONE), copy.deepcopy(ours)
     ours.codes.data.zero_()
-    assert torch.equal(copied.decode(x, [], NONE)[0], before)
+    assert torch.equal(copied.decode_products(x, [], NONE)[0], before)
     copied.codes.data.zero_()
-    assert not torch.equal(copied.decode(x, [], NONE)[0], before)
+    assert not torch.equal(copied.decode_products(x, [], NONE)[0], before)
 
 
 @needs_kernel
@@ -219,11 +219,11 @@ def test_what_was_prepared_ends(ends: str) -> None:
     """When the module is to train, or is filled anew: its addresses would be of other weights."""
     ours, x = packed("nf4", matrix((64, 128))), torch.ones(5, 128, dtype=torch.bfloat16)
     ours.eval().prepare_decoding([])
-    assert ours.decode(x, [], NONE) is not None
+    assert ours.decode_products(x, [], NONE) is not None
     if ends == "train":
         ours.train()
     elif ends == "pack":
         ours.pack(2 * matrix((64, 128)))
     else:
         ours.adopt({name: p.data.clone() for name, p in ours.named_parameters()})
-    assert ours.decode(x, [], NONE) is None
+    assert ours.decode_products(x, [], NONE) is None

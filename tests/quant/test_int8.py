@@ -55,7 +55,7 @@ def test_narrow_is_fp32_rounded(dtype: torch.dtype) -> None:
     """Once, at the end."""
     ours = packed(matrix())
     assert torch.equal(ours.unpack(dtype), ours.unpack(torch.float32).to(dtype))
-    assert torch.equal(ours.borrow(dtype), ours.unpack(dtype))
+    assert torch.equal(ours.unpack_to_buffer(dtype), ours.unpack(dtype))
 
 
 def test_rows_of_zeros_stay_zero() -> None:

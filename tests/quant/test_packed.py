@@ -32,8 +32,8 @@ def packed(format_name: str) -> PackedWeight:
 def test_borrowed_is_the_matrix(packed: PackedWeight) -> None:
     """The same numbers as unpacked, in any float dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert torch.equal(packed.borrow(dtype), packed.unpack(dtype))
-    assert torch.equal(packed.borrow(torch.float64), packed.unpack(torch.float32).double())
+        assert torch.equal(packed.unpack_to_buffer(dtype), packed.unpack(dtype))
+    assert torch.equal(packed.unpack_to_buffer(torch.float64), packed.unpack(torch.float32).double())
 
 
 def test_frozen(packed: PackedWeight) -> None:

@@ -99,7 +99,7 @@ def test_nor_beside_a_large_bias_by_the_kernel() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Of matrices alike; where one of them lies plain, their sum is borrowed for."""
+    """Of matrices alike; where one of them lies plain, it is unpacked for their sum."""
     monkeypatch.setattr(workspace, "_pieces", {})
     four_bit_product._kept.__dict__.clear()
     ranks, low, b = [4, 4], random(20, 4).to(dtype), random(34, 4)
@@ -110,9 +110,9 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         beside = random(20, 8).to(dtype), random(8, 128)
         sum_of_transposed_products([random(20, 34).to(dtype)] * 2, matrices, beside)
         kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
-        lent = sum(piece.memory.nbytes for piece in workspace._pieces.values())
+        buffers = sum(piece.memory.nbytes for piece in workspace._pieces.values())
         found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
-        assert found[1] == lent
+        assert found[1] == buffers
         assert found[0] == kept or (kinds[1] == "plain" and found[0] < kept)
 
 

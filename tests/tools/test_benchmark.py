@@ -182,10 +182,10 @@ def test_category_of(names: list[str], category: str) -> None:
 
 def test_labels_are_taken_off_again(layout: groups.Layout) -> None:
     """What was labelled for a profiled step is what it was."""
-    before = FourBitWeight.borrow, FourBitWeight.unpack, PackedBatch.to
+    before = FourBitWeight.unpack_to_buffer, FourBitWeight.unpack, PackedBatch.to
     engine = training(quant_type="nf4").engine(layout)
     time_shares.measure(lambda: engine.step(Progress()), engine)
-    assert (FourBitWeight.borrow, FourBitWeight.unpack, PackedBatch.to) == before
+    assert (FourBitWeight.unpack_to_buffer, FourBitWeight.unpack, PackedBatch.to) == before
     assert "micro_batches" not in vars(engine.order)
 
 

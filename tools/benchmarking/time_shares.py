@@ -102,7 +102,7 @@ def _moments(events: list, device: torch.device) -> Iterator[tuple[list[str], fl
 def _labels(order: GlobalOrder) -> Iterator[None]:
     with ExitStack() as stack:
         for packed in (PackedWeight, *_below(PackedWeight)):
-            for name in {"borrow", "unpack"} & vars(packed).keys():
+            for name in {"unpack_to_buffer", "unpack"} & vars(packed).keys():
                 stack.enter_context(_labelled(packed, name, "unpacking"))
         # It unpacks, too: a few columns at a time, which nobody could tell apart.
         stack.enter_context(_labelled(four_bit_product, "sum_of_products", "products"))

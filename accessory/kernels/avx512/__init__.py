@@ -1,6 +1,6 @@
-"""Kernels in C++ for CPUs with AVX512-bf16, of steps that plain PyTorch makes many calls and passes over memory of.
+"""Kernels in C++ for CPUs with AVX512-bf16, for steps that take plain PyTorch many calls and passes over memory.
 
-A C++ compiler makes them at their first use on a machine. Without one, on another processor, in other dtypes, or when
+They are compiled at their first use on a machine. Without a compiler, on another processor, in other dtypes, or with
 ACCESSORY_AVX512=0, plain PyTorch computes.
 """
 
@@ -30,7 +30,7 @@ CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_AVX512."""
+    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for an invalid ACCESSORY_AVX512."""
     here = device.type == "cpu" and dtype == torch.bfloat16
     return here and switched_on("ACCESSORY_AVX512", "C++ kernels") and _works()
 

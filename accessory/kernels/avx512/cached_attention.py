@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, whole
+from accessory.kernels.avx512.operands import address, contiguous
 
 
 def takes(each: int) -> bool:
@@ -27,8 +27,8 @@ def attend(
     Raises `AssertionError` for what does not fit together.
     """
     (documents, longest, kv_heads, width), heads = keys.shape, q.shape[1]
-    q, values = whole(q, (documents, heads, width), "q"), whole(values, keys.shape, "values")
-    keys = whole(keys, keys.shape, "keys")
+    q, values = contiguous(q, (documents, heads, width), "q"), contiguous(values, keys.shape, "values")
+    keys = contiguous(keys, keys.shape, "keys")
     if heads % kv_heads:
         raise AssertionError(f"{heads} heads for {kv_heads} of keys")
     if scale < 0 or (window is not None and window < 1):

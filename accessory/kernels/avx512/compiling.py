@@ -1,7 +1,7 @@
 """The C++ files of this directory as a library: compiled at the first use on a machine, and kept for the next.
 
-It has plain C functions that take addresses and sizes, so it knows nothing of PyTorch's or Python's version, takes six
-seconds to compile, and, compiled by g++, shares PyTorch's OpenMP threads, whose library is loaded already.
+Its plain C functions take addresses and sizes, so it does not depend on PyTorch's or Python's version, compiles in six
+seconds and, compiled by g++, shares PyTorch's OpenMP threads, whose library is loaded already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-mfma", "-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq",
-    "-mavx512vl", "-mavx512bf16", "-ffp-contract=off",  # scales round as they do where matrices are unpacked
+    "-mavx512vl", "-mavx512bf16", "-ffp-contract=off",  # scales are rounded as when matrices are unpacked
 )  # fmt: skip
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool}
 
@@ -59,7 +59,7 @@ def compiled_library() -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    """Its path, and what $CXX says beside it."""
+    """The compiler's path, and options from $CXX."""
     wanted = shlex.split(os.environ.get("CXX", ""))
     for name, *options in [wanted] if wanted else [[name] for name in COMPILERS]:
         if found := shutil.which(name):
@@ -69,7 +69,7 @@ def _compiler() -> list[str]:
 
 
 def _name(compiler: list[str]) -> str:
-    """Beginning of the library's name, by all that makes it what it is; its own digest follows."""
+    """The library's name up to its own digest: a digest of all that it is made from."""
     parts = [*compiler, *FLAGS, *(file.read_text(encoding="utf-8") for file in SOURCES + HEADERS)]
     return f"avx512-{_digest(chr(0).join(parts).encode())}"
 
@@ -79,13 +79,13 @@ def _digest(content: bytes) -> str:
 
 
 def _kept(directory: Path, compiler: list[str]) -> Path | None:
-    """The library that was compiled before, if it is ours and whole: to load part of one can end the process."""
+    """The library compiled before, if only we can change it and it is complete: loading part of one may crash."""
     kept = filter(_private, directory.glob(f"{_name(compiler)}-*.so"))
     return next((file for file in kept if file.stem.endswith(f"-{_digest(file.read_bytes())}")), None)
 
 
 def _own_cache() -> Path | None:
-    """A directory that nobody else can write into, nor put another in its place: what lies there is loaded. Or None."""
+    """A directory that nobody else can write into or replace, because its files are loaded; None if there is none."""
     try:
         around = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = around / "accessory"
@@ -104,7 +104,7 @@ def _private(path: Path) -> bool:
 
 
 def _compile(compiler: list[str], directory: Path) -> Path:
-    """A new file in `directory`; nobody takes it for a finished library before it has its name."""
+    """Compile into a new file in `directory`, which gets its final name when it is complete."""
     handle, name = tempfile.mkstemp(prefix="compiling-", suffix=".so", dir=directory)
     os.close(handle)
     made = Path(name)
@@ -114,7 +114,7 @@ def _compile(compiler: list[str], directory: Path) -> Path:
         )
         if done.returncode:
             raise CannotCompile(f"{compiler[0]} ended with {done.returncode}: {done.stderr.strip()[:1000]}")
-        ctypes.CDLL(name)  # before others take it for whole
+        ctypes.CDLL(name)  # before it gets its name
         return made.replace(directory / f"{_name(compiler)}-{_digest(made.read_bytes())}.so")
     finally:
         made.unlink(missing_ok=True)

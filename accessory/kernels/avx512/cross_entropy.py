@@ -7,7 +7,7 @@ from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.operands import address, check_numbers, made
-from accessory.kernels.operands import Reduce, agree, check_of_rows, check_scores
+from accessory.kernels.operands import Reduce, check_of_rows, check_scores, combine_statistics
 
 
 def workspace(scores: Tensor) -> Tensor | None:
@@ -19,10 +19,10 @@ def losses_and_gradient(
 ) -> Tensor:
     """-log p(label) of every row of scores [c, V / ranks] -> fp32 [c]; `scores` become softmax minus one-hot.
 
-    As `accessory.kernels.plain.cross_entropy`, which says what the others are.
+    As `accessory.kernels.plain.cross_entropy`, which explains the arguments.
     """
     highest, mass, target = statistics(scores, local, width)
-    agree(highest, mass, target, reduce)
+    combine_statistics(highest, mass, target, reduce)
     become_gradient(scores, local, highest, mass, width)
     return mass.log() + highest - target
 
@@ -30,7 +30,7 @@ def losses_and_gradient(
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row of scores [c, V / ranks]: its highest, the sum of exp(score - highest), its label's; fp32 [c].
 
-    As `accessory.kernels.triton.cross_entropy.statistics`, which says what `local` and `width` are.
+    As `accessory.kernels.triton.cross_entropy.statistics`, which explains the arguments.
     """
     width = _check(scores, local, width)
     found = [made((len(scores),), torch.float32) for _ in range(3)]

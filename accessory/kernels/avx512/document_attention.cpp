@@ -1,9 +1,9 @@
 // Causal attention inside each document, bf16, for processors with AVX512-bf16.
 //
 // A thread takes a document's queries of one key/value head, BLOCK of them of one query head at a time, against all
-// keys that any of them sees. Their scores lie whole in its workspace, so that a softmax needs no second thoughts and
-// the backward nothing but q, k and v. Scores, weights before they are multiplied with, and all sums are fp32. A
-// document gets the same bits whatever it stands beside and however many threads there are.
+// keys that any of them sees. All their scores fit into its workspace, so that a softmax need not be rescaled and
+// the backward needs only q, k and v. Scores, weights before they are multiplied with, and all sums are fp32. A
+// document's result has the same bits whatever the other documents and however many the threads.
 
 #include <omp.h>
 
@@ -27,8 +27,8 @@ struct Shape {
 struct Workspace {
     int64_t keys, stride;  // of the longest document, and from one row of scores to the next
     float *scores, *dscores, *result, *dkeys, *dvalues;
-    bf16 *across_keys, *across_values, *along_keys, *along_values, *rows, *weights, *pairs_of_dscores, *turned_queries,
-        *turned_douts;
+    bf16 *key_columns, *value_columns, *key_rows, *value_rows, *rows, *weights, *pairs_of_dscores, *transposed_queries,
+        *transposed_douts;
     int64_t bytes;
 
     Workspace(char* memory, int64_t longest, int64_t width, bool backward) {
@@ -41,26 +41,26 @@ struct Workspace {
         take(scores, BLOCK * stride);
         take(result, BLOCK * width);
         take(rows, BLOCK * stride);
-        take(across_keys, keys * width);
+        take(key_columns, keys * width);
         if (backward) {
             take(dscores, BLOCK * stride);
             take(dkeys, keys * width);
             take(dvalues, keys * width);
-            take(across_values, keys * width);
-            take(along_keys, keys * width);
+            take(value_columns, keys * width);
+            take(key_rows, keys * width);
             take(weights, keys * BLOCK);
             take(pairs_of_dscores, keys * BLOCK);
-            take(turned_queries, BLOCK * width);
-            take(turned_douts, BLOCK * width);
+            take(transposed_queries, BLOCK * width);
+            take(transposed_douts, BLOCK * width);
         } else {
-            take(along_values, keys * width);
+            take(value_rows, keys * width);
         }
         bytes = next - memory;
     }
 };
 
 // x [n, width], n <= BLOCK -> [width, BLOCK], zero from n on.
-void turn(Rows x, int64_t n, int64_t width, bf16* out) {
+void transpose_rows(Rows x, int64_t n, int64_t width, bf16* out) {
     static_assert(BLOCK == 2 * LANES);
     for (int64_t e = 0; e < width; e += LANES) {
         __m512i a[16];
@@ -79,7 +79,7 @@ struct Seen {
 // Of one document, what belongs to one key/value head.
 struct Document {
     const Shape& shape;
-    int64_t n, unread;
+    int64_t n, skipped;
     Rows keys, values;
 
     int64_t query_step() const { return shape.heads * shape.width; }
@@ -121,17 +121,17 @@ void store_narrow(const float* x, int64_t rows, int64_t width, int64_t step, con
                 narrow(_mm512_mul_ps(_mm512_loadu_ps(x + r * up(width, PANEL) + e), _mm512_set1_ps(factors[r]))));
 }
 
-// q and out [n, group, width], of queries whose results nobody reads there need be no rows.
+// q and out [n, group, width]; rows of skipped queries need not exist.
 void forward(const Document& document, const bf16* q, bf16* out, Workspace& w) {
     const auto& s = document.shape;
     const int64_t width = s.padded_width(), step = document.query_step();
-    lay_across(document.keys, document.n, s.width, w.across_keys);
-    lay_along(document.values, document.n, w.keys, s.width, w.along_values);
+    pack_as_columns(document.keys, document.n, s.width, w.key_columns);
+    pack_as_rows(document.values, document.n, w.keys, s.width, w.value_rows);
     for (int64_t head = 0; head < s.group(); head++, q += s.width, out += s.width)
-        for (int64_t query = document.unread; query < document.n; query += BLOCK) {
+        for (int64_t query = document.skipped; query < document.n; query += BLOCK) {
             const int64_t rows = min(BLOCK, document.n - query);
             const auto keys = document.seen(query, rows);
-            multiply(q + query * step, step, rows, w.across_keys + keys.begin * width, s.width / 2, PANEL * width,
+            multiply(q + query * step, step, rows, w.key_columns + keys.begin * width, s.width / 2, PANEL * width,
                      keys.panels(), w.scores, w.stride, PANEL);
             float inverse[BLOCK];
             for (int64_t r = 0; r < rows; r++) {
@@ -140,7 +140,7 @@ void forward(const Document& document, const bf16* q, bf16* out, Workspace& w) {
                 for (int64_t at = 0; at < keys.panels() * PANEL; at += LANES)
                     _mm256_storeu_si256((__m256i*)(w.rows + r * w.stride + at), narrow(_mm512_loadu_ps(row + at)));
             }
-            multiply(w.rows, w.stride, rows, w.along_values + keys.begin * PANEL, keys.panels() * PANEL / 2,
+            multiply(w.rows, w.stride, rows, w.value_rows + keys.begin * PANEL, keys.panels() * PANEL / 2,
                      PANEL * w.keys, width / PANEL, w.result, width, PANEL);
             store_narrow(w.result, rows, s.width, step, inverse, out + query * step);
         }
@@ -181,7 +181,7 @@ void lay_out_gradients(const Document& document, int64_t query, int64_t rows, Se
 }
 
 // Sums [keys / PANEL][width][PANEL] fp32 -> bf16 rows of n keys.
-void store_turned(const float* sums, int64_t n, int64_t width, int64_t step, bf16* out) {
+void store_transposed(const float* sums, int64_t n, int64_t width, int64_t step, bf16* out) {
     for (int64_t begin = 0; begin < n; begin += LANES) {
         const float* panel = sums + begin / PANEL * PANEL * up(width, PANEL) + begin % PANEL;
         for (int64_t e = 0; e < width; e += LANES) {
@@ -200,41 +200,41 @@ void backward(const Document& document, const bf16* q, const bf16* dout, bf16* d
               Workspace& w) {
     const auto& s = document.shape;
     const int64_t width = s.padded_width(), q_step = document.query_step();
-    lay_across(document.keys, document.n, s.width, w.across_keys);
-    lay_across(document.values, document.n, s.width, w.across_values);
-    lay_along(document.keys, document.n, w.keys, s.width, w.along_keys);
+    pack_as_columns(document.keys, document.n, s.width, w.key_columns);
+    pack_as_columns(document.values, document.n, s.width, w.value_columns);
+    pack_as_rows(document.keys, document.n, w.keys, s.width, w.key_rows);
     const int64_t sums = up(document.n, PANEL) * width * sizeof(float);
     memset(w.dkeys, 0, sums), memset(w.dvalues, 0, sums);
     float ones[BLOCK];
     std::fill(ones, ones + BLOCK, 1.0f);
     for (int64_t head = 0; head < s.group(); head++, q += s.width, dout += s.width, dq += s.width)
-        for (int64_t query = document.unread; query < document.n; query += BLOCK) {
+        for (int64_t query = document.skipped; query < document.n; query += BLOCK) {
             const int64_t rows = min(BLOCK, document.n - query), pairs = (rows + 1) / 2;
             const auto keys = document.seen(query, rows);
             const bf16 *queries = q + query * q_step, *douts = dout + query * q_step;
-            multiply(queries, q_step, rows, w.across_keys + keys.begin * width, s.width / 2, PANEL * width,
+            multiply(queries, q_step, rows, w.key_columns + keys.begin * width, s.width / 2, PANEL * width,
                      keys.panels(), w.scores, w.stride, PANEL);
-            multiply(douts, q_step, rows, w.across_values + keys.begin * width, s.width / 2, PANEL * width,
+            multiply(douts, q_step, rows, w.value_columns + keys.begin * width, s.width / 2, PANEL * width,
                      keys.panels(), w.dscores, w.stride, PANEL);
             lay_out_gradients(document, query, rows, keys, w);
-            multiply(w.rows, w.stride, rows, w.along_keys + keys.begin * PANEL, keys.panels() * PANEL / 2,
+            multiply(w.rows, w.stride, rows, w.key_rows + keys.begin * PANEL, keys.panels() * PANEL / 2,
                      PANEL * w.keys, width / PANEL, w.result, width, PANEL);
             store_narrow(w.result, rows, s.width, q_step, ones, dq + query * q_step);
-            turn({queries, q_step}, rows, s.width, w.turned_queries);
-            turn({douts, q_step}, rows, s.width, w.turned_douts);
-            multiply(w.turned_douts, BLOCK, s.width, w.weights, pairs, PANEL * BLOCK, keys.panels(),
+            transpose_rows({queries, q_step}, rows, s.width, w.transposed_queries);
+            transpose_rows({douts, q_step}, rows, s.width, w.transposed_douts);
+            multiply(w.transposed_douts, BLOCK, s.width, w.weights, pairs, PANEL * BLOCK, keys.panels(),
                      w.dvalues + keys.begin * width, PANEL, PANEL * width, true);
-            multiply(w.turned_queries, BLOCK, s.width, w.pairs_of_dscores, pairs, PANEL * BLOCK, keys.panels(),
+            multiply(w.transposed_queries, BLOCK, s.width, w.pairs_of_dscores, pairs, PANEL * BLOCK, keys.panels(),
                      w.dkeys + keys.begin * width, PANEL, PANEL * width, true);
         }
-    store_turned(w.dkeys, document.n, s.width, step, dk);
-    store_turned(w.dvalues, document.n, s.width, step, dv);
+    store_transposed(w.dkeys, document.n, s.width, step, dk);
+    store_transposed(w.dvalues, document.n, s.width, step, dv);
 }
 
-// A row of the table of documents: where the keys of one begin, its tokens, of how many first queries nobody reads the
-// result, and the row that its first query has or would have.
+// A row of `Documents.table`: a document's first key, its tokens, how many leading queries are skipped, and the row of
+// its first query, as if that were packed.
 struct Entry {
-    int64_t place, tokens, unread, row;
+    int64_t place, tokens, skipped, row;
 };
 
 // Calls `work(document, offset of its queries, offset of its keys' gradients, workspace)` for each document and each
@@ -252,7 +252,7 @@ void for_each(const bf16* k, const bf16* v, const int64_t* map, const Entry* tab
         const auto rows = [&](const bf16* x) {
             return map ? Rows{x + channel, step, map + entry.place} : Rows{x + entry.place * step + channel, step};
         };
-        const Document document{shape, entry.tokens, entry.unread, rows(k), rows(v)};
+        const Document document{shape, entry.tokens, entry.skipped, rows(k), rows(v)};
         work(document, entry.row * document.query_step() + channel * shape.group(), entry.place * step + channel,
              workspace);
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, made, whole
+from accessory.kernels.avx512.operands import address, contiguous, made
 from accessory.kernels.documents import Documents
 
 
@@ -24,13 +24,13 @@ def attend(
     """q [T, H, E], k and v [T, K, E] of packed documents -> [T, H, E], with gradients.
 
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    What documents share is read where it stands.
+    Shared beginnings are read where they are packed.
     """
     return _Attend.apply(q, k, v, documents, window, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps q, k and v; the backward makes the scores again."""
+    """Saves q, k and v; the backward recomputes the scores."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
@@ -43,7 +43,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = backward(*ctx.saved_tensors, dout, ctx.documents, ctx.window, ctx.scale)
         if prefixes := ctx.documents.prefixes:
-            dk = prefixes.sum_copies(dk)  # one is gone before the other's sums are made
+            dk = prefixes.sum_copies(dk)  # dk's copies are freed before dv's are summed
             dv = prefixes.sum_copies(dv)
         return dq, dk, dv, None, None, None
 
@@ -51,7 +51,7 @@ class _Attend(torch.autograd.Function):
 def backward_bytes(
     lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None
 ) -> int:
-    """Most bytes that the backward has at once beside q, k, v and the result's gradient: for a plan of memory."""
+    """Peak bytes of the backward beside q, k, v and the result's gradient: for the memory plan."""
     gradients = sum(lengths) * (heads + 2 * kv_heads) * head_dim * dtype.itemsize
     return gradients + workspace_bytes(max(lengths, default=0), head_dim, backward=True)
 
@@ -69,14 +69,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, H, E], and of k and v in the documents' order [keys, K, E]."""
     q, k, v = _checked(q, k, v, documents, window, scale)
-    dout, dq = whole(dout, q.shape, "dout"), made(q.shape)
+    dout, dq = contiguous(dout, q.shape, "dout"), made(q.shape)
     dk, dv = (made((documents.keys, *k.shape[1:])) for _ in range(2))
     _run("attention_backward", (q, k, v, dout, dq, dk, dv), documents, window, scale, backward=True)
     return dq, dk, dv
 
 
 def workspace_bytes(longest: int, head_dim: int, *, backward: bool) -> int:
-    """What all threads have for themselves while they attend in documents of up to `longest` tokens."""
+    """Bytes of all threads' workspaces for documents of up to `longest` tokens."""
     each = compiled("attention_workspace_bytes", "nnb", c_int64)(longest, head_dim, backward)
     return torch.get_num_threads() * each
 
@@ -90,14 +90,14 @@ def _checked(
     if scale < 0 or (window is not None and window < 1):
         raise AssertionError(f"scale {scale}, window {window}; expected no negative scale, and a key at least")
     shape = (documents.rows, kv_heads, head_dim)
-    return whole(q, (documents.rows, heads, head_dim), "q"), whole(k, shape, "k"), whole(v, shape, "v")
+    return contiguous(q, (documents.rows, heads, head_dim), "q"), contiguous(k, shape, "k"), contiguous(v, shape, "v")
 
 
 def _run(
     name: str, tensors: tuple[Tensor, ...], documents: Documents, window: int | None, scale: float, *, backward: bool
 ) -> None:
     (_, heads, head_dim), kv_heads = tensors[0].shape, tensors[1].shape[1]
-    order = documents.prefixes and whole(documents.prefixes.whole, (documents.keys,), "order", torch.int64)
+    order = documents.prefixes and contiguous(documents.prefixes.whole, (documents.keys,), "order", torch.int64)
     memory = made((workspace_bytes(documents.longest, head_dim, backward=backward),), torch.uint8)
     compiled(name, "p" * (len(tensors) + 2) + "nnnnnfpn")(
         *map(address, (*tensors, order, documents.table)), len(documents.table), heads, kv_heads, head_dim,

@@ -1,4 +1,4 @@
-// Products of a few rows with matrices of 4-bit codes that are called together, and what stands beside them.
+// Products of a few rows with several matrices of 4-bit codes, and with their biases and LoRA.
 //
 // Codes are read where they are stored, once for every eight rows. Lanes are columns: two dot products of 32 weights
 // with 32 numbers make a block, whose sum is scaled. So weights are code values rounded to bf16, and scales exact.
@@ -23,8 +23,8 @@ namespace {
 constexpr int64_t MOST = 8;      // rows that share what is unpacked
 constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for before they are read
 
-// Of each 64 numbers those of even columns, then those of odd ones: as nibbles are.
-void set_apart(const bf16* x, bf16* out, int64_t n) {
+// Deinterleaves each 64 numbers into those of even columns, then those of odd ones: as nibbles are.
+void deinterleave(const bf16* x, bf16* out, int64_t n) {
     for (int64_t at = 0; at < n; at += 2 * LANES) {
         const auto pairs = _mm512_loadu_si512(x + at);
         bf16* to = out + at / WEIGHTS * WEIGHTS + at % WEIGHTS / 2;
@@ -66,7 +66,7 @@ struct Low {
     }
 };
 
-// sums[r][place + i] = lanes of the product of row r of x, which is set apart, with row `row + i` of W.
+// sums[r][place + i] = lanes of the product of row r of x, deinterleaved, with row `row + i` of W.
 template <int N, int ROWS>
 void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512 (*sums)[16], int64_t place) {
     __m512 sum[ROWS][N] = {};
@@ -79,7 +79,7 @@ void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512
             _mm_prefetch(reinterpret_cast<const char*>(codes) + AHEAD, _MM_HINT_T0);
             const auto words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
             even[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-            odd[i] = (__m512bh)_mm512_permutexvar_epi16(words, table);  // bit 4 is moot: the table is there twice
+            odd[i] = (__m512bh)_mm512_permutexvar_epi16(words, table);  // bit 4 does not matter: the table is repeated
             scale[i] = _mm512_set1_ps(w.scale(row + i, column));
         }
         for (int r = 0; r < ROWS; r++) {
@@ -123,14 +123,14 @@ int64_t tiles(const Packed& w) { return (w.n + LANES - 1) / LANES; }
 
 extern "C" {
 
-// out [rows, n of all matrices]: x [rows, k] times each W^T, side by side, and what stands beside it, if any.
+// out [rows, n of all matrices]: x [rows, k] times each W^T, side by side, plus bias and LoRA, if any.
 void four_bit_gemv(const Packed* matrices, const Beside* beside, int64_t count, const bf16* x, bf16* out, int64_t rows,
                    int64_t threads) {
     const int64_t k = matrices->k;
     int64_t tasks = 0, step = 0;
     for (int64_t i = 0; i < count; i++) tasks += tiles(matrices[i]), step += matrices[i].n;
-    std::vector<bf16> apart(rows * k);
-    set_apart(x, apart.data(), rows * k);
+    std::vector<bf16> deinterleaved(rows * k);
+    deinterleave(x, deinterleaved.data(), rows * k);
     Low low(beside, count, rows);
 #pragma omp parallel num_threads(threads)
     {
@@ -145,7 +145,7 @@ void four_bit_gemv(const Packed* matrices, const Beside* beside, int64_t count, 
             const Packed& w = matrices[i];
             const auto some = [&](auto rows_here, int64_t row) {
                 const float* numbers = low.width ? low.numbers.data() + row * low.width + low.begin[i] : nullptr;
-                tile<rows_here>(w, beside ? beside + i : nullptr, t * LANES, apart.data() + row * k, numbers, low.width,
+                tile<rows_here>(w, beside ? beside + i : nullptr, t * LANES, deinterleaved.data() + row * k, numbers, low.width,
                                 out + row * step + column + t * LANES, step);
             };
             int64_t row = 0;

@@ -1,4 +1,4 @@
-"""Products of few rows in bf16 with matrices of 4-bit codes, with their biases and LoRA: what decoding consists of."""
+"""Products of few rows in bf16 with matrices of 4-bit codes, with their biases and LoRA: most of decoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
-from accessory.kernels.avx512.operands import address, whole
+from accessory.kernels.avx512.operands import address, contiguous
 from accessory.kernels.codes import Beside, Codes
 
 MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
@@ -19,8 +19,8 @@ MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is a
 class Matrices:
     """Some W [n, k] that the same x [T, k] is multiplied with, in one call.
 
-    The 16 code values are rounded to bf16, scales are not, and a sum in fp32 of all that there is is rounded once. A
-    row comes out the same bits whatever rows it is among.
+    The 16 code values are rounded to bf16, scales are not; everything is summed in fp32 and rounded once. A row's
+    result has the same bits whatever the other rows are.
     """
 
     def __init__(self, matrices: list[Codes]) -> None:
@@ -33,7 +33,7 @@ class Matrices:
         self.width = sum(self.widths)
 
     def __reduce__(self) -> tuple[type[Matrices], tuple[list[Codes]]]:
-        """A copy, of whatever holds it, has the copied tensors' addresses."""
+        """A copy gets the copied tensors' addresses."""
         return Matrices, (self._kept,)
 
     def takes(self, x: Tensor) -> bool:
@@ -43,7 +43,7 @@ class Matrices:
     def multiply(self, x: Tensor, beside: list[Beside] | None = None) -> tuple[Tensor, ...]:
         """x bf16 [T, k] -> [T, n] for each matrix, and what is beside it. Raises `AssertionError` for other shapes."""
         rows = x.shape[0]
-        x = whole(x, (rows, self.columns), "x")
+        x = contiguous(x, (rows, self.columns), "x")
         out = x.new_empty(rows, self.width)
         more, kept = self._beside(beside) if beside else (None, None)  # `kept` until the call is over
         compiled("four_bit_gemv", "ppnppnn")(

@@ -8,12 +8,12 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512.operands import CPU, address, whole
+from accessory.kernels.avx512.operands import CPU, address, contiguous
 from accessory.kernels.codes import BLOCK, Codes
 
 
 class Packed(ctypes.Structure):
-    """`Codes` in C: addresses, of tensors that whoever calls has to keep."""
+    """`Codes` in C: addresses of tensors, which the caller has to keep alive."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "table", "scales", "book", "nested_scales", "offset")),
@@ -22,12 +22,12 @@ class Packed(ctypes.Structure):
 
 
 def takes(*shapes: tuple[int, int]) -> bool:
-    """Whether such W [n, k] are multiplied with: blocks of one row, and an even number of rows."""
+    """Whether the kernels take such W [n, k]: even numbers of rows of whole blocks."""
     return all(min(shape) > 0 and shape[0] % 2 == 0 and shape[1] % BLOCK == 0 for shape in shapes)
 
 
 def packed(w: Codes) -> Packed:
-    """Raises `AssertionError` for what a kernel does not take, or would not read as what it is."""
+    """`w` for a kernel. Raises `AssertionError` for a wrong shape, dtype or place in memory."""
     w.check(CPU)
     if not takes(w.shape):
         raise AssertionError(f"a matrix of {list(w.shape)}; expected even rows of whole blocks of {BLOCK}")
@@ -37,5 +37,5 @@ def packed(w: Codes) -> Packed:
 
 
 def plain(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """What stands beside a matrix, in fp32 and in one piece. Raises `AssertionError` for another shape or device."""
-    return whole(tensor.to(torch.float32), shape, name, torch.float32)
+    """A bias or LoRA factor in fp32, contiguous. Raises `AssertionError` for another shape or device."""
+    return contiguous(tensor.to(torch.float32), shape, name, torch.float32)

@@ -1,7 +1,7 @@
 // Products with matrices of 4-bit codes, unpacked by the thread that multiplies with them, where it multiplies.
 //
 // A thread has GROUP panels of columns: it unpacks them into memory that stays in its own cache, and sums one block of
-// rows after the other. So a matrix is unpacked once, no core reads what another has written, and nobody has to lay it
+// rows after the other. So a matrix is unpacked once, no core reads what another has written, and it need not be laid
 // out for the product again.
 
 #include <omp.h>
@@ -20,7 +20,7 @@ constexpr int64_t HEIGHT = 480;           // rows whose sums are alive at once
 
 extern "C" {
 
-// What is summed: a times the matrix, and low times scale * a plain fp32 factor of `rank` rows or columns, if any.
+// A summand: a times the matrix, plus low times scale * factor (fp32, of `rank` rows or columns), if any.
 struct Term {
     const bf16* a;
     Packed matrix;
@@ -35,9 +35,9 @@ namespace {
 
 // (a0 b0 a1 b1 ...), rounded.
 __m512i rounded_pairs(__m512 a, __m512 b) {
-    const auto turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+    const auto order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
 // 32 weights of a row from an even column on: those of even columns and those of odd ones.
@@ -126,8 +126,8 @@ struct Cut {
         for (int64_t i = 0; i < count; i++) depth += depth_of(terms[i]) + terms[i].rank;
         panels = up(columns, PANEL) / PANEL;
         const int64_t most = max<int64_t>(min(GROUP, GROUP_BYTES / (PANEL * depth * int64_t(sizeof(bf16)))), 1);
-        const int64_t share = (panels + threads - 1) / threads, turns = (share + most - 1) / most;
-        group = (share + turns - 1) / turns;  // as many for each thread
+        const int64_t share = (panels + threads - 1) / threads, rounds = (share + most - 1) / most;
+        group = (share + rounds - 1) / rounds;  // as many for each thread
         groups = (panels + group - 1) / group;
         const int64_t blocks = max<int64_t>((rows + HEIGHT - 1) / HEIGHT, 1);
         height = up((rows + blocks - 1) / blocks, TILE);

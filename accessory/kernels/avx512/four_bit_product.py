@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
-from accessory.kernels.avx512.operands import address, check_numbers, made, whole
+from accessory.kernels.avx512.operands import address, check_numbers, contiguous, made
 from accessory.kernels.codes import Codes
 from accessory.kernels.operands import check_shape
 
@@ -27,8 +27,8 @@ def sum_of_products(
 ) -> Tensor:
     """Sum over the matrices of a W^T [T, n], or of a W [T, k] if `transposed`; summed in fp32, rounded once.
 
-    factors: the a, bf16 [T, k], or [T, n]. bias: one more summand, [n], or [k]. low: (x bf16 [T, R], plain [n, R], or
-    [R, k], scale): x times scale * plain^T, or plain, rounded to bf16 like the weights, is another.
+    factors: the a, bf16 [T, k], or [T, n]. bias: one more summand, [n], or [k]. low: (x bf16 [T, R], factor [n, R],
+    or [R, k], scale): x times scale * factor^T, or scale * factor, rounded to bf16 like the weights, is another.
 
     Raises `AssertionError` for what does not fit together.
     """
@@ -36,7 +36,7 @@ def sum_of_products(
     shapes = ((rows, codes.shape[0 if transposed else 1]) for codes in matrices)
     if len({codes.shape[1 if transposed else 0] for codes in matrices}) > 1:
         raise AssertionError(f"results of unequal widths cannot be summed: {[codes.shape for codes in matrices]}")
-    factors = [whole(a, shape, "a factor") for a, shape in zip(factors, shapes, strict=True)]
+    factors = [contiguous(a, shape, "a factor") for a, shape in zip(factors, shapes, strict=True)]
     given = zip(factors, matrices, strict=True)
     terms = (_Term * len(matrices))(*(_Term(address(a), packed(codes)) for a, codes in given))
     kept = _add_low(terms[-1], *low, rows=rows, transposed=transposed) if low else ()  # until the call is over
@@ -65,7 +65,7 @@ class _Term(ctypes.Structure):
 def _add_low(
     term: _Term, x: Tensor, factor: Tensor, scale: float, *, rows: int, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Fill in what `term` lacks; returns what it points to."""
+    """Add the low-rank product to `term`; returns the tensors it points to, for the caller to keep alive."""
     rank, columns = x.shape[1], term.matrix.k if transposed else term.matrix.n
     check_numbers(x, "low")
     check_shape(x, (rows, rank), "low")
@@ -79,7 +79,7 @@ def _add_low(
 
 
 def workspace_bytes(shapes: list[tuple[int, int]], rank: int, rows: int, *, transposed: bool) -> int:
-    """What all threads have for themselves in a sum of products with such matrices [n, k] and `rank` low columns.
+    """Bytes of all threads' workspaces for a sum of products with such matrices [n, k] and low-rank ones of `rank`.
 
     Never less for more rows.
     """
@@ -96,7 +96,7 @@ _kept = threading.local()
 
 
 def _workspace(size: int) -> Tensor:
-    """Memory of all threads, kept from call to call: it stays in their caches. Callers' threads have one each."""
+    """Memory of all threads, kept from call to call, so that it stays in caches. One for each calling thread."""
     memory = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < size:
         _kept.memory = memory = None  # the old one is gone before there is a new one

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, whole
+from accessory.kernels.avx512.operands import address, contiguous
 
 ACTIVATIONS = ("silu",)
 
@@ -32,7 +32,7 @@ def _run(name: str, activation: str, results: int, **operands: Tensor) -> list[T
     if activation not in ACTIVATIONS:
         raise AssertionError(f"activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     shape = operands["x"].shape
-    given = [whole(tensor, shape, of) for of, tensor in operands.items()]
+    given = [contiguous(tensor, shape, of) for of, tensor in operands.items()]
     found = [torch.empty_like(given[0]) for _ in range(results)]
     addresses = map(address, (*given, *found))
     compiled(name, "p" * (len(given) + results) + "nn")(*addresses, shape.numel(), torch.get_num_threads())

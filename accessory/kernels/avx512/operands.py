@@ -1,4 +1,4 @@
-"""What the kernels are given: faults must show before a call that would read or write other memory."""
+"""Checks of the kernels' arguments, before a call would read or write other memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from accessory.kernels.operands import check_shape
 CPU = torch.device("cpu")
 
 
-def whole(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`tensor` in one piece of memory. Raises `AssertionError` where shape, dtype or device are others."""
+def contiguous(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`tensor`, contiguous. Raises `AssertionError` where shape, dtype or device are others."""
     check_shape(tensor, shape, name)
     check_numbers(tensor, name, dtype)
     return tensor.contiguous()
 
 
 def check_numbers(tensor: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Raises `AssertionError` for numbers that the kernels would not read as what they are."""
+    """Raises `AssertionError` for another dtype or device."""
     if tensor.dtype != dtype or not tensor.is_cpu:
         raise AssertionError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on the cpu")
 

@@ -68,7 +68,7 @@ struct Rows {
 };
 
 // x [n, width] -> B of products whose columns are the n rows: [n / PANEL][padded width / 2][PANEL][2].
-inline void lay_across(Rows x, int64_t n, int64_t width, bf16* out) {
+inline void pack_as_columns(Rows x, int64_t n, int64_t width, bf16* out) {
     for (int64_t begin = 0; begin < up(n, PANEL); begin += LANES)
         for (int64_t e = 0; e < width; e += 2 * LANES) {
             const auto mask = first((width - e + 1) / 2);
@@ -91,7 +91,7 @@ inline __m512i pair_of_rows(Rows x, int64_t i, int64_t n, int64_t width, int64_t
 }
 
 // x [n, width] -> B of products that sum over the n rows: [padded width / PANEL][keys / 2][PANEL][2], zero from n on.
-inline void lay_along(Rows x, int64_t n, int64_t keys, int64_t width, bf16* out) {
+inline void pack_as_rows(Rows x, int64_t n, int64_t keys, int64_t width, bf16* out) {
     for (int64_t i = 0; i < up(n, PANEL); i += 2)
         for (int64_t e = 0; e < up(width, PANEL); e += LANES)
             _mm512_storeu_si512(out + e / PANEL * PANEL * keys + i * PANEL + e % PANEL * 2,

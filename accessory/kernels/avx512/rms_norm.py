@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, made, whole
+from accessory.kernels.avx512.operands import address, contiguous, made
 
-CHUNK = 64  # rows whose share in the weight's gradient is one sum
+CHUNK = 64  # rows of one partial sum of the weight's gradient
 
 
 def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,7 +22,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _forward(x, weight, scale, eps, known=False), scale
 
 
-def again(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def recompute(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The forward's result, bit by bit, from the scale that it returned."""
     return _forward(x, weight, _scale_of(x, scale), 0.0, known=True)
 
@@ -31,7 +31,8 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, need_dx: bool = True, need_dweight: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx in x's dtype and dweight in weight's, None where not needed; `scale` [..., 1] is the forward's."""
-    dy, x, scale, wide = whole(dy, x.shape, "dy"), whole(x, x.shape, "x"), _scale_of(x, scale), _wide(weight, x)
+    dy, x = contiguous(dy, x.shape, "dy"), contiguous(x, x.shape, "x")
+    scale, wide = _scale_of(x, scale), _wide(weight, x)
     rows, width = scale.numel(), x.shape[-1]
     dx = made(x.shape) if need_dx else None
     sums = made((-(-rows // CHUNK), width), torch.float32).zero_() if need_dweight else None
@@ -42,7 +43,7 @@ def backward(
 
 
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, eps: float, *, known: bool) -> Tensor:
-    x, wide = whole(x, x.shape, "x"), _wide(weight, x)
+    x, wide = contiguous(x, x.shape, "x"), _wide(weight, x)
     y = torch.empty_like(x)
     compiled("rms_norm_forward", "ppppnnfbn")(
         *map(address, (x, wide, y, scale)), scale.numel(), x.shape[-1], eps, known, torch.get_num_threads()
@@ -51,8 +52,8 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor, eps: float, *, known: boo
 
 
 def _wide(weight: Tensor, x: Tensor) -> Tensor:
-    return whole(weight.to(torch.float32), x.shape[-1:], "weight", torch.float32)
+    return contiguous(weight.to(torch.float32), x.shape[-1:], "weight", torch.float32)
 
 
 def _scale_of(x: Tensor, scale: Tensor) -> Tensor:
-    return whole(scale, (*x.shape[:-1], 1), "scale", torch.float32)
+    return contiguous(scale, (*x.shape[:-1], 1), "scale", torch.float32)

@@ -1,4 +1,4 @@
-// Rotary embedding: a token's heads turned in fp32, read and written once.
+// Rotary embedding: a token's heads rotated in fp32, read and written once.
 
 #include <cstring>
 
@@ -7,12 +7,12 @@
 namespace {
 
 // Cosines and sines of LANES angles of a token, from neighbours in memory.
-struct Turn {
+struct Rotations {
     __m512 cosine, sine;
 
-    Turn(const float* turn, int64_t angles, float direction) {
-        const auto low = _mm512_maskz_loadu_ps(first(2 * angles), turn);
-        const auto high = _mm512_maskz_loadu_ps(first(2 * angles - LANES), turn + LANES);
+    Rotations(const float* rotations, int64_t angles, float direction) {
+        const auto low = _mm512_maskz_loadu_ps(first(2 * angles), rotations);
+        const auto high = _mm512_maskz_loadu_ps(first(2 * angles - LANES), rotations + LANES);
         const auto even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         cosine = _mm512_permutex2var_ps(low, even, high);
         sine = _mm512_mul_ps(_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high),
@@ -27,16 +27,16 @@ struct Turn {
 
 extern "C" {
 
-// x and y [tokens, heads, width]; turn [tokens, half, 2]. Channels 2 i and 2 i + 1 turn together if they are
-// `neighbours`, else i and half + i; those behind 2 half pass through. direction: 1, or -1 to turn back.
-void rotate(const bf16* x, const float* turn, bf16* y, int64_t tokens, int64_t heads, int64_t width, int64_t half,
+// x and y [tokens, heads, width]; rotations [tokens, half, 2]. Channels 2 i and 2 i + 1 rotate together if they are
+// `neighbours`, else i and half + i; those from 2 half on pass through. direction: 1, or -1 to rotate back.
+void rotate(const bf16* x, const float* rotations, bf16* y, int64_t tokens, int64_t heads, int64_t width, int64_t half,
             bool neighbours, float direction, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (tokens > 1)
     for (int64_t token = 0; token < tokens; token++) {
         const bf16* from = x + token * heads * width;
         bf16* to = y + token * heads * width;
         for (int64_t i = 0; i < half; i += LANES) {
-            const Turn angles(turn + (token * half + i) * 2, half - i, direction);
+            const Rotations angles(rotations + (token * half + i) * 2, half - i, direction);
             const auto mask = first(half - i);
             for (int64_t head = 0; head < heads; head++)
                 if (neighbours) {

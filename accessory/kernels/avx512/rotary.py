@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, whole
+from accessory.kernels.avx512.operands import address, contiguous
 
 
 def takes(dtype: torch.dtype) -> bool:
@@ -17,10 +17,10 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
-    """Queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, R / 2]; the result has x's dtype.
+    """Rotate queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, n]; the result has x's dtype.
 
-    The first R channels of a head are rotated, neighbours together ("pairs") or channel i with i + R / 2 ("halves");
-    the rest pass through. A conjugate rotates back.
+    The first 2 n channels of a head are rotated, neighbours together ("pairs") or channel i with i + n ("halves");
+    the rest pass through. Conjugates rotate back.
     """
     if layout not in ("pairs", "halves"):
         raise AssertionError(f"layout {layout!r}; known: pairs, halves")
@@ -28,8 +28,8 @@ def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "p
     half, back = rotations.shape[-1], rotations.is_conj()
     if 2 * half > width:
         raise AssertionError(f"rotations are of {2 * half} channels; heads have {width}")
-    angles = whole(rotations.conj() if back else rotations, (tokens, 1, half), "rotations", torch.complex64)
-    x = whole(x, x.shape, "x")
+    angles = contiguous(rotations.conj() if back else rotations, (tokens, 1, half), "rotations", torch.complex64)
+    x = contiguous(x, x.shape, "x")
     y = torch.empty_like(x)
     compiled("rotate", "pppnnnnbfn")(
         *map(address, (x, angles, y)), tokens, heads, width, half, layout == "pairs", -1.0 if back else 1.0,

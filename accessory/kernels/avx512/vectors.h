@@ -24,7 +24,7 @@ inline __m512 load(const bf16* x, __mmask16 mask) { return wide(_mm256_maskz_loa
 
 inline void store(bf16* x, __mmask16 mask, __m512 value) { _mm256_mask_storeu_epi16(x, mask, narrow(value)); }
 
-// Numbers of a and of b in turn: a0 b0 a1 b1 ...
+// Interleaves a and b: a0 b0 a1 b1 ...
 inline __m512i paired(__m256i a, __m256i b) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
 }
@@ -62,11 +62,11 @@ inline void transpose(__m512i (&a)[16]) {
 
 // The sum of each of 16 vectors, in its lane.
 inline __m512 sum_each(const __m512 (&x)[16]) {
-    __m512i turned[16];
-    for (int i = 0; i < 16; i++) turned[i] = (__m512i)x[i];
-    transpose(turned);
+    __m512i transposed[16];
+    for (int i = 0; i < 16; i++) transposed[i] = (__m512i)x[i];
+    transpose(transposed);
     __m512 sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = (__m512)turned[i];
+    for (int i = 0; i < 16; i++) sums[i] = (__m512)transposed[i];
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) sums[i] = _mm512_add_ps(sums[i], sums[i + half]);
     return sums[0];

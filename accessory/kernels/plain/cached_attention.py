@@ -10,10 +10,10 @@ from torch import Tensor
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, counts: tuple[int, ...], window: int | None, scale: float
 ) -> Tensor:
-    """The last tokens' queries q [T, H, E], as many of each document; keys and values [B, longest, K, E] -> [T, H, E].
+    """q [T, H, E] of each document's last tokens, equally many; keys and values [B, longest, K, E] -> [T, H, E].
 
     counts: how many keys each document has. window: how many of them, up to its own, a query sees; all if absent.
-    One document after the other, whatever stands beside it: no padding is read, and it gets what it gets alone.
+    One document after the other: no padding is read, and each gets the result that it gets alone.
     """
     parts = [
         _attend_document(part, keys[i, :count], values[i, :count], window, scale)
@@ -26,7 +26,7 @@ def _attend_document(q: Tensor, keys: Tensor, values: Tensor, window: int | None
     """The last tokens' queries [S, H, E] of one document, keys and values [n, K, E] of all -> [S, H, E]."""
     first = 0 if window is None else max(len(keys) - len(q) - window + 1, 0)
     keys, values = (t[first:].transpose(0, 1)[None] for t in (keys, values))
-    if len(q) == 1:  # sees them all: heads that share keys can be rows of one head, at a fifth of the time
+    if len(q) == 1:  # it sees all keys: heads that share them become rows of one head, in a fifth of the time
         rows = q.view(1, keys.shape[1], -1, q.shape[-1])
         return F.scaled_dot_product_attention(rows, keys, values, scale=scale).view(q.shape)
     out = F.scaled_dot_product_attention(

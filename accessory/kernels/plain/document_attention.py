@@ -1,7 +1,7 @@
-"""Causal attention inside each document. Where there is no variable-length kernel, on CPUs and in fp32:
+"""Causal attention inside each document, by PyTorch's variable-length kernel on CUDA in half precision. Elsewhere:
 
-Documents of about one length are computed together, and of long ones some rows of scores at a time. On a CPU that takes
-less time than PyTorch's flash kernel, which wants a call a document.
+Documents of about one length are computed together, and long ones some rows of scores at a time. On a CPU that takes
+less time than PyTorch's flash kernel, which needs a call for each document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from accessory.kernels.documents import Documents
 from accessory.kernels.plain.document_grid import Group, cut_groups, grid_of, padded, rows_at_once
 
-MASKS = 8  # that are kept
+MASKS = 8  # that are cached
 
 
 def attend(
@@ -61,21 +61,20 @@ def _attend_by_document(
     lengths: tuple[int, ...],
     window: int | None = None,
     scale: float | None = None,
-    unread: tuple[int, ...] | None = None,
+    skipped: tuple[int, ...] | None = None,
 ) -> Tensor:
     """q [T, H, E], k and v [T, K, E] of documents of `lengths` tokens -> [T, H, E].
 
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    unread: of how many tokens of each document, the first ones, nobody reads the result; it may be anything, and what
-    gradient it is given must be zero. Scores and their softmax are fp32 (fp64 for fp64), products with what comes of
-    them in the tensors' own dtype.
+    skipped: how many leading queries of each document need no result; theirs is undefined, and its gradient must be
+    zero. Scores and their softmax are fp32 (fp64 for fp64), products with them in the tensors' own dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _AttendByDocument.apply(q, k, v, lengths, window, scale, unread)
+    return _AttendByDocument.apply(q, k, v, lengths, window, scale, skipped)
 
 
 class _AttendByDocument(torch.autograd.Function):
-    """Keeps q, k and v; the backward makes the scores again."""
+    """Saves q, k and v; the backward recomputes the scores."""
 
     @staticmethod
     def forward(
@@ -86,10 +85,10 @@ class _AttendByDocument(torch.autograd.Function):
         lengths: tuple[int, ...],
         window: int | None,
         scale: float,
-        unread: tuple[int, ...] | None,
+        skipped: tuple[int, ...] | None,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], k.shape[1], q.device, unread), window, scale
+        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], k.shape[1], q.device, skipped), window, scale
         whole, results = ctx.grid.empty(q)
         for group, result in zip(ctx.grid.groups, results, strict=True):
             _GroupAttention(group, q, k, v, window, scale).fill(result)
@@ -102,7 +101,7 @@ class _AttendByDocument(torch.autograd.Function):
         wholes, parts = zip(*(ctx.grid.empty(t) for t in given), strict=True)
         for group, dqueries, dkeys, dvalues in zip(ctx.grid.groups, *parts, strict=True):
             attention = _GroupAttention(group, *given, ctx.window, ctx.scale)
-            # What stands in the padding as a query sees keys; it gives no gradient if its result gets none.
+            # A padding query sees keys; it adds nothing to their gradients if its result's gradient is zero.
             douts = group.lay_out(dout, pad_with_zeros=True)
             attention.fill_gradients(douts, dqueries, dkeys[:, 0], dvalues[:, 0])
             del attention, douts  # before the next group's
@@ -113,9 +112,9 @@ class _AttendByDocument(torch.autograd.Function):
 def backward_bytes(
     lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None
 ) -> int:
-    """Most bytes that the backward has at once beside q, k, v and the result's gradient: for a plan of memory.
+    """Peak bytes of the backward beside q, k, v and the result's gradient: for the memory plan.
 
-    Of whole documents: where some queries are not read, scores are fewer.
+    Of whole documents: skipped queries have no scores.
     """
     narrow, wide = (torch.finfo(t).bits // 8 for t in (dtype, torch.promote_types(dtype, torch.float32)))
     lengths = tuple(sorted(lengths, reverse=True))
@@ -142,38 +141,38 @@ def backward_bytes(
 
 
 class _GroupAttention:
-    """What packed q [T, H, E], k and v [T, K, E] have in `group`, and its attention, some queries at a time.
+    """Attention of `group` in packed q [T, H, E], k and v [T, K, E], some queries at a time.
 
-    queries [B, R, S, E]; keys and values [B, S, E].
+    queries [B, R, S, E]; keys and values [B, S, E]: B documents times key/value heads, R query heads of each.
     """
 
     def __init__(self, group: Group, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> None:
         self.queries = group.lay_out(q)
         self.keys, self.values = (group.lay_out(t)[:, 0] for t in (k, v))
-        self.rows, self.unread, self.window = group.rows(), group.unread, window
-        # Scores and their gradients want scaling: keys and values are fewer.
+        self.rows, self.skipped, self.window = group.rows(), group.skipped, window
+        # Keys and values are scaled instead of scores and their gradients, because they are fewer.
         self.scale, self.scaled_keys = scale, self.keys.to(torch.promote_types(q.dtype, torch.float32)) * scale
 
     @cached_property
     def scaled_values(self) -> Tensor:
-        """Wide; for the backward."""
+        """In fp32 at least; for the backward."""
         return self.values.to(self.scaled_keys.dtype) * self.scale
 
     def fill(self, result: Tensor) -> None:
-        """`result` [B, R, S, E], but for the queries that are not read."""
+        """Fill `result` [B, R, S, E], except for skipped queries."""
         for at, seen in self._blocks():
             weights = self._weights(at, seen).to(result.dtype)
             block = result[:, :, at]
             block.copy_(torch.bmm(weights, self.values[:, seen]).view_as(block))
 
     def fill_gradients(self, douts: Tensor, dqueries: Tensor, dkeys: Tensor, dvalues: Tensor) -> None:
-        """The last three, shaped as what they are of; `douts` as the result."""
+        """Fill the last three, shaped as queries, keys and values; `douts` is shaped as the result."""
         if self.rows == self.queries.shape[2]:
             everything = slice(None), slice(None)
             self._fill_block(*everything, douts, dqueries.flatten(1, 2), dkeys, dvalues)
             return
-        dqueries[:, :, : self.unread] = 0
-        # Several blocks add to the same key: in a wide sum.
+        dqueries[:, :, : self.skipped] = 0
+        # Several blocks add to the same key, in fp32 at least.
         sums = [torch.zeros_like(t) for t in (self.scaled_keys, self.scaled_values)]
         for at, seen in self._blocks():
             block = dqueries[:, :, at]
@@ -186,9 +185,9 @@ class _GroupAttention:
         dvalues.copy_(sums[1])
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
-        """`rows` queries at a time, of those that are read, and the keys that any of them sees."""
+        """`rows` queries at a time, without skipped ones, and the keys that any of them sees."""
         length = self.queries.shape[2]
-        for begin in range(self.unread, length, self.rows):
+        for begin in range(self.skipped, length, self.rows):
             end = min(begin + self.rows, length)
             yield slice(begin, end), slice(0 if self.window is None else max(begin - self.window + 1, 0), end)
 
@@ -219,9 +218,9 @@ class _GroupAttention:
 
 @lru_cache(maxsize=MASKS)
 def _hidden(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[queries, keys], the queries being the last: minus infinity for later keys and for those before the window.
+    """Mask [queries, keys] of the last queries: minus infinity for later keys and for those before the window.
 
-    Layers share them, as long as a batch wants no more than are kept.
+    All layers share the cached ones.
     """
     nothing = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
     hidden = nothing.triu(keys - queries + 1)

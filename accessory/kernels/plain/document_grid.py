@@ -1,4 +1,4 @@
-"""Packed documents laid out for products of one size: those of about one length side by side, padded to the longest."""
+"""Packed documents in groups of about one length, padded to the group's longest, so that products are batched."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BLOCK_SCORES = 1 << 18  # attention scores, of all heads and documents, that are
 FEWEST_ROWS = 64  # of a block of scores, however long the document: below it the products get slow
 MULTIPLE = 8  # of tokens, that a document is padded to: products of odd sizes are slow
 _BLOCK_LENGTH = 32  # a document of so many tokens is one block, of four times as many two, and so on: measured
-_CALL_SCORES = 1 << 17  # scores that could be made while one more block of a group is begun
+_CALL_SCORES = 1 << 17  # the cost of one more block of a group, in scores that could be made meanwhile
 
 
 class Places(NamedTuple):
-    """Where n heads of a packed tensor [T, n, E] stand in a group [count * K, n / K, longest, E].
+    """Indices between n heads of a packed tensor [T, n, E] and a group [count * K, n / K, longest, E].
 
     rows: int32 [count * n * longest], the row of [T * n, E] at each place; in a document's padding its last token's.
-    padding: int64, the places where what stands there belongs to nobody.
+    padding: int64, the places that are padding.
     """
 
     rows: Tensor
@@ -30,14 +30,14 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """`count` documents, each padded to `longest` tokens, for `heads` query heads and `kv_heads` others.
+    """`count` documents, each padded to `longest` tokens, for `heads` query heads and `kv_heads` key/value heads.
 
-    unread: of the first so many queries of each nobody reads the result.
+    skipped: how many leading queries of every document need no result.
     """
 
     count: int
     longest: int
-    unread: int
+    skipped: int
     heads: int
     kv_heads: int
     places: dict[int, Places]
@@ -54,7 +54,7 @@ class Group:
 
     def rows(self) -> int:
         """How many queries of each document attend at once."""
-        return rows_at_once(self.count, self.longest, self.heads, self.unread)
+        return rows_at_once(self.count, self.longest, self.heads, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DocumentGrid:
     groups, one behind the other."""
 
     def empty(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Memory for what is to be packed as `like` [T, n, E]: as a whole [rows, E], and each group's part of it."""
+        """Memory for all groups of a tensor shaped as `like` [T, n, E]: all of it [rows, E], and each group's view."""
         heads, width = like.shape[1:]
         shapes = [(g.count * g.kv_heads, heads // g.kv_heads, g.longest, width) for g in self.groups]
         rows = [math.prod(shape[:3]) for shape in shapes]
@@ -75,19 +75,19 @@ class DocumentGrid:
         return whole, [part.view(shape) for part, shape in zip(whole.split(rows), shapes, strict=True)]
 
     def pack(self, whole: Tensor, heads: int) -> Tensor:
-        """What `empty` gave, filled -> [T, n, E]: the way back."""
+        """The memory of `empty`, filled -> [T, n, E]: the inverse of `lay_out`."""
         return whole.index_select(0, self.places[heads]).view(-1, heads, whole.shape[1])
 
 
 @lru_cache(maxsize=2)
 def grid_of(
-    lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device, unread: tuple[int, ...] | None = None
+    lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device, skipped: tuple[int, ...] | None = None
 ) -> DocumentGrid:
     """For documents of `lengths` tokens, packed in that order, and attention by so many heads; made once a batch.
 
-    unread: of how many queries of each, the first ones, nobody reads the result.
+    skipped: how many leading queries of each document need no result.
     """
-    unread = unread or (0,) * len(lengths)
+    skipped = skipped or (0,) * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
@@ -106,24 +106,24 @@ def grid_of(
             whole[rows[mine]] = filled[n] + mine.nonzero()[:, 0].to(whole.dtype)
             filled[n] += len(rows)
             places[n] = Places(rows.to(whole.dtype).to(device), (~mine).nonzero()[:, 0].to(device))
-        groups.append(Group(end - begin, longest, min(unread[i] for i in order[begin:end]), heads, kv_heads, places))
+        groups.append(Group(end - begin, longest, min(skipped[i] for i in order[begin:end]), heads, kv_heads, places))
     return DocumentGrid(tuple(groups), {n: whole.to(device) for n, whole in back.items()})
 
 
-def rows_at_once(count: int, longest: int, heads: int, unread: int = 0) -> int:
-    """How many queries of each of `count` documents, all but the `unread` first, attend at once: all, or blocks."""
+def rows_at_once(count: int, longest: int, heads: int, skipped: int = 0) -> int:
+    """How many queries of each of `count` documents, the `skipped` first aside, attend at once: all, or a block."""
     most = max(BLOCK_SCORES // (count * heads * longest), FEWEST_ROWS)
     blocks = max(-(-longest // most), cheapest_blocks(longest))
-    return max(-(-(longest - unread) // blocks), 1)
+    return max(-(-(longest - skipped) // blocks), 1)
 
 
 def cheapest_blocks(length: int) -> int:
-    """Into how many blocks of queries a document falls: more leave out more of the keys that none of them sees."""
+    """Into how many blocks of queries a document is cut: more blocks skip more keys that none of their queries sees."""
     return max(round(math.sqrt(length / _BLOCK_LENGTH)), 1)
 
 
 def cut_groups(lengths: list[int], heads: int) -> list[tuple[int, int]]:
-    """Of falling `lengths`: where the groups begin and end that together take the least time."""
+    """(begin, end) of the groups of descending `lengths` that together take the least time."""
     cost, begins = [0.0], [0]  # of the first documents; where the last group of those begins
     for end in range(1, len(lengths) + 1):
         found = []

@@ -26,9 +26,9 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
 
 
 def _whole_blocks(shape: tuple[int, int]) -> tuple[int, int]:
-    """A shape of as many numbers whose rows are whole blocks.
+    """A shape with as many numbers whose rows are whole blocks.
 
-    On the CPU bitsandbytes 0.50.2 takes every row to begin a new block when it unpacks, though it packs across rows.
+    On the CPU bitsandbytes 0.50.2 begins a new block with every row when it unpacks, though it packs across rows.
     """
     n, k = shape
     if k % BLOCK == 0:

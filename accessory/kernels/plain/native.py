@@ -1,7 +1,7 @@
-"""bitsandbytes' C functions for 4-bit matrices on a CPU, working in memory of ours.
+"""bitsandbytes' C functions for 4-bit matrices on a CPU, called with memory of ours.
 
-Its operations allocate what they return. Fresh memory of a large matrix costs a page fault for every 4 KiB, ten times
-what unpacking costs.
+Its PyTorch operations allocate what they return: a page fault for every 4 KiB of a large matrix, which takes ten times
+as long as unpacking.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def unpack_into(out: Tensor, codes: Tensor, scales: Tensor, rows: tuple[int, int
 
 
 def plain_scales(scales: Tensor, book: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
-    """Double-quantized statistics as the fp32 ones [blocks] they stand for."""
+    """The fp32 scales [blocks] of double-quantized ones."""
     if not (AVAILABLE and scales.is_cpu):
         operation = torch.ops.bitsandbytes.dequantize_blockwise.default
         return operation(scales, nested_scales, book, NESTED_BLOCK, torch.float32).add_(offset)

@@ -1,8 +1,8 @@
 """Sums of products with matrices in any float dtype, of a bias and of a product of low rank.
 
-What is small is made first and the rest added to it, or most of a young LoRA is lost in bf16: a result that is rounded
-already does not move when something below half its last digit comes to it; a sum that is rounded once does. (peft adds
-to the rounded result; ten steps on SmolLM2-135M ended 7 % from the losses of fp32.)
+Small terms are computed first and the rest is added to them: in bf16, a result that is rounded already does not change
+when less than half its last digit is added, and most of a new LoRA would be lost. (peft adds to the rounded result; ten
+steps on SmolLM2-135M ended 7 % from the losses of fp32.)
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def sum_of_products(
     """Sum over the matrices of a W^T [T, n], or of a W [T, k] if `transposed`, in the factors' dtype.
 
     factors: the a [T, k], or [T, n]. weights: each is taken when the one before has been multiplied with. bias: one
-    more summand, [n], or [k]. low: (x [T, R], plain [n, R], or [R, k], scale): x times scale * plain^T, or plain, is
-    another.
+    more summand, [n], or [k]. low: (x [T, R], factor [n, R], or [R, k], scale): x times scale * factor^T, or
+    scale * factor, is another.
     """
-    # Beside a large bias some of LoRA is still lost here; beside the sum, all of a small one's training would be.
+    # Added to a large bias, some of LoRA is lost; a small bias added to the rounded sum would lose all its training.
     y = None if bias is None else bias.to(factors[0].dtype)
     if low is not None:
         x, factor, scale = low

@@ -18,11 +18,11 @@ def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The same, and 1 / rms(x) [..., 1] in fp32 at least."""
     scale = _inverse_rms(x, eps)
-    return again(x, weight, scale), scale
+    return recompute(x, weight, scale), scale
 
 
 @fusible
-def again(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def recompute(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The forward's result, bit by bit, from the scale that it returned."""
     return (x.to(scale.dtype) * scale).mul_(weight).to(x.dtype)
 

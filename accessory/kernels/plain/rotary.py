@@ -13,10 +13,10 @@ _CHUNK = 1 << 19  # values rotated at once on the CPU: their fp32 copies stay in
 
 
 def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
-    """Queries or keys x [T, heads, E] by `rotations`, unit complex numbers [T, 1, R / 2]; the result has x's dtype.
+    """Rotate queries or keys x [T, heads, E] by unit complex numbers [T, 1, n]; the result has x's dtype.
 
-    Only the first R channels of a head are rotated: neighbours together ("pairs") or channel i with i + R / 2
-    ("halves"). The rest pass through. A conjugate rotates back.
+    Only the first 2 n channels of a head are rotated: neighbours together ("pairs") or channel i with i + n
+    ("halves"). The rest pass through. Conjugates rotate back.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width, formula = 2 * rotations.shape[-1], {"pairs": _rotate_pairs, "halves": _rotate_halves}[layout]

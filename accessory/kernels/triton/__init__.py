@@ -21,7 +21,7 @@ KERNELS = ("cross_entropy", "four_bit", "gate", "rms_norm", "rotary")
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for a strange ACCESSORY_TRITON."""
+    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for an invalid ACCESSORY_TRITON."""
     here = device.type == "cuda" or (device.type == "cpu" and interpreted())
     return here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels") and _works(device)
 
@@ -34,7 +34,7 @@ def interpreted() -> bool:
 
 @lru_cache
 def _works(device: torch.device) -> bool:
-    """Every kernel is tried once: Triton needs a C compiler, Python's headers and a GPU of these years."""
+    """Every kernel is tried once: Triton needs a C compiler, Python's headers and a recent GPU."""
     if find_spec("triton") is None:
         return False
     fault = fault_of("triton", KERNELS, device, torch.float32)

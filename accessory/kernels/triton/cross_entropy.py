@@ -1,8 +1,8 @@
 """Cross-entropy over a chunk of logits, which become their own gradient: read twice and written once, no fp32 copy.
 
-Two steps, so that ranks which hold slices of the vocabulary can agree in between: highest score, mass and the label's
-score of each row; then softmax minus one-hot in place. A chunk of bf16 logits mostly waits in the L2 cache for its
-second reading.
+Two steps, so that ranks with slices of the vocabulary can combine their statistics in between: each row's highest
+score, sum of exponentials ("mass") and label's score; then softmax minus one-hot in place. Most of a chunk of bf16
+logits stays in the L2 cache between the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.kernels.operands import Reduce, agree, check_floats, check_of_rows, check_scores
+from accessory.kernels.operands import Reduce, check_floats, check_of_rows, check_scores, combine_statistics
 
 BLOCK = 4096  # scores a program reads at a time
 
@@ -26,10 +26,10 @@ def losses_and_gradient(
 ) -> Tensor:
     """-log p(label) of every row of scores [c, V / ranks] -> fp32 [c]; `scores` become softmax minus one-hot.
 
-    As `accessory.kernels.plain.cross_entropy`, which says what the others are.
+    As `accessory.kernels.plain.cross_entropy`, which explains the arguments.
     """
     highest, mass, target = statistics(scores, local, width)
-    agree(highest, mass, target, reduce)
+    combine_statistics(highest, mass, target, reduce)
     become_gradient(scores, local, highest, mass, width)
     return mass.log() + highest - target
 
@@ -71,7 +71,7 @@ def _statistics(scores, local, highest, mass, target, stride, columns, width, BL
     row = tl.program_id(0).to(tl.int64)
     scores += row * stride
     best, total = -float("inf"), 0.0
-    # The highest is agreed upon a block at a time: one exponential a score, or they would take longer than the memory.
+    # An online softmax, rescaled a block at a time: with two exponentials a score it would not be bound by memory.
     for begin in range(0, width, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         score = tl.load(scores + column, column < width, other=-float("inf")).to(tl.float32)

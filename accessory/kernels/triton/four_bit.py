@@ -1,9 +1,8 @@
 """NF4 and FP4 dequantization (Dettmers et al. 2023): codes and their statistics, nested or not, in one pass.
 
-Bound by memory: a weight in bf16 is 2.5 bytes of traffic. Nothing else may be: scales of scales are decoded here and
-never written, and the table of 16 values is looked up in shared memory, where every one has a bank of its own (in
-global memory, as bitsandbytes 0.50 does it, or as a tree of 15 selections, the lookups would take longer than the
-memory).
+Its time is that of its memory traffic, 2.5 bytes a weight in bf16. To get there, nested scales are decoded here and
+never written, and the table of 16 values is looked up in shared memory, where each value has a bank of its own. (In
+global memory, as bitsandbytes 0.50 does it, or as a tree of 15 selections, the lookups would take longer.)
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
     nested_codebook, nested_scales, offset = nested or (codebook, scales, scales)
     if not numel:
         return out.view(shape)
-    # Four bytes at a time, eight weights, make a full 16-byte store in bf16; odd ends and odd addresses go by the byte.
+    # Four bytes, eight weights, make a full 16-byte store in bf16; odd sizes and addresses go byte by byte.
     words = codes.numel() % 4 == 0 and codes.storage_offset() % 4 == 0
     units = codes.view(torch.int32) if words else codes
     _dequantize[(triton.cdiv(blocks, BLOCKS),)](

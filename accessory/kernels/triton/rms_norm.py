@@ -23,7 +23,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _launch_forward(x, weight, scale, eps, known=False), scale
 
 
-def again(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def recompute(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The forward's result, bit by bit, from the scale that it returned."""
     return _launch_forward(x, weight, scale, 0.0, known=True)
 
@@ -55,7 +55,7 @@ def backward(
     tile = _tile(width)
     programs = triton.cdiv(count, tile["ROWS"])
     if need_dweight:
-        # As many programs as are at work at once, each with a sum of its own over many rows: few sums to add up.
+        # As many programs as run at once, each with its own sum over many rows: few sums are left to add.
         programs = min(programs, processors(x.device) * max(16 // tile["num_warps"], 1))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
     sums = torch.empty((programs, width), dtype=torch.float32, device=x.device) if need_dweight else None
@@ -88,7 +88,7 @@ def _check_row_parts(x: Tensor, weight: Tensor, scale: Tensor) -> None:
 
 
 def _tile(width: int) -> dict[str, int]:
-    """Rows and channels of a program, and its warps: 16 values a thread fit its registers; narrow rows share one."""
+    """Rows and channels of a program, and its warps: 16 values a thread fit its registers; narrow rows share it."""
     if width > WIDEST:
         raise AssertionError(f"rows of {width} channels; the kernels hold up to {WIDEST}")
     block = triton.next_power_of_2(width)

@@ -20,10 +20,10 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
-    """Queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, R / 2]; the result has x's dtype.
+    """Rotate queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, n]; the result has x's dtype.
 
-    The first R channels of a head are rotated, neighbours together ("pairs") or channel i with i + R / 2 ("halves");
-    the rest pass through. A conjugate rotates back. A head's channels must be adjacent, heads and tokens need not be.
+    The first 2 n channels of a head are rotated, neighbours together ("pairs") or channel i with i + n ("halves");
+    the rest pass through. Conjugates rotate back. A head's channels must be adjacent, heads and tokens need not be.
     """
     tokens, heads, width = x.shape
     half, back = rotations.shape[-1], rotations.is_conj()

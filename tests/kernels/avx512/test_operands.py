@@ -20,7 +20,7 @@ from accessory.kernels.avx512 import (
     rotary,
 )
 from accessory.kernels.avx512.column_sums import column_sums
-from accessory.kernels.avx512.operands import address, made, whole
+from accessory.kernels.avx512.operands import address, contiguous, made
 from accessory.kernels.codes import Beside, Codes
 from accessory.kernels.documents import Documents
 
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "up is torch.float32",
     ),
     "a norm's weight": (lambda: rms_norm.forward(bf16(3, 8), torch.ones(4), 1e-5), r"weight is \[4\]; expected \[8\]"),
-    "a norm's scale": (lambda: rms_norm.again(bf16(3, 8), torch.ones(8), torch.ones(2, 1)), r"scale is \[2, 1\]"),
+    "a norm's scale": (lambda: rms_norm.recompute(bf16(3, 8), torch.ones(8), torch.ones(2, 1)), r"scale is \[2, 1\]"),
     "a norm's gradient": (
         lambda: rms_norm.backward(bf16(3, 8).float(), bf16(3, 8), torch.ones(8), torch.ones(3, 1)),
         "dy is torch.float32",
@@ -173,5 +173,5 @@ def test_made_and_whole() -> None:
     with torch.device("meta"):
         assert made((2, 3)).device.type == "cpu"
     x = bf16(4, 6)
-    assert whole(x, (4, 6), "x") is x
-    assert whole(x.t(), (6, 4), "x").is_contiguous()
+    assert contiguous(x, (4, 6), "x") is x
+    assert contiguous(x.t(), (6, 4), "x").is_contiguous()

@@ -16,12 +16,12 @@ def operands(tokens: int, heads: int, width: int, half: int) -> tuple[Tensor, Te
     return torch.randn(tokens, heads, width, generator=generator).bfloat16(), torch.polar(torch.ones(()), angles)
 
 
-def exact(x: Tensor, turn: Tensor, layout: str) -> Tensor:
+def exact(x: Tensor, rotations: Tensor, layout: str) -> Tensor:
     """Channel pairs as complex numbers."""
-    half = turn.shape[-1]
-    turned, rest = x.double().split([2 * half, x.shape[-1] - 2 * half], -1)
-    a, b = turned.chunk(2, -1) if layout == "halves" else turned.unflatten(-1, (-1, 2)).unbind(-1)
-    c = torch.complex(a, b) * turn.to(torch.complex128)
+    half = rotations.shape[-1]
+    rotated, rest = x.double().split([2 * half, x.shape[-1] - 2 * half], -1)
+    a, b = rotated.chunk(2, -1) if layout == "halves" else rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    c = torch.complex(a, b) * rotations.to(torch.complex128)
     parts = [c.real, c.imag] if layout == "halves" else [torch.view_as_real(c).flatten(-2)]
     return torch.cat([*parts, rest], -1)
 
@@ -30,27 +30,27 @@ def exact(x: Tensor, turn: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 @pytest.mark.parametrize("width", [(64, 32), (128, 64), (20, 3), (80, 40), (96, 24), (2, 1), (8, 0)])
 def test_equals_float64(width: tuple[int, int], layout: str) -> None:
-    """Only the result is rounded; heads that turn whole, in part, and not at all."""
-    x, turn = operands(9, 3, *width)
-    found = rotate(x, turn, layout)
+    """Only the result is rounded; heads rotated whole, in part, and not at all."""
+    x, rotations = operands(9, 3, *width)
+    found = rotate(x, rotations, layout)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), exact(x, turn, layout), rtol=1.01 * 2**-8, atol=1e-5)
+    torch.testing.assert_close(found.double(), exact(x, rotations, layout), rtol=1.01 * 2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 def test_a_conjugate_turns_back(layout: str) -> None:
     """Whether it is one by name only or by its numbers."""
-    x, turn = operands(9, 3, 64, 32)
-    found = rotate(x, turn.conj(), layout)
-    assert torch.equal(found, rotate(x, turn.conj().resolve_conj(), layout))
-    torch.testing.assert_close(found.double(), exact(x, turn.conj(), layout), rtol=1.01 * 2**-8, atol=1e-5)
+    x, rotations = operands(9, 3, 64, 32)
+    found = rotate(x, rotations.conj(), layout)
+    assert torch.equal(found, rotate(x, rotations.conj().resolve_conj(), layout))
+    torch.testing.assert_close(found.double(), exact(x, rotations.conj(), layout), rtol=1.01 * 2**-8, atol=1e-5)
 
 
 def test_slices() -> None:
     """Heads of a wider projection, and no tokens."""
-    x, turn = operands(5, 6, 32, 16)
-    assert torch.equal(rotate(x[:, 1::2], turn, "halves"), rotate(x, turn, "halves")[:, 1::2])
-    assert rotate(x[:0], turn[:0]).shape == (0, 6, 32)
+    x, rotations = operands(5, 6, 32, 16)
+    assert torch.equal(rotate(x[:, 1::2], rotations, "halves"), rotate(x, rotations, "halves")[:, 1::2])
+    assert rotate(x[:0], rotations[:0]).shape == (0, 6, 32)
 
 
 def test_other_layouts_are_not_known() -> None:

@@ -34,7 +34,7 @@ RESULTS = [
     *((gate, "backward", i) for i in range(2)),
     (rms_norm, "normalized", None),
     (rms_norm, "forward", 0),
-    (rms_norm, "again", None),
+    (rms_norm, "recompute", None),
     *((rms_norm, "backward", i) for i in range(2)),
     (rotary, "rotate", None),
 ]

@@ -75,10 +75,10 @@ def test_what_is_not_read_changes_nothing_else(small_blocks, window: int | None,
     """First queries whose results nobody reads are keys all the same; of some documents all, of some none."""
     if rows:
         small_blocks(rows)
-    lengths, unread = (12, 11, 30, 29, 2, 13, 8), (4, 9, 20, 0, 2, 3, 8)
-    read = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, unread, strict=True)])
+    lengths, skipped = (12, 11, 30, 29, 2, 13, 8), (4, 9, 20, 0, 2, 3, 8)
+    read = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, skipped, strict=True)])
     given = leaves(sum(lengths), 6, 2)
-    found = _attend_by_document(*given, lengths, window, unread=unread)[read]
+    found = _attend_by_document(*given, lengths, window, skipped=skipped)[read]
     wanted = written_out(*given, lengths, window)[read]
     torch.testing.assert_close(found, wanted)
     weights = torch.randn(found.shape, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.kernels.operands import DTYPES
-from accessory.kernels.triton.rms_norm import WIDEST, again, backward, forward
+from accessory.kernels.triton.rms_norm import WIDEST, backward, forward, recompute
 
 EPS = 1e-3  # large enough to show in the values
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
@@ -82,9 +82,9 @@ def test_made_again_bit_for_bit(dtype: torch.dtype) -> None:
     """By the kernel and by the plain lines that make it of the same scale."""
     x, weight = random(40, 48, dtype=dtype), 1 + random(48, seed=1)
     y, scale = forward(x, weight, EPS)
-    assert torch.equal(again(x, weight, scale), y)
+    assert torch.equal(recompute(x, weight, scale), y)
     assert torch.equal((x.float() * scale * weight).to(dtype), y)
-    assert torch.equal(again(x, weight, 2 * scale), (x.float() * (2 * scale) * weight).to(dtype))
+    assert torch.equal(recompute(x, weight, 2 * scale), (x.float() * (2 * scale) * weight).to(dtype))
 
 
 def test_no_rows() -> None:

@@ -20,19 +20,19 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def turns(tokens: int, pairs: int) -> Tensor:
+def unit_rotations(tokens: int, pairs: int) -> Tensor:
     """Rotations of `tokens` positions, some of them far."""
     frequencies = 100.0 ** (-torch.arange(pairs) / pairs)
-    return position.rotations(frequencies, 37 * torch.arange(tokens))
+    return position.rotations_at(frequencies, 37 * torch.arange(tokens))
 
 
-def exact(x: Tensor, turn: Tensor, layout: str) -> Tensor:
+def exact(x: Tensor, rotations: Tensor, layout: str) -> Tensor:
     """The rotation in float64, as two by two matrices."""
-    half, y = turn.shape[-1], x.double().clone()
+    half, y = rotations.shape[-1], x.double().clone()
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if layout == "pairs" else (slice(0, half), slice(half, 2 * half))
     )
-    cosine, sine = turn.real.double(), turn.imag.double()
+    cosine, sine = rotations.real.double(), rotations.imag.double()
     a, b = x[..., first].double(), x[..., second].double()
     y[..., first], y[..., second] = a * cosine - b * sine, a * sine + b * cosine
     return y
@@ -40,64 +40,64 @@ def exact(x: Tensor, turn: Tensor, layout: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
-@pytest.mark.parametrize(("heads", "width", "turned"), [(2, 8, 8), (3, 20, 12), (1, 6, 2), (5, 80, 80)])
-def test_equals_float64(heads: int, width: int, turned: int, layout: str, dtype: torch.dtype) -> None:
-    """Forward and back, whole heads and parts of them, numbers no power of two; what is not turned stays bit by bit."""
-    x, turn = random(5, heads, width, dtype=dtype), turns(5, turned // 2)
-    for rotations in (turn, turn.conj()):
+@pytest.mark.parametrize(("heads", "width", "rotated"), [(2, 8, 8), (3, 20, 12), (1, 6, 2), (5, 80, 80)])
+def test_equals_float64(heads: int, width: int, rotated: int, layout: str, dtype: torch.dtype) -> None:
+    """Forward and back, whole heads and parts of them, numbers no power of two; the rest stays bit by bit."""
+    x, forward = random(5, heads, width, dtype=dtype), unit_rotations(5, rotated // 2)
+    for rotations in (forward, forward.conj()):
         found = rotary.rotate(x, rotations, layout)
         assert found.dtype == dtype
         wanted = exact(x, rotations, layout)
         torch.testing.assert_close(found.double(), wanted, rtol=ROUNDING[dtype], atol=1e-6)
-        assert torch.equal(found[..., turned:], x[..., turned:])
+        assert torch.equal(found[..., rotated:], x[..., rotated:])
 
 
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
-def test_more_channels_than_a_program_turns(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+def test_more_channels_than_a_program_rotates(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """Heads are shared out over programs, of which the last has fewer."""
-    x, turn = random(3, 5, 8), turns(3, 4)
-    wanted = rotary.rotate(x, turn, layout)
+    x, rotations = random(3, 5, 8), unit_rotations(3, 4)
+    wanted = rotary.rotate(x, rotations, layout)
     monkeypatch.setattr(rotary, "CHANNELS", 16)
-    assert torch.equal(rotary.rotate(x, turn, layout), wanted)
+    assert torch.equal(rotary.rotate(x, rotations, layout), wanted)
 
 
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 def test_strided(layout: str) -> None:
     """Heads within a fused projection, tokens that are adjacent, channels that are not."""
-    before, turn = random(4, 6, 8), turns(4, 3)
+    before, rotations = random(4, 6, 8), unit_rotations(4, 3)
     heads = before[:, 1:4]
-    found, wanted = rotary.rotate(heads, turn, layout), exact(heads, turn, layout)
+    found, wanted = rotary.rotate(heads, rotations, layout), exact(heads, rotations, layout)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
     across = before.transpose(0, 1).contiguous().transpose(0, 1)  # tokens adjacent
-    assert torch.equal(rotary.rotate(across, turn, layout), rotary.rotate(before, turn, layout))
+    assert torch.equal(rotary.rotate(across, rotations, layout), rotary.rotate(before, rotations, layout))
     columns = before.transpose(1, 2).contiguous().transpose(1, 2)  # channels not adjacent
-    assert torch.equal(rotary.rotate(columns, turn, layout), rotary.rotate(before, turn, layout))
+    assert torch.equal(rotary.rotate(columns, rotations, layout), rotary.rotate(before, rotations, layout))
 
 
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 def test_tokens_far_apart(layout: str, far: Callable[[Tensor], Tensor]) -> None:
     """Beyond the reach of 32 bits."""
-    x, turn = random(3, 2, 8, dtype=torch.bfloat16), turns(3, 3)
+    x, rotations = random(3, 2, 8, dtype=torch.bfloat16), unit_rotations(3, 3)
     there = far(x)
-    wanted = rotary.rotate(x, turn, layout)
-    assert torch.equal(rotary.rotate(there, turn, layout), wanted)
+    wanted = rotary.rotate(x, rotations, layout)
+    assert torch.equal(rotary.rotate(there, rotations, layout), wanted)
 
 
 def test_no_tokens() -> None:
     """Nothing in, nothing out."""
-    assert rotary.rotate(random(0, 2, 8), turns(0, 4)).shape == (0, 2, 8)
+    assert rotary.rotate(random(0, 2, 8), unit_rotations(0, 4)).shape == (0, 2, 8)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     """Before a pointer is followed beyond its end, or digits are lost."""
-    x, turn = random(4, 2, 8), turns(4, 4)
+    x, rotations = random(4, 2, 8), unit_rotations(4, 4)
     for change, message in (
         ({"x": x.double()}, "x is torch.float64; kernels take"),
-        ({"rotations": turn[:3]}, r"rotations is \[3, 1, 4\]; expected \[4, 1, 4\]"),
-        ({"rotations": turn.to(torch.complex128)}, "rotations are torch.complex128"),
-        ({"rotations": turns(4, 5)}, "of 10 channels; expected torch.complex64 of up to 8"),
-        ({"rotations": turn.to("meta")}, "rotations is on meta, the rest on cpu"),
+        ({"rotations": rotations[:3]}, r"rotations is \[3, 1, 4\]; expected \[4, 1, 4\]"),
+        ({"rotations": rotations.to(torch.complex128)}, "rotations are torch.complex128"),
+        ({"rotations": unit_rotations(4, 5)}, "of 10 channels; expected torch.complex64 of up to 8"),
+        ({"rotations": rotations.to("meta")}, "rotations is on meta, the rest on cpu"),
         ({"layout": "quarters"}, "layout 'quarters'; known: pairs, halves"),
     ):
         with pytest.raises(AssertionError, match=message):
-            rotary.rotate(**{"x": x, "rotations": turn, **change})
+            rotary.rotate(**{"x": x, "rotations": rotations, **change})

@@ -36,8 +36,8 @@ def test_tensors(name: str, checkpoints) -> None:
     if name == "baichuan2":  # goes on as a Baichuan 1
         original["lm_head.weight"] = torch.nn.functional.normalize(original["lm_head.weight"])
     other = {"pairs": "halves", "halves": "pairs"}[args.rotary_layout]
-    turned = in_rotary_layout(source.tensors, args, args.rotary_layout, other)
-    for tensors in (source.tensors, in_rotary_layout(turned, args, other, args.rotary_layout)):
+    permuted = in_rotary_layout(source.tensors, args, args.rotary_layout, other)
+    for tensors in (source.tensors, in_rotary_layout(permuted, args, other, args.rotary_layout)):
         theirs = theirs_from_ours(tensors, names, args)
         assert theirs.keys() == original.keys()
         assert all(torch.equal(theirs[key].read(), value) for key, value in original.items())
