@@ -51,7 +51,7 @@ def llama_types() -> dict[str, tuple[str, type[Method]]]:
 class Blueprint:
     """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked.
 
-    plain: linears that stay plain in a base which was packed elsewhere. notes: what the user should hear.
+    plain: linears that stay plain in a base which was packed elsewhere. notes: lines for the log.
     """
 
     llama_type: str
@@ -97,7 +97,7 @@ def make_blueprint(
     quant: bool = False,
     new_tokens: Sequence[str] = (),
 ) -> Blueprint:
-    """Work out what to build. What is not said is taken from the sources, the last that knows winning.
+    """Work out what to build. What no argument states is taken from the sources; the last one that states it counts.
 
     quant: keep the base packed; quant_type: in which format, nf4 where neither it nor a packed base says.
     new_tokens: tokens to add to the vocabulary.
@@ -126,7 +126,7 @@ def make_blueprint(
 
 
 def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | None:
-    """The storage format: what is asked for, unless the base is packed already; then that, which nothing may change."""
+    """The storage format: the one that the base is packed in already, else the one asked for."""
     packed = next((s for s in sources if s.storage), None)
     if packed is None:
         # Parts of packed weights that were trained are of no use without the rest of them.
@@ -151,7 +151,7 @@ def _check_family(llama_type: str, wanted: str, method: type[Method], args: Mode
 
 
 def _check_blocks(args: ModelArgs, sources: list[Source]) -> None:
-    """Compared before a model of that many blocks is made."""
+    """Raise `CheckpointError` if settings and files disagree on the number of blocks, before that many are made."""
     whole = [source for source in sources if not source.is_delta]
     numbers = {int(m[1]) for source in whole for name in source.tensors if (m := re.match(r"layers\.(\d+)\.", name))}
     if numbers and args.n_layers != len(numbers):
@@ -160,7 +160,7 @@ def _check_blocks(args: ModelArgs, sources: list[Source]) -> None:
 
 
 def _plain_linears(sources: list[Source]) -> frozenset[str]:
-    """Names of the linears that whoever packed the base left plain."""
+    """Names of the linears that a packed base holds unpacked."""
     packed = next((s for s in sources if s.storage), None)
     if packed is None:
         return frozenset()

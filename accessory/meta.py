@@ -35,7 +35,7 @@ _UNFINISHED = ("\N{REPLACEMENT CHARACTER}", *(DIALOG_END[:length] for length in 
 
 
 class _Loading(BaseModel):
-    """Arguments of `MetaModel.from_pretrained` that it hands on as they are."""
+    """Arguments of `MetaModel.from_pretrained` that are checked here."""
 
     llama_type: str | None
     tokenizer_path: Path | None
@@ -44,7 +44,7 @@ class _Loading(BaseModel):
 
 
 class _Sampling(BaseModel):
-    """How answers are drawn."""
+    """Arguments of `MetaModel.generate`."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -58,7 +58,7 @@ _Arguments = TypeVar("_Arguments", _Loading, _Sampling)
 
 
 class Score(NamedTuple):
-    """Of a document: the sum of log p of its supervised tokens, their number, and whether all were the likeliest."""
+    """Of document `id`: the sum of log p of its supervised tokens, their number, and whether all were the likeliest."""
 
     id: int
     log_probability: float
@@ -87,7 +87,7 @@ class MetaModel(nn.Module):
         return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """What the head multiplies of each packed token [T, embedding_dim]."""
+        """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
         inputs = self._with_insets(batch) if batch.insets else batch.tokens
         return self.llma(inputs, self.llma.sequences(batch.lengths, shared=batch.shared))
 
@@ -102,9 +102,9 @@ class MetaModel(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> list[Score]:
-        """How likely the supervised tokens of each document are, in the batch's order, which packing may change.
+        """How likely each document's supervised tokens are, in the batch's order; packing may have sorted them.
 
-        Choices that share a context are computed behind one copy of it, and the logits of `CHUNK` tokens at a time.
+        Documents that share a context are computed with one copy of it, and the logits of `CHUNK` tokens at a time.
         """
         batch = batch.to(self.llma.frequencies.device)
         own = torch.tensor([length - known for length, known in zip(batch.lengths, batch.shared, strict=True)])
@@ -126,7 +126,7 @@ class MetaModel(nn.Module):
     def logits(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Packed token ids [T] of documents of `lengths` -> logits [T, V] fp32, on the device that `tokens` are on.
 
-        For measuring: it holds them all.
+        It holds all of them at once: for comparing models, not for training.
         """
         hidden = self.llma(tokens.to(self.llma.frequencies.device), self.llma.sequences(lengths))
         return next_token_logits(self.llma, hidden).to(tokens.device)
@@ -155,7 +155,7 @@ class MetaModel(nn.Module):
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt as in training. If it is too long, its end is kept, with a warning.
 
-        A text stands behind what opens the tokenizer's documents; messages are laid out by the checkpoint's template.
+        A text follows the tokenizer's start ids; messages are laid out by the checkpoint's chat template.
         """
         if isinstance(prompt, str | DialogPrompt):
             start = list(self.tokenizer.start_ids)
@@ -194,9 +194,9 @@ class MetaModel(nn.Module):
     def stream_generate(
         self, prompt: Prompt, *, max_gen_len: int = 512, temperature: float = 0.0, top_p: float = 0.95, seed: int = 0
     ) -> Iterator[str]:
-        """The answer so far, each time it grows by a token; half a character is held back until it is whole.
+        """The answer so far, each time it grows by a token; half a character is held back until it is complete.
 
-        The last answer is `generate`'s, even where that ends in half a character.
+        The last answer is the same as `generate`'s, even if that ends in half a character.
         """
         answer: list[int] = []
         shown = text = ""
@@ -212,7 +212,7 @@ class MetaModel(nn.Module):
             yield text
 
     def _answer(self, prompt: Prompt, answer: list[int]) -> tuple[str, bool]:
-        """(text of an answer so far, whether it has come to the end of its turn in the dialog layout)."""
+        """(text of an answer so far, whether its turn has ended, which only the dialog layout marks in the text)."""
         text = self.tokenizer.decode(answer)
         if not isinstance(prompt, DialogPrompt):
             return text, False
@@ -253,7 +253,7 @@ class MetaModel(nn.Module):
         device: str | torch.device = "auto",
         layout: Layout | None = None,
     ) -> MetaModel:
-        """Load a model for asking. What is not said is taken from the checkpoints and their run.json.
+        """Load a model for asking. What no argument states is taken from the checkpoints and their run.json.
 
         pretrained_path: base, then trained parts, or a trained part alone. dtype: bf16, fp16, fp32, or torch's name of
         one. quant: None follows the training run. device: auto (CUDA where there is any), cpu, cuda or cuda:N.

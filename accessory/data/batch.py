@@ -1,4 +1,4 @@
-"""A micro-batch: documents packed end to end, never padded, and what they begin alike with only once."""
+"""A micro-batch: documents packed end to end, without padding; a prefix that several share is packed once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position whose next token is not to be learned."""
 WORTH_SHARING = 10
-"""Beginnings are shared if that spares one token in so many. Attention lays documents out whole again, and keeps them
-so: for fewer, that would take more memory than it spares."""
+"""Prefixes are shared if that saves one token in so many. Attention copies them into each document again and keeps the
+copies for the backward: with fewer, these would take more memory than sharing saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +32,14 @@ class Inset:
 
     @cached_property
     def key(self) -> int:
-        """A number below 0 that two insets have in common only if they hold the same."""
+        """A negative number, equal for two insets only if their contents are."""
         held = self.content
         data = held.encode() if isinstance(held, str) else held.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest = hashlib.blake2b(data, digest_size=7, salt=self.rows.to_bytes(8)).digest()
         return -1 - int.from_bytes(digest)
 
     def to(self, start: int, device: torch.device | str | None = None, **how: bool) -> Inset:
-        """The same from `start` on, on `device`."""
+        """The same inset at another `start`, on `device`."""
         moves = device is not None and isinstance(self.content, Tensor)
         return Inset(start, self.rows, self.content.to(device, **how) if moves else self.content)
 
@@ -63,9 +63,9 @@ class PackedBatch:
     """B documents in T tokens.
 
     tokens: int64 [T]. labels: int64 [T]; `labels[i]` is the token to predict after `tokens[i]` within its document, or
-    `IGNORE`. lengths: tokens of each document. sample_ids: which documents they are. shared: how many tokens, none of
-    them with a label, each document begins with as the one before it does. Those are packed only there, so that
-    `lengths` less `shared` sum to T. insets: of all documents, their `start` counted in the batch's T tokens.
+    `IGNORE`. lengths: tokens of each document. sample_ids: which documents they are. shared: tokens of the prefix,
+    without labels, that each document shares with the one before it. It is packed only there, so that `lengths` minus
+    `shared` sum to T. insets: of all documents, their `start` counted in the batch's T tokens.
     """
 
     tokens: Tensor
@@ -77,12 +77,12 @@ class PackedBatch:
 
     @staticmethod
     def pack(documents: Sequence[Document], share: bool = True) -> PackedBatch:
-        """Lay documents end to end: as they are given, or sorted, where `share` is allowed and worth it."""
+        """Lay documents end to end, in the order given; sorted, if they may `share` prefixes and that is worth it."""
         documents = [Document(*document) for document in documents]
         shared = (0,) * len(documents)
         if share:
             alike = sorted(documents, key=lambda document: _keyed(document).tolist())
-            found = (0, *map(_common_beginning, alike, alike[1:]))
+            found = (0, *map(_common_prefix, alike, alike[1:]))
             if sum(found) * WORTH_SHARING >= sum(len(document.tokens) for document in documents):
                 documents, shared = alike, found
         tokens, labels, ids, _ = zip(*documents, strict=True)
@@ -97,12 +97,12 @@ class PackedBatch:
 
     @staticmethod
     def idle(token: int) -> PackedBatch:
-        """One token and nothing to learn: what a rank steps on when a short last batch has no document for it."""
+        """One token and no label, for a rank that gets no document of a short last batch."""
         return PackedBatch(torch.tensor([token]), torch.tensor([IGNORE]), (1,), (), (0,))
 
     @property
     def supervised(self) -> int:
-        """Labels that count."""
+        """Number of supervised tokens."""
         return int((self.labels >= 0).sum())
 
     def pin_memory(self) -> PackedBatch:
@@ -130,7 +130,7 @@ def _packed_insets(documents: Sequence[Document], shared: tuple[int, ...]) -> tu
 
 
 def _keyed(document: Document) -> np.ndarray:
-    """Its tokens [S], and what stands where an inset starts, which tells apart what begins there."""
+    """The document's tokens [S]; where an inset starts, its key, so that other insets make other documents."""
     if not document.insets:
         return document.tokens
     keyed = document.tokens.astype(np.int64)
@@ -139,8 +139,8 @@ def _keyed(document: Document) -> np.ndarray:
     return keyed
 
 
-def _common_beginning(one: Document, other: Document) -> int:
-    """With how many tokens both begin, up to the first that has a label in either."""
+def _common_prefix(one: Document, other: Document) -> int:
+    """Length of the prefix that both share, which ends before the first token with a label in either."""
     length = min(len(one.tokens), len(other.tokens))
     ends = _keyed(one)[:length] != _keyed(other)[:length]
     for document in (one, other):

@@ -1,4 +1,4 @@
-"""How bitsandbytes lays packed matrices into Hugging Face files: bytes, their statistics, and a JSON text on them."""
+"""How bitsandbytes stores packed matrices in Hugging Face files: codes, statistics, and a JSON text about both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: Any, path: Path) -> dict[str, LazyTensor]:
-    """Take each packed matrix and its statistics together, as they are; `stated` is config.json's quantization_config.
+    """Put each packed matrix and its statistics together, unchanged; `stated` is config.json's quantization_config.
 
     Raises `CheckpointError` for another quantization, and for a matrix whose parts are missing or strange.
     """
@@ -68,7 +68,7 @@ def _storage_of(name: str, state: dict[str, Any], path: Path) -> type[PackedWeig
 
 
 def quantization_config(kind: type[PackedWeight], dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of matrices packed as `kind`, to be unpacked to `dtype`."""
+    """The quantization_config of matrices packed as `kind`, to be unpacked to `dtype`."""
     return {
         "quant_method": "bitsandbytes",
         **kind.bitsandbytes_config(dtype),

@@ -56,13 +56,13 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
 def _token_ids(model: WholeModel) -> dict[str, Any]:
     tokenizer = model.tokenizer
     stops = sorted(tokenizer.stop_ids, key=lambda i: i != tokenizer.eos_id)
-    # Without one of its own, transformers takes the padding id of the published model, which a small one may lack.
+    # If the file gives no padding id, transformers takes the published model's, which a small one may lack.
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
     return ids | {"pad_token_id": tokenizer.eos_id}
 
 
 def _refuse_repacking(theirs: dict[str, LazyTensor]) -> None:
-    """A packed matrix goes out as it came in; one of theirs made of several packed ones of ours cannot."""
+    """Raise `CheckpointError` for packed matrices whose rows the format orders or fuses otherwise."""
     stacked = [
         name for name, t in theirs.items() if isinstance(t, StackedRows) and isinstance(t.parts[0], PackedTensor)
     ]
@@ -83,7 +83,7 @@ def _written(
             matrix = tensor.read_matrix()
         elif quant_type and _is_block_linear(name, architecture):
             matrix = storage(quant_type)(tensor.shape)
-            matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type
+            matrix.pack(tensor.read())  # from the file's own dtype, as a run does that packs while it loads
         if matrix is None:
             yield name, read_as(tensor, dtype)
         else:

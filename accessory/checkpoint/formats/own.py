@@ -51,7 +51,7 @@ def _open(path: Path, files: list[Path], is_delta: bool) -> Source:
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    """run.json, whose `base` and `quantization` say what a trained part belongs to."""
+    """The content of run.json; its `base` and `quantization`, which say what a trained part belongs to, are checked."""
     run = read_json(file)
     base, quantization = run.get("base"), run.get("quantization", "")
     keys = ("path", "format", "fingerprint")
@@ -69,7 +69,7 @@ def _read_run(file: Path) -> dict[str, Any]:
 
 
 def _layouts(file: Path, said: dict[str, Any]) -> tuple[str, ...]:
-    """What run.json counts, or a merged model's meta.json lists; earlier versions recorded nothing."""
+    """The prompt layouts in run.json, or in a merged model's meta.json; earlier versions recorded none."""
     layouts = said.get("prompt_layouts", ())
     if not isinstance(layouts, dict | list | tuple) or not set(map(str, layouts)) <= set(PROMPT_LAYOUTS):
         raise CheckpointError(
@@ -119,7 +119,7 @@ def _written(
         elif quant_type and BLOCK_LINEAR.fullmatch(name):
             kind = storage(quant_type)
             matrix = kind(tensor.shape)
-            matrix.pack(tensor.read())  # as a run that packs while it loads does, whatever the type
+            matrix.pack(tensor.read())  # from the file's own dtype, as a run does that packs while it loads
             state = dict(matrix.named_parameters())
         else:
             yield name, read_as(tensor, dtype)
