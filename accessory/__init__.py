@@ -11,11 +11,7 @@ import importlib
 import logging
 from pathlib import Path
 
-_HOMES = {
-    "MetaModel": "accessory.meta",
-    "FinetuneConfig": "accessory.config",
-    "AccessoryError": "accessory.errors",
-}
+_HOMES = {"MetaModel": "accessory.meta", "FinetuneConfig": "accessory.config", "AccessoryError": "accessory.errors"}
 """The public names and where they are: loaded when first asked for, as they bring PyTorch along."""
 __all__ = ["AccessoryError", "FinetuneConfig", "MetaModel", "__version__"]
 

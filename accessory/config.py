@@ -222,9 +222,7 @@ class DemoConfig(BaseModel):
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""
         found = misplaced_files(
-            pretrained_path=self.pretrained_path,
-            llama_config=self.llama_config,
-            tokenizer_path=[self.tokenizer_path],
+            pretrained_path=self.pretrained_path, llama_config=self.llama_config, tokenizer_path=[self.tokenizer_path]
         )
         if self.quant is False and self.quant_type:
             found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")

@@ -50,10 +50,7 @@ DIALOG_SYSTEM = (
 )
 DIALOG_END = "\n###"
 _ROLES = {"human": "Human", "user": "Human", "gpt": "Assistant", "assistant": "Assistant"}
-_CHAT_ROLES = {
-    **{"human": "user", "gpt": "assistant", "observation": "tool"},
-    **{role: role for role in ROLES},
-}
+_CHAT_ROLES = {**{"human": "user", "gpt": "assistant", "observation": "tool"}, **{role: role for role in ROLES}}
 """Name of a speaker -> role of its messages, for a chat template."""
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

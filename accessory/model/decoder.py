@@ -129,10 +129,7 @@ class Decoder(nn.Module):
         return (self.output or self.tok_embeddings).weight
 
     def sequences(
-        self,
-        lengths: tuple[int, ...],
-        starts: tuple[int, ...] | None = None,
-        shared: tuple[int, ...] | None = None,
+        self, lengths: tuple[int, ...], starts: tuple[int, ...] | None = None, shared: tuple[int, ...] | None = None
     ) -> Sequences:
         """Positions of documents of `lengths` new tokens, which follow `starts` tokens that are in the cache already.
 

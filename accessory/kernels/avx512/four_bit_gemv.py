@@ -68,11 +68,7 @@ class Matrices:
 
 
 class _Beside(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("bias", "a", "b")),
-        ("rank", c_int64),
-        ("scale", ctypes.c_float),
-    )
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("bias", "a", "b")), ("rank", c_int64), ("scale", ctypes.c_float))
 
 
 __all__ = ["MOST_ROWS", "Matrices", "takes"]

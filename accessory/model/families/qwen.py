@@ -32,10 +32,7 @@ ARCHITECTURES = (
         fixed=HALVES | {"qk_norm": True},
         sliding="switched",
         gguf=Gguf(
-            "qwen3",
-            "halves",
-            replace(GGUF_NAMES, inner={**GGUF_NAMES.inner, **_GGUF_QK_NORMS}),
-            wide_heads=True,
+            "qwen3", "halves", replace(GGUF_NAMES, inner={**GGUF_NAMES.inner, **_GGUF_QK_NORMS}), wide_heads=True
         ),
     ),
 )
