@@ -16,6 +16,8 @@ from accessory.checkpoint.training_state import CHANGEABLE
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import ConfigError, explain_validation, hub_hint, is_there
 from accessory.foreign_names import unknown
+from accessory.method import METHODS
+from accessory.model.families import FAMILIES
 from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
 
@@ -24,6 +26,7 @@ Precision = Literal["bf16", "fp16", "fp32", "tf32"]
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
 _LAYER_WORDS = ("none", "all", "auto")
+_TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
 
 
 def _layers(value: Any) -> Any:
@@ -51,8 +54,7 @@ class FinetuneConfig(BaseModel):
     """What to train on: a YAML with META entries, or a .json, .jsonl, .csv or .tsv file."""
     output_dir: Path | None = Path("./output_dir")
     """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
-    llama_type: str = "llama"
-    """Family (llama, opt, bloom, neox, glm) and method: alone all is trained; with `_peft` norms, biases and LoRA."""
+    llama_type: str = Field("llama", description=f"Family ({', '.join(FAMILIES)}) and what is trained: {_TRAINED}.")
     llama_config: list[Path] = []
     """JSON files of settings (also a model's config.json), laid over the checkpoint's own; the last value wins."""
     tokenizer_path: Path | None = None

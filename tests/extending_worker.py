@@ -24,6 +24,7 @@ from accessory.model.loss import cross_entropy_sum
 from accessory.parallel import groups
 from tests.conftest import DATA, TINY_CONFIG, write_model, write_tokenizer
 from tests.memory.test_plan import MIDDLE, Kept, filled, planned, planned_and_measured
+from tests.method import test_base
 
 IDS = torch.arange(40) * 7 % 500
 TOLERANCE = 0.05  # of the memory plan
@@ -123,6 +124,7 @@ def side(base: Path, work: Path) -> None:
     answer = [token for (token,) in steps]
     likeliest = model.logits(torch.tensor(prompt + answer), (len(prompt + answer),)).argmax(-1).tolist()
     assert likeliest[len(prompt) - 1 : -1] == answer
+    test_base.test_initial_values_fit_the_parameters("side", ranks=2)
     check_kept(method="side", quant="nf4")
     for recomputed in (0, 2 * MIDDLE.n_layers):
         check_total(method="side", quant="nf4", goes_back=False, recomputed=recomputed)
@@ -131,6 +133,7 @@ def side(base: Path, work: Path) -> None:
 def recall(base: Path, work: Path) -> None:
     """Trained beside 4 bits; the plan counts it."""
     trained(base, work / "out", "llama_recall", quant=True)
+    test_base.test_initial_values_fit_the_parameters("recall", ranks=2)
     check_kept(method="recall", quant="nf4")
     check_total(method="recall", quant="nf4")
 

@@ -70,7 +70,7 @@ def train(
         seq: tokens of a random document, 512; or several numbers that take turns: 64,448.
         supervised: the share of a random document that is learned; all, if absent.
         max_words: the longest document of DATA in tokens.
-        method: full, normbias, normbiaslora, lora or norm.
+        method: one of METHODS.
         rank: of LoRA; 16, or the adapter's.
         adapter: a PEFT adapter or a trained part, whose values the trained parameters start with.
         quant: keep the base in 4 bits.
@@ -116,6 +116,9 @@ def train(
     if layout.is_main:
         _show({"system": "accessory", "method": method, "device": layout.device.type, "steps": steps, **result}, json)
     groups.stop()
+
+
+train.__doc__ = train.__doc__.replace("METHODS", ", ".join(METHODS))
 
 
 def _measure_training(engine: Engine, steps: int, layout: Layout) -> dict:

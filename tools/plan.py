@@ -123,7 +123,7 @@ def plan(
 
     Args:
         model: 7B, 13B, 70B, a params.json or config.json, or a directory with one (Hugging Face, Meta or ours).
-        method: full, normbias, normbiaslora, lora (both of rank 16) or norm.
+        method: one of METHODS, LoRA being of rank 16.
         quant_type: a format, as --quant_type of training, or none; absent: nf4, and none with full.
         precision: bf16, fp16, fp32 or tf32.
         seq: tokens of a document.
@@ -159,6 +159,9 @@ def plan(
     print(made.table(f"{model} {method}, {batch_size} x {seq} tokens", room))
     if room is not None:
         print(_verdict(model, setting, place, made, room))
+
+
+plan.__doc__ = plan.__doc__.replace("METHODS", ", ".join(METHODS))
 
 
 def table(seq: int = 512) -> None:

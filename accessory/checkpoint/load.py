@@ -163,6 +163,8 @@ def _fill_one(
         value = place.detach()
     elif tensor is None:
         value = attachment.initial[target.name](named_generator(seed, target.name))
+        if value.shape != (whole := target.whole_shape(layout.mp_size)):
+            raise AssertionError(f"{target.name} starts as {tuple(value.shape)}; its whole shape is {whole}")
         value = own_slice(value, target.slicing, layout.mp_rank, layout.mp_size)
     else:
         value = tensor.read(*span)

@@ -289,3 +289,15 @@ def test_trained_part_on_a_base_of_another_row_order(
     wrong = part_of(formats[trained_on], tmp_path / "wrong")
     save_file({name: tensor.read().contiguous() for name, tensor in turned.items()}, wrong / "trainable.safetensors")
     assert (logits(formats[used_on], wrong) - wanted).abs().max() > 1e-2  # rows in another order would be seen
+
+
+def test_a_start_that_is_not_the_whole_parameter(tiny_base: Path) -> None:
+    """A method that makes a rank's share, of which that rank would take its share again, is told so."""
+    source = open_source(tiny_base)
+    decoder, layout = decoder_of(source, ranks=2), Layout(world_size=2, mp_size=2)
+    bias = "layers.0.attention.wq.bias"
+    decoder.layers[0].attention.wq.add_bias(torch.float32)
+    attachment = Attachment({bias}, {bias: lambda generator: torch.zeros(64)})
+    tensors = resolve(decoder, [source], attachment, initialize=True)
+    with pytest.raises(AssertionError, match=r"starts as \(64,\); its whole shape is \(128,\)"):
+        fill(decoder, tensors, attachment, layout, DataParallel(Layout(), "sdp", base_is_trained=False))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from accessory.config import FinetuneConfig
 from accessory.method import METHODS, Attachment, Method, presets
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import FAMILIES
+from accessory.parallel.tensor import slicing_of
 from tools.benchmark import train
 from tools.plan import plan
 
@@ -45,14 +47,19 @@ def test_help_names_every_method_and_family() -> None:
         assert all(name in line for name in presets())
 
 
+def attached(name: str, ranks: int = 1) -> tuple[dict[str, nn.Parameter], Attachment]:
+    """A rank's parameters by name, of its share of a decoder with a method on it."""
+    method = METHODS[name](METHODS[name].Settings())
+    decoder = method.decoder(ARGS, dtype=torch.bfloat16, ranks=ranks)
+    attachment = method.attach(decoder)
+    return dict(decoder.named_parameters()), attachment
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_attached_exists_on_meta(name: str) -> None:
     """Whatever a method trains or adds is a parameter of the decoder, in fp32 and not yet in memory."""
-    decoder = Decoder(ARGS, dtype=torch.bfloat16)
-    before = {name for name, _ in decoder.named_parameters()}
-    method = METHODS[name]
-    attachment = method(method.Settings()).attach(decoder)
-    parameters = dict(decoder.named_parameters())
+    before = {name for name, _ in Decoder(ARGS, dtype=torch.bfloat16).named_parameters()}
+    parameters, attachment = attached(name)
     added = set(parameters) - before
     assert attachment.trainable
     assert attachment.trainable <= set(parameters)
@@ -62,14 +69,12 @@ def test_what_is_attached_exists_on_meta(name: str) -> None:
         assert parameters[trained].is_meta
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_initial_values_fit_the_parameters(name: str) -> None:
-    """Whole fp32 tensors of the parameters' shapes."""
-    decoder = Decoder(ARGS, dtype=torch.bfloat16)
-    method = METHODS[name]
-    attachment = method(method.Settings()).attach(decoder)
-    parameters = dict(decoder.named_parameters())
+def test_initial_values_fit_the_parameters(name: str, ranks: int) -> None:
+    """Whole fp32 tensors, whatever a rank has of them."""
+    parameters, attachment = attached(name, ranks)
     for added, make in attachment.initial.items():
-        value = make(torch.Generator().manual_seed(0))
+        value, own = make(torch.Generator()), parameters[added]
         assert value.dtype == torch.float32
-        assert value.shape == parameters[added].shape
+        assert value.shape == slicing_of(own).whole_shape(tuple(own.shape), ranks)
