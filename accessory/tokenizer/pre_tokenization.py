@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenizers import Regex, models, normalizers, pre_tokenizers
@@ -14,29 +13,41 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_TEKKEN_WORDS = (
+_LLAMA_3, _QWEN_2 = (_WORDS.format(digits="{1,3}"),), (_WORDS.format(digits=""),)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # its brackets nest, as the library's regular expressions allow
+_BLOOM = (r" ?[^(\s|[.,!?…。，、।۔،])]+",)  # its brackets nest, as the library's regular expressions allow
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")
+_UNNAMED = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")  # as llama.cpp if a file gives no name
 
 
 @dataclass(frozen=True)
 class PreTokenization:
-    """The pre-tokenizer, whether characters are composed first (NFC), and what else goes with the name.
+    """How text is split, whether characters are composed first (NFC), and what else goes with the name.
 
+    patterns: regular expressions of the words; none: GPT-2's. single_digits: whether each digit is a word.
     ignore_merges: a word that is a token is taken whole, even where no chain of merges leads to it.
     add_bos: whether a document starts with BOS where a file does not say.
     start_tokens: names of the tokens that start a document whatever a file says of BOS.
     """
 
-    pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
+    patterns: tuple[str, ...] = ()
+    single_digits: bool = False
     composes: bool = False
     ignore_merges: bool = False
     add_bos: bool = False
     start_tokens: tuple[str, ...] = ()
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        """The step of a pipeline that splits text so."""
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        steps += [pre_tokenizers.Digits(individual_digits=True)] if self.single_digits else []
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.patterns)
+        return pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
 
     def pipeline(self, vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> Pipeline:
         """A pipeline without decoder and added tokens. Every merge must fit the vocabulary: the library would panic."""
@@ -47,68 +58,25 @@ class PreTokenization:
         return pipeline
 
 
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _single_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _by_threes() -> pre_tokenizers.PreTokenizer:
-    return _split(_WORDS.format(digits="{1,3}"))
-
-
-def _by_ones() -> pre_tokenizers.PreTokenizer:
-    return _split(_WORDS.format(digits=""))
-
-
-def _tekken() -> pre_tokenizers.PreTokenizer:
-    return _split(_TEKKEN_WORDS)
-
-
-def _deepseek_coder() -> pre_tokenizers.PreTokenizer:
-    cuts = [
-        pre_tokenizers.Split(Regex(pattern), "isolated")
-        for pattern in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")
-    ]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.Digits(individual_digits=True), byte_level])
-
-
-def _unnamed() -> pre_tokenizers.PreTokenizer:
-    """What llama.cpp does if a file gives no name."""
-    return _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
-
-
-def _bloom() -> pre_tokenizers.PreTokenizer:
-    return _split(_BLOOM_WORDS)
-
-
 _NAMES: dict[PreTokenization, tuple[str, ...]] = {
-    PreTokenization(_gpt2): (
+    PreTokenization(): (
         "gpt-2", "phi-2", "mpt", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4", "granite-docling",
     ),
-    PreTokenization(_gpt2, composes=True): ("olmo",),  # the tokenizer of GPT-NeoX
-    PreTokenization(_single_digits): (
+    PreTokenization(composes=True): ("olmo",),  # the tokenizer of GPT-NeoX
+    PreTokenization(single_digits=True): (
         "smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2",
     ),
-    PreTokenization(_by_threes, ignore_merges=True, add_bos=True): (
+    PreTokenization(_LLAMA_3, ignore_merges=True, add_bos=True): (
         "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2",
     ),
-    PreTokenization(_by_threes): ("dbrx", "smaug-bpe"),
-    PreTokenization(_by_threes, start_tokens=("[gMASK]", "<sop>")): ("glm4", "chatglm-bpe"),
-    PreTokenization(_by_ones, composes=True): ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"),
-    PreTokenization(_by_ones): ("stablelm2", "hunyuan", "solar-open", "grok-2"),
-    PreTokenization(_tekken, ignore_merges=True, add_bos=True): ("tekken",),
-    PreTokenization(_deepseek_coder): ("deepseek-coder",),
-    PreTokenization(_bloom): ("bloom", "poro-chat", "gpt3-finnish"),
-    PreTokenization(_unnamed): ("default",),
+    PreTokenization(_LLAMA_3): ("dbrx", "smaug-bpe"),
+    PreTokenization(_LLAMA_3, start_tokens=("[gMASK]", "<sop>")): ("glm4", "chatglm-bpe"),
+    PreTokenization(_QWEN_2, composes=True): ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"),
+    PreTokenization(_QWEN_2): ("stablelm2", "hunyuan", "solar-open", "grok-2"),
+    PreTokenization(_TEKKEN, ignore_merges=True, add_bos=True): ("tekken",),
+    PreTokenization(_DEEPSEEK_CODER, single_digits=True): ("deepseek-coder",),
+    PreTokenization(_BLOOM): ("bloom", "poro-chat", "gpt3-finnish"),
+    PreTokenization(_UNNAMED): ("default",),
 }  # fmt: skip
 PRE_TOKENIZATIONS = {name: rules for rules, names in _NAMES.items() for name in names}
 """`tokenizer.ggml.pre` -> what it stands for. Of several names for one, the first is the one to write."""
