@@ -113,12 +113,9 @@ def merged(
 
 
 def _base_has_bias(module: str, args: ModelArgs) -> bool:
-    leaf = module.rsplit(".", 1)[-1]
-    if leaf in _QKV + _OUT + _MLP:
-        return {_QKV: args.qkv_bias, _OUT: args.out_bias, _MLP: args.mlp_bias}[
-            next(group for group in (_QKV, _OUT, _MLP) if leaf in group)
-        ]
-    return True  # a norm's
+    groups = ((_QKV, args.qkv_bias), (_OUT, args.out_bias), (_MLP, args.mlp_bias))
+    biased = {name: has_bias for names, has_bias in groups for name in names}
+    return biased.get(module.rsplit(".", 1)[-1], True)  # others are norms, whose biases are the base's
 
 
 def _bias_switches(tensors: Tensors) -> dict[str, bool]:

@@ -9,6 +9,16 @@ from pathlib import Path
 _HEAD_BYTES = 512
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that text holds in no encoding by bytes."""
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git-LFS pointer (the file itself was not fetched: run `git lfs pull`)",
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"PAR1": "a Parquet file",
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "UTF-16 text",
+    (b"{", b"["): "a JSON-like text",
+}
+"""What a file begins with -> what it is."""
 
 
 def what_is(path: Path) -> str:
@@ -52,22 +62,10 @@ def is_tiktoken(head: bytes) -> bool:
 
 def _kind(head: bytes) -> str:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git-LFS pointer (the file itself was not fetched: run `git lfs pull`)"
     if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<head")):
         return "an HTML page"
-    if start.startswith(b"GGUF"):
-        return "a GGUF file"
-    if start.startswith(b"PK\x03\x04"):
-        return "a zip archive"
-    if start.startswith(b"\x1f\x8b"):
-        return "a gzip archive"
-    if start.startswith(b"PAR1"):
-        return "a Parquet file"
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16 text"
-    if start.startswith((b"{", b"[")):
-        return "a JSON-like text"
+    if known := next((kind for beginning, kind in _BEGINNINGS.items() if start.startswith(beginning)), None):
+        return known
     if is_tiktoken(head):
         return "a tiktoken vocabulary"
     return "a binary file" if _is_binary(head) and _CONTROL.search(head) else "a text file"
