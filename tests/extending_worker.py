@@ -12,10 +12,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pytest import raises
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.config import FinetuneConfig
+from accessory.errors import ConfigError
 from accessory.export import Destination, convert
 from accessory.finetune import finetune
 from accessory.generate import generate_tokens
@@ -32,6 +34,7 @@ TOLERANCE = 0.05  # of the memory plan
 
 def trained(base: Path, output: Path, llama_type: str, **more: Any) -> Path:
     """What some steps on one batch leave, whose loss fell; loaded, it answers bit for bit as what was trained."""
+    test_base.test_help_names_every_method_and_family()
     data = output.with_suffix(".json")
     data.write_text(json.dumps(json.loads(DATA.read_text())[:4]))
     model = finetune(FinetuneConfig(
@@ -125,6 +128,10 @@ def side(base: Path, work: Path) -> None:
     likeliest = model.logits(torch.tensor(prompt + answer), (len(prompt + answer),)).argmax(-1).tolist()
     assert likeliest[len(prompt) - 1 : -1] == answer
     test_base.test_initial_values_fit_the_parameters("side", ranks=2)
+    with raises(
+        ConfigError, match="llama_side: it leaves untrained what nf4_scales is there to train; use --llama_type"
+    ):
+        trained(base, work / "refused", "llama_side", quant=True, quant_type="nf4_scales")
     check_kept(method="side", quant="nf4")
     for recomputed in (0, 2 * MIDDLE.n_layers):
         check_total(method="side", quant="nf4", goes_back=False, recomputed=recomputed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import Layout
+from accessory.quant import storage
 
 Initializer = Callable[[torch.Generator], Tensor]
 """Makes the whole (unsliced) fp32 tensor of an added parameter, the same on every layout for the same seed."""
@@ -50,7 +51,7 @@ class Method(ABC):
     @classmethod
     def storage_fault(cls, quant_type: str) -> str | None:
         """Why it cannot be trained on a base packed as `quant_type`; None: it can."""
-        return None
+        return f"it leaves untrained what {quant_type} is there to train" if storage(quant_type).trained else None
 
     @classmethod
     def translated(cls, content: dict[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,11 @@ class Peft(Method):
         "norm": {"bias_tuning": False},
     }
 
+    @classmethod
+    def storage_fault(cls, quant_type: str) -> str | None:
+        """What a storage has to train is trained too."""
+        return None
+
     @property
     def trains_vocabulary(self) -> bool:
         """Only with `vocabulary_tuning`."""
