@@ -97,6 +97,11 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {names[found[0]]!r}?" if found else ""
 
 
+def unknown_value(what: str, value: object, known: Iterable[str]) -> str:
+    """The message about a `value` of `what` that is none of the `known` ones."""
+    return f"{what} {value!r} is unknown.{nearest(str(value), known)} Known: {', '.join(known)}."
+
+
 def _edit_distance(one: str, other: str) -> int:
     """Edit distance (Damerau 1964): letters of `one` to change, remove, insert or swap with a neighbour for `other`."""
     before, last = [], list(range(len(other) + 1))

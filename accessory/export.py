@@ -18,7 +18,7 @@ from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
-from accessory.errors import CheckpointError, ConfigError, nearest
+from accessory.errors import CheckpointError, ConfigError, unknown_value
 from accessory.meta import MetaModel
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
@@ -52,9 +52,7 @@ class Destination:
     def __post_init__(self) -> None:
         for flag, value, known in (("to", self.to, FORMATS), ("dtype", self.dtype, DTYPES)):
             if value not in known:
-                raise ConfigError(
-                    f"--{flag} {value!r} is unknown.{nearest(str(value), known)} Known: {', '.join(known)}."
-                )
+                raise ConfigError(unknown_value(f"--{flag}", value, known))
         if not (isinstance(self.ranks, int) and self.ranks > 0):
             raise ConfigError(f"--model_parallel_size {self.ranks!r} is not a number of shards.")
         if self.quant_type:
@@ -274,9 +272,7 @@ def logit_error(
 def check_precision(precision: str) -> None:
     """Raise `ConfigError` for a precision we do not know."""
     if precision not in DTYPES:
-        raise ConfigError(
-            f"--precision {precision!r} is unknown.{nearest(str(precision), DTYPES)} Known: {', '.join(DTYPES)}."
-        )
+        raise ConfigError(unknown_value("--precision", precision, DTYPES))
 
 
 def _probe_tokens(model: MetaModel, probe: str | None) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from accessory.checkpoint.disk_space import disk_fault
 from accessory.checkpoint.formats.gguf_file import (
     EPSILON,
     FACTORS,
@@ -175,8 +175,7 @@ def _fresh_file(target: Path) -> Iterator[Path]:
         partial.rename(target)
         sync(target.parent)
     except OSError as error:
-        free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-        raise CheckpointError(f"{target}: cannot be written ({error}); {free:,} bytes are free there.") from error
+        raise disk_fault(target, error) from error
     finally:
         with suppress(OSError):  # there is none where it could not be made, or where it has been renamed
             partial.unlink()
