@@ -12,16 +12,16 @@ NESTED_BLOCK = 256  # scales that share one of their own
 
 
 class Codes(NamedTuple):
-    """W [n, k]: codes uint8 [n k / 2], high nibble first, into `table` fp32 [16], and a scale for each 64.
+    """W [n, k]: codes uint8 [n k / 2], high nibble first, into `codebook` fp32 [16], and a scale for each 64.
 
-    scales: fp32 [n k / 64], or, with `nested`, uint8: `book[scales] * nested_scales + offset`.
-    nested: (book [256], nested_scales, one for each 256 scales, offset [1]), fp32. quant_type: the table's name in
-    bitsandbytes, nf4 or fp4.
+    scales: fp32 [n k / 64], or, with `nested`, uint8: `nested_codebook[scales] * nested_scales + offset`.
+    nested: (nested_codebook [256], nested_scales, one for each 256 scales, offset [1]), fp32. quant_type: the
+    codebook's name in bitsandbytes, nf4 or fp4.
     """
 
     shape: tuple[int, int]
     codes: Tensor
-    table: Tensor
+    codebook: Tensor
     scales: Tensor
     nested: tuple[Tensor, Tensor, Tensor] | None
     quant_type: str = "nf4"
@@ -30,11 +30,11 @@ class Codes(NamedTuple):
         """Raises `AssertionError` for a part that is not as above, or not contiguous on `device`."""
         numel = self.shape[0] * self.shape[1]
         blocks, numbers = -(-numel // BLOCK), torch.float32
-        expected = [("codes", self.codes, torch.uint8, numel // 2), ("table", self.table, numbers, 16)]
+        expected = [("codes", self.codes, torch.uint8, numel // 2), ("codebook", self.codebook, numbers, 16)]
         expected.append(("scales", self.scales, torch.uint8 if self.nested else numbers, blocks))
         if self.nested:
-            book, nested_scales, offset = self.nested
-            expected += [("book", book, numbers, 256), ("offset", offset, numbers, 1)]
+            nested_codebook, nested_scales, offset = self.nested
+            expected += [("nested_codebook", nested_codebook, numbers, 256), ("offset", offset, numbers, 1)]
             expected.append(("nested_scales", nested_scales, numbers, -(-blocks // NESTED_BLOCK)))
         for name, part, dtype, size in expected:
             if (part.dtype, part.shape, part.device) != (dtype, (size,), device) or not part.is_contiguous():
@@ -42,10 +42,10 @@ class Codes(NamedTuple):
                 raise AssertionError(f"{name} is {found}; expected {dtype} [{size}] on {device}, contiguous")
 
 
-class Beside(NamedTuple):
-    """What is added to x W^T, W [n, k]: a bias [n], and scale * (x a^T) b^T with a [R, k] and b [n, R], or neither.
+class BiasAndLora(NamedTuple):
+    """Added to x W^T, W [n, k]: bias [n], and LoRA's scale * (x a^T) b^T with a [R, k] and b [n, R], if they are there.
 
-    Whatever else has these fields serves as well.
+    Any type with these fields will do.
     """
 
     bias: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from accessory.kernels.bitsandbytes_library import functional
-from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.codes import BiasAndLora, Codes
 from accessory.kernels.documents import Documents
 from accessory.kernels.torch_compile import compile_fusible
 
@@ -93,8 +93,8 @@ def _four_bit(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 def _four_bit_gemv(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """15 rows = 8 + 4 + 2 + 1: every group of rows that the kernel has; two matrices, LoRA, a bias."""
-    beside = [Beside(a=randn(4, 128).float(), b=randn(130, 4).float(), scale=0.5), Beside(randn(130).float())]
-    return list(kernel.Matrices([_codes(randn), _codes(randn)]).multiply(randn(15, 128), beside))
+    added = [BiasAndLora(a=randn(4, 128).float(), b=randn(130, 4).float(), scale=0.5), BiasAndLora(randn(130).float())]
+    return list(kernel.Matrices([_codes(randn), _codes(randn)]).multiply(randn(15, 128), added))
 
 
 def _four_bit_product(kernel: ModuleType, randn: Randn) -> list[Tensor]:

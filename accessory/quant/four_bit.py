@@ -72,8 +72,8 @@ class FourBitWeight(PackedWeight):
         super().__init__(shape)
         if shape[1] % 2:
             raise AssertionError(f"4-bit rows hold pairs of weights; got {shape[1]} columns")
-        self.together: Matrices | None = None
-        self.together_with: list[PackedWeight] = []
+        self.prepared: Matrices | None = None
+        self.prepared_with: list[PackedWeight] = []
 
     @property
     def nested(self) -> bool:
@@ -139,7 +139,7 @@ class FourBitWeight(PackedWeight):
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
         """Quantize `weight` [N, K] on its own device; the same bits as bitsandbytes' `quantize_4bit` of the whole."""
-        self.together = None
+        self.prepared = None
         flat = weight.contiguous().view(-1)
         # On the CPU, pieces whose intermediates fit into the cache take a third of the time.
         piece = CPU_PIECE if weight.device.type == "cpu" else max(flat.numel(), 1)
@@ -157,7 +157,7 @@ class FourBitWeight(PackedWeight):
 
     def adopt(self, state: PackedState) -> None:
         """See `PackedWeight`."""
-        self.together = None
+        self.prepared = None
         super().adopt(state)
 
     @classmethod
@@ -215,11 +215,11 @@ class FourBitWeight(PackedWeight):
 
     def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
         """See `PackedWeight`: one call of the AVX512 kernel for few rows."""
-        if self.together is None or not self.together.takes(x) or self.together_with != others:
+        if self.prepared is None or not self.prepared.takes(x) or self.prepared_with != others:
             return None
         # No list for nothing: while decoding, it takes longer than the arithmetic.
         there = any(addition.bias is not None or addition.a is not None for addition in additions)
-        return self.together.multiply(x, additions if there else None)
+        return self.prepared.multiply(x, additions if there else None)
 
     @torch.no_grad()
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
@@ -228,11 +228,11 @@ class FourBitWeight(PackedWeight):
         if not all(isinstance(weight, FourBitWeight) for weight in weights):
             return
         if kernel := kernels.fast("four_bit_gemv", self.codes.device, torch.bfloat16, *(w.shape for w in weights)):
-            self.together, self.together_with = kernel.Matrices([w.as_codes() for w in weights]), others
+            self.prepared, self.prepared_with = kernel.Matrices([w.as_codes() for w in weights]), others
 
     def train(self, mode: bool = True) -> FourBitWeight:
         """As every module's; training discards the addresses."""
-        self.together = None if mode else self.together
+        self.prepared = None if mode else self.prepared
         return super().train(mode)
 
 

@@ -40,13 +40,13 @@ def memory_to_multiply(
     """
     calls = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
     workspace = buffer = 0
-    for together, rank, transposed in [*calls, (matrices, sum(ranks), True)]:
-        kernel = _kernel(together, dtype, device)
+    for used, rank, transposed in [*calls, (matrices, sum(ranks), True)]:
+        kernel = _kernel(used, dtype, device)
         if kernel is None:
-            largest = max((m.shape.numel() for m in together if isinstance(m, PackedWeight)), default=0)
+            largest = max((m.shape.numel() for m in used if isinstance(m, PackedWeight)), default=0)
             buffer = max(buffer, unpack_buffer_bytes(largest * dtype.itemsize, device))
         else:
-            shapes = [matrix.shape for matrix in together]
+            shapes = [matrix.shape for matrix in used]
             workspace = max(workspace, kernel.workspace_bytes(shapes, rank, rows, transposed=transposed))
     return workspace, buffer
 

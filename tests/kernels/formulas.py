@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.codes import BiasAndLora, Codes
 from accessory.kernels.documents import Documents
 from accessory.quant.four_bit import codebook_of
 
@@ -149,7 +149,7 @@ def four_bit(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
 
 
 def four_bit_product(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
-    """With all that may stand beside one matrix; and two, transposed."""
+    """One matrix with bias and LoRA; and two, transposed."""
     (one, w), (other, v) = matrix(True), matrix(False)
     x, dy, low = (random(14, n, dtype=dtype, seed=n) for n in (128, 130, 4))
     a, b, bias = random(4, 128), random(130, 4), random(130)
@@ -160,10 +160,10 @@ def four_bit_product(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
 
 
 def four_bit_gemv(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
-    """Two matrices, beside one of which LoRA stands, and a bias beside the other."""
+    """Two matrices, one with LoRA and the other with a bias."""
     (one, w), (other, v) = matrix(True), matrix(False)
     x, a, b, bias = random(5, 128, dtype=dtype), random(4, 128), random(130, 4), random(130)
-    found = kernel.Matrices([one, other]).multiply(x, [Beside(a=a, b=b, scale=0.5), Beside(bias)])
+    found = kernel.Matrices([one, other]).multiply(x, [BiasAndLora(a=a, b=b, scale=0.5), BiasAndLora(bias)])
     x, a, b, bias = (t.double() for t in (x, a, b, bias))
     return list(zip(found, (x @ (w + 0.5 * b @ a).t(), x @ v.t() + bias), strict=True))
 

@@ -11,7 +11,7 @@
 extern "C" {
 
 // What is added to a product: scale * (x a^T) b^T, with a [rank, k] and b [n, rank], and bias [n]; null where absent.
-struct Beside {
+struct BiasAndLora {
     const float *bias, *a, *b;
     int64_t rank;
     float scale;
@@ -46,20 +46,20 @@ struct Low {
     std::vector<float> numbers;
     int64_t width = 0;
 
-    Low(const Beside* beside, int64_t count, int64_t rows) {
-        if (!beside) return;
+    Low(const BiasAndLora* added, int64_t count, int64_t rows) {
+        if (!added) return;
         for (int64_t i = 0; i < count; i++) {
             begin.push_back(width);
-            width += (beside[i].rank + LANES - 1) / LANES * LANES;
+            width += (added[i].rank + LANES - 1) / LANES * LANES;
         }
         numbers.resize(rows * width);
     }
 
     // Column `at` of all rows.
-    void fill(const Beside* beside, int64_t at, const bf16* x, int64_t rows, int64_t k) {
+    void fill(const BiasAndLora* added, int64_t at, const bf16* x, int64_t rows, int64_t k) {
         int64_t i = begin.size() - 1;
         while (begin[i] > at) i--;
-        const Beside& here = beside[i];
+        const BiasAndLora& here = added[i];
         const int64_t r = at - begin[i];
         for (int64_t row = 0; r < here.rank && row < rows; row++)
             numbers[row * width + at] = here.scale * dot(here.a + r * k, x + row * k, k);
@@ -68,7 +68,7 @@ struct Low {
 
 // sums[r][place + i] = lanes of the product of row r of x, deinterleaved, with row `row + i` of W.
 template <int N, int ROWS>
-void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512 (*sums)[16], int64_t place) {
+void multiply(const Packed& w, __m512i codebook, int64_t row, const bf16* x, __m512 (*sums)[16], int64_t place) {
     __m512 sum[ROWS][N] = {};
 #pragma GCC unroll 2
     for (int64_t column = 0; column < w.k; column += WEIGHTS) {
@@ -78,8 +78,8 @@ void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512
             const auto* codes = reinterpret_cast<const __m256i*>(w.codes + ((row + i) * w.k + column) / 2);
             _mm_prefetch(reinterpret_cast<const char*>(codes) + AHEAD, _MM_HINT_T0);
             const auto words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
-            even[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-            odd[i] = (__m512bh)_mm512_permutexvar_epi16(words, table);  // bit 4 does not matter: the table is repeated
+            even[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), codebook);
+            odd[i] = (__m512bh)_mm512_permutexvar_epi16(words, codebook);  // bit 4 is moot: the codebook repeats
             scale[i] = _mm512_set1_ps(w.scale(row + i, column));
         }
         for (int r = 0; r < ROWS; r++) {
@@ -97,22 +97,22 @@ void multiply(const Packed& w, __m512i table, int64_t row, const bf16* x, __m512
 
 // 16 columns of a result, from W's row n on.
 template <int ROWS>
-void tile(const Packed& w, const Beside* beside, int64_t n, const bf16* x, const float* low, int64_t low_step,
+void tile(const Packed& w, const BiasAndLora* added, int64_t n, const bf16* x, const float* low, int64_t low_step,
           bf16* out, int64_t step) {
     constexpr int N = ROWS >= 4 ? 2 : 1;  // as many as is fastest
-    const auto table = _mm512_broadcast_i64x4(narrow(_mm512_loadu_ps(w.table)));
+    const auto codebook = _mm512_broadcast_i64x4(narrow(_mm512_loadu_ps(w.codebook)));
     __m512 sums[ROWS][16] = {};
     const int64_t there = std::min(LANES, w.n - n);
-    for (int64_t i = 0; i < there; i += N) multiply<N, ROWS>(w, table, n + i, x, sums, i);
+    for (int64_t i = 0; i < there; i += N) multiply<N, ROWS>(w, codebook, n + i, x, sums, i);
     for (int r = 0; r < ROWS; r++) {
-        for (int64_t i = 0; beside && i < there; i++)
-            for (int64_t q = 0; q < beside->rank; q += LANES) {
-                const float* b = beside->b + (n + i) * beside->rank + q;
-                const auto factor = _mm512_maskz_loadu_ps(first(beside->rank - q), b);
+        for (int64_t i = 0; added && i < there; i++)
+            for (int64_t q = 0; q < added->rank; q += LANES) {
+                const float* b = added->b + (n + i) * added->rank + q;
+                const auto factor = _mm512_maskz_loadu_ps(first(added->rank - q), b);
                 sums[r][i] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(low + r * low_step + q), sums[r][i]);
             }
         auto sum = sum_each(sums[r]);
-        if (beside && beside->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first(w.n - n), beside->bias + n));
+        if (added && added->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first(w.n - n), added->bias + n));
         store(out + r * step, first(w.n - n), sum);
     }
 }
@@ -124,19 +124,19 @@ int64_t tiles(const Packed& w) { return (w.n + LANES - 1) / LANES; }
 extern "C" {
 
 // out [rows, n of all matrices]: x [rows, k] times each W^T, side by side, plus bias and LoRA, if any.
-void four_bit_gemv(const Packed* matrices, const Beside* beside, int64_t count, const bf16* x, bf16* out, int64_t rows,
-                   int64_t threads) {
+void four_bit_gemv(const Packed* matrices, const BiasAndLora* added, int64_t count, const bf16* x, bf16* out,
+                   int64_t rows, int64_t threads) {
     const int64_t k = matrices->k;
     int64_t tasks = 0, step = 0;
     for (int64_t i = 0; i < count; i++) tasks += tiles(matrices[i]), step += matrices[i].n;
     std::vector<bf16> deinterleaved(rows * k);
     deinterleave(x, deinterleaved.data(), rows * k);
-    Low low(beside, count, rows);
+    Low low(added, count, rows);
 #pragma omp parallel num_threads(threads)
     {
         if (low.width) {
 #pragma omp for schedule(static)
-            for (int64_t at = 0; at < low.width; at++) low.fill(beside, at, x, rows, k);
+            for (int64_t at = 0; at < low.width; at++) low.fill(added, at, x, rows, k);
         }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {
@@ -145,8 +145,8 @@ void four_bit_gemv(const Packed* matrices, const Beside* beside, int64_t count, 
             const Packed& w = matrices[i];
             const auto some = [&](auto rows_here, int64_t row) {
                 const float* numbers = low.width ? low.numbers.data() + row * low.width + low.begin[i] : nullptr;
-                tile<rows_here>(w, beside ? beside + i : nullptr, t * LANES, deinterleaved.data() + row * k, numbers, low.width,
-                                out + row * step + column + t * LANES, step);
+                tile<rows_here>(w, added ? added + i : nullptr, t * LANES, deinterleaved.data() + row * k, numbers,
+                                low.width, out + row * step + column + t * LANES, step);
             };
             int64_t row = 0;
             for (; rows - row >= MOST; row += MOST) some(std::integral_constant<int, MOST>(), row);

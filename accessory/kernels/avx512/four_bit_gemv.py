@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
 from accessory.kernels.avx512.operands import address, contiguous
-from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.codes import BiasAndLora, Codes
 
 MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
 
@@ -40,23 +40,23 @@ class Matrices:
         """Whether they are for x: bf16 on a CPU, and few rows."""
         return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS
 
-    def multiply(self, x: Tensor, beside: list[Beside] | None = None) -> tuple[Tensor, ...]:
-        """x bf16 [T, k] -> [T, n] for each matrix, and what is beside it. Raises `AssertionError` for other shapes."""
+    def multiply(self, x: Tensor, added: list[BiasAndLora] | None = None) -> tuple[Tensor, ...]:
+        """x bf16 [T, k] -> [T, n] for each matrix, with its bias and LoRA. Raises `AssertionError` for other shapes."""
         rows = x.shape[0]
         x = contiguous(x, (rows, self.columns), "x")
         out = x.new_empty(rows, self.width)
-        more, kept = self._beside(beside) if beside else (None, None)  # `kept` until the call is over
+        more, kept = self._in_c(added) if added else (None, None)  # `kept` until the call is over
         compiled("four_bit_gemv", "ppnppnn")(
             self._packed, more, len(self.widths), address(x), address(out), rows, torch.get_num_threads()
         )
         del kept
         return (out,) if len(self.widths) == 1 else out.split_with_sizes(self.widths, 1)
 
-    def _beside(self, beside: list[Beside]) -> tuple[ctypes.Array[_Beside], list[Tensor]]:
-        if len(beside) != len(self.widths):
-            raise AssertionError(f"{len(beside)} stand beside {len(self.widths)} matrices")
-        table, kept = (_Beside * len(beside))(), []
-        for to, one, n in zip(table, beside, self.widths, strict=True):
+    def _in_c(self, added: list[BiasAndLora]) -> tuple[ctypes.Array[_BiasAndLora], list[Tensor]]:
+        if len(added) != len(self.widths):
+            raise AssertionError(f"{len(added)} biases and LoRAs for {len(self.widths)} matrices")
+        table, kept = (_BiasAndLora * len(added))(), []
+        for to, one, n in zip(table, added, self.widths, strict=True):
             if one.bias is not None:
                 kept.append(plain(one.bias, (n,), "bias"))
                 to.bias = address(kept[-1])
@@ -67,7 +67,7 @@ class Matrices:
         return table, kept
 
 
-class _Beside(ctypes.Structure):
+class _BiasAndLora(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("bias", "a", "b")), ("rank", c_int64), ("scale", ctypes.c_float))
 
 

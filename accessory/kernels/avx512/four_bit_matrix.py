@@ -11,12 +11,14 @@ from torch import Tensor
 from accessory.kernels.avx512.operands import CPU, address, contiguous
 from accessory.kernels.codes import BLOCK, Codes
 
+NESTED = ("nested_codebook", "nested_scales", "offset")
+
 
 class Packed(ctypes.Structure):
     """`Codes` in C: addresses of tensors, which the caller has to keep alive."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "table", "scales", "book", "nested_scales", "offset")),
+        *((name, ctypes.c_void_p) for name in ("codes", "codebook", "scales", *NESTED)),
         *((name, c_int64) for name in ("n", "k")),
     )
 
@@ -31,8 +33,8 @@ def packed(w: Codes) -> Packed:
     w.check(CPU)
     if not takes(w.shape):
         raise AssertionError(f"a matrix of {list(w.shape)}; expected even rows of whole blocks of {BLOCK}")
-    parts = {"codes": w.codes, "table": w.table, "scales": w.scales}
-    parts |= zip(("book", "nested_scales", "offset"), w.nested or (), strict=False)
+    parts = {"codes": w.codes, "codebook": w.codebook, "scales": w.scales}
+    parts |= zip(NESTED, w.nested or (), strict=False)
     return Packed(n=w.shape[0], k=w.shape[1], **{name: address(part) for name, part in parts.items()})
 
 

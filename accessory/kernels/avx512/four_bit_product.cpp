@@ -44,18 +44,18 @@ __m512i rounded_pairs(__m512 a, __m512 b) {
 struct Weights {
     __m512 even, odd;
 
-    Weights(const Packed& w, __m512 table, int64_t row, int64_t column) {
+    Weights(const Packed& w, __m512 codebook, int64_t row, int64_t column) {
         const auto* from = reinterpret_cast<const __m128i*>(w.codes + (row * w.k + column) / 2);
         const auto bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from));
         const auto scale = _mm512_set1_ps(w.scale(row, column));
-        even = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), scale);
-        odd = _mm512_mul_ps(_mm512_permutexvar_ps(bytes, table), scale);  // an index is its lowest four bits
+        even = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), codebook), scale);
+        odd = _mm512_mul_ps(_mm512_permutexvar_ps(bytes, codebook), scale);  // an index is its lowest four bits
     }
 };
 
 // A panel whose columns are W's rows from n on: [k / 2][PANEL][2].
 void unpack_rows(const Packed& w, int64_t n, bf16* out) {
-    const auto table = _mm512_loadu_ps(w.table);
+    const auto codebook = _mm512_loadu_ps(w.codebook);
     for (int64_t half = 0; half < PANEL; half += LANES)
         for (int64_t column = 0; column < w.k; column += 2 * LANES) {
             __m512i a[16];
@@ -64,7 +64,7 @@ void unpack_rows(const Packed& w, int64_t n, bf16* out) {
                     a[r] = _mm512_setzero_si512();
                     continue;
                 }
-                const Weights weights(w, table, n + half + r, column);
+                const Weights weights(w, codebook, n + half + r, column);
                 a[r] = rounded_pairs(weights.even, weights.odd);
             }
             transpose(a);
@@ -74,11 +74,11 @@ void unpack_rows(const Packed& w, int64_t n, bf16* out) {
 
 // A panel whose columns are W's from k on: [n / 2][PANEL][2].
 void unpack_columns(const Packed& w, int64_t k, bf16* out) {
-    const auto table = _mm512_loadu_ps(w.table);
+    const auto codebook = _mm512_loadu_ps(w.codebook);
     const auto low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const auto high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int64_t row = 0; row < w.n; row += 2) {
-        const Weights upper(w, table, row, k), lower(w, table, row + 1, k);
+        const Weights upper(w, codebook, row, k), lower(w, codebook, row + 1, k);
         const auto even = rounded_pairs(upper.even, lower.even), odd = rounded_pairs(upper.odd, lower.odd);
         _mm512_storeu_si512(out + row * PANEL, _mm512_permutex2var_epi32(even, low, odd));
         _mm512_storeu_si512(out + row * PANEL + PANEL, _mm512_permutex2var_epi32(even, high, odd));

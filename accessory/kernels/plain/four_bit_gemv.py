@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.codes import BiasAndLora, Codes
 from accessory.kernels.plain.four_bit_product import sum_of_products
 
 
@@ -14,10 +14,10 @@ class Matrices:
     def __init__(self, matrices: list[Codes]) -> None:
         self._matrices = matrices
 
-    def multiply(self, x: Tensor, beside: list[Beside] | None = None) -> tuple[Tensor, ...]:
-        """x [T, k] -> [T, n] for each matrix, and what is beside it."""
+    def multiply(self, x: Tensor, added: list[BiasAndLora] | None = None) -> tuple[Tensor, ...]:
+        """x [T, k] -> [T, n] for each matrix, with its bias and LoRA."""
         found = []
-        for codes, one in zip(self._matrices, beside or [Beside()] * len(self._matrices), strict=True):
+        for codes, one in zip(self._matrices, added or [BiasAndLora()] * len(self._matrices), strict=True):
             low = None if one.a is None else (x @ one.a.to(x.dtype).t(), one.b, one.scale)
             found.append(sum_of_products([x], [codes], transposed=False, bias=one.bias, low=low))
         return tuple(found)

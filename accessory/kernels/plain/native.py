@@ -47,12 +47,12 @@ def unpack_into(out: Tensor, codes: Tensor, scales: Tensor, rows: tuple[int, int
     function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), BLOCK, *rows)
 
 
-def plain_scales(scales: Tensor, book: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
+def plain_scales(scales: Tensor, nested_codebook: Tensor, nested_scales: Tensor, offset: Tensor) -> Tensor:
     """The fp32 scales [blocks] of double-quantized ones."""
     if not (AVAILABLE and scales.is_cpu):
         operation = torch.ops.bitsandbytes.dequantize_blockwise.default
-        return operation(scales, nested_scales, book, NESTED_BLOCK, torch.float32).add_(offset)
+        return operation(scales, nested_scales, nested_codebook, NESTED_BLOCK, torch.float32).add_(offset)
     plain = torch.empty(scales.numel())
-    given = book, scales.contiguous(), nested_scales.contiguous(), plain
+    given = nested_codebook, scales.contiguous(), nested_scales.contiguous(), plain
     _UNPACK_SCALES(*(tensor.data_ptr() for tensor in given), NESTED_BLOCK, plain.numel())
     return plain.add_(offset)

@@ -13,7 +13,7 @@ def codes(**others) -> Codes:
     """Of a double-quantized W [4, 128]."""
     tensors = {"codes": torch.zeros(256, dtype=torch.uint8), "scales": torch.zeros(8, dtype=torch.uint8)}
     nested = torch.zeros(256), torch.zeros(1), torch.zeros(1)
-    return Codes(**{"shape": (4, 128), "table": torch.zeros(16), "nested": nested, **tensors, **others})
+    return Codes(**{"shape": (4, 128), "codebook": torch.zeros(16), "nested": nested, **tensors, **others})
 
 
 def test_which_shapes() -> None:
@@ -29,9 +29,9 @@ def test_addresses() -> None:
     nested = codes()
     found = packed(nested)
     assert (found.n, found.k) == (4, 128)
-    assert (found.codes, found.table, found.scales) == tuple(t.data_ptr() for t in nested[1:4])
-    assert (found.book, found.nested_scales, found.offset) == tuple(t.data_ptr() for t in nested.nested)
-    assert packed(codes(scales=torch.zeros(8), nested=None)).book is None
+    assert (found.codes, found.codebook, found.scales) == tuple(t.data_ptr() for t in nested[1:4])
+    assert (found.nested_codebook, found.nested_scales, found.offset) == tuple(t.data_ptr() for t in nested.nested)
+    assert packed(codes(scales=torch.zeros(8), nested=None)).nested_codebook is None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_addresses() -> None:
             r"codes is torch.uint8 \[255\] .*; expected .* \[256\]",
         ),
         ({"codes": torch.zeros(512, dtype=torch.uint8)[::2]}, r"codes is .* strides \(2,\); .* contiguous"),
-        ({"table": torch.zeros(16).double()}, "table is torch.float64"),
+        ({"codebook": torch.zeros(16).double()}, "codebook is torch.float64"),
         ({"scales": torch.zeros(8)}, "scales is torch.float32 .*; expected torch.uint8"),
         ({"nested": None}, "scales is torch.uint8 .*; expected torch.float32"),
         (

@@ -21,7 +21,7 @@ from accessory.kernels.avx512 import (
 )
 from accessory.kernels.avx512.column_sums import column_sums
 from accessory.kernels.avx512.operands import address, contiguous, made
-from accessory.kernels.codes import Beside, Codes
+from accessory.kernels.codes import BiasAndLora, Codes
 from accessory.kernels.documents import Documents
 
 
@@ -59,7 +59,7 @@ def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
 
 def few(x: Tensor, *shapes: tuple[int, int], **beside: Tensor) -> tuple[Tensor, ...]:
     """By such matrices, beside the first of which something stands."""
-    first, *others = [Beside(**beside), *[Beside()] * (len(shapes) - 1)]
+    first, *others = [BiasAndLora(**beside), *[BiasAndLora()] * (len(shapes) - 1)]
     return four_bit_gemv.Matrices([codes_of(shape) for shape in shapes]).multiply(x, [first, *others])
 
 
@@ -143,8 +143,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"b is \[2, 4\]; expected \[4, 2\]",
     ),
     "too little beside": (
-        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [Beside()]),
-        "1 stand beside 2 matrices",
+        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [BiasAndLora()]),
+        "1 biases and LoRAs for 2 matrices",
     ),
     "rows of low": (
         lambda: multiply(bf16(3, 64), (4, 64), low=(bf16(2, 2), torch.ones(4, 2), 1.0)),

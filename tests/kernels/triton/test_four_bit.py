@@ -45,7 +45,7 @@ def test_formula() -> None:
     for i in range(130):
         code = int(given.codes[i // 2]) >> (0 if i % 2 else 4) & 15
         scale = nested_codebook[int(given.scales[i // 64])] * nested_scales[0] + offset[0]
-        wanted.append(given.table[code] * scale)
+        wanted.append(given.codebook[code] * scale)
     assert torch.equal(dequantize(given, torch.float32).flatten(), torch.stack(wanted))
 
 
@@ -88,7 +88,7 @@ def test_nothing_to_do() -> None:
             r"scales is torch.uint8 \[127\] .*; expected .* \[128\]",
         ),
         ({"nested": None}, "scales is torch.uint8 .*expected torch.float32"),
-        ({"table": torch.empty(16, device="meta")}, "table is .* on meta, .*; expected torch.float32 .* on cpu"),
+        ({"codebook": torch.empty(16, device="meta")}, "codebook is .* on meta, .*; expected torch.float32 .* on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
