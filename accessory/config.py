@@ -62,7 +62,7 @@ class FinetuneConfig(BaseModel):
     new_tokens: list[str] = []
     """Tokens to add to the vocabulary, matched in text; their rows start as the mean of the others."""
     pretrained_type: Literal["consolidated", "meta_ori"] | None = None
-    """Needless: the format is told from the files. Accepted for upstream's scripts."""
+    """Needless: the format is recognised from the files. Accepted for upstream's scripts."""
     quant: bool = False
     """Keep the linears of all blocks packed (--quant_type); embedding, head and norms stay in the compute precision."""
     quant_type: Literal[tuple(STORAGES)] | None = Field(

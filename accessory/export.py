@@ -66,7 +66,7 @@ class Destination:
     def write(self, model: WholeModel, target: Path) -> None:
         """Write `model` to `target`, which must not be there yet. Raises `CheckpointError`."""
         if self.to == "gguf" and target.suffix != ".gguf":
-            raise ConfigError(f"{target}: a GGUF file is told by its name; give one that ends in .gguf.")
+            raise ConfigError(f"{target}: a GGUF file is recognised by its name; give one that ends in .gguf.")
         if self.architecture:
             architecture_of(self.architecture, "--architecture")
             model = replace(model, args=model.args.model_copy(update={"architecture": self.architecture}))

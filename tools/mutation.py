@@ -128,7 +128,7 @@ class Project:
                 with contextlib.suppress(Exception):  # some modules cannot be imported by themselves
                     importlib.import_module(name)
         gc.freeze()  # a fork that collected garbage would copy the memory it shares
-        # Compiled files are told apart by size and second: a mutant could pass for another.
+        # Python tells compiled files apart by size and second: one mutant could pass for another.
         os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
 
     def ends_in_place(self, tests: list[str], file: Path, code: str, tried: list[Mutant]) -> dict[int, str]:

@@ -292,7 +292,7 @@ def _device(name: str) -> torch.device:
 
 
 def _room(gigabytes: float | None, device: torch.device) -> int | None:
-    """Bytes a rank has; None where it cannot be told."""
+    """Bytes a rank has; None if it is not known."""
     if gigabytes is None:
         there = device.type == "cpu" or torch.cuda.is_available()
         return device_memory(device) if there else None

@@ -1,4 +1,4 @@
-"""`run.json`: everything a later command needs to use a saved trained part without being told again."""
+"""`run.json`: all that a later command needs to use a saved trained part without further flags."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def parameter_counts(decoder: Decoder, attachment: Attachment) -> tuple[int, int
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes the device has in all; None where it cannot be told."""
+    """Bytes the device has in all; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     with open("/proc/meminfo", encoding="utf-8") as file:

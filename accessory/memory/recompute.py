@@ -49,7 +49,7 @@ def _number(asked: int | str, n_layers: int) -> int:
 
 def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int | None, remedies: str) -> int:
     if free is None:
-        raise ConfigError("--checkpointing auto: the free memory of this machine cannot be told; give a number or all.")
+        raise ConfigError("--checkpointing auto: the free memory of this machine is not known; give a number or all.")
     room = int(free * (1 - MARGIN))
     totals = [plan(layers).total for layers in range(n_layers + 1)]
     for layers, total in enumerate(totals):

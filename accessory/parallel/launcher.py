@@ -31,7 +31,7 @@ def die_with_launcher() -> None:
     launcher = os.getppid()
     _at_launchers_death(signal.SIGKILL)
     if os.getppid() != launcher or (launcher == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()):
-        os.kill(os.getpid(), signal.SIGKILL)  # the launcher died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)  # the launcher died before this was set
 
 
 def outlive_launcher() -> None:

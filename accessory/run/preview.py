@@ -36,7 +36,7 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
         *blueprint.notes,
     ]
     if config.pretrained_type:
-        notes.append(f"--pretrained_type {config.pretrained_type} is needless: formats are told from the files")
+        notes.append(f"--pretrained_type {config.pretrained_type} is needless: formats are recognised from the files")
     if config.checkpointing not in ("none", 0):
         moved = ", their inputs kept in host memory" if config.offload_inputs else ""
         notes.append(f"recomputed layers: {recomputed} of {n_layers}{f' ({why})' if why else ''}{moved}")

@@ -10,7 +10,7 @@ from accessory.config import FinetuneConfig
 from accessory.data.order import GlobalOrder
 
 FEW_STEPS = 30
-"""A run with fewer optimizer steps is told so."""
+"""A run with fewer optimizer steps prints a note."""
 
 
 @dataclass(frozen=True)

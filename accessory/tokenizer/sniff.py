@@ -22,7 +22,7 @@ _BEGINNINGS = {
 
 
 def what_is(path: Path) -> str:
-    """A noun phrase for what is at `path`, told by its first bytes: "a Git-LFS pointer", "an HTML page", ..."""
+    """A noun phrase for what is at `path`, recognised by its first bytes: "a Git-LFS pointer", "an HTML page", ..."""
     if path.is_dir():
         return "a directory"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Opening whatever a user gives: the format is told from the files, and what is not a checkpoint is named."""
+"""Opening whatever a user gives: the format is recognised from the files, and what is not a checkpoint is named."""
 
 from __future__ import annotations
 

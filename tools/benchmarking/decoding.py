@@ -92,7 +92,7 @@ class Decoding:
         return run
 
     def by_peer(self, prompts: Tokens, layout: Layout) -> Run:
-        """The same by transformers, told not to stop either."""
+        """The same by transformers, without an end-of-text token either."""
         gc.collect()  # our model, if it is still there
         model = load_peer(
             self.model, self.quant_type is not None, self.quant_type or "nf4", DTYPES[self.precision], layout.device

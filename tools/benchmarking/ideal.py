@@ -47,7 +47,7 @@ class Work:
 
 
 def step_work(decoder: Decoder, lengths: list[int], packed: int, supervised: int, micro_batches: int) -> Work:
-    """Work of a training step on documents of `lengths` tokens, with so many labels, in `micro_batches` all told.
+    """Work of a training step on documents of `lengths` tokens, with so many labels, in `micro_batches` over all ranks.
 
     packed: their tokens, those that they share counted once; attention is counted as if documents were whole.
     OPT-350m's projections beside the embedding are left out.

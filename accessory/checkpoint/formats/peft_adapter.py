@@ -48,7 +48,7 @@ def open_adapter(path: Path, base: Source | None) -> Source:
     args = model_args_of(base)
     if args is None:
         raise CheckpointError(
-            f"{path}: an adapter's names are told by its base, but {base.path} holds no config.json or params.json."
+            f"{path}: an adapter is read with its base's settings, but {base.path} holds no config.json or params.json."
         )
     architecture = architecture_of(args.architecture, str(base.path))
     file = _weight_file(path)

@@ -47,7 +47,7 @@ class Places:
 
 
 def places_of(args: ModelArgs, names: Names) -> Places:
-    """List the places of a model with the settings `args`, told in the words of `names`."""
+    """List the places of a model with the settings `args`; `names` gives their names in Hugging Face files."""
     # The vocabulary has no place here, and a file of Meta's does not say how large it is.
     decoder = Decoder(args.model_copy(update={"vocab_size": 1}), dtype=torch.float32)
     linears: dict[str, tuple[int, int]] = {}

@@ -43,7 +43,7 @@ def write_adapter(
     """Write the trained part `source_delta` (of the method `settings`, on a base of `base_args`) as a PEFT directory.
 
     LoRA, norms through modules_to_save, biases where the Hugging Face model has them through bias="all"; fp32; whole
-    or not at all. `base_path` is what PEFT is told the base is. Raises `CheckpointError` for tensors that are none of
+    or not at all. `base_path` goes into the config as the base. Raises `CheckpointError` for tensors that are none of
     these, do not fit, or are biases that the base has no place for, which `drop_biases` leaves out.
     """
     refuse_existing(target)
@@ -89,7 +89,7 @@ def _check(tensors: Tensors, places: Places, rank: int, delta: Source) -> None:
 
 
 def _without_homeless_biases(tensors: Tensors, places: Places, path: Path, drop: bool) -> Tensors:
-    """Leave out biases that the base has no place for: zeros silently, others only if told to."""
+    """Leave out biases that the base has no place for: zeros silently, others only with `drop`."""
     homeless = [name for name in places.linears if f"{name}.bias" in tensors and name not in places.biased]
     trained = [name for name in homeless if tensors[f"{name}.bias"].read().any()]
     if trained and not drop:
