@@ -121,7 +121,7 @@ class SelectedRows(DerivedTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As many rows as selected."""
+        """With the selected rows."""
         return (len(self.rows), *self.inner.shape[1:])
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:

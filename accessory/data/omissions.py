@@ -76,6 +76,6 @@ class Omissions:
 
 
 def _first(lines: list[str]) -> list[str]:
-    """As many lines as are worth reading."""
+    """At most `_LINES` lines, and how many more there are."""
     more = len(lines) - _LINES
     return lines if more <= 0 else [*lines[:_LINES], f"... and {more:,} more like the last"]

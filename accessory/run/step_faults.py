@@ -21,7 +21,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progress, remedies: str) -> OutOfMemoryError:
-    """For micro-batch `number` (from 0) of `count`; `remedies` are flags that make a step smaller."""
+    """The error of micro-batch `number` (from 0) of `count`; `remedies` are flags that make a step smaller."""
     return OutOfMemoryError(
         f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
         f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
@@ -56,7 +56,7 @@ def not_finite(said: str, scales_loss: bool) -> NotFiniteError:
 
 
 def nothing_learned(progress: Progress, scales_loss: bool) -> NotFiniteError:
-    """For a run that is over and skipped every step."""
+    """The error of a run that is over and skipped every step."""
     said = f"All {progress.skipped} steps of the run were skipped: nothing was learned."
     if scales_loss and progress.loss_scale < FIRST_LOSS_SCALE:
         scale = f"The loss scale, {progress.loss_scale:g} by now, was still being lowered"
@@ -65,7 +65,7 @@ def nothing_learned(progress: Progress, scales_loss: bool) -> NotFiniteError:
 
 
 def preempted(number: int, progress: Progress, saved: bool) -> Preempted:
-    """For a run that stops, on all ranks, since one of them got the signal `number`; saved: whether it saves at all."""
+    """How a run ends, on all ranks, after one of them got the signal `number`; saved: whether the run saves at all."""
     rest = ". Nothing is saved: this run writes nothing."
     if saved:
         rest = f", which is saved as {progress.checkpoint_name}. Go on with --resume latest."

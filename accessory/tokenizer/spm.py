@@ -220,7 +220,7 @@ def _filler(token_id: int) -> str:
 
 
 def add_pieces(proto: ModelProto, added: dict[int, Added], source: str) -> None:
-    """Make every added token a piece at its id: special ones control pieces, others such as are matched in text.
+    """Make every added token a piece at its id: a control piece if special, else user-defined, which text matches.
 
     An added token takes over a piece that stands at its id; ids between the last piece and it become unused pieces.
     Raises TokenizerError for an id too far off, or a token that two ids would have.

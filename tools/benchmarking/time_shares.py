@@ -120,7 +120,7 @@ def _below(base: type) -> Iterator[type]:
 
 @contextmanager
 def _labelled(owner: object, name: str, category: str) -> Iterator[None]:
-    """Within it, calls of `owner`'s function `name` stand in the profile as `category`'s."""
+    """While entered, calls of `owner`'s function `name` are labelled as `category` in the profile."""
     function, own = getattr(owner, name), name in vars(owner)
 
     @functools.wraps(function)

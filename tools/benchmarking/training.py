@@ -111,7 +111,7 @@ class Training:
         return [base] if self.adapter is None else [base, open_source(self.adapter, base)]
 
     def _method(self, adapters: list[Source]) -> Method:
-        """With the rank, scale and targets of an adapter, which are not to be chosen."""
+        """The settings with the rank, scale and targets of an adapter, which the user cannot choose."""
         method = METHODS[self.method]
         if self.method not in WITH_LORA:
             return method

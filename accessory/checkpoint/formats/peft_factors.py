@@ -42,7 +42,7 @@ class PaddedColumns(DerivedTensor):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As many columns as asked for."""
+        """With `columns` columns."""
         return (self.inner.shape[0], self.columns)
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
@@ -66,7 +66,7 @@ class SomeColumns(DerivedTensor):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As many columns as there are in the range."""
+        """With `last - first` columns."""
         return (self.inner.shape[0], self.last - self.first)
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
