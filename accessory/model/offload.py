@@ -80,7 +80,7 @@ def _copied(x: Tensor, device: torch.device | str, stream: torch.cuda.Stream | N
     """A copy of `x` on `device`, made on `stream`."""
     if stream is None:
         return x.clone()
-    if x.is_cuda:  # it may still be being computed
+    if x.is_cuda:  # its computation may not have ended
         stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         copy = torch.empty_like(x, device=device, pin_memory=torch.device(device).type == "cpu")

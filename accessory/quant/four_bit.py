@@ -217,7 +217,7 @@ class FourBitWeight(PackedWeight):
         """See `PackedWeight`: one call of the AVX512 kernel for few rows."""
         if self.prepared is None or not self.prepared.takes(x) or self.prepared_with != others:
             return None
-        # No list for nothing: while decoding, it takes longer than the arithmetic.
+        # Empty additions are not passed: while decoding, converting them takes longer than the arithmetic.
         there = any(addition.bias is not None or addition.a is not None for addition in additions)
         return self.prepared.multiply(x, additions if there else None)
 

@@ -68,7 +68,7 @@ class PackedWeight(nn.Module, ABC):
 
     @classmethod
     def covers(cls, other: type[PackedWeight]) -> bool:
-        """Whether a base that is packed as `other` is one of this storage's name."""
+        """Whether `--quant_type` with this name also accepts a base that is packed as `other`."""
         return other is cls
 
     @classmethod

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr float LEAST = -200;  // 2^LEAST is 0, and so is what is below: of -inf no difference has to be taken
+constexpr float LEAST = -200;  // 2^LEAST is 0; smaller powers, -inf too, are raised to it
 constexpr int SUMS = 4;        // at once: an exponential need not wait for the one before
 
 // exp(score - highest). A NaN stays one.

@@ -76,7 +76,7 @@ struct Seen {
     int64_t panels() const { return (up(end, PANEL) - begin) / PANEL; }
 };
 
-// Of one document, what belongs to one key/value head.
+// One document and one key/value head.
 struct Document {
     const Shape& shape;
     int64_t n, skipped;

@@ -17,7 +17,7 @@ MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is a
 
 
 class Matrices:
-    """Some W [n, k] that the same x [T, k] is multiplied with, in one call.
+    """Several W [n, k] that multiply the same x [T, k], in one call.
 
     The 16 code values are rounded to bf16, scales are not; everything is summed in fp32 and rounded once. A row's
     result has the same bits whatever the other rows are.

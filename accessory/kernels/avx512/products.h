@@ -1,7 +1,7 @@
 // Products of bf16 matrices, summed in fp32: C [M, N] (+)= A [M, 2P] B [2P, N].
 //
-// A lies in rows, B in panels of PANEL columns, in which the numbers of two rows stand in pairs, as VDPBF16PS takes
-// them: [N / PANEL][P][PANEL][2]. Each number of C is summed in the order of the pairs, whatever stands beside it.
+// A lies in rows, B in panels of PANEL columns, in which the numbers of two rows are interleaved, as VDPBF16PS takes
+// them: [N / PANEL][P][PANEL][2]. Each number of C is summed in the order of the pairs, whatever the others are.
 #pragma once
 
 #include <cstring>

@@ -44,7 +44,7 @@ class Group:
     """Of `heads` and of `kv_heads`."""
 
     def lay_out(self, packed: Tensor, pad_with_zeros: bool = False) -> Tensor:
-        """[T, n, E] -> [count * K, n / K, longest, E]: heads that share keys and values stand together."""
+        """[T, n, E] -> [count * K, n / K, longest, E]: heads that share keys and values are adjacent."""
         heads, width = packed.shape[1:]
         places = self.places[heads]
         laid_out = packed.reshape(-1, width).index_select(0, places.rows)

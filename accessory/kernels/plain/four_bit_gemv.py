@@ -9,7 +9,7 @@ from accessory.kernels.plain.four_bit_product import sum_of_products
 
 
 class Matrices:
-    """Some W [n, k] that the same x [T, k] is multiplied with."""
+    """Several W [n, k] that multiply the same x [T, k]."""
 
     def __init__(self, matrices: list[Codes]) -> None:
         self._matrices = matrices

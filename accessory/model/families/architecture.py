@@ -62,7 +62,7 @@ class Names:
         return _numbered(self.inner[found[2]], found[1]), leaf
 
     def theirs(self, module: str) -> tuple[str, str | Fused] | None:
-        """(their module, what of ours it holds) for our module; None where they have no place for it."""
+        """(their module, our module or the fused ones in it) for our module; None if they have no place for it."""
         for their, our in self.outer.items():
             if our == module:
                 return their, our
