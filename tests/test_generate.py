@@ -330,7 +330,7 @@ def test_training_ends_what_was_prepared(four_bit: Decoder) -> None:
     """It is made again when the decoder is asked."""
     list(generate_tokens(four_bit, PROMPTS[:1], max_gen_len=1, max_seq_len=64, stop_ids=set()))
     weights = [m for m in four_bit.modules() if isinstance(m, FourBitWeight)]
-    assert sum(weight.together is not None for weight in weights) == 4 * len(four_bit.layers)
+    assert sum(weight.prepared is not None for weight in weights) == 4 * len(four_bit.layers)
     four_bit.train()
-    assert not any(weight.together for weight in weights)
+    assert not any(weight.prepared for weight in weights)
     four_bit.eval()

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 import torch.distributed as dist
 from fairscale.nn.model_parallel import destroy_model_parallel
 
-from accessory.checkpoint import room, save
+from accessory.checkpoint import disk_space, save
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import AccessoryError
 from accessory.finetune import finetune
@@ -25,7 +25,7 @@ STAGES = {
     "hash": (save, "manifest_of"),
     "fsync": (save, "sync"),
     "rename": (save, "_replace"),
-    "make sure of room": (room.shutil, "disk_usage"),
+    "check the disk space": (disk_space.shutil, "disk_usage"),
 }
 
 
