@@ -132,11 +132,11 @@ class PackedWeight(nn.Module, ABC):
     @classmethod
     def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
         """The quantization config of config.json for such matrices in bitsandbytes' format, computed in `dtype`."""
-        raise NotImplementedError
+        raise AssertionError(f"{cls.name} has no form in bitsandbytes")
 
     def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors that bitsandbytes stores of the matrix, by suffix of the weight's name."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} has no form in bitsandbytes")
 
     @classmethod
     def reads_bitsandbytes(cls, state: dict[str, Any]) -> bool:
@@ -146,7 +146,7 @@ class PackedWeight(nn.Module, ABC):
     @classmethod
     def has_codebook(cls, code: Tensor) -> bool:
         """Whether `code`, the code values that bitsandbytes wrote for such a matrix, are those of this format."""
-        raise NotImplementedError
+        raise AssertionError(f"{cls.name} has no form in bitsandbytes")
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +176,7 @@ class PackedWeight(nn.Module, ABC):
 
     def as_codes(self) -> Any:
         """The matrix as that kernel takes it."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} has no product kernel")
 
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
         """Prepare `decode_products` of this matrix and `others`, if the format has a kernel for them.
