@@ -25,7 +25,8 @@ from accessory.meta import MetaModel
 from accessory.model.loss import cross_entropy_sum
 from accessory.parallel import groups
 from tests.conftest import DATA, TINY_CONFIG, write_model, write_tokenizer
-from tests.memory.test_plan import MIDDLE, Kept, filled, planned, planned_and_measured
+from tests.memory.small_models import Kept, filled, planned
+from tests.memory.test_plan import MIDDLE, planned_and_measured
 from tests.method import test_base
 
 IDS = torch.arange(40) * 7 % 500

@@ -1,249 +1,33 @@
-"""The memory plan against what a step really keeps, and against published sizes."""
+"""The memory plan against what a step allocates, and against published sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from accessory import kernels
-from accessory.checkpoint.load import fill, targets
 from accessory.kernels.avx512 import four_bit_product
 from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import recompute_layers
-from accessory.method import METHODS, Attachment
+from accessory.method import METHODS
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.loss import CHUNK, cross_entropy_sum
-from accessory.model.sequences import Sequences
 from accessory.optim import build_optimizer
-from accessory.parallel import groups
-from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.quant import storage, workspace
 from accessory.quant.four_bit import FourBitWeight
 from tests.memory.allocated_peak import AllocatedPeak
+from tests.memory.small_models import LORA, NORM_BIAS, NORM_BIAS_LORA, SHAPES, SMALL, built, filled, planned, step
 
-SMALL = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
-TOKENS = 48
-NORM_BIAS: dict = {}
-NORM_BIAS_LORA = {"lora_rank": 8}
-LORA = {"lora_rank": 8, "norm_tuning": False, "bias_tuning": False}
-SETTINGS = {
-    "NormBias": NORM_BIAS,
-    "NormBiasLoRA": NORM_BIAS_LORA,
-    "LoRA": LORA,
-    "bias": {"norm_tuning": False},
-    "LoRA on wq and wv": {**LORA, "lora_targets": ["wq", "wv"]},
-    "LoRA with dropout": {**NORM_BIAS_LORA, "lora_dropout": 0.1},
-}
-LAYER = {"norm": "layer"}
-PLAIN = {"gated": False, "activation": "gelu"}
-SHAPES = {
-    "OPT": LAYER | PLAIN | {"activation": "relu", "position": "learned", "position_offset": 2},
-    "OPT-350m": LAYER
-    | PLAIN
-    | {
-        "activation": "relu",
-        "position": "learned",
-        "norm_placement": "after",
-        "final_norm": False,
-        "embedding_dim": 32,
-    },
-    "BLOOM": LAYER | PLAIN | {"position": "alibi", "embedding_norm": True, "n_kv_heads": 4},
-    "GPT-NeoX": LAYER | PLAIN | {"parallel_residual": True, "rotary_dim": 4, "rotary_layout": "halves"},
-    "GLM-4": {"norm_placement": "both", "rotary_dim": 8},
-    "Qwen 3": {"qk_norm": True, "rotary_layout": "halves", "tie_word_embeddings": True},
-    "Mistral": {"sliding_window": 10},
-}
-"""What the small model has to be for its blocks to be another model's."""
 LLAMA2 = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
     "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
             "ffn_dim_multiplier": 1.3},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def layout() -> Iterator[Layout]:
-    """This process alone, on the CPU."""
-    yield groups.start("cpu")
-    groups.stop()
-
-
-def normal(shape: tuple[int, ...], deviation: float) -> Callable[[torch.Generator], Tensor]:
-    """A maker of starting values: random, of a mean of zero."""
-    return lambda generator: deviation * torch.randn(shape, generator=generator)
-
-
-def built(
-    args: ModelArgs,
-    settings: dict,
-    *,
-    method: str = "peft",
-    quant: str | None = "nf4",
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Decoder, Attachment]:
-    """A decoder on meta with a method on it."""
-    made = METHODS[method](METHODS[method].Settings(**settings))
-    decoder = made.decoder(args, dtype=dtype, storage=storage(quant) if quant else None)
-    return decoder, made.attach(decoder)
-
-
-def filled(layout: Layout, settings: dict, **options) -> tuple[Decoder, Attachment]:
-    """The small decoder with random weights, in training mode."""
-    decoder, attachment = built(options.pop("args", SMALL), settings, **options)
-    initial = {target.name: normal(target.whole_shape(1), 0.1) for target in targets(decoder)}
-    fill(decoder, {}, Attachment(attachment.trainable, initial), layout, DataParallel(layout, "sdp", False))
-    return decoder.train(), attachment
-
-
-class Kept:
-    """Bytes of the distinct storages saved for backward while it is entered; parameters and `known` aside."""
-
-    def __init__(self, decoder: Decoder, *known: Tensor) -> None:
-        self.known = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *known)}
-        self.storages: dict[int, torch.UntypedStorage] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        store = tensor.untyped_storage()
-        if store.data_ptr() not in self.known:
-            self.storages[store.data_ptr()] = store  # held, so that no address is used twice
-        return tensor
-
-    def __enter__(self) -> Kept:
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *failure) -> None:
-        self.hooks.__exit__(*failure)
-
-    @property
-    def bytes(self) -> int:
-        """Of all of them together."""
-        return sum(store.nbytes() for store in self.storages.values())
-
-
-def step(decoder: Decoder, lengths: tuple[int, ...] = (TOKENS,)) -> tuple[Kept, Tensor, list[Tensor]]:
-    """What a forward over random, all supervised tokens keeps; the loss; each block's output."""
-    generator = torch.Generator().manual_seed(0)
-    ids, labels = (torch.randint(0, 96, (sum(lengths),), generator=generator) for _ in range(2))
-    with Kept(decoder) as kept:
-        sequences = decoder.sequences(lengths)
-        outputs = list(decoder.states(decoder.enter(ids, sequences), sequences))
-        loss = cross_entropy_sum(decoder.leave(outputs[-1]), decoder.head_weight, labels, decoder.args.vocab_size)
-    return kept, loss, outputs
-
-
-def planned(decoder: Decoder, attachment: Attachment, layout: Layout, checkpointing: int = 0, **more):
-    """The plan of the small step."""
-    options = {"tokens": TOKENS, "data_parallel": "sdp", **more}
-    return StepMemory(decoder, attachment, layout, **options).plan(checkpointing)
-
-
-@pytest.mark.parametrize("quant", [None, "nf4"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_activations_are_what_is_saved(layout: Layout, settings: dict, quant: str | None) -> None:
-    """To the byte, for one document: every tensor that autograd keeps is in the plan and nothing else is."""
-    decoder, attachment = filled(layout, settings, quant=quant)
-    kept, loss, _ = step(decoder)
-    loss.backward()
-    assert planned(decoder, attachment, layout).activations == kept.bytes
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_activations_on_the_meta_device(layout: Layout, settings: dict) -> None:
-    """A decoder that is not filled has the same plan."""
-    assert planned(*built(SMALL, settings), layout) == planned(*filled(layout, settings), layout)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_activations_of_full_training(layout: Layout, tied: bool) -> None:
-    """Inputs of all linears, the embedding's rows and the head's gradient come on top."""
-    args = SMALL.model_copy(update={"tie_word_embeddings": tied})
-    decoder, attachment = filled(layout, {}, args=args, method="full", quant=None)
-    kept, loss, _ = step(decoder)
-    loss.backward()
-    assert planned(decoder, attachment, layout).activations == kept.bytes
-
-
-@pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
-def test_several_documents(layout: Layout, settings: dict) -> None:
-    """However many there are: the same bytes a token."""
-    decoder, attachment = filled(layout, settings)
-    kept, _, _ = step(decoder, (10, 30, 8))
-    assert kept.bytes == planned(decoder, attachment, layout).activations
-
-
-@pytest.mark.parametrize("quant", [None, "nf4"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_activations_with_checkpointing(layout: Layout, settings: dict, quant: str | None) -> None:
-    """The blocks' inputs and the head's part, as saved, and beside them what one block run again keeps."""
-    decoder, attachment = filled(layout, settings, quant=quant)
-    for block in decoder.layers:
-        block.recompute = True
-    kept, loss, outputs = step(decoder)
-    loss.backward()
-    decoder.layers[1].recompute = False
-    x = outputs[0].detach().requires_grad_()
-    with Kept(decoder, x) as again:
-        decoder.layers[1](x, Sequences.build((TOKENS,), decoder.frequencies))
-    assert planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations == kept.bytes + again.bytes
-    assert kept.bytes < planned(decoder, attachment, layout).activations / 4
-
-
-@pytest.mark.parametrize("recomputed", [1, 2])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_activations_with_some_layers_recomputed(layout: Layout, settings: dict, recomputed: int) -> None:
-    """The first ones' inputs and what the others keep: nothing for running one again, as that room is free by then."""
-    decoder, attachment = filled(layout, settings)
-    for block in decoder.layers[:recomputed]:
-        block.recompute = True
-    kept, loss, _ = step(decoder)
-    loss.backward()
-    assert planned(decoder, attachment, layout, checkpointing=recomputed).activations == kept.bytes
-
-
-@pytest.mark.parametrize("settings", [*SETTINGS.values(), "full"], ids=[*SETTINGS, "full"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_activations_of_other_blocks(layout: Layout, shape: dict, settings: dict | str) -> None:
-    """To the byte again, with every kind of position, norm, activation and residual."""
-    args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **shape})
-    full = {"method": "full", "quant": None, "settings": {}}
-    decoder, attachment = filled(layout, args=args, **(full if settings == "full" else {"settings": settings}))
-    kept, loss, _ = step(decoder)
-    loss.backward()
-    assert planned(decoder, attachment, layout).activations == kept.bytes
-
-
-@pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
-@pytest.mark.parametrize("name", ["OPT-350m", "BLOOM", "GPT-NeoX", "GLM-4", "Qwen 3"])
-def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: dict) -> None:
-    """As `test_activations_with_checkpointing`."""
-    args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **SHAPES[name]})
-    decoder, attachment = filled(layout, settings, args=args)
-    for block in decoder.layers:
-        block.recompute = True
-    kept, loss, outputs = step(decoder)
-    loss.backward()
-    decoder.layers[1].recompute = False
-    sequences, x = decoder.sequences((TOKENS,)), outputs[0].detach().requires_grad_()
-    with Kept(decoder, x) as again:
-        decoder.layers[1](x, sequences)
-    found = planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations
-    assert found == kept.bytes + again.bytes
-
-
-def test_cuda_keeps_repeated_keys() -> None:
-    """Its kernel is given k and v for every query head, and keeps a number a head."""
-    decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1})
-    on_cpu, on_cuda = (planned(decoder, attachment, Layout(device=torch.device(d))) for d in ("cpu", "cuda"))
-    assert on_cuda.activations - on_cpu.activations == SMALL.n_layers * TOKENS * (2 * 2 * (64 - 32) + 4 * 4)
 
 
 P = {"7B": 6_476_005_376, "13B": 12_687_769_600, "70B": 68_451_041_280}  # weights of the blocks' linears

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,6 @@ from accessory.memory.recompute import (
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 
@@ -35,13 +34,6 @@ WORKER = Path(__file__).parents[1] / "finetune_worker.py"
 DATA = Path(__file__).resolve().parents[2] / "data_example" / "accessory_qa.json"
 CPU = torch.device("cpu")
 ARGS = ModelArgs(dim=64, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=96)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def layout() -> Iterator[Layout]:
-    """This process alone, on the CPU."""
-    yield groups.start("cpu")
-    groups.stop()
 
 
 def plan_of(total: int) -> MemoryPlan:

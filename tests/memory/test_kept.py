@@ -1,0 +1,123 @@
+"""What is measured of a forward on a stand-in, against what autograd saves of the true one, to the byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accessory.model.args import ModelArgs
+from accessory.model.sequences import Sequences
+from accessory.parallel.groups import Layout
+from tests.memory.small_models import (
+    NORM_BIAS,
+    NORM_BIAS_LORA,
+    SETTINGS,
+    SHAPES,
+    SMALL,
+    TOKENS,
+    Kept,
+    built,
+    filled,
+    planned,
+    step,
+)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_are_what_is_saved(layout: Layout, settings: dict, quant: str | None) -> None:
+    """To the byte, for one document: every tensor that autograd keeps is in the plan and nothing else is."""
+    decoder, attachment = filled(layout, settings, quant=quant)
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_on_the_meta_device(layout: Layout, settings: dict) -> None:
+    """A decoder that is not filled has the same plan."""
+    assert planned(*built(SMALL, settings), layout) == planned(*filled(layout, settings), layout)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_activations_of_full_training(layout: Layout, tied: bool) -> None:
+    """Inputs of all linears, the embedding's rows and the head's gradient come on top."""
+    args = SMALL.model_copy(update={"tie_word_embeddings": tied})
+    decoder, attachment = filled(layout, {}, args=args, method="full", quant=None)
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
+def test_several_documents(layout: Layout, settings: dict) -> None:
+    """However many there are: the same bytes a token."""
+    decoder, attachment = filled(layout, settings)
+    kept, _, _ = step(decoder, (10, 30, 8))
+    assert kept.bytes == planned(decoder, attachment, layout).activations
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_with_checkpointing(layout: Layout, settings: dict, quant: str | None) -> None:
+    """The blocks' inputs and the head's part, as saved, and beside them what one block run again keeps."""
+    decoder, attachment = filled(layout, settings, quant=quant)
+    for block in decoder.layers:
+        block.recompute = True
+    kept, loss, outputs = step(decoder)
+    loss.backward()
+    decoder.layers[1].recompute = False
+    x = outputs[0].detach().requires_grad_()
+    with Kept(decoder, x) as again:
+        decoder.layers[1](x, Sequences.build((TOKENS,), decoder.frequencies))
+    assert planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations == kept.bytes + again.bytes
+    assert kept.bytes < planned(decoder, attachment, layout).activations / 4
+
+
+@pytest.mark.parametrize("recomputed", [1, 2])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_activations_with_some_layers_recomputed(layout: Layout, settings: dict, recomputed: int) -> None:
+    """The first ones' inputs and what the others keep: nothing for running one again, as that room is free by then."""
+    decoder, attachment = filled(layout, settings)
+    for block in decoder.layers[:recomputed]:
+        block.recompute = True
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout, checkpointing=recomputed).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), "full"], ids=[*SETTINGS, "full"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_activations_of_other_blocks(layout: Layout, shape: dict, settings: dict | str) -> None:
+    """To the byte again, with every kind of position, norm, activation and residual."""
+    args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **shape})
+    full = {"method": "full", "quant": None, "settings": {}}
+    decoder, attachment = filled(layout, args=args, **(full if settings == "full" else {"settings": settings}))
+    kept, loss, _ = step(decoder)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+@pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
+@pytest.mark.parametrize("name", ["OPT-350m", "BLOOM", "GPT-NeoX", "GLM-4", "Qwen 3"])
+def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: dict) -> None:
+    """As `test_activations_with_checkpointing`."""
+    args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **SHAPES[name]})
+    decoder, attachment = filled(layout, settings, args=args)
+    for block in decoder.layers:
+        block.recompute = True
+    kept, loss, outputs = step(decoder)
+    loss.backward()
+    decoder.layers[1].recompute = False
+    sequences, x = decoder.sequences((TOKENS,)), outputs[0].detach().requires_grad_()
+    with Kept(decoder, x) as again:
+        decoder.layers[1](x, sequences)
+    found = planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations
+    assert found == kept.bytes + again.bytes
+
+
+def test_cuda_keeps_repeated_keys() -> None:
+    """Its kernel is given k and v for every query head, and keeps a number a head."""
+    decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1})
+    on_cpu, on_cuda = (planned(decoder, attachment, Layout(device=torch.device(d))) for d in ("cpu", "cuda"))
+    assert on_cuda.activations - on_cpu.activations == SMALL.n_layers * TOKENS * (2 * 2 * (64 - 32) + 4 * 4)
