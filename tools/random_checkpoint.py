@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 from accessory.blueprint import DTYPES
-from accessory.checkpoint.lazy import ZeroTensor
+from accessory.checkpoint.lazy import zeros
 from accessory.checkpoint.load import named_generator, targets
 from accessory.checkpoint.naming import theirs_from_ours
 from accessory.checkpoint.save import fresh_directory
@@ -61,7 +61,7 @@ def main(target: str, shape: str = "tinyllama", dtype: str = "fp16", seed: int =
     architecture = architecture_of(config.get("model_type"), str(shape))
     args = settings_read_by(lambda: architecture.read(config, str(shape)), Path(str(shape)))
     decoder = Decoder(args, dtype=DTYPES[dtype])
-    empty = {place.name: ZeroTensor(place.whole_shape(1)) for place in targets(decoder)}
+    empty = {place.name: zeros(*place.whole_shape(1)) for place in targets(decoder)}
     theirs = theirs_from_ours(empty, architecture.names, args)
     refuse_existing(Path(str(target)))
     with fresh_directory(Path(str(target))) as directory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,25 +45,15 @@ class SafetensorsTensor(LazyTensor):
         return self.file.get_slice(self.key)[(slice(None),) * dim + (slice(start, stop),)]
 
 
-@dataclass(frozen=True)
 class HeldTensor(LazyTensor):
-    """A tensor that is in memory, or mapped there."""
+    """A tensor `value` that is in memory, or mapped there."""
 
-    value: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the value."""
-        return tuple(self.value.shape)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the value, as PyTorch spells it."""
-        return str(self.value.dtype).removeprefix("torch.")
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.shape, self.dtype = value, tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The value or a copy of the range."""
-        return self.value if dim is None else self.value.narrow(dim, start, stop - start).contiguous()
+        return cut(self.value, dim, start, stop)
 
 
 class ShardedTensor(LazyTensor):
@@ -97,32 +88,24 @@ class ShardedTensor(LazyTensor):
 
 
 @dataclass(frozen=True)
-class DerivedTensor(LazyTensor):
-    """A tensor computed from another one, `inner`; of the same shape and dtype, unless a subclass says otherwise."""
+class ComputedTensor(LazyTensor):
+    """A tensor that is computed, from others as a rule: `compute` takes the arguments of `read`, all of them."""
 
-    inner: LazyTensor
+    shape: tuple[int, ...]
+    dtype: str
+    compute: Callable[[int | None, int, int], Tensor]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of `inner`."""
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of `inner`."""
-        return self.inner.dtype
+    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Compute the range."""
+        return self.compute(dim, start, stop)
 
 
-@dataclass(frozen=True)
-class SelectedRows(DerivedTensor):
-    """Some rows of another tensor, in any order."""
+class SelectedRows(LazyTensor):
+    """Some rows (int64) of another tensor, in any order."""
 
-    rows: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """With the selected rows."""
-        return (len(self.rows), *self.inner.shape[1:])
+    def __init__(self, inner: LazyTensor, rows: Tensor) -> None:
+        self.inner, self.rows = inner, rows
+        self.shape, self.dtype = (len(rows), *inner.shape[1:]), inner.dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Read no rows above the first or below the last that is wanted."""
@@ -130,35 +113,20 @@ class SelectedRows(DerivedTensor):
         first, last = int(rows.min()), int(rows.max())
         if dim in (None, 0):
             values = self.inner.read(0, first, last + 1)
-            return values if _ascending(rows) else values[rows - first]
-        values = self.inner.read(dim, start, stop)
-        return values[rows]
+            return values if bool((rows.diff() == 1).all()) else values[rows - first]
+        return self.inner.read(dim, start, stop)[rows]
 
     def select(self, rows: Tensor) -> LazyTensor:
         """Selecting twice is selecting once."""
         return SelectedRows(self.inner, self.rows[rows])
 
 
-def _ascending(rows: Tensor) -> bool:
-    return bool((rows.diff() == 1).all())
-
-
-@dataclass(frozen=True)
 class StackedRows(LazyTensor):
-    """Several tensors put into one, the i-th row of `parts[j]` at row `rows[j][i]`."""
+    """Several tensors put into one, the i-th row of `parts[j]` at row `rows[j][i]`; of the first part's dtype."""
 
-    parts: tuple[LazyTensor, ...]
-    rows: tuple[Tensor, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """All rows together."""
-        return (sum(len(rows) for rows in self.rows), *self.parts[0].shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the first part."""
-        return self.parts[0].dtype
+    def __init__(self, parts: tuple[LazyTensor, ...], rows: tuple[Tensor, ...]) -> None:
+        self.parts, self.rows = parts, rows
+        self.shape, self.dtype = (sum(map(len, rows)), *parts[0].shape[1:]), parts[0].dtype
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Put the whole together; a range is cut out of it."""
@@ -167,7 +135,7 @@ class StackedRows(LazyTensor):
         whole[self.rows[0]] = first
         for part, rows in zip(self.parts[1:], self.rows[1:], strict=True):
             whole[rows] = part.read().to(whole.dtype)
-        return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
+        return cut(whole, dim, start, stop)
 
 
 @dataclass(frozen=True)
@@ -224,59 +192,40 @@ class PackedTensor(LazyTensor):
         return replace(self, rows=chosen, shape=(len(rows), self.shape[1]))
 
 
-@dataclass(frozen=True)
-class GrownRows(DerivedTensor):
-    """An embedding with rows for tokens added to its vocabulary: each starts as the mean of those there are."""
-
-    count: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`count` rows."""
-        return (self.count, *self.inner.shape[1:])
-
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The mean takes the whole; a range is cut out of it."""
-        values = self.inner.read()
-        mean = values.float().mean(0, keepdim=True).to(values.dtype)
-        grown = torch.cat([values, mean.expand(self.count - len(values), -1)])
-        return grown if dim is None else grown.narrow(dim, start, stop - start).contiguous()
+def cut(whole: Tensor, dim: int | None, start: int, stop: int) -> Tensor:
+    """A copy of the range [start, stop) along `dim` of a tensor; without `dim` the tensor itself."""
+    return whole if dim is None else whole.narrow(dim, start, stop - start).contiguous()
 
 
-@dataclass(frozen=True)
-class UnitRows(DerivedTensor):
-    """A matrix whose rows are scaled to length 1, as a normalized head has them; rows of zeros stay."""
-
-    dtype: str = "float32"
-
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """In fp32. A range of columns is cut out of whole rows, since a row's length depends on all of it."""
-        values = self.inner.read(0, start, stop) if dim == 0 else self.inner.read()
-        values = F.normalize(values.float())
-        return values.narrow(1, start, stop - start).contiguous() if dim == 1 else values
+def zeros(*shape: int) -> LazyTensor:
+    """Zeros (fp32), where a file leaves out what changes nothing."""
+    return ComputedTensor(shape, "float32", lambda *span: cut(torch.zeros(shape), *span))
 
 
-@dataclass(frozen=True)
-class ZeroTensor(LazyTensor):
-    """Zeros, where a file leaves out what changes nothing."""
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Zeros of the range's shape."""
-        shape = list(self.shape)
-        if dim is not None:
-            shape[dim] = stop - start
-        return torch.zeros(shape)
-
-
-@dataclass(frozen=True)
-class SummedTensor(DerivedTensor):
+def summed(first: LazyTensor, second: LazyTensor) -> LazyTensor:
     """A tensor and the difference that another file adds to it, summed in fp32."""
+    return ComputedTensor(
+        first.shape, first.dtype, lambda *span: first.read(*span).float() + second.read(*span).float()
+    )
 
-    difference: LazyTensor
 
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Read both ranges, and add."""
-        return self.inner.read(dim, start, stop).float() + self.difference.read(dim, start, stop).float()
+def grown_rows(inner: LazyTensor, count: int) -> LazyTensor:
+    """An embedding [`count`, D], whose rows for tokens added to its vocabulary start as the mean of the others."""
+
+    def compute(*span: Any) -> Tensor:
+        values = inner.read()
+        mean = values.float().mean(0, keepdim=True).to(values.dtype)
+        return cut(torch.cat([values, mean.expand(count - len(values), -1)]), *span)
+
+    return ComputedTensor((count, *inner.shape[1:]), inner.dtype, compute)
+
+
+def unit_rows(inner: LazyTensor) -> LazyTensor:
+    """A matrix whose rows are scaled to length 1 (fp32), as a normalized head has them; rows of zeros stay."""
+
+    def compute(dim: int | None, start: int, stop: int) -> Tensor:
+        if dim == 0:
+            return F.normalize(inner.read(0, start, stop).float())
+        return cut(F.normalize(inner.read().float()), dim, start, stop)  # a row's length depends on all of it
+
+    return ComputedTensor(inner.shape, "float32", compute)

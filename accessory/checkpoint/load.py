@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from accessory.checkpoint.lazy import GrownRows, LazyTensor, PackedTensor, SummedTensor
+from accessory.checkpoint.lazy import LazyTensor, PackedTensor, grown_rows, summed
 from accessory.checkpoint.naming import in_rotary_layout
 from accessory.checkpoint.source import Source
 from accessory.errors import CheckpointError, nearest
@@ -81,13 +81,13 @@ def overlay(sources: list[Source], args: ModelArgs) -> tuple[dict[str, LazyTenso
                 raise CheckpointError(
                     f"{source.path}: adds to {_list(absent, 'which is', 'which are')} in no checkpoint before it."
                 )
-            tensors = {name: SummedTensor(found[name], tensor) for name, tensor in tensors.items()}
+            tensors = {name: summed(found[name], tensor) for name, tensor in tensors.items()}
         found |= tensors
         origin |= dict.fromkeys(tensors, source)
     rows = {name: found[name].shape[:1] for name in VOCABULARY_MATRICES if name in found}
     # If embedding and head differ in rows, the vocabulary has not grown: a shape is wrong, and `resolve` says so.
     if len(set(rows.values())) == 1 and next(iter(rows.values())) < (args.vocab_size,):
-        found |= {name: GrownRows(found[name], args.vocab_size) for name in rows}
+        found |= {name: grown_rows(found[name], args.vocab_size) for name in rows}
     return found, origin
 
 

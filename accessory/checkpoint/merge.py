@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import DerivedTensor, LazyTensor, PackedTensor
+from accessory.checkpoint.lazy import ComputedTensor, LazyTensor, PackedTensor, cut
 from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors
 from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
@@ -32,35 +32,19 @@ class RepackedTensor(PackedTensor):
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Pack the whole matrix, since blocks may cross the edge of a range, and cut the range out of it; fp32."""
-        values = super().read()
-        return values if dim is None else values.narrow(dim, start, stop - start).contiguous()
+        return cut(super().read(), dim, start, stop)
 
 
-@dataclass(frozen=True)
-class UnpackedTensor(DerivedTensor):
-    """A packed matrix that writers see as a plain one, so that they do not keep it packed."""
+def with_lora(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
+    """W + scale B A in fp32, with W [N, K], A [R, K] and B [N, R]."""
 
-    dtype: str = "float32"
+    def compute(dim: int | None, start: int, stop: int) -> Tensor:  # rows need those of B alone, columns those of A
+        right = a.read(1, start, stop) if dim == 1 else a.read()
+        left = b.read(0, start, stop) if dim == 0 else b.read()
+        base = weight.read(dim, start, stop).to(torch.float32, copy=True)
+        return base.addmm_(left.float(), right.float(), alpha=scale)
 
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Dequantize to fp32."""
-        return self.inner.read(dim, start, stop)
-
-
-@dataclass(frozen=True)
-class MergedTensor(DerivedTensor):
-    """W + scale B A in fp32, with W [N, K] (`inner`), A [R, K] and B [N, R]."""
-
-    a: LazyTensor
-    b: LazyTensor
-    scale: float
-
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """A range of rows needs those of B alone, one of columns those of A."""
-        a = self.a.read(1, start, stop) if dim == 1 else self.a.read()
-        b = self.b.read(0, start, stop) if dim == 0 else self.b.read()
-        weight = self.inner.read(dim, start, stop).to(torch.float32, copy=True)
-        return weight.addmm_(b.float(), a.float(), alpha=self.scale)
+    return ComputedTensor(weight.shape, weight.dtype, compute)
 
 
 def repacked(tensors: Tensors, quant_type: str) -> Tensors:
@@ -83,9 +67,10 @@ def with_trained_parts(tensors: Tensors) -> Tensors:
 
 
 def unpacked(tensors: Tensors) -> Tensors:
-    """A base whose packed matrices are read as plain ones."""
+    """A base whose packed matrices are read as plain ones (fp32), so that no writer keeps them packed."""
     return {
-        name: UnpackedTensor(tensor) if isinstance(tensor, PackedTensor) else tensor for name, tensor in tensors.items()
+        name: ComputedTensor(tensor.shape, "float32", tensor.read) if isinstance(tensor, PackedTensor) else tensor
+        for name, tensor in tensors.items()
     }
 
 
@@ -107,7 +92,7 @@ def merged(
         if leaf == "weight" and (a or b):
             if not (a and b):
                 raise CheckpointError(f"{module}: has only one of lora_a and lora_b.")
-            tensor = MergedTensor(tensor, a, b, settings.lora_scale)
+            tensor = with_lora(tensor, a, b, settings.lora_scale)
         kept[name] = tensor
     return args.model_copy(update=_bias_switches(kept)), kept
 

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.checkpoint.lazy import (
-    GrownRows,
     HeldTensor,
     LazyTensor,
     SelectedRows,
     ShardedTensor,
     StackedRows,
-    SummedTensor,
-    ZeroTensor,
+    grown_rows,
+    summed,
+    zeros,
 )
 from accessory.checkpoint.opening import open_source
 
@@ -126,25 +126,25 @@ def test_grown_rows() -> None:
     """Rows of added tokens start as the mean of those there were, computed in fp32."""
     whole = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])
     mean = torch.tensor([[3.0, 3.0]])
-    check_every_range(GrownRows(HeldTensor(whole), 5), torch.cat([whole, mean, mean]))
+    check_every_range(grown_rows(HeldTensor(whole), 5), torch.cat([whole, mean, mean]))
     narrow = torch.full((4000, 1), 1.001, dtype=torch.bfloat16)
-    grown = GrownRows(HeldTensor(narrow), 4001).read()
+    grown = grown_rows(HeldTensor(narrow), 4001).read()
     assert grown.dtype == torch.bfloat16 and torch.equal(grown[-1], narrow[0])
 
 
 def test_zeros() -> None:
     """Where a file leaves out what changes nothing."""
-    check_every_range(ZeroTensor((3, 4)), torch.zeros(3, 4))
+    check_every_range(zeros(3, 4), torch.zeros(3, 4))
 
 
 def test_summed() -> None:
     """In fp32, however narrow the files are: a difference smaller than bf16's last place still counts."""
     first, second = torch.arange(12.0).view(3, 4), 0.25 * torch.ones(3, 4)
-    check_every_range(SummedTensor(HeldTensor(first), HeldTensor(second)), first + 0.25)
-    narrow = SummedTensor(HeldTensor(torch.full((2,), 256.0).bfloat16()), HeldTensor(torch.full((2,), 0.5).bfloat16()))
+    check_every_range(summed(HeldTensor(first), HeldTensor(second)), first + 0.25)
+    narrow = summed(HeldTensor(torch.full((2,), 256.0).bfloat16()), HeldTensor(torch.full((2,), 0.5).bfloat16()))
     assert narrow.read().tolist() == [256.5, 256.5]
     base, change = Counted(first), Counted(second)
-    SummedTensor(base, change).read(1, 1, 3)
+    summed(base, change).read(1, 1, 3)
     assert base.reads == change.reads == [(1, 1, 3)]
 
 

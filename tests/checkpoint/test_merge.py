@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.lazy import HeldTensor, PackedTensor
-from accessory.checkpoint.merge import MergedTensor, merged, repacked, unpacked
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor
+from accessory.checkpoint.merge import merged, repacked, unpacked, with_lora
 from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
@@ -23,10 +23,10 @@ def held(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Held
     return HeldTensor(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
-def adapted(dtype: torch.dtype = torch.bfloat16) -> tuple[MergedTensor, Tensor]:
+def adapted() -> tuple[LazyTensor, Tensor]:
     """A merged [10, 8], and what it should be in float64."""
-    weight, a, b = held(10, 8, dtype=dtype), held(3, 8, seed=1), held(10, 3, seed=2)
-    return MergedTensor(weight, a, b, 1.5), weight.value.double() + 1.5 * b.value.double() @ a.value.double()
+    weight, a, b = held(10, 8, dtype=torch.bfloat16), held(3, 8, seed=1), held(10, 3, seed=2)
+    return with_lora(weight, a, b, 1.5), weight.value.double() + 1.5 * b.value.double() @ a.value.double()
 
 
 def test_lora_is_added_in_full_precision() -> None:
@@ -55,10 +55,10 @@ def test_chosen_rows() -> None:
 
 def test_the_base_is_left_alone() -> None:
     """fp32 files are mapped into memory: reading twice adds once."""
-    tensor, _ = adapted(torch.float32)
-    before = tensor.inner.value.clone()
+    weight, a, b = held(10, 8), held(3, 8, seed=1), held(10, 3, seed=2)
+    before, tensor = weight.value.clone(), with_lora(weight, a, b, 1.5)
     assert torch.equal(tensor.read(), tensor.read())
-    assert torch.equal(tensor.inner.value, before)
+    assert torch.equal(weight.value, before)
 
 
 def model(**more: HeldTensor) -> dict[str, HeldTensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accessory.checkpoint.formats.bitsandbytes import packed_by_bitsandbytes
 from accessory.checkpoint.formats.torch_shards import load_torch_file
-from accessory.checkpoint.lazy import HeldTensor, LazyTensor, UnitRows
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor, unit_rows
 from accessory.checkpoint.naming import ours_from_theirs
 from accessory.checkpoint.source import Source, open_safetensors, read_json, settings_read_by
 from accessory.errors import CheckpointError, is_file
@@ -29,7 +29,7 @@ def open_hugging_face(path: Path) -> Source:
     tensors = ours_from_theirs(theirs, architecture.names, args, str(path))
     notes: tuple[str, ...] = ()
     if architecture.has_unit_head(config) and (head := tensors.get("output.weight")):
-        tensors["output.weight"] = UnitRows(head)
+        tensors["output.weight"] = unit_rows(head)
         notes = ("the rows of its head are scaled to length 1 as they are read, and not again in training",)
     settings, family = args.model_dump(), architecture.family
     return Source(path, "Hugging Face", files, tensors, settings=settings, llama_type=family, notes=notes)

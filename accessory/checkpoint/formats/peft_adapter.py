@@ -18,7 +18,7 @@ from accessory.checkpoint.formats.peft_config import (
 )
 from accessory.checkpoint.formats.peft_factors import Factors, new_factors
 from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
-from accessory.checkpoint.lazy import LazyTensor, SafetensorsTensor, ZeroTensor
+from accessory.checkpoint.lazy import LazyTensor, SafetensorsTensor, zeros
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, model_args_of, open_safetensors, read_json
 from accessory.errors import CheckpointError, is_file
@@ -200,7 +200,7 @@ class _Adapter:
         biases = any(f"{name}.bias" in self.plain for name in self.places.linears)
         if biases:
             for name in self.places.linears.keys() - self.places.biased:
-                tensors.setdefault(f"{name}.bias", ZeroTensor(self.places.linears[name][:1]))
+                tensors.setdefault(f"{name}.bias", zeros(self.places.linears[name][0]))
         return tensors, self._settings(rank, scale, kinds, biases), self._notes(found, rank, kinds)
 
     def _notes(self, found: dict[str, Factors], rank: int, kinds: set[str]) -> tuple[str, ...]:

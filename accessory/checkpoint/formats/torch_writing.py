@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats.torch_shards import shard_dim
-from accessory.checkpoint.lazy import LazyTensor, ZeroTensor
+from accessory.checkpoint.lazy import LazyTensor, zeros
 from accessory.checkpoint.save import fresh_directory, write_json
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
 from accessory.errors import ParallelError
@@ -96,7 +96,7 @@ def _with_whole_places(model: WholeModel, flavour: Flavour) -> dict[str, LazyTen
         for i in range(model.args.n_layers):
             for module in _BIASED:
                 name = f"layers.{i}.{module}"
-                tensors.setdefault(f"{name}.bias", ZeroTensor((tensors[f"{name}.weight"].shape[0],)))
+                tensors.setdefault(f"{name}.bias", zeros(tensors[f"{name}.weight"].shape[0]))
     return tensors
 
 
