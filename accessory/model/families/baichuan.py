@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
-from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, NAMES, UNGROUPED_KEYS
+from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, NAMES, QKV, UNGROUPED_KEYS
 
 _SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _NAMES = Names(
     outer=NAMES.outer,
     block=NAMES.block,
     inner={
-        "self_attn.W_pack": Fused(("attention.wq", "attention.wk", "attention.wv")),
+        "self_attn.W_pack": Fused(QKV),
         **{their: our for their, our in NAMES.inner.items() if their not in _SEPARATE},
     },
 )

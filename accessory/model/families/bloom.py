@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
+from accessory.model.families.llama import ALL_BIASES, BIASES, QKV
 
-_QKV = ("attention.wq", "attention.wk", "attention.wv")
 GGUF_NAMES = Names(
     outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
     block="blk.{}.",
     inner={
-        "attn_qkv": Fused(_QKV),
+        "attn_qkv": Fused(QKV),
         "attn_output": "attention.wo",
         "ffn_up": "feed_forward.w1",
         "ffn_down": "feed_forward.w2",
@@ -47,7 +47,7 @@ ARCHITECTURES = (
             },
             block="transformer.h.{}.",
             inner={
-                "self_attention.query_key_value": Fused(_QKV, "heads"),
+                "self_attention.query_key_value": Fused(QKV, "heads"),
                 "self_attention.dense": "attention.wo",
                 "mlp.dense_h_to_4h": "feed_forward.w1",
                 "mlp.dense_4h_to_h": "feed_forward.w2",
@@ -65,23 +65,15 @@ ARCHITECTURES = (
             "max_seq_len": "seq_length",
         },
         defaults={"norm_eps": 1e-5, "tie_word_embeddings": True, "max_seq_len": 2048},
-        fixed={
-            "gated": False,
-            "activation": "gelu_tanh",
-            "norm": "layer",
-            "embedding_norm": True,
-            "position": "alibi",
-            "qkv_bias": True,
-            "out_bias": True,
-            "mlp_bias": True,
-        },
+        fixed=ALL_BIASES
+        | {"gated": False, "activation": "gelu_tanh", "norm": "layer", "embedding_norm": True, "position": "alibi"},
         required={"apply_residual_connection_post_layernorm": False},
         rope=None,
         gguf=Gguf(
             "bloom",
             "pairs",
             replace(GGUF_NAMES, outer={**GGUF_NAMES.outer, "token_embd_norm": "tok_norm"}),
-            biases=("qkv_bias", "out_bias", "mlp_bias"),
+            biases=tuple(BIASES),
         ),
     ),
 )

@@ -10,9 +10,8 @@ from dataclasses import replace
 from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names, Rope
-from accessory.model.families.llama import DEFAULTS, GGUF_QKV, KEYS, NAMES
+from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, KEYS, LLAMA, NAMES, QKV
 
-_QKV = Fused(("attention.wq", "attention.wk", "attention.wv"))
 _GATE_UP = Fused(("feed_forward.w1", "feed_forward.w3"))
 _INNER = {
     **{their: our for their, our in NAMES.inner.items() if not their.startswith("mlp.")},
@@ -21,27 +20,9 @@ _INNER = {
 }
 _SANDWICH = {"post_self_attn_layernorm": "attention_post_norm", "post_mlp_layernorm": "ffn_post_norm"}
 _PAIRS = {"rotary_layout": "pairs"}
-_KEYS = KEYS | {"qkv_bias": "attention_bias"}
-_GGUF_INNER = {
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_up": _GATE_UP,
-    "ffn_down": "feed_forward.w2",
-    "attn_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
-    **GGUF_QKV,
-}
-_GGUF_NAMES = Names(
-    outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
-    block="blk.{}.",
-    inner=_GGUF_INNER,
-    needless=r"rope_freqs\.weight",
-)
-_GLM_GGUF = Gguf("chatglm", "pairs", _GGUF_NAMES, partial_rotary=True)
+_GGUF_INNER = {their: our for their, our in GGUF_NAMES.inner.items() if their != "ffn_gate"} | {"ffn_up": _GATE_UP}
+_GLM_GGUF = Gguf("chatglm", "pairs", replace(GGUF_NAMES, inner=_GGUF_INNER), partial_rotary=True)
 _GLM4_NORMS = {"post_attention_norm": "attention_post_norm", "post_ffw_norm": "ffn_post_norm"}
-_ROPE = Rope(share_key="partial_rotary_factor", share=0.5)
 
 
 class _ChatGlm(Architecture):
@@ -64,33 +45,29 @@ class _ChatGlm(Architecture):
         return {"rope_ratio": args.rope_theta / 10000.0}
 
 
+_GLM = replace(
+    LLAMA,
+    name="glm",
+    family="glm",
+    class_name="GlmForCausalLM",
+    names=replace(NAMES, inner=_INNER),
+    keys=KEYS | {"qkv_bias": "attention_bias"},
+    defaults=DEFAULTS | {"qkv_bias": True, "norm_eps": 1.5625e-07},
+    fixed=_PAIRS,
+    rope=Rope(share_key="partial_rotary_factor", share=0.5),
+    gguf=_GLM_GGUF,
+)
+_GLM4_GGUF_NAMES = replace(GGUF_NAMES, inner={**_GGUF_INNER, **_GLM4_NORMS})
+
 ARCHITECTURES = (
-    Architecture(
-        name="glm",
-        family="glm",
-        class_name="GlmForCausalLM",
-        names=replace(NAMES, inner=_INNER),
-        keys=_KEYS,
-        defaults=DEFAULTS | {"qkv_bias": True, "norm_eps": 1.5625e-07},
-        fixed=_PAIRS,
-        rope=_ROPE,
-        gguf=_GLM_GGUF,
-    ),
-    Architecture(
+    _GLM,
+    replace(
+        _GLM,
         name="glm4",
-        family="glm",
         class_name="Glm4ForCausalLM",
         names=replace(NAMES, inner={**_INNER, **_SANDWICH}),
-        keys=_KEYS,
-        defaults=DEFAULTS | {"qkv_bias": True, "norm_eps": 1.5625e-07},
         fixed=_PAIRS | {"norm_placement": "both"},
-        rope=_ROPE,
-        gguf=replace(
-            _GLM_GGUF,
-            architecture="glm4",
-            names=replace(_GGUF_NAMES, inner={**_GGUF_INNER, **_GLM4_NORMS}),
-            wide_heads=True,
-        ),
+        gguf=replace(_GLM_GGUF, architecture="glm4", names=_GLM4_GGUF_NAMES, wide_heads=True),
     ),
     _ChatGlm(
         name="chatglm",
@@ -105,7 +82,7 @@ ARCHITECTURES = (
             },
             block="transformer.encoder.layers.{}.",
             inner={
-                "self_attention.query_key_value": _QKV,
+                "self_attention.query_key_value": Fused(QKV),
                 "self_attention.dense": "attention.wo",
                 "mlp.dense_h_to_4h": _GATE_UP,
                 "mlp.dense_4h_to_h": "feed_forward.w2",

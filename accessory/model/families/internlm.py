@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
-from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names, Rope
-from accessory.model.families.llama import (
-    BIASES,
-    DEFAULTS,
-    GGUF,
-    GGUF_NAMES,
-    HALVES,
-    KEYS,
-    NAMES,
-    NO_BIASES,
-    UNGROUPED_KEYS,
-)
+from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
+from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, KEYS, LLAMA, NAMES, QKV, UNGROUPED_KEYS
 
 _NAMES_2 = Names(
     outer={"model.tok_embeddings": "tok_embeddings", "model.norm": "norm", "output": "output"},
     block="model.layers.{}.",
     inner={
-        "attention.wqkv": Fused(("attention.wq", "attention.wk", "attention.wv"), "kv_heads"),
+        "attention.wqkv": Fused(QKV, "kv_heads"),
         "attention.wo": "attention.wo",
         "feed_forward.w1": "feed_forward.w1",
         "feed_forward.w2": "feed_forward.w2",
@@ -53,6 +45,9 @@ class _InternLm(Architecture):
         return {"rotary": rotary | ({"scaling_factor": args.rope_scaling.factor} if dynamic else {})}
 
 
+_KEYS = {"qkv_bias": "bias", "out_bias": "bias"}
+_DEFAULTS = DEFAULTS | {"qkv_bias": True, "out_bias": True}
+
 ARCHITECTURES = (
     _InternLm(
         name="internlm",
@@ -60,32 +55,26 @@ ARCHITECTURES = (
         family="llama",
         class_name="InternLMForCausalLM",
         names=NAMES,
-        keys=UNGROUPED_KEYS | {"qkv_bias": "bias", "out_bias": "bias"},
-        defaults=DEFAULTS | {"qkv_bias": True, "out_bias": True},
+        keys=UNGROUPED_KEYS | _KEYS,
+        defaults=_DEFAULTS,
         fixed=HALVES,
-        gguf=GGUF,
+        gguf=LLAMA.gguf,
     ),
-    Architecture(
+    replace(
+        LLAMA,
         name="internlm2",
         native=False,
-        family="llama",
         class_name="InternLM2ForCausalLM",
         names=_NAMES_2,
-        keys=KEYS | {"qkv_bias": "bias", "out_bias": "bias"},
-        defaults=DEFAULTS | {"qkv_bias": True, "out_bias": True},
-        fixed=HALVES,
-        rope=Rope(theta=10000.0),
+        keys=KEYS | _KEYS,
+        defaults=_DEFAULTS,
         gguf=Gguf("internlm2", "pairs", GGUF_NAMES, tied=False),
     ),
-    Architecture(
+    replace(
+        LLAMA,
         name="internlm3",
-        family="llama",
         class_name="InternLM3ForCausalLM",
-        names=NAMES,
-        keys=KEYS | {ours: f"{their}|{old}" for (ours, their), old in
-                     zip(BIASES.items(), ("qkv_bias", "qkv_bias", "bias"), strict=True)},
-        defaults=DEFAULTS | NO_BIASES,
-        fixed=HALVES,
-        gguf=GGUF,
+        keys=KEYS
+        | {"qkv_bias": "attention_bias|qkv_bias", "out_bias": "attention_bias|qkv_bias", "mlp_bias": "mlp_bias|bias"},
     ),
-)  # fmt: skip
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from accessory.model.families.architecture import Architecture, Fused, Gguf, Names, Rope
+from dataclasses import replace
+
+from accessory.model.families.architecture import Architecture, Fused, Gguf, Names
 
 NAMES = Names(
     outer={"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"},
@@ -19,8 +21,7 @@ NAMES = Names(
         "post_attention_layernorm": "ffn_norm",
     },
 )
-GGUF_QKV = {"attn_qkv": Fused(("attention.wq", "attention.wk", "attention.wv"))}
-"""llama.cpp also takes q, k and v in one matrix; the separate names come first, and are the ones written."""
+QKV = ("attention.wq", "attention.wk", "attention.wv")
 GGUF_NAMES = Names(
     outer={"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"},
     block="blk.{}.",
@@ -34,7 +35,7 @@ GGUF_NAMES = Names(
         "ffn_up": "feed_forward.w3",
         "attn_norm": "attention_norm",
         "ffn_norm": "ffn_norm",
-        **GGUF_QKV,
+        "attn_qkv": Fused(QKV),  # q, k and v may be one matrix; the separate names come first, and are the ones written
     },
     needless=r"rope_freqs\.weight",
 )
@@ -55,32 +56,21 @@ UNGROUPED_KEYS = {ours: theirs for ours, theirs in KEYS.items() if ours not in (
 """For models without grouped heads, whose heads are dim / n_heads wide."""
 DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "max_seq_len": 2048}
 BIASES = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
-NO_BIASES = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+NO_BIASES, ALL_BIASES = dict.fromkeys(BIASES, False), dict.fromkeys(BIASES, True)
 HALVES = {"rotary_layout": "halves"}
 """Hugging Face rotates channel i of a head with channel i + E / 2."""
 GGUF = Gguf("llama", "pairs", GGUF_NAMES, rope_factors=True, biases=tuple(BIASES), wide_heads=True)
 
-ARCHITECTURES = (
-    Architecture(
-        name="llama",
-        family="llama",
-        class_name="LlamaForCausalLM",
-        names=NAMES,
-        keys=KEYS | BIASES,
-        defaults=DEFAULTS | NO_BIASES,
-        fixed=HALVES,
-        gguf=GGUF,
-    ),
-    Architecture(
-        name="mistral",
-        family="llama",
-        class_name="MistralForCausalLM",
-        names=NAMES,
-        keys=KEYS,
-        defaults=DEFAULTS,
-        fixed=HALVES,
-        rope=Rope(),
-        sliding="plain",
-        gguf=GGUF,
-    ),
+LLAMA = Architecture(
+    name="llama",
+    family="llama",
+    class_name="LlamaForCausalLM",
+    names=NAMES,
+    keys=KEYS | BIASES,
+    defaults=DEFAULTS | NO_BIASES,
+    fixed=HALVES,
+    gguf=GGUF,
 )
+MISTRAL = replace(LLAMA, name="mistral", class_name="MistralForCausalLM", keys=KEYS, defaults=DEFAULTS, sliding="plain")
+
+ARCHITECTURES = (LLAMA, MISTRAL)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Names
-
-_BIASES = ("qkv_bias", "out_bias", "mlp_bias")
+from accessory.model.families.llama import ALL_BIASES, BIASES, UNGROUPED_KEYS
 
 
 class _Opt(Architecture):
@@ -60,23 +59,13 @@ ARCHITECTURES = (
             },
         ),
         keys={
-            "dim": "hidden_size",
+            **{ours: theirs for ours, theirs in UNGROUPED_KEYS.items() if ours != "norm_eps"},
+            **dict.fromkeys(BIASES, "enable_bias"),
             "embedding_dim": "word_embed_proj_dim",
-            "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads",
-            "vocab_size": "vocab_size",
             "hidden_dim": "ffn_dim",
             "activation": "activation_function",
-            "tie_word_embeddings": "tie_word_embeddings",
-            "max_seq_len": "max_position_embeddings",
-            **dict.fromkeys(_BIASES, "enable_bias"),
         },
-        defaults={
-            "embedding_dim": None,
-            "activation": "relu",
-            "tie_word_embeddings": True,
-            **dict.fromkeys(_BIASES, True),
-        },
+        defaults=ALL_BIASES | {"embedding_dim": None, "activation": "relu", "tie_word_embeddings": True},
         fixed={"gated": False, "norm": "layer", "norm_eps": 1e-5, "position": "learned", "position_offset": 2},
         rope=None,
     ),

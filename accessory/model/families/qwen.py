@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from accessory.model.families.architecture import Architecture, Gguf
-from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, KEYS, NAMES
+from accessory.model.families.architecture import Gguf
+from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, KEYS, MISTRAL, NAMES
 
 _QK_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
 _GGUF_QK_NORMS = {"attn_q_norm": "attention.q_norm", "attn_k_norm": "attention.k_norm"}
 
 ARCHITECTURES = (
-    Architecture(
+    replace(
+        MISTRAL,
         name="qwen2",
-        family="llama",
         class_name="Qwen2ForCausalLM",
-        names=NAMES,
-        keys=KEYS,
-        defaults=DEFAULTS,
         fixed=HALVES | {"qkv_bias": True},
         sliding="switched",
         gguf=Gguf("qwen2", "halves", GGUF_NAMES),
     ),
-    Architecture(
+    replace(
+        MISTRAL,
         name="qwen3",
-        family="llama",
         class_name="Qwen3ForCausalLM",
         names=replace(NAMES, inner={**NAMES.inner, **_QK_NORMS}),
         keys=KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias"},
