@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accessory.checkpoint.formats import hugging_face_writing
+from accessory.checkpoint import save
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import with_base
 from accessory.data.templates import format_prompt
@@ -161,7 +161,7 @@ class TestMerge:
 
     def test_shards_have_an_index(self, part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """No file above the limit but for a tensor that is; transformers finds them all."""
-        monkeypatch.setattr(hugging_face_writing, "SHARD_BYTES", 300_000)
+        monkeypatch.setattr(save, "SHARD_BYTES", 300_000)
         target = written([part], tmp_path / "hf")
         files = sorted(path.name for path in target.glob("*.safetensors"))
         index = json.loads((target / "model.safetensors.index.json").read_text())

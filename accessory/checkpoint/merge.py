@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,11 +48,16 @@ def with_lora(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) ->
     return ComputedTensor(weight.shape, weight.dtype, compute)
 
 
-def repacked(tensors: Tensors, quant_type: str) -> Tensors:
-    """The base as it was in training: every matrix of the blocks packed."""
+def repacked(tensors: Tensors, quant_type: str, is_linear: Callable[[str], object] = BLOCK_LINEAR.fullmatch) -> Tensors:
+    """A base with every matrix of the blocks packed, as a run does that packs while it loads.
+
+    `is_linear` tells these matrices by name. What is packed already stays as it is.
+    """
     kind = storage(quant_type)
     return {
-        name: RepackedTensor({}, kind, tensor.shape, name, inner=tensor) if BLOCK_LINEAR.fullmatch(name) else tensor
+        name: RepackedTensor({}, kind, tensor.shape, name, inner=tensor)
+        if is_linear(name) and not isinstance(tensor, PackedTensor)
+        else tensor
         for name, tensor in tensors.items()
     }
 

@@ -59,17 +59,26 @@ def _replace(target: Path, partial: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Name -> tensor of one file after the other, each of about `SHARD_BYTES`; emptied when the next is asked for."""
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard.clear()
+            held = 0
+        shard[name] = tensor.contiguous()
+        held += tensor.nbytes
+    yield shard
+
+
 def write_tensors(directory: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write `stem.safetensors`, preceded by `stem-NNNNN.safetensors` of about `SHARD_BYTES` each for a large model."""
-    pending: dict[str, Tensor] = {}
-    held = written = 0
-    for name, tensor in tensors:
-        if pending and held + tensor.nbytes > SHARD_BYTES:
-            save_file(pending, directory / f"{stem}-{written:05d}.safetensors")
-            pending, held, written = {}, 0, written + 1
-        pending[name] = tensor.contiguous()
-        held += tensor.nbytes
-    save_file(pending, directory / f"{stem}.safetensors")
+    for number, shard in enumerate(in_shards(tensors)):
+        file = directory / f"{stem}-{number:05d}.safetensors"
+        save_file(shard, file)
+    file.rename(directory / f"{stem}.safetensors")
 
 
 @dataclass

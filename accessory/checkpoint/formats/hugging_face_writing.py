@@ -12,14 +12,15 @@ from torch import Tensor
 
 from accessory.checkpoint.formats.bitsandbytes import quantization_config
 from accessory.checkpoint.formats.hugging_face import INDEXES, SINGLES
-from accessory.checkpoint.lazy import LazyTensor, PackedTensor, StackedRows
-from accessory.checkpoint.naming import BLOCK_LINEAR, theirs_from_ours
-from accessory.checkpoint.save import SHARD_BYTES, fresh_directory, write_json
+from accessory.checkpoint.lazy import PackedTensor, StackedRows
+from accessory.checkpoint.merge import repacked
+from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors, theirs_from_ours
+from accessory.checkpoint.save import fresh_directory, in_shards, write_json
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
 from accessory.errors import CheckpointError
 from accessory.model.families import Architecture, architecture_of
 from accessory.model.families.architecture import Fused
-from accessory.quant import STORAGES, storage
+from accessory.quant import STORAGES
 from accessory.tokenizer.transformers_files import save_for_transformers
 
 
@@ -36,8 +37,9 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     theirs = theirs_from_ours(model.tensors, architecture.names, model.args)
     _refuse_repacking(theirs)
+    if quant_type:
+        theirs = repacked(theirs, quant_type, lambda name: _is_block_linear(name, architecture))
     packed = next((t.storage for t in theirs.values() if isinstance(t, PackedTensor)), None)
-    packed = storage(quant_type) if quant_type else packed
     if packed and not packed.IN_BITSANDBYTES:
         known = ", ".join(name for name, kind in STORAGES.items() if kind.IN_BITSANDBYTES)
         raise CheckpointError(
@@ -48,7 +50,7 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
     if packed:
         config["quantization_config"] = quantization_config(packed, dtype)
     with fresh_directory(target) as directory:
-        _write_shards(directory, _written(theirs, architecture, dtype, quant_type))
+        _write_shards(directory, _written(theirs, dtype, "packing" if quant_type else "writing"))
         write_json(directory / "config.json", config)
         save_for_transformers(model.tokenizer, directory)
 
@@ -61,7 +63,7 @@ def _token_ids(model: WholeModel) -> dict[str, Any]:
     return ids | {"pad_token_id": tokenizer.eos_id}
 
 
-def _refuse_repacking(theirs: dict[str, LazyTensor]) -> None:
+def _refuse_repacking(theirs: Tensors) -> None:
     """Raise `CheckpointError` for packed matrices whose rows the format orders or fuses otherwise."""
     stacked = [
         name for name, t in theirs.items() if isinstance(t, StackedRows) and isinstance(t.parts[0], PackedTensor)
@@ -74,22 +76,6 @@ def _refuse_repacking(theirs: dict[str, LazyTensor]) -> None:
         )
 
 
-def _written(
-    theirs: dict[str, LazyTensor], architecture: Architecture, dtype: torch.dtype, quant_type: str | None
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in progress(theirs, "packing" if quant_type else "writing"):
-        matrix = None
-        if isinstance(tensor, PackedTensor):
-            matrix = tensor.read_matrix()
-        elif quant_type and _is_block_linear(name, architecture):
-            matrix = storage(quant_type)(tensor.shape)
-            matrix.pack(tensor.read())  # from the file's own dtype, as a run does that packs while it loads
-        if matrix is None:
-            yield name, read_as(tensor, dtype)
-        else:
-            yield from ((f"{name}{suffix}", value) for suffix, value in matrix.as_bitsandbytes(dtype).items())
-
-
 def _is_block_linear(name: str, architecture: Architecture) -> bool:
     found = architecture.names.ours(name)
     if found is None:
@@ -98,24 +84,23 @@ def _is_block_linear(name: str, architecture: Architecture) -> bool:
     return BLOCK_LINEAR.fullmatch(f"{our}.{found[1]}") is not None
 
 
+def _written(theirs: Tensors, dtype: torch.dtype, task: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in progress(theirs, task):
+        if isinstance(tensor, PackedTensor):
+            state = tensor.read_matrix().as_bitsandbytes(dtype)
+            yield from ((f"{name}{suffix}", value) for suffix, value in state.items())
+        else:
+            yield name, read_as(tensor, dtype)
+
+
 def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Files of about `SHARD_BYTES`, named and indexed as transformers does once their number is known."""
     shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    held = total = 0
-
-    def flush() -> None:
-        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and held + tensor.nbytes > SHARD_BYTES:
-            flush()
-            held = 0
-        pending[name] = tensor.contiguous()
-        held, total = held + tensor.nbytes, total + tensor.nbytes
-    flush()
+    total = 0
+    for shard in in_shards(tensors):
+        save_file(shard, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:
         (directory / "0.part").rename(directory / SINGLES[0])
         return

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.lazy import LazyTensor, PackedTensor
-from accessory.checkpoint.naming import BLOCK_LINEAR
+from accessory.checkpoint.merge import repacked
 from accessory.checkpoint.save import fresh_directory, write_json, write_tensors
 from accessory.checkpoint.source import Source, open_safetensors, read_json, stated_llama_type, stated_settings
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import CheckpointError
 from accessory.model.families import architecture_of
-from accessory.quant import STORAGES, storage
+from accessory.quant import STORAGES
 
 TRAINABLE_FILES = "trainable*.safetensors"
 MODEL_FILES = "model*.safetensors"
@@ -113,17 +113,10 @@ def write_own(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: s
 def _written(
     model: WholeModel, dtype: torch.dtype, quant_type: str | None, packed: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in progress(model.tensors, "packing" if quant_type else "writing"):
+    tensors = repacked(model.tensors, quant_type) if quant_type else model.tensors
+    for name, tensor in progress(tensors, "packing" if quant_type else "writing"):
         if isinstance(tensor, PackedTensor):
-            state, kind = tensor.read_packed(), tensor.storage
-        elif quant_type and BLOCK_LINEAR.fullmatch(name):
-            kind = storage(quant_type)
-            matrix = kind(tensor.shape)
-            matrix.pack(tensor.read())  # from the file's own dtype, as a run does that packs while it loads
-            state = dict(matrix.named_parameters())
+            packed[name] = {"quant_type": tensor.storage.name, "shape": list(tensor.shape)}
+            yield from ((f"{name}.{part}", value) for part, value in tensor.read_packed().items())
         else:
             yield name, read_as(tensor, dtype)
-            continue
-        packed[name] = {"quant_type": kind.name, "shape": list(tensor.shape)}
-        for part, value in state.items():
-            yield f"{name}.{part}", value.detach()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers
 
-from accessory.checkpoint.formats import hugging_face_writing
+from accessory.checkpoint import save
 from accessory.checkpoint.formats.hugging_face_writing import write_hugging_face
 from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.opening import open_source
@@ -145,7 +145,7 @@ def test_several_ends_of_an_answer(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_shards(neox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named and indexed as transformers does; a tensor above the limit has a file of its own."""
-    monkeypatch.setattr(hugging_face_writing, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(save, "SHARD_BYTES", 150_000)
     target = written(neox, tmp_path / "out")
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
@@ -165,7 +165,7 @@ def test_shards(neox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_shards_of_packed_weights(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix and its statistics may lie in different files."""
     whole = written(tiny_base, tmp_path / "whole", quant_type="nf4")
-    monkeypatch.setattr(hugging_face_writing, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(save, "SHARD_BYTES", 100_000)
     cut = written(tiny_base, tmp_path / "cut", quant_type="nf4")
     assert len(list(cut.glob("*.safetensors"))) > 3
     first, second = (open_source(path).tensors for path in (whole, cut))
