@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer
-from accessory.tokenizer.hf_json import JsonTokenizer
+from accessory.tokenizer.base import StatedTokenizer, Tokenizer
 from accessory.tokenizer.special import NEW_TOKENS, Added
-from accessory.tokenizer.spm import SentencePieceTokenizer
 
 
 def with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
@@ -18,13 +16,13 @@ def with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
     Added tokens that it has already stay what they are; control tokens among them are still not matched in text. Saving
     keeps all. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
     """
-    if not isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
+    if not isinstance(tokenizer, StatedTokenizer):
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} takes no further tokens.")
     if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
         raise TokenizerError(f"An added token is {bad[0]!r}; expected a text that is not blank.")
     known = {*tokenizer.special.new, *(token.content for token in tokenizer.added_tokens().values())}
     new = [token for token in dict.fromkeys(tokens) if token not in known]
-    if taken := next((token for token in new if tokenizer.has_token(token)), None):
+    if taken := next((token for token in new if tokenizer.token_id(token) is not None), None):
         raise TokenizerError(f"{tokenizer.source}: {taken!r} is an ordinary token of it; expected new ones.")
     if not new:
         return tokenizer

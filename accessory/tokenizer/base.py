@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.special import NEW_TOKENS, Added
+from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
 
 # Vocabularies often list chat markers as ordinary user-defined tokens. Text of a data set that spells such a marker
 # would then forge a turn, so whatever looks like one is never matched in text.
@@ -101,39 +102,93 @@ class Tokenizer(ABC):
         """Ids of text between the control tokens of a chat, as the library of the vocabulary would cut it there."""
         return self.encode(text, continuation=place != "start")
 
-    def _set_special(
-        self,
-        *,
-        bos_id: int | None,
-        eos_id: int,
-        definition: bytes,
-        source: str,
-        start_ids: tuple[int, ...] = (),
-        stop_ids: Iterable[int] = (),
-        config: Mapping[str, object] | None = None,
-    ) -> None:
-        """Set the special ids, the template (of `config`) and the fingerprint. `vocab_size` is set already.
 
-        Raises TokenizerError for a BOS or EOS that the vocabulary does not reach. Such `stop_ids` are left out: a
-        config.json may speak of the model's padded rows.
+class StatedTokenizer(Tokenizer):
+    """A tokenizer with special tokens as the files beside its vocabulary state them (`special`)."""
+
+    special: SpecialTokens
+    hint: str = ""
+    """What else to say where a file names a token that the vocabulary lacks."""
+    _added: dict[int, Added]
+
+    @abstractmethod
+    def token(self, token_id: int) -> str | None:
+        """How the token of that id is spelled; None for a gap in the vocabulary."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that is spelled so, or None."""
+
+    @abstractmethod
+    def usual_start_ids(self) -> tuple[int, ...]:
+        """The ids that a document starts with unless a file says whether BOS is one of them."""
+
+    @abstractmethod
+    def with_special(self, special: SpecialTokens) -> StatedTokenizer:
+        """The same vocabulary with other special tokens."""
+
+    def special_names(self) -> dict[str, str]:
+        """See `Tokenizer.special_names`."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        own = {key: self.token(token_id) for key, token_id in ids.items() if token_id is not None}
+        return {**further_names(self.special.config), **own}
+
+    def write_special(self, directory: Path, config: dict, added: Mapping[int, Added]) -> None:
+        """Write tokenizer_config.json, which is `config` and what `special` came to, and the ids that end an answer.
+
+        `added` are the tokens that the vocabulary's own file does not hold.
         """
-        for name, token_id in (("BOS", bos_id), ("EOS", eos_id)):
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise TokenizerError(
-                    f"{source}: the {name} id is {token_id}; expected an id of the vocabulary, 0 to "
-                    f"{self.vocab_size - 1}."
-                )
-        self.bos_id, self.eos_id, self.start_ids = bos_id, eos_id, start_ids
-        self.stop_ids = frozenset({eos_id, *(token_id for token_id in stop_ids if 0 <= token_id < self.vocab_size)})
-        self.source, self.chat_template = source, default_template(config or {}, source)
-        new = (config or {}).get(NEW_TOKENS) or ()
-        settings = json.dumps([type(self).__name__, bos_id, eos_id, start_ids, sorted(self.stop_ids), *new])
-        self.fingerprint = hashlib.sha256(definition + settings.encode()).hexdigest()
+        write_special_tokens(
+            directory,
+            config,
+            bos=None if self.bos_id is None else self.token(self.bos_id),
+            eos=self.token(self.eos_id),
+            add_bos=self.bos_id in self.start_ids,
+            stop_ids=(self.eos_id, *sorted(self.stop_ids - {self.eos_id})),
+            added=added,
+        )
 
-    @property
-    def _ordered_stop_ids(self) -> tuple[int, ...]:
-        """The stop ids as files list them: EOS first."""
-        return (self.eos_id, *sorted(self.stop_ids - {self.eos_id}))
+    def _set_special(self, definition: bytes, *, bos: int | None = None, eos: int | None = None) -> None:
+        """Set the special ids, the chat template and the fingerprint; everything else is set already.
+
+        `bos` and `eos` are the ids that the vocabulary itself gives. Raises TokenizerError for a BOS or EOS that it
+        does not hold. Such ids among `special.stop_ids` are left out: a config.json may speak of padded rows.
+        """
+        special = self.special
+        eos_id = self._resolve("eos_token", special.eos, eos, special.eos_id)
+        if eos_id is None:
+            raise TokenizerError(
+                f"{self.source}: neither it nor a file beside it names the end of a document; expected 'eos_token' in "
+                "tokenizer_config.json or 'eos_token_id' in config.json."
+            )
+        self.eos_id = eos_id
+        self.bos_id = None if special.no_bos else self._resolve("bos_token", special.bos, bos, special.bos_id)
+        self.start_ids = choose_start_ids(self.usual_start_ids(), self.bos_id, special.add_bos)
+        self.stop_ids = frozenset({eos_id, *(token_id for token_id in special.stop_ids if self._holds(token_id))})
+        self.chat_template = default_template(special.config, self.source)
+        settings = [type(self).__name__, self.bos_id, eos_id, self.start_ids, sorted(self.stop_ids), *special.new]
+        self.fingerprint = hashlib.sha256(definition + json.dumps(settings).encode()).hexdigest()
+
+    def _added_definition(self) -> bytes:
+        return json.dumps(sorted((token_id, astuple(token)) for token_id, token in self._added.items())).encode()
+
+    def _holds(self, token_id: int) -> bool:
+        return 0 <= token_id < self.vocab_size
+
+    def _resolve(self, key: str, name: str | None, own: int | None, stated: int | None) -> int | None:
+        """A special id: of the token that a file names, else the vocabulary's own, else the id that a file gives."""
+        found = stated if own is None else own
+        if name is not None:
+            found = self.token_id(name)
+            if found is None:
+                said = f"{self.source}: tokenizer_config.json names {key} {name!r}, which is no token of it."
+                raise TokenizerError(said + self.hint)
+        elif found is not None and not (self._holds(found) and self.token(found) is not None):
+            raise TokenizerError(
+                f"{self.source}: config.json gives {key} the id {found}, which is no token of it; expected an id of "
+                f"the vocabulary, 0 to {self.vocab_size - 1}."
+            )
+        return found
 
 
 def choose_start_ids(usual: tuple[int, ...], bos_id: int | None, add_bos: bool | None) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -14,9 +14,9 @@ import tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import spm
-from accessory.tokenizer.base import Place, Tokenizer, choose_start_ids, looks_like_control
+from accessory.tokenizer.base import Place, StatedTokenizer, looks_like_control
 from accessory.tokenizer.sniff import may_be_model, what_is
-from accessory.tokenizer.special import FLAGS, Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.special import FLAGS, Added, SpecialTokens
 from accessory.tokenizer.spm import write_model_file
 from accessory.tokenizer.spm_pipeline import EXTRA_BLANKS
 from accessory.tokenizer.trial import try_in_subprocess
@@ -28,7 +28,7 @@ _STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
 _EXPECTED = "expected a tokenizer.json of the `tokenizers` library"
 
 
-class JsonTokenizer(Tokenizer):
+class JsonTokenizer(StatedTokenizer):
     """A pipeline of the `tokenizers` library; its own file names no BOS and EOS, the files beside it (`special`) do."""
 
     def __init__(
@@ -45,23 +45,7 @@ class JsonTokenizer(Tokenizer):
         continuing = _without_leading_space(pipeline)
         self._continuing = self._main if continuing == pipeline else _load(continuing, source)
         self.vocab_size = max(self._main.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        eos_id = self._resolve("eos_token", special.eos, special.eos_id, source)
-        if eos_id is None:
-            raise TokenizerError(
-                f"{source}: no file beside it names the end of a document; expected 'eos_token' in "
-                "tokenizer_config.json or 'eos_token_id' in config.json."
-            )
-        bos_id = None if special.no_bos else self._resolve("bos_token", special.bos, special.bos_id, source)
-        added = json.dumps(sorted((token_id, astuple(token)) for token_id, token in self._added.items()))
-        self._set_special(
-            bos_id=bos_id,
-            eos_id=eos_id,
-            start_ids=choose_start_ids(self.usual_start_ids(eos_id), bos_id, special.add_bos),
-            stop_ids=special.stop_ids,
-            definition=definition.encode() + added.encode(),
-            source=source,
-            config=special.config,
-        )
+        self._set_special(definition.encode() + self._added_definition())
         # An id that only config.json gives may be of a token which the pipeline takes for plain text.
         self._silent = {self.bos_id, self.eos_id}
 
@@ -93,19 +77,17 @@ class JsonTokenizer(Tokenizer):
         """See `Tokenizer.control_tokens`: the special ones among the added tokens."""
         return {token_id: token for token_id, token in self.added_tokens().items() if token.special}
 
-    def has_token(self, name: str) -> bool:
-        """Whether a token is spelled so."""
-        return self._main.token_to_id(name) is not None
+    def token(self, token_id: int) -> str | None:
+        """See `StatedTokenizer.token`."""
+        return self._main.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """See `StatedTokenizer.token_id`."""
+        return self._main.token_to_id(token)
 
     def with_special(self, special: SpecialTokens) -> JsonTokenizer:
-        """The same vocabulary with other special tokens."""
+        """See `StatedTokenizer.with_special`."""
         return JsonTokenizer(self._definition, special, source=self.source, model_file=self.model_file)
-
-    def special_names(self) -> dict[str, str]:
-        """See `Tokenizer.special_names`."""
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        own = {key: self._main.id_to_token(token_id) for key, token_id in ids.items() if token_id is not None}
-        return {**further_names(self.special.config), **own}
 
     def encode_segment(self, text: str, place: Place) -> list[int]:
         """See `Tokenizer.encode_segment`. A space for the first word of a text is only added for the first segment.
@@ -134,28 +116,13 @@ class JsonTokenizer(Tokenizer):
         (directory / FILE_NAME).write_text(self._definition, encoding="utf-8", newline="")
         if self.model_file is not None:
             write_model_file(directory, self.model_file, ids_of(self.stated_pipeline()))
-        write_special_tokens(
-            directory,
-            {"tokenizer_class": "PreTrainedTokenizerFast", **self.special.config},
-            bos=None if self.bos_id is None else self._main.id_to_token(self.bos_id),
-            eos=self._main.id_to_token(self.eos_id),
-            add_bos=self.bos_id in self.start_ids,
-            stop_ids=self._ordered_stop_ids,
-            added=self._added if self.model_file is None else self.added_tokens(),
-        )
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special.config}
+        self.write_special(directory, config, self._added if self.model_file is None else self.added_tokens())
 
     def added_tokens(self) -> dict[int, Added]:
         """See `Tokenizer.added_tokens`: all that tokenizer.json and the files beside it list."""
         stated = self._main.get_added_tokens_decoder()
         return {token_id: Added(**{name: getattr(token, name) for name in FLAGS}) for token_id, token in stated.items()}
-
-    def _resolve(self, key: str, name: str | None, token_id: int | None, source: str) -> int | None:
-        found = self._main.token_to_id(name) if name is not None else token_id
-        if name is not None and found is None:
-            raise TokenizerError(f"{source}: tokenizer_config.json names {key} {name!r}, which is no token of it.")
-        if found is not None and found < self.vocab_size and self._main.id_to_token(found) is None:
-            raise TokenizerError(f"{source}: config.json gives {key} the id {found}, which is no token of it.")
-        return found
 
     def _check_added(self) -> None:
         """The library gives the next free id to a token it adds, whatever id was asked for."""
@@ -167,12 +134,12 @@ class JsonTokenizer(Tokenizer):
                     f"where this vocabulary has {found}; expected ids that go on where it ends."
                 )
 
-    def usual_start_ids(self, eos_id: int) -> tuple[int, ...]:
-        """The ids that the pipeline's post-processor puts before a text."""
+    def usual_start_ids(self) -> tuple[int, ...]:
+        """See `StatedTokenizer.usual_start_ids`: those that the pipeline's post-processor puts before a text."""
         found = self._main.encode("a", add_special_tokens=True)
         made_up = list(takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True)))
         ids = [token_id for token_id, _ in made_up]
-        if len(ids) == len(found.ids) and ids[-1:] == [eos_id]:  # a vocabulary without "a": EOS follows at once
+        if len(ids) == len(found.ids) and ids[-1:] == [self.eos_id]:  # a vocabulary without "a": EOS follows at once
             ids.pop()
         return tuple(ids)
 

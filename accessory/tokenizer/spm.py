@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import sentencepiece
@@ -14,16 +12,9 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Place, Tokenizer, choose_start_ids, looks_like_control
+from accessory.tokenizer.base import Place, StatedTokenizer, looks_like_control
 from accessory.tokenizer.sniff import what_is
-from accessory.tokenizer.special import (
-    ADDED_FILE,
-    Added,
-    SpecialTokens,
-    further_names,
-    write_object,
-    write_special_tokens,
-)
+from accessory.tokenizer.special import ADDED_FILE, Added, SpecialTokens, write_object
 from accessory.tokenizer.trial import try_in_subprocess
 
 FILE_NAME = "tokenizer.model"
@@ -38,7 +29,7 @@ BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 _Piece = ModelProto.SentencePiece
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(StatedTokenizer):
     """A sentencepiece model, with BOS, EOS and unknown as the model states them unless `special` says otherwise.
 
     `definition` is the model as it was read, `proto` the one it works with: added tokens are pieces of it, and control
@@ -47,36 +38,24 @@ class SentencePieceTokenizer(Tokenizer):
     itself), llama.cpp and transformers before version 5.
     """
 
+    hint = " A vocabulary with added tokens is read from its tokenizer.json."
+
     def __init__(self, definition: bytes, special: SpecialTokens | None = None, *, source: str = FILE_NAME) -> None:
         """`definition` is a serialized ModelProto; `source` is named in the TokenizerError of an unusable one."""
         special = special or SpecialTokens()
         proto = _parse(definition, source)
         self.definition, self.special = definition, special
         self.legacy = special.config.get("legacy") is not False
-        self._added = _all_added(special, proto)
+        self.source, self._added = source, _all_added(special, proto)
         add_pieces(proto, self._added, source)
         self._pieces = [piece.piece for piece in proto.pieces]
+        self._ids = {piece: index for index, piece in enumerate(self._pieces)}
         self.vocab_size = len(self._pieces)
-        stated_bos, stated_eos = proto.trainer_spec.bos_id, proto.trainer_spec.eos_id
-        ids = {piece: index for index, piece in enumerate(self._pieces)}
-        eos_id = _resolve(ids, "eos_token", special.eos, stated_eos, special.eos_id, source)
-        if eos_id is None:
-            raise TokenizerError(
-                f"{source}: the model has no end-of-document piece and no file beside it names one; expected "
-                "'eos_token' in tokenizer_config.json or 'eos_token_id' in config.json."
-            )
-        bos_id = None if special.no_bos else _resolve(ids, "bos_token", special.bos, stated_bos, special.bos_id, source)
-        added = json.dumps(sorted((token_id, astuple(token)) for token_id, token in self._added.items()))
-        self._set_special(
-            bos_id=bos_id,
-            eos_id=eos_id,
-            start_ids=choose_start_ids(_usual_start_ids(special, ids, bos_id), bos_id, special.add_bos),
-            stop_ids=special.stop_ids,
-            definition=definition + added.encode() + (b"" if self.legacy else b"not legacy"),
-            source=source,
-            config=special.config,
-        )
-        _hide_control_pieces(proto, {bos_id, eos_id}, special.new)
+        # These ids' defaults in the format are 1 and 2, whether or not there is such a piece.
+        bos, eos = (i if self._holds(i) else None for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id))
+        settings = self._added_definition() + (b"" if self.legacy else b"not legacy")
+        self._set_special(definition + settings, bos=bos, eos=eos)
+        _hide_control_pieces(proto, {self.bos_id, self.eos_id}, special.new)
         self.proto = proto
         self._silent = {index for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNUSED}
         try_in_subprocess("sentencepiece", proto.SerializeToString(deterministic=True), f"{source}: {_EXPECTED}")
@@ -114,19 +93,23 @@ class SentencePieceTokenizer(Tokenizer):
         own = {index: piece for index, piece in enumerate(self.proto.pieces) if piece.type == _Piece.USER_DEFINED}
         return self.control_tokens() | {index: Added(piece.piece, special=False) for index, piece in own.items()}
 
-    def has_token(self, name: str) -> bool:
-        """Whether a token is spelled so."""
-        return name in self._pieces
+    def token(self, token_id: int) -> str:
+        """See `StatedTokenizer.token`."""
+        return self._pieces[token_id]
+
+    def token_id(self, token: str) -> int | None:
+        """See `StatedTokenizer.token_id`."""
+        return self._ids.get(token)
+
+    def usual_start_ids(self) -> tuple[int, ...]:
+        """See `StatedTokenizer.usual_start_ids`: BOS if there is one, but ChatGLM's where the files name its class."""
+        if self.special.config.get("tokenizer_class") == CHATGLM_CLASS:
+            return tuple(self._ids[name] for name in CHATGLM_START)
+        return () if self.bos_id is None else (self.bos_id,)
 
     def with_special(self, special: SpecialTokens) -> SentencePieceTokenizer:
-        """The same vocabulary with other special tokens."""
+        """See `StatedTokenizer.with_special`."""
         return SentencePieceTokenizer(self.definition, special, source=self.source)
-
-    def special_names(self) -> dict[str, str]:
-        """See `Tokenizer.special_names`."""
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        own = {key: self._pieces[token_id] for key, token_id in ids.items() if token_id is not None}
-        return {**further_names(self.special.config), **own}
 
     def encode_segment(self, text: str, place: Place) -> list[int]:
         """See `Tokenizer.encode_segment`."""
@@ -148,15 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
         (directory / FILE_NAME).write_bytes(self.definition)
         # Without a class, transformers reads the file in a way that fits no model.
         usual = {"tokenizer_class": "LlamaTokenizer"} if self.proto.trainer_spec.model_type == TrainerSpec.BPE else {}
-        write_special_tokens(
-            directory,
-            {**usual, **self.special.config, "legacy": self.legacy},
-            bos=None if self.bos_id is None else self._pieces[self.bos_id],
-            eos=self._pieces[self.eos_id],
-            add_bos=self.bos_id in self.start_ids,
-            stop_ids=self._ordered_stop_ids,
-            added=self._added,
-        )
+        self.write_special(directory, {**usual, **self.special.config, "legacy": self.legacy}, self._added)
 
 
 def open_sentencepiece(path: Path, special: SpecialTokens) -> SentencePieceTokenizer:
@@ -208,12 +183,6 @@ def _all_added(special: SpecialTokens, proto: ModelProto) -> dict[int, Added]:
     return special.added | {first + place: Added(content) for place, content in enumerate(_CHATGLM_TOKENS)}
 
 
-def _usual_start_ids(special: SpecialTokens, ids: dict[str, int], bos_id: int | None) -> tuple[int, ...]:
-    if special.config.get("tokenizer_class") == CHATGLM_CLASS:
-        return tuple(ids[name] for name in CHATGLM_START)
-    return () if bos_id is None else (bos_id,)
-
-
 def _filler(token_id: int) -> str:
     """The piece for an id that a list of added tokens leaves out."""
     return f"[UNUSED{token_id}]"
@@ -240,21 +209,6 @@ def add_pieces(proto: ModelProto, added: dict[int, Added], source: str) -> None:
     names = Counter(piece.piece for piece in proto.pieces)
     if twice := next((token for token in added.values() if names[token.content] > 1), None):
         raise TokenizerError(f"{source}: the added token {twice.content!r} has two ids; expected one.")
-
-
-def _resolve(
-    ids: dict[str, int], key: str, name: str | None, own: int, configured: int | None, source: str
-) -> int | None:
-    """A special id: the name a file gives it, else the model's own, else the id a file gives it."""
-    if name is not None:
-        if name not in ids:
-            raise TokenizerError(
-                f"{source}: tokenizer_config.json names {key} {name!r}, which is no piece of this model; expected one "
-                "of its pieces. A vocabulary with added tokens is read from its tokenizer.json."
-            )
-        return ids[name]
-    # The id's default in the format is 1 or 2 whether or not there is such a piece.
-    return own if 0 <= own < len(ids) else configured
 
 
 def _hide_control_pieces(proto: ModelProto, special_ids: set[int | None], new: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from accessory.tokenizer import hf_json, spm
 from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.sniff import is_tiktoken
-from accessory.tokenizer.special import FLAGS, Added, write_special_tokens
+from accessory.tokenizer.special import FLAGS, Added
 from accessory.tokenizer.spm import SentencePieceTokenizer
 from accessory.tokenizer.spm_pipeline import pipeline_of
 
@@ -32,7 +32,7 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
     else:
         raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written for transformers.")
     pipeline |= {"truncation": None, "padding": None}
-    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.usual_start_ids(tokenizer.eos_id) != tokenizer.start_ids:
+    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.usual_start_ids() != tokenizer.start_ids:
         pipeline["post_processor"] = _start_processor(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(pipeline, ensure_ascii=False, indent=1)
@@ -66,13 +66,5 @@ def _write_config(tokenizer: SentencePieceTokenizer | JsonTokenizer, added: list
     if isinstance(tokenizer, SentencePieceTokenizer):
         unknown = tokenizer.proto.pieces[tokenizer.proto.trainer_spec.unk_id].piece
         config = {"unk_token": unknown, **config, "legacy": tokenizer.legacy}
-    names = tokenizer.special_names()
-    write_special_tokens(
-        directory,
-        config,
-        bos=names.get("bos_token"),
-        eos=names["eos_token"],
-        add_bos=tokenizer.bos_id in tokenizer.start_ids,
-        stop_ids=(tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})),
-        added={token["id"]: Added(**{flag: token[flag] for flag in FLAGS}) for token in added},
-    )
+    stated = {token["id"]: Added(**{flag: token[flag] for flag in FLAGS}) for token in added}
+    tokenizer.write_special(directory, config, stated)

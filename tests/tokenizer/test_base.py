@@ -1,15 +1,29 @@
 import pytest
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer, choose_start_ids, looks_like_control
+from accessory.tokenizer.base import StatedTokenizer, choose_start_ids, looks_like_control
+from accessory.tokenizer.special import SpecialTokens
 
 
-class Characters(Tokenizer):
+class Characters(StatedTokenizer):
     """The smallest vocabulary there is: code points below 128."""
 
-    def __init__(self, **special):
-        self.vocab_size = 128
-        self._set_special(**{"bos_id": 1, "eos_id": 2, "start_ids": (1,), "definition": b"", "source": "x", **special})
+    def __init__(self, definition=b"", source="x", **special):
+        self.vocab_size, self.source = 128, source
+        self.special = SpecialTokens(**{"bos_id": 1, "eos_id": 2, **special})
+        self._set_special(definition)
+
+    def token(self, token_id):
+        return chr(token_id)
+
+    def token_id(self, token):
+        return ord(token) if token < "\x80" else None
+
+    def usual_start_ids(self):
+        return (self.bos_id,)
+
+    def with_special(self, special):
+        raise NotImplementedError
 
     def encode_batch(self, texts, *, continuation=False, threads=1):
         return [[ord(letter) for letter in text] for text in texts]
@@ -36,7 +50,7 @@ def test_encode_is_a_batch_of_one():
 
 
 def test_fingerprint_tells_every_setting_apart():
-    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"start_ids": ()}, {"stop_ids": [5]}, {"definition": b"y"}]
+    variants = [{}, {"bos_id": 3}, {"eos_id": 3}, {"add_bos": False}, {"stop_ids": [5]}, {"definition": b"y"}]
     assert len({Characters(**variant).fingerprint for variant in variants}) == len(variants)
     assert Characters().fingerprint == Characters(source="elsewhere").fingerprint
 
@@ -63,5 +77,5 @@ def test_bos_is_put_in_or_left_out_where_a_file_says_so(usual, bos_id, stated, e
 
 @pytest.mark.parametrize(("key", "value"), [("eos_id", 128), ("bos_id", -1)])
 def test_special_id_beyond_the_vocabulary_is_refused(key, value):
-    with pytest.raises(TokenizerError, match=rf"{key[:3].upper()} id is {value}.*0 to 127"):
+    with pytest.raises(TokenizerError, match=rf"{key[:3]}_token the id {value}, which is no token of it.*0 to 127"):
         Characters(**{key: value})

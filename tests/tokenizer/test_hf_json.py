@@ -107,7 +107,7 @@ def test_saved_and_opened_again_it_is_equal(byte_level, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "no file beside it names the end"),
+        ({}, "nor a file beside it names the end"),
         ({"eos_token": "<eos>"}, "eos_token '<eos>', which is no token"),
         ({"eos_token": "<|im_end|>", "bos_token": "<b>"}, "bos_token '<b>', which is no token"),
     ],

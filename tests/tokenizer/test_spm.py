@@ -94,14 +94,14 @@ def test_names_beside_the_model_win(spm_file, tmp_path):
 
 def test_a_name_that_is_no_piece_is_refused(spm_file, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eot|>"}))
-    with pytest.raises(TokenizerError, match=r"eos_token '<\|eot\|>', which is no piece"):
+    with pytest.raises(TokenizerError, match=r"eos_token '<\|eot\|>', which is no token of it. A vocab"):
         open_tokenizer(spm_file)
 
 
 def test_a_model_without_eos_needs_config(tmp_path, train_sentencepiece):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_sentencepiece(eos_id=-1, bos_id=-1))
-    with pytest.raises(TokenizerError, match="no end-of-document piece"):
+    with pytest.raises(TokenizerError, match="names the end of a document"):
         open_tokenizer(path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
     assert open_tokenizer(path).eos_id == 5
