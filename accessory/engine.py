@@ -105,7 +105,7 @@ class Engine:
         else:
             self._update(norm, lr, scale)
             if self.saver:
-                self.saver.record_loss(loss)
+                self.saver.losses.append(loss)
         self.optimizer.zero_grad(set_to_none=True)
         if scales and asked.not_finite != _NOT_FINITE:
             progress.rescale(finite=not asked.not_finite)

@@ -19,71 +19,56 @@ class AccessoryError(Exception):
 
     status = 1
 
+    def __init_subclass__(cls, status: int | None = None) -> None:
+        cls.status = status or cls.status
+
     def __init__(self, message: str = "", *, common: bool = False, prints: bool | None = None) -> None:
         super().__init__(message)
         self.common, self.prints = common, prints
 
 
-class ConfigError(AccessoryError):
+class ConfigError(AccessoryError, status=2):
     """A flag, a configuration file, or a combination of choices that cannot work."""
 
-    status = 2
 
-
-class DataError(AccessoryError):
+class DataError(AccessoryError, status=3):
     """A data file or a record that cannot be trained on."""
 
-    status = 3
 
-
-class TokenizerError(AccessoryError):
+class TokenizerError(AccessoryError, status=3):
     """A tokenizer that is missing, unreadable or does not fit the model."""
 
-    status = 3
 
-
-class CheckpointError(AccessoryError):
+class CheckpointError(AccessoryError, status=4):
     """A checkpoint that is missing, damaged, or does not fit the model."""
 
-    status = 4
 
-
-class DiskFullError(CheckpointError):
+class DiskFullError(CheckpointError, status=6):
     """A checkpoint for which there is no room."""
 
-    status = 6
 
-
-class ParallelError(AccessoryError):
+class ParallelError(AccessoryError, status=2):
     """A process layout that does not fit the model or the machine."""
 
-    status = 2
 
-
-class LostRankError(AccessoryError):
+class LostRankError(AccessoryError, status=7):
     """Another process of the run died, hangs, or failed."""
-
-    status = 7
 
 
 class TrainingError(AccessoryError):
     """Training that cannot go on."""
 
 
-class NotFiniteError(TrainingError):
+class NotFiniteError(TrainingError, status=5):
     """A loss or gradient that is infinite or not a number."""
-
-    status = 5
 
 
 class OutOfMemoryError(TrainingError):
     """A step that does not fit into memory."""
 
 
-class Preempted(AccessoryError):
+class Preempted(AccessoryError, status=75):  # EX_TEMPFAIL of sysexits.h: try again later
     """The run was asked to stop, and did, with everything saved: it goes on with --resume latest."""
-
-    status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -25,18 +25,23 @@ _EMBEDDINGS = ("tok_embeddings.", "pos_embeddings.")
 def build_optimizer(
     kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer that `--optim KIND` names.
+    """The optimizer that `--optim KIND` names: AdamW (Loshchilov & Hutter 2019) over fp32 parameters.
 
-    On the CPU `paged_adamw` is `adamw`: there is no smaller memory to page out of.
+    Biases and norms are not decayed. On the CPU `paged_adamw` is `adamw`: there is no smaller memory to page out of.
     """
-    on_gpu = next(iter(parameters.values())).device.type == "cuda"
+    spared = {name for name in parameters if name.endswith((".bias", "norm.weight"))}
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in spared], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if name in spared], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if kind == "adamw8bit":
         # Rows of an embedding are stepped on rarely and unevenly, which 8 bits serve badly (Dettmers et al. 2022, 2.3).
         wide = {p for name, p in parameters.items() if name.startswith(_EMBEDDINGS)}
-        return KernelAdamW(_groups(parameters, weight_decay), lr, eight_bit=set(parameters.values()) - wide)
-    if kind == "paged_adamw" and on_gpu:
-        return KernelAdamW(_groups(parameters, weight_decay), lr, paged=True)
-    return build_adamw(parameters, lr, weight_decay)
+        return KernelAdamW(groups, lr, eight_bit=set(parameters.values()) - wide)
+    if kind == "paged_adamw" and next(iter(parameters.values())).device.type == "cuda":
+        return KernelAdamW(groups, lr, paged=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
 
 
 def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
@@ -50,18 +55,6 @@ def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
         narrow = kind == "adamw8bit" and count >= MIN_8BIT and not name.startswith(_EMBEDDINGS)
         total += 2 * (count + 4 * -(-count // MOMENT_BLOCK)) if narrow else 8 * count
     return total
-
-
-def build_adamw(parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over fp32 parameters; biases and norms are not decayed."""
-    return torch.optim.AdamW(_groups(parameters, weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
-
-
-def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    decayed = [p for name, p in parameters.items() if not name.endswith((".bias", "norm.weight"))]
-    spared = [p for name, p in parameters.items() if name.endswith((".bias", "norm.weight"))]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 class KernelAdamW(torch.optim.Optimizer):

@@ -20,7 +20,7 @@ from accessory.data.order import GlobalOrder
 from accessory.engine import MOST_SKIPPED, Engine, StepSettings
 from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
 from accessory.meta import MetaModel
-from accessory.optim import build_adamw
+from accessory.optim import build_optimizer
 from accessory.parallel import groups
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import WHOLE
@@ -53,7 +53,7 @@ def engine(tiny_base: Path, tmp_path: Path) -> Engine:
     return Engine(
         model=model,
         parameters=NamedParameters(parameters, dict.fromkeys(parameters, WHOLE)),
-        optimizer=build_adamw(parameters, 1e-3, 0.0),
+        optimizer=build_optimizer("adamw", parameters, 1e-3, 0.0),
         order=order,
         schedule=Schedule(2, order.steps_per_epoch, 0.0, 1e-3, 1e-3, -1.0, 1, 1),
         settings=StepSettings(),

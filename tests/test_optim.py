@@ -14,7 +14,6 @@ from accessory.engine import Engine, StepSettings
 from accessory.optim import (
     BETAS,
     OPTIMIZERS,
-    build_adamw,
     build_optimizer,
     state_bytes,
 )
@@ -53,17 +52,17 @@ def test_biases_and_norms_are_not_decayed() -> None:
         "output.weight": True,
     }  # fmt: skip
     made = {name: nn.Parameter(torch.ones(2)) for name in names}
-    optimizer = build_adamw(made, 0.1, 0.02)
+    optimizer = build_optimizer("adamw", made, 0.1, 0.02)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in made.items()} == {k: 0.02 if v else 0.0 for k, v in names.items()}
     assert all(group["betas"] == BETAS == (0.9, 0.95) and group["lr"] == 0.1 for group in optimizer.param_groups)
-    assert len(build_adamw({"a.bias": nn.Parameter(torch.ones(2))}, 0.1, 0.1).param_groups) == 1
+    assert len(build_optimizer("adamw", {"a.bias": nn.Parameter(torch.ones(2))}, 0.1, 0.1).param_groups) == 1
 
 
 def test_a_step_is_adamws() -> None:
     """One step written out (Loshchilov & Hutter): decay, then the sign of the gradient times the rate."""
     decayed, spared = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([2.0]))
-    optimizer = build_adamw({"a.weight": decayed, "a.bias": spared}, 0.1, 0.5)
+    optimizer = build_optimizer("adamw", {"a.weight": decayed, "a.bias": spared}, 0.1, 0.5)
     decayed.grad, spared.grad = torch.tensor([3.0]), torch.tensor([-3.0])
     optimizer.step()
     assert decayed.item() == pytest.approx(2 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)

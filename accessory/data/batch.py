@@ -53,11 +53,6 @@ class Document(NamedTuple):
     insets: tuple[Inset, ...] = ()
 
 
-def cut_at(most: int, insets: Sequence[Inset]) -> int:
-    """Where a document is cut that may have `most` tokens: before an inset that it would cut through."""
-    return next((inset.start for inset in insets if inset.start < most < inset.start + inset.rows), most)
-
-
 @dataclass(frozen=True)
 class PackedBatch:
     """B documents in T tokens.

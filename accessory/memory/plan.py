@@ -14,7 +14,7 @@ from torch import nn
 
 from accessory import kernels
 from accessory.checkpoint.load import targets
-from accessory.memory.kept import Kept, KeptByBlock, measure_kept
+from accessory.memory.kept import KeptByBlock, measure_kept
 from accessory.method import Attachment
 from accessory.model.attention import Attention
 from accessory.model.decoder import Decoder
@@ -90,7 +90,13 @@ class StepMemory:
         self.blocks = dict(decoder.blocks())
         self.gradients = [self._trained_below(f"{name}.") for name in self.blocks]
         self.held = self.trainable if micro_batches > 1 else 0  # gradients of earlier micro-batches
-        self.kept = self._kept(measure_kept(decoder, attachment, tokens))
+        self.width = decoder.dtype.itemsize  # bytes of an activation
+        head = ("tok_embeddings" if decoder.output is None else "output") + ".weight"
+        self.trained_head = self.trained[head].numel() if head in self.trained else 0
+        # Whether one CUDA kernel computes the attention of all documents; what is kept is measured on a CPU.
+        self.has_kernel = layout.device.type == "cuda" and decoder.dtype in (torch.float16, torch.bfloat16)
+        kept = measure_kept(decoder, attachment, tokens)
+        self.kept = replace(kept, blocks=tuple(map(self._by_kernel, kept.blocks))) if self.has_kernel else kept
 
     def plan(self, checkpointing: int) -> MemoryPlan:
         """The plan where the first `checkpointing` blocks are recomputed.
@@ -127,20 +133,14 @@ class StepMemory:
             working=max(moments),
         )
 
-    def _kept(self, kept: Kept) -> Kept:
-        """What was measured on a CPU, corrected for this device's attention."""
-        if not self._has_kernel:
-            return kept
-        return replace(kept, blocks=tuple(map(self._by_kernel, kept.blocks)))
-
     def _by_kernel(self, block: KeptByBlock) -> KeptByBlock:
         """CUDA's attention is given k and v for every query head, and keeps its result and a 4-byte log-sum a head.
 
         Its result is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
         """
         heads, kv_heads, width = self._heads
-        result = self._width * heads * width
-        per_token = 2 * self._width * width * (heads - kv_heads) + result + 4 * heads
+        result = self.width * heads * width
+        per_token = 2 * self.width * width * (heads - kv_heads) + result + 4 * heads
         if block.keeps_attended and self.decoder.args.position != "alibi":
             per_token -= result
         return replace(block, all=block.all + self.tokens * per_token)
@@ -150,7 +150,7 @@ class StepMemory:
 
         If some blocks are not recomputed, those are freed before that.
         """
-        hidden = self.tokens * self.decoder.args.embedding_dim * self._width  # gradient of the hidden states
+        hidden = self.tokens * self.decoder.args.embedding_dim * self.width  # gradient of the hidden states
         kept = self._by_blocks(len(self.kept.blocks), recomputed, again=again)
         return kept + self._beside_blocks() + self.kept.exit + hidden
 
@@ -167,17 +167,17 @@ class StepMemory:
 
     def _beside_blocks(self) -> int:
         """What is kept before the blocks, the loss's row numbers, a trained head's gradient (made in the forward)."""
-        return self.kept.entrance + 8 * self.tokens + self._trained_head * 4
+        return self.kept.entrance + 8 * self.tokens + self.trained_head * 4
 
     def _at_loss(self, recomputed: int) -> int:
         """What is alive beside a chunk's logits: all kept, hidden states and two chunks of them, a head's gradient."""
-        hidden = self._width * self.decoder.args.embedding_dim * (self.tokens + 2 * min(self.tokens, CHUNK))
-        return self._activations(recomputed, again=False) + hidden + self._trained_head * (self._width + 4)
+        hidden = self.width * self.decoder.args.embedding_dim * (self.tokens + 2 * min(self.tokens, CHUNK))
+        return self._activations(recomputed, again=False) + hidden + self.trained_head * (self.width + 4)
 
     def _logits(self) -> int:
         """Logits of a chunk, and a copy of the head if it is cast (an fp32 master), which happens once and whole."""
         head = self.decoder.head_weight
-        copy = head.numel() * self._width if head.dtype != self.decoder.dtype else 0
+        copy = head.numel() * self.width if head.dtype != self.decoder.dtype else 0
         return copy + chunk_bytes(self.tokens, len(head), self.layout.device, self.decoder.dtype)
 
     def _in_blocks(self, recomputed: int) -> int:
@@ -190,7 +190,7 @@ class StepMemory:
             beside += self.held + self._most_gradients_at_once()
             gradients = [0] * len(gradients)
             if self.decoder.output is not None:  # else the head's gradient is added when the embedding's is there too
-                beside -= 4 * self._trained_head
+                beside -= 4 * self.trained_head
         return (
             beside
             + max(
@@ -236,7 +236,7 @@ class StepMemory:
     def _feed_forward_backward(self) -> int:
         """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each)."""
         args = self.decoder.args
-        return self.tokens * self._width * (args.dim + (3 if args.gated else 2) * args.hidden_dim // self.decoder.ranks)
+        return self.tokens * self.width * (args.dim + (3 if args.gated else 2) * args.hidden_dim // self.decoder.ranks)
 
     def _attention_backward(self) -> int:
         """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
@@ -245,9 +245,9 @@ class StepMemory:
         """
         args, dtype, tokens, longest = self.decoder.args, self.decoder.dtype, self.tokens, self.longest
         heads, kv_heads, head_dim = self._heads
-        given = tokens * self._width * (args.dim + heads * head_dim)
-        if self._has_kernel:
-            return given + tokens * heads * head_dim * (3 * self._width + 4)
+        given = tokens * self.width * (args.dim + heads * head_dim)
+        if self.has_kernel:
+            return given + tokens * heads * head_dim * (3 * self.width + 4)
         lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
         windows = {args.window(i) for i in range(args.n_layers)}
         backward_bytes = kernels.on("document_attention", self.layout.device, dtype, head_dim).backward_bytes
@@ -268,22 +268,6 @@ class StepMemory:
             for linears in self._linears_by_input()
         ]
         return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found)
-
-    @property
-    def _width(self) -> int:
-        """Bytes of an activation."""
-        return self.decoder.dtype.itemsize
-
-    @property
-    def _trained_head(self) -> int:
-        """Numbers of the head, if it is trained."""
-        name = ("tok_embeddings" if self.decoder.output is None else "output") + ".weight"
-        return self.trained[name].numel() if name in self.trained else 0
-
-    @property
-    def _has_kernel(self) -> bool:
-        """Whether one CUDA kernel computes the attention of all documents."""
-        return self.layout.device.type == "cuda" and self.decoder.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def _heads(self) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from accessory.errors import ConfigError
 from accessory.memory.plan import MemoryPlan
 from accessory.model.decoder import Decoder
 from accessory.model.offload import InputOffload
-from accessory.parallel.agree import together
+from accessory.parallel.agree import highest, together
 from accessory.parallel.groups import Layout
 
 MARGIN = 0.1
@@ -35,9 +35,8 @@ def choose_layers(
     free = _share_of_free_memory(layout)
     chosen = together(_fewest_that_fit, n_layers, plan, free, remedies)
     # The rank with the least memory decides: model-parallel ranks must recompute the same blocks together.
-    most = torch.tensor(chosen, device=layout.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most), f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
+    (most,) = highest([chosen], layout.device)
+    return most, f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
 
 
 def _number(asked: int | str, n_layers: int) -> int:

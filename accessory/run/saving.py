@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ from accessory.run.status import RunStatus
 class Saver:
     """Saves `weights` (what a checkpoint holds, `trained` or more) and the state of `optimizer`.
 
-    It keeps the losses and the time since the last save. `identity` and `conditions` are those of `state_record`.
-    `keep_last` None keeps everything.
+    `identity` and `conditions` are those of `state_record`. `keep_last` None keeps everything. `losses`: of the steps
+    since the last save that were not skipped; a checkpoint records their mean.
     """
 
     writer: CheckpointWriter
@@ -53,10 +52,6 @@ class Saver:
         """Raise `DiskFullError`, on all ranks, if a checkpoint does not fit on the disk. A collective."""
         on_main(check_disk_space, self.writer.output_dir, self.needed)
 
-    def record_loss(self, loss: float) -> None:
-        """Note the loss of a step that was not skipped; the next save records the mean of those since the last one."""
-        self.losses.append(loss)
-
     def is_due(self, minutes: float | None) -> bool:
         """Whether the last save is at least so many minutes ago; never, if None."""
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
@@ -79,11 +74,7 @@ class Saver:
         path = self.writer.write(name, weights, state, record, progress.total_steps, loss)
         self.status.saved(progress.total_steps, path)
         if self.layout.is_main:
-            self._after(path, time.monotonic() - began)
-
-    def _after(self, path: Path, seconds: float) -> None:
-        files = read_json(path / MANIFEST_FILE)["files"]
-        size = sum(entry["bytes"] for entry in files.values())
-        self.reporter.say(f"saved {path} ({size / 1e6:,.1f} MB in {seconds:.2f} s)")
-        for fault in self.retention.prune() if self.retention else ():
-            self.reporter.say(fault)
+            size = sum(entry["bytes"] for entry in read_json(path / MANIFEST_FILE)["files"].values())
+            self.reporter.say(f"saved {path} ({size / 1e6:,.1f} MB in {time.monotonic() - began:.2f} s)")
+            for fault in self.retention.prune() if self.retention else ():
+                self.reporter.say(fault)

@@ -38,9 +38,4 @@ class StopSignals:
         if self.deferring:
             outlive_launcher()
         else:
-            raise Preempted(f"Stopped by {name_of(number)} before the first step; nothing was saved.")
-
-
-def name_of(number: int) -> str:
-    """`SIGTERM` for 15."""
-    return signal.Signals(number).name
+            raise Preempted(f"Stopped by {signal.Signals(number).name} before the first step; nothing was saved.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,7 +12,6 @@ from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
-from accessory.run.signals import name_of
 
 _NAMED = 8  # documents in a message
 
@@ -69,4 +70,4 @@ def preempted(number: int, progress: Progress, saved: bool) -> Preempted:
     rest = ". Nothing is saved: this run writes nothing."
     if saved:
         rest = f", which is saved as {progress.checkpoint_name}. Go on with --resume latest."
-    return Preempted(f"Stopped by {name_of(number)} after step {progress.total_steps}{rest}", common=True)
+    return Preempted(f"Stopped by {signal.Signals(number).name} after step {progress.total_steps}{rest}", common=True)

@@ -22,7 +22,7 @@ from accessory.checkpoint.training_state import (
     state_record,
 )
 from accessory.errors import CheckpointError
-from accessory.optim import build_adamw, build_optimizer
+from accessory.optim import build_optimizer
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
@@ -118,7 +118,7 @@ def test_loss_scale_grows_and_backs_off() -> None:
 def trained(tmp_path: Path) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
     """Parameters and optimizer after three steps, whose state lies in tmp_path."""
     parameters = new_parameters()
-    optimizer = build_adamw(parameters, 0.1, 0.1)
+    optimizer = build_optimizer("adamw", parameters, 0.1, 0.1)
     for _ in range(3):
         step(parameters, optimizer)
     write(tmp_path, parameters, optimizer)
@@ -132,7 +132,7 @@ def test_a_resumed_run_goes_on_exactly(trained, tmp_path: Path) -> None:
     for _ in range(2):
         step(parameters, optimizer)
     torch.manual_seed(99)
-    resumed = build_adamw(copies, 0.1, 0.1)
+    resumed = build_optimizer("adamw", copies, 0.1, 0.1)
     assert load(tmp_path, copies, resumed) == Resumption(tmp_path, PROGRESS, 1, 1, (), ())
     for _ in range(2):
         step(copies, resumed)
@@ -322,7 +322,7 @@ def test_missing_scales(trained_in_8_bits, tmp_path: Path) -> None:
 def test_step_count_is_the_optimizers(trained, tmp_path: Path) -> None:
     """Not the run's, which counts steps that fp16 skipped; a state that does not tell it means the run's."""
     parameters, _ = trained
-    optimizer = build_adamw(parameters, 0.1, 0.1)
+    optimizer = build_optimizer("adamw", parameters, 0.1, 0.1)
     load(tmp_path, parameters, optimizer)
     assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
     saved = load_file(tmp_path / "training_state.safetensors")
@@ -335,7 +335,7 @@ def test_step_count_is_the_optimizers(trained, tmp_path: Path) -> None:
 def test_every_step_count_is_its_own(trained, tmp_path: Path) -> None:
     """Parameters must not count on one shared tensor."""
     parameters, _ = trained
-    optimizer = build_adamw(parameters, 0.1, 0.1)
+    optimizer = build_optimizer("adamw", parameters, 0.1, 0.1)
     load(tmp_path, parameters, optimizer)
     step(parameters, optimizer)
     assert {state["step"].item() for state in optimizer.state.values()} == {4.0}
@@ -352,7 +352,7 @@ def test_moments_are_cut_for_another_layout(trained, tmp_path: Path) -> None:
             name: nn.Parameter(p if SLICINGS[name].dim is None else p.chunk(2, SLICINGS[name].dim)[rank].clone())
             for name, p in parameters.items()
         }
-        resumed = build_adamw(cut, 0.1, 0.1)
+        resumed = build_optimizer("adamw", cut, 0.1, 0.1)
         found = load(tmp_path, cut, resumed, Layout(rank=rank, world_size=2, mp_rank=rank, mp_size=2))
         assert found.inexact == ("world_size was 1, is 2", "mp_size was 1, is 2")
         assert all(resumed.state[p]["exp_avg"].shape == p.shape for p in cut.values())
@@ -438,8 +438,8 @@ def test_damaged_files(trained, tmp_path: Path) -> None:
 def test_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
     """fp16 may skip every step so far: there are no moments, and the resumed optimizer starts without."""
     parameters = new_parameters()
-    write(tmp_path, parameters, build_adamw(parameters, 0.1, 0.1))
-    optimizer = build_adamw(parameters, 0.1, 0.1)
+    write(tmp_path, parameters, build_optimizer("adamw", parameters, 0.1, 0.1))
+    optimizer = build_optimizer("adamw", parameters, 0.1, 0.1)
     assert load(tmp_path, parameters, optimizer).progress == PROGRESS
     assert not optimizer.state
     step(parameters, optimizer)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from accessory.data.batch import IGNORE, Inset, PackedBatch, cut_at
+from accessory.data.batch import IGNORE, Inset, PackedBatch
 
 
 @pytest.fixture
@@ -123,8 +123,3 @@ def test_beginnings_end_where_insets_differ():
     assert [i.start for i in packed.to("meta").insets] == [i.start for i in packed.insets]
     named = [(*document([7, 0, 0, 8, 9], 1, i), (Inset(1, 2, name),)) for i, name in enumerate("aab")]
     assert sorted(PackedBatch.pack(named).shared) == [0, 1, 3]
-
-
-def test_insets_are_not_cut_through():
-    insets = (Inset(1, 3, "a"), Inset(6, 2, "b"))
-    assert [cut_at(most, insets) for most in range(1, 10)] == [1, 1, 1, 4, 5, 6, 6, 8, 9]

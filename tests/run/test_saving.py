@@ -65,8 +65,7 @@ def saver(layout: groups.Layout, tiny_base: Path, tmp_path: Path) -> Callable[..
 def test_what_is_saved_can_be_gone_on_from(saver, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, moments, where the run stands, what it is; its size and time are told, its name kept in the status."""
     one = saver()
-    for loss in (0.25, 0.75):
-        one.record_loss(loss)
+    one.losses += [0.25, 0.75]
     one(PROGRESS)
     assert not one.losses
     path = one.writer.output_dir / "epoch1-iter2"

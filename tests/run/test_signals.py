@@ -9,13 +9,14 @@ import threading
 import pytest
 
 from accessory.errors import Preempted
-from accessory.run.signals import SIGNALS, StopSignals, name_of
+from accessory.run.signals import SIGNALS, StopSignals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_first_step(number: int) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Preempted, match=rf"Stopped by {name_of(number)} before the first step"), StopSignals():
+    said = f"Stopped by {signal.Signals(number).name} before the first step"
+    with pytest.raises(Preempted, match=said), StopSignals():
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
 

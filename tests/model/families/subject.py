@@ -14,7 +14,7 @@ from accessory.generate import generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
-from accessory.optim import build_adamw
+from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
@@ -55,7 +55,7 @@ def train(directory: Path, layout: Layout) -> Tensor:
     decoder, _ = read_decoder(directory, layout, train=True)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     parameters = NamedParameters({name: p for name, p in decoder.named_parameters() if p.requires_grad}, slicings)
-    optimizer = build_adamw(parameters, RATE, 0.0)
+    optimizer = build_optimizer("adamw", parameters, RATE, 0.0)
     losses = []
     for _ in range(STEPS):
         hidden = decoder(IDS, decoder.sequences(LENGTHS))
