@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import StatedTokenizer, Tokenizer
+from accessory.tokenizer.base import StatedTokenizer
 from accessory.tokenizer.special import NEW_TOKENS, Added
 
 
-def with_added_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+def with_added_tokens(tokenizer: StatedTokenizer, tokens: Sequence[str]) -> StatedTokenizer:
     """The same tokenizer with `tokens` behind its vocabulary, in this order; text that spells one becomes its id.
 
     Added tokens that it has already stay what they are; control tokens among them are still not matched in text. Saving
     keeps all. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
     """
-    if not isinstance(tokenizer, StatedTokenizer):
-        raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} takes no further tokens.")
     if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
         raise TokenizerError(f"An added token is {bad[0]!r}; expected a text that is not blank.")
     known = {*tokenizer.special.new, *(token.content for token in tokenizer.added_tokens().values())}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.hf_json import JsonTokenizer
-from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, definition_of
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import Added, SpecialTokens, read_object
 
@@ -30,12 +29,11 @@ def open_bpe_files(directory: Path, special: SpecialTokens) -> JsonTokenizer:
     if not ids or not all(type(token_id) is int and token_id >= 0 for token_id in ids) or len(set(ids)) < len(ids):
         raise TokenizerError(f"{path}: found {what_is(path)}; expected an object of tokens, each with its own id.")
     rules = PRE_TOKENIZATIONS[_rules_name(directory, special)]
-    pipeline = rules.pipeline(vocabulary, _merges(directory / FILE_NAMES[1], vocabulary))
+    merges = directory / FILE_NAMES[1]
+    pipeline = rules.pipeline(vocabulary, _merges(merges), str(merges))
     if special.config.get("add_prefix_space") and rules is PRE_TOKENIZATIONS[_RULES_OF_CLASS["GPT2"]]:
         pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    pipeline.decoder = decoders.ByteLevel()
-    special = _complete(special, vocabulary)
-    return JsonTokenizer(json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False), special, source=str(path))
+    return JsonTokenizer(definition_of(pipeline), _complete(special, vocabulary), source=str(path))
 
 
 def _rules_name(directory: Path, special: SpecialTokens) -> str:
@@ -52,17 +50,13 @@ def _rules_name(directory: Path, special: SpecialTokens) -> str:
     return _RULES_OF_CLASS[family]
 
 
-def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, ...]]:
+def _merges(path: Path) -> list[tuple[str, ...]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: found {what_is(path)}; expected merges, one a line.") from error
     begin = 1 if lines[0].startswith("#version") else 0
-    merges = [tuple(line.rstrip("\r").split(" ")) for line in lines[begin:] if line.strip()]
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise TokenizerError(f"{path}: merge {' '.join(merge)!r} does not fit the tokens of {FILE_NAMES[0]}.")
-    return merges
+    return [tuple(line.rstrip("\r").split(" ")) for line in lines[begin:] if line.strip()]
 
 
 def _complete(special: SpecialTokens, vocabulary: dict[str, int]) -> SpecialTokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.gguf_byte_fallback import is_byte_fallback, sentencepiece_beside, space_prefix
 from accessory.tokenizer.gguf_fields import stop_names
 from accessory.tokenizer.hf_json import JsonTokenizer
@@ -14,16 +13,9 @@ _TEKKEN = "cuts words otherwise at combining marks, and at capitals beyond A to 
 _BEHIND_TOKENS = "puts a blank before text that follows a control or added token"
 
 
-def differences(tokenizer: Tokenizer) -> list[str]:
-    """The differences, each the rest of a sentence that begins with "llama.cpp"; empty where there are none.
-
-    `tokenizer` is one that `vocabulary_fields` takes.
-    """
-    found = []
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        found += _of_sentencepiece(tokenizer)
-    elif isinstance(tokenizer, JsonTokenizer):
-        found += _of_json(tokenizer)
+def differences(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> list[str]:
+    """The differences, each the rest of a sentence that begins with "llama.cpp"; empty where there are none."""
+    found = _of_sentencepiece(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _of_json(tokenizer)
     blanks = [token.content for token in tokenizer.control_tokens().values() if token.lstrip or token.rstrip]
     if tokenizer.start_ids not in ((), (tokenizer.bos_id,)):
         found.append("puts nothing before a text, where documents begin with tokens of the family in training")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.base import StatedTokenizer
 from accessory.tokenizer.gguf_byte_fallback import (
     BLANK,
     BYTE,
@@ -29,7 +29,7 @@ _HINT = "Write the model in another format, or give another form of its tokenize
 Value = str | bool | int | bytes | list[str] | list[int] | list[float]
 
 
-def vocabulary_fields(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
+def vocabulary_fields(tokenizer: SentencePieceTokenizer | JsonTokenizer, rows: int) -> dict[str, Value]:
     """The `tokenizer.*` fields that describe a tokenizer in the GGUF file of an embedding with `rows` rows.
 
     Rows beyond the vocabulary are listed as unused tokens `[PAD<id>]`. Of the ids that end an answer the format has
@@ -40,11 +40,9 @@ def vocabulary_fields(tokenizer: Tokenizer, rows: int) -> dict[str, Value]:
         raise TokenizerError(f"The model has {rows} embedding rows; expected {tokenizer.vocab_size} or more.")
     if isinstance(tokenizer, SentencePieceTokenizer):
         fields = _sentencepiece(tokenizer, rows)
-    elif isinstance(tokenizer, JsonTokenizer):
+    else:
         pipeline = tokenizer.pipeline()
         fields = (_like_llama_2 if is_byte_fallback(pipeline) else _byte_level)(tokenizer, pipeline, rows)
-    else:
-        raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written to GGUF. {_HINT}")
     return fields | _special_fields(tokenizer)
 
 
@@ -61,7 +59,7 @@ def add_fields(writer: GGUFWriter, fields: dict[str, Value]) -> None:
             writer.add_array(key, value)
 
 
-def stop_names(tokenizer: Tokenizer) -> dict[str, int]:
+def stop_names(tokenizer: StatedTokenizer) -> dict[str, int]:
     """The ids that end an answer, by the names the format has for them: EOS and two more."""
     others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     return dict(zip(("eos", "eot", "eom"), (tokenizer.eos_id, *others), strict=False))
@@ -85,7 +83,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Va
             f"{source}: is not a sentencepiece model of merges (BPE) with blanks before words, which is all that GGUF "
             f"has words for. {_HINT}"
         )
-    types = [int(piece.type) for piece in proto.pieces]
+    types = [piece.type for piece in proto.pieces]
     # Text is searched for user-defined tokens before its blanks are replaced.
     names = [
         piece.piece.replace(BLANK, " ") if piece.type == TokenType.USER_DEFINED else piece.piece
@@ -199,5 +197,5 @@ def _tokens(names: dict[int, str], types: dict[int, int], rows: int) -> dict[str
     """Tokens and their types, ids without a token being padding."""
     return {
         f"{_KEY}tokens": [names.get(row, f"[PAD{row}]") for row in range(rows)],
-        f"{_KEY}token_type": [int(types.get(row, TokenType.UNUSED)) for row in range(rows)],
+        f"{_KEY}token_type": [types.get(row, TokenType.UNUSED) for row in range(rows)],
     }

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from enum import IntEnum
 from pathlib import Path
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tokenizers import AddedToken, decoders, processors
+from tokenizers import AddedToken, processors
 
 from accessory.errors import TokenizerError, nearest
-from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.base import StatedTokenizer
 from accessory.tokenizer.gguf_metadata import read_metadata
 from accessory.tokenizer.hf_json import JsonTokenizer
-from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, definition_of
 from accessory.tokenizer.special import Added, SpecialTokens
 from accessory.tokenizer.spm import CHATGLM_CLASS, CHATGLM_START, SentencePieceTokenizer
 
-
-class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type`; the numbers are those of sentencepiece."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+TokenType = ModelProto.SentencePiece
+"""`tokenizer.ggml.token_type` has sentencepiece's numbers: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE."""
 
 
-def open_gguf(path: Path) -> Tokenizer:
+def open_gguf(path: Path) -> StatedTokenizer:
     """Read the tokenizer of a `.gguf` file.
 
     `tokenizer.ggml.model` "gpt2" becomes a byte-level BPE pipeline, "llama" a sentencepiece model; both save as such.
@@ -60,15 +50,13 @@ def _byte_level(values: dict[str, object], source: str) -> JsonTokenizer:
     rules = PRE_TOKENIZATIONS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(values, "tokenizer.ggml.merges", source)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    _check_merges(merges, vocabulary, source)
-    pipeline = rules.pipeline(vocabulary, merges)
-    pipeline.decoder = decoders.ByteLevel()
+    pipeline = rules.pipeline(vocabulary, merges, source)
     pipeline.add_tokens(_added_tokens(tokens, types))
     if rules.start_tokens and set(rules.start_tokens) <= vocabulary.keys():
         ids = [(name, vocabulary[name]) for name in rules.start_tokens]
         pipeline.post_processor = processors.TemplateProcessing(f"{' '.join(rules.start_tokens)} $A", None, ids)
     special = _special_tokens(values, tokens, add_bos=rules.add_bos, source=source)
-    return JsonTokenizer(json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False), special, source=source)
+    return JsonTokenizer(definition_of(pipeline), special, source=source)
 
 
 def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
@@ -131,12 +119,12 @@ def _describe_training(spec: TrainerSpec, values: dict[str, object], types: list
 
 def _tokens_and_types(values: dict[str, object], source: str) -> tuple[list[str], list[int]]:
     tokens = _strings(values, "tokenizer.ggml.tokens", source)
-    types = values.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens)
+    types = values.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     if len(set(tokens)) != len(tokens):
         raise TokenizerError(
             f"{source}: tokenizer.ggml.tokens lists a token twice; expected {len(tokens)} distinct ones."
         )
-    if not isinstance(types, list) or len(types) != len(tokens) or not set(types) <= set(TokenType):
+    if not isinstance(types, list) or len(types) != len(tokens) or not set(types) <= set(TokenType.Type.values()):
         raise TokenizerError(f"{source}: tokenizer.ggml.token_type does not fit; expected {len(tokens)} types, 1 to 6.")
     return tokens, types
 
@@ -146,13 +134,6 @@ def _strings(values: dict[str, object], key: str, source: str) -> list[str]:
     if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
         raise TokenizerError(f"{source}: {key} is missing or empty; expected a list of texts.")
     return found
-
-
-def _check_merges(merges: list[tuple[str, ...]], vocabulary: dict[str, int], source: str) -> None:
-    """The library panics, rather than raises, over a merge whose parts or result are no tokens."""
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise TokenizerError(f"{source}: merge {' '.join(merge)!r} does not fit the tokens of this file.")
 
 
 def _special_tokens(values: dict[str, object], tokens: list[str], *, add_bos: bool, source: str) -> SpecialTokens:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accessory.errors import TokenizerError, hub_hint
 from accessory.tokenizer import bpe_files, hf_json, spm
-from accessory.tokenizer.base import Tokenizer
+from accessory.tokenizer.base import StatedTokenizer
 from accessory.tokenizer.bpe_files import open_bpe_files
 from accessory.tokenizer.gguf_vocab import open_gguf
 from accessory.tokenizer.hf_json import open_json
@@ -21,7 +21,7 @@ _EXPECTED = (
 )
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
+def open_tokenizer(path: str | Path) -> StatedTokenizer:
     """The tokenizer at `path`: a `.model`, `.json` or `.gguf` file, or a directory that holds one.
 
     vocab.json with merges.txt beside it is one, too. BOS, EOS, added tokens and whether a document starts with BOS are

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Pipeline
+
+from accessory.errors import TokenizerError
 
 # `{digits}` is all that tells Llama 3 and Qwen 2 apart.
 _WORDS = (
@@ -49,13 +51,26 @@ class PreTokenization:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.patterns)
         return pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
 
-    def pipeline(self, vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> Pipeline:
-        """A pipeline without decoder and added tokens. Every merge must fit the vocabulary: the library would panic."""
+    def pipeline(
+        self, vocabulary: dict[str, int], merges: list[tuple[str, ...]], source: str | None = None
+    ) -> Pipeline:
+        """A pipeline without added tokens; raises TokenizerError for a merge in the file `source` that does not fit.
+
+        The library panics, rather than raises, over a merge whose parts or result are no tokens.
+        """
+        for merge in merges if source else ():
+            if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+                raise TokenizerError(f"{source}: merge {' '.join(merge)!r} does not fit the tokens of the vocabulary.")
         pipeline = Pipeline(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=self.ignore_merges))
         if self.composes:
             pipeline.normalizer = normalizers.NFC()
-        pipeline.pre_tokenizer = self.pre_tokenizer()
+        pipeline.pre_tokenizer, pipeline.decoder = self.pre_tokenizer(), decoders.ByteLevel()
         return pipeline
+
+
+def definition_of(pipeline: Pipeline) -> str:
+    """The text of its tokenizer.json, letters as they are, whatever version of the library writes it."""
+    return json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False)
 
 
 _NAMES: dict[PreTokenization, tuple[str, ...]] = {

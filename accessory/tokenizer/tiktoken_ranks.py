@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, pre_tokenizers
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.hf_json import JsonTokenizer
-from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
+from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, definition_of
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import SpecialTokens
 
@@ -24,6 +23,10 @@ _NAMED = {
     8: _ENDS_OF_TURNS[0], 9: _ENDS_OF_TURNS[1], 10: "<|python_tag|>",
 }  # fmt: skip
 """Where Llama 3.1 to 3.3 name them; Llama 3.0 has the same but for 4, 8 and 10, which it does not use."""
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+_HIDDEN = filter(lambda letter: ord(letter) > 255, _ALPHABET)
+_LETTERS = [chr(byte) if chr(byte) in _ALPHABET else next(_HIDDEN) for byte in range(256)]
+"""The letter that stands for each byte in byte-level vocabularies: its own if visible, else the next free."""
 _EXPECTED = "expected lines of base64 and rank, as tiktoken reads them"
 
 
@@ -37,7 +40,6 @@ def open_tiktoken(path: Path, special: SpecialTokens) -> JsonTokenizer:
     ranks = _ranks(content, path)
     vocabulary = {_spell(token): rank for token, rank in ranks.items()}
     pipeline = _RULES.pipeline(vocabulary, _merges(ranks))
-    pipeline.decoder = decoders.ByteLevel()
     _check_pre_tokenization(ranks, path)
     names = _special_names()
     pipeline.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -49,8 +51,7 @@ def open_tiktoken(path: Path, special: SpecialTokens) -> JsonTokenizer:
         add_bos=special.add_bos if special.add_bos is not None else _RULES.add_bos,
         stop_ids=special.stop_ids or tuple(ends),
     )
-    definition = json.dumps(json.loads(pipeline.to_str()), ensure_ascii=False)
-    return JsonTokenizer(definition, special, source=str(path), model_file=content)
+    return JsonTokenizer(definition_of(pipeline), special, source=str(path), model_file=content)
 
 
 def _ranks(content: bytes, path: Path) -> dict[bytes, int]:
@@ -79,16 +80,6 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
         for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     ]
-
-
-def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in byte-level vocabularies (GPT-2's table): its own where it is visible."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
-
-
-_LETTERS = _byte_letters()
 
 
 def _spell(token: bytes) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from accessory.errors import TokenizerError
 from accessory.tokenizer import hf_json, spm
-from accessory.tokenizer.base import Tokenizer
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.sniff import is_tiktoken
 from accessory.tokenizer.special import FLAGS, Added
@@ -19,7 +17,7 @@ _CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is; other class
 _UNFIT = ("auto_map", "tokenizer_file", "vocab_file", "merges_file", "name_or_path", "added_tokens_decoder")
 
 
-def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
+def save_for_transformers(tokenizer: SentencePieceTokenizer | JsonTokenizer, directory: Path) -> None:
     """Write a whole tokenizer.json, its tokenizer_config.json, and the tokenizer.model where there is one.
 
     What opens a document stands in the post-processor, since transformers 5 ignores `add_bos_token` beside a
@@ -27,10 +25,8 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> None:
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         pipeline, model_file = pipeline_of(tokenizer), tokenizer.definition
-    elif isinstance(tokenizer, JsonTokenizer):
-        pipeline, model_file = tokenizer.stated_pipeline(), tokenizer.model_file
     else:
-        raise TokenizerError(f"A tokenizer of kind {type(tokenizer).__name__} cannot be written for transformers.")
+        pipeline, model_file = tokenizer.stated_pipeline(), tokenizer.model_file
     pipeline |= {"truncation": None, "padding": None}
     if not isinstance(tokenizer, JsonTokenizer) or tokenizer.usual_start_ids() != tokenizer.start_ids:
         pipeline["post_processor"] = _start_processor(tokenizer)
