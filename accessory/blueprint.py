@@ -42,11 +42,6 @@ _THEIR_KEYS = {
 SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the embedding's, that may belong together
 
 
-def llama_types() -> dict[str, tuple[str, type[Method]]]:
-    """Each value of `--llama_type`, and the family and method it names."""
-    return {family + method.suffix: (family, method) for family in FAMILIES for method in METHODS.values()}
-
-
 @dataclass(frozen=True)
 class Blueprint:
     """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked.
@@ -169,7 +164,8 @@ def _plain_linears(sources: list[Source]) -> frozenset[str]:
 
 
 def _named(llama_type: str) -> tuple[str, type[Method]]:
-    known = llama_types()
+    """The family and method that a value of `--llama_type` names. Raises `ConfigError` for an unknown one."""
+    known = {family + method.suffix: (family, method) for family in FAMILIES for method in METHODS.values()}
     if llama_type not in known:
         hint = _family_hint(llama_type) or nearest(llama_type, known)
         raise ConfigError(f"--llama_type {llama_type!r} is not supported.{hint} Known: {', '.join(known)}.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from accessory.checkpoint.retention import FEWEST
@@ -277,7 +277,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
 def _unknown_words(words: list[str], arguments: list[str], config_class: type[BaseModel]) -> list[str]:
     """One fault for each unknown flag, and for each word that follows none."""
     flags = [f"--{name}" for name in config_class.model_fields]
-    switches = [f"--{name}" for name, field in config_class.model_fields.items() if _holds(field.annotation, bool)]
+    switches = [f"--{name}" for name, field in config_class.model_fields.items() if _is_switch(field)]
     faults, after_flag = [], False
     for word in words:
         if word.startswith("-"):
@@ -303,7 +303,7 @@ def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:
     parser = _Parser(description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in config_class.model_fields.items():
         options: dict[str, Any] = {"help": (field.description or "").replace("%", "%%") + _default_text(field)}
-        if _holds(field.annotation, bool):
+        if _is_switch(field):
             if field.default is not False:
                 parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=f"Not --{name}.")
             options["action"] = "store_true"
@@ -315,13 +315,11 @@ def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:
     return parser
 
 
-def _holds(annotation: Any, kind: type) -> bool:
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_holds(part, kind) for part in get_args(annotation))
-    return annotation is kind
+def _is_switch(field: FieldInfo) -> bool:
+    return bool in (field.annotation, *get_args(field.annotation))
 
 
-def _default_text(field: Any) -> str:
+def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return " Required."
     return "" if field.default_factory or field.default in (None, False, []) else f" Default: {field.default}."

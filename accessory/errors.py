@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -82,9 +82,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {names[found[0]]!r}?" if found else ""
 
 
-def unknown_value(what: str, value: object, known: Iterable[str]) -> str:
-    """The message about a `value` of `what` that is none of the `known` ones."""
-    return f"{what} {value!r} is unknown.{nearest(str(value), known)} Known: {', '.join(known)}."
+def check_known(what: str, value: object, known: Collection[str]) -> None:
+    """Raise `ConfigError` for a `value` of `what` that is none of the `known` ones."""
+    if value not in known:
+        raise ConfigError(f"{what} {value!r} is unknown.{nearest(str(value), known)} Known: {', '.join(known)}.")
 
 
 def _edit_distance(one: str, other: str) -> int:

@@ -18,7 +18,7 @@ from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
-from accessory.errors import CheckpointError, ConfigError, unknown_value
+from accessory.errors import CheckpointError, ConfigError, check_known
 from accessory.meta import MetaModel
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
@@ -50,9 +50,8 @@ class Destination:
     quant_type: str | None = None
 
     def __post_init__(self) -> None:
-        for flag, value, known in (("to", self.to, FORMATS), ("dtype", self.dtype, DTYPES)):
-            if value not in known:
-                raise ConfigError(unknown_value(f"--{flag}", value, known))
+        check_known("--to", self.to, FORMATS)
+        check_known("--dtype", self.dtype, DTYPES)
         if not (isinstance(self.ranks, int) and self.ranks > 0):
             raise ConfigError(f"--model_parallel_size {self.ranks!r} is not a number of shards.")
         if self.quant_type:
@@ -255,7 +254,7 @@ def logit_error(
     probe: a text; None: a question and its answer in the layout of the training data. It is cut to `PROBE_TOKENS` and
     to the longest document of the model. Raises `ConfigError`.
     """
-    check_precision(precision)
+    check_known("--precision", precision, DTYPES)
     layout = groups.start("cpu")
     model = MetaModel.from_pretrained(list(trained), dtype=precision, layout=layout, **reading)
     tokens = _probe_tokens(model, probe)
@@ -267,12 +266,6 @@ def logit_error(
     difference = (first - second).abs()
     changed = int((first.argmax(-1) != second.argmax(-1)).sum())
     return LogitError(float(difference.max()), float(difference.mean()), changed, len(tokens))
-
-
-def check_precision(precision: str) -> None:
-    """Raise `ConfigError` for a precision we do not know."""
-    if precision not in DTYPES:
-        raise ConfigError(unknown_value("--precision", precision, DTYPES))
 
 
 def _probe_tokens(model: MetaModel, probe: str | None) -> torch.Tensor:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from accessory.blueprint import DTYPES
 from accessory.entry import from_command_line, run_tool, sources_and_target
-from accessory.export import Destination, asking_hint, check_precision, logit_error, merge, transformers_hint
+from accessory.errors import check_known
+from accessory.export import Destination, asking_hint, logit_error, merge, transformers_hint
 
 
 def main(
@@ -46,7 +48,7 @@ def main(
         precision: of that comparison.
     """
     *sources, target = sources_and_target(paths)
-    check_precision(precision)
+    check_known("--precision", precision, DTYPES)
     destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
     reading = {
         "llama_config": [Path(str(llama_config))] if llama_config else [],

@@ -18,7 +18,7 @@ import torch
 
 from accessory.blueprint import DTYPES
 from accessory.entry import from_command_line, run_tool
-from accessory.errors import ConfigError, nearest, unknown_value
+from accessory.errors import ConfigError, check_known, nearest
 from accessory.memory.plan import MemoryPlan, StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import MARGIN
 from accessory.method import Attachment, presets
@@ -62,9 +62,7 @@ class Setting:
             "data_parallel": ("sdp", "fsdp"),
         }
         for flag, known in names.items():
-            value = getattr(self, flag)
-            if value not in known:
-                raise ConfigError(unknown_value(f"--{flag}", value, known))
+            check_known(f"--{flag}", getattr(self, flag), known)
         for flag in ("seq", "batch_size", "accum_iter", "model_parallel_size", "data_parallel_size"):
             value = getattr(self, flag)
             if type(value) is not int or value < 1:

@@ -246,11 +246,14 @@ def _tokenize(
         later_texts = [segment.text for segments in texts for segment in segments[1:]]
         later = iter(tokenizer.encode_batch(later_texts, continuation=True, threads=threads))
         for origin, segments in chunk:
-            if segments[0].ids is None:
-                pieces = [next(first)] + [next(later) for _ in segments[1:]]
-                ids, flags = _assemble(pieces, segments, tokenizer)
+            supervised = [segment.supervised for segment in segments]
+            if segments[0].ids is None:  # else a chat template has made the tokens, start and end included
+                pieces = [tokenizer.start_ids, next(first), *(next(later) for _ in segments[1:]), [tokenizer.eos_id]]
+                supervised = [False, *supervised, supervised[-1]]
             else:
-                ids, flags = _joined([segment.ids for segment in segments], segments)
+                pieces = [segment.ids for segment in segments]
+            ids = np.array([token for piece in pieces for token in piece], dtype=np.int32)
+            flags = np.repeat(supervised, [len(piece) for piece in pieces])
             if not flags[1:max_words].any():
                 omissions.skip(f"its prompt fills all {max_words} tokens of --max_words", origin)
                 continue
@@ -266,21 +269,6 @@ def _tokenize(
         "offsets": np.cumsum(lengths, dtype=np.int64),
         "origins": np.array(origins, dtype=np.int32).reshape(-1, 3),
     }
-
-
-def _assemble(pieces: list[list[int]], segments: list[Segment], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """What opens the tokenizer's documents, the segments, EOS; only supervised segments and EOS are learned."""
-    ids, flags = _joined(pieces, segments)
-    start_ids = np.array(tokenizer.start_ids, dtype=np.int32)
-    ids = np.concatenate((start_ids, ids, np.array([tokenizer.eos_id], dtype=np.int32)))
-    return ids, np.concatenate((np.zeros(len(start_ids), dtype=bool), flags, [segments[-1].supervised]))
-
-
-def _joined(pieces: list[Sequence[int]], segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all segments, and which of them are learned."""
-    ids = [token for piece in pieces for token in piece]
-    flags = np.repeat([segment.supervised for segment in segments], [len(piece) for piece in pieces])
-    return np.array(ids, dtype=np.int32), flags
 
 
 def _identity(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from accessory.data.records import place
 from accessory.errors import DataError
 
 _SHOWN = 3  # records named per cause
@@ -44,9 +43,9 @@ class Omissions:
             self.unused[key] = count + 1, first
 
     def where(self, origin: Origin) -> str:
-        """File and line."""
+        """`file:line`, and the record's number where that is not 0."""
         entry, line, number = origin
-        return place(self.files[entry], line, number)
+        return f"{self.files[entry]}:{line}" + (f" record {number}" if number else "")
 
     def lines(self) -> list[str]:
         """One line for each note, cause and key, with the first records that have it."""

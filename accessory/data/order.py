@@ -37,12 +37,6 @@ class GlobalOrder:
         max_tokens: int | None = None,
         share_prefixes: bool = True,
     ) -> None:
-        if batch_size < 1 or accum_iter < 1 or not 0 <= dp_rank < dp_size or seed < 0:
-            raise ConfigError(
-                f"batch_size {batch_size}, accum_iter {accum_iter}, data-parallel rank {dp_rank} of {dp_size}, "
-                f"seed {seed}: expected batch_size and accum_iter of 1 or more, a rank below the number of ranks, and "
-                "a seed of 0 or more."
-            )
         longest = int(corpus.lengths.max())
         if max_tokens is not None and longest > max_tokens:
             # Trained on alone, it would take more memory than the user allowed, perhaps hours into the run.

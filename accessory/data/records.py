@@ -45,20 +45,9 @@ class Record:
     """
 
     fields: dict[str, Any]
-    path: Path
     line: int
     fault: str | None = None
     number: int = 0
-
-    @property
-    def where(self) -> str:
-        """See `place`."""
-        return place(self.path, self.line, self.number)
-
-
-def place(path: Path | str, line: int, number: int) -> str:
-    """`file:line`, and the record's number where that is not 0."""
-    return f"{path}:{line} record {number}" if number else f"{path}:{line}"
 
 
 def kind(value: Any) -> str:
@@ -152,7 +141,7 @@ def _read_list(text: str, start: int, path: Path) -> tuple[list[Record], int]:
         except (ValueError, RecursionError) as error:
             where = f"{path}:{_fault_line(error, line)}"
             raise DataError(f"{where}: is not valid JSON in record {len(records) + 1} ({_reason(error)}).") from error
-        records.append(decoder.record(value, path, line))
+        records.append(decoder.record(value, line))
         at = _after_space(text, end)
         more = text[at : at + 1] == ","
         if not more and text[at : at + 1] != "]":
@@ -218,14 +207,14 @@ def _read_lines(content: bytes, path: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = decoder.record(decoder.decode(line.decode("utf-8")), path, number)
+            record = decoder.record(decoder.decode(line.decode("utf-8")), number)
         except (ValueError, RecursionError) as error:
             decoder.fault, unreadable = None, unreadable + 1
-            record = Record({}, path, number, f"is not valid JSON ({_reason(error)})")
+            record = Record({}, number, f"is not valid JSON ({_reason(error)})")
         records.append(record)
     if records and unreadable == len(records):
         first = records[0]
-        raise DataError(f"{first.where}: {first.fault}; found {what_is(path)}, expected an object a line.")
+        raise DataError(f"{path}:{first.line}: {first.fault}; found {what_is(path)}, expected an object a line.")
     return records
 
 
@@ -247,7 +236,7 @@ def _read_table(text: str, path: Path, notes: list[str]) -> Iterator[Record]:
         for row in rows:
             fault = None if len(row) == len(header) else "has more or fewer columns than the header"
             if row:
-                yield Record({} if fault else dict(zip(header, row, strict=True)), path, line, fault)
+                yield Record({} if fault else dict(zip(header, row, strict=True)), line, fault)
             line = rows.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num}: is not a table separated by {named} ({error}).") from error
@@ -284,12 +273,12 @@ class _StrictDecoder(json.JSONDecoder):
             self.fault = f"holds the key {next(n for n in names if names.count(n) > 1)!r} twice"
         return value
 
-    def record(self, value: Any, path: Path, line: int) -> Record:
+    def record(self, value: Any, line: int) -> Record:
         """The record of a value just decoded, with whatever fault was met on the way."""
         fault, self.fault = self.fault, None
         if not isinstance(value, dict):
             fault, value = f"is {kind(value)}, not an object", {}
-        return Record(value, path, line, fault)
+        return Record(value, line, fault)
 
 
 def _fault_line(error: Exception, default: int) -> int:

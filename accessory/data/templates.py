@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from accessory.data.records import kind, shown_keys
-from accessory.errors import ConfigError, nearest, unknown_value
+from accessory.errors import check_known, nearest
 from accessory.tokenizer.chat import ROLES
 
 _ALPACA = (
@@ -84,8 +84,7 @@ class UnusableRecord(Exception):
 
 def format_prompt(instruction: str, context: str = "", prompt_type: str = "alpaca") -> str:
     """The prompt of a template. Raises `ConfigError` for a template we do not have."""
-    if prompt_type not in PROMPT_TYPES:
-        raise ConfigError(unknown_value("prompt type", prompt_type, PROMPT_TYPES))
+    check_known("prompt type", prompt_type, PROMPT_TYPES)
     return PROMPT_TYPES[prompt_type](instruction, context)
 
 

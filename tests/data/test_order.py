@@ -162,17 +162,6 @@ def test_defaults(corpus_of):
     assert found == wanted and any(sum(shared) for _, shared in found)
 
 
-@pytest.mark.parametrize("settings", [{"dp_rank": 2, "dp_size": 2}, {"seed": -1}, {"batch_size": 0}, {"accum_iter": 0}])
-def test_settings_that_cannot_be_are_refused_at_once(corpus_of, settings):
-    given = {"batch_size": 1, "accum_iter": 1, "dp_rank": 0, "dp_size": 1, "seed": 0} | settings
-    with pytest.raises(ConfigError) as caught:
-        GlobalOrder(corpus_of(SIZES), **given)
-    assert str(caught.value) == (
-        "batch_size {batch_size}, accum_iter {accum_iter}, data-parallel rank {dp_rank} of {dp_size}, seed {seed}: "
-        "expected batch_size and accum_iter of 1 or more, a rank below the number of ranks, and a seed of 0 or more."
-    ).format(**given)
-
-
 def test_a_step_beyond_the_epoch_is_an_error(corpus_of):
     with pytest.raises(IndexError, match=r"^step 3 is not among the 3 of an epoch$"):
         list(orders(corpus_of(SIZES), (2, 4, 1))[0].micro_batches(0, 3))
