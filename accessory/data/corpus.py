@@ -17,20 +17,9 @@ from safetensors.numpy import save_file
 from accessory.data.batch import IGNORE
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
-from accessory.data.records import Record, read_records
-from accessory.data.templates import (
-    CHAT,
-    DIALOG,
-    Segment,
-    UnusableRecord,
-    conversation,
-    conversation_messages,
-    single_turn,
-    single_turn_llava,
-    single_turn_messages,
-    unused_keys,
-)
-from accessory.errors import DataError, TokenizerError
+from accessory.data.records import read_records
+from accessory.data.templates import CHAT, DIALOG, Segment, UnusableRecord, documents_of, unused_keys
+from accessory.errors import DataError
 from accessory.tokenizer import Chat, Tokenizer
 
 _CHUNK = 4096  # records tokenized at a time
@@ -196,10 +185,12 @@ def _documents(
         notes += [] if records else ["holds no records"]
         omissions.notes += [(number, note) for note in notes]
         for record in records:
-            origin = (number, record.line, record.number)
+            origin, layout = (number, record.line, record.number), (entry.prompt_type, dialog, bool(entry.preprocess))
             try:
-                yield from ((origin, segments) for segments in _segments(record, entry, chat, dialog))
-                omissions.ignore(unused_keys(record.fields, entry.prompt_type, dialog, bool(entry.preprocess)), origin)
+                if record.fault:
+                    raise UnusableRecord(record.fault)
+                yield from ((origin, segments) for segments in documents_of(record.fields, *layout, chat))
+                omissions.ignore(unused_keys(record.fields, *layout), origin)
             except UnusableRecord as cause:
                 omissions.skip(str(cause), origin)
 
@@ -211,24 +202,6 @@ def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
     if dialog and entry.prompt_type != CHAT and "prompt_type" in entry.model_fields_set:
         notes.append(f"prompt_type {entry.prompt_type} is not used: --dialog lays conversations out its own way")
     return notes
-
-
-def _segments(record: Record, entry: DataEntry, chat: Chat | None, dialog: bool) -> list[list[Segment]]:
-    """The documents of a record: one, unless a chat template changes earlier turns of a conversation."""
-    if record.fault:
-        raise UnusableRecord(record.fault)
-    fields = single_turn_llava(record.fields) if entry.preprocess and not dialog else record.fields
-    if entry.prompt_type == CHAT:
-        return _by_chat_template(conversation_messages(fields) if dialog else single_turn_messages(fields), chat)
-    return [conversation(fields) if dialog else single_turn(fields, entry.prompt_type)]
-
-
-def _by_chat_template(messages: list[dict[str, str]], chat: Chat) -> list[list[Segment]]:
-    try:
-        documents = chat.documents(messages)
-    except TokenizerError as error:
-        raise UnusableRecord(str(error)) from error
-    return [[Segment("", learned, tuple(ids)) for ids, learned in segments] for segments in documents]
 
 
 def _tokenize(

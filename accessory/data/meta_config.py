@@ -84,7 +84,7 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
         entry = DataEntry(**{str(key): value for key, value in item.items()})
     except ValidationError as error:
         raise DataError(explain_validation(error, where, DataEntry.model_fields)) from error
-    found = _find(entry.path, beside)
+    found = next((path for path in (beside / entry.path, entry.path) if is_there(path)), None)
     if fault := path_fault(found or entry.path):
         raise DataError(f"{where}: {fault}")
     if not is_data_file(entry.path):
@@ -92,10 +92,6 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
     if found is None:
         raise DataError(f"{where}: path {entry.path} is neither in {beside.resolve()} nor in {Path.cwd()}.")
     return entry.model_copy(update={"path": found})
-
-
-def _find(path: Path, beside: Path) -> Path | None:
-    return next((p for p in (beside / path, path) if is_there(p)), None)
 
 
 def _read_yaml(path: Path) -> Any:

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from accessory.data.records import kind, shown_keys
-from accessory.errors import check_known, nearest
-from accessory.tokenizer.chat import ROLES
+from accessory.errors import TokenizerError, check_known, nearest
+from accessory.tokenizer.chat import ROLES, Chat
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -86,6 +86,24 @@ def format_prompt(instruction: str, context: str = "", prompt_type: str = "alpac
     """The prompt of a template. Raises `ConfigError` for a template we do not have."""
     check_known("prompt type", prompt_type, PROMPT_TYPES)
     return PROMPT_TYPES[prompt_type](instruction, context)
+
+
+def documents_of(
+    fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool, chat: Chat | None
+) -> list[list[Segment]]:
+    """The documents of a record: one, unless the chat template `chat` changes earlier turns of a conversation.
+
+    llava: whether `preprocess` takes instruction and output from the conversation. Raises `UnusableRecord`.
+    """
+    if llava and not dialog:
+        fields = single_turn_llava(fields)
+    if prompt_type != CHAT:
+        return [conversation(fields) if dialog else single_turn(fields, prompt_type)]
+    try:
+        documents = chat.documents(conversation_messages(fields) if dialog else single_turn_messages(fields))
+    except TokenizerError as error:
+        raise UnusableRecord(str(error)) from error
+    return [[Segment("", learned, tuple(ids)) for ids, learned in segments] for segments in documents]
 
 
 def single_turn(fields: dict[str, Any], prompt_type: str) -> list[Segment]:
@@ -242,10 +260,7 @@ def _missing(fields: dict[str, Any], key: str) -> str:
 
 
 def unused_keys(fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool) -> list[str]:
-    """The keys of a record that its layout does not read, for a message; those with empty values are left out.
-
-    llava: whether `preprocess` takes instruction and output from the conversation.
-    """
+    """The keys of a record that `documents_of` does not read, for a message; those with empty values are left out."""
     turns = fields["conversations"] if dialog or llava else []
     read = {"conversations"} if turns else _keys_of(prompt_type)
     found = [key for key, value in fields.items() if key not in read and value not in _EMPTY]

@@ -64,6 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.cut, self.ranks = in_features, out_features, cut, ranks
         shape = (out_features // ranks, in_features) if cut == "column" else (out_features, in_features // ranks)
+        self.weight_slicing = Slicing(dim=0 if cut == "column" else 1)
         if storage:
             self.weight = storage(shape)
             self.weight.slicing = self.weight_slicing
@@ -76,11 +77,6 @@ class Linear(nn.Module):
         self.lora_b: LoraFactor | None = None
         self.lora_scale, self.lora_dropout = 1.0, 0.0
         self.ends_block = False
-
-    @property
-    def weight_slicing(self) -> Slicing:
-        """How W is cut."""
-        return Slicing(dim=0 if self.cut == "column" else 1)
 
     def keep_plain(self, dtype: torch.dtype) -> None:
         """Store W unquantized in `dtype`, whatever the storage of other linears."""

@@ -54,9 +54,7 @@ def _tensors(weight: Matrix) -> list[Tensor]:
 
 
 class _Projection(torch.autograd.Function):
-    """The backward holds the module of a packed matrix, not its tensors: by then a sharded base is gathered into other
-    memory.
-    """
+    """The backward holds a packed matrix's module, not its tensors: a sharded base is gathered into other memory."""
 
     @staticmethod
     def forward(

@@ -30,10 +30,7 @@ _RECOMPUTING = ContextVar("recomputing", default=False)
 
 
 class Recomputation:
-    """Inside this context a block is recomputed for its backward; nobody reads its result.
-
-    It may be entered several times, but not nested.
-    """
+    """Inside this context a block is recomputed for its backward. It may be entered several times, but not nested."""
 
     def __enter__(self) -> None:
         self._token = _RECOMPUTING.set(True)
@@ -43,5 +40,5 @@ class Recomputation:
 
 
 def recomputing() -> bool:
-    """Whether a block is being recomputed."""
+    """Whether a block is being recomputed, so that nobody reads its result."""
     return _RECOMPUTING.get()

@@ -230,10 +230,7 @@ class Architecture:
         return {"sliding_window": window, "sliding_layers": layers} if window else {}
 
     def write(self, args: ModelArgs) -> Config:
-        """A config.json of this type for `args`.
-
-        Raises `CheckpointError` naming the settings that it cannot express.
-        """
+        """A config.json of this type for `args`. Raises `CheckpointError` naming the settings it cannot express."""
         config = {"architectures": [self.class_name], "model_type": self.name}
         for ours, theirs in self.keys.items():
             config[theirs.split("|")[0]] = getattr(args, ours)
