@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from accessory.checkpoint.retention import FEWEST
+from accessory.checkpoint.run_checkpoints import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import ConfigError, explain_validation, hub_hint, is_there

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, torch_shards
-from accessory.checkpoint.latest import checkpoints_in
-from accessory.checkpoint.source import Source, read_json
+from accessory.checkpoint.run_checkpoints import checkpoints_in
+from accessory.checkpoint.source import Source, present, read_json
 from accessory.errors import CheckpointError, hub_hint, is_there
 from accessory.tokenizer.sniff import what_is
 
@@ -39,8 +39,7 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
     if saved := checkpoints_in(path):
         names = ", ".join(checkpoint.name for checkpoint in saved)
         raise CheckpointError(f"{path}: is the output directory of a run; give a checkpoint in it: {names}.")
-    present = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    raise CheckpointError(f"{path}: found {present}. Expected {KNOWN_FORMATS}.")
+    raise CheckpointError(f"{path}: found {present(path)}. Expected {KNOWN_FORMATS}.")
 
 
 def _open_file(path: Path) -> Source:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,39 @@ SHARD_BYTES = 4 << 30  # host memory that writing a large model may take
 
 
 @contextmanager
-def fresh_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into, renamed to `target` (replacing it) once everything is on disk, removed on failure."""
+def fresh(target: Path) -> Iterator[Path]:
+    """A path to write a file or a directory of files to; it becomes `target` once all is on disk, or is removed.
+
+    What lies at `target` is replaced. Raises `CheckpointError` for what cannot be written.
+    """
     partial = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _remove(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         _sync_tree(partial)
         _replace(target, partial)
-        sync(target.parent)
+        _sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise disk_fault(target, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+@contextmanager
+def fresh_directory(target: Path) -> Iterator[Path]:
+    """`fresh`, with a directory made there."""
+    with fresh(target) as partial:
+        partial.mkdir()
+        yield partial
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _replace(target: Path, partial: Path) -> None:
@@ -133,16 +152,16 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync_tree(directory: Path) -> None:
+def _sync_tree(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
-    for path in directory.iterdir():
-        path.chmod(0o666 & ~mask)  # safetensors leaves files that only their owner can read
-        sync(path)
-    sync(directory)
+    for file in path.iterdir() if path.is_dir() else (path,):
+        file.chmod(0o666 & ~mask)  # safetensors leaves files that only their owner can read
+        _sync(file)
+    _sync(path)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Have what was written to a file or directory reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

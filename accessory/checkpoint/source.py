@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; expected a JSON object.")
     return value
+
+
+def present(path: Path) -> str:
+    """The first names in a directory, for messages."""
+    return ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+
+
+def first_file(path: Path, names: Iterable[str]) -> Path:
+    """The first of the files `names` that the directory `path` holds. Raises `CheckpointError` if it holds none."""
+    if found := next((path / name for name in names if (path / name).is_file()), None):
+        return found
+    raise CheckpointError(f"{path}: {' or '.join(names)} is missing; found {present(path)}.")
 
 
 def stated_settings(path: Path) -> dict[str, Any] | None:

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accessory.checkpoint.save import STATE_STEM
-from accessory.checkpoint.source import read_json
+from accessory.checkpoint.source import open_safetensors, read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.agree import differences
 from accessory.parallel.data import as_shard, is_sharded, shard_like
@@ -27,7 +25,6 @@ from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, own_slice
 from accessory.quant.moments import unpack_moment, zero_code
-from accessory.tokenizer.sniff import what_is
 
 CHANGEABLE = frozenset((
     "base", "data", "seed", "global_batch", "quantization", "precision", "lr", "min_lr", "warmup_epochs", "epochs",
@@ -222,10 +219,7 @@ def _scales(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> di
 
 
 def _read(file: Path, parameters: NamedParameters, ranks: int) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: found {what_is(file)}; cannot be read as safetensors ({error}).") from error
+    tensors = {name: tensor.read() for name, tensor in open_safetensors([file]).items()}
     if missing := [f"generator.cpu.{rank}" for rank in range(ranks) if f"generator.cpu.{rank}" not in tensors]:
         raise CheckpointError(f"{file}: {', '.join(missing[:5])} is missing; expected the generators of {ranks} ranks.")
     wanted = [f"{moment}.{name}" for moment in _MOMENTS for name in parameters]

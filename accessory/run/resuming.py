@@ -5,10 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from accessory.checkpoint.latest import checkpoints_in, latest_checkpoint
 from accessory.checkpoint.manifest import read_manifest, verify
 from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.retention import remove
+from accessory.checkpoint.run_checkpoints import checkpoints_in, latest_checkpoint, remove
 from accessory.checkpoint.run_record import began_at, with_base
 from accessory.checkpoint.source import Source
 from accessory.config import FinetuneConfig

@@ -10,7 +10,7 @@ import torch
 
 from accessory.checkpoint.disk_space import check_disk_space, checkpoint_bytes
 from accessory.checkpoint.manifest import MANIFEST_FILE
-from accessory.checkpoint.retention import Retention
+from accessory.checkpoint.run_checkpoints import Retention
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import read_json
 from accessory.checkpoint.training_state import Progress, collect_training_state, state_record

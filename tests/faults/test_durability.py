@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from accessory.checkpoint.latest import checkpoints_in, latest_checkpoint
 from accessory.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
-from accessory.checkpoint.retention import Retention
+from accessory.checkpoint.run_checkpoints import Retention, checkpoints_in, latest_checkpoint
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError, ConfigError
 from accessory.finetune import finetune

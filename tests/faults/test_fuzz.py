@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from accessory.checkpoint.latest import latest_checkpoint
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, verify
 from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.run_checkpoints import latest_checkpoint
 from accessory.checkpoint.run_record import with_base
 from accessory.checkpoint.training_state import find_resumption
 from accessory.config import FinetuneConfig, parse

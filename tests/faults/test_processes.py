@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from accessory.checkpoint.latest import latest_checkpoint
 from accessory.checkpoint.manifest import read_manifest, verify
+from accessory.checkpoint.run_checkpoints import latest_checkpoint
 from tests.faults.job import FORCED, Job, alive, finish, said, wait_for, workers_of
 
 REPEATS = 10 if os.environ.get("CHAOS") else 1

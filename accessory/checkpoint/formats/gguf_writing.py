@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from accessory.checkpoint.disk_space import disk_fault
 from accessory.checkpoint.formats.gguf_file import (
     EPSILON,
     FACTORS,
@@ -26,7 +25,7 @@ from accessory.checkpoint.formats.gguf_file import (
 )
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.naming import Tensors, theirs_from_ours
-from accessory.checkpoint.save import sync
+from accessory.checkpoint.save import fresh
 from accessory.checkpoint.whole import WholeModel, progress
 from accessory.errors import CheckpointError, nearest
 from accessory.model.args import ModelArgs
@@ -66,7 +65,7 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_way_out(model, target)}") from error
     vocabulary = vocabulary_fields(model.tokenizer, model.args.vocab_size)
-    with _fresh_file(target) as partial:
+    with fresh(target) as partial:
         _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
     for difference in differences(model.tokenizer):
         print(f"{target}: llama.cpp {difference}.")
@@ -162,23 +161,6 @@ def _comparable(args: ModelArgs) -> ModelArgs:
     """Without the settings that say nothing of this model: those of a rotation where nothing rotates."""
     still = {"rope_theta": 10000.0, "rope_scaling": None, "rotary_dim": args.head_dim}
     return args if args.position == "rotary" else args.model_copy(update=still)
-
-
-@contextmanager
-def _fresh_file(target: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `target` once everything is on disk, removed on failure."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        sync(partial)
-        partial.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise disk_fault(target, error) from error
-    finally:
-        with suppress(OSError):  # there is none where it could not be made, or where it has been renamed
-            partial.unlink()
 
 
 def _write(

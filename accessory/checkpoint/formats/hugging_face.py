@@ -8,7 +8,7 @@ from accessory.checkpoint.formats.bitsandbytes import packed_by_bitsandbytes
 from accessory.checkpoint.formats.torch_shards import load_torch_file
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor, unit_rows
 from accessory.checkpoint.naming import ours_from_theirs
-from accessory.checkpoint.source import Source, open_safetensors, read_json, settings_read_by
+from accessory.checkpoint.source import Source, first_file, open_safetensors, present, read_json, settings_read_by
 from accessory.errors import CheckpointError, is_file
 from accessory.model.families import architecture_of
 
@@ -40,16 +40,9 @@ def _weight_files(path: Path) -> list[Path]:
         if (path / index).is_file():
             files = [path / name for name in _indexed_files(path / index)]
             if absent := [file.name for file in files if not is_file(file)]:
-                raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {_present(path)}.")
+                raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {present(path)}.")
             return files
-    for single in SINGLES:
-        if (path / single).is_file():
-            return [path / single]
-    raise CheckpointError(f"{path}: {' or '.join(SINGLES)} is missing; found {_present(path)}.")
-
-
-def _present(path: Path) -> str:
-    return ", ".join(sorted(p.name for p in path.iterdir())[:8])
+    return [first_file(path, SINGLES)]
 
 
 def _indexed_files(index: Path) -> list[str]:

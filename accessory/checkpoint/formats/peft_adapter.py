@@ -20,7 +20,7 @@ from accessory.checkpoint.formats.peft_factors import Factors, new_factors
 from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
 from accessory.checkpoint.lazy import LazyTensor, SafetensorsTensor, zeros
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
-from accessory.checkpoint.source import Source, model_args_of, open_safetensors, read_json
+from accessory.checkpoint.source import Source, first_file, model_args_of, open_safetensors, read_json
 from accessory.errors import CheckpointError, is_file
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
@@ -51,7 +51,7 @@ def open_adapter(path: Path, base: Source | None) -> Source:
             f"{path}: an adapter is read with its base's settings, but {base.path} holds no config.json or params.json."
         )
     architecture = architecture_of(args.architecture, str(base.path))
-    file = _weight_file(path)
+    file = first_file(path, WEIGHT_FILES)
     adapter = _Adapter(path, config, args, architecture, places_of(args, architecture.names), _parts_in(file))
     adapter.sort(hugging_face.open_weight_files([file]))
     adapter.check()
@@ -68,14 +68,6 @@ def _named_base(path: Path, config: AdapterConfig) -> Path:
         return Path(named)
     said = f"its base {named!r} is no Hugging Face directory here" if named else f"its {CONFIG_FILE} names no base"
     raise CheckpointError(f"{path}: {said}; give BASE first: --pretrained_path BASE {path}.")
-
-
-def _weight_file(path: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (path / name).is_file():
-            return path / name
-    present = ", ".join(sorted(p.name for p in path.iterdir())[:_SHOWN])
-    raise CheckpointError(f"{path}: {' or '.join(WEIGHT_FILES)} is missing; found {present}.")
 
 
 def _parts_in(file: Path) -> dict[str, list[str]]:
@@ -222,11 +214,9 @@ class _Adapter:
             shared = self.parts.get(without_number(name))
             for part, rows in zip(linear.parts, linear.rows, strict=True):
                 kind = part.rsplit(".", 1)[-1]
-                if shared is None:
-                    found[part] = whole if len(linear.parts) == 1 else whole.rows(rows)
-                elif kind in shared:
+                if shared is None or kind in shared:
                     its = whole if len(linear.parts) == 1 else whole.rows(rows)
-                    found[part] = its.block(shared.index(kind), len(shared)) if len(shared) > 1 else its
+                    found[part] = its.block(shared.index(kind), len(shared)) if shared and len(shared) > 1 else its
         return found
 
     def _settings(self, rank: int, scale: float, kinds: set[str], biases: bool) -> dict[str, Any]:

@@ -82,13 +82,9 @@ def shard_dim(name: str) -> int | None:
 
 
 def _shard_dim_in(name: str, state: dict[str, Tensor]) -> int | None:
-    # Llama 3 cuts the embedding's rows, as the head's always are.
-    if (
-        name == "tok_embeddings.weight"
-        and "output.weight" in state
-        and state[name].shape == state["output.weight"].shape
-    ):
-        return 0
+    head = state.get("output.weight")
+    if name == "tok_embeddings.weight" and head is not None and state[name].shape == head.shape:
+        return 0  # Llama 3 cuts the embedding's rows, as the head's always are
     return shard_dim(name)
 
 
@@ -110,9 +106,7 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
         state = state.get("model", state)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected a dictionary of tensors.")
-    if alien := [
-        f"{name!r} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)
-    ]:
+    if alien := [f"{name!r} ({type(its).__name__})" for name, its in state.items() if not isinstance(its, Tensor)]:
         raise CheckpointError(f"{path}: expected a dictionary of tensors, but found {', '.join(alien[:5])}.")
     return state
 
