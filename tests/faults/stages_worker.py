@@ -23,7 +23,7 @@ STAGES = {
     "write a tensor file": (save, "save_file"),
     "write a document": (save, "write_json"),
     "hash": (save, "manifest_of"),
-    "fsync": (save, "sync"),
+    "fsync": (save, "_sync"),
     "rename": (save, "_replace"),
     "check the disk space": (disk_space.shutil, "disk_usage"),
 }
