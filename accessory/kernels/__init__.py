@@ -3,7 +3,8 @@
 `plain` is PyTorch's and computes anything anywhere. `triton` is for GPUs, `avx512`, in C++, for CPUs with AVX512-bf16:
 they read and write memory once where plain PyTorch does several times. `of` gives the best one there is. Nothing needs
 Triton or a compiler, and neither is touched before it is used: where it is missing, fails or computes wrongly, or is
-switched off by ACCESSORY_TRITON=0 or ACCESSORY_AVX512=0, `plain` computes.
+switched off by ACCESSORY_TRITON=0 or ACCESSORY_AVX512=0, `plain` computes. Products with 4-bit codes have no `plain`:
+their callers unpack the codes and multiply.
 """
 
 from __future__ import annotations

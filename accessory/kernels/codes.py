@@ -1,4 +1,4 @@
-"""Matrices of 4-bit codes as kernels take them, and what is added to their products."""
+"""Matrices of 4-bit codes as kernels take them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,3 @@ class Codes(NamedTuple):
             if (part.dtype, part.shape, part.device) != (dtype, (size,), device) or not part.is_contiguous():
                 found = f"{part.dtype} {list(part.shape)} on {part.device}, strides {part.stride()}"
                 raise AssertionError(f"{name} is {found}; expected {dtype} [{size}] on {device}, contiguous")
-
-
-class BiasAndLora(NamedTuple):
-    """Added to x W^T, W [n, k]: bias [n], and LoRA's scale * (x a^T) b^T with a [R, k] and b [n, R], if they are there.
-
-    Any type with these fields will do.
-    """
-
-    bias: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scale: float = 1.0

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from accessory.kernels.addition import Addition
 from accessory.kernels.bitsandbytes_library import functional
-from accessory.kernels.codes import BiasAndLora, Codes
+from accessory.kernels.codes import Codes
 from accessory.kernels.documents import Documents
+from accessory.kernels.plain import four_bit
 from accessory.kernels.torch_compile import compile_fusible
 
 Randn = Callable[..., Tensor]
@@ -46,13 +48,14 @@ def wrong_kernels(package: str, names: tuple[str, ...], device: torch.device, dt
 
 def _agree(package: str, name: str, device: torch.device, dtype: torch.dtype) -> bool:
     results = []
-    for implementation, wide in ((package, dtype), ("plain", torch.float32)):
+    plain = "four_bit" if name.startswith("four_bit") else name  # plain PyTorch multiplies with the unpacked matrix
+    for module, wide in ((f"{package}.{name}", dtype), (f"plain.{plain}", torch.float32)):
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int, generator: torch.Generator = generator, wide: torch.dtype = wide) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype).to(device, wide)
 
-        results.append(_TRIALS[name](import_module(f"accessory.kernels.{implementation}.{name}"), randn))
+        results.append(_TRIALS[name](import_module(f"accessory.kernels.{module}"), randn))
     return all(
         (found.float() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
         for found, wanted in zip(*results, strict=True)
@@ -93,14 +96,19 @@ def _four_bit(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 def _four_bit_gemv(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """15 rows = 8 + 4 + 2 + 1: every group of rows that the kernel has; two matrices, LoRA, a bias."""
-    added = [BiasAndLora(a=randn(4, 128).float(), b=randn(130, 4).float(), scale=0.5), BiasAndLora(randn(130).float())]
-    return list(kernel.Matrices([_codes(randn), _codes(randn)]).multiply(randn(15, 128), added))
+    codes, x, (a, b, bias) = [_codes(randn), _codes(randn)], randn(15, 128), _additions(randn)
+    if kernel is four_bit:
+        w, v = (four_bit.dequantize(one, x.dtype) for one in codes)
+        return [x @ (w + 0.5 * b @ a).t(), x @ v.t() + bias]
+    return list(kernel.Matrices(codes).multiply(x, [Addition(a=a, b=b, scale=0.5), Addition(bias)]))
 
 
 def _four_bit_product(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """One matrix with bias and LoRA, and two whose products are summed."""
-    codes, x, dy, low = _codes(randn), randn(14, 128), randn(14, 130), randn(14, 4)
-    a, b, bias = randn(4, 128).float(), randn(130, 4).float(), randn(130).float()
+    codes, x, dy, low, (a, b, bias) = _codes(randn), randn(14, 128), randn(14, 130), randn(14, 4), _additions(randn)
+    if kernel is four_bit:
+        w = four_bit.dequantize(codes, x.dtype)
+        return [x @ w.t() + 0.5 * low @ b.t() + bias, 2 * dy @ w + 0.5 * low @ a]
     y = kernel.sum_of_products([x], [codes], transposed=False, bias=bias, low=(low, b, 0.5))
     return [y, kernel.sum_of_products([dy, dy], [codes, codes], transposed=True, low=(low, a, 0.5))]
 
@@ -110,6 +118,11 @@ def _codes(randn: Randn) -> Codes:
     nested = randn(256).float(), randn(2).float(), randn(1).float()
     codes, scales = (randn(n).float().mul(50).clamp(-128, 127).add(128).byte() for n in (130 * 64, 260))
     return Codes((130, 128), codes, functional.get_4bit_type("nf4", device=str(codes.device)), scales, nested)
+
+
+def _additions(randn: Randn) -> tuple[Tensor, Tensor, Tensor]:
+    """LoRA's two factors and a bias, which stay in fp32."""
+    return randn(4, 128).float(), randn(130, 4).float(), randn(130).float()
 
 
 def _gate(kernel: ModuleType, randn: Randn) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory import kernels
+from accessory.kernels.addition import Addition
 from accessory.model.projection import project
 from accessory.model.recomputable import Recomputable, recomputing
 from accessory.parallel.groups import model_parallel_group
@@ -29,7 +30,6 @@ from accessory.parallel.tensor import (
     reduce_from_model_parallel_region,
 )
 from accessory.quant import PackedWeight
-from accessory.quant.addition import Addition
 
 Cut = Literal["column", "row"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from accessory import kernels
+from accessory.kernels.addition import NOTHING, Addition
 from accessory.model.decoding import decodes
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
-from accessory.quant.addition import NOTHING, Addition
 from accessory.quant.products import Matrix, multiply, sum_of_transposed_products
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.errors import CheckpointError
+from accessory.kernels.addition import Addition
 from accessory.kernels.avx512.four_bit_gemv import Matrices
 from accessory.kernels.bitsandbytes_library import functional as bnb
+from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
-from accessory.kernels.plain import native
-from accessory.quant.addition import Addition
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, frozen, uncuttable
 from accessory.quant.workspace import unpack_buffer
 
@@ -133,7 +133,7 @@ class FourBitWeight(PackedWeight):
         scales = state["scales"]
         if "nested_scales" in state:
             book = nested_codebook(scales.device)
-            scales = native.plain_scales(scales, book, state["nested_scales"], state["offset"])
+            scales = plain_scales(scales, book, state["nested_scales"], state["offset"])
         return {"codes": codes, "scales": scales.view(n, per_row)[taken, first // BLOCK : last // BLOCK].reshape(-1)}
 
     @torch.no_grad()

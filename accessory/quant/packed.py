@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.errors import CheckpointError
-from accessory.quant.addition import Addition
+from accessory.kernels.addition import Addition
 
 Span = tuple[int | None, int, int]
 """(dimension, start, stop): a range of a matrix; no dimension: the whole."""

@@ -1,4 +1,9 @@
-"""Products with plain or packed matrices, and what is added to them."""
+"""Products with plain or packed matrices, and what is added to them.
+
+Small terms are computed first and the rest is added to them: in bf16, a result that is rounded already does not change
+when less than half its last digit is added, and most of a new LoRA would be lost. (peft adds to the rounded result; ten
+steps on SmolLM2-135M ended 7 % from the losses of fp32.)
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from accessory.kernels.plain import products
-from accessory.quant.addition import NOTHING, Addition
+from accessory.kernels.addition import NOTHING, Addition
 from accessory.quant.packed import PackedWeight
 from accessory.quant.workspace import unpack_buffer_bytes
 
@@ -67,13 +71,22 @@ def _sum(
     bias: Tensor | None,
     low: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:
+    """See `accessory.kernels.avx512.four_bit_product.sum_of_products`: so in any dtype, and with any matrices."""
     like = factors[0]
     if kernel := _kernel(matrices, like.dtype, like.device):
         codes = [matrix.as_codes() for matrix in matrices]
         return kernel.sum_of_products(factors, codes, transposed=transposed, bias=bias, low=low)
-    weights = (_unpacked(matrix, like) for matrix in matrices)
-    return products.sum_of_products(factors, weights, transposed=transposed, bias=bias, low=low)
-
-
-def _unpacked(matrix: Matrix, like: Tensor) -> Tensor:
-    return matrix.unpack_to_buffer(like.dtype) if isinstance(matrix, PackedWeight) else matrix.to(like.dtype)
+    # Added to a large bias, some of LoRA is lost; a small bias added to the rounded sum would lose all its training.
+    y = None if bias is None else bias.to(like.dtype)
+    if low is not None:
+        x, factor, scale = low
+        factor = factor.to(x.dtype) if transposed else factor.to(x.dtype).t()
+        if y is not None:
+            y = torch.addmm(y, x, factor, alpha=scale)
+        else:
+            y = x @ factor if scale == 1 else (x @ factor).mul_(scale)
+    for a, matrix in zip(factors, matrices, strict=True):
+        w = matrix.unpack_to_buffer(a.dtype) if isinstance(matrix, PackedWeight) else matrix.to(a.dtype)
+        w = w if transposed else w.t()
+        y = a @ w if y is None else y.addmm_(a, w) if y.dim() == 2 else torch.addmm(y, a, w)
+    return y

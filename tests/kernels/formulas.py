@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels.codes import BiasAndLora, Codes
+from accessory.kernels.addition import Addition
+from accessory.kernels.codes import Codes
 from accessory.kernels.documents import Documents
 from accessory.quant.four_bit import codebook_of
 
 Pairs = list[tuple[Tensor, Tensor]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Of the norm: some roundings."""
+
+ON_THEIR_OWN = {"four_bit_gemv", "four_bit_product"}
+"""Kernels without a plain one: where they do not compute, their callers unpack the matrix and multiply with it."""
 
 
 def check(name: str, kernel: ModuleType, dtype: torch.dtype) -> None:
@@ -163,7 +167,7 @@ def four_bit_gemv(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
     """Two matrices, one with LoRA and the other with a bias."""
     (one, w), (other, v) = matrix(True), matrix(False)
     x, a, b, bias = random(5, 128, dtype=dtype), random(4, 128), random(130, 4), random(130)
-    found = kernel.Matrices([one, other]).multiply(x, [BiasAndLora(a=a, b=b, scale=0.5), BiasAndLora(bias)])
+    found = kernel.Matrices([one, other]).multiply(x, [Addition(a=a, b=b, scale=0.5), Addition(bias)])
     x, a, b, bias = (t.double() for t in (x, a, b, bias))
     return list(zip(found, (x @ (w + 0.5 * b @ a).t(), x @ v.t() + bias), strict=True))
 

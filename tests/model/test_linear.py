@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.kernels.addition import Addition
 from accessory.model.linear import Linear, _AddBias, project_columns
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
 from accessory.quant import storage
-from accessory.quant.addition import Addition
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.kernels.addition import Addition
 from accessory.model.decoding import decoding
 from accessory.model.projection import project
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight, storage
-from accessory.quant.addition import Addition
 from accessory.quant.products import Matrix
 
 TOKENS, INPUTS, WIDTHS, RANK = 7, 64, (32, 16), 4

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels.plain import native
+from accessory.kernels.addition import NOTHING
+from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.model.projection import project
 from accessory.quant import storage, workspace
-from accessory.quant.addition import NOTHING
 from accessory.quant.four_bit import FourBitWeight
 
 FORMATS = {"nf4": ("nf4", True), "nf4_single": ("nf4", False), "fp4": ("fp4", True)}
@@ -60,7 +60,7 @@ def test_unpacked_is_codebook_times_scale(name: str, shape: tuple[int, int]) -> 
     """Blocks of 64 run across rows, in columns that are no multiple of it too."""
     ours = packed(name, matrix(shape))
     _, state = reference.quantize_4bit(matrix((1, 64)), blocksize=64, quant_type=name[:3])
-    scales = native.plain_scales(ours.scales, *ours.as_codes().nested) if ours.nested else ours.scales
+    scales = plain_scales(ours.scales, *ours.as_codes().nested) if ours.nested else ours.scales
     codes = torch.stack([ours.codes >> 4, ours.codes & 15], 1).flatten()[: shape[0] * shape[1]].long()
     wanted = (state.code.double()[codes] * scales.double().repeat_interleave(64)[: len(codes)]).view(shape)
     torch.testing.assert_close(ours.unpack(torch.float32).double(), wanted, rtol=1e-6, atol=0)
@@ -151,7 +151,7 @@ def test_odd_rows_are_refused() -> None:
 def test_unpacked_to_buffer_has_the_bits_of_bitsandbytes(name: str, dtype: torch.dtype) -> None:
     """Unpacked into shared memory by the C function, and by bitsandbytes' operation."""
     ours = packed(name, matrix((48, 192)))
-    scales = native.plain_scales(ours.scales, *ours.as_codes().nested) if ours.nested else ours.scales
+    scales = plain_scales(ours.scales, *ours.as_codes().nested) if ours.nested else ours.scales
     narrow = torch.float32 if dtype == torch.float64 else dtype
     wanted = torch.ops.bitsandbytes.dequantize_4bit.default(
         ours.codes.view(-1, 1), scales, 64, ours.quant_type, (48, 192), narrow

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.kernels.addition import Addition
 from accessory.kernels.avx512 import four_bit_product
 from accessory.quant import storage, workspace
-from accessory.quant.addition import Addition
 from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_transposed_products
 
 KINDS = ["plain", "plain in fp32", "nf4", "nf4_single", "int8", "nf4, odd shape"]

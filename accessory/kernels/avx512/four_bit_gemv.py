@@ -8,10 +8,11 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
+from accessory.kernels.addition import Addition
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
 from accessory.kernels.avx512.operands import address, contiguous
-from accessory.kernels.codes import BiasAndLora, Codes
+from accessory.kernels.codes import Codes
 
 MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
 
@@ -40,8 +41,8 @@ class Matrices:
         """Whether they are for x: bf16 on a CPU, and few rows."""
         return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS
 
-    def multiply(self, x: Tensor, added: list[BiasAndLora] | None = None) -> tuple[Tensor, ...]:
-        """x bf16 [T, k] -> [T, n] for each matrix, with its bias and LoRA. Raises `AssertionError` for other shapes."""
+    def multiply(self, x: Tensor, added: list[Addition] | None = None) -> tuple[Tensor, ...]:
+        """x bf16 [T, k] -> [T, n] of each, with bias and LoRA, no dropout. Raises `AssertionError` for other shapes."""
         rows = x.shape[0]
         x = contiguous(x, (rows, self.columns), "x")
         out = x.new_empty(rows, self.width)
@@ -52,7 +53,7 @@ class Matrices:
         del kept
         return (out,) if len(self.widths) == 1 else out.split_with_sizes(self.widths, 1)
 
-    def _in_c(self, added: list[BiasAndLora]) -> tuple[ctypes.Array[_BiasAndLora], list[Tensor]]:
+    def _in_c(self, added: list[Addition]) -> tuple[ctypes.Array[_BiasAndLora], list[Tensor]]:
         if len(added) != len(self.widths):
             raise AssertionError(f"{len(added)} biases and LoRAs for {len(self.widths)} matrices")
         table, kept = (_BiasAndLora * len(added))(), []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accessory.kernels import bitsandbytes_library as native
 from accessory.kernels.codes import BLOCK, Codes
-from accessory.kernels.plain import native
 
 
 def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from accessory.errors import ConfigError
 from accessory.kernels import avx512
 from accessory.kernels.avx512 import compiling, gate
 from accessory.kernels.plain import gate as plain_gate
+from tests.kernels.formulas import ON_THEIR_OWN
 
 CPU = torch.device("cpu")
 HERE = avx512._processor_has_it()
@@ -43,8 +44,11 @@ def test_where_they_compute() -> None:
     assert not any(avx512.available(CPU, dtype) for dtype in (torch.float16, torch.float32, torch.float64))
     assert not any(avx512.available(torch.device(other), torch.bfloat16) for other in ("meta", "cuda"))
     for dtype, package in ((torch.bfloat16, "avx512"), (torch.float32, "plain")):
-        found = {kernels.on(name, CPU, dtype).__name__ for name in avx512.KERNELS}
-        assert found == {f"accessory.kernels.{package}.{name}" for name in avx512.KERNELS}
+        names = set(avx512.KERNELS) - ON_THEIR_OWN
+        assert {kernels.on(name, CPU, dtype).__name__ for name in names} == {
+            f"accessory.kernels.{package}.{name}" for name in names
+        }
+        assert all((kernels.fast(name, CPU, dtype) is None) == (package == "plain") for name in ON_THEIR_OWN)
     assert kernels.on("four_bit", CPU, torch.bfloat16).__name__ == "accessory.kernels.plain.four_bit"
     assert kernels.computing(CPU, torch.bfloat16) == "avx512"
     assert kernels.computing(CPU, torch.float32) == "plain"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.kernels.addition import Addition
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS, Matrices
-from accessory.kernels.codes import BiasAndLora
-from accessory.kernels.plain import native
+from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.quant import storage
 from accessory.quant.four_bit import BLOCK, FourBitWeight, codebook_of
 
@@ -32,7 +32,7 @@ def exact(weight: FourBitWeight) -> Tensor:
     """What it is here, in float64: code values in bf16 times exact scales."""
     table = codebook_of(weight.quant_type)
     codes = weight.as_codes()
-    scales = codes.scales if codes.nested is None else native.plain_scales(codes.scales, *codes.nested)
+    scales = codes.scales if codes.nested is None else plain_scales(codes.scales, *codes.nested)
     scales = scales.double().repeat_interleave(BLOCK)
     values = torch.stack([weight.codes >> 4, weight.codes & 15], -1).view(-1).long()
     return (table.bfloat16().double()[values] * scales).view(weight.shape)
@@ -78,10 +78,10 @@ def test_what_stands_beside_it(rows: int, rank: int) -> None:
     x, (a, b) = random(rows, 192).bfloat16(), (random(rank, 192, seed=2), random(34, rank, seed=3))
     c, d = random(48, rank, seed=4).bfloat16(), random(48, seed=5)
     beside = [
-        BiasAndLora(a=a, b=b, scale=0.7),
-        BiasAndLora(),
-        BiasAndLora(d, a, c, -1.5),
-        BiasAndLora(random(100, seed=6).double()),
+        Addition(a=a, b=b, scale=0.7),
+        Addition(),
+        Addition(d, a, c, -1.5),
+        Addition(random(100, seed=6).double()),
     ]
     wide, low = x.double(), x.double() @ a.double().t()
     more = [0.7 * low @ b.double().t(), 0, -1.5 * low @ c.double().t() + d.double(), beside[3].bias]
@@ -94,7 +94,7 @@ def test_what_stands_beside_it(rows: int, rank: int) -> None:
 def test_neither_threads_nor_other_rows_change_a_bit() -> None:
     """So that a batch gets what each of its prompts gets alone."""
     matrices, x = ready([packed((192, 192)), packed((34, 192))]), random(MOST_ROWS, 192).bfloat16()
-    beside = [BiasAndLora(random(n), random(16, 192), random(n, 16), 0.5) for n in (192, 34)]
+    beside = [Addition(random(n), random(16, 192), random(n, 16), 0.5) for n in (192, 34)]
     together = matrices.multiply(x, beside)
     torch.set_num_threads(1)
     for i in range(MOST_ROWS):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from accessory.kernels.addition import Addition
 from accessory.kernels.avx512 import (
     cached_attention,
     cross_entropy,
@@ -21,7 +22,7 @@ from accessory.kernels.avx512 import (
 )
 from accessory.kernels.avx512.column_sums import column_sums
 from accessory.kernels.avx512.operands import address, contiguous, made
-from accessory.kernels.codes import BiasAndLora, Codes
+from accessory.kernels.codes import Codes
 from accessory.kernels.documents import Documents
 
 
@@ -59,7 +60,7 @@ def multiply(x: Tensor, shape: tuple[int, int], **more: object) -> Tensor:
 
 def few(x: Tensor, *shapes: tuple[int, int], **beside: Tensor) -> tuple[Tensor, ...]:
     """By such matrices, beside the first of which something stands."""
-    first, *others = [BiasAndLora(**beside), *[BiasAndLora()] * (len(shapes) - 1)]
+    first, *others = [Addition(**beside), *[Addition()] * (len(shapes) - 1)]
     return four_bit_gemv.Matrices([codes_of(shape) for shape in shapes]).multiply(x, [first, *others])
 
 
@@ -143,7 +144,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"b is \[2, 4\]; expected \[4, 2\]",
     ),
     "too little beside": (
-        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [BiasAndLora()]),
+        lambda: four_bit_gemv.Matrices([codes_of((4, 64))] * 2).multiply(bf16(3, 64), [Addition()]),
         "1 biases and LoRAs for 2 matrices",
     ),
     "rows of low": (
