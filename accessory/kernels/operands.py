@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Reduce = Callable[[Tensor, Literal["max", "sum"]], None]
-"""Replaces each rank's tensor by the maximum, or the sum, over all ranks."""
+CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels read and write; inside they compute in fp32, which would lose digits of anything wider."""
 
@@ -20,7 +16,7 @@ def check_floats(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise AssertionError(f"{name} is {tensor.dtype}; kernels take {', '.join(map(str, DTYPES))}")
-        check_device(device, **{name: tensor})
+    check_device(device, **tensors)
 
 
 def check_device(device: torch.device, **tensors: Tensor) -> None:
@@ -36,43 +32,27 @@ def check_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise AssertionError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
 
 
-def check_scores(scores: Tensor, local: Tensor, width: int | None) -> int:
+def check_scores(scores: Tensor, local: Tensor, width: int | None, **statistics: Tensor) -> int:
     """How many columns of scores [c, V] are not padding: `width`, if there is one.
 
-    Raises `AssertionError` for scores that overlap or whose columns are apart, and for labels that are not int64 [c].
+    Raises `AssertionError` for scores that overlap or whose columns are apart, for labels that are not int64 [c], and
+    for statistics that are not fp32 [c].
     """
-    check_device(scores.device, local=local)
-    check_shape(local, (len(scores),), "local")
+    check_floats(scores=scores)
     columns = scores.shape[1]
     if scores.stride(1) != 1 or (scores.stride(0) < columns and len(scores) > 1):
         raise AssertionError(
             f"scores' strides are {scores.stride()}; expected adjacent columns, and rows for themselves"
         )
-    if local.dtype != torch.int64 or not local.is_contiguous():
-        raise AssertionError(f"local is {local.dtype}, strides {local.stride()}; expected torch.int64, contiguous")
+    check_device(scores.device, local=local, **statistics)
+    for name, tensor in {"local": local, **statistics}.items():
+        check_shape(tensor, (len(scores),), name)
+        dtype = torch.float32 if name in statistics else torch.int64
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected {dtype}, contiguous")
     if width is not None and width < 0:
         raise AssertionError(f"width {width}; expected 0 or more")
     return columns if width is None else min(width, columns)
-
-
-def check_of_rows(scores: Tensor, **tensors: Tensor) -> None:
-    """Raises `AssertionError` for one that is not a number in fp32 for each row of `scores`."""
-    for name, tensor in tensors.items():
-        check_shape(tensor, (len(scores),), name)
-        check_device(scores.device, **{name: tensor})
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise AssertionError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; expected float32, contiguous")
-
-
-def combine_statistics(highest: Tensor, mass: Tensor, target: Tensor, reduce: Reduce | None) -> None:
-    """Turn statistics of this rank's slice of the vocabulary into those of all slices, in place."""
-    if reduce is None:
-        return
-    mine = highest.clone()
-    reduce(highest, "max")
-    mass *= (mine - highest).exp()
-    reduce(mass, "sum")
-    reduce(target, "sum")
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -84,3 +64,31 @@ def as_rows(x: Tensor) -> Tensor:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; for the interpreter on a CPU, two, so that work is shared out there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def contiguous(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`tensor`, contiguous, for C++. Raises `AssertionError` for another shape, dtype, or device than the CPU."""
+    check_shape(tensor, shape, name)
+    check_numbers(tensor, name, dtype)
+    return tensor.contiguous()
+
+
+def check_numbers(tensor: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raises `AssertionError` for another dtype, or device than the CPU."""
+    if tensor.dtype != dtype or not tensor.is_cpu:
+        raise AssertionError(f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on the cpu")
+
+
+def made(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Memory for a result, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device=CPU)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where it begins. Raises `AssertionError` for one without memory."""
+    if tensor is None:
+        return None
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise AssertionError("a tensor without memory, as under torch's FakeTensorMode; kernels need numbers")
+    return place

@@ -91,14 +91,14 @@ def _document_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 def _four_bit(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     nested = _codes(randn)
     plain = nested._replace(scales=randn(260).float(), nested=None)
-    return [kernel.dequantize(codes, randn(0).dtype) for codes in (nested, plain)]
+    return [kernel.dequantize(codes, randn(130, 128)) for codes in (nested, plain)]
 
 
 def _four_bit_gemv(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """15 rows = 8 + 4 + 2 + 1: every group of rows that the kernel has; two matrices, LoRA, a bias."""
     codes, x, (a, b, bias) = [_codes(randn), _codes(randn)], randn(15, 128), _additions(randn)
     if kernel is four_bit:
-        w, v = (four_bit.dequantize(one, x.dtype) for one in codes)
+        w, v = (four_bit.dequantize(one, randn(130, 128)) for one in codes)
         return [x @ (w + 0.5 * b @ a).t(), x @ v.t() + bias]
     return list(kernel.Matrices(codes).multiply(x, [Addition(a=a, b=b, scale=0.5), Addition(bias)]))
 
@@ -107,7 +107,7 @@ def _four_bit_product(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """One matrix with bias and LoRA, and two whose products are summed."""
     codes, x, dy, low, (a, b, bias) = _codes(randn), randn(14, 128), randn(14, 130), randn(14, 4), _additions(randn)
     if kernel is four_bit:
-        w = four_bit.dequantize(codes, x.dtype)
+        w = four_bit.dequantize(codes, randn(130, 128))
         return [x @ w.t() + 0.5 * low @ b.t() + bias, 2 * dy @ w + 0.5 * low @ a]
     y = kernel.sum_of_products([x], [codes], transposed=False, bias=bias, low=(low, b, 0.5))
     return [y, kernel.sum_of_products([dy, dy], [codes, codes], transposed=True, low=(low, a, 0.5))]

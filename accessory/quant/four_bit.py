@@ -22,8 +22,8 @@ from accessory.kernels.avx512.four_bit_gemv import Matrices
 from accessory.kernels.bitsandbytes_library import functional as bnb
 from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
+from accessory.quant.moments import levels
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, frozen, uncuttable
-from accessory.quant.workspace import unpack_buffer
 
 CPU = torch.device("cpu")
 CPU_PIECE = 1 << 18  # weights quantized at a time
@@ -32,12 +32,6 @@ _FLOATS = {"F32": 1, "float32": 1}
 # Bytes, which some files store under a wider type.
 _CODES = _BYTES | {"I8": 1, "int8": 1, "BF16": 2, "bfloat16": 2, "F16": 2, "float16": 2, "F32": 4, "float32": 4}
 """Dtypes that a kind of part may have in a file -> how many of the part's numbers one of them holds."""
-
-
-@lru_cache
-def nested_codebook(device: torch.device) -> Tensor:
-    """The 256 values [256] fp32 an 8-bit scale can take; shared by every weight on `device`."""
-    return bnb.create_dynamic_map().to(device)
 
 
 @lru_cache
@@ -58,8 +52,8 @@ class FourBitWeight(PackedWeight):
     """W [N, K] as 4-bit codes, high nibble first, row-major blocks of 64.
 
     Parts: `codes` uint8 [N*K/2] and `scales`, fp32 [N*K/64] when single-level. Double-quantized (`nested`), `scales` is
-    uint8 and decodes as `nested_codebook[scales] * nested_scales + offset`, with `nested_scales` fp32 [N*K/64/256] and
-    `offset` fp32 [1].
+    uint8 and decodes as `levels(True, device)[scales] * nested_scales + offset`, with `nested_scales` fp32
+    [N*K/64/256] and `offset` fp32 [1].
     """
 
     quant_type: ClassVar[str]
@@ -132,8 +126,7 @@ class FourBitWeight(PackedWeight):
             return {"codes": codes, **scales, "offset": state["offset"]}
         scales = state["scales"]
         if "nested_scales" in state:
-            book = nested_codebook(scales.device)
-            scales = plain_scales(scales, book, state["nested_scales"], state["offset"])
+            scales = plain_scales(scales, levels(True, scales.device), state["nested_scales"], state["offset"])
         return {"codes": codes, "scales": scales.view(n, per_row)[taken, first // BLOCK : last // BLOCK].reshape(-1)}
 
     @torch.no_grad()
@@ -187,18 +180,20 @@ class FourBitWeight(PackedWeight):
 
     def as_bitsandbytes(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `PackedWeight`."""
-        state = _quant_state(self, dtype).as_dict(packed=True)
-        return {"": self.codes.data.view(-1, 1)} | {f".{key}": value for key, value in state.items()}
+        scales_state = offset = None
+        if self.nested:
+            table, offset = levels(True, self.scales.device), self.offset.data[0]
+            scales_state = bnb.QuantState(self.nested_scales.data, None, table, NESTED_BLOCK, dtype=torch.float32)
+        table = codebook_of(self.quant_type).clone()
+        state = bnb.QuantState(
+            self.scales.data.view(-1), self.shape, table, BLOCK, self.quant_type, dtype, offset, scales_state
+        )
+        return {"": self.codes.data.view(-1, 1)} | {f".{k}": part for k, part in state.as_dict(packed=True).items()}
 
     @torch.no_grad()
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """Dequantize to [N, K] in `dtype`."""
-        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype)
-
-    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, the same bits, into the buffer that all matrices share: later ones overwrite it."""
-        memory = unpack_buffer(self.shape, dtype, self.codes.device)
-        return kernels.on("four_bit", self.codes.device, dtype).dequantize(self.as_codes(), dtype, memory)
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        return kernels.of("four_bit", out).dequantize(self.as_codes(), out)
 
     @staticmethod
     def product_kernel(weights: list[FourBitWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
@@ -209,7 +204,7 @@ class FourBitWeight(PackedWeight):
         """The matrix as kernels take it."""
         nested, device = None, self.codes.device
         if self.nested:
-            nested = nested_codebook(device), self.nested_scales, self.offset
+            nested = levels(True, device), self.nested_scales, self.offset
         table, scales = codebook_of(self.quant_type, device), self.scales.view(-1)
         return Codes(self.shape, self.codes, table, scales, nested, self.quant_type)
 
@@ -269,22 +264,3 @@ class Fp4(Nf4):
 
 Nf4.single = Nf4Single.single = Nf4Single
 Fp4.single = Fp4Single.single = Fp4Single
-
-
-def _quant_state(matrix: FourBitWeight, dtype: torch.dtype) -> bnb.QuantState:
-    nested = None
-    if matrix.nested:
-        code = nested_codebook(matrix.scales.device)
-        nested = bnb.QuantState(
-            absmax=matrix.nested_scales.data, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
-        )
-    return bnb.QuantState(
-        absmax=matrix.scales.data.view(-1),
-        shape=matrix.shape,
-        code=codebook_of(matrix.quant_type).clone(),
-        blocksize=BLOCK,
-        quant_type=matrix.quant_type,
-        dtype=dtype,
-        offset=matrix.offset.data[0] if matrix.nested else None,
-        state2=nested,
-    )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from accessory.quant.packed import PackedWeight, Part
-from accessory.quant.workspace import unpack_buffer
 
 LARGEST = 127  # code; -128 is not used, so that codes are symmetric
 CPU_PIECE = 1 << 18  # weights quantized at a time
@@ -41,16 +40,9 @@ class Int8Weight(PackedWeight):
         codes, scales = (torch.cat(parts) for parts in zip(*packed, strict=True))
         self.adopt({"codes": codes, "scales": scales})
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in `dtype`."""
-        return self._unpack_into(torch.empty(self.shape, dtype=dtype, device=self.codes.device))
-
-    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
-        """As `unpack`, the same bits, into the buffer that all matrices share: later ones overwrite it."""
-        return self._unpack_into(unpack_buffer(self.shape, dtype, self.codes.device))
-
     @torch.no_grad()
-    def _unpack_into(self, out: Tensor) -> Tensor:
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """See `PackedWeight`."""
         return torch.mul(self.codes, (self.scales / LARGEST)[:, None], out=out)
 
 

@@ -17,7 +17,7 @@ BLOCK = 256
 
 @cache
 def levels(signed: bool, device: torch.device) -> Tensor:
-    """Values of the 256 codes in units of the block's scale, fp32, ascending; unsigned for the second moment."""
+    """Values [256] of the codes in units of the block's scale, fp32, ascending; unsigned for the second moment."""
     return bnb.create_dynamic_map(signed=signed).to(device)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from accessory.errors import CheckpointError
 from accessory.kernels.addition import Addition
+from accessory.quant.workspace import unpack_buffer
 
 Span = tuple[int | None, int, int]
 """(dimension, start, stop): a range of a matrix; no dimension: the whole."""
@@ -52,6 +53,7 @@ class PackedWeight(nn.Module, ABC):
     name: ClassVar[str]
     """The name in `--quant_type` and in files."""
     PARTS: ClassVar[dict[str, Part]]
+    """`codes`, and what else a format has."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that are trained."""
     IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
@@ -126,8 +128,16 @@ class PackedWeight(nn.Module, ABC):
                 self.register_parameter(name, frozen(state[name]))
 
     @abstractmethod
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """Fill `out` [N, K] with the matrix in out's dtype; returns it."""
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`."""
+        return self.unpack_into(torch.empty(self.shape, dtype=dtype, device=self.codes.device))
+
+    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
+        """The same bits in the buffer that all matrices share, for one product: later calls, of any, overwrite it."""
+        return self.unpack_into(unpack_buffer(self.shape, dtype, self.codes.device))
 
     @classmethod
     def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
@@ -152,10 +162,6 @@ class PackedWeight(nn.Module, ABC):
     def nbytes(self) -> int:
         """Bytes of the parts; equal on the meta device and on a real one."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
-
-    def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in `dtype`, for one product: the next call, of any matrix, may overwrite it."""
-        return self.unpack(dtype)
 
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         """Of the trained parts, from x [T, K] and the gradient dy [T, N] of x W^T; dW is never formed whole."""

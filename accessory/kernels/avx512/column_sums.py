@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, contiguous, made
+from accessory.kernels.operands import address, contiguous, made
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, check_numbers, made
-from accessory.kernels.operands import Reduce, check_of_rows, check_scores, combine_statistics
+from accessory.kernels.cross_entropy_steps import Reduce, in_two_steps
+from accessory.kernels.operands import address, check_numbers, check_scores, made
 
 
 def workspace(scores: Tensor) -> Tensor | None:
@@ -17,14 +17,8 @@ def workspace(scores: Tensor) -> Tensor | None:
 def losses_and_gradient(
     scores: Tensor, local: Tensor, width: int | None = None, reduce: Reduce | None = None, work: Tensor | None = None
 ) -> Tensor:
-    """-log p(label) of every row of scores [c, V / ranks] -> fp32 [c]; `scores` become softmax minus one-hot.
-
-    As `accessory.kernels.plain.cross_entropy`, which explains the arguments.
-    """
-    highest, mass, target = statistics(scores, local, width)
-    combine_statistics(highest, mass, target, reduce)
-    become_gradient(scores, local, highest, mass, width)
-    return mass.log() + highest - target
+    """As `accessory.kernels.plain.cross_entropy`, which explains the arguments."""
+    return in_two_steps(statistics, become_gradient, scores, local, width, reduce)
 
 
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +26,8 @@ def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple
 
     As `accessory.kernels.triton.cross_entropy.statistics`, which explains the arguments.
     """
-    width = _check(scores, local, width)
+    check_numbers(scores, "scores")
+    width = check_scores(scores, local, width)
     found = [made((len(scores),), torch.float32) for _ in range(3)]
     compiled("cross_entropy_statistics", "pppppnnnnn")(
         *map(address, (scores, local, *found)), *_extent(scores), width, torch.get_num_threads()
@@ -42,16 +37,11 @@ def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple
 
 def become_gradient(scores: Tensor, local: Tensor, highest: Tensor, mass: Tensor, width: int | None = None) -> None:
     """Overwrite scores [c, V / ranks] with softmax minus one-hot, padding with 0; highest and mass are all ranks'."""
-    width = _check(scores, local, width)
-    check_of_rows(scores, highest=highest, mass=mass)
+    check_numbers(scores, "scores")
+    width = check_scores(scores, local, width, highest=highest, mass=mass)
     compiled("cross_entropy_gradient", "ppppnnnnn")(
         *map(address, (scores, local, highest, mass)), *_extent(scores), width, torch.get_num_threads()
     )
-
-
-def _check(scores: Tensor, local: Tensor, width: int | None) -> int:
-    check_numbers(scores, "scores")
-    return check_scores(scores, local, width)
 
 
 def _extent(scores: Tensor) -> tuple[int, int, int]:

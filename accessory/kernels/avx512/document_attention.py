@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, contiguous, made
 from accessory.kernels.documents import Documents
+from accessory.kernels.operands import address, contiguous, made
 
 
 def takes(head_dim: int) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 from accessory.kernels.addition import Addition
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
-from accessory.kernels.avx512.operands import address, contiguous
 from accessory.kernels.codes import Codes
+from accessory.kernels.operands import address, contiguous
 
 MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
 

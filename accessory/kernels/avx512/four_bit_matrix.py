@@ -8,8 +8,8 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512.operands import CPU, address, contiguous
 from accessory.kernels.codes import BLOCK, Codes
+from accessory.kernels.operands import CPU, address, contiguous
 
 NESTED = ("nested_codebook", "nested_scales", "offset")
 

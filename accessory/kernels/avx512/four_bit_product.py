@@ -12,9 +12,8 @@ from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
 from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
-from accessory.kernels.avx512.operands import address, check_numbers, contiguous, made
 from accessory.kernels.codes import Codes
-from accessory.kernels.operands import check_shape
+from accessory.kernels.operands import address, check_numbers, check_shape, contiguous, made
 
 
 def sum_of_products(

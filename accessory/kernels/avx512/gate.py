@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, contiguous
+from accessory.kernels.operands import address, contiguous
 
 ACTIVATIONS = ("silu",)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.operands import address, contiguous, made
+from accessory.kernels.operands import address, contiguous, made
 
 CHUNK = 64  # rows of one partial sum of the weight's gradient
 

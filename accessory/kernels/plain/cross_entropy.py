@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from accessory.kernels.operands import Reduce
+from accessory.kernels.cross_entropy_steps import Reduce
 
 LOG2_E = math.log2(math.e)
 

@@ -9,20 +9,19 @@ from accessory.kernels import bitsandbytes_library as native
 from accessory.kernels.codes import BLOCK, Codes
 
 
-def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """W [n, k] in `dtype`; written into `out`, contiguous and of that many elements, if it is given."""
-    out = torch.empty(w.shape, dtype=dtype, device=w.codes.device) if out is None else out.view(w.shape)
-    if dtype == torch.float64:  # which bitsandbytes does not know
-        return out.copy_(dequantize(w, torch.float32))
+def dequantize(w: Codes, out: Tensor) -> Tensor:
+    """Fill `out` [n, k], contiguous, with W in its dtype; returns it."""
+    if out.dtype == torch.float64:  # which bitsandbytes does not know
+        return out.copy_(dequantize(w, torch.empty_like(out, dtype=torch.float32)))
     scales = w.scales if w.nested is None else native.plain_scales(w.scales, *w.nested)
     if native.AVAILABLE and w.codes.is_cpu:
         native.unpack_into(out, w.codes, scales, _whole_blocks(w.shape), w.quant_type)
         return out
     operation, given = torch.ops.bitsandbytes.dequantize_4bit, (w.codes.view(-1, 1), scales, BLOCK, w.quant_type)
     if w.codes.is_cuda:
-        operation.out(*given, w.shape, dtype, out=out)
+        operation.out(*given, w.shape, out.dtype, out=out)
         return out
-    return out.copy_(operation.default(*given, _whole_blocks(w.shape), dtype).view(w.shape))
+    return out.copy_(operation.default(*given, _whole_blocks(w.shape), out.dtype).view(w.shape))
 
 
 def _whole_blocks(shape: tuple[int, int]) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Cross-entropy over a chunk of logits, which become their own gradient: read twice and written once, no fp32 copy.
 
-Two steps, so that ranks with slices of the vocabulary can combine their statistics in between: each row's highest
-score, sum of exponentials ("mass") and label's score; then softmax minus one-hot in place. Most of a chunk of bf16
-logits stays in the L2 cache between the two.
+Each row's highest score, sum of exponentials ("mass") and label's score; then softmax minus one-hot in place. Most of a
+chunk of bf16 logits stays in the L2 cache between the two.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.kernels.operands import Reduce, check_floats, check_of_rows, check_scores, combine_statistics
+from accessory.kernels.cross_entropy_steps import Reduce, in_two_steps
+from accessory.kernels.operands import check_scores
 
 BLOCK = 4096  # scores a program reads at a time
 
@@ -24,14 +24,8 @@ def workspace(scores: Tensor) -> Tensor | None:
 def losses_and_gradient(
     scores: Tensor, local: Tensor, width: int | None = None, reduce: Reduce | None = None, work: Tensor | None = None
 ) -> Tensor:
-    """-log p(label) of every row of scores [c, V / ranks] -> fp32 [c]; `scores` become softmax minus one-hot.
-
-    As `accessory.kernels.plain.cross_entropy`, which explains the arguments.
-    """
-    highest, mass, target = statistics(scores, local, width)
-    combine_statistics(highest, mass, target, reduce)
-    become_gradient(scores, local, highest, mass, width)
-    return mass.log() + highest - target
+    """As `accessory.kernels.plain.cross_entropy`, which explains the arguments."""
+    return in_two_steps(statistics, become_gradient, scores, local, width, reduce)
 
 
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +35,7 @@ def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple
     a score of 0, so that they add up. Scores from `width` on are padding and count as -inf: where all are, so is the
     highest, and the mass is 0.
     """
-    width = _check(scores, local, width)
+    width = check_scores(scores, local, width)
     highest, mass, target = torch.empty((3, len(scores)), dtype=torch.float32, device=scores.device)
     if len(scores):
         _statistics[(len(scores),)](
@@ -52,18 +46,12 @@ def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple
 
 def become_gradient(scores: Tensor, local: Tensor, highest: Tensor, mass: Tensor, width: int | None = None) -> None:
     """Overwrite scores [c, V / ranks] with softmax minus one-hot, padding with 0; highest and mass are all ranks'."""
-    width = _check(scores, local, width)
-    check_of_rows(scores, highest=highest, mass=mass)
+    width = check_scores(scores, local, width, highest=highest, mass=mass)
     if scores.numel():
         grid = (len(scores), triton.cdiv(scores.shape[1], BLOCK))
         _gradient[grid](
             scores, local, highest, mass, scores.stride(0), scores.shape[1], width, BLOCK=BLOCK, num_warps=8
         )
-
-
-def _check(scores: Tensor, local: Tensor, width: int | None) -> int:
-    check_floats(scores=scores)
-    return check_scores(scores, local, width)
 
 
 @triton.jit

@@ -18,27 +18,24 @@ from accessory.kernels.operands import check_floats, check_shape
 BLOCKS = 64  # blocks a program decodes: 4,096 weights, 32 of them to a thread
 
 
-def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """W [n, k] in `dtype`; written into `out`, contiguous and of that many elements, if it is given.
+def dequantize(w: Codes, out: Tensor) -> Tensor:
+    """Fill `out` [n, k], contiguous, with W in its dtype; returns it.
 
     All numbers are those of bitsandbytes to the last bit: each product and sum is rounded to fp32, the weight once more
-    to `dtype`. Raises `AssertionError` for what does not fit together.
+    to out's dtype. Raises `AssertionError` for what does not fit together.
     """
     shape, codes, codebook, scales, nested, _ = w
-    numel = torch.Size(shape).numel()
-    if numel % 2:
-        raise AssertionError(f"4-bit weights come in pairs; got {numel}")
-    blocks = triton.cdiv(numel, BLOCK)
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=codes.device)
     check_floats(out=out)
+    check_shape(out, shape, "out")
+    if out.numel() % 2:
+        raise AssertionError(f"4-bit weights come in pairs; got {out.numel()}")
     w.check(out.device)
-    if out.dtype != dtype or not out.is_contiguous():
-        raise AssertionError(f"out is {out.dtype}, strides {out.stride()}; expected {dtype}, contiguous")
-    check_shape(out.view(-1), (numel,), "out")
+    if not out.is_contiguous():
+        raise AssertionError(f"out has strides {out.stride()}; expected contiguous rows")
     nested_codebook, nested_scales, offset = nested or (codebook, scales, scales)
-    if not numel:
-        return out.view(shape)
+    if not out.numel():
+        return out
+    blocks = triton.cdiv(out.numel(), BLOCK)
     # Four bytes, eight weights, make a full 16-byte store in bf16; odd sizes and addresses go byte by byte.
     words = codes.numel() % 4 == 0 and codes.storage_offset() % 4 == 0
     units = codes.view(torch.int32) if words else codes
@@ -59,7 +56,7 @@ def dequantize(w: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tenso
         num_warps=4,
         enable_fp_fusion=False,  # a fused multiply-add would round a nested scale once instead of twice
     )
-    return out.view(shape)
+    return out
 
 
 @triton.jit

@@ -21,9 +21,9 @@ from accessory.kernels.avx512 import (
     rotary,
 )
 from accessory.kernels.avx512.column_sums import column_sums
-from accessory.kernels.avx512.operands import address, contiguous, made
 from accessory.kernels.codes import Codes
 from accessory.kernels.documents import Documents
+from accessory.kernels.operands import address, contiguous, made
 
 
 def bf16(*shape: int) -> Tensor:
