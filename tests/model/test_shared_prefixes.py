@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accessory.data.batch import IGNORE, PackedBatch
-from accessory.kernels.shared_prefixes import SharedPrefixes
+from accessory.kernels.documents import SharedPrefixes
 from accessory.memory.recompute import recompute_layers
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder

@@ -27,18 +27,11 @@ def attend(
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
     On CUDA in half precision one variable-length flash kernel of PyTorch does all documents.
     """
-    if documents.prefixes is None:
-        return _attend_whole(q, k, v, documents, window, scale)
-    q, k, v = (documents.prefixes.lay_out(t) for t in (q, k, v))
-    return documents.prefixes.pack(_attend_whole(q, k, v, documents, window, scale))
-
-
-def _attend_whole(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
-) -> Tensor:
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _attend_varlen(q, k, v, documents, window, scale)
-    return _attend_by_document(q, k, v, documents.lengths, window, scale, documents.shared)
+    kernel = _attend_varlen if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else _AttendByDocument.apply
+    prefixes = documents.prefixes
+    if prefixes is None:
+        return kernel(q, k, v, documents, window, scale)
+    return prefixes.pack(kernel(*(prefixes.lay_out(t) for t in (q, k, v)), documents, window, scale))
 
 
 def _attend_varlen(
@@ -54,44 +47,23 @@ def _attend_varlen(
     return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(before, 0))
 
 
-def _attend_by_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...],
-    window: int | None = None,
-    scale: float | None = None,
-    skipped: tuple[int, ...] | None = None,
-) -> Tensor:
-    """q [T, H, E], k and v [T, K, E] of documents of `lengths` tokens -> [T, H, E].
-
-    window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    skipped: how many leading queries of each document need no result; theirs is undefined, and its gradient must be
-    zero. Scores and their softmax are fp32 (fp64 for fp64), products with them in the tensors' own dtype.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _AttendByDocument.apply(q, k, v, lengths, window, scale, skipped)
-
-
 class _AttendByDocument(torch.autograd.Function):
-    """Saves q, k and v; the backward recomputes the scores."""
+    """Of whole documents; the results of shared queries are undefined, and their gradients must be zero.
+
+    Scores and their softmax are fp32 (fp64 for fp64), products with them in the tensors' own dtype. Saves q, k and v;
+    the backward recomputes the scores.
+    """
 
     @staticmethod
     def forward(
-        ctx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: tuple[int, ...],
-        window: int | None,
-        scale: float,
-        skipped: tuple[int, ...] | None,
+        ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.grid, ctx.window, ctx.scale = grid_of(lengths, q.shape[1], k.shape[1], q.device, skipped), window, scale
+        ctx.grid = grid_of(documents.lengths, q.shape[1], k.shape[1], q.device, documents.shared)
+        ctx.window, ctx.scale = window, q.shape[-1] ** -0.5 if scale is None else scale
         whole, results = ctx.grid.empty(q)
         for group, result in zip(ctx.grid.groups, results, strict=True):
-            _GroupAttention(group, q, k, v, window, scale).fill(result)
+            _GroupAttention(group, q, k, v, window, ctx.scale).fill(result)
         return ctx.grid.pack(whole, q.shape[1])
 
     @staticmethod
@@ -106,7 +78,7 @@ class _AttendByDocument(torch.autograd.Function):
             attention.fill_gradients(douts, dqueries, dkeys[:, 0], dvalues[:, 0])
             del attention, douts  # before the next group's
         packed = (ctx.grid.pack(whole, t.shape[1]) for whole, t in zip(wholes, given, strict=True))
-        return *packed, None, None, None, None
+        return *packed, None, None, None
 
 
 def backward_bytes(

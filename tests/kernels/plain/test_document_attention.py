@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.kernels.documents import Documents
 from accessory.kernels.plain import document_grid
-from accessory.kernels.plain.document_attention import _attend_by_document
+from accessory.kernels.plain.document_attention import attend
 
 WIDTH = 16
 
@@ -38,7 +39,7 @@ def both(dtype: torch.dtype, lengths: tuple[int, ...], window: int | None, heads
     """Value and gradients, ours and the softmax's."""
     given = leaves(sum(lengths), heads, kv_heads, dtype)
     wide = [t.detach().double().requires_grad_() for t in given]
-    found, wanted = _attend_by_document(*given, lengths, window), written_out(*wide, lengths, window)
+    found, wanted = attend(*given, Documents.build(lengths), window), written_out(*wide, lengths, window)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours = torch.autograd.grad(found, given, weights.to(dtype))
     theirs = torch.autograd.grad(wanted, wide, weights)
@@ -78,7 +79,7 @@ def test_what_is_not_read_changes_nothing_else(small_blocks, window: int | None,
     lengths, skipped = (12, 11, 30, 29, 2, 13, 8), (4, 9, 20, 0, 2, 3, 8)
     read = torch.cat([torch.arange(n) >= first for n, first in zip(lengths, skipped, strict=True)])
     given = leaves(sum(lengths), 6, 2)
-    found = _attend_by_document(*given, lengths, window, skipped=skipped)[read]
+    found = attend(*given, Documents(lengths, skipped, torch.device("cpu"), None), window)[read]
     wanted = written_out(*given, lengths, window)[read]
     torch.testing.assert_close(found, wanted)
     weights = torch.randn(found.shape, dtype=torch.float64)
@@ -100,7 +101,7 @@ def test_bf16_is_close_to_float64(small_blocks, window: int | None, blocks: bool
 def test_gradient_is_the_functions() -> None:
     """Finite differences."""
     given = leaves(7, 2, 1)
-    assert torch.autograd.gradcheck(lambda *t: _attend_by_document(*t, (5, 2), 3), given, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: attend(*t, Documents.build((5, 2)), 3), given, fast_mode=True)
 
 
 def test_keys_that_are_hidden_do_not_overflow() -> None:
@@ -108,7 +109,7 @@ def test_keys_that_are_hidden_do_not_overflow() -> None:
     q, k, v = (t.detach() for t in leaves(3, 1, 1))
     k[2] *= 1e5
     given = [t.requires_grad_() for t in (q, k, v)]
-    gradients = torch.autograd.grad(_attend_by_document(*given, (3,)).sum(), given)
+    gradients = torch.autograd.grad(attend(*given, Documents.build((3,))).sum(), given)
     assert all(t.isfinite().all() for t in gradients)
 
 
@@ -118,7 +119,7 @@ def test_documents_do_not_touch_one_another() -> None:
     spoiled = [t.clone() for t in (q, k, v)]
     for t in spoiled:
         t[:8] = torch.nan
-    clean, beside = (_attend_by_document(*given, (8, 5)) for given in ((q, k, v), spoiled))
+    clean, beside = (attend(*given, Documents.build((8, 5))) for given in ((q, k, v), spoiled))
     assert torch.equal(clean[8:], beside[8:])
     assert beside[:8].isnan().all()
 
@@ -127,7 +128,7 @@ def test_keeps_no_scores() -> None:
     """q, k and v."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        _attend_by_document(*leaves(20, 4, 2, torch.bfloat16), (20,))
+        attend(*leaves(20, 4, 2, torch.bfloat16), Documents.build((20,)))
     assert [(tuple(t.shape), t.dtype) for t in saved] == [
         ((20, heads, WIDTH), torch.bfloat16) for heads in (4, 2, 2)
     ]  # fmt: skip
