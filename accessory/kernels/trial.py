@@ -145,14 +145,9 @@ def _rotary(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 
 _TRIALS: dict[str, Callable[[ModuleType, Randn], list[Tensor]]] = {
-    "cached_attention": _cached_attention,
-    "column_sums": _column_sums,
-    "cross_entropy": _cross_entropy,
-    "document_attention": _document_attention,
-    "four_bit": _four_bit,
-    "four_bit_gemv": _four_bit_gemv,
-    "four_bit_product": _four_bit_product,
-    "gate": _gate,
-    "rms_norm": _rms_norm,
-    "rotary": _rotary,
-}
+    trial.__name__.removeprefix("_"): trial
+    for trial in (
+        _cached_attention, _column_sums, _cross_entropy, _document_attention, _four_bit, _four_bit_gemv,
+        _four_bit_product, _gate, _rms_norm, _rotary,
+    )
+}  # fmt: skip

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import mappings
-from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 
 from accessory.parallel.groups import model_parallel_group
@@ -110,6 +109,9 @@ def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
     return x if _SILENT.get() else mappings.reduce_from_model_parallel_region(x)
 
 
+gather_from_model_parallel_region = mappings.gather_from_model_parallel_region
+
+
 def gather_slices(tensor: Tensor, dim: int | None) -> Tensor:
     """The whole tensor from every rank's slice along `dim` (itself where `dim` is None). A collective; no gradient."""
     group = model_parallel_group()
@@ -118,20 +120,3 @@ def gather_slices(tensor: Tensor, dim: int | None) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts, dim)
-
-
-__all__ = [
-    "WHOLE",
-    "Slicing",
-    "copy_to_model_parallel_region",
-    "gather_from_model_parallel_region",
-    "gather_slices",
-    "mark",
-    "own_slice",
-    "pad_slice",
-    "padded_bounds",
-    "reduce_from_model_parallel_region",
-    "slice_bounds",
-    "slicing_of",
-    "without_communication",
-]

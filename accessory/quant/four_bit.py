@@ -23,7 +23,7 @@ from accessory.kernels.bitsandbytes_library import functional as bnb
 from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
 from accessory.quant.moments import levels
-from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, frozen, uncuttable
+from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
 
 CPU = torch.device("cpu")
 CPU_PIECE = 1 << 18  # weights quantized at a time
@@ -132,7 +132,6 @@ class FourBitWeight(PackedWeight):
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
         """Quantize `weight` [N, K] on its own device; the same bits as bitsandbytes' `quantize_4bit` of the whole."""
-        self.prepared = None
         flat = weight.contiguous().view(-1)
         # On the CPU, pieces whose intermediates fit into the cache take a third of the time.
         piece = CPU_PIECE if weight.device.type == "cpu" else max(flat.numel(), 1)
@@ -140,13 +139,13 @@ class FourBitWeight(PackedWeight):
             torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, self.quant_type, torch.uint8)
             for part in flat.split(piece)
         ]
-        self.codes = frozen(torch.cat([codes.view(-1) for codes, _ in quantized]))
-        scales = torch.cat([scales for _, scales in quantized])
+        codes, scales = (torch.cat([part.view(-1) for part in parts]) for parts in zip(*quantized, strict=True))
+        packed = {"codes": codes, "scales": scales}
         if self.nested:
             offset = scales.mean()
-            scales, state = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-            self.nested_scales, self.offset = frozen(state.absmax), frozen(offset.view(1))
-        self.scales = frozen(scales)
+            packed["scales"], state = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+            packed |= {"nested_scales": state.absmax, "offset": offset.view(1)}
+        self.adopt(packed)
 
     def adopt(self, state: PackedState) -> None:
         """See `PackedWeight`."""

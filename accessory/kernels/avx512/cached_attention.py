@@ -19,10 +19,7 @@ def takes(each: int) -> bool:
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, counts: tuple[int, ...], window: int | None, scale: float
 ) -> Tensor:
-    """q [B, H, E], keys and values [B, longest, K, E], bf16 -> [B, H, E].
-
-    counts: how many keys each document has, one at least. window: how many of them, the last ones, are seen; all if
-    absent.
+    """As `accessory.kernels.plain.cached_attention.attend`, in bf16, of one token and at least one key a document.
 
     Raises `AssertionError` for what does not fit together.
     """

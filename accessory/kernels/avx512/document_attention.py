@@ -21,11 +21,7 @@ def takes(head_dim: int) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """q [T, H, E], k and v [T, K, E] of packed documents -> [T, H, E], with gradients.
-
-    window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    Shared beginnings are read where they are packed.
-    """
+    """As `accessory.kernels.plain.document_attention.attend`; shared beginnings are read where they are packed."""
     return _Attend.apply(q, k, v, documents, window, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

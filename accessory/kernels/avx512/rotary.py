@@ -17,11 +17,7 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
-    """Rotate queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, n]; the result has x's dtype.
-
-    The first 2 n channels of a head are rotated, neighbours together ("pairs") or channel i with i + n ("halves");
-    the rest pass through. Conjugates rotate back.
-    """
+    """As `accessory.kernels.plain.rotary.rotate`, of x in bf16 by rotations in complex64."""
     if layout not in ("pairs", "halves"):
         raise AssertionError(f"layout {layout!r}; known: pairs, halves")
     tokens, heads, width = x.shape

@@ -121,7 +121,8 @@ class _GroupAttention:
     def __init__(self, group: Group, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> None:
         self.queries = group.lay_out(q)
         self.keys, self.values = (group.lay_out(t)[:, 0] for t in (k, v))
-        self.rows, self.skipped, self.window = group.rows(), group.skipped, window
+        self.rows = rows_at_once(group.count, group.longest, group.heads, group.skipped)
+        self.skipped, self.window = group.skipped, window
         # Keys and values are scaled instead of scores and their gradients, because they are fewer.
         self.scale, self.scaled_keys = scale, self.keys.to(torch.promote_types(q.dtype, torch.float32)) * scale
 

@@ -52,10 +52,6 @@ class Group:
             laid_out.index_fill_(0, places.padding, 0)
         return laid_out.view(self.count * self.kv_heads, -1, self.longest, width)
 
-    def rows(self) -> int:
-        """How many queries of each document attend at once."""
-        return rows_at_once(self.count, self.longest, self.heads, self.skipped)
-
 
 @dataclass(frozen=True)
 class DocumentGrid:

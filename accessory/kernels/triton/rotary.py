@@ -20,11 +20,7 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "pairs") -> Tensor:
-    """Rotate queries or keys x [T, heads, E] by `rotations` complex64 [T, 1, n]; the result has x's dtype.
-
-    The first 2 n channels of a head are rotated, neighbours together ("pairs") or channel i with i + n ("halves");
-    the rest pass through. Conjugates rotate back. A head's channels must be adjacent, heads and tokens need not be.
-    """
+    """As `accessory.kernels.plain.rotary.rotate`, by rotations in complex64. Heads and tokens of x may lie apart."""
     tokens, heads, width = x.shape
     half, back = rotations.shape[-1], rotations.is_conj()
     rotated = 2 * half

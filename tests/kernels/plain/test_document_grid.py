@@ -81,6 +81,6 @@ def test_cuts_are_the_cheapest(lengths: list[int], heads: int) -> None:
 def test_documents_attend_in_blocks_of_one_size(length: int, rows: int) -> None:
     """That together are the document, none above the limit unless it would be too short; short ones are one block."""
     (group,) = grid_of((length,), 9, 9, CPU).groups
-    assert group.rows() == rows
+    assert document_grid.rows_at_once(group.count, group.longest, 9, group.skipped) == rows
     assert rows * 9 * length <= BLOCK_SCORES or rows == document_grid.FEWEST_ROWS
     assert -(-length // rows) * rows - length < max(rows // 2, 8)
