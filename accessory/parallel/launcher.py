@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -26,7 +27,7 @@ def die_with_launcher() -> None:
     Nothing happens where no torchrun started the process, or elsewhere than on Linux. To be called before anything that
     takes long to import: until then, a worker outlives a launcher that is killed.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork") or os.uname().sysname != "Linux":
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     launcher = os.getppid()
     _at_launchers_death(signal.SIGKILL)
@@ -36,7 +37,7 @@ def die_with_launcher() -> None:
 
 def outlive_launcher() -> None:
     """Undo `die_with_launcher`: a worker that was asked to stop saves and ends even if torchrun leaves before it."""
-    if hasattr(os, "fork") and os.uname().sysname == "Linux":
+    if sys.platform == "linux":
         _at_launchers_death(0)
 
 

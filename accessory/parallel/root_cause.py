@@ -31,7 +31,7 @@ class Witness:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
-        store.set(_place(rank), json.dumps([os.getpid(), socket.gethostname()]))
+        store.set(f"place-{rank}", json.dumps([os.getpid(), socket.gethostname()]))
 
     def root_cause(self, error: Exception) -> AccessoryError:
         """The error that all ranks report for `error`; its `prints` is true on the one rank that prints it.
@@ -65,14 +65,14 @@ class Witness:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher that cleans up; we are leaving anyway
         deadline, silent = time.monotonic() + GRACE, set(range(self.world_size))
         try:
-            self.store.set(_alive(self.rank), "")
+            self.store.set(f"alive-{self.rank}", "")
             while silent and time.monotonic() < deadline:
                 if self.store.check([_CAUSE]):
                     kind, message = json.loads(self.store.get(_CAUSE))
                     return getattr(errors, kind)(message, common=True, prints=False)
-                silent -= {rank for rank in silent if self.store.check([_alive(rank)])}
+                silent -= {rank for rank in silent if self.store.check([f"alive-{rank}"])}
                 time.sleep(_POLL)
-            places = {rank: json.loads(self.store.get(_place(rank))) for rank in silent}
+            places = {rank: json.loads(self.store.get(f"place-{rank}")) for rank in silent}
         except (RuntimeError, ValueError):
             said = "the process that the others met at is gone: rank 0, or its torchrun"
             return LostRankError(f"Lost contact: {said} ({_short(error)}).", common=True, prints=True)
@@ -101,14 +101,6 @@ def _end_sibling(process: int, host: str) -> None:
 
 def _is_collective(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-
-
-def _place(rank: int) -> str:
-    return f"place-{rank}"
-
-
-def _alive(rank: int) -> str:
-    return f"alive-{rank}"
 
 
 def _short(error: Exception) -> str:

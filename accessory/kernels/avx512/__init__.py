@@ -1,8 +1,4 @@
-"""Kernels in C++ for CPUs with AVX512-bf16, for steps that take plain PyTorch many calls and passes over memory.
-
-They are compiled at their first use on a machine. Without a compiler, on another processor, in other dtypes, or with
-ACCESSORY_AVX512=0, plain PyTorch computes.
-"""
+"""Kernels in C++ for CPUs with AVX512-bf16, compiled at first use: for steps that PyTorch does in many passes."""
 
 from __future__ import annotations
 
