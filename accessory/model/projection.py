@@ -14,7 +14,7 @@ from accessory.kernels.addition import NOTHING, Addition
 from accessory.model.decoding import decodes
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
-from accessory.quant.products import Matrix, multiply, sum_of_transposed_products
+from accessory.quant.products import Matrix, multiply, sum_of_products
 
 
 def project(
@@ -136,8 +136,8 @@ def _input_gradient(
 ) -> Tensor:
     low = None
     if shared := _without_dropout(additions):
-        low = torch.cat([dlows[i] for i in shared], 1), torch.cat([additions[i].a for i in shared])
-    dx = sum_of_transposed_products(list(gradients), weights, low)
+        low = torch.cat([dlows[i] for i in shared], 1), torch.cat([additions[i].a for i in shared]), 1.0
+    dx = sum_of_products(list(gradients), weights, transposed=True, low=low)
     for dlow, addition in zip(dlows, additions, strict=True):
         if addition.dropout:
             dx.add_((dlow @ addition.a.to(dx.dtype)).mul_(addition.dropout_mask(dx)))

@@ -25,14 +25,40 @@ def multiply(x: Tensor, matrix: Matrix, addition: Addition = NOTHING, low: Tenso
     low: x A^T [T, R], x after dropout, if the addition has an A.
     """
     lora = None if low is None else (low, addition.b, addition.scale)
-    return _sum([x], [matrix], transposed=False, bias=addition.bias, low=lora)
+    return sum_of_products([x], [matrix], transposed=False, bias=addition.bias, low=lora)
 
 
-def sum_of_transposed_products(
-    dys: list[Tensor], matrices: list[Matrix], low: tuple[Tensor, Tensor] | None = None
+def sum_of_products(
+    factors: list[Tensor],
+    matrices: list[Matrix],
+    *,
+    transposed: bool,
+    bias: Tensor | None = None,
+    low: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """Each dy [T, N] times its W [N, K], and low's d [T, R] times A [R, K], summed -> [T, K] in their dtype."""
-    return _sum(dys, matrices, transposed=True, bias=None, low=low and (*low, 1.0))
+    """Sum over the matrices of a W^T [T, N], or of a W [T, K] if `transposed`, in the factors' dtype.
+
+    factors: the a [T, K], or [T, N]. bias: one more summand, [N], or [K]. low: (x [T, R], factor [N, R], or [R, K],
+    scale): x times scale * factor^T, or scale * factor, is another.
+    """
+    like = factors[0]
+    if kernel := _kernel(matrices, like.dtype, like.device):
+        codes = [matrix.as_codes() for matrix in matrices]
+        return kernel.sum_of_products(factors, codes, transposed=transposed, bias=bias, low=low)
+    # Added to a large bias, some of LoRA is lost; a small bias added to the rounded sum would lose all its training.
+    y = None if bias is None else bias.to(like.dtype)
+    if low is not None:
+        x, factor, scale = low
+        factor = factor.to(x.dtype) if transposed else factor.to(x.dtype).t()
+        if y is not None:
+            y = torch.addmm(y, x, factor, alpha=scale)
+        else:
+            y = x @ factor if scale == 1 else (x @ factor).mul_(scale)
+    for a, matrix in zip(factors, matrices, strict=True):
+        w = matrix.unpack_to_buffer(a.dtype) if isinstance(matrix, PackedWeight) else matrix.to(a.dtype)
+        w = w if transposed else w.t()
+        y = a @ w if y is None else y.addmm_(a, w) if y.dim() == 2 else torch.addmm(y, a, w)
+    return y
 
 
 def memory_to_multiply(
@@ -61,32 +87,3 @@ def _kernel(matrices: list[Matrix], dtype: torch.dtype, device: torch.device) ->
     if issubclass(kind, PackedWeight) and all(type(matrix) is kind for matrix in matrices):
         return kind.product_kernel(matrices, dtype, device)
     return None
-
-
-def _sum(
-    factors: list[Tensor],
-    matrices: list[Matrix],
-    *,
-    transposed: bool,
-    bias: Tensor | None,
-    low: tuple[Tensor, Tensor, float] | None,
-) -> Tensor:
-    """See `accessory.kernels.avx512.four_bit_product.sum_of_products`: so in any dtype, and with any matrices."""
-    like = factors[0]
-    if kernel := _kernel(matrices, like.dtype, like.device):
-        codes = [matrix.as_codes() for matrix in matrices]
-        return kernel.sum_of_products(factors, codes, transposed=transposed, bias=bias, low=low)
-    # Added to a large bias, some of LoRA is lost; a small bias added to the rounded sum would lose all its training.
-    y = None if bias is None else bias.to(like.dtype)
-    if low is not None:
-        x, factor, scale = low
-        factor = factor.to(x.dtype) if transposed else factor.to(x.dtype).t()
-        if y is not None:
-            y = torch.addmm(y, x, factor, alpha=scale)
-        else:
-            y = x @ factor if scale == 1 else (x @ factor).mul_(scale)
-    for a, matrix in zip(factors, matrices, strict=True):
-        w = matrix.unpack_to_buffer(a.dtype) if isinstance(matrix, PackedWeight) else matrix.to(a.dtype)
-        w = w if transposed else w.t()
-        y = a @ w if y is None else y.addmm_(a, w) if y.dim() == 2 else torch.addmm(y, a, w)
-    return y

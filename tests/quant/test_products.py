@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.kernels.addition import Addition
 from accessory.kernels.avx512 import four_bit_product
 from accessory.quant import storage, workspace
-from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_transposed_products
+from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_products
 
 KINDS = ["plain", "plain in fp32", "nf4", "nf4_single", "int8", "nf4, odd shape"]
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6}
@@ -59,7 +59,7 @@ def test_equals_float64(
     low, a, b = random(20, rank).to(dtype), random(rank, k), random(n, rank)
     with torch.no_grad():
         y = multiply(x, one, Addition(bias if biased else None, a, b, 0.5), low if rank else None)
-        dx = sum_of_transposed_products([dy, dz], [one, other], (low, 0.5 * a) if rank else None)
+        dx = sum_of_products([dy, dz], [one, other], transposed=True, low=(low, 0.5 * a, 1.0) if rank else None)
         exact = x.double() @ w.t() + 0.5 * low.double() @ b.to(dtype).double().t() + biased * bias.double()
     assert y.dtype == dx.dtype == dtype
     assert error(y, exact) < ROUNDING[dtype]
@@ -107,8 +107,8 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         matrices = [matrix(kind, seed=i) for i, kind in enumerate(kinds)]
         for one in matrices:
             multiply(random(20, 128).to(dtype), one, Addition(b=b), low)
-        beside = random(20, 8).to(dtype), random(8, 128)
-        sum_of_transposed_products([random(20, 34).to(dtype)] * 2, matrices, beside)
+        beside = random(20, 8).to(dtype), random(8, 128), 1.0
+        sum_of_products([random(20, 34).to(dtype)] * 2, matrices, transposed=True, low=beside)
         kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
         buffers = sum(piece.memory.nbytes for piece in workspace._pieces.values())
         found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
@@ -129,6 +129,6 @@ def test_memory_of_a_wide_matrix_is_that_of_the_forward() -> None:
     weight.pack(random(34, 512))
     four_bit_product._kept.__dict__.clear()
     multiply(random(20, 512).bfloat16(), weight)
-    sum_of_transposed_products([random(20, 34).bfloat16()], [weight])
+    sum_of_products([random(20, 34).bfloat16()], [weight], transposed=True)
     found, _ = memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"))
     assert found == four_bit_product._kept.memory.nbytes

@@ -1,1 +1,1 @@
-"""Every kernel in plain PyTorch, for all devices and dtypes."""
+"""Kernels in plain PyTorch, for all devices and dtypes."""
