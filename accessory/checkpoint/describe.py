@@ -13,15 +13,17 @@ from accessory.model.families import ARCHITECTURES
 
 def describe(source: Source, *, every_tensor: bool = False) -> str:
     """Lines of "name  value" on a source; with `every_tensor` one more for each tensor, by our names."""
+    types = Counter(map(_type, source.tensors.values()))
     size = sum(file.stat().st_size for file in source.files)
+    trained_on = (source.run or {}).get("quantization")
     lines = {
         "path": str(source.path),
         "format": source.format,
         "files": f"{len(source.files)} ({size / 1e9:.3f} GB)",
         "tensors": f"{len(source.tensors):,}",
         "parameters": f"{sum(prod(tensor.shape) for tensor in source.tensors.values()):,}",
-        "types": _types(source),
-        "quantization": source.storage or _recorded(source) or "none",
+        "types": ", ".join(f"{name} x {count}" for name, count in types.most_common()),
+        "quantization": source.storage or (f"its base was trained on as {trained_on}" if trained_on else "none"),
     }
     if source.llama_type:
         lines["llama_type"] = source.llama_type
@@ -37,16 +39,6 @@ def describe(source: Source, *, every_tensor: bool = False) -> str:
 
 def _type(tensor: LazyTensor) -> str:
     return tensor.storage.name if isinstance(tensor, PackedTensor) else tensor.dtype
-
-
-def _types(source: Source) -> str:
-    counts = Counter(map(_type, source.tensors.values()))
-    return ", ".join(f"{name} x {count}" for name, count in counts.most_common())
-
-
-def _recorded(source: Source) -> str | None:
-    quantization = source.run["quantization"] if source.run else None
-    return f"its base was trained on as {quantization}" if quantization else None
 
 
 def _settings(settings: dict) -> dict[str, str]:

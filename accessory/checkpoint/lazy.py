@@ -29,22 +29,6 @@ class LazyTensor(ABC):
         return SelectedRows(self, rows)
 
 
-@dataclass(frozen=True)
-class SafetensorsTensor(LazyTensor):
-    """A tensor of a memory-mapped safetensors file."""
-
-    file: Any  # safetensors.safe_open
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Read the range by mmap."""
-        if dim is None:
-            return self.file.get_tensor(self.key)
-        return self.file.get_slice(self.key)[(slice(None),) * dim + (slice(start, stop),)]
-
-
 class HeldTensor(LazyTensor):
     """A tensor `value` that is in memory, or mapped there."""
 

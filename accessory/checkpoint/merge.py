@@ -16,7 +16,8 @@ from accessory.model.args import ModelArgs
 from accessory.quant import storage
 from accessory.quant.packed import PackedState
 
-_QKV, _OUT, _MLP = ("wq", "wk", "wv"), ("wo",), ("w1", "w2", "w3")
+_SWITCHES = {"qkv_bias": ("wq", "wk", "wv"), "out_bias": ("wo",), "mlp_bias": ("w1", "w2", "w3")}
+"""Setting of a model -> the linears that it gives a bias."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,11 @@ def merged(
 
 
 def _base_has_bias(module: str, args: ModelArgs) -> bool:
-    groups = ((_QKV, args.qkv_bias), (_OUT, args.out_bias), (_MLP, args.mlp_bias))
-    biased = {name: has_bias for names, has_bias in groups for name in names}
-    return biased.get(module.rsplit(".", 1)[-1], True)  # others are norms, whose biases are the base's
+    leaf = module.rsplit(".", 1)[-1]
+    switch = next((switch for switch, linears in _SWITCHES.items() if leaf in linears), None)
+    return switch is None or getattr(args, switch)  # others are norms, whose biases are the base's
 
 
 def _bias_switches(tensors: Tensors) -> dict[str, bool]:
     biased = {name.split(".")[-2] for name in tensors if name.endswith(".bias") and name.startswith("layers.")}
-    return {
-        "qkv_bias": not biased.isdisjoint(_QKV),
-        "out_bias": not biased.isdisjoint(_OUT),
-        "mlp_bias": not biased.isdisjoint(_MLP),
-    }
+    return {switch: not biased.isdisjoint(linears) for switch, linears in _SWITCHES.items()}

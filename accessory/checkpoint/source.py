@@ -6,13 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor, PackedTensor, SafetensorsTensor, ShardedTensor
+from accessory.checkpoint.lazy import ComputedTensor, LazyTensor, PackedTensor, ShardedTensor
 from accessory.errors import CheckpointError, explain_validation
 from accessory.model.args import ModelArgs
 from accessory.tokenizer.sniff import what_is
@@ -140,8 +142,14 @@ def open_safetensors(files: list[Path]) -> dict[str, LazyTensor]:
             raise CheckpointError(f"{path}: found {what_is(path)}; cannot be read as safetensors ({error}).") from error
         for key in file.keys():  # noqa: SIM118 - not a dictionary
             view = file.get_slice(key)
-            tensors[key] = SafetensorsTensor(file, key, tuple(view.get_shape()), view.get_dtype())
+            tensors[key] = ComputedTensor(tuple(view.get_shape()), view.get_dtype(), partial(_read_mapped, file, key))
     return tensors
+
+
+def _read_mapped(file: safe_open, key: str, dim: int | None, start: int, stop: int) -> Tensor:
+    if dim is None:
+        return file.get_tensor(key)
+    return file.get_slice(key)[(slice(None),) * dim + (slice(start, stop),)]
 
 
 def model_args_of(source: Source) -> ModelArgs | None:

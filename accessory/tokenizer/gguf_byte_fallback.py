@@ -15,9 +15,8 @@ from typing import Literal
 from accessory.errors import TokenizerError
 from accessory.tokenizer.hf_json import JsonTokenizer
 from accessory.tokenizer.pre_tokenization import merges_of, steps
-from accessory.tokenizer.spm import SentencePieceTokenizer
+from accessory.tokenizer.spm import BLANK, SentencePieceTokenizer
 
-BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 Prefix = Literal["always", "first", "never"]
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _KEY = "tokenizer.ggml."
 _HINT = "Write the model in another format, or give another form of its tokenizer."
-Value = str | bool | int | bytes | list[str] | list[int] | list[float]
+Value = str | bool | int | float | bytes | list[str] | list[int] | list[float]
 
 
 def vocabulary_fields(tokenizer: SentencePieceTokenizer | JsonTokenizer, rows: int) -> dict[str, Value]:
@@ -53,6 +53,8 @@ def add_fields(writer: GGUFWriter, fields: dict[str, Value]) -> None:
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
         elif value:  # the library refuses an empty array
@@ -93,9 +95,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Va
     if types.count(TokenType.BYTE) != 256:
         raise TokenizerError(f"{source}: lacks some of the pieces <0x00> to <0xFF>; llama.cpp needs all 256. {_HINT}")
     return {
-        f"{_KEY}model": "llama",
-        f"{_KEY}pre": "default",
-        **_tokens(dict(enumerate(names)), dict(enumerate(types)), rows),
+        **_tokens("llama", "default", dict(enumerate(names)), dict(enumerate(types)), rows),
         f"{_KEY}scores": [float(piece.score) for piece in proto.pieces] + [0.0] * (rows - len(names)),
         f"{_KEY}add_space_prefix": normalizer.add_dummy_prefix,
         f"{_KEY}remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
@@ -118,9 +118,7 @@ def _byte_level(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[str
     if not model["merges"]:
         raise TokenizerError(f"{source}: has no merges; llama.cpp loads no byte-level vocabulary without. {_HINT}")
     return {
-        f"{_KEY}model": "gpt2",
-        f"{_KEY}pre": pre,
-        **_tokens(names, types, rows),
+        **_tokens("gpt2", pre, names, types, rows),
         f"{_KEY}merges": [" ".join(merge) for merge in merges_of(model)],
     }
 
@@ -156,9 +154,7 @@ def _byte_fallback(tokenizer: JsonTokenizer, pipeline: dict, rows: int) -> dict[
             f"{source}: has no unknown token {unknown!r}, which a `llama` vocabulary of GGUF needs. {_HINT}"
         )
     return {
-        f"{_KEY}model": "llama",
-        f"{_KEY}pre": "default",
-        **_tokens(names, types, rows),
+        **_tokens("llama", "default", names, types, rows),
         f"{_KEY}scores": [scores.get(names.get(row), 0.0) for row in range(rows)],
         f"{_KEY}add_space_prefix": prefix != "never",
         f"{_KEY}remove_extra_whitespaces": False,
@@ -193,9 +189,11 @@ def _check_start(tokenizer: SentencePieceTokenizer | JsonTokenizer, known: tuple
         raise TokenizerError(f"{tokenizer.source}: documents open with {found}, for which GGUF has no words. {_HINT}")
 
 
-def _tokens(names: dict[int, str], types: dict[int, int], rows: int) -> dict[str, Value]:
-    """Tokens and their types, ids without a token being padding."""
+def _tokens(kind: str, pre: str, names: dict[int, str], types: dict[int, int], rows: int) -> dict[str, Value]:
+    """The kind of vocabulary, how text is split before it, tokens and their types; ids without a token are padding."""
     return {
+        f"{_KEY}model": kind,
+        f"{_KEY}pre": pre,
         f"{_KEY}tokens": [names.get(row, f"[PAD{row}]") for row in range(rows)],
         f"{_KEY}token_type": [types.get(row, TokenType.UNUSED) for row in range(rows)],
     }

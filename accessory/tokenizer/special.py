@@ -98,7 +98,7 @@ def read_special_tokens(directory: Path, *, whole_json: bool = False) -> Special
         stop_ids=stop_ids,
         added=_added(directory, config, named, read_plain=not (whole_json and "added_tokens_decoder" in config)),
         named=named,
-        config=_with_template(directory, _with_names(config, naming[1][1])),
+        config=_completed(directory, config, naming[1][1]),
     )
 
 
@@ -152,11 +152,6 @@ def write_object(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _with_names(config: dict, names: dict) -> dict:
-    """The configuration, with the `names` of special_tokens_map.json that it lacks."""
-    return {**config, **{key: value for key, value in names.items() if config.get(key) is None}}
-
-
 def _added(directory: Path, config: dict, named: tuple[str, ...], read_plain: bool) -> dict[int, Added]:
     """Tokens of added_tokens.json, if `read_plain`, replaced by those of tokenizer_config.json, which says more.
 
@@ -194,15 +189,19 @@ def _named(naming: list[tuple[Path, dict]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _with_template(directory: Path, config: dict) -> dict:
-    """The configuration with the template of chat_template.jinja in it, which takes precedence where there is one."""
+def _completed(directory: Path, config: dict, names: dict) -> dict:
+    """The configuration with the `names` of special_tokens_map.json that it lacks, and chat_template.jinja's template.
+
+    That file takes precedence where there is one.
+    """
+    config = {**config, **{key: value for key, value in names.items() if config.get(key) is None}}
     path = directory / TEMPLATE_FILE
-    if not path.is_file():
-        return config
-    try:
-        return {**config, "chat_template": path.read_text(encoding="utf-8-sig")}
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: found {what_is(path)}; expected a Jinja template ({error}).") from error
+    if path.is_file():
+        try:
+            config["chat_template"] = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{path}: found {what_is(path)}; expected a Jinja template ({error}).") from error
+    return config
 
 
 def _first(files: list[tuple[Path, dict]], key: str, convert: Callable[[Path, str, object], _Found]) -> _Found | None:

@@ -209,7 +209,7 @@ def test_27_bad_tokenizers(name: str, content: bytes, job: Job, tmp_path: Path) 
 def test_27_a_crash_of_their_libraries_is_an_error(name: str, job: Job, tmp_path: Path, monkeypatch) -> None:
     """A file is tried in a process of its own first; here its library is made to crash, on a good one."""
     library = {"tokenizer.model": "sentencepiece", "tokenizer.json": "tokenizers"}[name]
-    crash = "def use(*_):\n    import ctypes\n    yield lambda: ctypes.string_at(0)\n"
+    crash = "def load(*_):\n    import ctypes\n    return lambda text: ctypes.string_at(0)\n"
     monkeypatch.setitem(trial._TRIALS, library, crash)
     monkeypatch.setattr(trial, "_passed", set())
     path = tmp_path / name

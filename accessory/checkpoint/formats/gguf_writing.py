@@ -173,15 +173,11 @@ def _write(
         writer.add_name(name)
         writer.add_file_type(label)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in fields.items():
-            if isinstance(value, float):
-                writer.add_float32(key, value)
-            else:
-                add_fields(writer, {key: value})
+        add_fields(writer, fields)
         kinds = {name: _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
         for name, tensor in theirs.items():
-            size = math.prod(tensor.shape) * gguf.GGML_QUANT_SIZES[kinds[name]][1]
-            size //= gguf.GGML_QUANT_SIZES[kinds[name]][0]
+            block, width = gguf.GGML_QUANT_SIZES[kinds[name]]
+            size = math.prod(tensor.shape) // block * width
             writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

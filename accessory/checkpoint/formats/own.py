@@ -26,25 +26,22 @@ MODEL_FILES = "model*.safetensors"
 
 def open_own(path: Path) -> Source | None:
     """Open a directory of ours; None for one that is not."""
-    for pattern, is_delta in ((TRAINABLE_FILES, True), (MODEL_FILES, False)):
-        if files := sorted(path.glob(pattern)):
-            return _open(path, files, is_delta)
-    return None
-
-
-def _open(path: Path, files: list[Path], is_delta: bool) -> Source:
+    delta_files, model_files = sorted(path.glob(TRAINABLE_FILES)), sorted(path.glob(MODEL_FILES))
+    files = delta_files or model_files
+    if not files:
+        return None
     run, meta = path / "run.json", path / "meta.json"
     tensors = open_safetensors(files)
     said = read_json(meta) if meta.is_file() else {}
     packing, recorded = said.get("packed"), _read_run(run) if run.is_file() else None
     return Source(
         path,
-        "Accessory (trained part)" if is_delta else f"Accessory{' (packed)' if packing else ''}",
+        "Accessory (trained part)" if delta_files else f"Accessory{' (packed)' if packing else ''}",
         files,
         _with_packed(tensors, packing, meta) if packing else tensors,
         settings=stated_settings(path),
         llama_type=stated_llama_type(path),
-        is_delta=is_delta,
+        is_delta=bool(delta_files),
         run=recorded,
         prompt_layouts=_layouts(*((run, recorded) if recorded else (meta, said))),
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from accessory.checkpoint.formats import hugging_face
 from accessory.checkpoint.formats.peft_config import (
     CONFIG_FILE,
@@ -17,10 +19,10 @@ from accessory.checkpoint.formats.peft_config import (
     read_adapter_config,
 )
 from accessory.checkpoint.formats.peft_factors import Factors, new_factors
-from accessory.checkpoint.formats.peft_places import PREFIX, Places, TheirLinear, places_of
-from accessory.checkpoint.lazy import LazyTensor, SafetensorsTensor, zeros
+from accessory.checkpoint.formats.peft_places import PREFIX, Places, places_of
+from accessory.checkpoint.lazy import LazyTensor, zeros
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
-from accessory.checkpoint.source import Source, first_file, model_args_of, open_safetensors, read_json
+from accessory.checkpoint.source import Source, first_file, model_args_of, read_json
 from accessory.errors import CheckpointError, is_file
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
@@ -52,8 +54,9 @@ def open_adapter(path: Path, base: Source | None) -> Source:
         )
     architecture = architecture_of(args.architecture, str(base.path))
     file = first_file(path, WEIGHT_FILES)
+    stored = hugging_face.open_weight_files([file])
     adapter = _Adapter(path, config, args, architecture, places_of(args, architecture.names), _parts_in(file))
-    adapter.sort(hugging_face.open_weight_files([file]))
+    adapter.sort(stored)
     adapter.check()
     tensors, settings, notes = adapter.as_ours()
     llama_type = architecture.family + Peft.suffix
@@ -74,8 +77,8 @@ def _parts_in(file: Path) -> dict[str, list[str]]:
     """What our own export says of its fused modules; nothing in anybody else's file."""
     if file.suffix == ".bin":
         return {}
-    tensor = next(iter(open_safetensors([file]).values()), None)
-    header = (tensor.file.metadata() or {}) if isinstance(tensor, SafetensorsTensor) else {}
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata() or {}
     try:
         parts = json.loads(header.get(PARTS_KEY, "{}"))
         return {str(module): [str(kind) for kind in kinds] for module, kinds in parts.items()}
@@ -101,32 +104,26 @@ class _Adapter:
 
     def sort(self, tensors: dict[str, LazyTensor]) -> None:
         """Put every tensor where it belongs, or among the refused."""
+        theirs, prefix = self.places.theirs, self.architecture.names.prefix
         for key, tensor in tensors.items():
             name = key.removeprefix(PREFIX)
             if found := _FACTOR.fullmatch(name):
-                linear = self._linear(found[1])
-                if linear is None:
-                    self.refused.append(key)
-                else:
+                # Some models' files leave out the prefix.
+                if linear := theirs.get(found[1]) or theirs.get(f"{prefix}{found[1]}"):
                     self.factors.setdefault(linear.name, {})[found[2]] = tensor
+                else:
+                    self.refused.append(key)
             elif ".original_module." not in name:  # the base's own values, which PEFT saves beside trained biases
                 self._sort_plain(key, _WRAPPER.sub("", name), tensor)
 
     def _sort_plain(self, key: str, name: str, tensor: LazyTensor) -> None:
-        names = self.architecture.names
+        names, places = self.architecture.names, self.places
         ours = ours_from_theirs({name: tensor}, names, self.args, str(self.path))
-        if ours and all(our in self.places.norms or self._is_bias(our) for our in ours):
+        biases = {our for our in ours if our.endswith(".bias") and our.removesuffix(".bias") in places.linears}
+        if ours and ours.keys() <= places.norms.keys() | biases:
             self.plain |= ours
         elif not names.is_needless(name):
             self.refused.append(key)
-
-    def _is_bias(self, name: str) -> bool:
-        return name.endswith(".bias") and name.removesuffix(".bias") in self.places.linears
-
-    def _linear(self, module: str) -> TheirLinear | None:
-        """Their linear by a name that may lack the prefix which some models' files leave out."""
-        theirs, prefix = self.places.theirs, self.architecture.names.prefix
-        return theirs.get(module) or theirs.get(f"{prefix}{module}")
 
     def check(self) -> None:
         """Raise `CheckpointError` for refused tensors, for more or fewer than the config says, and for wrong shapes."""
