@@ -83,12 +83,12 @@ class Blueprint:
 def make_blueprint(
     sources: list[Source],
     *,
-    llama_type: str | None,
-    llama_config: list[Path],
-    tokenizer_path: Path | None,
-    quant_type: str | None,
     precision: str,
     train: bool,
+    llama_type: str | None = None,
+    llama_config: Sequence[Path] = (),
+    tokenizer_path: Path | None = None,
+    quant_type: str | None = None,
     quant: bool = False,
     new_tokens: Sequence[str] = (),
 ) -> Blueprint:
@@ -189,7 +189,7 @@ def _family_hint(llama_type: str) -> str:
     return f" Use --llama_type {family}{suffixes.get(method, '')}: {name} is of the family {family}."
 
 
-def _settings(sources: list[Source], llama_config: list[Path], method_class: type[Method]) -> tuple[ModelArgs, Method]:
+def _settings(sources: list[Source], stated: Sequence[Path], method_class: type[Method]) -> tuple[ModelArgs, Method]:
     """Merge settings files. A method's keys in a checkpoint's own file are dropped if another method is asked for."""
     model_keys, method_keys = set(ModelArgs.model_fields), set(method_class.Settings.model_fields)
     merged: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
     # Rows of a trained part can be put into the base's rotary layout; those of a packed base could not.
     merged["rotary_layout"] = sources[0].rotary_layout
     faults = []
-    for path in llama_config:
+    for path in stated:
         content = method_class.translated(_stated_settings(path))
         faults += [f"{path}: unknown key {key!r}{_unknown_key(key, model_keys | method_keys)}"
                    for key in content if key not in model_keys | method_keys]  # fmt: skip
@@ -208,7 +208,7 @@ def _settings(sources: list[Source], llama_config: list[Path], method_class: typ
         raise ConfigError(
             f"{where}: holds no config.json or params.json; give the model's settings with --llama_config."
         )
-    files = [str(source.path) for source in sources if source.settings] + [str(path) for path in llama_config]
+    files = [str(source.path) for source in sources if source.settings] + [str(path) for path in stated]
     parts = []
     for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
         try:

@@ -22,7 +22,6 @@ from accessory.optim import OPTIMIZERS
 from accessory.quant import STORAGES
 
 Config = TypeVar("Config", bound=BaseModel)
-Precision = Literal["bf16", "fp16", "fp32", "tf32"]
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
 _LAYER_WORDS = ("none", "all", "auto")
@@ -70,7 +69,7 @@ class FinetuneConfig(BaseModel):
     )
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
-    precision: Precision = "bf16"
+    precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
     """Compute precision; what is trained is always kept in fp32. tf32 is fp32 with TF32 matrix products on CUDA."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is any."""

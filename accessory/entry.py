@@ -10,19 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import fire
-from pydantic import BaseModel
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from accessory.config import parse
+from accessory.config import Config, parse
 from accessory.errors import AccessoryError, ConfigError
 from accessory.foreign_names import unknown
 from accessory.parallel import groups
 from accessory.parallel.launcher import die_with_launcher
 
-Config = TypeVar("Config", bound=BaseModel)
 _GRACE = 5.0  # seconds that a rank waits which prints nothing: once it exits, the launcher ends the others
 
 

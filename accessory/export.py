@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class LogitError:
 
 
 def open_whole(
-    paths: list[Path], llama_config: list[Path] | None = None, tokenizer_path: Path | None = None
+    paths: list[Path], llama_config: Sequence[Path] = (), tokenizer_path: Path | None = None
 ) -> tuple[WholeModel, list[Source], Blueprint]:
     """Base and, where given, trained parts, as they lie; checked to be a complete model that fits together.
 
@@ -118,10 +119,8 @@ def open_whole(
     sources = with_base(list(paths))
     blueprint = make_blueprint(
         sources,
-        llama_type=None,
-        llama_config=llama_config or [],
+        llama_config=llama_config,
         tokenizer_path=tokenizer_path,
-        quant_type=None,
         precision="bf16",
         train=False,
         new_tokens=trained_tokens(sources) if tokenizer_path else (),

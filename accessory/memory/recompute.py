@@ -30,20 +30,16 @@ def choose_layers(
     plan: number of recomputed layers -> a step's memory. remedies: flags that make a step smaller. A collective.
     Raises `ConfigError` for more layers than there are, and for `auto` where not even all would be enough.
     """
-    if asked != "auto":
-        return together(_number, asked, n_layers), ""
+    number = {"none": 0, "all": n_layers}.get(asked, asked)
+    if number != "auto":
+        if number > n_layers:
+            raise ConfigError(f"--checkpointing {number}: the model has {n_layers} layers.", common=True)
+        return number, ""
     free = _share_of_free_memory(layout)
     chosen = together(_fewest_that_fit, n_layers, plan, free, remedies)
     # The rank with the least memory decides: model-parallel ranks must recompute the same blocks together.
     (most,) = highest([chosen], layout.device)
     return most, f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
-
-
-def _number(asked: int | str, n_layers: int) -> int:
-    number = {"none": 0, "all": n_layers}.get(asked, asked)
-    if number > n_layers:
-        raise ConfigError(f"--checkpointing {asked}: the model has {n_layers} layers.")
-    return number
 
 
 def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int | None, remedies: str) -> int:

@@ -25,21 +25,17 @@ class InputOffload(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, device: torch.device) -> None:
         super().__init__(self._keep, _Kept.wanted)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._newest: Callable[[], _Kept | None] = _nobody
+        self._newest: Callable[[], _Kept | None] = lambda: None
 
     def _keep(self, x: Tensor) -> Tensor | _Kept:
         if not x.numel():  # not an input: some releases of PyTorch save an empty tensor for their checkpoint
-            return _Kept(x, _nobody, None)
+            return _Kept(x, lambda: None, None)
         before = self._newest()
         if before is not None:
             before.send()
         kept = _Kept(x.detach(), self._newest, self.stream)
         self._newest = weakref.ref(kept)
         return kept
-
-
-def _nobody() -> None:
-    """A reference to nothing."""
 
 
 class _Kept:

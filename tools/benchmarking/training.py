@@ -98,7 +98,7 @@ class Training:
         else:
             sources = self._with_adapter(open_source(self.model))
             made = make_blueprint(
-                sources, llama_type=self._llama_type(sources[0]), llama_config=[], tokenizer_path=None,
+                sources, llama_type=self._llama_type(sources[0]), 
                 quant_type=self.quant_type, precision=self.precision, train=True,
             )  # fmt: skip
         return replace(made, method=self._method(sources[1:])), sources

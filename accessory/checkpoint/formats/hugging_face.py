@@ -28,7 +28,7 @@ def open_hugging_face(path: Path) -> Source:
         theirs = packed_by_bitsandbytes(theirs, quantization, path)
     tensors = ours_from_theirs(theirs, architecture.names, args, str(path))
     notes: tuple[str, ...] = ()
-    if architecture.has_unit_head(config) and (head := tensors.get("output.weight")):
+    if architecture.unit_head_key in config and (head := tensors.get("output.weight")):
         tensors["output.weight"] = unit_rows(head)
         notes = ("the rows of its head are scaled to length 1 as they are read, and not again in training",)
     settings, family = args.model_dump(), architecture.family

@@ -31,6 +31,3 @@ def architecture_of_gguf(name: object, source: str) -> Architecture:
     if not isinstance(name, str) or name not in known:
         raise CheckpointError(f"{source}: architecture {name!r} is not supported. Known: {', '.join(known)}.")
     return known[name]
-
-
-__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "architecture_of", "architecture_of_gguf"]

@@ -130,6 +130,7 @@ class Architecture:
     this value. rope: None for a model without rotary embedding.
     sliding: how a window is spelled: "plain" (Mistral), "switched" (Qwen: a switch and a first layer), or not at all.
     native: whether transformers knows it; other types need code that lies beside their files.
+    unit_head_key: a key of those models that scale the rows of the head to length 1 before they use it; None: none do.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Architecture:
     sliding: Literal["none", "plain", "switched"] = "none"
     gguf: Gguf | None = None
     native: bool = True
+    unit_head_key: str | None = None
 
     def read(self, config: Config, source: str) -> ModelArgs:
         """ModelArgs from a config.json; `source` names it. Raises `CheckpointError` for what cannot be computed."""
@@ -159,10 +161,6 @@ class Architecture:
         if self.sliding != "none":
             values |= self._window(config, values["n_layers"], source)
         return ModelArgs(**values)
-
-    def has_unit_head(self, config: Config) -> bool:
-        """Whether the rows of the head are scaled to length 1 before it is used."""
-        return False
 
     def _by_key(self, config: Config, source: str) -> Config:
         values = {}

@@ -19,8 +19,6 @@ _NAMES = Names(
         **{their: our for their, our in NAMES.inner.items() if their not in _SEPARATE},
     },
 )
-_BAICHUAN2_KEY = "z_loss_weight"
-"""A training setting in every config.json of Baichuan 2 and none of Baichuan 1; nothing else tells them apart."""
 
 
 class _Baichuan(Architecture):
@@ -32,10 +30,6 @@ class _Baichuan(Architecture):
         if "max_position_embeddings" in config:
             return args
         return args.model_copy(update={"position": "alibi"})
-
-    def has_unit_head(self, config: Config) -> bool:
-        """See `Architecture.has_unit_head`."""
-        return _BAICHUAN2_KEY in config
 
     def write(self, args: ModelArgs) -> Config:
         """See `Architecture.write`."""
@@ -56,5 +50,7 @@ ARCHITECTURES = (
         defaults=DEFAULTS,
         fixed=HALVES,
         gguf=Gguf("baichuan", "pairs", GGUF_NAMES, positions={32: "rotary", 40: "alibi"}, tied=False),
+        # A training setting in every config.json of Baichuan 2 and none of Baichuan 1; nothing else tells them apart.
+        unit_head_key="z_loss_weight",
     ),
 )
