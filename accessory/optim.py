@@ -36,9 +36,7 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if kind == "adamw8bit":
-        # Rows of an embedding are stepped on rarely and unevenly, which 8 bits serve badly (Dettmers et al. 2022, 2.3).
-        wide = {p for name, p in parameters.items() if name.startswith(_EMBEDDINGS)}
-        return KernelAdamW(groups, lr, eight_bit=set(parameters.values()) - wide)
+        return KernelAdamW(groups, lr, eight_bit={p for name, p in parameters.items() if _suits_8_bits(name, p)})
     if kind == "paged_adamw" and next(iter(parameters.values())).device.type == "cuda":
         return KernelAdamW(groups, lr, paged=True)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
@@ -52,9 +50,15 @@ def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:
     total = 0
     for name, parameter in parameters.items():
         count = parameter.numel()
-        narrow = kind == "adamw8bit" and count >= MIN_8BIT and not name.startswith(_EMBEDDINGS)
+        narrow = kind == "adamw8bit" and _suits_8_bits(name, parameter)
         total += 2 * (count + 4 * -(-count // MOMENT_BLOCK)) if narrow else 8 * count
     return total
+
+
+def _suits_8_bits(name: str, parameter: nn.Parameter) -> bool:
+    # By the size of the whole parameter, so that all its shards are kept alike. Rows of an embedding are stepped on
+    # rarely and unevenly, which 8 bits serve badly (Dettmers et al. 2022, 2.3).
+    return parameter.numel() >= MIN_8BIT and not name.startswith(_EMBEDDINGS)
 
 
 class KernelAdamW(torch.optim.Optimizer):
@@ -75,9 +79,7 @@ class KernelAdamW(torch.optim.Optimizer):
         paged: bool = False,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.0})
-        # By the size of the whole parameter, so that all its shards are kept alike.
-        self.eight_bit = {p for p in eight_bit if p.numel() >= MIN_8BIT}
-        self.paged = paged
+        self.eight_bit, self.paged = eight_bit, paged
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -8,12 +8,20 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from accessory.data.records import SUFFIXES, is_data_file, path_fault
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import DataError, explain_validation, is_there, nearest
 from accessory.tokenizer.sniff import what_is
 
-_FILES = f"a data file ({', '.join(SUFFIXES)})"
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of data files, in small letters or capitals
+_REMEDIES = {
+    ".parquet": 'write it as JSON Lines: pandas.read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True)',
+    ".arrow": 'write it as JSON Lines: datasets.Dataset.from_file(FILE).to_json("data.jsonl")',
+    ".xlsx": "save the sheet as .csv in UTF-8",
+    ".txt": 'put each text into a .jsonl as {"output": TEXT}, and name that in a YAML with prompt_type: caption',
+    ".ndjson": "name it .jsonl",
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
+}
+_FILES = f"a data file ({', '.join(_SUFFIXES)})"
 _EXPECTED = f"{_FILES} or a YAML with the key META"
 
 
@@ -52,9 +60,9 @@ class DataEntry(BaseModel):
 
 def load_data_config(path: Path) -> list[DataEntry]:
     """The entries of a YAML, or one entry for a plain data file. Raises `DataError` listing all faults."""
-    if fault := path_fault(path):
+    if fault := _path_fault(path):
         raise DataError(fault)
-    if is_data_file(path):
+    if path.suffix.lower() in _SUFFIXES:
         if not path.is_file():
             raise DataError(f"{path}: found {what_is(path)}; expected {_EXPECTED}.")
         return [DataEntry(path=path)]
@@ -85,13 +93,21 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
     except ValidationError as error:
         raise DataError(explain_validation(error, where, DataEntry.model_fields)) from error
     found = next((path for path in (beside / entry.path, entry.path) if is_there(path)), None)
-    if fault := path_fault(found or entry.path):
+    if fault := _path_fault(found or entry.path):
         raise DataError(f"{where}: {fault}")
-    if not is_data_file(entry.path):
-        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(SUFFIXES)}.")
+    if entry.path.suffix.lower() not in _SUFFIXES:
+        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(_SUFFIXES)}.")
     if found is None:
         raise DataError(f"{where}: path {entry.path} is neither in {beside.resolve()} nor in {Path.cwd()}.")
     return entry.model_copy(update={"path": found})
+
+
+def _path_fault(path: Path) -> str | None:
+    """The error of a path that is a directory, or a file of a known kind that is not read here; None for others."""
+    if is_there(path) and path.is_dir():
+        return f"{path}: is a directory; expected a file. List several in a YAML, each as an entry of META."
+    remedy = _REMEDIES.get(path.suffix.lower())
+    return f"{path}: {path.suffix} files are not read here; {remedy}." if remedy else None
 
 
 def _read_yaml(path: Path) -> Any:

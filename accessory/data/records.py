@@ -1,4 +1,4 @@
-"""Reads data files into records that know their file and line."""
+"""Reads data files into records that know their line."""
 
 from __future__ import annotations
 
@@ -14,22 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accessory.errors import DataError, is_there
+from accessory.errors import DataError
 from accessory.tokenizer.sniff import what_is
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-"""Suffixes of data files, in small letters or capitals."""
 _LISTED = "a JSON list of objects, an object a line, one object, or one that holds one list of objects"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _SHOWN, _LONGEST = 12, 40  # keys named in a message, and characters of each
-_REMEDIES = {
-    ".parquet": 'write it as JSON Lines: pandas.read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True)',
-    ".arrow": 'write it as JSON Lines: datasets.Dataset.from_file(FILE).to_json("data.jsonl")',
-    ".xlsx": "save the sheet as .csv in UTF-8",
-    ".txt": 'put each text into a .jsonl as {"output": TEXT}, and name that in a YAML with prompt_type: caption',
-    ".ndjson": "name it .jsonl",
-    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
-}
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FIRST_LINE, _NOT_BLANK = re.compile(rb"(?:\xef\xbb\xbf)?\s*([^\n]*)"), re.compile(rb"\S")
 _EXCEL = re.compile(r"sep=([\t,;])\r?\n")
@@ -55,19 +45,6 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), "a number")
 
 
-def is_data_file(path: Path) -> bool:
-    """Whether a path is named like a file of records."""
-    return path.suffix.lower() in SUFFIXES
-
-
-def path_fault(path: Path) -> str | None:
-    """The error of a path that is a directory, or a file of a known kind that is not read here; None for others."""
-    if is_there(path) and path.is_dir():
-        return f"{path}: is a directory; expected a file. List several in a YAML, each as an entry of META."
-    remedy = _REMEDIES.get(path.suffix.lower())
-    return f"{path}: {path.suffix} files are not read here; {remedy}." if remedy else None
-
-
 def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
     """All records of a JSON list, of JSON Lines, or of a table with a header; how it was read is appended to `notes`.
 
@@ -79,14 +56,11 @@ def read_records(path: Path, notes: list[str] | None = None) -> list[Record]:
     object, repeats a key or holds NaN is returned with its `fault`; so is a line of JSON Lines that is no JSON, or no
     UTF-8, if any other line is.
     """
-    if not is_data_file(path):
-        expected = f"{path}: is not a data file; expected one of {', '.join(SUFFIXES)}."
-        raise DataError(path_fault(path) or expected)
     notes = [] if notes is None else notes
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(path_fault(path) or f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     if path.suffix.lower() in (".csv", ".tsv"):
         return list(_read_table(_text(content, path), path, notes))
     return _read_json(content, path, notes)
@@ -139,7 +113,7 @@ def _read_list(text: str, start: int, path: Path) -> tuple[list[Record], int]:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            where = f"{path}:{_fault_line(error, line)}"
+            where = f"{path}:{getattr(error, 'lineno', line)}"
             raise DataError(f"{where}: is not valid JSON in record {len(records) + 1} ({_reason(error)}).") from error
         records.append(decoder.record(value, line))
         at = _after_space(text, end)
@@ -158,7 +132,7 @@ def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int:
     try:
         values = json.loads(text[start:])
     except (ValueError, RecursionError) as error:
-        line = text.count("\n", 0, start) + _fault_line(error, 1)
+        line = text.count("\n", 0, start) + getattr(error, "lineno", 1)
         raise DataError(f"{path}:{line}: is not valid JSON ({_reason(error)}); expected {_LISTED}.") from error
     lists = [key for key, value in values.items() if _holds_records(value)]
     if values and not lists:
@@ -281,13 +255,9 @@ class _StrictDecoder(json.JSONDecoder):
         return Record(value, line, fault)
 
 
-def _fault_line(error: Exception, default: int) -> int:
-    return error.lineno if isinstance(error, json.JSONDecodeError) else default
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return getattr(error, "msg", str(error))

@@ -142,13 +142,12 @@ def _question_and_answer(fields: dict[str, Any], prompt_type: str) -> tuple[str,
     return instruction, context, output
 
 
-def single_turn_llava(fields: dict[str, Any]) -> dict[str, Any]:
+def single_turn_llava(fields: dict[str, Any]) -> dict[str, str]:
     """The first question and answer of a conversation, as instruction and output. Raises `UnusableRecord`."""
     turns = _alternating(_turns(fields, _ROLES))
     if len(turns) < 2:
         raise UnusableRecord("'conversations' has fewer than two turns")
-    media = {key: fields[key] for key in _MEDIA if key in fields}
-    return {"instruction": turns[0][1], "output": turns[1][1], **media}
+    return {"instruction": turns[0][1], "output": turns[1][1]}
 
 
 def conversation(fields: dict[str, Any]) -> list[Segment]:
@@ -190,7 +189,6 @@ def conversation_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
 
 def _dialog(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
     """Turns of which at least one can be learned."""
-    _check_media(fields)
     turns = _turns(fields, roles)
     if all(role != roles["assistant"] for role, _ in turns):
         raise UnusableRecord("'conversations' has no turn of the assistant")
@@ -217,6 +215,7 @@ def _check_text(texts: Iterable[str]) -> None:
 
 
 def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
+    _check_media(fields)
     turns = fields.get("conversations")
     if turns is not None and not isinstance(turns, list):
         raise UnusableRecord(f"'conversations' is {kind(turns)}, expected a list of turns")
@@ -224,8 +223,6 @@ def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str
         single = "; instruction and output are learned without --dialog and preprocess" if "output" in fields else ""
         raise UnusableRecord(f"has no list {_missing(fields, 'conversations')}{single}")
     found = [_turn(turn, roles) for turn in turns]
-    if fields.get("image"):  # <image> marks its place in the text
-        found = [(role, words.replace("<image>", "").strip()) for role, words in found]
     if any(role == roles["assistant"] and not words.strip() for role, words in found):
         raise UnusableRecord("'conversations' holds an empty answer")
     return found

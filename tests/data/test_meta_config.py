@@ -109,9 +109,10 @@ def test_a_null_prompt_type_is_upstreams_none(write, data):
 
 def test_a_file_of_another_kind_is_told_with_the_other_faults(write, data):
     write("x.parquet", "")
-    message = refused(write("c.yaml", "META:\n- path: x.parquet\n- path: absent.json\n"))
+    message = refused(write("c.yaml", "META:\n- path: x.parquet\n- path: absent.json\n- path: x.conf\n"))
     assert "META[0]: " in message and "x.parquet: .parquet files are not read here; write it as JSON" in message
     assert "META[1]: path absent.json is neither" in message
+    assert "META[2]: path x.conf is not a data file; expected one of .json, .jsonl, .csv, .tsv." in message
 
 
 def test_the_keys_found_are_named_where_meta_is_missing(write, data):
@@ -125,7 +126,7 @@ def test_an_impossible_date_is_a_fault_of_the_yaml(write, data):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.parquet", "PAR1", ".parquet files are not read here; write it as JSON Lines"),
+        ("x.Parquet", "PAR1", ".Parquet files are not read here; write it as JSON Lines"),
         ("x.txt", "words", ".txt files are not read here; put each text into a .jsonl"),
         ("x.JSON.gz", "", ".gz files are not read here; unpack it first"),
         (

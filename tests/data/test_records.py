@@ -81,9 +81,6 @@ def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault
         ),
         ("x.csv", b"PK\x03\x04\xff", r"a zip archive of 5 bytes, which is not UTF-8 \(byte 4\); save it as UTF-8\.$"),
         ("x.csv", "sep=;\na,b\n", r"x\.csv:2: the columns are \['a,b'\]; .*semicolons"),
-        ("x.conf", "words", "expected one of .json, .jsonl, .csv"),
-        ("x.txt", "words", r"\.txt files are not read here; .*\.jsonl.*prompt_type: caption"),
-        ("x.Parquet", b"PAR1", r"\.Parquet files are not read here; write it as JSON Lines"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(write, name, content, words):
@@ -223,12 +220,6 @@ def test_a_record_is_known_by_its_number_where_others_stand_on_its_line(write):
     assert [(record.line, record.number) for record in found] == [(1, 1), (1, 2), (2, 3), (2, 4), (4, 0)]
     with pytest.raises(DataError, match=r"x\.json:1: is not valid JSON in record 3"):
         read_records(write("x.json", '[{"a": 1}, {"a": 2}, {"a" 3}]'))
-
-
-def test_a_directory_is_no_data_file(tmp_path):
-    (tmp_path / "x.json").mkdir()
-    with pytest.raises(DataError, match="is a directory; expected a file"):
-        read_records(tmp_path / "x.json")
 
 
 def test_blank_rows_of_a_table_count_as_lines(write):

@@ -125,9 +125,10 @@ def test_a_question_stands_as_it_stood_in_training():
 
 
 def test_llava_takes_the_first_question_and_answer():
-    fields = turns(("human", "<image>\nq"), ("gpt", "a"), ("human", "q2"), ("gpt", "a2"))
-    found = single_turn_llava({**fields, "image": "x.jpg"})
-    assert found == {"instruction": "q", "output": "a", "image": "x.jpg"}
+    fields = turns(("human", "q"), ("gpt", "a"), ("human", "q2"), ("gpt", "a2"))
+    assert single_turn_llava(fields) == {"instruction": "q", "output": "a"}
+    with pytest.raises(UnusableRecord, match=r"^has 'image', and there is no vision or audio part yet$"):
+        single_turn_llava({**fields, "image": "x.jpg"})
     with pytest.raises(UnusableRecord, match=r"^'conversations' has fewer than two turns$"):
         single_turn_llava(turns(("human", "q")))
 

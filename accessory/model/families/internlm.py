@@ -9,18 +9,11 @@ from accessory.model.args import ModelArgs
 from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
 from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, KEYS, LLAMA, NAMES, QKV, UNGROUPED_KEYS
 
+_OURS = ("attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "attention_norm", "ffn_norm")
 _NAMES_2 = Names(
     outer={"model.tok_embeddings": "tok_embeddings", "model.norm": "norm", "output": "output"},
     block="model.layers.{}.",
-    inner={
-        "attention.wqkv": Fused(QKV, "kv_heads"),
-        "attention.wo": "attention.wo",
-        "feed_forward.w1": "feed_forward.w1",
-        "feed_forward.w2": "feed_forward.w2",
-        "feed_forward.w3": "feed_forward.w3",
-        "attention_norm": "attention_norm",
-        "ffn_norm": "ffn_norm",
-    },
+    inner={"attention.wqkv": Fused(QKV, "kv_heads"), **{name: name for name in _OURS}},
 )
 
 _KINDS = {"origin": "default", "dynamic": "dynamic"}
