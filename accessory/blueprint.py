@@ -22,7 +22,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES, FAMILIES, architecture_of
 from accessory.parallel.groups import Layout
 from accessory.quant import storage
-from accessory.tokenizer import Tokenizer, holds_tokenizer, open_tokenizer, with_added_tokens
+from accessory.tokenizer import StatedTokenizer, Tokenizer, holds_tokenizer, open_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _FAMILY_OF = (
@@ -110,7 +110,7 @@ def make_blueprint(
     _check_family(llama_type, family, method_class, args)
     _check_blocks(args, sources)
     tokenizer = _tokenizer(sources, tokenizer_path)
-    tokenizer = with_added_tokens(tokenizer, new_tokens) if new_tokens else tokenizer
+    tokenizer = tokenizer.with_added_tokens(new_tokens) if new_tokens else tokenizer
     args, note = _with_vocabulary(args, sources, tokenizer)
     if args.vocab_size > _embedding_rows(sources, args) and train and not method.trains_vocabulary:
         note += ("nothing trains those rows: set vocabulary_tuning in --llama_config to have them learned",)
@@ -256,7 +256,7 @@ def _unread(source: Source) -> tuple[str, ...]:
     return (f"not used of its settings, as unknown here: {', '.join(unread)}",) if unread else ()
 
 
-def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> Tokenizer:
+def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> StatedTokenizer:
     if tokenizer_path:
         try:
             return open_tokenizer(tokenizer_path)

@@ -7,12 +7,12 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Literal
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer.special import Added, SpecialTokens, further_names, write_special_tokens
+from accessory.tokenizer.special import NEW_TOKENS, Added, SpecialTokens, further_names, write_special_tokens
 
 # Vocabularies often list chat markers as ordinary user-defined tokens. Text of a data set that spells such a marker
 # would then forge a turn, so whatever looks like one is never matched in text.
@@ -126,6 +126,25 @@ class StatedTokenizer(Tokenizer):
     @abstractmethod
     def with_special(self, special: SpecialTokens) -> StatedTokenizer:
         """The same vocabulary with other special tokens."""
+
+    def with_added_tokens(self, tokens: Sequence[str]) -> StatedTokenizer:
+        """The same with `tokens` behind its vocabulary, in this order; text that spells one becomes its id.
+
+        Added tokens that it has already stay what they are; control tokens among them are still not matched in text.
+        Saving keeps all. Raises TokenizerError for an empty token, or one that is an ordinary token of the vocabulary.
+        """
+        if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
+            raise TokenizerError(f"An added token is {bad[0]!r}; expected a text that is not blank.")
+        special = self.special
+        known = {*special.new, *(token.content for token in self.added_tokens().values())}
+        new = [token for token in dict.fromkeys(tokens) if token not in known]
+        if taken := next((token for token in new if self.token_id(token) is not None), None):
+            raise TokenizerError(f"{self.source}: {taken!r} is an ordinary token of it; expected new ones.")
+        if not new:
+            return self
+        ids = {self.vocab_size + place: Added(token, special=False) for place, token in enumerate(new)}
+        config = {**special.config, NEW_TOKENS: [*special.new, *new]}
+        return self.with_special(replace(special, added=special.added | ids, config=config))
 
     def special_names(self) -> dict[str, str]:
         """See `Tokenizer.special_names`."""

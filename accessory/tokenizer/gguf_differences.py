@@ -29,15 +29,13 @@ def differences(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> list[str]:
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[str]:
     normalizer = tokenizer.proto.normalizer_spec
-    found = []
-    if normalizer.precompiled_charsmap:
-        found.append("does not normalize text")
-    if normalizer.remove_extra_whitespaces:
-        found.append("keeps all of several blanks in a row")
     user_defined = any(piece.type == piece.USER_DEFINED for piece in tokenizer.proto.pieces)
-    if normalizer.add_dummy_prefix and (user_defined or not tokenizer.legacy):
-        found.append(_BEHIND_TOKENS)
-    return found
+    found = {
+        "does not normalize text": normalizer.precompiled_charsmap,
+        "keeps all of several blanks in a row": normalizer.remove_extra_whitespaces,
+        _BEHIND_TOKENS: normalizer.add_dummy_prefix and (user_defined or not tokenizer.legacy),
+    }
+    return [said for said, holds in found.items() if holds]
 
 
 def _of_json(tokenizer: JsonTokenizer) -> list[str]:

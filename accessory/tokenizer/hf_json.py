@@ -196,16 +196,11 @@ def _mark_control_tokens(pipeline: dict, special: set[str | int | None], new: tu
         marker = looks_like_control(token["content"]) and token["content"] not in new
         if marker or {token["content"], token["id"]} & special:
             token["special"] = True
-    if pipeline["model"].get("type") == "Unigram":
-        _never_match_special(pipeline)
-
-
-def _never_match_special(pipeline: dict) -> None:
-    """Score special entries so low that a text is cut otherwise: a Unigram model looks for all entries alike."""
-    special = {token["content"] for token in pipeline.get("added_tokens") or () if token["special"]}
-    for entry in pipeline["model"].get("vocab") or ():
-        if entry[0] in special:
-            entry[1] = _NEVER
+    if pipeline["model"].get("type") == "Unigram":  # which looks for all entries alike: a text is to be cut otherwise
+        silent = {token["content"] for token in pipeline.get("added_tokens") or () if token["special"]}
+        for entry in pipeline["model"].get("vocab") or ():
+            if entry[0] in silent:
+                entry[1] = _NEVER
 
 
 def _without_leading_space(pipeline: dict) -> dict:

@@ -10,7 +10,7 @@ import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import Chat, open_tokenizer, with_added_tokens
+from accessory.tokenizer import Chat, open_tokenizer
 from accessory.tokenizer.gguf_differences import differences
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
@@ -124,7 +124,7 @@ def test_a_conversation_and_new_tokens(pipeline, spm_model, llama_cpp, tmp_path,
         (tmp_path / "tokenizer.model").write_bytes(spm_model)
     template = "<s>{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "chat_template": template}))
-    ours = with_added_tokens(open_tokenizer(tmp_path), ["<|user|>", "<|end|>"])
+    ours = open_tokenizer(tmp_path).with_added_tokens(["<|user|>", "<|end|>"])
     path = as_gguf(ours, tmp_path / "v.gguf", 1510)
     again = open_tokenizer(path)
     asked = [[{"role": "user", "content": text}, {"role": "user", "content": "b"}] for text in TEXTS]

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import open_tokenizer
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, pre_tokenization_name
 
@@ -167,7 +167,7 @@ def test_chatglm_opens_its_documents_after_gguf_too(spm_model, tmp_path, sentenc
     alike(ours, again, sentences)
     again.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == again.fingerprint
-    more = with_added_tokens(again, ["<tok>"])
+    more = again.with_added_tokens(["<tok>"])
     assert more.added_tokens()[440].content == "<tok>" and more.start_ids == ours.start_ids
 
 

@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import open_tokenizer
 
 CHATML = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -230,7 +230,7 @@ def test_a_tokenizer_model_beside_travels_as_it_is(llama_like, spm_model, tmp_pa
     beside = {"501": {"content": "<two>", **plain}}
     directory = lay(tmp_path / "base", pipeline, {**LLAMA, "added_tokens_decoder": beside})
     (directory / "tokenizer.model").write_bytes(spm_model)
-    ours = with_added_tokens(open_tokenizer(directory), ["<new>"])
+    ours = open_tokenizer(directory).with_added_tokens(["<new>"])
     ours.save(tmp_path / "saved")
     assert (tmp_path / "saved/tokenizer.model").read_bytes() == spm_model
     assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint

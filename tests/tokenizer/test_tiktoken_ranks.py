@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import open_tokenizer
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
 
@@ -82,7 +82,7 @@ def test_special_tokens_are_metas(tmp_path, ranks):
 def test_saved_and_written_for_transformers(tmp_path, ranks, strings):
     """The .model travels with what is saved; beside a Hugging Face model that name is sentencepiece's."""
     path = write(tmp_path / "a" / "tokenizer.model", ranks)
-    ours = with_added_tokens(open_tokenizer(path), ["<new>"])
+    ours = open_tokenizer(path).with_added_tokens(["<new>"])
     ours.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
     assert (tmp_path / "saved/tokenizer.model").read_bytes() == path.read_bytes()

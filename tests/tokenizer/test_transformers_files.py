@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import Chat, open_tokenizer, with_added_tokens
+from accessory.tokenizer import Chat, open_tokenizer
 from accessory.tokenizer.transformers_files import save_for_transformers
 from tests.tokenizer.gguf_files import write, write_byte_level
 
@@ -112,7 +112,7 @@ def test_added_tokens_of_a_sentencepiece_model(train_sentencepiece, tmp_path, st
     decoder = {"423": {"content": "<tag>", "special": False}, "421": {"content": "<pad>", "special": True}}
     config = {"added_tokens_decoder": decoder, "pad_token": "<pad>", "chat_template": TEMPLATE, **LLAMA}
     ours = open_tokenizer(lay(tmp_path / "base", train_sentencepiece(), **config))
-    ours = with_added_tokens(ours, ["<new>", "[INST]"])
+    ours = ours.with_added_tokens(["<new>", "[INST]"])
     theirs = read_back(ours, tmp_path / "out", [*strings, "a<new>b<tag> c"])
     assert theirs.convert_tokens_to_ids(["<pad>", "<tag>", "<new>", "[INST]"]) == [421, 423, 424, 425]
     assert theirs.pad_token_id == 421 and theirs("<tag>").input_ids[-1] == 423
@@ -124,7 +124,7 @@ def test_added_tokens_of_a_sentencepiece_model(train_sentencepiece, tmp_path, st
     again.save(tmp_path / "again")
     assert json.loads((tmp_path / "again/added_tokens.json").read_text()) == beside
     assert open_tokenizer(tmp_path / "again").encode_batch(texts) == ours.encode_batch(texts)
-    assert with_added_tokens(again, ["<new>"]) is again
+    assert again.with_added_tokens(["<new>"]) is again
 
 
 def test_chatglm(spm_model, tmp_path, strings):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from accessory.generate import generate_tokens
 from accessory.meta import MetaModel
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import open_tokenizer
 from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
 from tests.checkpoint.trained import write_trained
 from tests.model.families.matrix import CASES
@@ -120,7 +120,7 @@ def test_llama_cpp_answers_as_the_model_does(llama_cpp, called: Callable, tmp_pa
     assert found["texts"] == expected_ids(base, kind)
 
     write_trained(base, part, bias_tuning=False)
-    tokenizer = with_added_tokens(open_tokenizer(base), ["<|new|>"])
+    tokenizer = open_tokenizer(base).with_added_tokens(["<|new|>"])
     tokenizer.save(part)
     arguments = ("--to", "gguf", "--gguf_type", "f32", "--probe", "What is this?")
     done = called("tools/merge.py", part, tmp_path / "part.gguf", *arguments)

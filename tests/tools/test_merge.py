@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from accessory.export import Destination, open_whole
 from accessory.meta import MetaModel
-from accessory.tokenizer import open_tokenizer, with_added_tokens
+from accessory.tokenizer import open_tokenizer
 from tests.checkpoint.trained import write_trained
 from tests.conftest import small_sentencepiece
 
@@ -135,7 +135,7 @@ def test_the_tokenizer_given_is_written_with_the_tokens_of_training(
     save_file(tensors, part / "trainable.safetensors")
     for name, change in (("config.json", {"vocab_size": 514}), ("run.json", {"arguments": {"new_tokens": NEW}})):
         (part / name).write_text(json.dumps(json.loads((part / name).read_text()) | change))
-    trained = with_added_tokens(open_tokenizer(tiny_base), NEW)
+    trained = open_tokenizer(tiny_base).with_added_tokens(NEW)
     trained.save(part)
     given = Path(shutil.copytree(tiny_base, tmp_path / "given", ignore=shutil.ignore_patterns("*.safetensors")))
     (given / "tokenizer.model").write_bytes(small_sentencepiece())

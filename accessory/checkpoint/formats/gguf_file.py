@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.lazy import LazyTensor, cut
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, settings_read_by
 from accessory.errors import CheckpointError
@@ -51,21 +51,14 @@ _MOST_DIMENSIONS = 4
 _LONGEST_CONTEXT = 2**31 - 1
 
 
-@dataclass(frozen=True)
 class GgufTensor(LazyTensor):
-    """A tensor of a memory-mapped GGUF file, its bytes as [rows, bytes of a row] (uint8).
+    """A tensor of a memory-mapped GGUF file, its bytes as [rows, bytes of a row] (uint8); `dtype` is GGUF's name of it.
 
     Blocks come back as fp32; F32, F16 and BF16 as they are, sharing the file's memory.
     """
 
-    data: np.ndarray
-    kind: Kind
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        """GGUF's name of the type."""
-        return self.kind.name
+    def __init__(self, data: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> None:
+        self.data, self.kind, self.shape, self.dtype = data, kind, shape, kind.name
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """Dequantize the rows asked for; a range of columns needs the whole rows first."""
@@ -73,7 +66,7 @@ class GgufTensor(LazyTensor):
         depth = math.prod(self.shape[1:-1])
         values = _values(self.data[start * depth : stop * depth] if by_rows else self.data, self.kind)
         values = values.reshape(-1, *self.shape[1:])
-        return values if dim is None or by_rows else values.narrow(dim, start, stop - start).contiguous()
+        return values if by_rows else cut(values, dim, start, stop)
 
 
 def _values(rows: np.ndarray, kind: Kind) -> Tensor:

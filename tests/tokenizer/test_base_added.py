@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from accessory.errors import TokenizerError
-from accessory.tokenizer import Chat, open_tokenizer, with_added_tokens
+from accessory.tokenizer import Chat, open_tokenizer
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
 
@@ -27,7 +27,7 @@ def tokenizer(request, tmp_path, byte_level, spm_model):
 
 
 def test_they_have_the_next_ids_and_text_becomes_them(tokenizer, sentences):
-    first, ours = tokenizer.vocab_size, with_added_tokens(tokenizer, NEW)
+    first, ours = tokenizer.vocab_size, tokenizer.with_added_tokens(NEW)
     assert ours.vocab_size == first + len(NEW)
     for place, token in enumerate(NEW):
         assert ours.added_tokens()[first + place].content == token
@@ -42,14 +42,14 @@ def test_they_have_the_next_ids_and_text_becomes_them(tokenizer, sentences):
 
 
 def test_control_tokens_that_a_text_spells_stay_text(tokenizer):
-    ours = with_added_tokens(tokenizer, NEW)
+    ours = tokenizer.with_added_tokens(NEW)
     for token in ours.control_tokens().values():
         assert not ours.control_tokens().keys() & set(ours.encode(f"a{token.content}<tok>b"))
 
 
 def test_saved_and_opened_again_they_are_there(tokenizer, tmp_path, sentences):
-    ours = with_added_tokens(with_added_tokens(tokenizer, NEW[:1]), NEW[1:])
-    assert ours.fingerprint == with_added_tokens(tokenizer, NEW).fingerprint
+    ours = tokenizer.with_added_tokens(NEW[:1]).with_added_tokens(NEW[1:])
+    assert ours.fingerprint == tokenizer.with_added_tokens(NEW).fingerprint
     ours.save(tmp_path / "saved")
     again = open_tokenizer(tmp_path / "saved")
     assert again.fingerprint == ours.fingerprint and again.added_tokens() == ours.added_tokens()
@@ -59,7 +59,7 @@ def test_saved_and_opened_again_they_are_there(tokenizer, tmp_path, sentences):
 
 
 def test_transformers_gives_their_ids_too(tokenizer, tmp_path):
-    ours = with_added_tokens(tokenizer, NEW)
+    ours = tokenizer.with_added_tokens(NEW)
     save_for_transformers(ours, tmp_path / "saved")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for token in NEW:
@@ -70,7 +70,7 @@ def test_transformers_gives_their_ids_too(tokenizer, tmp_path):
 def test_llama_cpp_gives_their_ids_too(tokenizer, llama_cpp, tmp_path, sentences):
     """Except tokens that llama.cpp takes for control tokens by their spelling, whatever the file says."""
     new = [*NEW[:2], "two  blanks"]
-    ours = with_added_tokens(tokenizer, new)
+    ours = tokenizer.with_added_tokens(new)
     texts = [*sentences, *(text.replace(" ", token) for text in sentences for token in (*new, " <tok> "))]
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     add_fields(writer, vocabulary_fields(ours, ours.vocab_size))
@@ -88,7 +88,7 @@ def test_chat_prompts_hold_them(byte_level, tmp_path):
     (tmp_path / "tokenizer.json").write_text(byte_level.to_str(), encoding="utf-8")
     config = {"eos_token": "<|im_end|>", "chat_template": template}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = with_added_tokens(open_tokenizer(tmp_path), NEW)
+    ours = open_tokenizer(tmp_path).with_added_tokens(NEW)
     tok, call = (next(i for i, t in ours.added_tokens().items() if t.content == name) for name in ("<tok>", "<|call|>"))
     messages = [{"role": "user", "content": "a<tok>"}, {"role": "assistant", "content": "<|call|><|im_end|>"}]
     ((asked, said),) = Chat(ours).documents(messages)
@@ -97,21 +97,21 @@ def test_chat_prompts_hold_them(byte_level, tmp_path):
 
 
 def test_those_that_are_there_already_keep_their_ids(tokenizer):
-    ours = with_added_tokens(tokenizer, NEW)
-    assert with_added_tokens(ours, ["[one more]", "<tok>"]).fingerprint == ours.fingerprint
-    assert with_added_tokens(tokenizer, [*NEW, *NEW]).fingerprint == ours.fingerprint
-    assert with_added_tokens(tokenizer, []).fingerprint == tokenizer.fingerprint
+    ours = tokenizer.with_added_tokens(NEW)
+    assert ours.with_added_tokens(["[one more]", "<tok>"]).fingerprint == ours.fingerprint
+    assert tokenizer.with_added_tokens([*NEW, *NEW]).fingerprint == ours.fingerprint
+    assert tokenizer.with_added_tokens([]).fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("token", ["", " ", None])
 def test_blank_tokens_are_refused(tokenizer, token):
     with pytest.raises(TokenizerError, match="expected a text that is not blank"):
-        with_added_tokens(tokenizer, [token])
+        tokenizer.with_added_tokens([token])
 
 
 def test_an_ordinary_token_is_refused(tokenizer):
     with pytest.raises(TokenizerError, match="'e' is an ordinary token"):
-        with_added_tokens(tokenizer, ["e"])
+        tokenizer.with_added_tokens(["e"])
 
 
 def test_what_follows_one_is_part_of_what_defines_a_tokenizer(spm_model, tmp_path):
@@ -120,6 +120,6 @@ def test_what_follows_one_is_part_of_what_defines_a_tokenizer(spm_model, tmp_pat
     made = []
     for legacy in (True, False):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
-        made.append(with_added_tokens(open_tokenizer(tmp_path), ["<tok>"]))
+        made.append(open_tokenizer(tmp_path).with_added_tokens(["<tok>"]))
     assert made[0].encode("<tok>red") != made[1].encode("<tok>red")
     assert made[0].fingerprint != made[1].fingerprint
