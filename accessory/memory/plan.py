@@ -295,8 +295,8 @@ def parameter_counts(decoder: Decoder, attachment: Attachment) -> tuple[int, int
     return trained, total
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes the device has in all; None if it is not known."""
+def device_memory(device: torch.device) -> int:
+    """Bytes the device has in all."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     with open("/proc/meminfo", encoding="utf-8") as file:

@@ -42,9 +42,7 @@ def choose_layers(
     return most, f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
 
 
-def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int | None, remedies: str) -> int:
-    if free is None:
-        raise ConfigError("--checkpointing auto: the free memory of this machine is not known; give a number or all.")
+def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int, remedies: str) -> int:
     room = int(free * (1 - MARGIN))
     totals = [plan(layers).total for layers in range(n_layers + 1)]
     for layers, total in enumerate(totals):
@@ -78,23 +76,19 @@ def check_offload(asked: bool, device: torch.device) -> None:
         )
 
 
-def _share_of_free_memory(layout: Layout) -> int | None:
+def _share_of_free_memory(layout: Layout) -> int:
     """The free memory that this rank may use; ranks on one machine divide the CPU's. A collective."""
     hosts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     sharers = hosts.count(socket.gethostname()) if layout.device.type == "cpu" else 1
-    free = available_memory(layout.device)
-    return None if free is None else free // sharers
+    return available_memory(layout.device) // sharers
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Free bytes of the GPU, or of this machine within the limits of its cgroups; None if unknown."""
+def available_memory(device: torch.device) -> int:
+    """Free bytes of the GPU, or of this machine within the limits of its cgroups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return min([free, *cgroup_room(Path("/proc/self/cgroup"), _CGROUPS)])
 
