@@ -6,19 +6,14 @@ advise for running it with Baichuan 1's code: from then on, and in what is saved
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from accessory.model.args import ModelArgs
-from accessory.model.families.architecture import Architecture, Config, Fused, Gguf, Names
+from accessory.model.families.architecture import Architecture, Config, Fused, Gguf
 from accessory.model.families.llama import DEFAULTS, GGUF_NAMES, HALVES, NAMES, QKV, UNGROUPED_KEYS
 
-_SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_NAMES = Names(
-    outer=NAMES.outer,
-    block=NAMES.block,
-    inner={
-        "self_attn.W_pack": Fused(QKV),
-        **{their: our for their, our in NAMES.inner.items() if their not in _SEPARATE},
-    },
-)
+_OTHERS = {their: our for their, our in NAMES.inner.items() if our not in QKV}
+_NAMES = replace(NAMES, inner={"self_attn.W_pack": Fused(QKV), **_OTHERS})
 
 
 class _Baichuan(Architecture):
@@ -27,9 +22,7 @@ class _Baichuan(Architecture):
     def read(self, config: Config, source: str) -> ModelArgs:
         """See `Architecture.read`."""
         args = super().read(config, source)
-        if "max_position_embeddings" in config:
-            return args
-        return args.model_copy(update={"position": "alibi"})
+        return args if "max_position_embeddings" in config else args.model_copy(update={"position": "alibi"})
 
     def write(self, args: ModelArgs) -> Config:
         """See `Architecture.write`."""
