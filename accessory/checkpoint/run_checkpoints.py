@@ -44,14 +44,10 @@ def latest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """What was saved there to be resumed from, whole or damaged, by name."""
-    return [path for path in sorted(output_dir.iterdir()) if _is_checkpoint(path)]
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether it was meant to be resumed from; what is still being written has a hidden name."""
+    """What was saved there to be resumed from, whole or damaged, by name. Hidden ones are still being written."""
     names = (MANIFEST_FILE, f"{STATE_STEM}.json", f"{STATE_STEM}.safetensors")
-    return path.is_dir() and not path.name.startswith(".") and any((path / name).exists() for name in names)
+    named = (path for path in sorted(output_dir.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    return [path for path in named if any((path / name).exists() for name in names)]
 
 
 class Retention:
@@ -70,7 +66,10 @@ class Retention:
         for path in checkpoints_in(self.output_dir):
             try:
                 manifest = read_manifest(path)
-                self._verify_once(path)
+                written = (path / MANIFEST_FILE).stat().st_mtime_ns
+                if self._verified.get(path) != written:
+                    verify(path)
+                    self._verified[path] = written
             except CheckpointError:
                 continue
             loss = manifest.get("loss")
@@ -78,12 +77,6 @@ class Retention:
         whole.sort()
         best = min(whole, key=lambda entry: (entry[1], -entry[0]), default=None)
         return [fault for entry in whole[: -self.keep_last] if entry != best and (fault := remove(entry[2]))]
-
-    def _verify_once(self, path: Path) -> None:
-        written = (path / MANIFEST_FILE).stat().st_mtime_ns
-        if self._verified.get(path) != written:
-            verify(path)
-            self._verified[path] = written
 
 
 def remove(checkpoint: Path) -> str | None:

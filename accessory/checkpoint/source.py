@@ -62,8 +62,7 @@ class Source:
     @property
     def storage(self) -> str | None:
         """Name of the storage format that its matrices are packed in already; None for plain weights."""
-        packed = [tensor for tensor in self.tensors.values() if isinstance(tensor, PackedTensor)]
-        return packed[0].storage.name if packed else None
+        return next((t.storage.name for t in self.tensors.values() if isinstance(t, PackedTensor)), None)
 
     def fingerprint(self) -> str:
         """sha256 over each file's name, size, and first and last mebibyte: cheap, and another after any retraining."""

@@ -42,15 +42,13 @@ class Chat:
         self._left_out: dict[str, bool] = {}
         # Longest first, as a longer token may begin like a shorter one.
         self._controls = sorted(tokenizer.control_tokens().items(), key=lambda item: -len(item[1].content))
-        spelled = [re.escape(token.content) for _, token in self._controls]
-        self._spelled = re.compile("|".join([*spelled, f"[{_BEGIN}{_END}{_PROBE}]"]))
-        parts = (
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for _, token in self._controls
-        )
         names = [token.content for _, token in self._controls]
+        self._spelled = re.compile("|".join([*map(re.escape, names), f"[{_BEGIN}{_END}{_PROBE}]"]))
         self._beginnings = {name[:cut] for name in names for cut in range(1, len(name))}
         self._endings = {name[cut:] for name in names for cut in range(1, len(name))}
         self._longest = max(map(len, names), default=0)
+        tokens = (token for _, token in self._controls)
+        parts = (r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in tokens)
         self._written = re.compile("|".join(f"({part})" for part in parts) or r"(?!)")
 
     def ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:

@@ -41,10 +41,7 @@ class MetadataWalk:
         magic, version, _tensors, keys = self._unpack("<4sIQQ")
         if magic != b"GGUF" or version not in _VERSIONS:
             raise ValueError(f"it begins with {magic!r}, version {version}")
-        return dict(self._pair() for _ in range(keys))
-
-    def _pair(self) -> tuple[str, object]:
-        return self._string(), self._value(self._unpack("<I")[0])
+        return {self._string(): self._value(self._unpack("<I")[0]) for _ in range(keys)}
 
     def _value(self, kind: int) -> object:
         if kind == _STRING:

@@ -41,7 +41,8 @@ def open_tiktoken(path: Path, special: SpecialTokens) -> JsonTokenizer:
     vocabulary = {_spell(token): rank for token, rank in ranks.items()}
     pipeline = _RULES.pipeline(vocabulary, _merges(ranks))
     _check_pre_tokenization(ranks, path)
-    names = _special_names()
+    reserved = iter(range(_SPECIAL))
+    names = [_NAMED.get(place) or f"<|reserved_special_token_{next(reserved)}|>" for place in range(_SPECIAL)]
     pipeline.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     ends = [len(ranks) + names.index(name) for name in (_END, *_ENDS_OF_TURNS)]
     special = replace(
@@ -84,11 +85,6 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
 
 def _spell(token: bytes) -> str:
     return "".join(map(_LETTERS.__getitem__, token))
-
-
-def _special_names() -> list[str]:
-    reserved = iter(range(_SPECIAL))
-    return [_NAMED.get(place) or f"<|reserved_special_token_{next(reserved)}|>" for place in range(_SPECIAL)]
 
 
 def _check_pre_tokenization(ranks: dict[bytes, int], path: Path) -> None:

@@ -58,16 +58,10 @@ def places_of(args: ModelArgs, names: Names) -> Places:
             biased |= {name} if module.bias is not None else set()
         elif isinstance(module, Norm):
             norms |= {f"{name}.{leaf}": len(value) for leaf, value in module.named_parameters()}
-    theirs = [_their_linear(name, linears, args, names) for name in linears]
-    return Places(linears, frozenset(biased), norms, {linear.name: linear for linear in theirs if linear})
-
-
-def _their_linear(name: str, linears: dict[str, tuple[int, int]], args: ModelArgs, names: Names) -> TheirLinear | None:
-    found = names.theirs(name)
-    if found is None:
-        return None
-    their, our = found
-    width = linears[name][1]
-    if isinstance(our, Fused):
-        return TheirLinear(their, our.parts, tuple(part_rows(our, args)), width)
-    return TheirLinear(their, (our,), (torch.arange(linears[name][0]),), width)
+    theirs = {}
+    for name, (out, width) in linears.items():
+        if found := names.theirs(name):
+            their, our = found
+            parts, rows = (our.parts, part_rows(our, args)) if isinstance(our, Fused) else ((our,), [torch.arange(out)])
+            theirs[their] = TheirLinear(their, parts, tuple(rows), width)
+    return Places(linears, frozenset(biased), norms, theirs)
