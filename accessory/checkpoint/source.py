@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from accessory.checkpoint.lazy import ComputedTensor, LazyTensor, PackedTensor, 
 from accessory.errors import CheckpointError, explain_validation
 from accessory.model.args import ModelArgs
 from accessory.tokenizer.sniff import what_is
+from accessory.tokenizer.special import read_object
 
 
 @dataclass
@@ -79,15 +79,7 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `CheckpointError` naming file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found {what_is(path)}; expected a JSON object ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}; expected a JSON object.")
-    return value
+    return read_object(path, CheckpointError)
 
 
 def present(path: Path) -> str:

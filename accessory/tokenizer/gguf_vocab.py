@@ -51,22 +51,15 @@ def _byte_level(values: dict[str, object], source: str) -> JsonTokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in _strings(values, "tokenizer.ggml.merges", source)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pipeline = rules.pipeline(vocabulary, merges, source)
-    pipeline.add_tokens(_added_tokens(tokens, types))
+    # Control and unused tokens are special; text is cut at user-defined ones before anything else.
+    special_kinds = {TokenType.CONTROL: True, TokenType.UNUSED: True, TokenType.USER_DEFINED: False}
+    added = [(token, special_kinds[kind]) for token, kind in zip(tokens, types, strict=True) if kind in special_kinds]
+    pipeline.add_tokens([AddedToken(token, special=is_special, normalized=False) for token, is_special in added])
     if rules.start_tokens and set(rules.start_tokens) <= vocabulary.keys():
         ids = [(name, vocabulary[name]) for name in rules.start_tokens]
         pipeline.post_processor = processors.TemplateProcessing(f"{' '.join(rules.start_tokens)} $A", None, ids)
     special = _special_tokens(values, tokens, add_bos=rules.add_bos, source=source)
     return JsonTokenizer(definition_of(pipeline), special, source=source)
-
-
-def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
-    """Control and unused tokens as special, user-defined ones as matched in text before anything else is cut."""
-    added = {TokenType.CONTROL: True, TokenType.UNUSED: True, TokenType.USER_DEFINED: False}
-    return [
-        AddedToken(token, special=added[kind], normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in added
-    ]
 
 
 def _sentencepiece(values: dict[str, object], source: str) -> SentencePieceTokenizer:

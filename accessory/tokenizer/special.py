@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from accessory.errors import TokenizerError
+from accessory.errors import AccessoryError, TokenizerError
 from accessory.tokenizer.sniff import what_is
 
 NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -80,8 +80,8 @@ def read_special_tokens(directory: Path, *, whole_json: bool = False) -> Special
     tokenizer_config.json lists no added tokens. Raises TokenizerError for a file that is not a JSON object or that
     gives a value of another type.
     """
-    naming = [(directory / name, read_object(directory / name)) for name in NAMING_FILES]
-    numbering = [(directory / name, read_object(directory / name)) for name in NUMBERING_FILES]
+    naming = [(directory / name, _stated_in(directory / name)) for name in NAMING_FILES]
+    numbering = [(directory / name, _stated_in(directory / name)) for name in NUMBERING_FILES]
     config_path, config = naming[0]
     add_bos = config.get("add_bos_token")
     if not isinstance(add_bos, bool | None):
@@ -124,7 +124,7 @@ def write_special_tokens(
     write_object(directory / NAMING_FILES[0], stated)
     if len(stop_ids) > 1:
         path = directory / NUMBERING_FILES[0]
-        write_object(path, {**read_object(path), "eos_token_id": list(stop_ids)})
+        write_object(path, {**_stated_in(path), "eos_token_id": list(stop_ids)})
 
 
 def further_names(config: dict) -> dict[str, str]:
@@ -134,17 +134,21 @@ def further_names(config: dict) -> dict[str, str]:
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in `path`, {} where there is no such file. Raises TokenizerError for anything else."""
-    if not path.is_file():
-        return {}
+def read_object(path: Path, fault: type[AccessoryError] = TokenizerError) -> dict[str, Any]:
+    """The JSON object in a file. Raises `fault` naming file and line for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: found {what_is(path)}; expected a JSON object ({error}).") from error
+    except OSError as error:
+        raise fault(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise fault(f"{path}: found {what_is(path)}; expected a JSON object ({error}).") from error
     if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: found a JSON {type(content).__name__}; expected an object.")
+        raise fault(f"{path}: holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+def _stated_in(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
 def write_object(path: Path, content: dict) -> None:
@@ -157,7 +161,7 @@ def _added(directory: Path, config: dict, named: tuple[str, ...], read_plain: bo
 
     The first file does not say which tokens are special: as in transformers, the named ones are.
     """
-    plain, path = read_object(directory / ADDED_FILE) if read_plain else {}, directory / NAMING_FILES[0]
+    plain, path = _stated_in(directory / ADDED_FILE) if read_plain else {}, directory / NAMING_FILES[0]
     found = {}
     for content, token_id in plain.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not content:

@@ -42,7 +42,8 @@ def pipeline_of(tokenizer: SentencePieceTokenizer) -> dict:
     pipeline.normalizer = normalizers.Sequence(_normalizers(proto, tokenizer.legacy))
     if steps := _pre_tokenizers(tokenizer):
         pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    pipeline.decoder = decoders.Sequence(_decoders(proto))
+    joining = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    pipeline.decoder = decoders.Sequence([*joining, *([decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else [])])
     unknown = {index: Added(piece.piece) for index, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN}
     added = sorted((unknown | tokenizer.control_tokens() | tokenizer.cut_first).items())
     stated = [{"id": token_id, **asdict(token)} for token_id, token in added]
@@ -137,11 +138,6 @@ def _names(tokenizer: SentencePieceTokenizer, *kinds: int) -> list[str]:
 
 def _alternatives(names: list[str]) -> str:
     return "|".join(map(re.escape, names))
-
-
-def _decoders(proto: ModelProto) -> list[decoders.Decoder]:
-    steps = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return [*steps, decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else steps
 
 
 def _check(made: dict, tokenizer: SentencePieceTokenizer) -> None:

@@ -126,7 +126,7 @@ def test_another_class_is_refused(lay):
         ("vocab.json", '{"a": "b"}', "each with its own id"),
         ("vocab.json", '{"a": 1, "b": 1}', "each with its own id"),
         ("vocab.json", "{}", "each with its own id"),
-        ("vocab.json", "[1]", "expected an object"),
+        ("vocab.json", "[1]", "expected a JSON object"),
         ("merges.txt", "q zz\n", "merge 'q zz' does not fit"),
         ("merges.txt", "a b c\n", "merge 'a b c' does not fit"),
         ("merges.txt", b"\xff\xfe", "expected merges"),

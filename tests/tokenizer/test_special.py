@@ -49,7 +49,7 @@ def test_writing_and_reading_again(tmp_path):
     [
         ('{"eos_token": 3}', "'eos_token' is 3"),
         ('{"add_bos_token": "yes"}', "'add_bos_token' is 'yes'"),
-        ("[1]", "found a JSON list"),
+        ("[1]", "holds a list; expected a JSON object"),
         ('{"eos', "expected a JSON object"),
         ("<html>", "an HTML page"),
     ],

@@ -36,24 +36,19 @@ def open_hugging_face(path: Path) -> Source:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    for index in INDEXES:
-        if (path / index).is_file():
-            files = [path / name for name in _indexed_files(path / index)]
-            if absent := [file.name for file in files if not is_file(file)]:
-                raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {present(path)}.")
-            return files
-    return [first_file(path, SINGLES)]
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """Names of the files of a sharded checkpoint, in order; they lie beside the index, never elsewhere."""
+    """A sharded checkpoint's files, in order, lie beside the index that names them, never elsewhere."""
+    index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+    if index is None:
+        return [first_file(path, SINGLES)]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: holds no 'weight_map'; expected one that names each tensor's file.")
     names = sorted({str(name) for name in weight_map.values()})
     if outside := [name[:80] for name in names if Path(name).name != name or len(name.encode()) > 255]:
         raise CheckpointError(f"{index}: names {', '.join(outside)}; expected files beside it.")
-    return names
+    if absent := [name for name in names if not is_file(path / name)]:
+        raise CheckpointError(f"{path}: {', '.join(absent)} is missing; found {present(path)}.")
+    return [path / name for name in names]
 
 
 def open_weight_files(files: list[Path]) -> dict[str, LazyTensor]:
