@@ -244,9 +244,9 @@ def _stated_settings(path: Path) -> dict[str, Any]:
 def _unknown_key(key: str, known: set[str]) -> str:
     if key in _THEIR_KEYS:
         return f': it is "{_THEIR_KEYS[key]}" here; or give the whole config.json, with its model_type.'
-    if home := next((name for name, method in METHODS.items() if key in method.Settings.model_fields), None):
-        return f": it goes with a --llama_type that ends in {METHODS[home].suffix}."
-    return unknown(key, known)
+    said = unknown(key, known)
+    homes = [method.suffix for method in METHODS.values() if key in method.Settings.model_fields]
+    return f": it goes with a --llama_type that ends in {homes[0]}." if homes and not said.startswith(":") else said
 
 
 def _unread(source: Source) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def resolve(
             faults.append(f"{source.path}: {_list(alien, 'has', 'have')} no place in this model.{_hint(alien, wanted)}")
     found, origin = overlay(sources, decoder.args)
     optional = {name for name, target in wanted.items() if isinstance(target.owner, PackedWeight)}
-    optional |= attachment.initial.keys() if initialize else set()
+    optional |= attachment.initial.keys() if initialize else attachment.initial.keys() - attachment.trainable
     missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
         where = " + ".join(str(source.path) for source in sources)

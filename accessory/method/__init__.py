@@ -5,8 +5,9 @@ from __future__ import annotations
 from accessory.method.base import Attachment, Method
 from accessory.method.full import Full
 from accessory.method.peft import Peft
+from accessory.method.side_tuning import SideTuning
 
-METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft}
+METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft, "qst": SideTuning}
 
 
 def presets() -> dict[str, Method]:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.errors import ConfigError
+from accessory.kernels.addition import Addition
 from accessory.model.args import ModelArgs
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.norm import make_norm
 from accessory.model.position import ALIBI_WIDTH, alibi_channels, alibi_slopes, rotary_frequencies
 from accessory.model.projection import project
+from accessory.model.recomputable import Recomputable
 from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import (
     WHOLE,
@@ -74,16 +76,17 @@ class PositionEmbedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """A plain matrix between the embedding's width and the model's, whole on every rank."""
+    """A plain matrix between two widths, such as the embedding's and the model's, whole on every rank."""
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         shape = (out_features, in_features)
         self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), WHOLE)
+        self.bias = mark(nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta")), WHOLE) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, in] -> x W^T [T, out] in x's dtype."""
-        return project(x, [self.weight])[0]
+    def forward(self, x: Tensor | Recomputable) -> Tensor:
+        """x [T, in] -> x W^T + b [T, out] in x's dtype."""
+        return project(x, [self.weight], [Addition(self.bias)])[0]
 
 
 class Decoder(nn.Module):
@@ -143,11 +146,15 @@ class Decoder(nn.Module):
                 f"A document has {longest} tokens; this model has positions for {limit}. Give --max_words {limit} (for "
                 f"training) or --max_seq_len {limit} (for asking), or less."
             )
-        if self.args.position != "alibi":
-            return made
-        mine = slice(*slice_bounds(self.args.n_heads, self.rank, self.ranks))
-        slopes = alibi_slopes(self.args.n_heads)[mine].to(self.frequencies.device)
-        return made.with_alibi(alibi_channels(slopes, made.positions, self.args.head_dim, self.dtype))
+        return self._with_alibi(made, self.args)
+
+    def _with_alibi(self, sequences: Sequences, args: ModelArgs) -> Sequences:
+        """The same with ALiBi's channels, for blocks of `args` that use it."""
+        if args.position != "alibi":
+            return sequences
+        mine = slice(*slice_bounds(args.n_heads, self.rank, self.ranks))
+        slopes = alibi_slopes(args.n_heads)[mine].to(self.frequencies.device)
+        return sequences.with_alibi(alibi_channels(slopes, sequences.positions, args.head_dim, self.dtype))
 
     def forward(self, inputs: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Tensor:
         """Token ids [T] or their embeddings [T, embedding_dim] -> the head's input [T, embedding_dim]."""
@@ -194,6 +201,10 @@ class Decoder(nn.Module):
 
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens, one for each block."""
-        width = self.args.head_dim + (ALIBI_WIDTH if self.args.position == "alibi" else 0)
-        shape = (documents, longest, self.args.n_kv_heads // self.ranks, width)
-        return [LayerCache(shape, self.dtype, self.frequencies.device) for _ in self.layers]
+        return self._empty_caches(self.args, documents, longest)
+
+    def _empty_caches(self, args: ModelArgs, documents: int, longest: int) -> list[LayerCache]:
+        """One for each block that `args` describes."""
+        width = args.head_dim + (ALIBI_WIDTH if args.position == "alibi" else 0)
+        shape = (documents, longest, args.n_kv_heads // self.ranks, width)
+        return [LayerCache(shape, self.dtype, self.frequencies.device) for _ in range(args.n_layers)]

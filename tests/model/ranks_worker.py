@@ -21,7 +21,6 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, gather_slices, own_slice
-from tests.method.test_own_decoder import Side
 from tests.model.prefixes import Prefixes
 
 SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
@@ -37,7 +36,8 @@ SHAPES = {
     "glm4": {"norm_placement": "both", "rotary_dim": 4},
 }  # fmt: skip
 LENGTHS = (9, 1, 6)
-METHODS |= {"prefixes": Prefixes, "side": Side}
+METHODS |= {"prefixes": Prefixes}
+SETTINGS = {"peft": {"lora_rank": 4}, "qst": {"r": 2, "side_heads": 6}}
 
 
 def initial(name: str, shape: tuple[int, ...]):
@@ -47,7 +47,7 @@ def initial(name: str, shape: tuple[int, ...]):
 
 def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.Tensor]:
     """One decoder, one micro-batch, one batch of answers."""
-    trainer = METHODS[method](METHODS[method].Settings(**({"lora_rank": 4} if method == "peft" else {})))
+    trainer = METHODS[method](METHODS[method].Settings(**SETTINGS.get(method, {})))
     how = {"dtype": torch.float32, "rank": layout.mp_rank, "ranks": layout.mp_size}
     decoder = trainer.decoder(ModelArgs(**SMALL | shape), **how)
     attachment = trainer.attach(decoder)
@@ -91,8 +91,8 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
     return {"loss": loss.detach(), "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
 
 
-CASES = [(name, method) for name in SHAPES for method in ("full", "peft")]
-CASES += [("qwen3", "prefixes"), ("bloom", "prefixes"), ("llama", "side")]
+CASES = [(name, method) for name in SHAPES for method in ("full", "peft", "qst")]
+CASES += [("qwen3", "prefixes"), ("bloom", "prefixes")]
 layout = groups.start("cpu", model_parallel_size=int(sys.argv[2]))
 everything = {f"{name} {method}": results(SHAPES[name], method, layout) for name, method in CASES}
 everything |= {f"loss in {dtype}": of_the_loss(dtype, layout) for dtype in (torch.float32, torch.bfloat16)}

@@ -1,0 +1,111 @@
+"""Quantized side tuning (QST, Zhang et al. 2024): only a narrow network beside the base is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from accessory.errors import ConfigError, ParallelError
+from accessory.method.base import Attachment, Initializer, Method
+from accessory.method.peft import truncated_normal
+from accessory.method.side_network import SideDecoder
+from accessory.method.side_settings import SideSettings, side_args
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.parallel.groups import Layout
+from accessory.parallel.tensor import slicing_of
+
+OWN = ("side.", "downsample.", "embedding_downsample.", "gates.", "side_norm.", "upsample.", "final_gate.")
+"""What the names of a side network's parameters begin with."""
+_PUBLISHED = {"peft_hidden_size", "alpha_r", "add_layer_norm_after_adapter", "add_layer_norm_before_adapter"}
+"""Keys by which a file of the published code is recognised."""
+_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh"}
+
+
+class SideTuning(Method):
+    """Trains the side network of a `SideDecoder`."""
+
+    Settings = SideSettings
+    suffix: ClassVar[str] = "_qst"
+    also_called: ClassVar[tuple[str, ...]] = ("lst",)
+    summary: ClassVar[str] = "a narrow network beside the base"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"qst": {}}
+    merge_fault: ClassVar[str] = (
+        "a side network stands beside the base and changes none of its matrices, so there is nothing to add to them"
+    )
+    adapter_fault: ClassVar[str] = merge_fault
+
+    @classmethod
+    def translated(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """A published file's `activation` is the adapter's, under names of other libraries."""
+        if "activation" not in content or not _PUBLISHED & content.keys():
+            return content
+        rest = {key: value for key, value in content.items() if key != "activation"}
+        return {**rest, "adapter_activation": _ACTIVATIONS.get(content["activation"], content["activation"])}
+
+    @property
+    def drops_out(self) -> bool:
+        """On an adapter's input."""
+        return self.settings.downsample == "adapter" and self.settings.dropout > 0
+
+    def check(self, args: ModelArgs, layout: Layout, data_parallel: str) -> None:
+        """See `Method.check`; the side network's heads and MLP are divided over the ranks as the base's are."""
+        super().check(args, layout, data_parallel)
+        if (tail := self.settings.tail) > args.n_layers or (tail == args.n_layers and self.settings.side_layers):
+            raise ConfigError(f"--llama_config: a tail of {tail} blocks, and the base has {args.n_layers}.")
+        if not self.settings.side_layers:
+            return
+        narrow, ranks = side_args(args, self.settings), layout.mp_size
+        counts = {"attention heads": narrow.n_heads, "key/value heads": narrow.n_kv_heads, "MLP": narrow.hidden_dim}
+        if bad := [f"{count} {what}" for what, count in counts.items() if count % ranks]:
+            raise ParallelError(
+                f"--model_parallel_size {ranks} does not divide the side network's {', '.join(bad)}: give a side_heads "
+                f"or r in --llama_config that it divides, or a smaller --model_parallel_size."
+            )
+
+    def decoder(self, args: ModelArgs, **how: Any) -> Decoder:
+        """The base with the side network."""
+        return SideDecoder(args, self.settings, **how)
+
+    def attach(self, decoder: Decoder) -> Attachment:
+        """The decoder has the parameters already; they start as PyTorch's layers do, apart from gates and upsample.
+
+        The published OPT code freezes the norm before a side block's MLP, and so does a `released` start there.
+        """
+        own = {name: p for name, p in decoder.named_parameters() if name.startswith(OWN) or ".lora_" in name}
+        initial = {name: self._start(name, p, decoder, own) for name, p in own.items()}
+        frozen = self.settings.start == "released" and decoder.args.architecture == "opt"
+        kept = {name for name in own if frozen and name.startswith("side.") and ".ffn_norm." in name}
+        return Attachment(set(own) - kept, initial)
+
+    def _start(self, name: str, parameter: nn.Parameter, decoder: Decoder, own: dict[str, nn.Parameter]) -> Initializer:
+        def whole(of: nn.Parameter) -> tuple[int, ...]:
+            return slicing_of(of).whole_shape(tuple(of.shape), decoder.ranks)
+
+        shape, released = whole(parameter), self.settings.start == "released"
+        if ".lora_" in name:
+            return truncated_normal(*shape) if name.endswith("lora_a.weight") else _constant(shape, 0.0)
+        if name.startswith("gates."):
+            return _constant(shape, 0.5)
+        if name.startswith("final_gate."):
+            # The published OPT code has its sigmoid on the other side of the sum: sigmoid(-1) = 1 - sigmoid(1).
+            return _constant(shape, -1.0 if released and decoder.args.architecture == "opt" else 1.0)
+        if name.startswith("upsample.") and not released:
+            return _constant(shape, 0.0)
+        if "norm" in name:
+            return _constant(shape, 0.0 if name.endswith(".bias") else 1.0)
+        weight = whole(own[name.removesuffix("bias") + "weight"]) if name.endswith(".bias") else shape
+        return _uniform(shape, 1 / math.sqrt(weight[1]))
+
+
+def _constant(shape: tuple[int, ...], value: float) -> Callable[[torch.Generator], Tensor]:
+    return lambda _generator: torch.full(shape, value)
+
+
+def _uniform(shape: tuple[int, ...], bound: float) -> Callable[[torch.Generator], Tensor]:
+    """As torch.nn.Linear starts: uniform within 1 / sqrt(in)."""
+    return lambda generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)

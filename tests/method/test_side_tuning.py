@@ -1,0 +1,305 @@
+"""Side tuning: numbers are those of the formulas, it starts where it says, nothing goes back through the base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.load import fill, targets
+from accessory.config import FinetuneConfig
+from accessory.data.batch import Document, PackedBatch
+from accessory.errors import CheckpointError, ConfigError, ParallelError
+from accessory.export import Destination, export_adapter, merge
+from accessory.finetune import finetune
+from accessory.generate import generate_tokens
+from accessory.memory.plan import parameter_counts
+from accessory.memory.recompute import recompute_layers
+from accessory.meta import MetaModel
+from accessory.method import METHODS, Attachment
+from accessory.method.side_network import SideDecoder
+from accessory.method.side_settings import side_args
+from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
+from accessory.model.loss import cross_entropy_sum
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+from accessory.parallel.groups import Layout
+from tests.conftest import ROOT
+from tests.method import side_reference
+
+LLAMA = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 61,
+         "rotary_layout": "halves"}  # fmt: skip
+OPT = {"architecture": "opt", "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128, "vocab_size": 61,
+       "norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "position": "learned", "gated": False,
+       "position_offset": 2, "activation": "relu", "tie_word_embeddings": True, "max_seq_len": 32}  # fmt: skip
+LENGTHS = (7, 1, 5)
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    """One process."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+def made(args: dict, layout: Layout, /, untrained: bool = False, **settings) -> tuple[SideDecoder, Attachment]:
+    """A decoder in fp32, its base at random, its side as it starts (`untrained`) or at random too."""
+    method = METHODS["qst"](METHODS["qst"].Settings(**settings))
+    decoder = method.decoder(ModelArgs(**args), dtype=torch.float32)
+    attachment = method.attach(decoder)
+    makers = {t.name: at_random(t.name, t.whole_shape(1)) for t in targets(decoder)}
+    if untrained:
+        makers |= attachment.initial
+    fill(decoder, {}, Attachment(attachment.trainable, makers), layout, DataParallel(layout, "sdp", False))
+    return decoder.train(), attachment
+
+
+def at_random(name: str, shape: tuple[int, ...]):
+    """A maker of values: norms near one, matrices that neither grow nor shrink what they multiply."""
+    if len(shape) == 1:
+        return lambda generator: 0.2 * torch.randn(shape, generator=generator) + ("norm" in name and "weight" in name)
+    return lambda generator: torch.randn(shape, generator=generator) / shape[1] ** 0.5
+
+
+def drawn(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and labels of documents of LENGTHS."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = (torch.randint(0, 61, (sum(LENGTHS),), generator=generator) for _ in range(2))
+    labels[::4] = -100
+    return ids, labels
+
+
+VARIANTS = [
+    {}, {"start": "released"}, {"downsample": "lora", "gate": "scalar"}, {"downsample": "linear", "side_layers": 2},
+    {"downsample": "avgpool", "embedding_downsample": "own"}, {"downsample": "maxpool", "start": "released"},
+    {"add_layer_norm_before_adapter": True, "add_layer_norm_after_adapter": False, "adapter_activation": "gelu"},
+    {"embedding_downsample": "own", "side_heads": 2, "r": 2}, {"tail": 1, "tail_rank": 3},
+    {"tail": 3, "side_layers": 0, "tail_rank": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [LLAMA, OPT], ids=["llama", "opt"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_numbers_are_those_of_the_formulas(family: dict, settings: dict, layout: Layout) -> None:
+    """Logits and every gradient, of documents packed end to end, beside float64 one document at a time."""
+    decoder, attachment = made(family, layout, **{"r": 4, **settings})
+    ids, labels = drawn()
+    hidden = decoder(ids, decoder.sequences(LENGTHS))
+    loss = cross_entropy_sum(hidden, decoder.head_weight, labels)
+    loss.backward()
+    given = {name: p.detach().double() for name, p in decoder.named_parameters()}
+    for name in attachment.trainable:
+        given[name].requires_grad_()
+    narrow = decoder.side_args.model_dump() if decoder.side else {}
+    shapes = decoder.args.model_dump(), narrow, decoder.settings.model_dump()
+    expected = torch.cat([side_reference.logits(given, part, *shapes) for part in ids.split(LENGTHS)])
+    torch.nn.functional.cross_entropy(expected, labels, reduction="sum").backward()
+    ours = (hidden @ decoder.head_weight.t()).double()
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    for name, parameter in decoder.named_parameters():
+        if name in attachment.trainable:
+            want = given[name].grad
+            scale = max(want.abs().max(), 1e-2)  # a bias of keys changes no softmax: its gradient is zero
+            assert (parameter.grad - want).abs().max() <= 1e-5 * scale, name
+        else:
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "millions"),
+    [
+        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "hidden_dim": 11008}, 28.62),
+        ({"dim": 5120, "n_layers": 40, "n_heads": 40, "hidden_dim": 13824}, 54.76),
+        ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "hidden_dim": 28672}, 282.9),
+        (OPT | {"dim": 2048, "n_layers": 24, "n_heads": 32, "hidden_dim": 8192}, 5.86),
+        (OPT | {"dim": 2560, "n_layers": 32, "n_heads": 32, "hidden_dim": 10240}, 11.71),
+        (OPT | {"dim": 4096, "n_layers": 32, "n_heads": 32, "hidden_dim": 16384}, 28.57),
+        (OPT | {"dim": 9216, "n_layers": 64, "n_heads": 72, "hidden_dim": 36864}, 270.7),
+    ],
+)
+def test_counts_are_the_papers(shape: dict, millions: float) -> None:
+    """Of the released form: LLaMA-2 7B, 13B, 70B, OPT 1.3B, 2.7B, 6.7B, 66B."""
+    method = METHODS["qst"](METHODS["qst"].Settings(start="released"))
+    decoder = method.decoder(ModelArgs(**{"vocab_size": 32000, **shape}), dtype=torch.bfloat16)
+    trained, _ = parameter_counts(decoder, method.attach(decoder))
+    assert round(trained / 1e6, 1 if millions > 100 else 2) == millions
+
+
+@pytest.mark.parametrize("family", [LLAMA, OPT], ids=["llama", "opt"])
+@pytest.mark.parametrize("tail", [0, 1])
+def test_untrained_it_is_its_base(family: dict, tail: int, layout: Layout) -> None:
+    """To the bit, in training and in answers; the released form is not."""
+    decoder, _ = made(family, layout, untrained=True, r=4, dropout=0.1, tail=tail)
+    base = Decoder(ModelArgs(**family), dtype=torch.float32)
+    held = {name: at_random(name, t.whole_shape(1)) for t in targets(base) for name in [t.name]}
+    fill(base, {}, Attachment(set(), held), layout, DataParallel(layout, "sdp", False))
+    ids, _ = drawn()
+    assert torch.equal(decoder(ids, decoder.sequences(LENGTHS)), base(ids, base.sequences(LENGTHS)))
+    how = {"prompts": [[3, 4, 5], [6]], "max_gen_len": 6, "max_seq_len": 16, "stop_ids": set()}
+    assert list(generate_tokens(decoder.eval(), **how)) == list(generate_tokens(base.eval(), **how))
+    released, _ = made(family, layout, untrained=True, r=4, start="released")
+    assert not torch.allclose(released(ids, released.sequences(LENGTHS)), base(ids, base.sequences(LENGTHS)), atol=0.1)
+
+
+@pytest.mark.parametrize("start", ["base", "released"])
+@pytest.mark.parametrize("gate", ["vector", "scalar"])
+def test_everything_is_trained(start: str, gate: str, layout: Layout) -> None:
+    """Three steps move every parameter, the gates among them; dropout makes two forwards differ."""
+    tail = int(start == "base")
+    decoder, attachment = made(LLAMA, layout, untrained=True, r=4, start=start, gate=gate, dropout=0.5, tail=tail)
+    parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.Adam(parameters.values(), 1e-2)
+    ids, labels = drawn()
+    for _ in range(3):
+        hidden = decoder(ids, decoder.sequences(LENGTHS))
+        cross_entropy_sum(hidden, decoder.head_weight, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((p != before[name]).any() for name, p in parameters.items())
+    one, other = (decoder(ids, decoder.sequences(LENGTHS)) for _ in range(2))
+    assert not torch.equal(one, other)
+    decoder.eval()
+    one, other = (decoder(ids, decoder.sequences(LENGTHS)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_dropout_has_the_gradient_of_its_mask(layout: Layout) -> None:
+    """The mask of the forward is drawn again in the backward: gradients are those of finite differences."""
+    decoder, _ = made(LLAMA, layout, r=4, dropout=0.3)
+    weight, (ids, labels) = decoder.downsample[1].a.weight, drawn()
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        return cross_entropy_sum(decoder(ids, decoder.sequences(LENGTHS)), decoder.head_weight, labels)
+
+    loss().backward()
+    direction = torch.randn_like(weight)
+    with torch.no_grad():
+        ahead, behind = (weight.add_(direction, alpha=by) is weight and loss() for by in (1e-3, -2e-3))
+    slope = (weight.grad * direction).sum()
+    assert (ahead - behind) / 2e-3 == pytest.approx(slope.item(), rel=1e-2)
+
+
+def test_shared_beginnings_are_those_of_documents_alone(layout: Layout) -> None:
+    """A prefix that documents share is computed once, with the same loss and gradients."""
+    decoder, attachment = made(LLAMA, layout, r=4)
+    prefix = list(range(12))
+    documents = [Document(torch.tensor([*prefix, *own]).numpy(),
+                          torch.tensor([-100] * 11 + [*own, 9]).numpy(), i)
+                 for i, own in enumerate(([20, 21, 22], [30, 31], [40, 41, 42, 43]))]  # fmt: skip
+
+    def result(batch: PackedBatch) -> list[Tensor]:
+        decoder.zero_grad(set_to_none=True)
+        hidden = decoder(batch.tokens, decoder.sequences(batch.lengths, shared=batch.shared))
+        loss = cross_entropy_sum(hidden, decoder.head_weight, batch.labels)
+        loss.backward()
+        return [loss.detach(), *(p.grad for name, p in decoder.named_parameters() if name in attachment.trainable)]
+
+    together, alone = (result(PackedBatch.pack(documents, share=share)) for share in (True, False))
+    assert any(PackedBatch.pack(documents).shared)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_nothing_of_the_base_is_kept(layout: Layout) -> None:
+    """Of a base state only what a downsample reads is; recomputing every block changes no gradient."""
+    decoder, attachment = made(LLAMA, layout, r=4)
+    ids, _ = drawn()
+    base, kept = {p.data_ptr() for name, p in decoder.named_parameters() if name not in attachment.trainable}, []
+
+    def gradients() -> dict[str, Tensor]:
+        decoder.zero_grad(set_to_none=True)
+        decoder(ids, decoder.sequences(LENGTHS)).square().sum().backward()
+        return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        first = gradients()
+    assert set(first) == attachment.trainable and not base & {t.data_ptr() for t in kept}
+    wide = {t.data_ptr() for t in kept if t.shape == (sum(LENGTHS), 64)}
+    assert len(wide) == len(decoder.side) + 3  # embedding, each block's, the upsample's for its gate, and the result
+    recompute_layers(decoder, 6, offload=False, device=torch.device("cpu"))
+    assert [name for name, block in decoder.blocks() if block.recompute] == [
+        name for i in range(3) for name in (f"layers.{i}", f"side.{i}")
+    ]
+    assert all(torch.equal(gradient, first[name]) for name, gradient in gradients().items())
+
+
+def test_pools_keep_no_state(layout: Layout) -> None:
+    """They have no weights, so nothing as wide as the base is saved beside them."""
+    decoder, _ = made(LLAMA, layout, r=4, downsample="avgpool")
+    ids, _ = drawn()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        decoder(ids, decoder.sequences(LENGTHS))
+    assert len({t.data_ptr() for t in kept if t.shape == (sum(LENGTHS), 64)}) == 1  # the upsample's result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"side_layers": 2, "start": "released"}, {"tail": 1}], ids=str)
+def test_caches_ride_along(settings: dict, layout: Layout) -> None:
+    """Greedy answers step by step are those of whole documents, of prompts that end at different times."""
+    decoder, _ = made(LLAMA, layout, r=4, **settings)
+    prompts = [[1, 2, 3, 4], [5], [6, 7]]
+    steps = generate_tokens(decoder.eval(), prompts, max_gen_len=6, max_seq_len=9, stop_ids=set())
+    for prompt, answer in zip(prompts, zip(*steps, strict=True), strict=True):
+        ids = torch.tensor([*prompt, *(token for token in answer if token is not None)])
+        likeliest = (decoder(ids, decoder.sequences((len(ids),))) @ decoder.head_weight.t()).argmax(-1)
+        assert likeliest[len(prompt) - 1 : -1].tolist() == ids[len(prompt) :].tolist()
+
+
+def test_heads_are_wide_unless_released() -> None:
+    """By default attention's cost, which goes by heads, falls with the width."""
+    seven, small = ModelArgs(), ModelArgs(dim=576, n_heads=9, n_kv_heads=3, hidden_dim=1536)
+    settings = METHODS["qst"].Settings
+    shapes = [side_args(args, settings(**how)) for args in (seven, small) for how in ({}, {"start": "released"})]
+    assert [(s.n_heads, s.n_kv_heads, s.head_dim) for s in shapes] == [(8, 8, 32), (32, 32, 8), (1, 1, 36), (9, 3, 4)]
+
+
+def test_widths_that_cannot_be() -> None:
+    """The keys to change and values that do are named."""
+    args, settings = ModelArgs(dim=64, n_heads=4, hidden_dim=96), METHODS["qst"].Settings
+    with pytest.raises(
+        ConfigError,
+        match=r"r 16 makes a side network of 4 channels, .* 4 heads of an even width. An r that does: 8, 4, 2",
+    ):
+        side_args(args, settings(start="released"))
+    method = METHODS["qst"](settings(r=4, side_heads=1))
+    with pytest.raises(ParallelError, match="--model_parallel_size 2 does not divide the side network's 1 attention"):
+        method.check(args, Layout(world_size=2, mp_size=2), "sdp")
+
+
+def test_published_keys() -> None:
+    """Files of the published code call the adapter's activation as the base's is called."""
+    theirs = {"r": 8, "alpha_r": 16, "activation": "swish", "peft_hidden_size": 16, "dropout": 0.1}
+    ours = METHODS["qst"].Settings(**METHODS["qst"].translated(theirs))
+    assert (ours.r, ours.adapter_activation, ours.dropout) == (8, "silu", 0.1)
+    assert METHODS["qst"].translated({"activation": "relu"}) == {"activation": "relu"}
+
+
+def test_a_run(tiny_base: Path, tmp_path: Path) -> None:
+    """Trained beside 4 bits, saved, asked; neither merged nor an adapter."""
+    data = tmp_path / "data.yaml"
+    data.write_text(f"META:\n  - path: {ROOT / 'data_example' / 'accessory_qa.json'}\n    type: text\n")
+    settings = tmp_path / "qst.json"
+    settings.write_text('{"r": 4, "alpha_r": 4, "peft_hidden_size": 8, "activation": "swish"}')
+    config = FinetuneConfig(
+        pretrained_path=[tiny_base], data_config=data, output_dir=tmp_path / "out", llama_type="llama_qst", quant=True,
+        only_save_trainable=True, device="cpu", max_steps=3, lr=1e-2, warmup_epochs=0, max_words=256,
+        checkpointing="all", llama_config=[settings],
+    )  # fmt: skip
+    finetune(config)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    (part,) = (tmp_path / "out").glob("epoch*")
+    model = MetaModel.from_pretrained(part)
+    assert model.llma.settings.r == 4 and len(model.generate(["What is it?"], max_gen_len=4)) == 1
+    with pytest.raises(CheckpointError, match="cannot be merged: it is a llama_qst, a side network stands beside"):
+        merge([tiny_base, part], tmp_path / "merged", Destination(), base=None, drop_biases=False)
+    with pytest.raises(CheckpointError, match="it is a llama_qst, a side network stands beside the base"):
+        export_adapter([tiny_base, part], tmp_path / "adapter", drop_biases=False)
