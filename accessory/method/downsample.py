@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -18,6 +19,8 @@ from accessory.model.norm import LayerNorm
 from accessory.model.recomputable import Recomputable
 
 NORM_EPS = 1e-5
+BLOCK = 64
+"""Channels that share a scale where a state is kept in 8 bits; a few are a thousand times the others."""
 
 
 class Downsample(nn.Module, ABC):
@@ -38,10 +41,11 @@ class Linear(Downsample):
     def __init__(self, wide: int, narrow: int, settings: SideSettings) -> None:
         super().__init__(wide, narrow, settings)
         self.weight = Projection(wide, narrow, torch.float32)
+        self.bits = settings.state_bits
 
     def forward(self, state: Tensor) -> Tensor:
         """W state."""
-        return self.weight(state)
+        return self.weight(kept_in(self.bits, state))
 
 
 class LowRank(Downsample):
@@ -51,10 +55,11 @@ class LowRank(Downsample):
         super().__init__(wide, narrow, settings)
         self.a = Projection(wide, settings.peft_hidden_size, torch.float32)
         self.b = Projection(settings.peft_hidden_size, narrow, torch.float32)
+        self.bits = settings.state_bits
 
     def forward(self, state: Tensor) -> Tensor:
         """B A state."""
-        return self.b(self.a(state))
+        return self.b(self.a(kept_in(self.bits, state)))
 
 
 class Adapter(LowRank):
@@ -68,9 +73,11 @@ class Adapter(LowRank):
 
     def forward(self, state: Tensor) -> Tensor:
         """The adapter."""
-        x: Tensor | Recomputable = _dropped(state, self.dropout) if self.dropout and self.training else state
+        x = kept_in(self.bits, state)
+        if self.dropout and self.training:
+            x = _dropped(x, self.dropout)
         if self.norm_before is not None:
-            x = self.norm_before.recomputable(Recomputable.of(x).value)
+            x = self.norm_before.recomputable(x.value)
         low = self.b(activate(self.a(x), self.activation))
         return low if self.norm_after is None else self.norm_after(low)
 
@@ -107,14 +114,28 @@ def _groups(state: Tensor, narrow: int) -> Tensor:
     return state[:, : narrow * each].unflatten(1, (narrow, each))
 
 
-def _dropped(state: Tensor, share: float) -> Recomputable:
-    """The state with a share of its values at zero and the others larger; only the state and a seed are kept.
+def kept_in(bits: int, state: Tensor) -> Recomputable:
+    """The state [T, D], and what is kept of it for the gradient of its first matrix: itself, or 8-bit codes and scales.
+
+    A code is the nearest of 255 multiples of its block's largest value / 127, so that no value is off by more than a
+    254th of that. The forward reads the state itself.
+    """
+    if bits == 16 or not torch.is_grad_enabled():
+        return Recomputable.of(state)
+    blocks = state.unflatten(1, (-1, math.gcd(state.shape[1], BLOCK)))
+    scales = blocks.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
+    codes = (blocks / scales).round_().to(torch.int8)
+    return Recomputable(state, (codes, scales), lambda codes, scales: (codes * scales).flatten(1).to(state.dtype))
+
+
+def _dropped(state: Recomputable, share: float) -> Recomputable:
+    """The state with a share of its values at zero and the others larger; beside the state only a seed is kept.
 
     The seed comes from the CPU's generator, which is in the same state on all ranks of a model-parallel group.
     """
     chosen = Addition(dropout=share, seed=int(torch.randint(1 << 62, ())))
 
-    def drop(kept: Tensor) -> Tensor:
-        return kept * chosen.dropout_mask(kept).mul_(1 / (1 - share))
+    def drop(value: Tensor) -> Tensor:
+        return value * chosen.dropout_mask(value).mul_(1 / (1 - share))
 
-    return Recomputable(drop(state), (state,), drop)
+    return Recomputable(drop(state.value), state.inputs, lambda *kept: drop(state.make(*kept)))

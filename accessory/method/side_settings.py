@@ -36,6 +36,8 @@ class SideSettings(BaseModel):
     """Without effect, as in the published code; accepted because its files hold it."""
     downsample: Literal["adapter", "lora", "linear", "avgpool", "maxpool"] = "adapter"
     """How a side block reads a base state: two matrices with an activation between, two, one, or pooled channels."""
+    state_bits: Literal[16, 8] = 16
+    """Bits in which a base state is kept for the gradient of its downsample: 16 is exact, 8 takes half the memory."""
     embedding_downsample: Literal["shared", "own"] = "shared"
     """Whether the embedding is read by the first block's downsample or by one of its own."""
     side_heads: int | None = Field(default=None, ge=1, le=1 << 16)
@@ -55,6 +57,8 @@ class SideSettings(BaseModel):
     def _goes_together(self) -> SideSettings:
         if not (self.side_layers or self.tail):
             raise ValueError("nothing would be trained: set side_layers or tail above 0")
+        if self.state_bits == 8 and self.add_layer_norm_before_adapter:
+            raise ValueError("state_bits 8 with add_layer_norm_before_adapter: the norm keeps the state itself")
         if self.start == "released" and (self.tail or not self.side_layers):
             raise ValueError("start released has no tail: set tail to 0 and side_layers above 0, or start to base")
         return self

@@ -230,6 +230,27 @@ def test_nothing_of_the_base_is_kept(layout: Layout) -> None:
     assert all(torch.equal(gradient, first[name]) for name, gradient in gradients().items())
 
 
+@pytest.mark.parametrize("downsample", ["adapter", "lora", "linear"])
+def test_states_kept_in_8_bits(downsample: str, layout: Layout) -> None:
+    """The forward and all gradients but those of first matrices are exact; nothing wide is kept but int8."""
+    (ids, labels), kept, found = drawn(), [], []
+    for bits in (16, 8):
+        decoder, attachment = made(LLAMA, layout, r=4, downsample=downsample, state_bits=bits)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            hidden = decoder(ids, decoder.sequences(LENGTHS))
+        loss = cross_entropy_sum(hidden, decoder.head_weight, labels)
+        loss.backward()
+        found.append({name: p.grad for name, p in decoder.named_parameters() if name in attachment.trainable})
+        wide = {t.data_ptr() for t in kept if t.is_floating_point() and t.numel() == sum(LENGTHS) * 64}
+        assert len(wide) == (len(decoder.side) + 2 if bits == 16 else 1)  # the upsample's result, for its gate
+        kept.clear()
+    first = {"adapter": ".a.", "lora": ".a.", "linear": ".weight."}[downsample]
+    for name, exact in found[0].items():
+        error = (found[1][name] - exact).norm() / exact.norm()
+        reads = name.startswith("downsample.") and first in name
+        assert (0 < error < 0.02) if reads else torch.equal(found[1][name], exact), name
+
+
 def test_pools_keep_no_state(layout: Layout) -> None:
     """They have no weights, so nothing as wide as the base is saved beside them."""
     decoder, _ = made(LLAMA, layout, r=4, downsample="avgpool")
