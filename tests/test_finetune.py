@@ -138,27 +138,30 @@ def test_trainable_alone_finds_its_base(runs: Path, tiny_base: Path) -> None:
 
 
 def test_resume_is_exact(tiny_base: Path, tmp_path: Path, torchrun) -> None:
-    """On four ranks, 6 steps, and 3 + resume 3, give the same losses and weights with `==`, LoRA dropout included.
+    """On four ranks, 6 steps, and 3 + resume 3, give the same losses and weights with `==`, dropout included.
 
     Resuming in processes of its own, from damaged checkpoints, and on other numbers of ranks: tests/faults.
     """
-    lora = tmp_path / "dropout.json"
-    lora.write_text('{"lora_rank": 4, "lora_dropout": 0.2}')
+    settings = {"peft": {"lora_rank": 4, "lora_dropout": 0.2}, "qst": {"r": 4, "side_heads": 2, "dropout": 0.2}}
     ranks, extra = LAYOUTS["tp2_fsdp2"]
 
-    def flags(name: str, *more: str) -> list[str]:
-        method = JOBS["llama_peft-nf4"].flags
-        return [*flags_of(tmp_path / name, tiny_base, lora, method, extra, ranks), "--max_steps", "6", *more]
+    def flags(method: str, name: str, *more: str) -> list[str]:
+        (root := tmp_path / method).mkdir(exist_ok=True)
+        (root / "dropout.json").write_text(json.dumps(settings[method]))
+        its = JOBS[f"llama_{method}-nf4"].flags
+        whole = flags_of(root / name, tiny_base, root / "dropout.json", its, extra, ranks)
+        return [*whole, "--max_steps", "6", *more]
 
-    runs = [flags("whole"), flags("halves", "--max_steps", "3"), flags("halves", "--resume", "latest")]
-    (tmp_path / "flags.json").write_text(json.dumps(runs))
+    parts = [("whole",), ("halves", "--max_steps", "3"), ("halves", "--resume", "latest")]
+    (tmp_path / "flags.json").write_text(json.dumps([flags(method, *part) for method in settings for part in parts]))
     done = torchrun(ranks, WORKER, tmp_path / "flags.json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert f"resuming {tmp_path / 'halves' / 'epoch0-iter3'} after step 3\n" in done.stdout
-    assert losses(tmp_path / "whole").tolist() == losses(tmp_path / "halves").tolist()
-    whole = load_file(tmp_path / "whole" / "epoch0-iter6" / "trainable.safetensors")
-    halves = load_file(tmp_path / "halves" / "epoch0-iter6" / "trainable.safetensors")
-    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+    for root in (tmp_path / method for method in settings):
+        assert f"resuming {root / 'halves' / 'epoch0-iter3'} after step 3\n" in done.stdout
+        assert losses(root / "whole").tolist() == losses(root / "halves").tolist()
+        whole = load_file(root / "whole" / "epoch0-iter6" / "trainable.safetensors")
+        halves = load_file(root / "halves" / "epoch0-iter6" / "trainable.safetensors")
+        assert all(torch.equal(value, halves[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(

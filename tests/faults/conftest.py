@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.job import Job
+from tests.faults.job import LLAMA_TYPE, Job
 
 
 @pytest.fixture(scope="session")
 def dropout_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRA of rank 4 with dropout, so that random numbers matter."""
-    path = tmp_path_factory.mktemp("dropout") / "lora.json"
-    path.write_text('{"lora_rank": 4, "lora_dropout": 0.2}')
+    """A small LoRA or side network with dropout, so that random numbers matter."""
+    path = tmp_path_factory.mktemp("dropout") / "settings.json"
+    side = '{"r": 4, "side_heads": 2, "dropout": 0.2}'
+    path.write_text(side if LLAMA_TYPE.endswith("_qst") else '{"lora_rank": 4, "lora_dropout": 0.2}')
     return path
 
 

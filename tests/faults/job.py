@@ -19,6 +19,8 @@ from accessory.run.status import read_status
 
 WORKER = Path(__file__).with_name("faulty_worker.py")
 ROOT = Path(__file__).resolve().parent.parent.parent
+LLAMA_TYPE = os.environ.get("FAULTS_STRIKE", "llama_peft")
+"""What is trained while faults strike; `FAULTS_STRIKE=llama_qst pytest tests/faults` strikes side tuning."""
 STEPS = 12
 PATIENCE = 200  # seconds until a job is taken to hang
 START = 8.0  # seconds on two idle cores from a job's start to its first steps
@@ -41,7 +43,7 @@ class Job:
     def flags(self, *more: str) -> list[str]:
         """Of `main_finetune.py`; those given last win."""
         return [
-            *("--pretrained_path", str(self.base), "--llama_type", "llama_peft", "--llama_config", str(self.method)),
+            *("--pretrained_path", str(self.base), "--llama_type", LLAMA_TYPE, "--llama_config", str(self.method)),
             *("--data_config", str(ROOT / "data_example" / "accessory_qa.json"), "--max_words", "160"),
             *("--device", "cpu", "--quant", "--only_save_trainable", "--batch_size", "2"),
             *("--accum_iter", str(4 // self.ranks), "--epochs", "2", "--warmup_epochs", "0.2", "--lr", "0.01"),
