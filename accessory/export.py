@@ -13,14 +13,17 @@ from accessory.checkpoint.formats.gguf_writing import write_gguf
 from accessory.checkpoint.formats.hugging_face_writing import write_hugging_face
 from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.formats.peft_writing import write_adapter
+from accessory.checkpoint.formats.qst_writing import published_config, write_qst
 from accessory.checkpoint.formats.torch_writing import write_torch_shards
-from accessory.checkpoint.load import overlay, resolve
+from accessory.checkpoint.lazy import HeldTensor
+from accessory.checkpoint.load import named_generator, overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_parts
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, check_known
 from accessory.meta import MetaModel
+from accessory.method.side_tuning import SideTuning
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
@@ -229,6 +232,27 @@ def export_adapter(
         f"adapter_config.json names the base {base.path}, which transformers cannot open as it is ({base.format}): "
         "write it with --to hf, and give that directory or a Hub name with --base_model"
     )
+
+
+def export_side(paths: list[Path], target: Path, **reading) -> str:
+    """Write a trained side network as the published QST code does; returns how to make its model, for the user.
+
+    Raises `CheckpointError` for anything else, and for settings that the published form cannot express.
+    """
+    _, sources, blueprint = open_whole(paths, **reading)
+    base, *parts = sources
+    if not (isinstance(blueprint.method, SideTuning) and parts and all(part.is_delta for part in parts)):
+        raise CheckpointError(
+            f"{paths[-1]}: is a {blueprint.llama_type}; --to qst writes a side network, trained by a --llama_type that "
+            f"ends in {SideTuning.suffix}."
+        )
+    tensors, _ = overlay(parts, blueprint.args)
+    _, attachment = blueprint.build(Layout())
+    frozen = {name: HeldTensor(start(named_generator(0, name))) for name, start in attachment.initial.items()}
+    tensors = frozen | tensors  # the published code saves what it never trains, too
+    write_qst(tensors, blueprint.args, blueprint.method.settings, target, paths[-1])
+    config = published_config(blueprint.method.settings)
+    return f"the published code loads it into a model made beside {base.path} with {config}"
 
 
 def asking_hint(paths: list[Path], to: str) -> str | None:

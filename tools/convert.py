@@ -3,6 +3,7 @@
 python tools/convert.py SOURCE TARGET --to hf|gguf|meta|upstream|accessory      a whole model
 python tools/convert.py TRAINED TARGET --to peft                                a trained part, for peft
 python tools/convert.py BASE PART [PART ...] TARGET --to peft                   parts trained one upon the other
+python tools/convert.py TRAINED TARGET --to qst                                 a side network, for the published QST
 """
 
 import sys
@@ -12,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.entry import from_command_line, run_tool, sources_and_target
 from accessory.errors import ConfigError
-from accessory.export import Destination, asking_hint, convert, export_adapter, transformers_hint
+from accessory.export import Destination, asking_hint, convert, export_adapter, export_side, transformers_hint
 
 
 def main(
@@ -30,7 +31,7 @@ def main(
     """Convert the first PATHS, all of which make one model as for --pretrained_path, into the last, a new TARGET.
 
     Args:
-        to: accessory, hf, gguf, meta, upstream (LLaMA2-Accessory), or peft for a trained part.
+        to: accessory, hf, gguf, meta, upstream (LLaMA2-Accessory), or for a trained part peft or qst.
         dtype: of plain weights: bf16, fp16 or fp32.
         gguf_type: of a GGUF file's matrices: f16, bf16, f32 or q8_0.
         model_parallel_size: shards of a meta or upstream checkpoint.
@@ -51,6 +52,8 @@ def main(
     elif drop_biases or base_model:
         flag, place = ("--base_model", "") if base_model else ("--drop_biases", ", or with tools/merge.py")
         raise ConfigError(f"{flag} goes with --to peft{place}.")
+    elif to == "qst":
+        said = export_side(sources, target, **reading)
     else:
         destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
         convert(sources, target, destination, **reading)

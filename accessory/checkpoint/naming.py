@@ -16,7 +16,10 @@ from accessory.model.families.architecture import Fused, Names
 Tensors = dict[str, LazyTensor]
 BLOCK_LINEAR = re.compile(r"layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.weight")
 """Our names of the matrices that storage formats apply to."""
-_ROTATED = re.compile(r"attention\.(?:(wq|wk)\.(?:weight(?:\.\w+)?|bias|lora_b\.weight)|([qk]_norm)\.weight)$")
+_ROTATED = re.compile(
+    r"layers\.\d+\.attention\.(?:(wq|wk)\.(?:weight(?:\.\w+)?|bias|lora_b\.weight)|([qk]_norm)\.weight)"
+)
+"""Of the base's blocks; a side network's channels are in one layout always."""
 
 
 def part_rows(fused: Fused, args: ModelArgs) -> list[Tensor]:
@@ -113,13 +116,13 @@ def rotary_rows(heads: int, head_dim: int, rotary_dim: int, wanted: str) -> Tens
 
 
 def in_rotary_layout(tensors: Mapping[str, LazyTensor], args: ModelArgs, current: str, wanted: str) -> Tensors:
-    """The same model with q and k in another rotary layout; `current` is the one `tensors` are in."""
+    """The same model with its blocks' q and k in another rotary layout; `current` is the one `tensors` are in."""
     if args.position != "rotary" or current == wanted:
         return dict(tensors)
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads, "q_norm": 1, "k_norm": 1}
     return {
         name: tensor.select(rotary_rows(heads[match[1] or match[2]], args.head_dim, args.rotary_dim, wanted))
-        if (match := _ROTATED.search(name))
+        if (match := _ROTATED.fullmatch(name))
         else tensor
         for name, tensor in tensors.items()
     }

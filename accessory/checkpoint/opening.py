@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, torch_shards
+from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, qst, torch_shards
 from accessory.checkpoint.run_checkpoints import checkpoints_in
 from accessory.checkpoint.source import Source, present, read_json
 from accessory.errors import CheckpointError, hub_hint, is_there
@@ -13,21 +13,25 @@ from accessory.tokenizer.sniff import what_is
 KNOWN_FORMATS = (
     "a directory with model.safetensors and meta.json (Accessory), trainable.safetensors (Accessory, a trained part), "
     "config.json and *.safetensors or *.bin (Hugging Face), adapter_config.json (PEFT), consolidated.NN.pth (Meta), "
-    "consolidated.NN-of-MM.model.pth (LLaMA2-Accessory), a .gguf file, or a .bin file of llama2.c"
+    "consolidated.NN-of-MM.model.pth (LLaMA2-Accessory), qst_*_parameters.pt (QST), a .gguf file, or a .bin file "
+    "of llama2.c"
 )
 _PARTS = (".safetensors", ".pth", ".bin", ".json")
 
 
 def open_source(path: str | Path, base: Source | None = None) -> Source:
-    """Open one checkpoint directory or file; `base`, the one before it, says what an adapter's names mean.
+    """Open one checkpoint directory or file.
 
-    Raises `CheckpointError` saying what was found and what is known.
+    base: the one before it, which says what names and shapes of other software's trained parts mean. Raises
+    `CheckpointError` saying what was found and what is known.
     """
     path = Path(path)
     if not is_there(path):
         raise CheckpointError(f"{path}: no such checkpoint.{hub_hint(path)} Expected {KNOWN_FORMATS}.")
     if path.is_file():
         return _open_file(path)
+    if opened := qst.open_qst(path, base):  # first: the published code leaves the base's own files beside these
+        return opened
     if (path / peft_adapter.CONFIG_FILE).is_file():
         return peft_adapter.open_adapter(path, base)
     if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):

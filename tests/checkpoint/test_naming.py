@@ -76,6 +76,8 @@ def test_what_is_turned() -> None:
         assert torch.equal(found[f"layers.1.{name}"].read(), numbered(len(rows))[rows]), name
     for name in kept:
         assert found[f"layers.1.{name}"] is tensors[f"layers.1.{name}"]
+    side = {"side.1.attention.wq.weight": HeldTensor(numbered(8))}  # narrower, and in one layout always
+    assert in_rotary_layout(side, ARGS, "halves", "pairs") == side
     again = in_rotary_layout(found, ARGS, "pairs", "halves")
     assert all(torch.equal(again[name].read(), tensor.read()) for name, tensor in tensors.items())
 

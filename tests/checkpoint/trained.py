@@ -15,8 +15,9 @@ from accessory.checkpoint.load import named_generator, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import run_record
 from accessory.checkpoint.source import model_args_of
+from accessory.method import Method
 from accessory.method.peft import Peft
-from accessory.model.decoder import Decoder
+from accessory.method.side_tuning import SideTuning
 
 
 def write_trained(base: Path, directory: Path, quantization: str | None = None, **settings: Any) -> Path:
@@ -24,17 +25,25 @@ def write_trained(base: Path, directory: Path, quantization: str | None = None, 
 
     Every trained tensor is random and large enough to matter; run.json says the base was trained on as `quantization`.
     """
+    return _write(base, directory, Peft(Peft.Settings(**{"lora_rank": 4, "lora_alpha": 6, **settings})), quantization)
+
+
+def write_trained_side(base: Path, directory: Path, quantization: str | None = None, **settings: Any) -> Path:
+    """`write_trained` of a side network."""
+    return _write(base, directory, SideTuning(SideTuning.Settings(**settings)), quantization)
+
+
+def _write(base: Path, directory: Path, method: Method, quantization: str | None) -> Path:
     source = open_source(base)
     args = model_args_of(source)
-    method = Peft(Peft.Settings(**{"lora_rank": 4, "lora_alpha": 6, **settings}))
-    decoder = Decoder(args, dtype=torch.float32)
+    decoder = method.decoder(args, dtype=torch.float32)
     trainable = method.attach(decoder).trainable
     shapes = {place.name: place.local_shape for place in targets(decoder) if place.name in trainable}
     directory.mkdir(parents=True)
     save_file({name: _value(name, shape) for name, shape in shapes.items()}, directory / "trainable.safetensors")
     documents = {
         "config.json": args.model_dump() | method.settings.model_dump(),
-        "meta.json": {"llama_type": f"{source.llama_type}_peft"},
+        "meta.json": {"llama_type": f"{source.llama_type}{method.suffix}"},
         "run.json": run_record({}, [source], quantization, "") | {"started": "2024-02-03T04:05:06+0000"},
     }
     for name, content in documents.items():

@@ -11,7 +11,7 @@ import transformers
 
 from accessory.checkpoint.opening import open_source
 from accessory.meta import MetaModel
-from tests.checkpoint.trained import write_trained
+from tests.checkpoint.trained import write_trained, write_trained_side
 
 TOKENS = (torch.arange(40) * 7) % 500
 
@@ -85,6 +85,17 @@ def test_several_sources(called, tiny_base: Path, tmp_path: Path) -> None:
     assert '"me/base"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
     done = called("tools/convert.py", tiny_base, tmp_path / "out", "--base_model", "me/base")
     assert done.stderr == "ConfigError: --base_model goes with --to peft.\n"
+
+
+def test_side_network_for_the_published_code(called, tiny_base: Path, tmp_path: Path) -> None:
+    """--to qst writes its files, and says which model they go into."""
+    part = write_trained_side(tiny_base, tmp_path / "part", r=4, start="released")
+    done = called("tools/convert.py", part, tmp_path / "qst", "--to", "qst")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second, _ = done.stdout.split("\n")
+    assert first == f"{part} -> {tmp_path / 'qst'} (qst)"
+    assert second.startswith(f"the published code loads it into a model made beside {tiny_base} with QSTConfig(r=4, ")
+    assert len(list((tmp_path / "qst").glob("*.pt"))) == 6
 
 
 def test_part_of_a_model_is_refused(python, tiny_base: Path, tmp_path: Path) -> None:

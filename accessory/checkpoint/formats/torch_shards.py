@@ -93,15 +93,7 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 
     Raises `CheckpointError` for a file that is damaged, or holds more than tensors.
     """
-    try:
-        # Files older than torch 1.6 are no zip archives, and cannot be mapped.
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # torch raises a dozen unrelated types for a damaged file
-        details = str(error).splitlines()[0] if str(error) else "no details"
-        raise CheckpointError(
-            f"{path}: cannot be read as a PyTorch checkpoint of plain tensors: found {what_is(path)}. "
-            f"It may be truncated or hold more than tensors ({details})."
-        ) from error
+    state = _loaded(path)
     if isinstance(state, dict):
         state = state.get("model", state)
     if not isinstance(state, dict):
@@ -109,6 +101,26 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
     if alien := [f"{name!r} ({type(its).__name__})" for name, its in state.items() if not isinstance(its, Tensor)]:
         raise CheckpointError(f"{path}: expected a dictionary of tensors, but found {', '.join(alien[:5])}.")
     return state
+
+
+def load_torch_tensor(path: Path) -> Tensor:
+    """The one tensor of a torch.save file, a parameter or not, otherwise as `load_torch_file`."""
+    found = _loaded(path)
+    if not isinstance(found, Tensor):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}; expected one tensor.")
+    return found.detach()
+
+
+def _loaded(path: Path) -> object:
+    try:
+        # Files older than torch 1.6 are no zip archives, and cannot be mapped.
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:  # torch raises a dozen unrelated types for a damaged file
+        details = str(error).splitlines()[0] if str(error) else "no details"
+        raise CheckpointError(
+            f"{path}: cannot be read as a PyTorch checkpoint of plain tensors: found {what_is(path)}. "
+            f"It may be truncated or hold more than tensors ({details})."
+        ) from error
 
 
 def _named_as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
