@@ -294,5 +294,5 @@ FAMILIES_TABLE = SupportTable(
     "families",
     ("models", "`--llama_type`", "`model_type`", "compared with"),
     {name: _row(case) for name, case in CASES.items()},
-    ("logits", "greedy answers", "NF4 + NormBiasLoRA", "2-way tensor parallel"),
+    ("logits", "greedy answers", "NF4 + NormBiasLoRA", "NF4 + QST", "2-way tensor parallel"),
 )

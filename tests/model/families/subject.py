@@ -25,34 +25,38 @@ IDS = torch.arange(sum(LENGTHS)) * 37 % 97
 PROMPTS = ([5, 96, 33, 2, 60, 41, 8, 77, 13], [88, 3, 50])
 ANSWER = 12
 STEPS, RATE = 6, 5e-3
+METHODS_TRAINED = {"peft": {"lora_rank": 4}, "qst": {"r": 2, "side_heads": 2, "gate": "scalar"}}
+"""Method -> settings with which it is trained beside NF4."""
 
 
-def read_decoder(directory: Path, layout: Layout, *, train: bool = False) -> tuple[Decoder, Attachment]:
-    """This rank's decoder in fp32, plain, or packed in NF4 with NormBiasLoRA beside it."""
-    source = open_source(directory)
-    maker = storage("nf4") if train else None
-    decoder = Decoder(
-        model_args_of(source), dtype=torch.float32, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
-    )
-    peft = METHODS["peft"]
-    attachment = peft(peft.Settings(lora_rank=4)).attach(decoder) if train else Attachment()
-    tensors = resolve(decoder, [source], attachment, initialize=train)
+def read_decoder(directory: Path, layout: Layout, method: str | None = None) -> tuple[Decoder, Attachment]:
+    """This rank's decoder in fp32, plain, or packed in NF4 and ready to be trained by a method of `METHODS_TRAINED`."""
+    source, how = open_source(directory), {"dtype": torch.float32, "rank": layout.mp_rank, "ranks": layout.mp_size}
+    args = model_args_of(source)
+    if method is None:
+        decoder, attachment = Decoder(args, **how), Attachment()
+    else:
+        trainer = METHODS[method](METHODS[method].Settings(**METHODS_TRAINED[method]))
+        decoder = trainer.decoder(args, **how, storage=storage("nf4"))
+        attachment = trainer.attach(decoder)
+    tensors = resolve(decoder, [source], attachment, initialize=True)
     fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False))
-    return decoder.train(train), attachment
+    return decoder.train(method is not None), attachment
 
 
 def measure(directory: Path, layout: Layout) -> dict[str, Tensor]:
-    """`logits` [T, V] of packed documents, `answers` [ANSWER, 2] to a batch of prompts, `losses` [STEPS] of steps."""
+    """`logits` [T, V] of packed documents, `answers` [ANSWER, 2] to a batch of prompts, losses [STEPS] by method."""
     decoder, _ = read_decoder(directory, layout)
     with torch.no_grad():
         logits = next_token_logits(decoder, decoder(IDS, decoder.sequences(LENGTHS)))
     steps = generate_tokens(decoder, list(PROMPTS), max_gen_len=ANSWER, max_seq_len=64, stop_ids=set())
-    return {"logits": logits, "answers": torch.tensor(list(steps)), "losses": train(directory, layout)}
+    losses = {method: train(directory, layout, method) for method in METHODS_TRAINED}
+    return {"logits": logits, "answers": torch.tensor(list(steps)), **losses}
 
 
-def train(directory: Path, layout: Layout) -> Tensor:
+def train(directory: Path, layout: Layout, method: str) -> Tensor:
     """Mean loss of a repeated batch before each step of AdamW, fp32 [STEPS]."""
-    decoder, _ = read_decoder(directory, layout, train=True)
+    decoder, _ = read_decoder(directory, layout, method)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     parameters = NamedParameters({name: p for name, p in decoder.named_parameters() if p.requires_grad}, slicings)
     optimizer = build_optimizer("adamw", parameters, RATE, 0.0)

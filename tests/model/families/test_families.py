@@ -20,6 +20,8 @@ from tests.model.families.subject import ANSWER, IDS, LENGTHS, PROMPTS, measure
 WORKER = Path(__file__).with_name("families_worker.py")
 TOLERANCE = 1e-4  # measured: 5.0e-5 (opt_350m, whose logits are the largest), elsewhere 1.2e-5 at most
 NESTED_NOISE = 2e-2  # measured: 9.4e-3 (glm4), elsewhere 5.1e-3 at most
+LEARNED = {"peft": 0.8, "qst": 0.9}
+"""Of the first loss, what is left at most."""
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -68,10 +70,11 @@ def test_greedy_answers(name: str, on_one_rank, expected, say) -> None:
 
 
 @every_case
-def test_training(name: str, on_one_rank, say) -> None:
-    """NormBiasLoRA beside NF4 lowers the loss of a repeated batch step by step."""
-    check_training(on_one_rank[name]["losses"])
-    say(FAMILIES_TABLE, name, "NF4 + NormBiasLoRA", "tested")
+@pytest.mark.parametrize(("method", "column"), [("peft", "NF4 + NormBiasLoRA"), ("qst", "NF4 + QST")])
+def test_training(name: str, method: str, column: str, on_one_rank, say) -> None:
+    """Beside NF4 a method lowers the loss of a repeated batch step by step."""
+    check_training(method, on_one_rank[name][method])
+    say(FAMILIES_TABLE, name, column, "tested")
 
 
 @every_case
@@ -80,9 +83,12 @@ def test_on_two_ranks(name: str, on_one_rank, on_two_ranks, expected, say) -> No
     found = on_two_ranks[name]
     check_logits(found["logits"], expected[name][0])
     check_answers(found["answers"], expected[name][1])
-    check_training(found["losses"])
-    # Scales of scales run over 256 blocks, which slices cut differently: another rounding of the same weights.
-    torch.testing.assert_close(found["losses"], on_one_rank[name]["losses"], rtol=NESTED_NOISE, atol=0)
+    for method in LEARNED:
+        check_training(method, found[method])
+        # Scales of scales run over 256 blocks, which slices cut differently: another rounding of the same weights.
+        expected_losses = on_one_rank[name][method]
+        nearly_none = 1e-3 * float(expected_losses[0])  # where a model has learned the batch by heart
+        torch.testing.assert_close(found[method], expected_losses, rtol=NESTED_NOISE, atol=nearly_none)
     say(FAMILIES_TABLE, name, "2-way tensor parallel", "tested")
 
 
@@ -98,10 +104,10 @@ def check_answers(found: Tensor, expected: list[list[int]]) -> None:
     assert found.t().tolist() == expected
 
 
-def check_training(losses: Tensor) -> None:
+def check_training(method: str, losses: Tensor) -> None:
     """Losses [STEPS] that fall."""
     assert losses.isfinite().all()
-    assert (losses.diff() < 0).all() and losses[-1] < 0.8 * losses[0], losses
+    assert (losses.diff() < 0).all() and losses[-1] < LEARNED[method] * losses[0], losses
 
 
 @every_case
