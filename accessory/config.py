@@ -18,7 +18,7 @@ from accessory.errors import ConfigError, explain_validation, hub_hint, is_there
 from accessory.foreign_names import unknown
 from accessory.method import METHODS
 from accessory.model.families import FAMILIES
-from accessory.optim import OPTIMIZERS
+from accessory.optim import BETAS, LR_SCHEDULES, OPTIMIZERS
 from accessory.quant import STORAGES
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -89,10 +89,14 @@ class FinetuneConfig(BaseModel):
     """Highest learning rate."""
     min_lr: float = Field(default_factory=lambda given: given["lr"] / 10, ge=0)
     """Learning rate at the end of the cosine; absent: a tenth of --lr."""
+    lr_schedule: Literal[LR_SCHEDULES] = "cosine"
+    """After the warm-up: fall from --lr to --min_lr along a cosine, or stay at --lr (constant)."""
     weight_decay: float = Field(default=0.02, ge=0)
     """AdamW's decay; biases and norms are spared."""
     optim: Literal[OPTIMIZERS] = "adamw"
     """AdamW with moments in fp32 (adamw), in 8 bits (adamw8bit), or in memory a full GPU pages out (paged_adamw)."""
+    adam_beta2: float = Field(default=BETAS[1], ge=0, lt=1)
+    """Decay of AdamW's second moment; the first one's is 0.9."""
     clip_grad: float = -1.0
     """Clip the norm of the whole gradient to this; 0 or less only reports it."""
     max_words: int = Field(default=1024, ge=2)
@@ -157,6 +161,8 @@ class FinetuneConfig(BaseModel):
             found.append(f"--quant_type {self.quant_type} without --quant changes nothing: give both, or neither.")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
+        if self.lr_schedule == "constant" and "min_lr" in self.model_fields_set:
+            found.append(f"--min_lr {self.min_lr} with --lr_schedule constant changes nothing: leave one out.")
         if self.offload_inputs and self.checkpointing in ("none", 0):
             found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
         found += misplaced_files(

@@ -87,7 +87,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     weights = NamedParameters(dict(decoder.named_parameters()), slicings)
     parameters = weights.only(attachment.trainable)
-    optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay)
+    optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay, config.adam_beta2)
     if found:
         together(restore_training_state, found, optimizer, parameters, layout)
     schedule = schedule_of(config, job.order, progress)

@@ -74,8 +74,7 @@ _SENTENCES = (
     ("learning_rate base_lr", "--lr is the highest learning rate"),
     ("min_learning_rate lr_min min_lr_ratio min_lr_rate cosine_min_lr_ratio", "--min_lr is the rate at the end"),
     ("lr_scheduler lr_scheduler_type lr_scheduler_kwargs lr_decay_style lr_decay_iters cosine_constant_lr_ratio",
-     "after --warmup_epochs the learning rate falls from --lr to --min_lr along a cosine; with equal values it stays "
-     "constant"),
+     "--lr_schedule takes cosine or constant; either follows --warmup_epochs"),
     ("warmup_ratio warmup_steps warmup_iters num_warmup_steps lr_warmup_steps lr_warmup_iters",
      "--warmup_epochs is the warm-up, in (fractional) epochs"),
     ("num_train_epochs num_epochs max_epochs n_epochs train_epochs", "--epochs is the number of passes over the data"),
@@ -84,8 +83,8 @@ _SENTENCES = (
     ("max_grad_norm max_norm grad_clip gradient_clipping gradient_clip_val clip_grad_norm grad_clip_norm",
      "--clip_grad is what the gradient's norm is clipped to"),
     ("optimizer optimizer_type adam8bit", "--optim takes adamw, adamw8bit or paged_adamw"),
-    ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 betas",
-     "AdamW's betas are 0.9 and 0.95, as LLaMA2-Accessory's: leave it out"),
+    ("adam_beta1 adam_epsilon beta1", "AdamW's first beta is 0.9 and its epsilon 1e-8: leave it out"),
+    ("beta2 betas", "--adam_beta2 is AdamW's second beta; the first is 0.9"),
     ("data_seed random_seed", "--seed is the seed"),
     ("neftune_noise_alpha label_smoothing_factor label_smoothing", "there is nothing of the kind here: leave it out"),
     # precision and memory
@@ -148,7 +147,7 @@ _SENTENCES = (
     ("share server_name server_port listen", "the page is served at --host and --port"),
     ("auth", "the page's password is --password"),
 )  # fmt: skip
-_FLAG = re.compile(r"--[a-z][a-z_-]*")
+_FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 _TORCHRUN = "--nproc-per-node"
 
 

@@ -13,9 +13,12 @@ from accessory.quant.moments import BLOCK as MOMENT_BLOCK
 from accessory.quant.moments import levels, pack_moment
 
 BETAS = (0.9, 0.95)
+"""AdamW's decay of the two moments; `--adam_beta2` sets the second."""
 EPS = 1e-8
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw")
 """Values of `--optim`."""
+LR_SCHEDULES = ("cosine", "constant")
+"""Values of `--lr_schedule`."""
 MIN_8BIT = 4096  # values from which on bitsandbytes' own optimizers use 8 bits
 MIN_PAGED = 100_000  # values from which on they page
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +26,7 @@ _EMBEDDINGS = ("tok_embeddings.", "pos_embeddings.")
 
 
 def build_optimizer(
-    kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float
+    kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float, beta2: float = BETAS[1]
 ) -> torch.optim.Optimizer:
     """The optimizer that `--optim KIND` names: AdamW (Loshchilov & Hutter 2019) over fp32 parameters.
 
@@ -34,12 +37,12 @@ def build_optimizer(
         {"params": [p for name, p in parameters.items() if name not in spared], "weight_decay": weight_decay},
         {"params": [p for name, p in parameters.items() if name in spared], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{**group, "betas": (BETAS[0], beta2)} for group in groups if group["params"]]
     if kind == "adamw8bit":
         return KernelAdamW(groups, lr, eight_bit={p for name, p in parameters.items() if _suits_8_bits(name, p)})
     if kind == "paged_adamw" and next(iter(parameters.values())).device.type == "cuda":
         return KernelAdamW(groups, lr, paged=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, eps=EPS, fused=True)
 
 
 def state_bytes(kind: str, parameters: dict[str, nn.Parameter]) -> int:

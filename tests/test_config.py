@@ -279,6 +279,9 @@ def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
         f"--tokenizer_path {gone}: no such file or directory.",
         f"--resume {gone}: no such file or directory.",
     ]
+    assert refusal([*paths, "--lr_schedule", "constant", "--min_lr", "0"]) == [
+        "--min_lr 0.0 with --lr_schedule constant changes nothing: leave one out."
+    ]
     without = "--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed."
     assert (
         refusal([*paths, "--offload_inputs"]) == refusal([*paths, "--offload_inputs", "--checkpointing=0"]) == [without]

@@ -75,7 +75,7 @@ def names_table(now: str) -> str:
 
 
 def _in_code(sentence: str) -> str:
-    return re.sub(r'(--[a-z][a-z_-]*(?:=N| latest| int8)?|\{.*?\}|"\w+"(?:: true)?)', r"`\1`", sentence)
+    return re.sub(r'(--[a-z][a-z0-9_-]*(?:=N| latest| int8)?|\{.*?\}|"\w+"(?:: true)?)', r"`\1`", sentence)
 
 
 TABLES: dict[str, Callable[[str], str]] = {

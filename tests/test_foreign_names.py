@@ -15,7 +15,7 @@ FLAGS = [f"--{name}" for config in (FinetuneConfig, DemoConfig) for name in conf
 
 def test_every_flag_and_key_that_is_named_is_there() -> None:
     for _, sentence in _SENTENCES:
-        for flag in re.findall(r"--[a-z][a-z_-]*", sentence):
+        for flag in re.findall(r"--[a-z][a-z0-9_-]*", sentence):
             assert flag in [*FLAGS, "--nproc-per-node"], sentence
         for key in re.findall(r'"(\w+)"', sentence):
             assert key in Peft.Settings.model_fields, sentence
@@ -27,7 +27,7 @@ def test_every_flag_and_key_that_is_named_is_there() -> None:
     ("--source_max_len", "--max_words"), ("--per_device_train_batch_size", "--batch_size"),
     ("--gradient_accumulation_steps", "--accum_iter"), ("--max_grad_norm", "--clip_grad"),
     ("--lora_r", "--llama_config"), ("--bits", "--quant"), ("--bf16", "--precision"),
-    ("--lr_scheduler_type", "--warmup_epochs"), ("--warmup_ratio", "--warmup_epochs"),
+    ("--lr_scheduler_type", "--lr_schedule"), ("--warmup_ratio", "--warmup_epochs"),
     ("--save_total_limit", "--keep_last"), ("--gradient_checkpointing", "--checkpointing"),
     ("--lora_target", "lora_targets"), ("--cutoff_len", "--max_words"), ("--finetuning_type", "--llama_type"),
     ("--num_train_epochs", "--epochs"), ("--base_model", "--pretrained_path"), ("--sequence_len", "--max_words"),

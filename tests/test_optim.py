@@ -56,6 +56,9 @@ def test_biases_and_norms_are_not_decayed() -> None:
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in made.items()} == {k: 0.02 if v else 0.0 for k, v in names.items()}
     assert all(group["betas"] == BETAS == (0.9, 0.95) and group["lr"] == 0.1 for group in optimizer.param_groups)
+    for kind in OPTIMIZERS:
+        slower = build_optimizer(kind, made, 0.1, 0.02, beta2=0.999)
+        assert all(group["betas"] == (0.9, 0.999) for group in slower.param_groups)
     assert len(build_optimizer("adamw", {"a.bias": nn.Parameter(torch.ones(2))}, 0.1, 0.1).param_groups) == 1
 
 

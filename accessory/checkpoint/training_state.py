@@ -27,10 +27,12 @@ from accessory.parallel.tensor import Slicing, own_slice
 from accessory.quant.moments import unpack_moment, zero_code
 
 CHANGEABLE = frozenset((
-    "base", "data", "seed", "global_batch", "quantization", "precision", "lr", "min_lr", "warmup_epochs", "epochs",
-    "weight_decay", "clip_grad",
+    "base", "data", "seed", "global_batch", "quantization", "precision", "lr", "min_lr", "lr_schedule", "warmup_epochs",
+    "epochs", "weight_decay", "adam_beta2", "clip_grad",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
+_UNRECORDED = {"lr_schedule": "cosine", "adam_beta2": 0.95}
+"""Of the identity: what runs of earlier versions did without recording it."""
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
 """The loss scale of an fp16 run at its start, and the smallest."""
 LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
@@ -138,6 +140,7 @@ def find_resumption(
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
     progress, was, conditions_were = _read_record(record)
+    was = _UNRECORDED | was
     changed = {key: found for key, value in identity.items() if (found := differences(key, was.get(key), value))}
     if refused := [key for key in changed if key not in allowed and follows.get(key) not in allowed]:
         said = "; ".join(_said(*values) for key in refused for values in changed[key])

@@ -18,7 +18,9 @@ from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder
 from accessory.parallel.groups import Layout
 
-_SCHEDULE = ("precision", "lr", "min_lr", "warmup_epochs", "epochs", "weight_decay", "clip_grad")
+_SCHEDULE = (
+    "precision", "lr", "min_lr", "lr_schedule", "warmup_epochs", "epochs", "weight_decay", "adam_beta2", "clip_grad",
+)  # fmt: skip
 """Flags that set what a step does, or how long a run is."""
 _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
 """Flags that change how sums are rounded."""

@@ -9,6 +9,7 @@ from accessory.checkpoint.training_state import Progress
 from accessory.config import FinetuneConfig
 from accessory.data.order import GlobalOrder
 
+_FLAGS = ("epochs", "warmup_epochs", "lr", "min_lr", "lr_schedule", "clip_grad")
 FEW_STEPS = 30
 """A run with fewer optimizer steps prints a note."""
 
@@ -29,6 +30,8 @@ class Schedule:
     save_every_minutes: float | None = None
     skipped_count: bool = True
     """Whether steps that changed nothing count towards `max_steps`."""
+    lr_schedule: str = "cosine"
+    """One of `LR_SCHEDULES`."""
 
     def is_over(self, progress: Progress) -> bool:
         """Whether nothing is left to train."""
@@ -41,12 +44,14 @@ class Schedule:
         return min(planned, self.max_steps) if self.max_steps else planned
 
     def learning_rate(self, epoch: float) -> float:
-        """Linear from 0 to `lr` over `warmup_epochs`, then half a cosine down to `min_lr` at `epochs`.
+        """Linear from 0 to `lr` over `warmup_epochs`, then constant or half a cosine down to `min_lr` at `epochs`.
 
         `epoch` is fractional: that of a step is at its end, so that the first one already learns.
         """
         if epoch < self.warmup_epochs:
             return self.lr * epoch / self.warmup_epochs
+        if self.lr_schedule == "constant":
+            return self.lr
         progress = min((epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9), 1.0)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
@@ -60,7 +65,7 @@ class Schedule:
 def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) -> Schedule:
     """The schedule that the flags ask for; a dry run takes one true step from `progress` on."""
     return Schedule(
-        **{name: getattr(config, name) for name in ("epochs", "warmup_epochs", "lr", "min_lr", "clip_grad")},
+        **{name: getattr(config, name) for name in _FLAGS},
         steps_per_epoch=order.steps_per_epoch,
         save_every_epochs=config.save_interval,
         save_every_steps=config.save_steps or max(config.save_iteration_interval // config.accum_iter, 1),

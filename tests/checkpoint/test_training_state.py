@@ -34,12 +34,14 @@ IDENTITY = {
     "data": {"max_words": 1024, "META": [{"prompt_type": "alpaca", "content": "ab"}]},
     "global_batch": 16, "quantization": None, "optim": "adamw", "base": "ef56", "precision": "bf16", "lr": 1e-4,
     "min_lr": 1e-5, "warmup_epochs": 0.1, "epochs": 3, "weight_decay": 0.02, "clip_grad": 2.0,
+    "lr_schedule": "cosine", "adam_beta2": 0.95,
 }  # fmt: skip
 OTHER = {
     "llama_type": "llama", "settings": {"lora_rank": 8, "lora_targets": ["wq", "wo"]}, "seed": 1,
     "data": {"max_words": 512, "META": [{"prompt_type": "none", "content": "ab"}]},
     "global_batch": 8, "quantization": "nf4", "optim": "adamw8bit", "base": "0a1b", "precision": "fp16", "lr": 2e-4,
     "min_lr": 0.0, "warmup_epochs": 0.2, "epochs": 4, "weight_decay": 0.0, "clip_grad": -1.0,
+    "lr_schedule": "constant", "adam_beta2": 0.999,
 }  # fmt: skip
 PROGRESS = Progress(epoch=1, step=2, total_steps=7, loss_scale=1024.0, good_steps=3)
 
@@ -400,6 +402,17 @@ def test_data_that_an_earlier_version_knew_by_a_digest_are_another(trained, tmp_
     with pytest.raises(CheckpointError, match=words):
         load(tmp_path, *trained)
     assert load(tmp_path, *trained, allowed=("data",)).changed == ("data",)
+
+
+def test_what_an_earlier_version_did_without_a_flag(trained, tmp_path: Path) -> None:
+    """Its runs go on: they had a cosine and a second beta of 0.95."""
+    record = tmp_path / "training_state.json"
+    saved = json.loads(record.read_text())
+    del saved["identity"]["lr_schedule"], saved["identity"]["adam_beta2"]
+    record.write_text(json.dumps(saved))
+    assert load(tmp_path, *trained).changed == ()
+    with pytest.raises(CheckpointError, match=r"adam_beta2 was 0\.95, is 0\.999\. .*--allow_changed adam_beta2"):
+        load(tmp_path, *trained, adam_beta2=0.999)
 
 
 def test_all_differences_are_named(trained, tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_warmup_as_long_as_training(warmup: float) -> None:
     assert rates == [pytest.approx(1e-3 * epoch / warmup) for epoch in range(11)]
 
 
+def test_constant_schedule() -> None:
+    """The same warm-up, then the highest rate to the end."""
+    assert rate(1, lr_schedule="constant") == rate(1) == 5e-4
+    assert {rate(2 + i / 7, lr_schedule="constant") for i in range(60)} == {1e-3}
+
+
 def test_constant_rate() -> None:
     """min_lr equal to lr, no warm-up."""
     assert {rate(epoch / 7, warmup_epochs=0.0, min_lr=1e-3) for epoch in range(80)} == {1e-3}
