@@ -116,7 +116,7 @@ def make_blueprint(
         note += ("nothing trains those rows: set vocabulary_tuning in --llama_config to have them learned",)
     if train:
         note += tuple(f"{source.path}: {said}" for source in sources for said in (*source.notes, *_unread(source)))
-    plain = _plain_linears(sources)
+    plain = plain_linears(sources)
     return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note)
 
 
@@ -154,7 +154,7 @@ def _check_blocks(args: ModelArgs, sources: list[Source]) -> None:
         raise CheckpointError(f"{where}: its settings say {args.n_layers} blocks, its files hold {len(numbers)}.")
 
 
-def _plain_linears(sources: list[Source]) -> frozenset[str]:
+def plain_linears(sources: list[Source]) -> frozenset[str]:
     """Names of the linears that a packed base holds unpacked."""
     packed = next((s for s in sources if s.storage), None)
     if packed is None:

@@ -130,8 +130,13 @@ def fill(
     layout: Layout,
     data_parallel: DataParallel,
     seed: int = 0,
+    share: bool = False,
 ) -> None:
-    """Read every parameter into place on `layout.device`, sharding each block as soon as it is full."""
+    """Read every parameter into place on `layout.device`, sharding each block as soon as it is full.
+
+    share: what lies there already, in the type it is used in, is used where it lies. Without it all is copied, because
+    the file behind a memory-mapped tensor may go away.
+    """
     decoder.place(layout.device)
     everything = list(targets(decoder))
     inside: set[str] = set()
@@ -139,25 +144,24 @@ def fill(
     bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=silent, leave=False)
     for name, block in decoder.blocks():
         for target in targets(block, name):
-            _fill_one(target, tensors, attachment, layout, seed)
+            _fill_one(target, tensors, attachment, layout, seed, share)
             inside.add(target.name)
             bar.update()
         data_parallel.shard_block(block)
     for target in (target for target in everything if target.name not in inside):
-        _fill_one(target, tensors, attachment, layout, seed)
+        _fill_one(target, tensors, attachment, layout, seed, share)
         bar.update()
     bar.close()
 
 
 def _fill_one(
-    target: Target, tensors: dict[str, LazyTensor], attachment: Attachment, layout: Layout, seed: int
+    target: Target, tensors: dict[str, LazyTensor], attachment: Attachment, layout: Layout, seed: int, share: bool
 ) -> None:
     place, span = getattr(target.owner, target.leaf), _span(target, layout)
     tensor = tensors.get(target.name)
-    # Copies, never views: the file behind a memory-mapped tensor may go away.
     if isinstance(place, PackedWeight) and isinstance(tensor, PackedTensor):
         state = tensor.read_packed(*span)
-        place.adopt({name: part.to(layout.device, copy=True) for name, part in state.items()})
+        place.adopt({name: part.to(layout.device, copy=not share) for name, part in state.items()})
         return
     if tensor is None and isinstance(target.owner, PackedWeight):
         value = place.detach()
@@ -176,7 +180,7 @@ def _fill_one(
         narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
         place.pack(value.to(layout.device, value.dtype if narrow else torch.float32))
         return
-    value = value.to(device=layout.device, dtype=place.dtype, copy=True).contiguous()
+    value = value.to(device=layout.device, dtype=place.dtype, copy=not share).contiguous()
     parameter = nn.Parameter(value, requires_grad=target.name in attachment.trainable)
     parameter.slicing = target.slicing
     setattr(target.owner, target.leaf, parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,8 @@ OWN = ("side.", "downsample.", "embedding_downsample.", "gates.", "side_norm.", 
 """What the names of a side network's parameters begin with."""
 _PUBLISHED = {"peft_hidden_size", "alpha_r", "add_layer_norm_after_adapter", "add_layer_norm_before_adapter"}
 """Keys by which a file of the published code is recognised."""
+_FREE = {"dropout", "state_bits", "alpha_r", "fan_in_fan_out"}
+"""Keys without effect on what a trained side network computes."""
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh"}
 
 
@@ -34,7 +36,6 @@ class SideTuning(Method):
     also_called: ClassVar[tuple[str, ...]] = ("lst",)
     summary: ClassVar[str] = "a narrow network beside the base"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"qst": {}}
-    keeps_base: ClassVar[bool] = True
     merge_fault: ClassVar[str] = (
         "a side network stands beside the base and changes none of its matrices, so there is nothing to add to them"
     )
@@ -67,6 +68,13 @@ class SideTuning(Method):
                 f"--model_parallel_size {ranks} does not divide the side network's {', '.join(bad)}: give a side_heads "
                 f"or r in --llama_config that it divides, or a smaller --model_parallel_size."
             )
+
+    def conflict(self, stated: Mapping[str, Any]) -> str | None:
+        """See `Method.conflict`; how it is trained may change."""
+        ours = self.settings.model_dump(exclude=_FREE)
+        differing = [key for key, value in ours.items() if stated.get(key, value) != value]
+        said = ", ".join(f"{key} {stated[key]!r}, here it is {ours[key]!r}" for key in differing)
+        return f"was trained with {said}" if differing else None
 
     def decoder(self, args: ModelArgs, **how: Any) -> Decoder:
         """The base with the side network."""

@@ -10,7 +10,9 @@ from accessory.checkpoint.lazy import HeldTensor, LazyTensor, unit_rows
 from accessory.checkpoint.naming import ours_from_theirs
 from accessory.checkpoint.source import Source, first_file, open_safetensors, present, read_json, settings_read_by
 from accessory.errors import CheckpointError, is_file
+from accessory.model.args import ModelArgs
 from accessory.model.families import architecture_of
+from accessory.model.families.architecture import Architecture, Config
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -20,10 +22,29 @@ def open_hugging_face(path: Path) -> Source:
     """Open a directory whose config.json names a model type. Raises `CheckpointError`."""
     file = path / "config.json"
     config = read_json(file)
-    architecture = architecture_of(config["model_type"], str(file))
-    args = settings_read_by(lambda: architecture.read(config, str(file)), file)
+    described = read_config(config, file)
     files = _weight_files(path)
-    theirs = open_weight_files(files)
+    return source_of(path, config, described, open_weight_files(files), files)
+
+
+def read_config(config: Config, file: Path) -> tuple[Architecture, ModelArgs]:
+    """The model type and settings that a config.json states; `file` names it. Raises `CheckpointError`."""
+    architecture = architecture_of(config.get("model_type"), str(file))
+    return architecture, settings_read_by(lambda: architecture.read(config, str(file)), file)
+
+
+def source_of(
+    path: Path,
+    config: Config,
+    described: tuple[Architecture, ModelArgs],
+    theirs: dict[str, LazyTensor],
+    files: list[Path],
+) -> Source:
+    """The checkpoint of the tensors `theirs`, by the names they have there; `described`: as `read_config` gives it.
+
+    Raises `CheckpointError` for a quantization that cannot be read.
+    """
+    architecture, args = described
     if quantization := config.get("quantization_config"):
         theirs = packed_by_bitsandbytes(theirs, quantization, path)
     tensors = ours_from_theirs(theirs, architecture.names, args, str(path))

@@ -1,0 +1,255 @@
+"""Side-tuned language models as modules of PyTorch: padded batches in, loss and logits out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from accessory.checkpoint.formats.qst_writing import write_qst
+from accessory.checkpoint.lazy import HeldTensor
+from accessory.errors import ConfigError, DataError
+from accessory.generate import generate_tokens, next_token_logits
+from accessory.hugging_face.adopting import TheirConfig, adopt, open_model
+from accessory.hugging_face.config import QSTConfig
+from accessory.hugging_face.padding import PaddedRows
+from accessory.hugging_face.state import load_state, save_state
+from accessory.method.side_network import SideDecoder
+from accessory.model.loss import cross_entropy_sum
+
+
+@dataclass
+class CausalOutput:
+    """What a forward gives: `loss`, an fp32 scalar or None, and `logits`, also by position or name.
+
+    Logits are computed when they are asked for: training by the loss alone never holds them all.
+    """
+
+    loss: Tensor | None
+    hidden: Tensor
+    """The head's input [T, embedding_dim]."""
+    rows: PaddedRows
+    decoder: SideDecoder
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """fp32 [B, S, V], zero at padding."""
+        return self.rows.padded(next_token_logits(self.decoder, self.hidden))
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """By name, or by position as in transformers' outputs: a loss that is None has none."""
+        names = [name for name in ("loss", "logits") if name != "loss" or self.loss is not None]
+        if isinstance(key, str) and key not in names:
+            raise KeyError(key)
+        chosen = key if isinstance(key, str) else names[key]
+        return getattr(self, chosen) if isinstance(chosen, str) else tuple(getattr(self, name) for name in chosen)
+
+
+class QSTForCausalLM(nn.Module):
+    """A side network beside a model that transformers loaded, plain or in 4 bits by bitsandbytes.
+
+    The model's weights are used where they lie, and frozen; only the side network's parameters require gradients, and
+    only they are in `state_dict`. Forward takes and gives what a causal language model of transformers does, so that
+    its Trainer can train it.
+    """
+
+    accepts_loss_kwargs: ClassVar[bool] = True
+    """Tells transformers' Trainer that `forward` takes `num_items_in_batch`."""
+    loss_type: ClassVar[str] = "ForCausalLM"
+    """Tells it that a row's first label does not count."""
+    family: ClassVar[str | None] = None
+    """The only family that a subclass takes; None: all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TheirConfig,
+        qst_config: QSTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        """model: from transformers, on one device. config: its settings; qst_config: the side network's.
+
+        dtype: what is computed in; None: `bnb_4bit_compute_dtype`, or the type of a plain model. seed: of the side
+        network's start. Raises `CheckpointError` for a model type that is not known, `ConfigError` for another family
+        than the class's and for settings that do not fit the model.
+        """
+        super().__init__()
+        source = open_model(model, config)
+        if self.family not in (None, source.llama_type):
+            raise ConfigError(
+                f"{type(self).__name__} takes models of the family {self.family}; {source.path} is of the family "
+                f"{source.llama_type} (model_type {source.settings['architecture']!r}): use "
+                f"{_class_of(source.llama_type)}."
+            )
+        self.config = config
+        self.decoder, attachment = adopt(model, source, qst_config, dtype, seed)
+        self.added, self.trainable = frozenset(attachment.initial), frozenset(attachment.trainable)
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_miss_no_frozen)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.decoder.frequencies.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalOutput:
+        """input_ids, attention_mask (0 at padding, on either side) and labels (-100: none) are int64 [B, S].
+
+        labels are those of the tokens themselves, as in transformers: here they are shifted. The loss is the sum over
+        supervised tokens divided by their number, or by `num_items_in_batch`, which Trainer counts over all
+        micro-batches of a step. Raises `DataError` for a batch that cannot be.
+        """
+        rows = PaddedRows.of(input_ids, attention_mask)
+        tokens, args = rows.packed(input_ids), self.decoder.args
+        _check_ids("input_ids", tokens, 0, args.vocab_size)
+        with torch.autocast(self.device.type, enabled=False):  # the decoder chooses its types itself
+            hidden = self.decoder(tokens, self.decoder.sequences(rows.lengths))
+            if labels is None:
+                return CausalOutput(None, hidden, rows, self.decoder)
+            following = rows.next_labels(labels)
+            _check_ids("labels", following, -100, args.vocab_size)
+            total = cross_entropy_sum(hidden, self.decoder.head_weight, following, args.vocab_size)
+        count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalOutput(total / count, hidden, rows, self.decoder)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Prompts [B, S] -> themselves and their answers [B, S + longest answer], int64, as in transformers.
+
+        An answer that ends before `max_new_tokens` is followed by the first of `eos_token_id` and then padded. Both ids
+        are by default those of `config`, and padding the end's. Without `do_sample` decoding is greedy.
+        Raises `DataError` and `ConfigError` for prompts that cannot be.
+        """
+        rows = PaddedRows.of(input_ids, attention_mask)
+        if len(rows.lengths) < len(input_ids):
+            raise DataError(f"{len(input_ids) - len(rows.lengths)} of {len(input_ids)} prompts are all padding.")
+        tokens = rows.packed(input_ids)
+        _check_ids("input_ids", tokens, 0, self.decoder.args.vocab_size)
+        eos = getattr(self.config, "eos_token_id", None) if eos_token_id is None else eos_token_id
+        ends = [eos] if isinstance(eos, int) else list(eos or ())
+        stated = getattr(self.config, "pad_token_id", None) if pad_token_id is None else pad_token_id
+        padding = (ends or [0])[0] if stated is None else stated
+        prompts = [row.tolist() for row in tokens.split(rows.lengths)]
+        with self._asked():
+            steps = list(
+                generate_tokens(
+                    self.decoder,
+                    prompts,
+                    max_gen_len=max_new_tokens,
+                    max_seq_len=max(rows.lengths) + max_new_tokens + 1,
+                    stop_ids=set(ends),
+                    temperature=temperature if do_sample else 0.0,
+                    top_p=top_p,
+                    generator=torch.Generator(self.device).manual_seed(seed),
+                )
+            )
+        answers = [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            room = (self.decoder.args.longest_document or math.inf) - len(prompt)
+            answer += ends[: len(answer) < min(max_new_tokens, room)]
+        longest = max(map(len, answers))
+        new = [answer + [padding] * (longest - len(answer)) for answer in answers]
+        return torch.cat([input_ids, torch.tensor(new, dtype=torch.int64, device=input_ids.device)], 1)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """In eval mode; afterwards again in the one before."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def save_qst_state(self, directory: str | Path, *, released: bool = False) -> None:
+        """Write the side network as a trained part, which every command takes behind its base.
+
+        Files of the same names are replaced. released: write the files of the published code instead, into a new
+        directory. Raises `CheckpointError` where that is not possible: a disk that is full, a `directory` that holds
+        the config.json of a transformers model, settings that the published code does not have.
+        """
+        if released:
+            tensors = {name: HeldTensor(p.detach()) for name, p in self._added()}
+            write_qst(tensors, self.decoder.args, self.decoder.settings, Path(directory), Path(type(self).__name__))
+        else:
+            save_state(self.decoder, self.trainable, Path(directory))
+
+    def load_qst_state(self, directory: str | Path) -> None:
+        """Take over a side network of the same form that any run, or the published code, has saved.
+
+        Raises `CheckpointError` for one that does not fit, `ConfigError` for one that computes differently.
+        """
+        load_state(self.decoder, dict(self._added()), self.trainable, Path(directory))
+
+    def _added(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The side network's parameters, by the decoder's names; the published code leaves some of them as they are."""
+        return ((name, p) for name, p in self.decoder.named_parameters() if name in self.added)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """As every module's, but types stay: packed bytes mean nothing in another, and what is trained is fp32."""
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if (cast := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise ConfigError(f"{type(self).__name__} cannot be cast to {cast}: give dtype= when it is made.")
+        return super()._apply(fn, recurse)
+
+
+class QSTLlamaForCausalLM(QSTForCausalLM):
+    """`QSTForCausalLM` for models of the family llama: LLaMA, Mistral, Qwen, Baichuan, InternLM."""
+
+    family = "llama"
+
+
+class QSTOPTForCausalLM(QSTForCausalLM):
+    """`QSTForCausalLM` for OPT."""
+
+    family = "opt"
+
+
+def _class_of(family: str | None) -> str:
+    classes = {kind.family: kind.__name__ for kind in (QSTLlamaForCausalLM, QSTOPTForCausalLM)}
+    return classes.get(family, QSTForCausalLM.__name__)
+
+
+def _check_ids(name: str, ids: Tensor, least: int, vocabulary: int) -> None:
+    low, high = (int(end) for end in ids.aminmax())
+    if low < least or high >= vocabulary:
+        found = low if low < least else high
+        raise DataError(f"{name} holds {found}; expected {least} to {vocabulary - 1}, as the embedding has rows.")
+
+
+def _leave_out_frozen(module: QSTForCausalLM, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    trained = {f"{prefix}decoder.{name}" for name in module.trainable}
+    for name in [name for name in state if name.startswith(prefix) and name not in trained]:
+        del state[name]
+
+
+def _miss_no_frozen(module: QSTForCausalLM, keys: Any) -> None:
+    frozen = [f"decoder.{name}" for name, _ in module.decoder.named_parameters() if name not in module.trainable]
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(tuple(frozen))]
