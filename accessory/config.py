@@ -143,6 +143,10 @@ class FinetuneConfig(BaseModel):
     """Threads that tokenize."""
     cache_ann_on_disk: bool = False
     """Keep tokenized data in ./accessory_data_cache and map it from there."""
+    cache_base: Path | None = None
+    """Keep what the base computes for each document in this directory, to train later epochs from it (_qst)."""
+    cache_base_rows: Literal["exact", "int8"] = "exact"
+    """How --cache_base keeps it: as computed (exact), or in 8 bits with a scale for each 64 numbers (int8)."""
     pin_mem: bool = True
     """Copy batches to the GPU from pinned memory."""
     dist_on_itp: bool = False

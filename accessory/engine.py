@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, LEAST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
+from accessory.memory.base_cache import BaseCache
 from accessory.parallel.agree import highest
 from accessory.parallel.data import reduce_gradients, sum_over_data_parallel
 from accessory.parallel.parameters import NamedParameters
@@ -52,7 +53,10 @@ class StepSettings:
 
 @dataclass
 class Engine:
-    """Trains `model`, whose trained parameters are `parameters`. saver: None for a run that writes nothing."""
+    """Trains `model`, whose trained parameters are `parameters`. saver: None for a run that writes nothing.
+
+    base_cache: what the model takes its base's states from, if anything.
+    """
 
     model: nn.Module
     parameters: NamedParameters
@@ -63,6 +67,7 @@ class Engine:
     reporter: Reporter
     saver: Saver | None
     signals: StopSignals
+    base_cache: BaseCache | None = None
 
     def train(self, progress: Progress) -> None:
         """Run from `progress` to the end of the schedule, saving on the way and at the end.
@@ -71,22 +76,34 @@ class Engine:
         `NotFiniteError`. On the one rank it happens to: `OutOfMemoryError`.
         """
         self.model.train()
-        schedule, saved_at, save = self.schedule, progress.total_steps, self.saver or (lambda progress: None)
+        schedule, saved_at = self.schedule, progress.total_steps
         while not schedule.is_over(progress):
             report, asked = self.step(progress)
             self.reporter.step(report)
             if schedule.is_over(progress) and progress.skipped == progress.total_steps:
                 raise step_faults.nothing_learned(progress, self.settings.scales_loss)
             if asked.stop or asked.save or schedule.saves_after(progress):
-                save(progress)
+                self._save(progress)
                 saved_at = progress.total_steps
+            elif progress.step == 0:
+                self._settle()
             if asked.stop and not schedule.is_over(progress):
                 raise step_faults.preempted(asked.stop, progress, saved=self.saver is not None)
         if saved_at != progress.total_steps:
-            save(progress)
+            self._save(progress)
         if skipped := progress.total_steps - max((int(s["step"]) for s in self.optimizer.state.values()), default=0):
             last = f", the last {progress.skipped} among them" if progress.skipped else ""
             self.reporter.say(f"{skipped} of the run's {progress.total_steps} steps were skipped{last}.")
+
+    def _save(self, progress: Progress) -> None:
+        """Save, if this run writes anything; a run that goes on from there finds in the cache all that it had."""
+        self._settle()
+        if self.saver:
+            self.saver(progress)
+
+    def _settle(self) -> None:
+        if self.base_cache:
+            self.base_cache.settle()
 
     def step(self, progress: Progress) -> tuple[StepReport, Asked]:
         """One optimizer step on one global batch; moves `progress` on by it."""
@@ -125,6 +142,8 @@ class Engine:
     def _accumulate(self, progress: Progress, factor: float) -> list[Tensor]:
         """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 []."""
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
+        if self.base_cache:
+            self.base_cache.expect(self.order.documents(*self._after(progress)))
         losses = []
         for i, batch in enumerate(pending):
             reduce_gradients(self.model, last=i == len(pending) - 1)
@@ -138,6 +157,11 @@ class Engine:
                 raise step_faults.out_of_memory(i, len(pending), batch, progress, remedies) from error
             losses.append(loss.detach().double())
         return losses
+
+    def _after(self, progress: Progress) -> tuple[int, int]:
+        """(epoch, step) that follow."""
+        last = progress.step + 1 == self.schedule.steps_per_epoch
+        return (progress.epoch + 1, 0) if last else (progress.epoch, progress.step + 1)
 
     def _forward(self, batch: PackedBatch) -> Tensor:
         if self.settings.pin_memory:

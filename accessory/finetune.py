@@ -30,6 +30,7 @@ from accessory.parallel.agree import check_alike, on_main, together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
+from accessory.run.base_cache import check_can_cache, open_base_cache, plan_base_cache
 from accessory.run.identity import Job, progress_at_start, shared_flags
 from accessory.run.lock import claim_output_dir
 from accessory.run.preview import corpus_notes, preview, remedies
@@ -82,6 +83,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     _say(layout, *notes)
     recomputed, notes = preview(job, decoder, attachment)
     _say(layout, *notes)
+    rows, notes = together(plan_base_cache, job, decoder)
+    _say(layout, *notes)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model = _fill(job, decoder, attachment)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
@@ -94,7 +97,9 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     _say(layout, *schedule_notes(config, job.order, schedule, progress))
     together(status.begin, progress.total_steps)
     reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
-    with closing(reporter):
+    with closing(reporter), ExitStack() as held:
+        if rows and not config.dry_run:
+            model.base_cache = held.enter_context(open_base_cache(rows, job))
         saver = _saver(job, weights, parameters, optimizer, reporter, status) if status.output_dir else None
         settings = StepSettings(
             scales_loss=config.precision == "fp16",
@@ -102,10 +107,13 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
             skip_not_finite=config.not_finite == "skip",
             memory_remedies=remedies(config),
         )
-        engine = Engine(model, parameters, optimizer, job.order, schedule, settings, reporter, saver, signals)
+        engine = Engine(
+            model, parameters, optimizer, job.order, schedule, settings, reporter, saver, signals, model.base_cache
+        )
         groups.limit_waiting(timedelta(seconds=config.timeout))
         signals.deferring = True
         engine.train(progress)
+    model.base_cache = None  # it knows documents of this corpus only
     if config.dry_run:
         _say(layout, "dry run: all is well, nothing was written")
     return model
@@ -159,6 +167,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
             f"The base is packed as {blueprint.quant_type}, which is never written with the trained part: give "
             "--only_save_trainable."
         )
+    check_can_cache(config, blueprint)
     return blueprint
 
 

@@ -19,6 +19,7 @@ from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, explain_validation, nearest
 from accessory.generate import generate_tokens, next_token_logits
+from accessory.memory.base_cache import BaseCache
 from accessory.model.decoder import Decoder
 from accessory.model.loss import CHUNK, cross_entropy_sum
 from accessory.parallel import groups
@@ -71,6 +72,7 @@ class MetaModel(nn.Module):
 
     prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. encoder: a
     module that makes the embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
+    base_cache: what training takes the base's states from, if anything; only for documents of the corpus it is of.
     """
 
     def __init__(
@@ -79,11 +81,12 @@ class MetaModel(nn.Module):
         super().__init__()
         self.llma, self.tokenizer, self.prompt_layouts = llma, tokenizer, prompt_layouts
         self.encoder: nn.Module | None = None
+        self.base_cache: BaseCache | None = None
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
-        hidden = self.hidden(batch)
+        hidden = self.base_cache.hidden(self.llma, batch) if self.base_cache else self.hidden(batch)
         return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
 
     def hidden(self, batch: PackedBatch) -> Tensor:

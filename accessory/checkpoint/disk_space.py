@@ -19,16 +19,23 @@ def checkpoint_bytes(saved: NamedParameters, mp_size: int, moments: int) -> int:
     return sum(slices[name] * p.numel() * p.element_size() for name, p in saved.items()) + moments + _BESIDE
 
 
-def check_disk_space(output_dir: Path, needed: int) -> None:
-    """Raise `DiskFullError` where fewer than `needed` bytes are free, `CheckpointError` where the disk is gone."""
+_KEEP_FEWER = "give --output_dir on another disk, or keep fewer checkpoints (--keep_last)"
+
+
+def check_disk_space(
+    output_dir: Path, needed: int, what: str = "a checkpoint needs", remedy: str = _KEEP_FEWER
+) -> None:
+    """Raise `DiskFullError` where fewer than `needed` bytes are free, `CheckpointError` where the disk is gone.
+
+    what, remedy: needs them, and what to do instead of making room, for the message.
+    """
     try:
         free = shutil.disk_usage(output_dir).free
     except OSError as error:
         raise CheckpointError(f"{output_dir}: cannot be looked at ({error.strerror}).") from error
     if free < needed:
         raise DiskFullError(
-            f"{output_dir}: the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free. Free some, give "
-            "--output_dir on another disk, or keep fewer checkpoints (--keep_last)."
+            f"{output_dir}: the disk is full: {what} {needed:,} bytes, {free:,} are free. Free some, {remedy}."
         )
 
 

@@ -63,6 +63,10 @@ class GlobalOrder:
         slots = self._deal(self.global_ids(epoch, step))
         yield from map(self._packed, slots[self.dp_rank :: self.dp_size])
 
+    def documents(self, epoch: int, step: int) -> np.ndarray:
+        """This rank's documents of one step."""
+        return np.concatenate(self._deal(self.global_ids(epoch, step))[self.dp_rank :: self.dp_size])
+
     def supervised_tokens(self, epoch: int, step: int) -> int:
         """Labels that count in the global batch; known on every rank without asking the others."""
         return int(self.corpus.supervised[self.global_ids(epoch, step)].sum())

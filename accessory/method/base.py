@@ -43,6 +43,8 @@ class Method(ABC):
     """Names that tools take as `--method`, and the settings they stand for."""
     trains_base: ClassVar[bool] = False
     """Whether the base's own weights are trained, rather than something beside them."""
+    keeps_base: ClassVar[bool] = False
+    """Whether no gradient goes through the base, so that its states can be cached (`accessory.memory.base_cache`)."""
     merge_fault: ClassVar[str | None] = None
     """Why what it trained cannot be merged into the base's matrices, biases and norms; None: it can."""
     adapter_fault: ClassVar[str | None] = None

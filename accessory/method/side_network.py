@@ -78,7 +78,7 @@ class SideDecoder(Decoder):
         """As `Decoder.forward`."""
         with torch.no_grad():
             entered = self.enter(inputs, sequences)
-        return self.beside(entered, self.states(entered, sequences, cache), sequences, cache)
+        return self.beside(entered, enumerate(self.states(entered, sequences, cache)), sequences, cache)
 
     @torch.no_grad()
     def states(self, x: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Iterator[Tensor]:
@@ -86,15 +86,21 @@ class SideDecoder(Decoder):
         yield from islice(super().states(x, sequences, cache), self.frozen_layers)
 
     def beside(
-        self, entered: Tensor, states: Iterator[Tensor], sequences: Sequences, cache: list[LayerCache] | None = None
+        self,
+        entered: Tensor,
+        states: Iterator[tuple[int, Tensor]],
+        sequences: Sequences,
+        cache: list[LayerCache] | None = None,
     ) -> Tensor:
-        """The base's first input [T, D] and `states` [T, D] each -> the head's input [T, embedding_dim]."""
+        """The base's first input [T, D] and states (number of the block, its output [T, D]), those of `read` or more
+        -> the head's input [T, embedding_dim]. A state may be given `as_read`.
+        """
         state = entered
         if not self.side:
-            (state,) = deque(states, maxlen=1) or (state,)
+            ((_, state),) = deque(states, maxlen=1) or ((0, state),)
             return self._through_tail(state, sequences, cache)
         side, mine = (self.embedding_downsample or self.downsample[0])(entered), self._side_sequences(sequences)
-        for place, state in enumerate(states):
+        for place, state in states:
             if (i := self.reader(place)) is not None:
                 side = self.gates[i](self.downsample[i](state), side)
                 side = self.side[i](side, mine, cache[len(self.layers) + i] if cache else None)
@@ -121,6 +127,20 @@ class SideDecoder(Decoder):
             return None
         behind, rest = divmod(self.frozen_layers - 1 - place, self.settings.side_layers)
         return None if rest else len(self.side) - 1 - behind
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The base's blocks whose outputs are read: by a side block, and the last before the tail."""
+        last = self.frozen_layers - 1
+        return tuple(place for place in range(last + 1) if place == last or self.reader(place) is not None)
+
+    def as_read(self, place: int, state: Tensor) -> Tensor:
+        """What is read of a block's output [T, D]: [T, D / r] where a pool alone reads it, since pooling that again
+        changes nothing; else all of it.
+        """
+        if place == self.frozen_layers - 1 or any(True for _ in self.downsample[self.reader(place)].parameters()):
+            return state
+        return self.downsample[self.reader(place)](state)
 
     def _side_sequences(self, sequences: Sequences) -> Sequences:
         """The same documents, with the side blocks' rotations or ALiBi channels."""

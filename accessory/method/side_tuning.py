@@ -36,6 +36,7 @@ class SideTuning(Method):
     also_called: ClassVar[tuple[str, ...]] = ("lst",)
     summary: ClassVar[str] = "a narrow network beside the base"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"qst": {}}
+    keeps_base: ClassVar[bool] = True
     merge_fault: ClassVar[str] = (
         "a side network stands beside the base and changes none of its matrices, so there is nothing to add to them"
     )

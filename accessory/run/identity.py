@@ -26,7 +26,7 @@ _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
 """Flags that change how sums are rounded."""
 _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
-_PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume")
+_PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume", "cache_base")
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "seed", "global_batch"))
 """The parts of the identity that the order of documents depends on."""
@@ -81,6 +81,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "kernels": kernels.computing(self.layout.device, self.blueprint.dtype),
+            "cached_rows": self.config.cache_base_rows if self.config.cache_base else None,
             **{name: getattr(self.config, name) for name in _ROUNDING},
         }
 

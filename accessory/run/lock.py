@@ -31,8 +31,8 @@ def claim_output_dir(output_dir: Path | None, held: ExitStack) -> None:
 
 
 @contextmanager
-def lock(output_dir: Path) -> Iterator[None]:
-    """Hold `output_dir` for this process. The kernel lets go of it when the process ends, however it does.
+def lock(output_dir: Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Hold the directory that `flag` names for this process. The kernel lets go of it when the process ends.
 
     The file is removed in the end, but for a process that is killed. Raises `ConfigError` that names the host and
     process which hold it.
@@ -55,8 +55,8 @@ def lock(output_dir: Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ConfigError(
-                    f"--output_dir {output_dir}: a run is at work there: {holder}. Wait for it, end it, or give "
-                    "another --output_dir."
+                    f"{flag} {output_dir}: a run is at work there: {holder}. Wait for it, end it, or give another "
+                    f"{flag}."
                 )
         time.sleep(0.1)
 
