@@ -135,7 +135,7 @@ def side(base: Path, work: Path) -> None:
         trained(base, work / "refused", "llama_side", quant=True, quant_type="nf4_scales")
     check_kept(method="side", quant="nf4")
     for recomputed in (0, 2 * MIDDLE.n_layers):
-        check_total(method="side", quant="nf4", goes_back=False, recomputed=recomputed)
+        check_total(method="side", quant="nf4", recomputed=recomputed)
 
 
 def recall(base: Path, work: Path) -> None:

@@ -7,6 +7,7 @@ tokens, so two lengths suffice. (The meta device would take a second: it runs Py
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch.func import functional_call
 from accessory.method import Attachment
 from accessory.model.attention import Attention
 from accessory.model.decoder import Decoder
+from accessory.model.sequences import Sequences
 from accessory.parallel.tensor import without_communication
 
 _FEW, _MORE = 2, 4  # tokens
@@ -32,8 +34,9 @@ class KeptByBlock:
 
     all: everything, with its input if that is kept. input: size of its input, which is kept if it is run again.
     after_attention: the part of `all` that is saved after attention and freed before attention's backward. after_block:
-    what is saved between it and the next, such as its output by a network beside the blocks. keeps_input,
-    keeps_attended: whether its input is kept, and the input of `wo`.
+    what is saved between it and the next, such as its output by a network beside the blocks. held: what is alive of
+    blocks' inputs and outputs when it begins, its own input too, though it is not kept. keeps_input, keeps_attended:
+    whether its input is kept, and the input of `wo`. goes_back: whether it has a backward at all.
     """
 
     all: int
@@ -41,21 +44,30 @@ class KeptByBlock:
     after_attention: int
     keeps_input: bool
     keeps_attended: bool
+    goes_back: bool = True
     after_block: int = 0
+    held: int = 0
 
     def scaled(self, scale: Callable[[int, int], int], other: KeptByBlock) -> KeptByBlock:
         """For another number of tokens: `scale` is given each size here and in `other`."""
-        names = ("all", "input", "after_attention", "after_block")
+        names = ("all", "input", "after_attention", "after_block", "held")
         return replace(self, **{name: scale(getattr(self, name), getattr(other, name)) for name in names})
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward keeps for its backward: each block's, and those before and after the blocks."""
+    """Bytes that a forward keeps for its backward: each block's, and those before and after the blocks.
+
+    used_after: of each module outside the blocks that has parameters of its own and is called, by name: how many blocks
+    have run when it is called last. Its gradients are there from then on backwards. held: as a block's, when the last
+    of those modules is called.
+    """
 
     blocks: tuple[KeptByBlock, ...]
     entrance: int
     exit: int
+    used_after: dict[str, int]
+    held: int
 
 
 def measure_kept(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
@@ -69,7 +81,8 @@ def measure_kept(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
         return at_few + (at_more - at_few) * (tokens - _FEW) // (_MORE - _FEW)
 
     blocks = tuple(one.scaled(scale, other) for one, other in zip(few.blocks, more.blocks, strict=True))
-    return Kept(blocks, scale(few.entrance, more.entrance), scale(few.exit, more.exit))
+    entrance, exit, held = (scale(getattr(few, n), getattr(more, n)) for n in ("entrance", "exit", "held"))
+    return Kept(blocks, entrance, exit, few.used_after, held)
 
 
 def _measure(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
@@ -81,9 +94,10 @@ def _measure(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
             functional_call(run.eval(), {f"decoder.{name}": t for name, t in stand_ins.items()}, (tokens,))
     finally:
         decoder.train(training)
-    blocks = tuple(replace(block, after_block=size) for block, size in zip(run.blocks, [*run.after, 0], strict=True))
+    between = zip(run.blocks, [*run.after, 0], run.held, strict=True)
+    blocks = tuple(replace(block, after_block=size, held=held) for block, size, held in between)
     in_blocks = sum(block.all for block in run.kinds.values())
-    return Kept(blocks, run.entrance, run.behind - in_blocks - sum(run.after))
+    return Kept(blocks, run.entrance, run.behind - in_blocks - sum(run.after), run.used_after, run.held_last)
 
 
 def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
@@ -106,7 +120,11 @@ class _Run(nn.Module):
         self.blocks: list[KeptByBlock] = []
         self.kinds: dict[Any, KeptByBlock] = {}
         self.after: list[int] = []  # bytes saved between one block and the next
-        self._before_blocks: set[int] = set()  # addresses of what they all read, such as rotations
+        self.used_after: dict[str, int] = {}  # as in `Kept`
+        self.held: list[int] = []  # as in `KeptByBlock`, of each block
+        self.held_last = 0  # and in the end
+        self._seen: list[weakref.ref[Tensor]] = []  # inputs and outputs of blocks
+        self._before_blocks: set[int] = set()  # addresses of what several read, such as rotations
         self._in_blocks = False
         self._up_to_attention = self._up_to_block = 0
         self._attended: Tensor | None = None
@@ -115,8 +133,6 @@ class _Run(nn.Module):
         """Run zeros as token ids: how much is kept does not depend on them."""
         ids = torch.zeros(tokens, dtype=torch.int64)
         sequences = self.decoder.sequences((tokens,))
-        shared = sequences.positions, sequences.rotations, *(sequences.alibi or ())
-        self._before_blocks = set(map(_address, shared))
         with torch.enable_grad(), saved_tensors_hooks(self._note, lambda tensor: tensor):
             self.decoder(ids, sequences)
 
@@ -129,6 +145,10 @@ class _Run(nn.Module):
             for attention in (module for module in block.modules() if isinstance(module, Attention)):
                 hooks.append(attention.wo.register_forward_pre_hook(self._note_attended))
                 hooks.append(attention.register_forward_hook(self._note_end_of_attention))
+        inside = {module for block in blocks for module in block.modules()}
+        for name, module in self.decoder.named_modules():
+            if module not in inside and any(True for _ in module.parameters(recurse=False)):
+                hooks.append(module.register_forward_pre_hook(partial(self._note_use, name)))
         try:
             yield
         finally:
@@ -137,17 +157,23 @@ class _Run(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def _run_block(self, block: nn.Module, forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, forward: Callable[..., Tensor], x: Tensor, sequences: Sequences, *rest: Any
+    ) -> Tensor:
         parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
         self._in_blocks = True
+        shared = sequences.positions, sequences.rotations, *(sequences.alibi or ())
+        self._before_blocks.update(map(_address, shared))
         self.after += [self.behind - self._up_to_block] if self.blocks else []
         self._up_to_block = self.behind
         kind = type(block), parameters, x.requires_grad, torch.is_grad_enabled()
+        self._seen.append(weakref.ref(x))
+        self.held.append(self._held_now())
         if kind in self.kinds:
             self.blocks.append(self.kinds[kind])
-            return x.clone()  # another tensor, with a gradient where x has one
+            return self._noted(x.clone())  # another tensor, with a gradient where x has one
         before = self._up_to_attention = self.behind
-        y = forward(x, *rest)
+        y = forward(x, sequences, *rest)
         self._up_to_block = self.behind
         self.kinds[kind] = KeptByBlock(
             all=self.behind - before,
@@ -155,9 +181,19 @@ class _Run(nn.Module):
             after_attention=self.behind - self._up_to_attention,
             keeps_input=_address(x) in self.saved,
             keeps_attended=self._attended is not None and _address(self._attended) in self.saved,
+            goes_back=y.requires_grad,
         )
         self.blocks.append(self.kinds[kind])
+        return self._noted(y)
+
+    def _noted(self, y: Tensor) -> Tensor:
+        self._seen.append(weakref.ref(y))
         return y
+
+    def _held_now(self) -> int:
+        alive = (tensor for reference in self._seen if (tensor := reference()) is not None)
+        storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in alive}
+        return sum(size for address, size in storages.items() if address not in self.saved)
 
     def _note(self, tensor: Tensor) -> Tensor:
         address = _address(tensor)
@@ -169,6 +205,9 @@ class _Run(nn.Module):
             else:
                 self.behind += size
         return tensor
+
+    def _note_use(self, name: str, *_given: Any) -> None:
+        self.used_after[name], self.held_last = len(self.blocks), self._held_now()
 
     def _note_attended(self, _wo: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._attended = inputs[0]

@@ -1,27 +1,26 @@
 """The memory plan of a rank: the bytes alive at the peak of a training step, known before weights are read.
 
 Parameters are counted on the model, which is on the meta device; what a forward keeps for its backward is measured
-(`accessory.memory.kept`). Formulas count what is alive only for a moment: kernels' workspaces, gradients, logits.
+(`accessory.memory.kept`). Formulas count what is alive only for a moment: a block's own work (`block_work`), kernels'
+workspaces, gradients, logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
 
-from accessory import kernels
 from accessory.checkpoint.load import targets
-from accessory.memory.kept import KeptByBlock, measure_kept
+from accessory.memory.block_work import BlockWork, normalizing_bytes
+from accessory.memory.kept import measure_kept
 from accessory.method import Attachment
-from accessory.model.attention import Attention
 from accessory.model.decoder import Decoder
-from accessory.model.feed_forward import FeedForward
 from accessory.model.linear import Linear
 from accessory.model.loss import CHUNK, chunk_bytes
-from accessory.model.position import ALIBI_WIDTH
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
@@ -93,30 +92,34 @@ class StepMemory:
         self.width = decoder.dtype.itemsize  # bytes of an activation
         head = ("tok_embeddings" if decoder.output is None else "output") + ".weight"
         self.trained_head = self.trained[head].numel() if head in self.trained else 0
-        # Whether one CUDA kernel computes the attention of all documents; what is kept is measured on a CPU.
-        self.has_kernel = layout.device.type == "cuda" and decoder.dtype in (torch.float16, torch.bfloat16)
         kept = measure_kept(decoder, attachment, tokens)
-        self.kept = replace(kept, blocks=tuple(map(self._by_kernel, kept.blocks))) if self.has_kernel else kept
+        rest = (tokens % self.longest,) if tokens % self.longest else ()
+        lengths = (self.longest,) * (tokens // self.longest) + rest
+        self.work = [BlockWork(block, lengths, decoder.dtype, layout.device) for block in self.blocks.values()]
+        measured = zip(self.work, kept.blocks, strict=True)
+        self.kept = replace(kept, blocks=tuple(work.kept(block) for work, block in measured))
 
     def plan(self, checkpointing: int) -> MemoryPlan:
         """The plan where the first `checkpointing` blocks are recomputed.
 
-        The peak is one of four moments: at the loss, everything kept and a chunk's logits; in a block's backward, what
-        it and earlier blocks keep, gradients of later blocks and its own work; in the embedding's backward, all
-        gradients and its own work; in the optimizer's step, all gradients and its workspace. Gradients of earlier
-        micro-batches are there throughout; later ones are added to them as they are made.
+        The peak is one of six moments: in the forward of a block that has no backward, what earlier ones keep and its
+        own work; in the final norm, everything kept and its work; at the loss, everything kept and a chunk's logits; in
+        a block's backward, what it and earlier blocks keep, gradients of what comes later and its own work; in the
+        embedding's backward, all gradients and its own work; in the optimizer's step, all gradients and its workspace.
+        Gradients of earlier micro-batches are there throughout; later ones are added to them as they are made.
         """
         layout, trainable, blocks = self.layout, self.trainable, self.blocks.values()
         share, sharded = layout.dp_size, layout.dp_size > 1
         weights = self.frozen
         gathered = trainable if sharded else 0  # the trained part is gathered on every rank while it is used
         if sharded and self.data_parallel == "fsdp":
-            # One block is gathered at a time, and the next one meanwhile.
+            # One block is gathered at a time, and the next one meanwhile; what lies outside the blocks for good.
             sizes = (_nbytes(dict(block.named_parameters())) for block in blocks)
             weights = weights // share + 2 * max(a - b for a, b in zip(sizes, self.gradients, strict=True))
-            gathered = 2 * trainable // len(blocks)
+            gathered = 2 * max(self.gradients) + trainable - sum(self.gradients)
         logits = self._logits()
         moments = [
+            self.held + self._at_norm(checkpointing),
             self.held + logits + self._at_loss(checkpointing),
             self._in_blocks(checkpointing),
             trainable + self._at_embedding(),
@@ -132,18 +135,6 @@ class StepMemory:
             buffers=self._buffers(),
             working=max(moments),
         )
-
-    def _by_kernel(self, block: KeptByBlock) -> KeptByBlock:
-        """CUDA's attention is given k and v for every query head, and keeps its result and a 4-byte log-sum a head.
-
-        Its result is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
-        """
-        heads, kv_heads, width = self._heads
-        result = self.width * heads * width
-        per_token = 2 * self.width * width * (heads - kv_heads) + result + 4 * heads
-        if block.keeps_attended and self.decoder.args.position != "alibi":
-            per_token -= result
-        return replace(block, all=block.all + self.tokens * per_token)
 
     def _activations(self, recomputed: int, *, again: bool) -> int:
         """Everything that the forward keeps; `again`: and what the last block keeps when it is recomputed.
@@ -169,6 +160,14 @@ class StepMemory:
         """What is kept before the blocks, the loss's row numbers, a trained head's gradient (made in the forward)."""
         return self.kept.entrance + 8 * self.tokens + self.trained_head * 4
 
+    def _at_norm(self, recomputed: int) -> int:
+        """What is alive in the final norm: all that is kept by then, and what it makes."""
+        if self.decoder.norm is None:
+            return 0
+        kept = self._by_blocks(len(self.kept.blocks), recomputed, again=False) + self._beside_blocks()
+        made = normalizing_bytes(self.decoder.norm, self.tokens, self.decoder.dtype, self.layout.device)
+        return kept + self.kept.exit + self.kept.held + made
+
     def _at_loss(self, recomputed: int) -> int:
         """What is alive beside a chunk's logits: all kept, hidden states and two chunks of them, a head's gradient."""
         hidden = self.width * self.decoder.args.embedding_dim * (self.tokens + 2 * min(self.tokens, CHUNK))
@@ -181,26 +180,30 @@ class StepMemory:
         return copy + chunk_bytes(self.tokens, len(head), self.layout.device, self.decoder.dtype)
 
     def _in_blocks(self, recomputed: int) -> int:
-        """The peak of the blocks' backward: what is kept up to a block, gradients of later blocks, and its own work.
+        """The peak of the blocks' backward, or of the forward of those that have none.
 
         If there are gradients of earlier micro-batches, new ones are added to them as each autograd function ends.
         """
-        beside, gradients = self._beside_blocks(), self.gradients
+        beside, made, blocks = self._beside_blocks() + self.held, self._gradients_from_block(), self.kept.blocks
+        most_at_once = 0
         if self.held:
-            beside += self.held + self._most_gradients_at_once()
-            gradients = [0] * len(gradients)
+            most_at_once, made = self._most_gradients_at_once(), [0] * len(blocks)
             if self.decoder.output is not None:  # else the head's gradient is added when the embedding's is there too
                 beside -= 4 * self.trained_head
-        return (
-            beside
-            + max(
-                self._by_blocks(i + 1, min(recomputed, i + 1), again=i < recomputed)
-                + sum(gradients[i:])
-                + max(self._feed_forward_backward(), self._attention_backward() - block.after_attention)
-                for i, block in enumerate(self.kept.blocks)
-            )
-            + self._of_packed_gradients()
-        )
+        moments = []
+        for i, (block, work) in enumerate(zip(blocks, self.work, strict=True)):
+            again = block.goes_back and i < recomputed
+            moment = work.backward(block) + made[i] + most_at_once if block.goes_back else work.forward(block)
+            moments.append(self._by_blocks(i + 1, min(recomputed, i + 1), again=again) + moment)
+        return beside + max(moments) + self._of_packed_gradients()
+
+    def _gradients_from_block(self) -> list[int]:
+        """Gradients that are there in each block's backward: its own, and those of all that runs after it."""
+        made = list(self.gradients)
+        for name, place in self.kept.used_after.items():
+            if place:
+                made[place - 1] += self._trained_of(name)
+        return list(accumulate(reversed(made)))[::-1]
 
     def _of_packed_gradients(self) -> int:
         """Memory in which gradients of packed matrices' trained parts are made."""
@@ -215,12 +218,18 @@ class StepMemory:
     def _most_gradients_at_once(self) -> int:
         """Bytes of the gradients that one autograd function makes: those of linears that share an input."""
         names = {module: f"{name}." for name, module in self.decoder.named_modules()}
-        return max(self._trained_below(*(names[linear] for linear in linears)) for linears in self._linears_by_input())
+        in_blocks = [self._trained_below(*(names[linear] for linear in found)) for found, _ in self._linears_by_input()]
+        return max(in_blocks + [self._trained_of(name) for name, place in self.kept.used_after.items() if place])
 
-    def _linears_by_input(self) -> Iterator[list[Linear]]:
-        for module in self.decoder.modules():
-            if isinstance(module, Attention | FeedForward):
-                yield from module.linears_by_input()
+    def _trained_of(self, module: str) -> int:
+        """Bytes of a module's own trained parameters."""
+        return _nbytes({name: p for name, p in self.trained.items() if name.rpartition(".")[0] == module})
+
+    def _linears_by_input(self) -> Iterator[tuple[list[Linear], bool]]:
+        """Linears that share an input, and whether their block has a backward."""
+        for block, kept in zip(self.blocks.values(), self.kept.blocks, strict=True):
+            for linears in (*block.attention.linears_by_input(), *block.feed_forward.linears_by_input()):
+                yield linears, kept.goes_back
 
     def _at_embedding(self) -> int:
         """Bytes beside all gradients while a trained embedding's is made: its rows' gradients twice, and terms to add.
@@ -233,26 +242,6 @@ class StepMemory:
         parts = (self.decoder.output is None) + (self.held > 0)
         return weight.element_size() * (parts * weight.numel() + 2 * self.tokens * self.decoder.args.embedding_dim)
 
-    def _feed_forward_backward(self) -> int:
-        """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each)."""
-        args = self.decoder.args
-        return self.tokens * self.width * (args.dim + (3 if args.gated else 2) * args.hidden_dim // self.decoder.ranks)
-
-    def _attention_backward(self) -> int:
-        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
-
-        For CUDA's kernel the latter are the gradients of q, k and v, and an fp32 sum for q's.
-        """
-        args, dtype, tokens, longest = self.decoder.args, self.decoder.dtype, self.tokens, self.longest
-        heads, kv_heads, head_dim = self._heads
-        given = tokens * self.width * (args.dim + heads * head_dim)
-        if self.has_kernel:
-            return given + tokens * heads * head_dim * (3 * self.width + 4)
-        lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
-        windows = {args.window(i) for i in range(args.n_layers)}
-        backward_bytes = kernels.on("document_attention", self.layout.device, dtype, head_dim).backward_bytes
-        return given + max(backward_bytes(lengths, heads, kv_heads, head_dim, dtype, w) for w in windows)
-
     def _in_optimizer(self) -> int:
         """The step's workspace: bitsandbytes' fp32 copies of a parameter on a CPU, 5 with 8-bit moments, else 3."""
         if self.layout.device.type != "cpu" or self.optim != "adamw8bit":
@@ -263,18 +252,11 @@ class StepMemory:
     def _buffers(self) -> int:
         """Workspaces of kernels for packed matrices, and the buffer that other packed ones are unpacked into."""
         dtype, device = self.decoder.dtype, self.layout.device
-        found = [
-            memory_to_multiply([m.weight for m in linears], [_rank(m) for m in linears], self.tokens, dtype, device)
-            for linears in self._linears_by_input()
-        ]
+        found = []
+        for linears, backward in self._linears_by_input():
+            weights, ranks = [m.weight for m in linears], [_rank(m) for m in linears]
+            found.append(memory_to_multiply(weights, ranks, self.tokens, dtype, device, backward=backward))
         return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found)
-
-    @property
-    def _heads(self) -> tuple[int, int, int]:
-        """Query and key/value heads of this rank, and their width in attention."""
-        args, ranks = self.decoder.args, self.decoder.ranks
-        width = args.head_dim + (ALIBI_WIDTH if args.position == "alibi" else 0)
-        return args.n_heads // ranks, args.n_kv_heads // ranks, width
 
 
 def _rank(linear: Linear) -> int:

@@ -62,15 +62,17 @@ def sum_of_products(
 
 
 def memory_to_multiply(
-    matrices: list[Matrix], ranks: list[int], rows: int, dtype: torch.dtype, device: torch.device
+    matrices: list[Matrix], ranks: list[int], rows: int, dtype: torch.dtype, device: torch.device, *, backward: bool
 ) -> tuple[int, int]:
-    """Peak bytes of (a kernel's workspace, the unpack buffer) over each product and the sum of all transposed ones.
+    """Peak bytes of (a kernel's workspace, the unpack buffer) over each product.
 
-    ranks: of LoRA in each product; 0 where there is none.
+    ranks: of LoRA in each product; 0 where there is none. backward: whether their input has a gradient, the sum of all
+    transposed products.
     """
     calls = [([matrix], rank, False) for matrix, rank in zip(matrices, ranks, strict=True)]
+    calls += [(matrices, sum(ranks), True)] if backward else []
     workspace = buffer = 0
-    for used, rank, transposed in [*calls, (matrices, sum(ranks), True)]:
+    for used, rank, transposed in calls:
         kernel = _kernel(used, dtype, device)
         if kernel is None:
             largest = max((m.shape.numel() for m in used if isinstance(m, PackedWeight)), default=0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from accessory.model.args import ModelArgs
+from accessory.model.loss import cross_entropy_sum
 from accessory.model.sequences import Sequences
 from accessory.parallel.groups import Layout
 from tests.memory.small_models import (
@@ -114,6 +115,24 @@ def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: di
         decoder.layers[1](x, sequences)
     found = planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations
     assert found == kept.bytes + again.bytes
+
+
+@pytest.mark.parametrize("name", ["LLaMA", "OPT", "BLOOM"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"state_bits": 8}, {"downsample": "avgpool"}, {"downsample": "linear", "side_layers": 2}, {"tail": 1},
+     {"start": "released"}],
+)  # fmt: skip
+def test_activations_beside_a_base_without_backward(layout: Layout, settings: dict, name: str) -> None:
+    """To the byte: a base block keeps nothing but what its reader wants, and a side block what its own width makes."""
+    args = ModelArgs(**{**SMALL.model_dump(), **SHAPES.get(name, {})})
+    decoder, attachment = filled(layout, {"r": 2, **settings}, args=args, method="qst")
+    ids = torch.randint(0, 96, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    with Kept(decoder) as kept:
+        hidden = decoder(ids, decoder.sequences((TOKENS,)))
+        loss = cross_entropy_sum(hidden, decoder.head_weight, ids, 96)
+    loss.backward()
+    assert planned(decoder, attachment, layout).activations == kept.bytes
 
 
 def test_cuda_keeps_repeated_keys() -> None:

@@ -52,6 +52,13 @@ def backward_bytes(
     return gradients + workspace_bytes(max(lengths, default=0), head_dim, backward=True)
 
 
+def forward_bytes(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None
+) -> int:
+    """As the plain kernel's."""
+    return workspace_bytes(max(lengths, default=0), head_dim, backward=False)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
     """q [T, H, E], k and v [T, K, E], bf16 -> [T, H, E]."""
     q, k, v = _checked(q, k, v, documents, window, scale)

@@ -88,9 +88,8 @@ def backward_bytes(
 
     Of whole documents: skipped queries have no scores.
     """
-    narrow, wide = (torch.finfo(t).bits // 8 for t in (dtype, torch.promote_types(dtype, torch.float32)))
-    lengths = tuple(sorted(lengths, reverse=True))
-    shapes = [(end - begin, padded(lengths[begin])) for begin, end in cut_groups(list(lengths), heads)]
+    narrow, wide = _widths(dtype)
+    shapes = _group_shapes(lengths, heads)
     cells = sum(count * longest for count, longest in shapes)
     found, moments = narrow * head_dim * cells * (heads + 2 * kv_heads), []
     for count, longest in shapes:
@@ -110,6 +109,33 @@ def backward_bytes(
         ]
     moments.append(found + narrow * head_dim * sum(lengths) * (heads + 2 * kv_heads))
     return max(moments)
+
+
+def forward_bytes(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None
+) -> int:
+    """Peak bytes of a forward that saves nothing, beside q, k, v and the result: for the memory plan."""
+    narrow, wide = _widths(dtype)
+    shapes = _group_shapes(lengths, heads)
+    found, most = narrow * head_dim * heads * sum(count * longest for count, longest in shapes), 0
+    for count, longest in shapes:
+        rows = rows_at_once(count, longest, heads)
+        keys = longest if window is None else min(longest, window - 1 + rows)
+        laid_out = head_dim * count * longest * (narrow * (heads + 2 * kv_heads) + wide * kv_heads)
+        scores, cast = count * heads * rows * keys, count * heads * rows * head_dim * (narrow < wide)
+        most = max(most, laid_out + wide * (scores + max(scores, cast)))
+    return found + most
+
+
+def _widths(dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a number of `dtype`, and of one that is fp32 at least."""
+    return dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+
+
+def _group_shapes(lengths: tuple[int, ...], heads: int) -> list[tuple[int, int]]:
+    """(documents, padded length) of each group."""
+    ordered = sorted(lengths, reverse=True)
+    return [(end - begin, padded(ordered[begin])) for begin, end in cut_groups(ordered, heads)]
 
 
 class _GroupAttention:

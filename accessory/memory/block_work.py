@@ -1,0 +1,108 @@
+"""Bytes that are alive only for a moment while a block runs: formulas of its modules' sizes on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from accessory import kernels
+from accessory.memory.kept import KeptByBlock
+from accessory.model.block import Block
+from accessory.model.norm import Norm, RMSNorm
+from accessory.model.position import ALIBI_WIDTH
+
+
+def normalizing_bytes(norm: Norm, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Of a norm's result, and of the two wide copies by which narrow values get there without a kernel of its own."""
+    wide = torch.promote_types(dtype, torch.float32)
+    fused = isinstance(norm, RMSNorm) and kernels.fast("rms_norm", device, dtype)
+    return tokens * len(norm.weight) * (dtype.itemsize + (0 if fused or wide == dtype else 2 * wide.itemsize))
+
+
+class BlockWork:
+    """Of `block` for documents of `lengths` tokens, computed in `dtype` on `device`.
+
+    On CUDA in half precision one kernel computes the attention of all documents, which `KeptByBlock`, measured on a
+    CPU, does not know.
+    """
+
+    def __init__(self, block: Block, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        ranks = attention.wo.ranks
+        self.lengths, self.tokens, self.dtype, self.device = lengths, sum(lengths), dtype, device
+        self.channels, self.inner = attention.wo.out_features, feed_forward.w2.in_features // ranks
+        self.parts = 3 if feed_forward.gated else 1 if feed_forward.activation == "relu" else 2
+        self.gradients = 3 if feed_forward.gated else 2
+        self.window, self.position = attention.window, attention.position
+        self.heads, self.kv_heads = (
+            linear.out_features // attention.head_dim // ranks for linear in (attention.wq, attention.wk)
+        )
+        self.narrow_head = attention.head_dim
+        self.head_dim = attention.head_dim + (ALIBI_WIDTH if self.position == "alibi" else 0)
+        self.normalizing = normalizing_bytes(block.ffn_norm, self.tokens, dtype, device)
+        self.has_kernel = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+    def kept(self, measured: KeptByBlock) -> KeptByBlock:
+        """What is kept by the kernel in use, where another's was measured.
+
+        CUDA's attention is given k and v for every query head, and keeps its result and a 4-byte log-sum a head. Its
+        result is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
+        """
+        if not (self.has_kernel and measured.goes_back):
+            return measured
+        result = self.heads * self.head_dim
+        numbers = self._repeated() + result
+        if measured.keeps_attended and self.position != "alibi":
+            numbers -= result
+        return replace(measured, all=measured.all + self.tokens * (self.dtype.itemsize * numbers + 4 * self.heads))
+
+    def forward(self, measured: KeptByBlock) -> int:
+        """Peak of the forward of a block that keeps nothing, with what is held meanwhile.
+
+        In attention: the normalized input, q, k and v, what rotation or ALiBi makes of them, attention's result and
+        its workspace, then the product with it. In feed-forward: attention's part, the sum with it, that normalized,
+        what is between the matrices, and the result. Between them: the first two, and the work of normalizing.
+        """
+        width, heads, kv_heads = self.dtype.itemsize, self.heads, self.kv_heads
+        projected = (heads + 2 * kv_heads) * self.narrow_head
+        turned = {"rotary": (heads + kv_heads) * self.narrow_head, "alibi": (heads + 2 * kv_heads) * self.head_dim}
+        result = self.channels * self.tokens * width
+        numbers = self.channels + projected + turned.get(self.position, 0) + heads * self.head_dim
+        attention = self.tokens * width * numbers + max(self._attending(), result)
+        feed_forward = 4 * result + self.tokens * width * self.parts * self.inner
+        return measured.held + max(attention, feed_forward, 2 * result + self.normalizing)
+
+    def backward(self, measured: KeptByBlock) -> int:
+        """Peak of the backward, beside what the block keeps."""
+        return max(self._feed_forward_backward(), self._attention_backward() - measured.after_attention)
+
+    def _feed_forward_backward(self) -> int:
+        """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each)."""
+        return self.tokens * self.dtype.itemsize * (self.channels + self.gradients * self.inner)
+
+    def _attention_backward(self) -> int:
+        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
+
+        For CUDA's kernel the latter are the gradients of q, k and v, and an fp32 sum for q's.
+        """
+        result, width = self.heads * self.head_dim, self.dtype.itemsize
+        given = self.tokens * width * (self.channels + result)
+        if self.has_kernel:
+            return given + self.tokens * result * (3 * width + 4)
+        return given + self._kernel("backward_bytes")
+
+    def _attending(self) -> int:
+        """Workspace of attention's forward."""
+        if self.has_kernel:
+            return self.tokens * (self.dtype.itemsize * self._repeated() + 4 * self.heads)
+        return self._kernel("forward_bytes")
+
+    def _repeated(self) -> int:
+        """Numbers a token in the copies of k and v that CUDA's attention is given."""
+        return 2 * self.head_dim * (self.heads - self.kv_heads)
+
+    def _kernel(self, name: str) -> int:
+        kernel = kernels.on("document_attention", self.device, self.dtype, self.head_dim)
+        sizes = self.heads, self.kv_heads, self.head_dim
+        return getattr(kernel, name)(self.lengths, *sizes, self.dtype, self.window)
