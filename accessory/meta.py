@@ -92,7 +92,8 @@ class MetaModel(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
         inputs = self._with_insets(batch) if batch.insets else batch.tokens
-        return self.llma(inputs, self.llma.sequences(batch.lengths, shared=batch.shared))
+        sequences = self.llma.sequences(batch.lengths, shared=batch.shared)
+        return self.llma(inputs, sequences.with_labels(batch.labels))
 
     def _with_insets(self, batch: PackedBatch) -> Tensor:
         """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""

@@ -45,7 +45,7 @@ class SideDecoder(Decoder):
     downsampled embedding on the right. After the last: u = upsample(norm(side)). It is mixed with the base's final
     state h: h + gate * u for a start at the base, else sigmoid(gate) h + (1 - sigmoid(gate)) u.
     With a `tail` of n blocks, h is the input of the base's last n blocks, which have LoRA and belong to the side
-    network: gradients go back through them, and no further.
+    network: gradients go back through them, by default for tokens with a label, and no further.
     """
 
     def __init__(self, args: ModelArgs, settings: SideSettings, **how: Any) -> None:
@@ -53,6 +53,7 @@ class SideDecoder(Decoder):
         self.settings = settings
         self.frozen_layers = args.n_layers - settings.tail
         for block in self.layers[self.frozen_layers :]:
+            block.only_labelled = settings.tail_backward == "labelled"
             for linear in (*chain(*block.attention.linears_by_input()), *chain(*block.feed_forward.linears_by_input())):
                 linear.add_lora(settings.tail_rank, 1.0, 0.0)
         self.side = nn.ModuleList()

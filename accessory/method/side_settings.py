@@ -48,6 +48,8 @@ class SideSettings(BaseModel):
     """Last blocks of the base that belong to the side network: they have LoRA, and gradients go back through them."""
     tail_rank: int = Field(default=16, ge=1, le=1 << 16)
     """Rank of that LoRA; its scale is 1."""
+    tail_backward: Literal["labelled", "all"] = "labelled"
+    """Tokens that gradients go back through in the tail: those with a label, or all, which costs twice as much."""
     gate: Literal["vector", "scalar"] = "vector"
     """Whether gates weigh each channel by itself or all alike."""
     start: Literal["base", "released"] = "base"

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.model.args import ModelArgs
 from accessory.model.attention import Attention
+from accessory.model.backward_rows import backward_only
 from accessory.model.cache import LayerCache
 from accessory.model.feed_forward import FeedForward
 from accessory.model.linear import prepare_decoding
@@ -24,6 +25,7 @@ class Block(nn.Module):
     before: on the inputs of attention and feed-forward. after: on the sums. both: on their inputs and outputs.
     `args.parallel_residual`: feed-forward reads x instead of h.
     `recompute`: save only x for the backward and run the block again there; `offload`: move that x to host memory.
+    `only_labelled`: the backward of its linears goes through tokens that have a label only.
     """
 
     def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
@@ -39,7 +41,7 @@ class Block(nn.Module):
         if self.placement == "before":
             self.feed_forward.w2.ends_block = True
             self.attention.wo.ends_block = self.parallel
-        self.recompute = False
+        self.recompute = self.only_labelled = False
         self.offload: InputOffload | None = None
 
     def forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
@@ -57,6 +59,10 @@ class Block(nn.Module):
             self.attention.addition.prepare_decoding(self.attention)
 
     def _forward(self, x: Tensor, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
+        with backward_only(sequences.labelled if self.only_labelled else None):
+            return self._computed(x, sequences, cache)
+
+    def _computed(self, x: Tensor, sequences: Sequences, cache: LayerCache | None) -> Tensor:
         if self.placement == "after":
             x = self.attention_norm(x + self.attention(x, sequences, cache))
             return self.ffn_norm(x + self.feed_forward(x))

@@ -6,11 +6,14 @@ or biases are trained, nothing of x is saved; LoRA saves x (or how to recompute 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.addition import NOTHING, Addition
+from accessory.model.backward_rows import backward_rows
 from accessory.model.decoding import decodes
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
@@ -69,14 +72,16 @@ class _Projection(torch.autograd.Function):
         """flat: the tensors of additions and weights again, where autograd sees them: n biases, n A, n B, and the
         trainable ones of each weight.
         """
-        count, lows = len(weights), _low_products(x, additions)
+        count, lows, rows = len(weights), _low_products(x, additions), backward_rows()
         need = ctx.needs_input_grad[5:]
         keeps_x = any(need[count : 2 * count]) or any(need[3 * count :])
         ctx.packed = [weight if isinstance(weight, PackedWeight) else None for weight in weights]
         ctx.settings, ctx.need, ctx.make = [addition[3:] for addition in additions], need, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
+        ctx.rows, ctx.length = rows, len(x)
         plain = (weight for weight in weights if isinstance(weight, Tensor))
-        ctx.save_for_backward(*source.inputs[: ctx.inputs], *lows, *flat[: 3 * count], *plain)
+        kept = lows if rows is None else _chosen(lows, rows)
+        ctx.save_for_backward(*source.inputs[: ctx.inputs], *kept, *flat[: 3 * count], *plain)
         if skip_output:
             return tuple(x.new_empty(len(x), weight.shape[0]) for weight in weights)
         return tuple(map(multiply, [x] * count, weights, additions, lows))
@@ -90,8 +95,12 @@ class _Projection(torch.autograd.Function):
         plain = iter(saved[end:])
         weights = [next(plain) if packed is None else packed for packed in ctx.packed]
         additions = [Addition(*tensors, *rest) for *tensors, rest in zip(*of_additions, ctx.settings, strict=True)]
+        if ctx.rows is not None:
+            gradients, (x,) = _chosen(gradients, ctx.rows), _chosen([x], ctx.rows)
         dlows = _low_gradients(gradients, additions)
         dx = _input_gradient(gradients, dlows, weights, additions) if ctx.needs_input_grad[0] else None
+        if dx is not None and ctx.rows is not None:
+            dx = dx.new_zeros(ctx.length, dx.shape[1]).index_copy_(0, ctx.rows, dx)
         need_bias, need_a, need_b = (ctx.need[i : i + count] for i in range(0, 3 * count, count))
         return (
             *(dx, None, None, None, None),
@@ -102,6 +111,11 @@ class _Projection(torch.autograd.Function):
               for dy, low, added, needed in zip(gradients, lows, additions, need_b, strict=True)),
             *_gradients_of_weights(x, gradients, weights, ctx.need[3 * count :]),
         )  # fmt: skip
+
+
+def _chosen(tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    """Rows of each; there is no dropout here, whose mask is drawn for all."""
+    return [None if tensor is None else tensor[rows] for tensor in tensors]
 
 
 def _without_dropout(additions: list[Addition]) -> list[int]:

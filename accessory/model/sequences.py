@@ -19,7 +19,7 @@ class Sequences:
     lengths: new tokens of each document, summing to T where none are shared. starts: tokens of each document already in
     the key/value cache (all zero in training). positions: of each token in its document [T], on the tokens' device.
     rotations: as `rotations_at`. documents: lengths and shared beginnings, for attention kernels. alibi: as
-    `alibi_channels`, or None.
+    `alibi_channels`, or None. labelled: tokens that have a label, int64 [L], where that is known and there are any.
     """
 
     lengths: tuple[int, ...]
@@ -28,6 +28,7 @@ class Sequences:
     rotations: Tensor
     documents: Documents
     alibi: tuple[Tensor, Tensor] | None = None
+    labelled: Tensor | None = None
 
     @staticmethod
     def build(
@@ -49,6 +50,11 @@ class Sequences:
         positions = positions.to(frequencies.device)
         documents = Documents.build(lengths, shared, positions.device)
         return Sequences(lengths, starts, positions, rotations_at(frequencies, positions), documents)
+
+    def with_labels(self, labels: Tensor) -> Sequences:
+        """The same with `labels` [T], negative where there is none."""
+        rows = (labels >= 0).nonzero()[:, 0]
+        return replace(self, labelled=rows if len(rows) else None)
 
     def with_alibi(self, channels: tuple[Tensor, Tensor]) -> Sequences:
         """The same with ALiBi's channels."""

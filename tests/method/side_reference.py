@@ -34,12 +34,17 @@ def rotated(x: Tensor, theta: float) -> Tensor:
     return torch.cat([one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()], -1)
 
 
-def block(w: Weights, name: str, x: Tensor, args: dict) -> Tensor:
-    """One decoder block of LLaMA (rotary, gated SiLU) or OPT (ReLU), norms before attention and MLP."""
+def block(w: Weights, name: str, x: Tensor, args: dict, learned: Tensor | None = None) -> Tensor:
+    """One decoder block of LLaMA (rotary, gated SiLU) or OPT (ReLU), norms before attention and MLP.
+
+    learned: of each token of x [S, D], whether keys and values have a gradient; None: all have.
+    """
     heads, kv_heads = args["n_heads"], args["n_kv_heads"]
     h = norm(w, f"{name}.attention_norm", x, args["norm_eps"])
     q, k, v = (linear(w, f"{name}.attention.{part}", h).unflatten(-1, (count, -1)).transpose(0, 1)
                for part, count in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads)))  # fmt: skip
+    if learned is not None:
+        k, v = (torch.where(learned[:, None], part, part.detach()) for part in (k, v))
     if args["position"] == "rotary":
         q, k = rotated(q, args["rope_theta"]), rotated(k, args["rope_theta"])
     k, v = (part.repeat_interleave(heads // kv_heads, 0) for part in (k, v))
@@ -74,8 +79,8 @@ def downsampled(w: Weights, name: str, state: Tensor, settings: dict) -> Tensor:
     return x
 
 
-def logits(w: Weights, ids: Tensor, args: dict, side_args: dict, settings: dict) -> Tensor:
-    """Token ids [S] of one document -> [S, V]; no gradient reaches the base."""
+def logits(w: Weights, ids: Tensor, labelled: Tensor, args: dict, side_args: dict, settings: dict) -> Tensor:
+    """Token ids [S] of one document -> [S, V]; no gradient reaches the base. labelled [S]: whether there is a label."""
     frozen = args["n_layers"] - settings["tail"]
     with torch.no_grad():
         x = w["tok_embeddings.weight"][ids]
@@ -88,8 +93,11 @@ def logits(w: Weights, ids: Tensor, args: dict, side_args: dict, settings: dict)
     if settings["side_layers"]:
         final = mixed(w, final, states, side_args, settings)
     if settings["tail"]:
+        learned = None if settings["tail_backward"] == "all" else labelled
+        if learned is not None:
+            final = torch.where(labelled[:, None], final, final.detach())
         for i in range(frozen, args["n_layers"]):
-            final = block(w, f"layers.{i}", final, args)
+            final = block(w, f"layers.{i}", final, args, learned)
         final = norm(w, "norm", final, args["norm_eps"])
     return final @ w.get("output.weight", w["tok_embeddings.weight"]).t()
 
