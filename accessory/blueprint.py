@@ -246,7 +246,8 @@ def _unknown_key(key: str, known: set[str]) -> str:
         return f': it is "{_THEIR_KEYS[key]}" here; or give the whole config.json, with its model_type.'
     said = unknown(key, known)
     homes = [method.suffix for method in METHODS.values() if key in method.Settings.model_fields]
-    return f": it goes with a --llama_type that ends in {homes[0]}." if homes and not said.startswith(":") else said
+    theirs = said.startswith(":") and f'"{key}"' not in said  # others call by this name what has another here
+    return f": it goes with a --llama_type that ends in {homes[0]}." if homes and not theirs else said
 
 
 def _unread(source: Source) -> tuple[str, ...]:

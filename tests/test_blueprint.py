@@ -179,8 +179,8 @@ def test_unknown_type(tiny_base: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="lama_peft")
     assert str(caught.value) == (
-        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, opt, "
-        "opt_peft, bloom, bloom_peft, neox, neox_peft, glm, glm_peft."
+        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, llama_qst, "
+        "opt, opt_peft, opt_qst, bloom, bloom_peft, bloom_qst, neox, neox_peft, neox_qst, glm, glm_peft, glm_qst."
     )
 
 
@@ -203,8 +203,9 @@ def test_quantized_full_training_is_refused(tiny_base: Path) -> None:
     """Weights of 4 bits have no gradient; but such a model may be asked, and then all its linears are packed."""
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="llama", quant_type="nf4")
-    assert "--quant with --llama_type llama: nf4 weights cannot be trained; use --llama_type llama_peft." in (
-        str(caught.value)
+    assert (
+        "--quant with --llama_type llama: nf4 weights cannot be trained; use --llama_type llama_peft or llama_qst."
+        in (str(caught.value))
     )
     decoder, attachment = draw(tiny_base, llama_type="llama", quant_type="nf4", train=False).build(Layout())
     packed = [name for name, module in decoder.named_modules() if isinstance(module, PackedWeight)]
