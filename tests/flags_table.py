@@ -1,8 +1,9 @@
-"""The table of an entry's flags in docs/flags.md, from its configuration."""
+"""Tables of an entry's flags and of a method's settings in docs/, from their classes."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -14,6 +15,21 @@ def flags_table(config_class: type[BaseModel]) -> str:
         default = "required" if field.is_required() else "" if field.default_factory else _shown(field.default)
         rows.append(f"| `--{name}` | {default} | {(field.description or '').replace('|', '/')} |")
     return "\n".join(rows)
+
+
+def settings_table(settings_class: type[BaseModel]) -> str:
+    """The Markdown table of a method's keys of `--llama_config`."""
+    rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for name, field in settings_class.model_fields.items():
+        default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{name}` | {default} | {_values(field.annotation)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def _values(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
+    return "`true`, `false`" if annotation is bool else "number"
 
 
 def _shown(default: Any) -> str:

@@ -18,10 +18,13 @@ from accessory.config import DemoConfig, FinetuneConfig
 from accessory.data.meta_config import load_data_config
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import AccessoryError
+from accessory.export import export_side
 from accessory.foreign_names import unknown
 from accessory.method.peft import Peft
+from accessory.method.side_settings import SideSettings
+from tests.checkpoint.trained import write_trained_side
 from tests.conftest import DATA, ROOT, run_python
-from tests.flags_table import flags_table
+from tests.flags_table import flags_table, settings_table
 from tests.model.families.matrix import FAMILIES_TABLE
 from tests.runs import SUPPORT
 from tests.support import SupportTable
@@ -32,6 +35,8 @@ PAGES = {name: (ROOT / name).read_text() for name in
 SETUP = ("bash exps/quickstart.sh", "bash tests/run.sh")
 TRAINED = "output/mine/epoch2"
 """What README's runs leave, and the commands of other pages begin with."""
+PARTS = re.compile(r"(output/(?:mine|side))/epoch2")
+"""What any run leaves."""
 OTHERS_FLAGS = {"nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time"}
 """Of torchrun and sbatch."""
 OTHERS_FILES = {f"accessory/{name}/" for name in ("configs", "exps", "demos", "tools")} | {
@@ -81,6 +86,7 @@ def _in_code(sentence: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "flags": lambda _: flags_table(FinetuneConfig),
     "demo-flags": lambda _: flags_table(DemoConfig),
+    "side-settings": lambda _: settings_table(SideSettings),
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
     "plan": plan_table,
@@ -200,20 +206,23 @@ def test_no_command_stands_twice() -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory laid out as the commands expect: accessory/ and the rest, BASE, DATA.json, lora.json, ..."""
+    """A directory laid out as the commands expect: accessory/ and the rest, BASE, DATA.json, RELEASED, ..."""
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("accessory", "demos", "exps", "configs", "tools"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "BASE").symlink_to(tiny_base)
     (folder / "DATA.json").write_text(next(text for page, text in blocks("json") if page == README))
     (folder / "lora.json").write_text('{"lora_rank": 16}')
+    (folder / "side.json").write_text('{"start": "released"}')
+    side = write_trained_side(tiny_base, tmp_path_factory.mktemp("side") / "part", start="released")
+    export_side([side], folder / "RELEASED")
     return folder
 
 
-def train(workshop: Path) -> None:
-    """What README's first run leaves, where a test is run alone."""
-    if not (workshop / TRAINED).is_dir():
-        run = next(command for command in COMMANDS if "main_finetune" in command)
+def train(workshop: Path, part: str = TRAINED) -> None:
+    """What the first run that writes `part` leaves, where a test is run alone."""
+    if not (workshop / part).is_dir():
+        run = next(command for command in COMMANDS if f"--output_dir {part.removesuffix('/epoch2')}" in command)
         assert run_python(*shlex.split(run)[1:], cwd=workshop).returncode == 0
 
 
@@ -223,15 +232,17 @@ def test_command(command: str, workshop: Path, shell) -> None:
     command = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("--nnodes=2", "--nnodes=1")
     command = command.replace("HOST:29400", "localhost:0")
     command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
-    if TRAINED in command:
-        train(workshop)
+    for part in PARTS.finditer(command):
+        train(workshop, part[0])
+    (output,) = re.findall(r"--output_dir (\S+)", command) or [""]
     if "main_finetune" in command:  # each is another way to begin the same run
-        shutil.rmtree(workshop / "output" / "mine", ignore_errors=True)
+        shutil.rmtree(workshop / output, ignore_errors=True)
     done = shell(command, cwd=workshop)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     if "main_finetune" in command:
-        assert (workshop / TRAINED / "trainable.safetensors").is_file()
-    for target in {"base-nf4", "model.gguf", "merged", "adapter"} & {Path(word).name for word in shlex.split(command)}:
+        assert (workshop / output / "epoch2" / "trainable.safetensors").is_file()
+    made = {"base-nf4", "model.gguf", "merged", "adapter", "qst"}
+    for target in made & {Path(word).name for word in shlex.split(command)}:
         assert (workshop / "output" / target).exists()
     if "single_turn" in shlex.split(command)[1]:
         assert "A: " in done.stdout

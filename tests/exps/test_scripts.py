@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 from accessory.config import FinetuneConfig, parse
 from accessory.method.peft import Peft
+from accessory.method.side_tuning import SideTuning
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPTS = sorted((ROOT / "exps" / "finetune" / "sg").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "exps" / "finetune" / "sg").glob("*Peft*.sh"))
+SIDE_SCRIPTS = [*sorted((ROOT / "exps" / "finetune" / "sg").glob("*Qst*.sh")), ROOT / "exps" / "qst-70b.sh"]
 DATA = ROOT / "data_example" / "accessory_qa.json"
 
 
@@ -61,9 +64,11 @@ def params(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_there_are_the_four_scripts() -> None:
+def test_which_scripts_there_are() -> None:
     stem = "alpaca_llamaPeft_normBias"
     assert {s.stem for s in SCRIPTS} == {stem, f"{stem}Lora", f"{stem}_QF", f"{stem}Lora_QF"}
+    assert {s.stem for s in SIDE_SCRIPTS} == {"alpaca_llamaQst_QF", "alpaca_optQst_QF", "qst-70b"}
+    assert set((ROOT / "exps" / "finetune" / "sg").glob("*.sh")) == {*SCRIPTS, *SIDE_SCRIPTS[:2]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -84,6 +89,25 @@ def test_script_gives_upstreams_values(
     assert settings.lora_rank == (16 if "Lora" in script.stem else -1)
     assert settings.bias_tuning
     assert settings.norm_tuning
+
+
+@pytest.mark.parametrize("script", SIDE_SCRIPTS, ids=lambda script: script.stem)
+def test_side_tuning_has_the_published_values(script: Path, tmp_path: Path, tiny_base: Path, clean_environment) -> None:
+    """Of the published script for the 70B, and of the paper for Alpaca (its appendix B)."""
+    used = called_by(script, tiny_base, "--data_config", DATA, folder=tmp_path, environment=clean_environment)
+    large = script.stem == "qst-70b"
+    assert used.output_dir == tmp_path / "out" / (script.stem if large else f"finetune/sg/{script.stem}")
+    assert used.llama_type == ("opt_qst" if "opt" in script.stem else "llama_qst")
+    assert used.quant and used.only_save_trainable and used.checkpointing == "none" and used.dialog == large
+    names = ("batch_size", "accum_iter", "max_words", "max_steps", "save_steps", "lr")
+    expected = [1, 16, 512 + 512, 1875, 200, 1e-4] if large else [4, 1, 512, None, None, 2e-4]
+    assert [getattr(used, name) for name in names] == expected
+    assert (used.lr_schedule, used.adam_beta2, used.clip_grad, used.weight_decay) == ("constant", 0.999, 0.3, 0)
+    steps = 9846 / 16 if large else 1  # OpenAssistant's best replies: the warm-up is a share of the run
+    assert used.warmup_epochs * steps == pytest.approx(0.03 * (1875 if large else used.epochs), rel=0.02)
+    settings = SideTuning.Settings(**SideTuning.translated(json.loads(used.llama_config[0].read_text())))
+    assert (settings.r, settings.peft_hidden_size, settings.adapter_activation) == (16, 16, "silu")
+    assert (settings.dropout, settings.add_layer_norm_after_adapter, settings.start) == (0.1, True, "base")
 
 
 @pytest.mark.parametrize("words", [[], ["-", "BASE"], ["CONFIG", "-"]], ids=" ".join)
@@ -115,6 +139,32 @@ def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Pat
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr[-2000:]
     assert asked.stdout.startswith("Q: What is QST?\nA: ")
+
+
+def test_side_tuning_trains_and_answers(
+    tiny_base: Path, params: Path, tmp_path: Path, clean_environment, python
+) -> None:
+    """On conversations as docs/qst.md makes them of OpenAssistant's file."""
+    (tmp_path / "data").mkdir()
+    lines = [{"text": "### Human: What is QST?### Assistant: Side tuning.### Human: Why?### Assistant: Less memory."}]
+    lines *= 16
+    (tmp_path / "openassistant_best_replies_train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = (ROOT / "docs" / "qst.md").read_text()
+    done = python("-c", re.search(r"<!-- oasst1 -->\n```text\n(.*?)```", page, re.DOTALL)[1], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    conversation = json.loads((tmp_path / "data" / "oasst1.json").read_text())[0]["conversations"]
+    assert [turn["from"] for turn in conversation] == ["human", "gpt"] * 2
+    assert [turn["value"] for turn in conversation] == ["What is QST?", "Side tuning.", "Why?", "Less memory."]
+    script = next(s for s in SIDE_SCRIPTS if s.stem == "qst-70b")
+    more = ("--data_config", tmp_path / "data" / "oasst1.json", "--max_steps", "1")
+    done = run_script(
+        script, tiny_base, params, *more, cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (trained,) = (tmp_path / "qst-70b").glob("epoch*")
+    asked = python("demos/single_turn.py", "--pretrained_path", trained, "--max_gen_len", "5", "--prompt", "Why?")
+    assert asked.returncode == 0, asked.stderr[-2000:]
+    assert asked.stdout.startswith("Q: Why?\nA: ")
 
 
 def test_usage_without_arguments(tmp_path: Path, clean_environment) -> None:
