@@ -22,6 +22,7 @@ from accessory.generate import generate_tokens, next_token_logits
 from accessory.memory.base_cache import BaseCache
 from accessory.model.decoder import Decoder
 from accessory.model.loss import CHUNK, cross_entropy_sum
+from accessory.model.sequences import Sequences as DocumentSequences
 from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
@@ -86,14 +87,19 @@ class MetaModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
-        hidden = self.base_cache.hidden(self.llma, batch) if self.base_cache else self.hidden(batch)
+        if self.base_cache:
+            hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
+        else:
+            hidden = self.hidden(batch)
         return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
         inputs = self._with_insets(batch) if batch.insets else batch.tokens
-        sequences = self.llma.sequences(batch.lengths, shared=batch.shared)
-        return self.llma(inputs, sequences.with_labels(batch.labels))
+        return self.llma(inputs, self._sequences(batch))
+
+    def _sequences(self, batch: PackedBatch) -> DocumentSequences:
+        return self.llma.sequences(batch.lengths, shared=batch.shared).with_labels(batch.labels)
 
     def _with_insets(self, batch: PackedBatch) -> Tensor:
         """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""

@@ -12,6 +12,7 @@ from accessory.data.batch import PackedBatch
 from accessory.errors import ConfigError
 from accessory.memory.row_file import ROWS, Exact, RowFile, Span
 from accessory.method.side_network import SideDecoder
+from accessory.model.sequences import Sequences
 from accessory.parallel.agree import highest, together
 from accessory.parallel.groups import Layout
 
@@ -38,14 +39,13 @@ class BaseCache:
         self.agrees = layout.mp_size > 1 or (data_parallel == "fsdp" and layout.dp_size > 1)
         self.reader = ThreadPoolExecutor(1)
 
-    def hidden(self, decoder: SideDecoder, batch: PackedBatch) -> Tensor:
+    def hidden(self, decoder: SideDecoder, batch: PackedBatch, sequences: Sequences) -> Tensor:
         """As the decoder's forward: the head's input [T, embedding_dim]. Raises `ConfigError` for a batch with insets.
 
         A collective where ranks compute blocks together.
         """
         if batch.insets:
             raise ConfigError("--cache_base: a document has insets; only documents of tokens alone can be cached.")
-        sequences = decoder.sequences(batch.lengths, shared=batch.shared)
         with torch.no_grad():
             entered = decoder.enter(batch.tokens, sequences)
         states = self._read(decoder, batch) if self._has(batch) else self._computed(decoder, batch, entered, sequences)
