@@ -138,13 +138,17 @@ def test_untrained_logits_are_the_bases(made, bases, family: str, bits: bool) ->
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_in_bf16(bases) -> None:
+def test_in_bf16(made, bases) -> None:
     """Computed in what bitsandbytes was told to compute in, whatever autocast says."""
+    wide = moved(made()[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        in_autocast = wide(TOKENS[None], labels=TOKENS[None])[:]
+    for value, expected in zip(in_autocast, wide(TOKENS[None], labels=TOKENS[None])[:], strict=True):
+        assert torch.equal(value, expected)
     theirs = loaded(bases["llama"], dtype=torch.bfloat16)
     model = QSTLlamaForCausalLM(theirs, theirs.config, QSTConfig(**SIDE))
     assert model.decoder.tok_embeddings.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(TOKENS[None], labels=TOKENS[None])
+    out = model(TOKENS[None], labels=TOKENS[None])
     with torch.no_grad():
         expected = theirs.train()(TOKENS[None], labels=TOKENS[None])
     assert out.hidden.dtype == torch.bfloat16
@@ -224,14 +228,14 @@ def engines_losses(bases, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def documents(path: Path) -> Iterator[list[dict[str, Tensor]]]:
-    """Of each step of that run its documents, with labels as transformers has them."""
+    """Of each step of that run its documents, with labels as transformers has them: the first never counts."""
     corpus = build_corpus(DATA, open_tokenizer(path), max_words=256)
     order = GlobalOrder(corpus, batch_size=2, accum_iter=ACCUMULATED, seed=0)
     for step in range(STEPS):
         rows = []
         for number in order.global_ids(0, step):
             tokens, following = (torch.from_numpy(part.astype("int64")) for part in corpus.document(number))
-            rows.append({"input_ids": tokens, "labels": torch.cat([torch.tensor([-100]), following[:-1]])})
+            rows.append({"input_ids": tokens, "labels": torch.cat([tokens[:1], following[:-1]])})
             assert following[-1] == -100
         yield rows
 
@@ -255,7 +259,7 @@ def test_own_loop_has_the_engines_losses(made, bases, engines_losses, family: st
     model, losses = made(family)[0].train(), []
     optimizer = optimizer_of(model)
     for rows in documents(bases[family]):
-        supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
+        supervised = sum(int((row["labels"][1:] >= 0).sum()) for row in rows)
         parts = [model(**collated(part), num_items_in_batch=supervised).loss for part in (rows[:3], rows[3:])]
         sum(parts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

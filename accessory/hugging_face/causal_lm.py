@@ -41,7 +41,8 @@ class CausalOutput:
     @cached_property
     def logits(self) -> Tensor:
         """fp32 [B, S, V], zero at padding."""
-        return self.rows.padded(next_token_logits(self.decoder, self.hidden))
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return self.rows.padded(next_token_logits(self.decoder, self.hidden))
 
     def __getitem__(self, key: int | slice | str) -> Any:
         """By name, or by position as in transformers' outputs: a loss that is None has none."""
@@ -184,7 +185,8 @@ class QSTForCausalLM(nn.Module):
         training = self.training
         self.eval()
         try:
-            yield
+            with torch.autocast(self.device.type, enabled=False):
+                yield
         finally:
             self.train(training)
 
