@@ -57,9 +57,15 @@ COMMANDS = [line for _, text in blocks("bash") for line in text.splitlines() if 
 # Tables that the code makes
 
 
-def plan_table(_: str) -> str:
-    """What the planner prints."""
-    return run_python(ROOT / "tools" / "plan.py", "table", "--seq", "512").stdout.strip()
+def printed(name: str) -> Callable[[str], str]:
+    """What the planner's command before the table prints."""
+
+    def table(_: str) -> str:
+        before = "\n".join(PAGES.values()).partition(f"<!-- {name} -->")[0]
+        command = shlex.split(re.findall(r"`python (tools/plan\.py [^`]+)`", before)[-1])
+        return run_python(ROOT / command[0], *command[1:]).stdout.strip()
+
+    return table
 
 
 def rows_and_columns(table: SupportTable) -> Callable[[str], str]:
@@ -89,7 +95,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "side-settings": lambda _: settings_table(SideSettings),
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
-    "plan": plan_table,
+    **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512")},
     **{f"names of {trainer}": names_table for trainer in ("LLaMA2-Accessory", "qlora", "peft", "Axolotl")},
 }
 """What stands between two markers -> what must stand there."""

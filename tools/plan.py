@@ -1,6 +1,7 @@
 """Will it fit, and if not, what would help?  From the model's shapes alone, by the code that --dry_run prints:
 
 python tools/plan.py 7B --method lora --seq 2048 --device_memory 8      python tools/plan.py table --seq 512
+python tools/plan.py compare 70B --methods qst,lora --batch_size 16 --seq 384
 """
 
 from __future__ import annotations
@@ -137,14 +138,14 @@ def plan(
         device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
     """
     model = str(model)
-    args = args_of(model)
     fault = method in METHODS and METHODS[method].storage_fault("nf4")
     quant_type = quant_type or (PLAIN if fault else "nf4")
     setting = Setting(
-        method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, _layers(checkpointing, args.n_layers),
+        method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, 0,
         optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
     )  # fmt: skip
     setting.check()
+    setting = replace(setting, checkpointing=_layers(checkpointing, _n_layers(model, setting)))
     place = _device(device)
     if offload_inputs and place.type != "cuda":
         raise ConfigError(
@@ -163,17 +164,38 @@ plan.__doc__ = plan.__doc__.replace("METHODS", ", ".join(METHODS))
 
 def table(seq: int = 512) -> None:
     """Print the Markdown table of docs/memory.md: LLaMA-2 in NF4 at one document of SEQ tokens."""
+    _print_rows("model | ", [(size, Setting(method, seq=seq), checkpointing)
+                             for size in LLAMA_2 for method in ("normbias", "normbiaslora")
+                             for checkpointing in (True, False)])  # fmt: skip
+
+
+def compare(model: str, methods: str = "lora,qst", seq: int = 512, batch_size: int = 1) -> None:
+    """Print a Markdown table of a GPU's memory in training MODEL in NF4, with and without --checkpointing.
+
+    Args:
+        model: as for the plan of one method.
+        methods: names of methods, with commas between them.
+        seq: tokens of a document.
+        batch_size: documents of a micro-batch.
+    """
+    names = methods if isinstance(methods, list | tuple) else str(methods).split(",")
+    settings = [Setting(str(name), seq=seq, batch_size=batch_size) for name in names]
+    for setting in settings:
+        setting.check()
+    _print_rows("", [(str(model), setting, again) for setting in settings for again in (True, False)])
+
+
+def _print_rows(first: str, rows: list[tuple[str, Setting, bool]]) -> None:
+    """Print a table of (model, setting, whether all layers are recomputed); `first`: heads of columns of its own."""
     names = [field.name for field in fields(MemoryPlan)] + ["total"]
-    print(f"| model | method | trainable parameters | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
-    for size in LLAMA_2:
-        n_layers = LLAMA_2[size]["n_layers"]
-        for method in ("normbias", "normbiaslora"):
-            for layers in (n_layers, 0):
-                setting = Setting(method, seq=seq, checkpointing=layers)
-                made, trained, _ = planned(size, setting, torch.device("cuda"))
-                cells = [f"{getattr(made, name) / 1e9:.3f}" for name in names]
-                label = f"{method}, `--checkpointing`" if layers else method
-                print(f"| {size} | {label} | {trained:,} | {' | '.join(cells)} |")
+    heads = f"{first}method | trainable parameters | {' | '.join(names)}"
+    print(f"| {heads} |\n{'|---' * (heads.count('|') + 1)}|")
+    for model, setting, again in rows:
+        layers = _n_layers(model, setting) if again else 0
+        made, trained, _ = planned(model, replace(setting, checkpointing=layers), torch.device("cuda"))
+        cells = [f"{getattr(made, name) / 1e9:.3f}" for name in names]
+        label = f"{setting.method}, `--checkpointing`" if again else setting.method
+        print(f"| {f'{model} | ' if first else ''}{label} | {trained:,} | {' | '.join(cells)} |")
 
 
 def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryPlan, int, int]:
@@ -192,6 +214,12 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
         offload=setting.offload_inputs,
     )
     return step.plan(setting.checkpointing), *parameter_counts(decoder, attachment)
+
+
+def _n_layers(model: str, setting: Setting) -> int:
+    """Layers that can be recomputed: a method may have some of its own."""
+    decoder, _ = _built(model, setting.method, setting.quant_type, setting.precision, setting.model_parallel_size)
+    return sum(1 for _ in decoder.blocks())
 
 
 @cache
@@ -218,7 +246,7 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
         return total(changed) <= usable
 
     failed = f"It does not fit into {spared}."
-    steps = list(_steps(args_of(model), setting, device))
+    steps = list(_steps(args_of(model), _n_layers(model, setting), setting, device))
     enough = [next((s for s in step if fits(replace(setting, **s))), None) for step in steps]
     if any(enough):
         found = [replace(setting, **changes).flags_beside(setting) for changes in enough if changes]
@@ -236,10 +264,10 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
     return f"{failed} These are enough together:\n  {replace(setting, **changes).flags_beside(setting)}"
 
 
-def _steps(args: ModelArgs, setting: Setting, device: torch.device) -> Iterator[list[dict[str, object]]]:
+def _steps(args: ModelArgs, n_layers: int, setting: Setting, device: torch.device) -> Iterator[list[dict[str, object]]]:
     """Changes that make a step smaller, by what they cost the user; of each kind the slightest first."""
-    if setting.checkpointing < args.n_layers:
-        yield [{"checkpointing": layers} for layers in range(setting.checkpointing + 1, args.n_layers + 1)]
+    if setting.checkpointing < n_layers:
+        yield [{"checkpointing": layers} for layers in range(setting.checkpointing + 1, n_layers + 1)]
     if sizes := _halved(setting.tokens, setting.seq):
         yield [{"max_tokens": size} for size in sizes]
     if setting.optim != "adamw8bit":
@@ -253,7 +281,7 @@ def _steps(args: ModelArgs, setting: Setting, device: torch.device) -> Iterator[
     elif setting.method != "normbias":
         yield [{"method": "normbias"}]
     if device.type == "cuda" and not setting.offload_inputs:
-        yield [{"checkpointing": args.n_layers, "offload_inputs": True}]
+        yield [{"checkpointing": n_layers, "offload_inputs": True}]
     if setting.seq > 256:
         yield [{"seq": seq} for seq in _halved(setting.seq, 128)]
     counts = args.n_heads, args.n_kv_heads, args.hidden_dim // 2
@@ -300,8 +328,9 @@ def _room(gigabytes: float | None, device: torch.device) -> int | None:
 
 
 def _command() -> None:
-    command = sys.argv.pop(1) if sys.argv[1:2] in (["table"], ["plan"]) else "plan"
-    from_command_line({"plan": plan, "table": table}[command])()
+    commands = {"plan": plan, "table": table, "compare": compare}
+    command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in commands else "plan"
+    from_command_line(commands[command])()
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def kept_in(bits: int, state: Tensor) -> Recomputable:
     blocks = state.unflatten(1, (-1, math.gcd(state.shape[1], BLOCK)))
     scales = blocks.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
     codes = (blocks / scales).round_().to(torch.int8)
-    return Recomputable(state, (codes, scales), lambda codes, scales: (codes * scales).flatten(1).to(state.dtype))
+    dtype = state.dtype  # `make` is kept for the backward, so it must not hold the state itself
+    return Recomputable(state, (codes, scales), lambda codes, scales: (codes * scales).flatten(1).to(dtype))
 
 
 def _dropped(state: Recomputable, share: float) -> Recomputable:
@@ -138,4 +139,5 @@ def _dropped(state: Recomputable, share: float) -> Recomputable:
     def drop(value: Tensor) -> Tensor:
         return value * chosen.dropout_mask(value).mul_(1 / (1 - share))
 
-    return Recomputable(drop(state.value), state.inputs, lambda *kept: drop(state.make(*kept)))
+    make = state.make
+    return Recomputable(drop(state.value), state.inputs, lambda *kept: drop(make(*kept)))

@@ -35,7 +35,11 @@ class SideTuning(Method):
     suffix: ClassVar[str] = "_qst"
     also_called: ClassVar[tuple[str, ...]] = ("lst",)
     summary: ClassVar[str] = "a narrow network beside the base"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"qst": {}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "qst": {},
+        "qst_8bit": {"state_bits": 8},
+        "qst_released": {"start": "released"},
+    }
     keeps_base: ClassVar[bool] = True
     merge_fault: ClassVar[str] = (
         "a side network stands beside the base and changes none of its matrices, so there is nothing to add to them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -250,6 +251,18 @@ def test_states_kept_in_8_bits(downsample: str, layout: Layout) -> None:
         error = (found[1][name] - exact).norm() / exact.norm()
         reads = name.startswith("downsample.") and first in name
         assert (0 < error < 0.02) if reads else torch.equal(found[1][name], exact), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_state_kept_in_8_bits_is_freed(layout: Layout, dropout: float) -> None:
+    """Nothing else holds the state for the backward, such as the function that makes it again."""
+    decoder, _ = made(LLAMA, layout, r=4, state_bits=8, dropout=dropout)
+    state = torch.randn(5, decoder.args.dim)
+    alive = weakref.ref(state)
+    read = decoder.train().downsample[0](state)
+    del state
+    assert alive() is None
+    read.sum().backward()
 
 
 def test_pools_keep_no_state(layout: Layout) -> None:
