@@ -22,6 +22,7 @@ from accessory.checkpoint.training_state import Progress
 from accessory.engine import Engine
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, nearest
+from accessory.memory.row_file import ROWS
 from accessory.optim import OPTIMIZERS
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
@@ -53,6 +54,8 @@ def train(
     optim: str = "adamw",
     checkpointing: bool | int | str = "none",
     share_prefixes: bool = True,
+    cache_base: str | None = None,
+    cache_base_rows: str = "exact",
     precision: str = "bf16",
     device: str = "auto",
     json: bool = False,
@@ -80,6 +83,8 @@ def train(
         checkpointing: layers to recompute: none, a number, or all (also without a value).
         share_prefixes: whether what documents begin alike with is computed once, as the fine-tuning run does; not with
             dropout.
+        cache_base: a new directory for what the base gives, from which the same steps are then taken once more.
+        cache_base_rows: exact or int8, as of training.
         precision: bf16, fp16, fp32 or tf32.
         device: auto, cpu or cuda.
         json: print one JSON line.
@@ -99,12 +104,14 @@ def train(
         if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
             raise ConfigError(f"{flag} {share!r}: expected a number above 0, of at most 1.")
     _check_method(method, rank, adapter, quant_type if quant else None)
+    _check_cache(method, cache_base, cache_base_rows)
     training = Training(
         model=str(model), data=None if data is None else str(data), steps=steps,
         batch_size=_documents(batch_size, tokens, lengths), seq=lengths,
         supervised=1.0 if supervised is None else supervised, max_words=max_words, method=method, rank=rank,
         adapter=None if adapter is None else str(adapter), quant_type=quant_type if quant else None,
         precision=precision, lr=lr, optim=optim, checkpointing=_layers(checkpointing), share_prefixes=share_prefixes,
+        cache_base=None if cache_base is None else str(cache_base), cache_base_rows=cache_base_rows,
     )  # fmt: skip
     layout = groups.start(device)
     engine = training.engine(layout)
@@ -139,7 +146,18 @@ def _measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
     }
     shares = time_shares.measure(lambda: engine.step(Progress(step=steps - 1)), engine)
     result["shares"] = {category: round(share, 2) for category, share in shares.items()}
+    if engine.base_cache:
+        result |= _measure_cached(engine, steps)
     return result | _beside_ideal(engine, layout, timed, packed, seconds, tokens)
+
+
+def _measure_cached(engine: Engine, steps: int) -> dict:
+    """The same steps again, in a second epoch, without the base."""
+    engine.base_cache.settle()
+    progress = Progress(epoch=1)
+    timed = [engine.step(progress)[0] for _ in range(steps)][UNTIMED_STEPS:]
+    tokens, seconds = sum(r.tokens for r in timed), sum(r.seconds for r in timed)
+    return {"cached_tokens_per_s": round(tokens / seconds, 1), "cached_bytes": engine.base_cache.file.total_bytes}
 
 
 def _beside_ideal(
@@ -188,6 +206,17 @@ def _check_model(model: str) -> None:
         raise ConfigError(
             f"--model {model!r} is neither a file or directory nor one of {', '.join(SIZES)}.{nearest(model, SIZES)}"
         )
+
+
+def _check_cache(method: str, cache_base: str | None, rows: str) -> None:
+    _check_named("--cache_base_rows", rows, ROWS)
+    if cache_base is None:
+        return
+    if not METHODS[method].keeps_base:
+        known = ", ".join(name for name, known in METHODS.items() if known.keeps_base)
+        raise ConfigError(f"--cache_base {cache_base}: --method {method} goes back through the base; expected {known}.")
+    if Path(cache_base).exists():
+        raise ConfigError(f"--cache_base {cache_base}: is there already; give a new directory.")
 
 
 def _check_method(method: str, rank: int | None, adapter: str | None, quant_type: str | None) -> None:

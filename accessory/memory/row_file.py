@@ -158,7 +158,7 @@ class RowFile:
 
     def write(self, state: int, document: int, packed: Tensor) -> None:
         """A document's packed rows of one state, uint8 [S, row_bytes] on the CPU. Raises `DiskFullError`."""
-        data = memoryview(packed.contiguous().numpy()).cast("B")
+        data = memoryview(packed.contiguous().flatten().numpy())
         self._guarded(_write_all, self._rows, data, self._place(state, Span(document, 0, len(packed))))
 
     def add(self, documents: Iterable[int]) -> None:
@@ -183,7 +183,7 @@ class RowFile:
         """Rows of one state, of several documents end to end: [T, width]."""
         kind = self.states[state]
         packed = torch.empty(sum(span.length for span in spans), kind.row_bytes, dtype=torch.uint8)
-        target, end = memoryview(packed.numpy()).cast("B"), 0
+        target, end = memoryview(packed.flatten().numpy()), 0
         for span in spans:
             begin, end = end, end + span.length * kind.row_bytes
             _read_all(self._rows, target[begin:end], self._place(state, span))

@@ -248,3 +248,11 @@ def test_no_micro_batch_has_more_than_the_most_tokens(corpus_of, layout):
         assert max(seen) <= ours[0].most_tokens
         documents = layout[0] if most is None else 8
         assert ours[0].most_tokens == min(lengths[-documents:].sum(), most or 10**9)
+
+
+def test_documents_of_a_rank(corpus_of):
+    """Those of its micro-batches."""
+    for order in orders(corpus_of(SIZES), (2, 1, 2)):
+        for epoch, step in ((0, 0), (1, 5)):
+            found = [i for batch in order.micro_batches(epoch, step) for i in batch.sample_ids]
+            assert order.documents(epoch, step).tolist() == found

@@ -76,6 +76,17 @@ def trained(called: Callable, *flags: str | Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_a_second_epoch_from_what_the_base_gave(called: Callable, tiny_base: Path, tmp_path: Path) -> None:
+    """Beside the first epoch's figures, which stay what they are without the cache."""
+    flags = "--model", tiny_base, "--data", DATA, "--steps", "3", "--batch_size", "4", "--method", "qst", "--quant"
+    plain, cached = trained(called, *flags), trained(called, *flags, "--cache_base", tmp_path / "cache")
+    assert cached["losses"] == plain["losses"] and "cached_tokens_per_s" not in plain
+    corpus = build_corpus(DATA, open_tokenizer(tiny_base), max_words=512)
+    assert cached["cached_bytes"] == int(corpus.lengths.sum()) * 2 * 128 * 2
+    assert cached["cached_tokens_per_s"] > 0
+    assert (tmp_path / "cache" / "written").read_bytes().count(1) == 12
+
+
 def test_quantized_in_words(called: Callable, tiny_base: Path) -> None:
     """Without --json a line a number."""
     done = called(
@@ -328,6 +339,9 @@ def test_equal_tokens_are_those_before_the_first_other(answers: list[list[int]],
     (["--tokens", "512"], "--tokens 512: is of random documents"),
     (["--supervised", "0.5"], "--supervised 0.5: is of random documents"),
     (["--lr", "big"], "--lr 'big': expected a number"),
+    (["--cache_base", "x"], "--cache_base x: --method lora goes back through the base; expected qst."),
+    (["--method", "qst", "--cache_base", "tests"], "--cache_base tests: is there already; give a new directory."),
+    (["--cache_base_rows", "int4"], "--cache_base_rows 'int4' is not one of exact, int8"),
 ])  # fmt: skip
 def test_faults_are_one_sentence(called: Callable, tiny_base: Path, flags: list[str], message: str) -> None:
     """Status 1 and no traceback."""

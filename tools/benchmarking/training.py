@@ -14,9 +14,12 @@ from accessory.data.corpus import Corpus, build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, StepSettings
 from accessory.errors import ConfigError
+from accessory.memory.base_cache import BaseCache, states_of
 from accessory.memory.recompute import choose_layers, recompute_layers
+from accessory.memory.row_file import RowFile
 from accessory.meta import MetaModel
 from accessory.method import Method, presets
+from accessory.model.decoder import Decoder
 from accessory.model.families import architecture_of
 from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
@@ -57,6 +60,8 @@ class Training:
     optim: str
     checkpointing: int | str
     share_prefixes: bool
+    cache_base: str | None = None
+    cache_base_rows: str = "exact"
 
     def engine(self, layout: Layout) -> Engine:
         """Ready for its first step. Raises `AccessoryError`s."""
@@ -76,6 +81,7 @@ class Training:
             dp_size=layout.dp_size, shuffle=False,
             share_prefixes=self.share_prefixes and not blueprint.method.drops_out,
         )  # fmt: skip
+        model.base_cache = self._base_cache(decoder, order, layout)
         return Engine(
             model=model,
             parameters=parameters,
@@ -86,7 +92,17 @@ class Training:
             reporter=Reporter(None, 0, 0, enabled=False),
             saver=None,
             signals=StopSignals(),
+            base_cache=model.base_cache,
         )
+
+    def _base_cache(self, decoder: Decoder, order: GlobalOrder, layout: Layout) -> BaseCache | None:
+        """An empty one."""
+        if self.cache_base is None:
+            return None
+        states = states_of(decoder, self.cache_base_rows)
+        file = RowFile(Path(self.cache_base), order.corpus.offsets, states, {"format": "of a benchmark"})
+        file.open()
+        return BaseCache(file, layout, "sdp")
 
     def _blueprint(self, layout: Layout) -> tuple[Blueprint, list[Source]]:
         if is_shape(self.model):
