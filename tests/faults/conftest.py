@@ -8,15 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.job import LLAMA_TYPE, Job
+from tests.faults.job import Job, settings
 
 
 @pytest.fixture(scope="session")
 def dropout_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small LoRA or side network with dropout, so that random numbers matter."""
     path = tmp_path_factory.mktemp("dropout") / "settings.json"
-    side = '{"r": 4, "side_heads": 2, "dropout": 0.2}'
-    path.write_text(side if LLAMA_TYPE.endswith("_qst") else '{"lora_rank": 4, "lora_dropout": 0.2}')
+    path.write_text(settings(dropout=0.2))
+    return path
+
+
+@pytest.fixture(scope="session")
+def no_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without it."""
+    path = tmp_path_factory.mktemp("no_dropout") / "settings.json"
+    path.write_text(settings())
     return path
 
 

@@ -21,11 +21,19 @@ WORKER = Path(__file__).with_name("faulty_worker.py")
 ROOT = Path(__file__).resolve().parent.parent.parent
 LLAMA_TYPE = os.environ.get("FAULTS_STRIKE", "llama_peft")
 """What is trained while faults strike; `FAULTS_STRIKE=llama_qst pytest tests/faults` strikes side tuning."""
+SIZE = "r" if LLAMA_TYPE.endswith("_qst") else "lora_rank"
+"""The setting that says how large the trained part is."""
 STEPS = 12
 PATIENCE = 200  # seconds until a job is taken to hang
 START = 8.0  # seconds on two idle cores from a job's start to its first steps
 FORCED = "forcefully exiting via SIGKILL"
 """Torchrun says so where a rank has not left half a minute after SIGTERM."""
+
+
+def settings(size: int = 4, dropout: float = 0.0) -> str:
+    """The JSON of a small LoRA or side network."""
+    side = {"r": size, "side_heads": 2, "dropout": dropout}
+    return json.dumps(side if SIZE == "r" else {"lora_rank": size, "lora_alpha": 8, "lora_dropout": dropout})
 
 
 @dataclass

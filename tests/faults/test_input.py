@@ -23,7 +23,7 @@ from accessory.errors import AccessoryError, CheckpointError, ConfigError, DataE
 from accessory.finetune import finetune
 from accessory.tokenizer import open_tokenizer, trial
 from tests.conftest import small_sentencepiece
-from tests.faults.job import ROOT, Job, said
+from tests.faults.job import ROOT, SIZE, Job, said, settings
 
 GOOD = '{"instruction": "say a", "output": "a"}'
 BAD_LINES = {
@@ -149,15 +149,16 @@ def test_25_bad_flags_and_settings_all_at_once(job: Job, tmp_path: Path, python)
     assert done.returncode == 2 and time.monotonic() - began < 60
     for words in ("--lr is 'fast'", "Did you mean '--batch_size'", "--max_skipped", "--save_minutes", "'igore'"):
         assert words in done.stderr, words
-    settings = tmp_path / "settings.json"
+    bad, misspelt = tmp_path / "settings.json", {"lora_rank": "lora_rnak", "r": "side_haeds"}[SIZE]
     for text, words in (
-        ('{"lora_rnak": 4}', "Did you mean 'lora_rank'"), ('{"lora_rank": -4}', "'lora_rank' is -4"),
-        ('{"lora_rank": "four"}', "'lora_rank' is 'four'"), ('{"lora_rank": 4', "settings.json: found"),
-        ("[" * 100_000, "settings.json: found"), ('{"lora_rank": 1e999}', "'lora_rank' is inf"),
+        (f'{{"{misspelt}": 4}}', "Did you mean 'lora_rank'" if SIZE != "r" else "Did you mean 'side_heads'"),
+        (f'{{"{SIZE}": -4}}', f"'{SIZE}' is -4"), (f'{{"{SIZE}": "four"}}', f"'{SIZE}' is 'four'"),
+        (f'{{"{SIZE}": 4', "settings.json: found"), ("[" * 100_000, "settings.json: found"),
+        (f'{{"{SIZE}": 1e999}}', f"'{SIZE}' is inf"),
     ):  # fmt: skip
-        settings.write_text(text)
+        bad.write_text(text)
         with pytest.raises(AccessoryError, match=re.escape(words)):
-            finetune(parse(FinetuneConfig, job.flags("--llama_config", str(settings))))
+            finetune(parse(FinetuneConfig, job.flags("--llama_config", str(bad))))
 
 
 INTEGERS = torch.ones(128, dtype=torch.int64)
@@ -184,8 +185,11 @@ def test_26_an_adapter_of_another_rank(job: Job, tmp_path: Path) -> None:
     job.ranks = 1
     finetune(parse(FinetuneConfig, job.flags("--max_steps", "1")))
     other = tmp_path / "other.json"
-    other.write_text('{"lora_rank": 8}')
-    with pytest.raises(CheckpointError, match=r"lora_a\.weight has shape \(4, 128\), the model \(8, 128\)"):
+    other.write_text(settings(8))
+    shapes = r"wq\.weight has shape \(32, 32\), the model \(16, 16\)" if SIZE == "r" else (
+        r"lora_a\.weight has shape \(4, 128\), the model \(8, 128\)"
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=shapes):
         finetune(parse(FinetuneConfig, job.flags(
             "--pretrained_path", str(job.base), str(job.output / "epoch0-iter1"), "--llama_config", str(other),
             "--output_dir", str(tmp_path / "out"),

@@ -15,7 +15,7 @@ from accessory.config import FinetuneConfig, parse
 from accessory.errors import NotFiniteError
 from accessory.finetune import finetune
 from tests.conftest import TINY_CONFIG, write_model, write_tokenizer
-from tests.faults.job import Job, said
+from tests.faults.job import SIZE, Job, said
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,8 @@ def rescaled(folder: Path, factor: float, head: float = 1.0) -> Path:
 @pytest.fixture
 def fp16(tmp_path: Path, clean_environment: dict[str, str]) -> Job:
     """LoRA in fp16 on a base in which a gradient overflows at the first loss scales, in this process unless started."""
+    if SIZE != "lora_rank":
+        pytest.skip("no gradient goes back through the base that overflows")
     (tmp_path / "lora.json").write_text('{"lora_rank": 4, "norm_tuning": false, "bias_tuning": false}')
     return Job(rescaled(tmp_path, 1e3), tmp_path / "lora.json", tmp_path / "run", clean_environment, ranks=1)
 

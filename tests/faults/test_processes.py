@@ -12,7 +12,7 @@ import pytest
 
 from accessory.checkpoint.manifest import read_manifest, verify
 from accessory.checkpoint.run_checkpoints import latest_checkpoint
-from tests.faults.job import FORCED, Job, alive, finish, said, wait_for, workers_of
+from tests.faults.job import FORCED, SIZE, Job, alive, finish, said, settings, wait_for, workers_of
 
 REPEATS = 10 if os.environ.get("CHAOS") else 1
 LAST = "epoch0-iter12"
@@ -102,7 +102,7 @@ def test_20_the_rank_that_fails_is_named_with_its_traceback(job: Job) -> None:
 def test_20_ranks_started_unlike_are_refused(job: Job, tmp_path: Path) -> None:
     """Each field with the values of two ranks, before any weight is read."""
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({"lora_rank": 8}))
+    other.write_text(settings(8, 0.2))
     flags, unlike = json.dumps(job.flags()), json.dumps([*job.flags("--llama_config", str(other)), "--lr", "0.5"])
     starter = tmp_path / "starter.py"
     starter.write_text(
@@ -114,7 +114,7 @@ def test_20_ranks_started_unlike_are_refused(job: Job, tmp_path: Path) -> None:
     assert "ParallelError: The processes were not started alike:\nlr: 0.01 on rank 0, 0.5 on rank 1" in said(done)
     assert job.status["status"] == 2 and not list(job.output.glob("epoch*"))
     done = job.run("--overwrite", script=starter_of_other_rank(starter, unlike, other))
-    assert "settings.lora_rank: 4 on rank 0, 8 on rank 1" in said(done)
+    assert f"settings.{SIZE}: 4 on rank 0, 8 on rank 1" in said(done)
 
 
 def starter_of_other_rank(starter: Path, unlike: str, other: Path) -> Path:

@@ -18,7 +18,7 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, read_manif
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError
 from accessory.finetune import finetune
-from tests.faults.job import ROOT, Job
+from tests.faults.job import ROOT, SIZE, Job, settings
 
 LAST = "epoch0-iter12"
 
@@ -88,10 +88,10 @@ def test_03_from_any_place_in_an_epoch(job: Job) -> None:
         assert run.losses == {at: loss for at, loss in job.losses.items() if at > step}
 
 
-def test_04_other_numbers_of_ranks(job: Job, lora_config: Path) -> None:
+def test_04_other_numbers_of_ranks(job: Job, no_dropout: Path) -> None:
     """2, then 1, then 4 ranks, on which the base lies in shards: the same documents in every step, so the same losses
     to rounding; and it is said."""
-    job.method = lora_config  # without dropout
+    job.method = no_dropout  # without dropout
     precise = ("--precision", "fp32", "--save_steps", "2", "--batch_size", "1")
     whole = another(job, "whole")
     whole.ranks = 1
@@ -112,13 +112,13 @@ def test_04_other_numbers_of_ranks(job: Job, lora_config: Path) -> None:
         alone(job, "--resume", "latest", *precise, "--accum_iter", "3", "--precision", "fp32")
 
 
-def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torchrun, python) -> None:
+def test_05_other_sizes_of_tensor_parallelism(job: Job, no_dropout: Path, torchrun, python) -> None:
     """Cut over two ranks, put together, cut again: with a learning rate that changes nothing, every value is kept.
 
     Beside a base that is packed once and for all, logits of the first checkpoint on one rank are those of the last on
     two. (Packed as it streams in, each slice has second-level scales of its own.)
     """
-    job.method = lora_config
+    job.method = no_dropout
     still = ("--precision", "fp32", "--lr", "1e-30", "--min_lr", "0", "--allow_changed", "lr", "min_lr")
     tensors = ["--model_parallel_size", "2", "--batch_size", "4", "--accum_iter", "2"]
     assert job.run("--precision", "fp32", "--max_steps", "2", *tensors).returncode == 0
@@ -140,7 +140,7 @@ def test_05_other_sizes_of_tensor_parallelism(job: Job, lora_config: Path, torch
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-6 * float(logits[0].abs().max()))
 
 
-def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_config: Path) -> None:
+def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, no_dropout: Path) -> None:
     """Every document holds the time. A resumed run keeps the time at which the first run began, and saves it again."""
     base = shutil.copytree(job.base, tmp_path / "timed")
     (base / "chat_template.jinja").write_text(
@@ -148,7 +148,7 @@ def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_confi
     )
     data = tmp_path / "data.yaml"
     data.write_text(f"META: [{{path: {ROOT / 'data_example' / 'accessory_qa.json'}, prompt_type: chat}}]")
-    job.base, job.method, settings = base, lora_config, ("--data_config", str(data), "--max_words", "256")
+    job.base, job.method, settings = base, no_dropout, ("--data_config", str(data), "--max_words", "256")
     alone(job, *settings, "--max_steps", "3", "--save_steps", "1")
     began = json.loads((job.output / "epoch0-iter1" / "run.json").read_text())["started"]
     while datetime.now().astimezone().isoformat(timespec="seconds") == began:
@@ -169,7 +169,7 @@ def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_confi
         (["--data_config", "DATA"], r"data\.META\[0\]\.content was '[0-9a-f]{32}', is '[0-9a-f]{32}'\. To"),
         (["--max_words", "150"], r"data\.max_words was 160, is 150\. To go on all the same: --allow_changed data"),
         (["--data_config", "YAML"], r"data\.META\[0\]\.prompt_type was 'alpaca', is 'none'\. To go on"),
-        (["--llama_config", "LORA"], r"settings\.lora_rank was 4, is 8\."),
+        (["--llama_config", "METHOD"], rf"settings\.{SIZE} was 4, is 8\."),
         (["--pretrained_path", "BASE"], r"base\[0\] was '\w{16}', is '\w{16}'"),
         (["--seed", "1"], "seed was 0, is 1"),
         (["--lr", "0.02"], r"lr was 0\.01, is 0\.02; min_lr was .*: --allow_changed lr\."),
@@ -182,11 +182,11 @@ def test_05_a_template_that_prints_the_time(job: Job, tmp_path: Path, lora_confi
 )
 def test_06_a_changed_run_is_refused(flags: list[str], words: str, saved: Job, tmp_path: Path) -> None:
     """Field by field, with the saved and the current value."""
-    made = {"DATA": tmp_path / "data.json", "LORA": tmp_path / "lora.json", "BASE": tmp_path / "base"}
+    made = {"DATA": tmp_path / "data.json", "METHOD": tmp_path / "method.json", "BASE": tmp_path / "base"}
     made["YAML"] = tmp_path / "data.yaml"
     made["YAML"].write_text(f"META: [{{path: {ROOT / 'data_example' / 'accessory_qa.json'}, prompt_type: none}}]")
     made["DATA"].write_text(json.dumps([{"instruction": f"count to {i}", "output": str(i)} for i in range(99)]))
-    made["LORA"].write_text('{"lora_rank": 8, "lora_dropout": 0.2}')
+    made["METHOD"].write_text(settings(8, 0.2))
     shutil.copytree(saved.base, made["BASE"])
     (weights,) = made["BASE"].glob("*.safetensors")
     save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
