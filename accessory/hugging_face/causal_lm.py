@@ -118,12 +118,13 @@ class QSTForCausalLM(nn.Module):
         rows = PaddedRows.of(input_ids, attention_mask)
         tokens, args = rows.packed(input_ids), self.decoder.args
         _check_ids("input_ids", tokens, 0, args.vocab_size)
+        following = None if labels is None else rows.next_labels(labels)
         with torch.autocast(self.device.type, enabled=False):  # the decoder chooses its types itself
-            hidden = self.decoder(tokens, self.decoder.sequences(rows.lengths))
-            if labels is None:
-                return CausalOutput(None, hidden, rows, self.decoder)
-            following = rows.next_labels(labels)
+            sequences = self.decoder.sequences(rows.lengths)
+            if following is None:
+                return CausalOutput(None, self.decoder(tokens, sequences), rows, self.decoder)
             _check_ids("labels", following, -100, args.vocab_size)
+            hidden = self.decoder(tokens, sequences.with_labels(following))
             total = cross_entropy_sum(hidden, self.decoder.head_weight, following, args.vocab_size)
         count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalOutput(total / count, hidden, rows, self.decoder)
