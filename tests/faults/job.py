@@ -33,7 +33,7 @@ FORCED = "forcefully exiting via SIGKILL"
 def settings(size: int = 4, dropout: float = 0.0) -> str:
     """The JSON of a small LoRA or side network."""
     side = {"r": size, "side_heads": 2, "dropout": dropout}
-    return json.dumps(side if SIZE == "r" else {"lora_rank": size, "lora_alpha": 8, "lora_dropout": dropout})
+    return json.dumps(side if SIZE == "r" else {"lora_rank": size, "lora_dropout": dropout})
 
 
 @dataclass
