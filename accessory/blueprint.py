@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,12 @@ def make_blueprint(
     quant_type: str | None = None,
     quant: bool = False,
     new_tokens: Sequence[str] = (),
+    opener: Callable[[Path], StatedTokenizer] = open_tokenizer,
 ) -> Blueprint:
     """Work out what to build. What no argument states is taken from the sources; the last one that states it counts.
 
     quant: keep the base packed; quant_type: in which format, nf4 where neither it nor a packed base says.
-    new_tokens: tokens to add to the vocabulary.
+    new_tokens: tokens to add to the vocabulary. opener: reads the tokenizer at a path.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
@@ -109,7 +110,7 @@ def make_blueprint(
     args, method = _settings(sources, llama_config, method_class)
     _check_family(llama_type, family, method_class, args)
     _check_blocks(args, sources)
-    tokenizer = _tokenizer(sources, tokenizer_path)
+    tokenizer = _tokenizer(sources, tokenizer_path, opener)
     tokenizer = tokenizer.with_added_tokens(new_tokens) if new_tokens else tokenizer
     args, note = _with_vocabulary(args, sources, tokenizer)
     if args.vocab_size > _embedding_rows(sources, args) and train and not method.trains_vocabulary:
@@ -257,15 +258,21 @@ def _unread(source: Source) -> tuple[str, ...]:
     return (f"not used of its settings, as unknown here: {', '.join(unread)}",) if unread else ()
 
 
-def _tokenizer(sources: list[Source], tokenizer_path: Path | None) -> StatedTokenizer:
+def tokenizer_place(sources: list[Source]) -> Path | None:
+    """Where the tokenizer of a model lies: with the last source that has one; None where none has."""
+    return next((s.path for s in reversed(sources) if s.format == "GGUF" or holds_tokenizer(s.path)), None)
+
+
+def _tokenizer(
+    sources: list[Source], tokenizer_path: Path | None, opener: Callable[[Path], StatedTokenizer]
+) -> StatedTokenizer:
     if tokenizer_path:
         try:
-            return open_tokenizer(tokenizer_path)
+            return opener(tokenizer_path)
         except TokenizerError as error:
             raise TokenizerError(f"--tokenizer_path {error}") from error
-    for source in reversed(sources):
-        if source.format == "GGUF" or holds_tokenizer(source.path):
-            return open_tokenizer(source.path)
+    if place := tokenizer_place(sources):
+        return opener(place)
     where = ", ".join(str(source.path) for source in sources)
     raise TokenizerError(f"{where}: holds no tokenizer (tokenizer.json, tokenizer.model, ...); give --tokenizer_path.")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,9 +12,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from accessory.blueprint import DTYPES, Blueprint, make_blueprint
+from accessory.blueprint import DTYPES, Blueprint, make_blueprint, tokenizer_place
+from accessory.checkpoint.exchange import hand_on
 from accessory.checkpoint.load import fill, resolve
-from accessory.checkpoint.run_record import trained_prompt_layouts, with_base
+from accessory.checkpoint.run_record import beside, trained_prompt_layouts, with_base
+from accessory.checkpoint.source import Source
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, explain_validation, nearest
@@ -27,7 +29,7 @@ from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from accessory.tokenizer import Chat, Tokenizer
+from accessory.tokenizer import Chat, Tokenizer, open_tokenizer, same_tokenizer
 
 Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
 """A text, messages with `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
@@ -59,6 +61,20 @@ class _Sampling(BaseModel):
 _Arguments = TypeVar("_Arguments", _Loading, _Sampling)
 
 
+class Loaded(NamedTuple):
+    """How a model was loaded: base and trained parts, what was built of them, and arguments of `from_pretrained`.
+
+    how: those of `make_blueprint` that another part does not change. quant_stated: whether the caller chose a storage.
+    """
+
+    sources: list[Source]
+    blueprint: Blueprint
+    layout: Layout
+    max_seq_len: int
+    how: dict[str, Any]
+    quant_stated: bool
+
+
 class Score(NamedTuple):
     """Of document `id`: the sum of log p of its supervised tokens, their number, and whether all were the likeliest."""
 
@@ -80,10 +96,15 @@ class MetaModel(nn.Module):
         self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, prompt_layouts: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
-        self.llma, self.tokenizer, self.prompt_layouts = llma, tokenizer, prompt_layouts
         self.encoder: nn.Module | None = None
         self.base_cache: BaseCache | None = None
+        self._loaded: Loaded | None = None
+        self._hold(llma, tokenizer, max_seq_len, prompt_layouts)
+
+    def _hold(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, prompt_layouts: tuple[str, ...]) -> None:
+        self.llma, self.tokenizer, self.prompt_layouts = llma, tokenizer, prompt_layouts
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
+        self.__dict__.pop("chat", None)  # that of another tokenizer
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
@@ -285,28 +306,74 @@ class MetaModel(nn.Module):
         sources = together(with_base, paths)
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
         packed = bool(recorded or quant_type) if quant is None else quant
+        how = {"tokenizer_path": given.tokenizer_path, "quant": packed, "precision": precision, "train": False}
         wanted = (quant_type or recorded) if packed else None
-        blueprint = together(
-            make_blueprint,
-            sources,
-            llama_type=llama_type,
-            llama_config=_paths(llama_config),
-            tokenizer_path=given.tokenizer_path,
-            quant=packed,
-            quant_type=wanted,
-            precision=precision,
-            train=False,
-        )
-        return load_for_inference(blueprint, sources, layout, given.max_seq_len)
+        named = {"llama_type": llama_type, "llama_config": _paths(llama_config)}
+        blueprint = together(make_blueprint, sources, quant_type=wanted, **named, **how)
+        model = load_for_inference(blueprint, sources, layout, given.max_seq_len)
+        stated = quant is not None or quant_type is not None
+        model._loaded = Loaded(sources, blueprint, layout, given.max_seq_len, how, stated)
+        return model
+
+    def use(self, part: Paths | None, *, llama_type: str | None = None, llama_config: Paths = ()) -> None:
+        """Exchange the trained part for another one beside the same base, which stays in memory and is not read again.
+
+        part: a trained part, or several; None: the base alone. llama_type, llama_config: as in `from_pretrained`. All
+        model-parallel ranks must call it. Raises `AccessoryError`s for what does not belong to the base that is loaded;
+        the model is then what it was.
+        """
+        if self._loaded is None:
+            raise ConfigError("use() exchanges the trained part of a model that MetaModel.from_pretrained has loaded.")
+        loaded, paths = self._loaded, [] if part is None else _paths(part)
+        if part is not None and not paths:
+            raise ConfigError(f"use() was given {part!r}; expected a trained part, a list of some, or None.")
+        sources = base = [source for source in loaded.sources if not (source.is_delta or source.is_difference)]
+        if paths:
+            sources = together(beside, base, paths)
+        together(_check_storage, sources, loaded)
+        named = {"llama_type": llama_type, "llama_config": _paths(llama_config)}
+        kept = {"quant_type": loaded.blueprint.quant_type, "opener": partial(_reopened, loaded), **loaded.how}
+        blueprint = together(make_blueprint, sources, **named, **kept)
+        trained = {name for s in (*sources, *loaded.sources) if s.is_delta or s.is_difference for name in s.tensors}
+        decoder = _filled(blueprint, sources, loaded.layout, lambda new: hand_on(self.llma, new, trained))
+        self._hold(decoder, blueprint.tokenizer, loaded.max_seq_len, trained_prompt_layouts(sources))
+        self._loaded = loaded._replace(sources=sources, blueprint=blueprint)
 
 
 def load_for_inference(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
     """Build and fill a model without gradients."""
+    decoder = _filled(blueprint, sources, layout, lambda _: set())
+    return MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_prompt_layouts(sources)).eval()
+
+
+def _filled(
+    blueprint: Blueprint, sources: list[Source], layout: Layout, put_in_place: Callable[[Decoder], set[str]]
+) -> Decoder:
+    """A decoder without gradients. put_in_place: fills some of it beforehand, and returns their names."""
     decoder, attachment = together(blueprint.build, layout)
     tensors = together(resolve, decoder, sources, attachment, initialize=False)
-    together(fill, decoder, tensors, attachment, layout, DataParallel(layout, "sdp", base_is_trained=False))
-    model = MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_prompt_layouts(sources))
-    return model.requires_grad_(False).eval()
+    there, alone = put_in_place(decoder), DataParallel(layout, "sdp", base_is_trained=False)
+    together(fill, decoder, tensors, attachment, layout, alone, there=there)
+    return decoder.requires_grad_(False).eval()
+
+
+def _reopened(loaded: Loaded, path: Path) -> Tokenizer:
+    """The tokenizer at `path`, or the one that is loaded where it is the same."""
+    before = loaded.how["tokenizer_path"] or tokenizer_place(loaded.sources)
+    return loaded.blueprint.tokenizer if same_tokenizer(before, path) else open_tokenizer(path)
+
+
+def _check_storage(sources: list[Source], loaded: Loaded) -> None:
+    """Raise `ConfigError` for a part that was trained beside another storage than that which is loaded by default."""
+    part = next((source for source in reversed(sources) if source.run), None)
+    held = loaded.blueprint.quant_type
+    if part is None or loaded.quant_stated or part.run["quantization"] == held:
+        return
+    found, there = (f"a base packed as {name}" if name else "a plain base" for name in (part.run["quantization"], held))
+    raise ConfigError(
+        f"{part.path}: was trained beside {found}; loaded is {there}. To use it all the same, state quant (and "
+        "quant_type) in from_pretrained."
+    )
 
 
 def _paths(given: Paths) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -131,19 +131,20 @@ def fill(
     data_parallel: DataParallel,
     seed: int = 0,
     share: bool = False,
+    there: Set[str] = frozenset(),
 ) -> None:
     """Read every parameter into place on `layout.device`, sharding each block as soon as it is full.
 
     share: what lies there already, in the type it is used in, is used where it lies. Without it all is copied, because
-    the file behind a memory-mapped tensor may go away.
+    the file behind a memory-mapped tensor may go away. there: names of what is in place.
     """
     decoder.place(layout.device)
-    everything = list(targets(decoder))
+    everything = [target for target in targets(decoder) if target.name not in there]
     inside: set[str] = set()
     silent = None if layout.is_main else True
     bar = tqdm(total=len(everything), desc="loading", unit="tensor", disable=silent, leave=False)
     for name, block in decoder.blocks():
-        for target in targets(block, name):
+        for target in (target for target in targets(block, name) if target.name not in there):
             _fill_one(target, tensors, attachment, layout, seed, share)
             inside.add(target.name)
             bar.update()

@@ -61,18 +61,7 @@ def with_base(paths: list[str | Path]) -> list[Source]:
     sources: list[Source] = []
     for path in paths:
         sources.append(open_source(path, sources[0] if sources else None))
-    for before, behind in itertools.pairwise(sources):
-        if before.is_delta and not (behind.is_delta or behind.is_difference):
-            raise CheckpointError(
-                f"{behind.path}: is a whole model and would replace the trained part {before.path} in front of it; "
-                "give the base first: --pretrained_path BASE TRAINABLE."
-            )
-        if before.is_delta and not behind.is_difference and _replaces(behind, before):
-            raise CheckpointError(
-                f"{behind.path}: would replace every value of the part {before.path}, on which it was not trained. "
-                f"Parts replace one another, they do not add up: leave {before.path} out, or merge it into the "
-                "base first (tools/merge.py)."
-            )
+    _check_order(sources)
     first = sources[0]
     if not first.is_delta:
         return sources
@@ -87,6 +76,43 @@ def with_base(paths: list[str | Path]) -> list[Source]:
     for entry in first.run["base"]:
         recorded.append(_recorded_base(first.path, entry, recorded[0] if recorded else None))
     return recorded + sources
+
+
+def beside(base: list[Source], paths: list[Path]) -> list[Source]:
+    """Open trained parts for the `base` that is open already -> base and parts; those they went on from come first.
+
+    Raises `CheckpointError` for what is no trained part, or was trained on another base, as its run.json says.
+    """
+    parts = [open_source(path, base[0]) for path in paths]
+    first, whole = parts[0], " + ".join(str(source.path) for source in base)
+    if not (first.is_delta or first.is_difference):
+        raise CheckpointError(f"{first.path}: is a whole model, no part trained beside {whole}, which is loaded.")
+    recorded = (first.run or {}).get("base", [])
+    for source, entry in zip(base, recorded, strict=False):
+        if source.fingerprint() != entry["fingerprint"]:
+            raise CheckpointError(
+                f"{first.path}: was trained on {entry['path']} with fingerprint {entry['fingerprint'][:12]}; loaded is "
+                f"{source.path} with {source.fingerprint()[:12]}. Load the part with its own base."
+            )
+    sources = [*base, *(_recorded_base(first.path, entry, base[0]) for entry in recorded[len(base) :]), *parts]
+    _check_order(sources)
+    return sources
+
+
+def _check_order(sources: list[Source]) -> None:
+    """Raise `CheckpointError` where one would replace a trained part before it that it was not trained on."""
+    for before, behind in itertools.pairwise(sources):
+        if before.is_delta and not (behind.is_delta or behind.is_difference):
+            raise CheckpointError(
+                f"{behind.path}: is a whole model and would replace the trained part {before.path} in front of it; "
+                "give the base first: --pretrained_path BASE TRAINABLE."
+            )
+        if before.is_delta and not behind.is_difference and _replaces(behind, before):
+            raise CheckpointError(
+                f"{behind.path}: would replace every value of the part {before.path}, on which it was not trained. "
+                f"Parts replace one another, they do not add up: leave {before.path} out, or merge it into the "
+                "base first (tools/merge.py)."
+            )
 
 
 def trained_prompt_layouts(sources: list[Source]) -> tuple[str, ...]:

@@ -51,6 +51,23 @@ def holds_tokenizer(directory: Path) -> bool:
     return _own_file(directory) is not None
 
 
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two paths are one, or directories with the same vocabulary files and special tokens that say the same.
+
+    False where that is not to be seen without opening them.
+    """
+    if one == other:
+        return True
+    if not all(path.is_dir() and holds_tokenizer(path) for path in (one, other)):
+        return False
+    for name in (hf_json.FILE_NAME, spm.FILE_NAME, *bpe_files.FILE_NAMES):
+        there = [path / name for path in (one, other) if (path / name).is_file()]
+        if len(there) == 1 or (there and there[0].read_bytes() != there[1].read_bytes()):
+            return False
+    whole_json = _own_file(one).name == hf_json.FILE_NAME
+    return read_special_tokens(one, whole_json=whole_json) == read_special_tokens(other, whole_json=whole_json)
+
+
 def _choose(directory: Path) -> Path:
     own = _own_file(directory)
     if own is not None:
