@@ -51,7 +51,7 @@ class SideDecoder(Decoder):
     def __init__(self, args: ModelArgs, settings: SideSettings, **how: Any) -> None:
         super().__init__(args, **how)
         self.settings = settings
-        self.frozen_layers = args.n_layers - settings.tail
+        self.frozen_layers = args.n_layers - settings.tail_of(args.n_layers)
         for block in self.layers[self.frozen_layers :]:
             block.only_labelled = settings.tail_backward == "labelled"
             for linear in (*chain(*block.attention.linears_by_input()), *chain(*block.feed_forward.linears_by_input())):

@@ -42,28 +42,40 @@ class SideSettings(BaseModel):
     """Whether the embedding is read by the first block's downsample or by one of its own."""
     side_heads: int | None = Field(default=None, ge=1, le=1 << 16)
     """Attention heads of a side block; absent: as many as are 32 channels wide or more, or the base's if `released`."""
-    side_layers: int = Field(default=1, ge=0, le=1 << 12)
-    """A side block reads every n-th block of the base, counted from the last; 0: there are none, only a `tail`."""
-    tail: int = Field(default=0, ge=0, le=1 << 12)
-    """Last blocks of the base that belong to the side network: they have LoRA, and gradients go back through them."""
+    gate: Literal["vector", "scalar"] = "vector"
+    """Whether gates weigh each channel by itself or all alike."""
+    side_layers: int | None = Field(default=None, ge=0, le=1 << 12)
+    """A side block reads every n-th block of the base, counted from the last; 0: there are none, only a `tail`. Absent:
+    1 if any key above this one is given, `tail` is 0 or `start` is `released`; else 0."""
+    tail: int | None = Field(default=None, ge=0, le=1 << 12)
+    """Last blocks of the base that have LoRA, and that gradients go back through. Absent: none where there are side
+    blocks, else a third of the base's."""
     tail_rank: int = Field(default=16, ge=1, le=1 << 16)
     """Rank of that LoRA; its scale is 1."""
     tail_backward: Literal["labelled", "all"] = "labelled"
     """Tokens that gradients go back through in the tail: those with a label, or all, which costs twice as much."""
-    gate: Literal["vector", "scalar"] = "vector"
-    """Whether gates weigh each channel by itself or all alike."""
     start: Literal["base", "released"] = "base"
     """`base`: untrained, the model computes what its base does. `released`: form and start are the published code's."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> SideSettings:
-        if not (self.side_layers or self.tail):
+        names = list(type(self).model_fields)
+        described = self.model_fields_set.intersection(names[: names.index("side_layers")])
+        if self.side_layers is None:
+            self.side_layers = int(bool(described) or self.start == "released" or self.tail == 0)
+        if self.tail is None and self.side_layers:
+            self.tail = 0
+        if self.side_layers == self.tail == 0:
             raise ValueError("nothing would be trained: set side_layers or tail above 0")
         if self.state_bits == 8 and self.add_layer_norm_before_adapter:
             raise ValueError("state_bits 8 with add_layer_norm_before_adapter: the norm keeps the state itself")
         if self.start == "released" and (self.tail or not self.side_layers):
             raise ValueError("start released has no tail: set tail to 0 and side_layers above 0, or start to base")
         return self
+
+    def tail_of(self, n_layers: int) -> int:
+        """Blocks in the tail of a base that has `n_layers`."""
+        return max(n_layers // 3, 1) if self.tail is None else self.tail
 
 
 def side_args(args: ModelArgs, settings: SideSettings) -> ModelArgs:
@@ -82,7 +94,7 @@ def side_args(args: ModelArgs, settings: SideSettings) -> ModelArgs:
             f"{heads} heads{' of an even width' if args.position == 'rotary' else ''}.{_remedy(args, settings)}"
         )
     rotated = max(args.rotary_dim * head_dim // args.head_dim // 2 * 2, 2)
-    read = args.n_layers - settings.tail
+    read = args.n_layers - settings.tail_of(args.n_layers)
     return args.model_copy(
         update={
             "dim": width, "embedding_dim": width, "hidden_dim": args.hidden_dim // settings.r,

@@ -37,6 +37,7 @@ class SideTuning(Method):
     summary: ClassVar[str] = "a narrow network beside the base"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "qst": {},
+        "qst_side": {"side_layers": 1},
         "qst_8bit": {"state_bits": 8},
         "qst_released": {"start": "released"},
     }
@@ -62,7 +63,8 @@ class SideTuning(Method):
     def check(self, args: ModelArgs, layout: Layout, data_parallel: str) -> None:
         """See `Method.check`; the side network's heads and MLP are divided over the ranks as the base's are."""
         super().check(args, layout, data_parallel)
-        if (tail := self.settings.tail) > args.n_layers or (tail == args.n_layers and self.settings.side_layers):
+        tail = self.settings.tail_of(args.n_layers)
+        if tail > args.n_layers or (tail == args.n_layers and self.settings.side_layers):
             raise ConfigError(f"--llama_config: a tail of {tail} blocks, and the base has {args.n_layers}.")
         if not self.settings.side_layers:
             return

@@ -292,8 +292,22 @@ def test_heads_are_wide_unless_released() -> None:
     """By default attention's cost, which goes by heads, falls with the width."""
     seven, small = ModelArgs(), ModelArgs(dim=576, n_heads=9, n_kv_heads=3, hidden_dim=1536)
     settings = METHODS["qst"].Settings
-    shapes = [side_args(args, settings(**how)) for args in (seven, small) for how in ({}, {"start": "released"})]
+    ways = {"side_layers": 1}, {"start": "released"}
+    shapes = [side_args(args, settings(**how)) for args in (seven, small) for how in ways]
     assert [(s.n_heads, s.n_kv_heads, s.head_dim) for s in shapes] == [(8, 8, 32), (32, 32, 8), (1, 1, 36), (9, 3, 4)]
+
+
+def test_which_form_settings_make() -> None:
+    """A third of the blocks where nothing is said; any key of a side network makes one, without a tail."""
+    settings = METHODS["qst"].Settings
+    forms = [
+        settings(**how) for how in ({}, {"r": 8}, {"tail": 2}, {"tail": 2, "gate": "scalar"}, {"start": "released"})
+    ]
+    assert [(s.side_layers, s.tail_of(30)) for s in forms] == [(0, 10), (1, 0), (0, 2), (1, 2), (1, 0)]
+    assert all(settings(**form.model_dump()) == form for form in forms)
+    assert settings().tail_of(2) == 1 and settings(tail=0).side_layers == 1
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        settings(tail=0, side_layers=0)
 
 
 def test_widths_that_cannot_be() -> None:
