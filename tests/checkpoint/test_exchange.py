@@ -145,3 +145,12 @@ def test_a_part_that_went_on_from_another(tiny_base: Path, parts: dict[str, Path
     model = MetaModel.from_pretrained(parts["side"])
     model.use(part)
     assert torch.equal(logits(model), wanted)
+
+
+def test_two_ranks(tiny_base: Path, parts: dict[str, Path], tmp_path: Path, torchrun) -> None:
+    """Computed in exchange_worker.py."""
+    side = write_trained_side(tiny_base, tmp_path / "side", r=2, side_heads=2, tail=1)
+    other = write_trained_side(tiny_base, tmp_path / "other", r=4, side_heads=4)
+    done = torchrun(2, Path(__file__).with_name("exchange_worker.py"), tiny_base, side, other, parts["norms and all"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 refused", "rank 1 refused"]

@@ -21,6 +21,7 @@ from accessory import meta
 from accessory.data.templates import format_prompt
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from tests.checkpoint.trained import write_trained_side
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "demos" / "single_turn.py"
@@ -107,6 +108,24 @@ def test_two_ranks_give_one_answer(trained: Path, torchrun) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("A: ") == 1
     assert answer_in(done.stdout)
+
+
+def test_a_side_network_alone(tiny_base: Path, tmp_path: Path, python, torchrun) -> None:
+    """It knows its base, and answers over two ranks as over one, from caches of its own; the base answers otherwise."""
+    part = write_trained_side(tiny_base, tmp_path / "side", r=2, side_heads=2, tail=1)
+    groups.start("cpu")
+    prompt = [format_prompt(QUESTION)]
+    expected, plain = (
+        MetaModel.from_pretrained(path, max_seq_len=300, dtype="fp32").generate(prompt, max_gen_len=12)[0]
+        for path in (part, tiny_base)
+    )
+    assert expected != plain
+    for done in (
+        python(DEMO, "--pretrained_path", part, *GREEDY, "--dtype", "fp32"),
+        torchrun(2, DEMO, "--pretrained_path", part, *GREEDY, "--dtype", "fp32"),
+    ):
+        assert done.returncode == 0, done.stderr
+        assert answer_in(done.stdout) == expected
 
 
 @contextmanager
