@@ -187,7 +187,7 @@ def merge(
         tensors = with_trained_parts(tensors if packed else repacked(tensors, quantization))
     if base == "dequantized":
         tensors = unpacked(tensors)
-    args, tensors = merged(tensors, model.args, blueprint.method.settings, drop_biases=drop_biases)
+    args, tensors = merged(tensors, model.args, blueprint.method.mergeable, drop_biases=drop_biases)
     destination.write(replace(model, args=args, tensors=tensors), target)
     return base
 
@@ -219,7 +219,7 @@ def export_adapter(
     write_adapter(
         replace(parts[-1], tensors=tensors, settings=settings),
         args,
-        blueprint.method.settings,
+        blueprint.method.mergeable,
         target,
         base_path=base_name or str(base.path.resolve()),
         drop_biases=drop_biases,

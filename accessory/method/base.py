@@ -72,6 +72,11 @@ class Method(ABC):
         return Decoder(args, **how)
 
     @property
+    def mergeable(self) -> BaseModel:
+        """Settings of `Peft` that describe what it trained, for merging and PEFT adapters, where no fault forbids."""
+        return self.settings
+
+    @property
     def trains_vocabulary(self) -> bool:
         """Whether the rows of the embedding are learned."""
         return self.trains_base

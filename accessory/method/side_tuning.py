@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accessory.errors import ConfigError, ParallelError
 from accessory.method.base import Attachment, Initializer, Method
-from accessory.method.peft import truncated_normal
+from accessory.method.peft import Peft, truncated_normal
 from accessory.method.side_network import SideDecoder
 from accessory.method.side_settings import SideSettings, side_args
 from accessory.model.args import ModelArgs
@@ -42,10 +42,6 @@ class SideTuning(Method):
         "qst_released": {"start": "released"},
     }
     keeps_base: ClassVar[bool] = True
-    merge_fault: ClassVar[str] = (
-        "a side network stands beside the base and changes none of its matrices, so there is nothing to add to them"
-    )
-    adapter_fault: ClassVar[str] = merge_fault
 
     @classmethod
     def translated(cls, content: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +50,21 @@ class SideTuning(Method):
             return content
         rest = {key: value for key, value in content.items() if key != "activation"}
         return {**rest, "adapter_activation": _ACTIVATIONS.get(content["activation"], content["activation"])}
+
+    @property
+    def merge_fault(self) -> str | None:
+        """A tail alone is LoRA in the last blocks, which can be added to them."""
+        if not self.settings.side_layers:
+            return None
+        return "a side network stands beside the base and changes none of its matrices, so nothing can be added to them"
+
+    adapter_fault = merge_fault
+
+    @property
+    def mergeable(self) -> Peft.Settings:
+        """The tail's LoRA."""
+        rank = self.settings.tail_rank
+        return Peft.Settings(norm_tuning=False, bias_tuning=False, lora_rank=rank, lora_alpha=rank)
 
     @property
     def drops_out(self) -> bool:

@@ -331,6 +331,28 @@ def test_published_keys() -> None:
     assert METHODS["qst"].translated({"activation": "relu"}) == {"activation": "relu"}
 
 
+def test_a_tail_alone_is_merged(tiny_base: Path, tmp_path: Path) -> None:
+    """It is LoRA in the last blocks: merged, or as a PEFT adapter of these blocks, it answers as it was trained."""
+    config = FinetuneConfig(
+        pretrained_path=[tiny_base], data_config=ROOT / "data_example" / "accessory_qa.json", llama_type="llama_qst",
+        output_dir=tmp_path / "out", only_save_trainable=True, device="cpu", precision="fp32", max_steps=3, lr=1e-2,
+        warmup_epochs=0, max_words=160,
+    )  # fmt: skip
+    finetune(config)
+    (part,) = (tmp_path / "out").glob("epoch*")
+    merge([tiny_base, part], tmp_path / "merged", Destination(dtype="fp32"), base=None, drop_biases=False)
+    export_adapter([tiny_base, part], tmp_path / "adapter", drop_biases=False)
+    stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (stated["layers_to_transform"], stated["r"], stated["lora_alpha"]) == ([1], 16, 16)
+    ways = [part], [tmp_path / "merged"], [tiny_base, tmp_path / "adapter"], [tiny_base]
+    trained, *same, base = (
+        MetaModel.from_pretrained(way, dtype="fp32").logits(torch.arange(9) + 40, (9,)) for way in ways
+    )
+    for found in same:
+        torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
+    assert (trained - base).abs().max() > 1e-2
+
+
 def test_a_run(tiny_base: Path, tmp_path: Path) -> None:
     """Trained beside 4 bits, saved, asked; neither merged nor an adapter."""
     data = tmp_path / "data.yaml"

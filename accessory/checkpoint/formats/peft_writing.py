@@ -60,6 +60,7 @@ def write_adapter(
         "base_model_name_or_path": base_path,
         "bias": "all" if biases else "none",
         "modules_to_save": _modules_to_save(plain, places, architecture, base_args),
+        "layers_to_transform": _some_layers(shared, base_args.n_layers),
     }
     theirs = theirs_from_ours(plain, architecture.names, base_args)
     with fresh_directory(target) as directory:
@@ -110,6 +111,12 @@ def _shared(tensors: Tensors, places: Places) -> Shared:
         return {name: parts for name, parts in shared.items() if parts}
     # PEFT wants LoRA somewhere: where none was trained, a new one of rank 1 on one kind of linear, which adds nothing.
     return {name: () for name, linear in places.theirs.items() if linear.parts[0].endswith(".wo")}
+
+
+def _some_layers(shared: Shared, n_layers: int) -> list[int] | None:
+    """The blocks that have LoRA, None for all."""
+    numbers = {int(re.search(r"\.(\d+)\.", name)[1]) for name in shared}
+    return sorted(numbers) if len(numbers) < n_layers else None
 
 
 def _parts(shared: Shared) -> str:
