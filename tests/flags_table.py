@@ -22,7 +22,7 @@ def settings_table(settings_class: type[BaseModel]) -> str:
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for name, field in settings_class.model_fields.items():
         default = "" if field.default is None else f"`{json.dumps(field.default)}`"
-        rows.append(f"| `{name}` | {default} | {_values(field.annotation)} | {field.description} |")
+        rows.append(f"| `{name}` | {default} | {_values(field.annotation)} | {' '.join(field.description.split())} |")
     return "\n".join(rows)
 
 

@@ -117,7 +117,9 @@ def write_tables() -> None:
     for page, text in PAGES.items():
         for name in re.findall(r"<!-- ([^/].*?) -->", text):
             if name in TABLES:
-                text = text.replace(f"\n{between(name)}\n", f"\n{TABLES[name](between(name))}\n")
+                first, last = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+                before, _, rest = text.partition(first)
+                text = before + first + TABLES[name](between(name)) + last + rest.partition(last)[2]
         (ROOT / page).write_text(text)
 
 

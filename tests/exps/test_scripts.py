@@ -108,6 +108,7 @@ def test_side_tuning_has_the_published_values(script: Path, tmp_path: Path, tiny
     settings = SideTuning.Settings(**SideTuning.translated(json.loads(used.llama_config[0].read_text())))
     assert (settings.r, settings.peft_hidden_size, settings.adapter_activation) == (16, 16, "silu")
     assert (settings.dropout, settings.add_layer_norm_after_adapter, settings.start) == (0.1, True, "base")
+    assert (settings.side_layers, settings.tail) == (1, 0)
 
 
 @pytest.mark.parametrize("words", [[], ["-", "BASE"], ["CONFIG", "-"]], ids=" ".join)

@@ -148,6 +148,8 @@ class _Reading:
         narrow, _ = self._shape("downsample.0.b.weight", DOWNSAMPLES)
         return {
             "start": "released",
+            "side_layers": 1,
+            "tail": 0,
             "r": self._reduction(wide, narrow, args) if args else wide // narrow,
             "peft_hidden_size": bottleneck,
             "add_layer_norm_before_adapter": "downsample.0.norm_before.weight" in self.tensors,

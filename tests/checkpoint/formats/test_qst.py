@@ -150,7 +150,8 @@ def composed(base: Path, part: Path, gate: Tensor, before: bool = False) -> Tens
     settings = {"r": R, "start": "released", "downsample": "adapter", "tail": 0, "side_layers": 1,
                 "embedding_downsample": "shared", "adapter_activation": "silu",
                 "add_layer_norm_before_adapter": before, "add_layer_norm_after_adapter": True}  # fmt: skip
-    return side_reference.logits(renamed(base, part, gate), TOKENS, args, narrow, settings)
+    weights, labelled = renamed(base, part, gate), torch.ones(len(TOKENS), dtype=torch.bool)
+    return side_reference.logits(weights, TOKENS, labelled, args, narrow, settings)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
