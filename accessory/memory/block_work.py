@@ -33,7 +33,7 @@ class BlockWork:
         self.lengths, self.tokens, self.dtype, self.device = lengths, sum(lengths), dtype, device
         self.channels, self.inner = attention.wo.out_features, feed_forward.w2.in_features // ranks
         self.parts = 3 if feed_forward.gated else 1 if feed_forward.activation == "relu" else 2
-        self.gradients = 3 if feed_forward.gated else 2
+        self.gated, self.chosen = feed_forward.gated, block.only_labelled
         self.window, self.position = attention.window, attention.position
         self.heads, self.kv_heads = (
             linear.out_features // attention.head_dim // ranks for linear in (attention.wq, attention.wk)
@@ -78,8 +78,13 @@ class BlockWork:
         return max(self._feed_forward_backward(), self._attention_backward() - measured.after_attention)
 
     def _feed_forward_backward(self) -> int:
-        """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each)."""
-        return self.tokens * self.dtype.itemsize * (self.channels + self.gradients * self.inner)
+        """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each).
+
+        Where the backward goes through labelled tokens only: w2's input, its gradient and that of its output once more,
+        for those tokens, of which there may be as many.
+        """
+        inner = 3 if self.gated or self.chosen else 2
+        return self.tokens * self.dtype.itemsize * (self.channels * (1 + self.chosen) + inner * self.inner)
 
     def _attention_backward(self) -> int:
         """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.

@@ -294,7 +294,7 @@ def planned_and_measured(
 
     def step() -> None:
         for _ in range(micro_batches):
-            hidden = decoder(ids, decoder.sequences(lengths))
+            hidden = decoder(ids, decoder.sequences(lengths).with_labels(labels))
             loss = cross_entropy_sum(hidden, decoder.head_weight, labels, args.vocab_size)
             del hidden
             (loss / tokens).backward()
