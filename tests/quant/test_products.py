@@ -111,14 +111,14 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         sum_of_products([random(20, 34).to(dtype)] * 2, matrices, transposed=True, low=beside)
         kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
         buffers = sum(piece.memory.nbytes for piece in workspace._pieces.values())
-        found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"))
+        found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"), backward=True)
         assert found[1] == buffers
         assert found[0] == kept or (kinds[1] == "plain" and found[0] < kept)
 
 
 def test_memory_for_what_lies_plain_is_none() -> None:
     """Nothing is unpacked."""
-    found = memory_to_multiply([matrix("plain")] * 2, [0, 4], 20, torch.bfloat16, torch.device("cpu"))
+    found = memory_to_multiply([matrix("plain")] * 2, [0, 4], 20, torch.bfloat16, torch.device("cpu"), backward=True)
     assert found == (0, 0)
 
 
@@ -130,5 +130,19 @@ def test_memory_of_a_wide_matrix_is_that_of_the_forward() -> None:
     four_bit_product._kept.__dict__.clear()
     multiply(random(20, 512).bfloat16(), weight)
     sum_of_products([random(20, 34).bfloat16()], [weight], transposed=True)
-    found, _ = memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"))
+    found, _ = memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"), backward=True)
     assert found == four_bit_product._kept.memory.nbytes
+
+
+@pytest.mark.usefixtures("needs_cpu_kernels")
+def test_memory_of_a_product_that_has_no_backward() -> None:
+    """Of a narrow matrix the transposed product takes more than the product."""
+    weight = storage("nf4")((512, 64))
+    weight.pack(random(512, 64))
+    four_bit_product._kept.__dict__.clear()
+    multiply(random(20, 64).bfloat16(), weight)
+    alone, both = (
+        memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"), backward=backward)[0]
+        for backward in (False, True)
+    )
+    assert alone == four_bit_product._kept.memory.nbytes < both
