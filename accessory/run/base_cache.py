@@ -46,13 +46,14 @@ def plan_base_cache(job: Job, decoder: Decoder) -> tuple[RowFile | None, list[st
             f"--cache_base {config.cache_base}: gradients go through all of the base's {decoder.args.n_layers} blocks, "
             "so there is nothing to keep; set a smaller tail in --llama_config, or leave it out."
         )
-    named = {f"layers.{place}": state.width for place, state in zip(decoder.read, states, strict=True)}
-    file = RowFile(config.cache_base, job.corpus.offsets, states, _identity(job, named))
+    widths = " and ".join(str(width) for width in dict.fromkeys(state.width for state in states))
+    said = f"{len(states)}, of blocks {decoder.read[0]} to {decoder.read[-1]}, {widths} wide"
+    file = RowFile(config.cache_base, job.corpus.offsets, states, _identity(job, said))
     file.look()
     there = next(path for path in (config.cache_base, *config.cache_base.absolute().parents) if path.is_dir())
     check_disk_space(there, file.missing_bytes, "the base's states take", "or give --cache_base on another disk")
     return file, [
-        f"cache of the base in {config.cache_base}: {len(states)} states, {file.token_bytes:,} bytes a token, "
+        f"cache of the base in {config.cache_base}: states {said}: {file.token_bytes:,} bytes a token, "
         f"{file.total_bytes / 1e9:,.3f} GB in all; {int(file.written.sum()):,} of {len(file.written):,} documents are "
         "there"
     ]
@@ -69,7 +70,7 @@ def open_base_cache(file: RowFile, job: Job) -> Iterator[BaseCache]:
         yield held.enter_context(closing(BaseCache(file, job.layout, job.config.data_parallel)))
 
 
-def _identity(job: Job, states: dict[str, int]) -> dict[str, Any]:
+def _identity(job: Job, states: str) -> dict[str, Any]:
     """All that the rows follow from, apart from how kernels round."""
     return {
         "format": _FORMAT,

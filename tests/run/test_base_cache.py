@@ -166,7 +166,7 @@ def test_another_base_or_other_data_are_refused(run) -> None:
         match=r"--cache_base .*mine: holds .*: data.max_words was 128, is 120; precision was 'bf16', is 'fp32'\. Give",
     ):
         run("other", cache_base=run.root / "mine", max_words=120, precision="fp32")
-    with pytest.raises(ConfigError, match=r"states.layers.0 was 128, is None"):
+    with pytest.raises(ConfigError, match=r"states was '2, of blocks 0 to 1, 128 wide', is '1, of blocks 1 to 1, "):
         run("fewer", {"side_layers": 2}, cache_base=run.root / "mine")
     with pytest.raises(ConfigError, match=r"rows was 'exact', is 'int8'"):
         run("eight", cache_base=run.root / "mine", cache_base_rows="int8")
