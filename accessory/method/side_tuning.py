@@ -1,4 +1,7 @@
-"""Quantized side tuning (QST, Zhang et al. 2024): only a narrow network beside the base is trained."""
+"""Quantized side tuning (QST, Zhang et al. 2024): what is trained stands beside the base, or is LoRA in its last blocks.
+
+Most of the base is only run forward.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class SideTuning(Method):
     Settings = SideSettings
     suffix: ClassVar[str] = "_qst"
     also_called: ClassVar[tuple[str, ...]] = ("lst",)
-    summary: ClassVar[str] = "a narrow network beside the base"
+    summary: ClassVar[str] = "LoRA in the last blocks or a side network, the base being run forward only"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "qst": {},
         "qst_side": {"side_layers": 1},
