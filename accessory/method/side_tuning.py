@@ -1,4 +1,4 @@
-"""Quantized side tuning (QST, Zhang et al. 2024): what is trained stands beside the base, or is LoRA in its last blocks.
+"""Quantized side tuning (QST, Zhang et al. 2024): what is trained is beside the base, or LoRA in its last blocks.
 
 Most of the base is only run forward.
 """
