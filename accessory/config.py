@@ -169,6 +169,8 @@ class FinetuneConfig(BaseModel):
             found.append(f"--min_lr {self.min_lr} with --lr_schedule constant changes nothing: leave one out.")
         if self.offload_inputs and self.checkpointing in ("none", 0):
             found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
+        if self.cache_base and self.cache_base == self.output_dir:
+            found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
         found += misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,

@@ -32,7 +32,7 @@ from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.run.base_cache import check_can_cache, open_base_cache, plan_base_cache
 from accessory.run.identity import Job, progress_at_start, shared_flags
-from accessory.run.lock import claim_output_dir
+from accessory.run.lock import claim_directory
 from accessory.run.preview import corpus_notes, preview, remedies
 from accessory.run.report import Reporter
 from accessory.run.resuming import find_start, open_sources, run_began
@@ -53,7 +53,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     with StopSignals() as signals, ExitStack() as held:
         layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
         output_dir = None if config.dry_run else config.output_dir
-        on_main(claim_output_dir, output_dir, held)
+        on_main(claim_directory, output_dir, held)
         status = RunStatus(output_dir, layout.world_size, layout.is_main)
         try:
             model = _train(config, layout, signals, status)

@@ -290,6 +290,8 @@ def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
     assert refusal(["--pretrained_path", gone, "--data_config", gone]) == [
         f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone}: no such file or directory.",
     ]  # fmt: skip
+    taken = "--cache_base out is the --output_dir: give a directory of its own."
+    assert refusal([*paths, "--cache_base", "out", "--output_dir", "out"]) == [taken]
 
 
 def test_demo_flags(paths: list[str]) -> None:

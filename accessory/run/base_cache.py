@@ -16,7 +16,7 @@ from accessory.method import METHODS
 from accessory.model.decoder import Decoder
 from accessory.parallel.agree import on_main, together
 from accessory.run.identity import Job
-from accessory.run.lock import lock
+from accessory.run.lock import claim_directory
 
 _FORMAT = 1  # part of the identity: raise it when a change lays rows out in another way, or makes other rows
 
@@ -63,10 +63,11 @@ def plan_base_cache(job: Job, decoder: Decoder) -> tuple[RowFile | None, list[st
 def open_base_cache(file: RowFile, job: Job) -> Iterator[BaseCache]:
     """The cache at work; while documents are missing, no other run may write there. A collective."""
     with ExitStack() as held:
+        if file.missing_bytes:
+            on_main(claim_directory, file.directory, held, "--cache_base")
+            together(file.look)  # another run may have been at work there until now
         together(file.open)
         held.callback(file.close)
-        if file.missing_bytes:
-            on_main(lambda: held.enter_context(lock(file.directory, "--cache_base")))
         yield held.enter_context(closing(BaseCache(file, job.layout, job.config.data_parallel)))
 
 

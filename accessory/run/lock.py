@@ -17,27 +17,27 @@ LOCK_FILE = ".lock"
 _PATIENCE = 3.0  # seconds in which the processes of a launcher that was just killed are gone
 
 
-def claim_output_dir(output_dir: Path | None, held: ExitStack) -> None:
-    """Make the directory, check that it can be written to, and lock it until `held` ends."""
-    if output_dir is None:
+def claim_directory(directory: Path | None, held: ExitStack, flag: str = "--output_dir") -> None:
+    """Make the directory that `flag` names, check that it can be written to, and lock it until `held` ends."""
+    if directory is None:
         return
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir}: cannot be written to ({error.strerror}).") from error
-    held.enter_context(lock(output_dir))
+        raise ConfigError(f"{flag} {directory}: cannot be written to ({error.strerror}).") from error
+    held.enter_context(lock(directory, flag))
 
 
 @contextmanager
-def lock(output_dir: Path, flag: str = "--output_dir") -> Iterator[None]:
+def lock(directory: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Hold the directory that `flag` names for this process. The kernel lets go of it when the process ends.
 
     The file is removed in the end, but for a process that is killed. Raises `ConfigError` that names the host and
     process which hold it.
     """
-    path, deadline = output_dir / LOCK_FILE, time.monotonic() + _PATIENCE
+    path, deadline = directory / LOCK_FILE, time.monotonic() + _PATIENCE
     while True:
         with path.open("a+", encoding="utf-8") as file:
             if _taken(file.fileno(), path):
@@ -55,7 +55,7 @@ def lock(output_dir: Path, flag: str = "--output_dir") -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ConfigError(
-                    f"{flag} {output_dir}: a run is at work there: {holder}. Wait for it, end it, or give another "
+                    f"{flag} {directory}: a run is at work there: {holder}. Wait for it, end it, or give another "
                     f"{flag}."
                 )
         time.sleep(0.1)
