@@ -23,6 +23,8 @@ from tests.conftest import DATA, ROOT
 
 WORKER = ROOT / "tests" / "finetune_worker.py"
 EPOCHS = 3
+TOKENS = 3065
+"""Of all documents."""
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +79,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("qst", "base_blocks"),
-    [({}, 2), ({"side_layers": 2, "downsample": "avgpool"}, 2), ({"tail": 1}, 1), ({"dropout": 0.1}, 2),
-     ({"tail": 1, "side_layers": 0}, 1)],
+    [({}, 2), ({"downsample": "avgpool"}, 2), ({"side_layers": 2, "downsample": "maxpool"}, 2), ({"tail": 1}, 1),
+     ({"dropout": 0.1}, 2), ({"tail": 1, "side_layers": 0}, 1)],
     ids=str,
 )  # fmt: skip
 def test_losses_are_those_without_it(run, calls: list[int], qst: dict, base_blocks: int) -> None:
-    """To the bit, in three epochs of other batches; frozen blocks of the base are run in the first only."""
+    """To the bit, in three epochs; frozen blocks run in the first only. Rows that only a pool reads are pooled."""
     name = "-".join(map(str, qst.items()))
     plain = run(f"plain{name}", qst)
     wide = calls.count(128)
     calls.clear()
     assert run(f"cached{name}", qst, cache_base=run.root / f"cache{name}") == plain
+    widths = {"avgpool": 32 + 128, "maxpool": 128}.get(qst.get("downsample"), 256 // (1 + ("tail" in qst)))
+    assert (run.root / f"cache{name}" / ROWS_FILE).stat().st_size == TOKENS * widths * 2
     frozen = wide * base_blocks // 2
     assert calls.count(128) == wide - frozen * (EPOCHS - 1) // EPOCHS
 
@@ -110,8 +114,7 @@ def test_rows_in_eight_bits(run) -> None:
     eight = torch.tensor(run("eight-bits", {"downsample": "linear"}, **flags))
     assert eight[0] == plain[0] and not torch.equal(eight, plain)
     assert ((eight - plain) / plain).abs().max() < 5e-3
-    tokens = 3065
-    assert (run.root / "eight" / ROWS_FILE).stat().st_size == tokens * (128 + 2 * 128 // 64 + 2 * 128)
+    assert (run.root / "eight" / ROWS_FILE).stat().st_size == TOKENS * (128 + 2 * 128 // 64 + 2 * 128)
 
 
 @pytest.mark.parametrize("rows", ["exact", "int8"])
