@@ -49,11 +49,11 @@ class SideSettings(BaseModel):
     1 if any key above this one is given, `tail` is 0 or `start` is `released`; else 0."""
     tail: int | None = Field(default=None, ge=0, le=1 << 12)
     """Last blocks of the base that have LoRA, and that gradients go back through. Absent: none where there are side
-    blocks, else a third of the base's."""
+    blocks, else a fifth of the base's."""
     tail_rank: int = Field(default=16, ge=1, le=1 << 16)
     """Rank of that LoRA; its scale is 1."""
     tail_backward: Literal["labelled", "all"] = "labelled"
-    """Tokens that gradients go back through in the tail: those with a label, or all, which costs twice as much."""
+    """Tokens that gradients go back through in the tail: those with a label, or all, which takes longer."""
     start: Literal["base", "released"] = "base"
     """`base`: untrained, the model computes what its base does. `released`: form and start are the published code's."""
 
@@ -75,7 +75,7 @@ class SideSettings(BaseModel):
 
     def tail_of(self, n_layers: int) -> int:
         """Blocks in the tail of a base that has `n_layers`."""
-        return max(n_layers // 3, 1) if self.tail is None else self.tail
+        return max(n_layers // 5, 1) if self.tail is None else self.tail
 
 
 def side_args(args: ModelArgs, settings: SideSettings) -> ModelArgs:

@@ -298,12 +298,12 @@ def test_heads_are_wide_unless_released() -> None:
 
 
 def test_which_form_settings_make() -> None:
-    """A third of the blocks where nothing is said; any key of a side network makes one, without a tail."""
+    """A fifth of the blocks where nothing is said; any key of a side network makes one, without a tail."""
     settings = METHODS["qst"].Settings
     forms = [
         settings(**how) for how in ({}, {"r": 8}, {"tail": 2}, {"tail": 2, "gate": "scalar"}, {"start": "released"})
     ]
-    assert [(s.side_layers, s.tail_of(30)) for s in forms] == [(0, 10), (1, 0), (0, 2), (1, 2), (1, 0)]
+    assert [(s.side_layers, s.tail_of(30)) for s in forms] == [(0, 6), (1, 0), (0, 2), (1, 2), (1, 0)]
     assert all(settings(**form.model_dump()) == form for form in forms)
     assert settings().tail_of(2) == 1 and settings(tail=0).side_layers == 1
     with pytest.raises(ValueError, match="nothing would be trained"):

@@ -340,7 +340,7 @@ def test_equal_tokens_are_those_before_the_first_other(answers: list[list[int]],
     (["--tokens", "512"], "--tokens 512: is of random documents"),
     (["--supervised", "0.5"], "--supervised 0.5: is of random documents"),
     (["--lr", "big"], "--lr 'big': expected a number"),
-    (["--cache_base", "x"], "--cache_base x: --method lora goes back through the base; expected qst."),
+    (["--cache_base", "x"], "--cache_base x: --method lora goes back through the base; expected qst, qst_side, "),
     (["--method", "qst", "--cache_base", "tests"], "--cache_base tests: is there already; give a new directory."),
     (["--cache_base_rows", "int4"], "--cache_base_rows 'int4' is not one of exact, int8"),
 ])  # fmt: skip
