@@ -1,7 +1,7 @@
-"""The decoder of quantized side tuning (QST, Zhang et al. 2024, section 3): a narrow network beside a frozen base.
+"""The decoder of side tuning: a narrow network beside a base (QST, Zhang et al. 2024, section 3), a tail, or both.
 
-The base is only run forward. Each of its blocks' outputs is read by a side block as it appears, and then dropped; no
-gradient goes through the base, and nothing of it is kept but what a downsample needs for its own gradient.
+The base's blocks before the tail are only run forward. Each output is read by a side block as it appears, and then
+dropped; no gradient goes through these blocks, and nothing of them is kept but what a downsample needs for its own.
 """
 
 from __future__ import annotations

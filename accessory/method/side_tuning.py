@@ -79,7 +79,10 @@ class SideTuning(Method):
         super().check(args, layout, data_parallel)
         tail = self.settings.tail_of(args.n_layers)
         if tail > args.n_layers or (tail == args.n_layers and self.settings.side_layers):
-            raise ConfigError(f"--llama_config: a tail of {tail} blocks, and the base has {args.n_layers}.")
+            most = args.n_layers - bool(self.settings.side_layers)
+            raise ConfigError(
+                f"--llama_config: 'tail' is {tail}, the base has {args.n_layers} blocks; expected {most} or less."
+            )
         if not self.settings.side_layers:
             return
         narrow, ranks = side_args(args, self.settings), layout.mp_size

@@ -323,6 +323,16 @@ def test_widths_that_cannot_be() -> None:
         method.check(args, Layout(world_size=2, mp_size=2), "sdp")
 
 
+@pytest.mark.parametrize(("how", "most"), [({"tail": 4}, 3), ({"tail": 3, "r": 4}, 2)], ids=str)
+def test_a_tail_longer_than_the_base(how: dict, most: int) -> None:
+    """A side network needs a block before it."""
+    method = METHODS["qst"](METHODS["qst"].Settings(**how))
+    with pytest.raises(ConfigError, match=f"'tail' is {how['tail']}, the base has 3 blocks; expected {most} or less"):
+        method.check(ModelArgs(**LLAMA), Layout(), "sdp")
+    shorter = METHODS["qst"](METHODS["qst"].Settings(**how | {"tail": most}))
+    shorter.check(ModelArgs(**LLAMA), Layout(), "sdp")
+
+
 def test_published_keys() -> None:
     """Files of the published code call the adapter's activation as the base's is called."""
     theirs = {"r": 8, "alpha_r": 16, "activation": "swish", "peft_hidden_size": 16, "dropout": 0.1}

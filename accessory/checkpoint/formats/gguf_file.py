@@ -101,6 +101,7 @@ class _Header(MetadataWalk):
     """Metadata, followed by the list of tensors."""
 
     def entries(self) -> list[_Entry]:
+        """The list of tensors. Raises `ValueError` for one without or with too many dimensions."""
         (count,) = struct.unpack_from("<Q", self._buffer, 8)
         return [self._entry() for _ in range(count)]
 
@@ -113,6 +114,7 @@ class _Header(MetadataWalk):
         return _Entry(name, shape[::-1], *self._unpack("<IQ"))
 
     def data_start(self, alignment: object) -> int:
+        """Where the tensors' data begin, in bytes, after what was read so far. Raises `ValueError`."""
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"its alignment is {alignment!r}")
         return -(-self._at // alignment) * alignment
