@@ -1,4 +1,4 @@
-"""Fine-tuning of quantized large language models: `from accessory import MetaModel` asks what was trained.
+"""Fine-tuning of quantized large language models: `from accessory import MetaModel, finetune, FinetuneConfig`.
 
 Letters of tensor shapes, here and in every room: B documents, S tokens of one document, T tokens of a packed
 micro-batch, D model width, H attention heads, K key/value heads, E head width, F hidden width of the MLP, V vocabulary,
@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from pathlib import Path
 
-_HOMES = {"MetaModel": "accessory.meta", "FinetuneConfig": "accessory.config", "AccessoryError": "accessory.errors"}
+_HOMES = {
+    "MetaModel": "accessory.meta",
+    "finetune": "accessory.finetuning",
+    "FinetuneConfig": "accessory.config",
+    "AccessoryError": "accessory.errors",
+}
 """The public names and where they are: loaded when first asked for, as they bring PyTorch along."""
-__all__ = ["AccessoryError", "FinetuneConfig", "MetaModel", "__version__"]
+__all__ = ["AccessoryError", "FinetuneConfig", "MetaModel", "__version__", "finetune"]
 
 # On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -24,7 +30,7 @@ def __getattr__(name: str) -> object:
     if name == "__version__":
         return _version()
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
@@ -36,3 +42,8 @@ def _version() -> str:
     if project.is_file():
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
     return importlib.metadata.version(__name__)
+
+
+def __dir__() -> list[str]:
+    """Public names too, before they are loaded: a notebook completes them, and errors suggest them."""
+    return sorted({*globals(), *__all__})

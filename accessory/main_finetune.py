@@ -15,7 +15,7 @@ die_with_launcher()  # before the imports that take seconds
 
 from accessory.config import FinetuneConfig
 from accessory.entry import run_entry
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 
 if __name__ == "__main__":
     run_entry(FinetuneConfig, finetune)

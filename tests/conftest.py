@@ -26,7 +26,7 @@ from tests.support import SupportTable
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data_example" / "accessory_qa.json"
 VOCABULARY = 512
-SLOWEST = ("test_dockerfile.py", "test_processes.py", "test_finetune.py", "test_durability.py", "test_resume.py")
+SLOWEST = ("test_dockerfile.py", "test_processes.py", "test_finetuning.py", "test_durability.py", "test_resume.py")
 """Files that take minutes: begun first, so that no process is left with one of them when the others have ended."""
 
 TINY_CONFIG = {

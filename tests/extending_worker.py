@@ -19,7 +19,7 @@ from torch import Tensor
 from accessory.config import FinetuneConfig
 from accessory.errors import ConfigError
 from accessory.export import Destination, convert
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.generate import generate_tokens
 from accessory.meta import MetaModel
 from accessory.model.loss import cross_entropy_sum

@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel import destroy_model_parallel
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import accessory.finetune as assembly
+import accessory.finetuning as assembly
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import AccessoryError
 from accessory.meta import MetaModel

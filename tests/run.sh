@@ -4,7 +4,7 @@
 #   bash tests/run.sh                            15 minutes on 2 cores
 #   bash tests/run.sh --quick                    2 minutes, before a commit: without tests that start processes
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
-#   bash tests/run.sh --write-tables tests/test_finetune.py tests/model/families
+#   bash tests/run.sh --write-tables tests/test_finetuning.py tests/model/families
 #                                                how these end is written into docs/, where otherwise it is compared
 #   bash tests/run.sh --chaos                    some 30 minutes of kills, restarts, fuzzing and 3,000 steps
 #

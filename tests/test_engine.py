@@ -1,4 +1,4 @@
-"""The loop: what a step computes, when it saves, and how it stops. Layouts and resuming are in test_finetune.py."""
+"""The loop: what a step computes, when it saves, and how it stops. Layouts and resuming are in test_finetuning.py."""
 
 from __future__ import annotations
 

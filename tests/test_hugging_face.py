@@ -15,7 +15,7 @@ from accessory.config import FinetuneConfig
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.errors import CheckpointError, ConfigError, DataError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.hugging_face import QSTConfig, QSTForCausalLM, QSTLlamaForCausalLM, QSTOPTForCausalLM
 from accessory.meta import MetaModel
 from accessory.quant import PackedWeight

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = (
     ("main_finetune", "demos", "tools"),
-    ("finetune", "export", "entry", "hugging_face", ""),
+    ("finetuning", "export", "entry", "hugging_face", ""),
     ("engine",),
     ("meta", "run"),
     ("blueprint", "config", "generate", "memory"),

@@ -14,9 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_every_public_name_is_there() -> None:
     found = {name: getattr(accessory, name) for name in accessory.__all__}
-    assert [found["MetaModel"].__module__, found["AccessoryError"].__module__] == ["accessory.meta", "accessory.errors"]
+    assert all(callable(found[name]) for name in found if name != "__version__")
+    assert {name: value.__module__ for name, value in found.items() if callable(value)} == accessory._HOMES
     with pytest.raises(AttributeError, match="MetaModle"):
         _ = accessory.MetaModle
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Python binds a submodule to its package when it is first imported, over whatever `__getattr__` would give."""
+    modules = {path.stem for path in (ROOT / "accessory").iterdir()}
+    assert not modules & set(accessory.__all__)
+    assert set(accessory.__all__) <= set(dir(accessory))
 
 
 def test_importing_brings_no_torch(python) -> None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from accessory.checkpoint.disk_space import check_disk_space, disk_fault
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError, DiskFullError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.run.saving import Saver
 from tests.faults.job import Job
 

@@ -27,7 +27,7 @@ from accessory.checkpoint import save
 from accessory.config import FinetuneConfig
 from accessory.engine import Engine
 from accessory.entry import run_entry
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.parallel import parameters
 from accessory.parallel.groups import data_parallel_group
 from accessory.run import saving

@@ -17,7 +17,7 @@ start_without_thread_caches()  # as main_finetune.py is
 
 from accessory.config import FinetuneConfig, parse
 from accessory.engine import Engine
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.parallel import groups
 
 PAGE = 4096

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from accessory.config import FinetuneConfig, parse
 from accessory.engine import Engine
 from accessory.errors import AccessoryError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.parallel import groups
 
 STEP = 3

@@ -16,7 +16,7 @@ from fairscale.nn.model_parallel import destroy_model_parallel
 from accessory.checkpoint import disk_space, save
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import AccessoryError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.parallel import groups
 
 STAGES = {

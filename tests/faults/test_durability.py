@@ -17,7 +17,7 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
 from accessory.checkpoint.run_checkpoints import Retention, checkpoints_in, latest_checkpoint
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError, ConfigError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from tests.checkpoint.made_checkpoints import checkpoint, flip
 from tests.faults.job import Job, finish, said, wait_for
 

@@ -33,7 +33,7 @@ from accessory.data.meta_config import load_data_config
 from accessory.data.records import read_records
 from accessory.data.templates import UnusableRecord, conversation, single_turn
 from accessory.errors import AccessoryError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.tokenizer import open_tokenizer
 from tests.conftest import small_sentencepiece
 from tests.faults.job import Job

@@ -20,7 +20,7 @@ from accessory.config import FinetuneConfig, parse
 from accessory.data.batch import IGNORE
 from accessory.data.corpus import Corpus, build_corpus
 from accessory.errors import AccessoryError, CheckpointError, ConfigError, DataError, TokenizerError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.tokenizer import open_tokenizer, trial
 from tests.conftest import small_sentencepiece
 from tests.faults.job import ROOT, SIZE, Job, said, settings

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from accessory.checkpoint.manifest import verify
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import NotFiniteError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from tests.conftest import TINY_CONFIG, write_model, write_tokenizer
 from tests.faults.job import SIZE, Job, said
 

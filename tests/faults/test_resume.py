@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, read_manifest
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import CheckpointError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from tests.faults.job import ROOT, SIZE, Job, settings
 
 LAST = "epoch0-iter12"

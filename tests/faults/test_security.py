@@ -24,7 +24,7 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of, verify
 from accessory.checkpoint.opening import open_source
 from accessory.config import DemoConfig, FinetuneConfig, parse
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.tokenizer import open_tokenizer
 from tests.conftest import environment
 from tests.faults.job import ROOT, Job

@@ -16,7 +16,7 @@ from accessory.config import FinetuneConfig
 from accessory.data.batch import Document, PackedBatch
 from accessory.errors import CheckpointError, ConfigError, ParallelError
 from accessory.export import Destination, export_adapter, merge
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.generate import generate_tokens
 from accessory.memory.plan import parameter_counts
 from accessory.memory.recompute import recompute_layers

@@ -16,7 +16,7 @@ def test_two_ranks(torchrun) -> None:
 def test_a_process_alone_does_not_load_fsdp() -> None:
     """Half a second of every start; without it no tensor is a shard."""
     lines = (
-        "import sys, torch, accessory.finetune",
+        "import sys, torch, accessory.finetuning",
         "from accessory.parallel.data import is_sharded, whole",
         "x = torch.ones(2)",
         "assert not is_sharded(x) and whole(x) is x",

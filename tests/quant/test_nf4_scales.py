@@ -17,7 +17,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.config import FinetuneConfig
 from accessory.errors import AccessoryError, ConfigError
 from accessory.export import Destination, export_adapter, merge
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.meta import MetaModel
 from accessory.model.projection import project
 from accessory.quant import nf4_scales, storage

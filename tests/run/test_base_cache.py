@@ -13,7 +13,7 @@ import torch
 
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError, DiskFullError
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.memory.row_file import IDENTITY_FILE, ROWS_FILE, WRITTEN_FILE
 from accessory.model.block import Block
 from accessory.run import lock as run_lock
@@ -132,7 +132,7 @@ def test_cut_in_the_second_epoch_it_goes_on_bit_for_bit(run, rows: str) -> None:
 KILLED = """
 import os, signal, sys
 from accessory.config import FinetuneConfig, parse
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.memory import row_file
 count, work = [0], getattr(row_file.{owner}, "{name}")
 def last(*given):

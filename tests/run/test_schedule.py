@@ -1,4 +1,4 @@
-"""How many steps a run has, how fast it learns in each, when it is saved. What is said: tests/test_finetune.py."""
+"""How many steps a run has, how fast it learns in each, when it is saved. What is said: tests/test_finetuning.py."""
 
 from __future__ import annotations
 

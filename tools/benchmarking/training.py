@@ -1,4 +1,4 @@
-"""An engine as `accessory.finetune` makes one, of fewer settings: nothing is shuffled, saved or shown."""
+"""An engine as `accessory.finetuning` makes one, of fewer settings: nothing is shuffled, saved or shown."""
 
 from __future__ import annotations
 

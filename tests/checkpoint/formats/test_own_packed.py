@@ -17,7 +17,7 @@ from accessory.checkpoint.load import targets
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.export import Destination, open_base
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.meta import MetaModel
 from accessory.quant import STORAGES, PackedWeight
 from accessory.run.status import STATUS_FILE

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from accessory.config import FinetuneConfig, parse
-from accessory.finetune import finetune
+from accessory.finetuning import finetune
 from accessory.meta import MetaModel
 from accessory.method import METHODS
 from accessory.parallel import groups
