@@ -23,7 +23,8 @@ from accessory.errors import ConfigError, explain_validation, nearest
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.memory.base_cache import BaseCache
 from accessory.model.decoder import Decoder
-from accessory.model.loss import CHUNK, cross_entropy_sum
+from accessory.model.loss import cross_entropy_sum
+from accessory.model.scores import TokenScores, token_scores
 from accessory.model.sequences import Sequences as DocumentSequences
 from accessory.parallel import groups
 from accessory.parallel.agree import together
@@ -131,22 +132,26 @@ class MetaModel(nn.Module):
             end = inset.start + inset.rows
         return torch.cat([*parts, embedded[end:]])
 
+    def token_scores(self, batch: PackedBatch) -> TokenScores:
+        """log p of each supervised token, and whether it was the likeliest, in packed order; no gradient.
+
+        The batch lies on the model's device.
+        """
+        with torch.no_grad():
+            hidden = self.hidden(batch)
+        return token_scores(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
+
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> list[Score]:
         """How likely each document's supervised tokens are, in the batch's order; packing may have sorted them.
 
-        Documents that share a context are computed with one copy of it, and the logits of `CHUNK` tokens at a time.
+        Documents that share a context are computed with one copy of it.
         """
         batch = batch.to(self.llma.frequencies.device)
         own = torch.tensor([length - known for length, known in zip(batch.lengths, batch.shared, strict=True)])
-        rows = (batch.labels >= 0).nonzero()[:, 0]
-        owner = torch.arange(len(own)).repeat_interleave(own)[rows.cpu()]
-        hidden, found = self.hidden(batch), []
-        for part in rows.split(CHUNK):
-            logits, labels = next_token_logits(self.llma, hidden[part]), batch.labels[part]
-            chosen = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)
-            found.append(torch.stack([chosen, logits.argmax(1) != labels]).double().cpu())
-        each = torch.cat([torch.cat(found, 1), torch.ones(1, len(rows))]).double()
+        owner = torch.arange(len(own)).repeat_interleave(own)[(batch.labels >= 0).cpu()]
+        log_p, likeliest = self.token_scores(batch)
+        each = torch.stack([log_p.double(), ~likeliest, torch.ones_like(log_p)]).double().cpu()
         sums = torch.zeros(3, len(own), dtype=torch.float64).index_add_(1, owner, each)
         return [
             Score(number, value, int(tokens), not misses)

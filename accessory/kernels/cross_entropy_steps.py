@@ -22,10 +22,16 @@ def in_two_steps(
     """`losses_and_gradient` of kernels that have the other two: first each row's statistics, then the gradient."""
     highest, mass, target = statistics(scores, local, width)
     if reduce is not None:
-        mine = highest.clone()
-        reduce(highest, "max")
-        mass *= (mine - highest).exp()
-        reduce(mass, "sum")
-        reduce(target, "sum")
+        highest, mass, target = over_all_ranks(highest, mass, target, reduce)
     become_gradient(scores, local, highest, mass, width)
     return mass.log() + highest - target
+
+
+def over_all_ranks(highest: Tensor, mass: Tensor, target: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel's `statistics` of this rank's slices of rows -> those of the whole rows."""
+    whole = highest.clone()
+    reduce(whole, "max")
+    mass *= (highest - whole).exp()
+    reduce(mass, "sum")
+    reduce(target, "sum")
+    return whole, mass, target

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory import kernels
+from accessory.kernels.cross_entropy_steps import Reduce
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
@@ -48,10 +49,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scores = hidden.new_empty(most)  # allocated once: for each chunk, that would cost more than the arithmetic
         kernel = kernels.of("cross_entropy", hidden)
         work = kernel.workspace(scores)
-        group = model_parallel_group()
-        all_reduce = _all_reduce if dist.get_world_size(group) > 1 else None
-        before = dist.get_rank(group) * len(head)
-        width = None if vocab_size is None else min(max(vocab_size - before, 0), len(head))
+        all_reduce = reduce_over_ranks()
+        before, width = rows_of_rank(len(head), vocab_size)
         for begin in range(0, len(rows), CHUNK):
             chunk = rows[begin : begin + CHUNK]
             x, scores = hidden[chunk], scores[: len(chunk)]
@@ -78,6 +77,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 full[at] = (part.to(dloss.dtype) * dloss).to(part.dtype)
             dhidden = full
         return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None
+
+
+def reduce_over_ranks() -> Reduce | None:
+    """What replaces each model-parallel rank's tensor by the sum or maximum over them; None where there is one rank."""
+    return _all_reduce if dist.get_world_size(model_parallel_group()) > 1 else None
+
+
+def rows_of_rank(rows: int, vocab_size: int | None) -> tuple[int, int | None]:
+    """(rows of the head that lie before this rank's `rows`, how many of these are no padding; None: all)."""
+    before = dist.get_rank(model_parallel_group()) * rows
+    return before, None if vocab_size is None else min(max(vocab_size - before, 0), rows)
 
 
 def _all_reduce(tensor: Tensor, operation: Literal["max", "sum"] = "sum") -> None:

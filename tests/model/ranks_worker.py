@@ -17,6 +17,7 @@ from accessory.generate import generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.loss import cross_entropy_sum
+from accessory.model.scores import token_scores
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.parameters import NamedParameters
@@ -88,7 +89,16 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
     mine = own_slice(head, Slicing(dim=0), layout.mp_rank, layout.mp_size).clone().requires_grad_()
     loss = cross_entropy_sum(hidden.requires_grad_(), mine, labels, 97)
     loss.backward()
-    return {"loss": loss.detach(), "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
+    found = {"loss": loss.detach(), "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
+    head[[0, 60]], head[70] = 5, -5  # of equal scores on two ranks, the first is the likeliest
+    labels[1::3] = torch.tensor([0, 60, 70])[labels[1::3] % 3]
+    above = hidden.detach().abs() * torch.tensor([1, 1, -1]).repeat(100)[:, None]  # of 0 and 60, or of 70
+    mine = own_slice(head, Slicing(dim=0), layout.mp_rank, layout.mp_size)
+    log_p, likeliest = token_scores(above, mine, labels, 97)
+    found |= {"log p": log_p, "likeliest": likeliest}
+    wanted = torch.tensor([0, 0, 70]).repeat(100) == labels
+    assert torch.equal(likeliest, wanted[labels >= 0])
+    return found
 
 
 CASES = [(name, method) for name in SHAPES for method in ("full", "peft", "qst")]

@@ -47,3 +47,19 @@ def losses_and_gradient(
     if wide is not scores:
         scores.copy_(wide)
     return mass.log() - target
+
+
+def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row of scores [c, V / ranks]: its highest, the sum of exp(score - highest), its label's; fp32 [c].
+
+    As `accessory.kernels.triton.cross_entropy.statistics`, which explains the arguments; fp32 scores are overwritten.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if width is not None:
+        wide[:, width:] = -torch.inf
+    mine = (local >= 0) & (local < wide.shape[1])
+    target = wide.gather(1, local.masked_fill(~mine, 0)[:, None])[:, 0].masked_fill_(~mine, 0)
+    highest = wide.amax(1)
+    finite = highest.clamp(min=torch.finfo(wide.dtype).min)  # where all is padding, -inf - -inf would be no number
+    mass = wide.sub_(finite[:, None]).mul_(LOG2_E).exp2_().sum(1)
+    return highest, mass, target
