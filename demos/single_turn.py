@@ -3,10 +3,9 @@
 torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAINABLE --quant --prompt "..."
 """
 
-import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -24,10 +23,10 @@ from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.parallel.agree import on_main
 from accessory.parallel.allocator import give_back_freed_memory
+from demos.page_serving import check_place, model_name, serve_page
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
 MAX_QUESTION = 20_000  # characters
-MAX_WAITING = 16  # questions in the queue
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def main(config: DemoConfig) -> None:
         follow(model)
 
 
-def answer(model: MetaModel, question: Question) -> Iterator[str]:
+def answer(model: MetaModel, question: Question) -> Generator[str, None, None]:
     """The answer so far, growing. Every rank must go through it together."""
     return model.stream_generate(
         model.question(question.question, question.input, question.system_prompt),
@@ -90,18 +89,6 @@ def check_words(question: object, system_prompt: str) -> None:
     """Raise `ConfigError` for a question without words; the layout caption shows none."""
     if not isinstance(question, str) or not (question.strip() or system_prompt == "caption"):
         raise ConfigError("The question is empty.")
-
-
-def check_place(config: DemoConfig) -> None:
-    """Raise `ConfigError` where the page could not be served, before the minutes that loading may take."""
-    try:
-        with socket.socket() as place:
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind((config.host, config.port))
-    except OSError as error:
-        raise ConfigError(
-            f"--host {config.host} --port {config.port}: a page cannot be served there ({error.strerror})."
-        ) from error
 
 
 def prompt_layout_note(model: MetaModel, asked: str) -> str:
@@ -146,13 +133,9 @@ def follow(model: MetaModel) -> None:
 
 
 def serve(model: MetaModel, config: DemoConfig) -> None:
-    """Serve the page until interrupted. Raises `ConfigError` without gradio."""
-    try:
-        import gradio
+    """Serve the page until interrupted."""
+    import gradio
 
-        from demos.page_guard import MOST_BYTES, guards
-    except ImportError as error:
-        raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.") from error
     one_at_a_time = threading.Lock()
     offered = tuple(name for name in PROMPT_LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
@@ -167,27 +150,17 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
                     for text in stream:  # noqa: UP028 - `yield from` would close the stream along with this generator
                         yield text
                 finally:
-                    for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
-                        pass
+                    if dist.get_world_size() > 1:
+                        for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
+                            pass
+                    stream.close()
                     give_back_freed_memory()  # the next one may be answered by another thread, in a heap of its own
         except AccessoryError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            raise gradio.Error(str(error), duration=5, print_exception=False) from error
 
     page = page_of(respond, config, offered)
     try:
-        page.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(
-            server_name=config.host,
-            server_port=config.port,
-            auth=("accessory", config.password) if config.password else None,
-            share=False,
-            max_file_size=MOST_BYTES,
-            show_error=False,
-            quiet=True,  # gradio would advise share=True
-            prevent_thread_lock=True,
-            app_kwargs={"middleware": guards(config.host)},
-        )
-        print(f"The page is at {page.local_url}", flush=True)
-        page.block_thread()
+        serve_page(page, config)
     finally:
         if dist.get_world_size() > 1:
             dist.broadcast_object_list([None], src=0)
@@ -200,19 +173,26 @@ def page_of(respond: Callable[..., Iterator[str]], config: DemoConfig, offered: 
     def buttons(answering: bool) -> Callable[[], tuple]:
         return lambda: (gradio.Button(visible=not answering), gradio.Button(visible=answering))
 
-    with gradio.Blocks(title="Accessory", analytics_enabled=False) as page, gradio.Row():
-        with gradio.Column():
-            question = gradio.Textbox(label="Question", max_length=MAX_QUESTION)
-            context = gradio.Textbox(label="Input", max_length=MAX_QUESTION)
+    with gradio.Blocks(title="Accessory", analytics_enabled=False) as page:
+        with gradio.Row():
+            with gradio.Column():
+                # Of several rows, so that Enter begins a line and Shift+Enter asks.
+                question, context = (
+                    gradio.Textbox(label=label, lines=lines, max_length=MAX_QUESTION, placeholder=hint)
+                    for label, lines, hint in (("Question", 4, "Shift+Enter asks"), ("Input", 2, "a text it is about"))
+                )
+                ask = gradio.Button("Ask", variant="primary")
+                stop = gradio.Button("Stop", variant="stop", visible=False)
+            shown = gradio.Textbox(label=f"Answer of {model_name(config.pretrained_path)}", lines=11, max_lines=30)
+        with gradio.Row():
             settings = [
-                gradio.Dropdown(list(offered), value=config.system_prompt, label="System prompt"),
-                gradio.Slider(1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max length (tokens)"),
-                gradio.Slider(0, 2, value=config.temperature, label="Temperature"),
-                gradio.Slider(0.01, 1, value=config.top_p, label="Top-p"),
+                gradio.Dropdown(list(offered), value=config.system_prompt, label="Prompt template"),
+                gradio.Slider(
+                    1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max tokens", min_width=220
+                ),
+                gradio.Slider(0, 2, value=config.temperature, step=0.01, label="Temperature", min_width=220),
+                gradio.Slider(0.01, 1, value=config.top_p, step=0.01, label="Top-p", min_width=220),
             ]
-            ask = gradio.Button("Ask", variant="primary")
-            stop = gradio.Button("Stop", variant="stop", visible=False)
-        shown = gradio.Textbox(label="Answer")
         unlisted = {"outputs": [ask, stop], "queue": False, "api_visibility": "undocumented"}
         begun = gradio.on([ask.click, question.submit, context.submit], buttons(True), **unlisted)
         # Unprocessed, so that `checked_question` alone says what is wrong with a value.
@@ -231,7 +211,7 @@ def checked_question(
     if len(question) + len(context or "") > MAX_QUESTION:
         raise ConfigError(f"A question has at most {MAX_QUESTION} characters, its input included.")
     if system_prompt not in offered or not isinstance(context or "", str):
-        raise ConfigError(f"system prompt is {system_prompt!r}; expected one of {', '.join(offered)}; input is text.")
+        raise ConfigError(f"prompt template is {system_prompt!r}; expected one of {', '.join(offered)}; input is text.")
     try:
         (question + (context or "")).encode()
     except UnicodeEncodeError as error:

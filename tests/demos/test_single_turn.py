@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -21,6 +20,7 @@ from accessory import meta
 from accessory.data.templates import format_prompt
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from tests.browser import Browser, usable
 from tests.checkpoint.trained import write_trained_side
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -167,18 +167,40 @@ def test_page(ranks: int, trained: Path, expected: str, clean_environment) -> No
     assert "Traceback" not in said and "share=True" not in said, said[-3000:]
 
 
-def test_stop_gives_way_to_ask_however_an_answer_ends(trained: Path, clean_environment) -> None:
-    """What a browser does after an answer, and after one that failed: both put the buttons back."""
-    with served(trained, clean_environment) as (_, client):
-        events = client.config["dependencies"]
-        parts = {part["id"]: part["props"] for part in client.config["components"]}
-        (asked,) = (event["id"] for event in events if event["api_name"] == "ask")
-        for ending in ("trigger_only_on_success", "trigger_only_on_failure"):
-            (after,) = (event for event in events if event["trigger_after"] == asked and event[ending])
-            assert [parts[button]["value"] for button in after["outputs"]] == ["Ask", "Stop"]
-            data = {"fn_index": after["id"], "data": []}
-            shown = httpx.post(f"{client.src}gradio_api/run/predict", json=data).json()["data"]
-            assert [button["visible"] for button in shown] == [True, False]
+ASK, STOP, ANSWER = "button.primary", "button.stop", "[...document.querySelectorAll('textarea')].pop().value"
+
+
+def test_stop_gives_way_to_ask_however_an_answer_ends(trained: Path, clean_environment, tmp_path: Path) -> None:
+    """In a browser: after an empty question, after an answer, and after Stop, which ends the answer at once."""
+    with served(trained, clean_environment) as (page, client), Browser(tmp_path) as browser:
+        visitor = browser.visit(client.src)
+        visitor.click(ASK)
+        visitor.wait("document.body.innerText.includes('The question is empty.')")
+        visitor.wait(usable(ASK))
+        assert not visitor.shown(STOP)
+        words = visitor.text()
+        assert "Prompt template" in words and "System prompt" not in words and "epoch" in words
+        assert visitor.js("document.querySelector('textarea').rows") > 1
+        visitor.type("textarea", QUESTION)
+        visitor.press("Enter")
+        visitor.type("textarea", f"{visitor.js('document.querySelector(`textarea`).value')}Two rows.")
+        visitor.press("Enter", shift=True)
+        visitor.wait(f"{usable(ASK)} && {ANSWER}")
+        assert not visitor.shown(STOP)
+        visitor.type("input[type=number]", "250")
+        visitor.type("input[aria-label*=Temperature]", "2")
+        visitor.press("Tab")
+        before = visitor.js(ANSWER)
+        visitor.click(ASK)
+        visitor.wait(f"{ANSWER} && {ANSWER} !== {json.dumps(before)}")
+        visitor.click(STOP)
+        visitor.wait(usable(ASK))
+        cut = visitor.js(ANSWER)
+        assert not visitor.complaints()
+        visitor.picture(tmp_path / "page.png")
+    said = page.stdout.read()
+    assert "Traceback" not in said and "share=True" not in said, said[-3000:]
+    assert cut
 
 
 def test_memory_of_the_page_does_not_grow(trained: Path, clean_environment) -> None:

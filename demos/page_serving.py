@@ -1,0 +1,59 @@
+"""Serves a demo's page, behind its guard, until it is interrupted."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accessory.config import DemoConfig
+from accessory.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+MAX_WAITING = 16  # questions in the queue
+
+
+def check_place(config: DemoConfig) -> None:
+    """Raise `ConfigError` where no page could be served, before the minutes that loading may take."""
+    if find_spec("gradio") is None:
+        raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.")
+    try:
+        with socket.socket() as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind((config.host, config.port))
+    except OSError as error:
+        raise ConfigError(
+            f"--host {config.host} --port {config.port}: a page cannot be served there ({error.strerror})."
+        ) from error
+
+
+def model_name(paths: Sequence[Path]) -> str:
+    """The checkpoints by name, for a page's head: `base + mine/epoch2`."""
+    resolved = [path.resolve() for path in paths]
+    return " + ".join(f"{p.parent.name}/{p.name}" if p.name.startswith("epoch") else p.name for p in resolved)
+
+
+def serve_page(page: Blocks, config: DemoConfig, **launching: Any) -> None:
+    """Serve gradio's Blocks at --host and --port until interrupted; `launching` goes to their `launch`."""
+    from demos.page_guard import MOST_BYTES, guards
+
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(
+        server_name=config.host,
+        server_port=config.port,
+        auth=("accessory", config.password) if config.password else None,
+        share=False,
+        max_file_size=MOST_BYTES,
+        show_error=False,
+        quiet=True,  # gradio would advise share=True
+        footer_links=[],
+        run_history=False,  # it would keep questions in the browser, for whoever uses it next
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": guards(config.host)},
+        **launching,
+    )
+    print(f"The page is at {page.local_url}", flush=True)
+    page.block_thread()
