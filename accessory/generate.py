@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -17,6 +17,36 @@ from accessory.model.decoding import decoding
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
 
+_GROWTH = 256  # tokens by which a kept cache grows, at least
+_STOPPED = -1  # what the first rank sends in place of a token to end an answer on all ranks
+
+
+class KeptCache:
+    """The keys and values of one document, kept from one answer to the next; `tokens` are those that they belong to."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.layers: list[LayerCache] = []
+        self._decoder: Decoder | None = None
+
+    def begin(self, decoder: Decoder, ids: list[int], longest: int) -> int:
+        """Keep what `ids` begin with, and make room for `longest` tokens; returns how many of `ids` need no computing.
+
+        The last one always does, since its output is wanted. Of another decoder than before nothing is kept.
+        """
+        if decoder is not self._decoder:
+            self.tokens, self.layers, self._decoder = [], [], decoder
+        known = 0
+        while known < min(len(self.tokens), len(ids) - 1) and self.tokens[known] == ids[known]:
+            known += 1
+        del self.tokens[known:]
+        if not self.layers:
+            self.layers = decoder.new_cache(1, longest)
+        elif (room := self.layers[0].keys.shape[1]) < longest:
+            for layer in self.layers:
+                layer.grow(max(longest, room + _GROWTH), known)
+        return known
+
 
 @torch.inference_mode()
 def generate_tokens(
@@ -25,16 +55,20 @@ def generate_tokens(
     *,
     max_gen_len: int,
     max_seq_len: int,
-    stop_ids: set[int],
+    stop_ids: Set[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    kept: KeptCache | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, a step at a time, the next token id of each prompt; None once a prompt has ended.
 
     A prompt ends after one of `stop_ids` (which is not yielded), `max_gen_len` new tokens, or `max_seq_len` in all (or
     as many as the model has positions for).
     Temperature 0 is greedy. All model-parallel ranks must call with the same arguments; they get the same tokens.
+    kept: of a single prompt, what was computed for the ones before it. stopped: asked on the first rank after each
+    token; if it says so, all ranks end before they yield that token.
     Raises `ConfigError` for a prompt that is empty or leaves no room.
     """
     max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)
@@ -46,14 +80,22 @@ def generate_tokens(
     if not alive:
         return
     decoder.prepare_decoding()
-    cache = decoder.new_cache(len(alive), max(len(prompts[i]) + rooms[i] for i in alive))
-    hidden = read_prompts(decoder, [prompts[i] for i in alive], cache)
+    longest = max(len(prompts[i]) + rooms[i] for i in alive)
+    if kept is None:
+        known, cache = 0, decoder.new_cache(len(alive), longest)
+    else:
+        (prompt,) = prompts
+        known = kept.begin(decoder, prompt, longest)
+        cache = kept.layers
+    hidden = read_prompts(decoder, [prompts[i] for i in alive], cache, known)
+    if kept is not None:
+        kept.tokens += prompt[known:]
     produced = 0
     while True:
-        tokens = sample(next_token_logits(decoder, hidden), temperature, top_p, generator)
+        tokens = sample(next_token_logits(decoder, hidden), temperature, top_p, generator, stopped)
         produced += 1
         chosen = {i: token for i, token in zip(alive, tokens.tolist(), strict=True) if token not in stop_ids}
-        if not chosen:
+        if not chosen or _STOPPED in chosen.values():
             return
         yield [chosen.get(i) for i in range(len(prompts))]
         rows = [row for row, i in enumerate(alive) if i in chosen and produced < rooms[i]]
@@ -66,17 +108,20 @@ def generate_tokens(
         starts = tuple(len(prompts[i]) + produced - 1 for i in alive)
         with decoding():
             hidden = decoder(tokens, decoder.sequences((1,) * len(alive), starts), cache)
+        if kept is not None:
+            kept.tokens += chosen.values()
 
 
-def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache]) -> Tensor:
-    """Fill an empty `cache`; returns the decoder's output for each prompt's last token [B, embedding_dim].
+def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache], known: int = 0) -> Tensor:
+    """Fill a `cache` that holds the first `known` tokens of the prompt, or prompts; returns the decoder's output for
+    each prompt's last token [B, embedding_dim].
 
     On a CPU, prompts are read in groups that the kernel for few rows can take: kernels round differently, and an answer
     should not depend on the other prompts of the batch.
     """
     device = decoder.frequencies.device
     most = MOST_ROWS if device.type == "cpu" else sum(map(len, prompts))
-    lasts, begin = [], 0
+    prompts, lasts, begin = [prompt[known:] for prompt in prompts], [], 0
     while begin < len(prompts):
         end = begin + 1
         while end < len(prompts) and sum(map(len, prompts[begin : end + 1])) <= most:
@@ -85,7 +130,7 @@ def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCa
         tokens = torch.tensor([token for prompt in prompts[begin:end] for token in prompt], device=device)
         part = [layer.documents(begin, end) for layer in cache]
         with decoding():
-            hidden = decoder(tokens, decoder.sequences(lengths), part)
+            hidden = decoder(tokens, decoder.sequences(lengths, (known,) * len(lengths)), part)
         lasts.append(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
         begin = end
     return torch.cat(lasts)
@@ -109,8 +154,14 @@ def _plain_products() -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """logits [B, V] -> token ids [B]. The first rank of the group chooses, the others follow."""
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+    stopped: Callable[[], bool] | None = None,
+) -> Tensor:
+    """logits [B, V] -> token ids [B]. The first rank of the group chooses, the others follow, also if it `stopped`."""
     if temperature < 1e-3:  # below it softmax overflows, and the likeliest token is all there is
         tokens = logits.argmax(-1)
     else:
@@ -121,6 +172,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         probabilities[beyond] = 0
         picked = torch.multinomial(probabilities, 1, generator=generator)
         tokens = order.gather(-1, picked)[:, 0]
+    if stopped is not None and stopped():
+        tokens = torch.full_like(tokens, _STOPPED)
     group = model_parallel_group()
     if dist.get_world_size(group) > 1:
         dist.broadcast(tokens, dist.get_global_rank(group, 0), group=group)

@@ -20,7 +20,7 @@ from accessory.checkpoint.source import Source
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, explain_validation, nearest
-from accessory.generate import generate_tokens, next_token_logits
+from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.memory.base_cache import BaseCache
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
@@ -48,18 +48,23 @@ class _Loading(BaseModel):
     quant_type: str | None
 
 
-class _Sampling(BaseModel):
-    """Arguments of `MetaModel.generate`."""
+class Sampling(BaseModel):
+    """How an answer is chosen: the keyword arguments of `MetaModel.generate` and `Conversation.ask`."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True)
 
-    max_gen_len: int = Field(ge=0)
-    temperature: float = Field(ge=0)
-    top_p: float = Field(gt=0, le=1)
-    seed: int = Field(ge=-(2**63), lt=2**63)
+    max_gen_len: int = Field(default=512, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+
+    @staticmethod
+    def of(**values: Any) -> Sampling:
+        """Those values. Raises `ConfigError` naming the ones that are unknown, of a wrong type or out of range."""
+        return _checked(Sampling, **values)
 
 
-_Arguments = TypeVar("_Arguments", _Loading, _Sampling)
+_Arguments = TypeVar("_Arguments", _Loading, Sampling)
 
 
 class Loaded(NamedTuple):
@@ -193,19 +198,22 @@ class MetaModel(nn.Module):
 
         A text follows the tokenizer's start ids; messages are laid out by the checkpoint's chat template.
         """
-        if isinstance(prompt, str | DialogPrompt):
-            start = list(self.tokenizer.start_ids)
-            first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
-            pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
-        else:
-            start, pieces = [], [self.chat.ids(prompt)]
-        tokens = [token for piece in pieces for token in piece]
+        start = list(self.tokenizer.start_ids) if isinstance(prompt, str | DialogPrompt) else []
+        tokens = self.whole_prompt_tokens(prompt)[len(start) :]
         room = max(self.max_seq_len - 1 - len(start), 1)
         if lost := len(tokens[:-room]):
             warnings.warn(
                 f"The first {lost} tokens of a prompt are left out: max_seq_len is {self.max_seq_len}.", stacklevel=2
             )
         return start + tokens[-room:]
+
+    def whole_prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """The same, however long the prompt is."""
+        if not isinstance(prompt, str | DialogPrompt):
+            return self.chat.ids(prompt)
+        first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
+        pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
+        return [*self.tokenizer.start_ids, *(token for piece in pieces for token in piece)]
 
     def generate(
         self,
@@ -234,9 +242,13 @@ class MetaModel(nn.Module):
 
         The last answer is the same as `generate`'s, even if that ends in half a character.
         """
+        yield from self.texts(prompt, self._steps([prompt], max_gen_len, temperature, top_p, seed))
+
+    def texts(self, prompt: Prompt, steps: Iterator[list[int]]) -> Iterator[str]:
+        """The texts that `stream_generate` gives, of an answer to `prompt` whose tokens come in `steps`."""
         answer: list[int] = []
         shown = text = ""
-        for (token,) in self._steps([prompt], max_gen_len, temperature, top_p, seed):
+        for (token,) in steps:
             answer.append(token)
             text, ended = self._answer(prompt, answer)
             if ended:
@@ -259,9 +271,25 @@ class MetaModel(nn.Module):
         self, prompts: list[Prompt], max_gen_len: int, temperature: float, top_p: float, seed: int
     ) -> Iterator[list[int | None]]:
         _check_prompts(prompts)
-        how = _checked(_Sampling, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, seed=seed)
+        how = Sampling.of(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, seed=seed)
+        ids = [self.prompt_tokens(prompt) for prompt in prompts]
+        return self.steps(ids, self.stop_ids(prompts), how)
+
+    def stop_ids(self, prompts: Sequence[Prompt]) -> frozenset[int]:
+        """The ids that end an answer to any of `prompts`: the tokenizer's, and for messages the chat template's."""
         chats = not all(isinstance(prompt, str | DialogPrompt) for prompt in prompts)
-        ids, stated = [self.prompt_tokens(prompt) for prompt in prompts], self.llma.args.stated_length
+        return self.chat.stop_ids if chats else self.tokenizer.stop_ids
+
+    def steps(
+        self,
+        ids: list[list[int]],
+        stop_ids: frozenset[int],
+        how: Sampling,
+        kept: KeptCache | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """The answers to prompts of `ids`, a token of each at a time, as `generate_tokens` gives them."""
+        stated = self.llma.args.stated_length
         if stated and min(max(map(len, ids), default=0) + how.max_gen_len, self.max_seq_len) > stated:
             warnings.warn(f"An answer may go beyond the {stated} tokens that the model was made for.", stacklevel=2)
         return generate_tokens(
@@ -269,10 +297,12 @@ class MetaModel(nn.Module):
             ids,
             max_gen_len=how.max_gen_len,
             max_seq_len=self.max_seq_len,
-            stop_ids=self.chat.stop_ids if chats else self.tokenizer.stop_ids,
+            stop_ids=stop_ids,
             temperature=how.temperature,
             top_p=how.top_p,
             generator=torch.Generator(self.llma.frequencies.device).manual_seed(how.seed),
+            kept=kept,
+            stopped=stopped,
         )
 
     @staticmethod

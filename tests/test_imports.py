@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = (
     ("main_finetune", "demos", "tools"),
     ("finetuning", "export", "entry", "hugging_face", ""),
-    ("engine",),
+    ("engine", "conversation"),
     ("meta", "run"),
     ("blueprint", "config", "generate", "memory"),
     ("checkpoint",),

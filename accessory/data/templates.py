@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -168,8 +168,25 @@ def question_prompt(question: str, context: str, layout: str) -> str | list[dict
     return format_prompt(question, context, layout)
 
 
-def _dialog_segments(turns: list[tuple[str, str]]) -> list[Segment]:
-    segments = [Segment(DIALOG_SYSTEM + "\n", False)]
+def conversation_prompt(
+    turns: Sequence[tuple[str, str]], question: str, layout: str, system: str | None = None
+) -> list[dict[str, str]] | DialogPrompt:
+    """The prompt of a question that follows earlier ones and their answers (`turns`), in the layout CHAT or DIALOG.
+
+    system: the words before the first turn; absent: the layout's own. Raises `ConfigError` for another layout.
+    """
+    check_known("layout of a conversation", layout, (CHAT, DIALOG))
+    said = [pair for asked, answer in turns for pair in (("user", asked), ("assistant", answer))]
+    if layout == CHAT:
+        first = [] if system is None else [("system", system)]
+        return [{"role": role, "content": words} for role, words in (*first, *said, ("user", question))]
+    roles = [(_ROLES[role], words) for role, words in (*said, ("user", question), ("assistant", ""))]
+    segments = _dialog_segments(roles, DIALOG_SYSTEM if system is None else system)
+    return DialogPrompt(tuple(segment.text for segment in segments[:-1]))
+
+
+def _dialog_segments(turns: list[tuple[str, str]], system: str = DIALOG_SYSTEM) -> list[Segment]:
+    segments = [Segment(system + "\n", False)]
     for role, words in turns:
         segments.append(Segment(f"\n### {role}:" if len(segments) == 1 else f" {role}:", False))
         # The blank belongs to the words: vocabularies join it to the word that follows.

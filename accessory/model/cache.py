@@ -25,6 +25,14 @@ class LayerCache:
             self.values[i, start : start + length] = values[begin : begin + length]
             begin += length
 
+    def grow(self, longest: int, used: int) -> None:
+        """Make room for documents of `longest` tokens, keeping the first `used` of each."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(len(old), longest, *old.shape[2:])
+            new[:, :used] = old[:, :used]
+            setattr(self, name, new)
+
     def documents(self, begin: int, end: int) -> LayerCache:
         """The cache of documents [begin, end), in the same memory."""
         part = copy(self)
