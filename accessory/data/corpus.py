@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from accessory.data.batch import IGNORE
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
-from accessory.data.records import read_records
+from accessory.data.reading import identity_of, read_entries
 from accessory.data.templates import CHAT, DIALOG, Segment, UnusableRecord, documents_of, unused_keys
 from accessory.errors import DataError
 from accessory.tokenizer import Chat, Tokenizer
@@ -159,11 +160,11 @@ def build_corpus(
     if cached and (kept := _from_cache(cached, omissions)):
         omissions.check(kept["origins"], max_skipped)
         return Corpus(kept, omissions, identity, tokenizer, prompt_layouts)
-    documents = list(_documents(entries, chat, dialog, omissions))
-    arrays = _tokenize(documents, tokenizer, max_words, threads, omissions)
+    documents = _documents(entries, chat, dialog, omissions)
+    arrays, made = _tokenize(documents, tokenizer, max_words, threads, omissions)
     if len(arrays["offsets"]) == 1:
         shape = "; expected instruction, output and perhaps input, or, with --dialog, conversations"
-        found = f"{', '.join(omissions.files)}: not one record can be trained on{'' if documents else shape}."
+        found = f"{', '.join(omissions.files)}: not one record can be trained on{'' if made else shape}."
         raise DataError("\n".join([found, *omissions.lines()]))
     omissions.check(arrays["origins"], max_skipped)
     if cached:
@@ -174,25 +175,16 @@ def build_corpus(
 def _documents(
     entries: list[DataEntry], chat: Chat | None, dialog: bool, omissions: Omissions
 ) -> Iterator[tuple[Origin, list[Segment]]]:
-    for number, entry in enumerate(entries):
-        notes: list[str] = []
-        records = read_records(entry.path, notes)
-        if entry.ratio < 1:
-            count = min(max(round(entry.ratio * len(records)), 1), len(records))
-            notes.append(f"{count:,} of {len(records):,} records, as ratio {entry.ratio:g} says")
-            chosen = np.random.default_rng(0).choice(len(records), count, replace=False)
-            records = [records[i] for i in sorted(chosen)]
-        notes += [] if records else ["holds no records"]
-        omissions.notes += [(number, note) for note in notes]
-        for record in records:
-            origin, layout = (number, record.line, record.number), (entry.prompt_type, dialog, bool(entry.preprocess))
-            try:
-                if record.fault:
-                    raise UnusableRecord(record.fault)
-                yield from ((origin, segments) for segments in documents_of(record.fields, *layout, chat))
-                omissions.ignore(unused_keys(record.fields, *layout), origin)
-            except UnusableRecord as cause:
-                omissions.skip(str(cause), origin)
+    for number, record in read_entries(entries, omissions.notes):
+        entry = entries[number]
+        origin, layout = (number, record.line, record.number), (entry.prompt_type, dialog, bool(entry.preprocess))
+        try:
+            if record.fault:
+                raise UnusableRecord(record.fault)
+            yield from ((origin, segments) for segments in documents_of(record.fields, *layout, chat))
+            omissions.ignore(unused_keys(record.fields, *layout), origin)
+        except UnusableRecord as cause:
+            omissions.skip(str(cause), origin)
 
 
 def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
@@ -205,15 +197,16 @@ def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
 
 
 def _tokenize(
-    documents: list[tuple[Origin, list[Segment]]],
+    documents: Iterator[tuple[Origin, list[Segment]]],
     tokenizer: Tokenizer,
     max_words: int,
     threads: int,
     omissions: Omissions,
-) -> dict[str, np.ndarray]:
-    tokens, learned, lengths, origins = [], [], [0], []
-    for begin in range(0, len(documents), _CHUNK):
-        chunk = documents[begin : begin + _CHUNK]
+) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays of a `Corpus`, and how many documents there were; a chunk of their texts is in memory at a time."""
+    tokens, learned, lengths, origins, made = [], [], [0], [], 0
+    while chunk := list(islice(documents, _CHUNK)):
+        made += len(chunk)
         texts = [segments for _, segments in chunk if segments[0].ids is None]
         first = iter(tokenizer.encode_batch([segments[0].text for segments in texts], threads=threads))
         later_texts = [segment.text for segments in texts for segment in segments[1:]]
@@ -236,33 +229,26 @@ def _tokenize(
             lengths.append(len(tokens[-1]))
             origins.append(origin)
     empty = [np.zeros(0, np.int32)]
-    return {
+    arrays = {
         "tokens": np.concatenate(tokens or empty),
         "learned": np.concatenate(learned or empty).astype(bool),
         "offsets": np.cumsum(lengths, dtype=np.int64),
         "origins": np.array(origins, dtype=np.int32).reshape(-1, 3),
     }
+    return arrays, made
 
 
 def _identity(
     entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool, chat: Chat | None
 ) -> dict[str, Any]:
     """All that determines the documents, as JSON: settings by their names, contents of files by digests."""
-    files = []
-    for entry in entries:
-        try:
-            content = hashlib.sha256(entry.path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"{entry.path}: cannot be read ({error.strerror}).") from error
-        said = entry.model_dump(mode="json", exclude={"path", "type", "root"})
-        files.append({**said, "suffix": entry.path.suffix.lower(), "content": content[:_DIGITS]})
     return {
         "format": _FORMAT,
         "max_words": max_words,
         "dialog": dialog,
         "tokenizer": tokenizer.fingerprint[:_DIGITS],
         "chat_template": chat and hashlib.sha256(chat.definition.encode()).hexdigest()[:_DIGITS],
-        "META": files,
+        "META": [identity_of(entry) for entry in entries],
     }
 
 

@@ -6,22 +6,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from accessory.data.readers import SUFFIXES, is_data
+from accessory.data.readers.text import UNITS
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import DataError, explain_validation, is_there, nearest
 from accessory.tokenizer.sniff import what_is
 
-_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of data files, in small letters or capitals
 _REMEDIES = {
-    ".parquet": 'write it as JSON Lines: pandas.read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True)',
-    ".arrow": 'write it as JSON Lines: datasets.Dataset.from_file(FILE).to_json("data.jsonl")',
     ".xlsx": "save the sheet as .csv in UTF-8",
-    ".txt": 'put each text into a .jsonl as {"output": TEXT}, and name that in a YAML with prompt_type: caption',
-    ".ndjson": "name it .jsonl",
-    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
+    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
 }
-_FILES = f"a data file ({', '.join(_SUFFIXES)})"
+_NAMES = f"{', '.join(SUFFIXES)}, or .gz of these"
+_FILES = f"a data file ({_NAMES})"
 _EXPECTED = f"{_FILES} or a YAML with the key META"
 
 
@@ -42,6 +40,14 @@ class DataEntry(BaseModel):
     """Share of the records to use, chosen by a fixed seed."""
     root: str | None = None
     """Directory of images; accepted because upstream's files hold it."""
+    txt: Literal[UNITS] | None = None
+    """What of a .txt file is one record: `paragraphs` (default), `lines`, or `whole`."""
+    _group: int = PrivateAttr(default=0)
+
+    @property
+    def group(self) -> int:
+        """Number of the item of the data config that this file is from; an item may name several files."""
+        return self._group
 
     @field_validator("prompt_type", mode="before")
     @classmethod
@@ -62,7 +68,7 @@ def load_data_config(path: Path) -> list[DataEntry]:
     """The entries of a YAML, or one entry for a plain data file. Raises `DataError` listing all faults."""
     if fault := _path_fault(path):
         raise DataError(fault)
-    if path.suffix.lower() in _SUFFIXES:
+    if is_data(path):
         if not path.is_file():
             raise DataError(f"{path}: found {what_is(path)}; expected {_EXPECTED}.")
         return [DataEntry(path=path)]
@@ -75,6 +81,7 @@ def load_data_config(path: Path) -> list[DataEntry]:
     for number, item in enumerate(raw["META"]):
         try:
             entries.append(_entry(item, f"{path}: META[{number}]", path.parent))
+            entries[-1]._group = number
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -95,8 +102,8 @@ def _entry(item: Any, where: str, beside: Path) -> DataEntry:
     found = next((path for path in (beside / entry.path, entry.path) if is_there(path)), None)
     if fault := _path_fault(found or entry.path):
         raise DataError(f"{where}: {fault}")
-    if entry.path.suffix.lower() not in _SUFFIXES:
-        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {', '.join(_SUFFIXES)}.")
+    if not is_data(entry.path):
+        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {_NAMES}.")
     if found is None:
         raise DataError(f"{where}: path {entry.path} is neither in {beside.resolve()} nor in {Path.cwd()}.")
     return entry.model_copy(update={"path": found})

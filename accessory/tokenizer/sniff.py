@@ -32,7 +32,7 @@ def what_is(path: Path) -> str:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
         return f"a file that cannot be read ({error.strerror})"
-    return f"{_kind(head)} of {path.stat().st_size} bytes" if head else "an empty file"
+    return f"{kind_of(head)} of {path.stat().st_size} bytes" if head else "an empty file"
 
 
 def may_be_model(path: Path) -> bool:
@@ -60,7 +60,8 @@ def is_tiktoken(head: bytes) -> bool:
     return re.match(rb"[A-Za-z0-9+/]+={0,2} 0\r?\n", head) is not None
 
 
-def _kind(head: bytes) -> str:
+def kind_of(head: bytes) -> str:
+    """A noun phrase for a file that begins so."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<head")):
         return "an HTML page"

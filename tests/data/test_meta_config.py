@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_paths_are_sought_beside_the_yaml_then_here(write, data, tmp_path, monke
     assert load_data_config(deep)[0].path.resolve() == tmp_path / "configs/y.json"
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "JSON"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "JSON", "txt", "Parquet", "jsonl.gz"])
 def test_a_data_file_is_a_config_of_one_entry(write, suffix):
     path = write(f"y.{suffix}", "")
     (entry,) = load_data_config(path)
@@ -108,11 +109,11 @@ def test_a_null_prompt_type_is_upstreams_none(write, data):
 
 
 def test_a_file_of_another_kind_is_told_with_the_other_faults(write, data):
-    write("x.parquet", "")
-    message = refused(write("c.yaml", "META:\n- path: x.parquet\n- path: absent.json\n- path: x.conf\n"))
-    assert "META[0]: " in message and "x.parquet: .parquet files are not read here; write it as JSON" in message
+    write("x.xlsx", "")
+    message = refused(write("c.yaml", "META:\n- path: x.xlsx\n- path: absent.json\n- path: x.conf\n"))
+    assert "META[0]: " in message and "x.xlsx: .xlsx files are not read here; save the sheet as .csv" in message
     assert "META[1]: path absent.json is neither" in message
-    assert "META[2]: path x.conf is not a data file; expected one of .json, .jsonl, .csv, .tsv." in message
+    assert re.search(r"META\[2\]: path x.conf is not a data file; expected one of .json, .*or .gz of these\.", message)
 
 
 def test_the_keys_found_are_named_where_meta_is_missing(write, data):
@@ -126,14 +127,9 @@ def test_an_impossible_date_is_a_fault_of_the_yaml(write, data):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.Parquet", "PAR1", ".Parquet files are not read here; write it as JSON Lines"),
-        ("x.txt", "words", ".txt files are not read here; put each text into a .jsonl"),
-        ("x.JSON.gz", "", ".gz files are not read here; unpack it first"),
-        (
-            "x.bin",
-            b"PAR1\xff",
-            "found a Parquet file of 5 bytes; expected a data file (.json, .jsonl, .csv, .tsv) or a",
-        ),
+        ("x.Xlsx", "PK", ".Xlsx files are not read here; save the sheet as .csv in UTF-8"),
+        ("x.JSON.zip", "", ".zip files are not read here; unpack it first"),
+        ("x.bin", b"PAR1\xff", "found a Parquet file of 5 bytes; expected a data file (.json, .jsonl, .ndjson, .csv"),
         ("x.data", "{", "is not valid YAML"),
     ],
 )

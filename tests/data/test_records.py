@@ -6,8 +6,13 @@ import time
 
 import pytest
 
-from accessory.data.records import read_records
+from accessory.data import readers
 from accessory.errors import DataError
+
+
+def read_records(path, notes=None):
+    return list(readers.read_records(path, notes))
+
 
 RECORDS = [{"a": "é\u2028 \n"}, {"a": {"b": [1, "]"]}}, {}, {"a": "last"}]
 

@@ -30,7 +30,7 @@ from accessory.checkpoint.run_record import with_base
 from accessory.checkpoint.training_state import find_resumption
 from accessory.config import FinetuneConfig, parse
 from accessory.data.meta_config import load_data_config
-from accessory.data.records import read_records
+from accessory.data.readers import read_records
 from accessory.data.templates import UnusableRecord, conversation, single_turn
 from accessory.errors import AccessoryError
 from accessory.finetuning import finetune
