@@ -129,12 +129,13 @@ def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | Non
         recorded = [s.run["quantization"] for s in sources if s.is_delta and s.run and s.run["quantization"]]
         trained = next((name for name in reversed(recorded) if storage(name).trained), None)
         return asked or trained or ("nf4" if quant else None)
-    if asked and not storage(asked).covers(storage(packed.storage)):
+    used = storage(asked).used_for(storage(packed.storage)) if asked else storage(packed.storage)
+    if used is None:
         raise ConfigError(
             f"--quant_type {asked}: {packed.path} is packed as {packed.storage} already, and packing it again would "
             "lose more. Leave --quant_type out, or give the full-precision checkpoint."
         )
-    return packed.storage
+    return used.name
 
 
 def _check_family(llama_type: str, wanted: str, method: type[Method], args: ModelArgs) -> None:

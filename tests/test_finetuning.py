@@ -22,6 +22,7 @@ from tests.runs import JOBS, LAYOUTS, SETTINGS, SUPPORT
 WORKER = Path(__file__).with_name("finetune_worker.py")
 STEPS = 10
 CUT_ANEW, CUT_ANEW_NOISE = ("nf4", "fp4", "int8"), 1e-3  # measured: 2.1e-4
+INPUTS_ROUNDED, INPUTS_ROUNDED_NOISE = ("llm_int8",), 3e-3  # measured: 1.4e-3
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,10 @@ def test_every_layout_trains_as_one_process_or_is_refused(runs: Path, job: str, 
         return
     assert len(losses(run)) == STEPS
     assert losses(run)[-1] < losses(run)[0]
-    if JOBS[job].storage in CUT_ANEW and layout.startswith("tp2"):
+    if JOBS[job].storage in INPUTS_ROUNDED:
+        # Whether a number is rounded up or down may depend on its last bits, and a micro-batch has outliers of its own.
+        torch.testing.assert_close(losses(run), losses(reference), rtol=INPUTS_ROUNDED_NOISE, atol=0)
+    elif JOBS[job].storage in CUT_ANEW and layout.startswith("tp2"):
         # Scales of scales run over 256 blocks, int8's over a row: slices have others, so the same weights are rounded
         # anew.
         torch.testing.assert_close(losses(run), losses(reference), rtol=CUT_ANEW_NOISE, atol=0)

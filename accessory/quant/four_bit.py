@@ -75,9 +75,9 @@ class FourBitWeight(PackedWeight):
         return "nested_scales" in self._parameters
 
     @classmethod
-    def covers(cls, other: type[PackedWeight]) -> bool:
-        """See `PackedWeight`: double-quantized or not."""
-        return other in (cls, cls.single)
+    def used_for(cls, packed: type[PackedWeight]) -> type[PackedWeight] | None:
+        """See `PackedWeight`: double-quantized or not, as it is."""
+        return packed if packed in (cls, cls.single) else None
 
     @classmethod
     def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[FourBitWeight]:

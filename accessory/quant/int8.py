@@ -1,7 +1,7 @@
 """int8: a code of eight bits for each weight and a scale for each row, as in LLM.int8() (Dettmers et al. 2022).
 
-That paper's outlier columns and 8-bit activations are for products in integers; here only weights are rounded and
-products stay in the activations' dtype, so outliers need no columns of their own.
+That paper's outlier columns and 8-bit activations are for products in integers (`accessory.quant.llm_int8`); here only
+weights are rounded and products stay in the activations' dtype, so outliers need no columns of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from accessory.quant.packed import PackedWeight, Part
 
 LARGEST = 127  # code; -128 is not used, so that codes are symmetric
 CPU_PIECE = 1 << 18  # weights quantized at a time
-_SMALLEST = 1e-36  # a row's scale for quantizing is no smaller, because 127 / scale would overflow
+SMALLEST = 1e-36  # a row's scale for quantizing is no smaller, because 127 / scale would overflow
 
 
 class Int8Weight(PackedWeight):
@@ -40,6 +40,11 @@ class Int8Weight(PackedWeight):
         codes, scales = (torch.cat(parts) for parts in zip(*packed, strict=True))
         self.adopt({"codes": codes, "scales": scales})
 
+    @classmethod
+    def used_for(cls, packed: type[PackedWeight]) -> type[PackedWeight] | None:
+        """See `PackedWeight`: formats with the same parts differ in products alone."""
+        return cls if issubclass(packed, Int8Weight) else None
+
     @torch.no_grad()
     def unpack_into(self, out: Tensor) -> Tensor:
         """See `PackedWeight`."""
@@ -49,5 +54,5 @@ class Int8Weight(PackedWeight):
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [N, K] -> codes int8 [N, K], scales [N]; rows of zeros have a scale of zero."""
     scales = weight.abs().amax(1)
-    steps = LARGEST / scales.clamp_min(_SMALLEST)
+    steps = LARGEST / scales.clamp_min(SMALLEST)
     return (weight * steps[:, None]).round_().to(torch.int8), scales

@@ -69,9 +69,9 @@ class PackedWeight(nn.Module, ABC):
             self.register_parameter(name, frozen(torch.empty(part.shape(shape), dtype=part.dtype, device="meta")))
 
     @classmethod
-    def covers(cls, other: type[PackedWeight]) -> bool:
-        """Whether `--quant_type` with this name also accepts a base that is packed as `other`."""
-        return other is cls
+    def used_for(cls, packed: type[PackedWeight]) -> type[PackedWeight] | None:
+        """What `--quant_type` with this name means for a base that is `packed` already; None: it would be repacked."""
+        return cls if packed is cls else None
 
     @classmethod
     def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[PackedWeight]:
@@ -139,6 +139,14 @@ class PackedWeight(nn.Module, ABC):
         """The same bits in the buffer that all matrices share, for one product: later calls, of any, overwrite it."""
         return self.unpack_into(unpack_buffer(self.shape, dtype, self.codes.device))
 
+    def add_product(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """x [T, K] -> y + x W^T [T, N] in x's dtype. y: [T, N], which may be overwritten, or [N], or None: nothing."""
+        return plus_product(y, x, self.unpack_to_buffer(x.dtype).t())
+
+    def product_bytes(self, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+        """Of `add_product` with x [rows, K] in `dtype`: (bytes it works in, numbers of the buffer it unpacks into)."""
+        return 0, self.shape.numel()
+
     @classmethod
     def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
         """The quantization config of config.json for such matrices in bitsandbytes' format, computed in `dtype`."""
@@ -200,6 +208,11 @@ class PackedWeight(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The logical shape, for `print(model)`."""
         return f"{tuple(self.shape)}"
+
+
+def plus_product(y: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, with y [T, N], which is overwritten, or [N]; without y, a b alone."""
+    return a @ b if y is None else y.addmm_(a, b) if y.dim() == 2 else torch.addmm(y, a, b)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

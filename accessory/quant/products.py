@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.addition import NOTHING, Addition
-from accessory.quant.packed import PackedWeight
+from accessory.quant.packed import PackedWeight, plus_product
 from accessory.quant.workspace import unpack_buffer_bytes
 
 Matrix = Tensor | PackedWeight
@@ -55,9 +55,11 @@ def sum_of_products(
         else:
             y = x @ factor if scale == 1 else (x @ factor).mul_(scale)
     for a, matrix in zip(factors, matrices, strict=True):
-        w = matrix.unpack_to_buffer(a.dtype) if isinstance(matrix, PackedWeight) else matrix.to(a.dtype)
-        w = w if transposed else w.t()
-        y = a @ w if y is None else y.addmm_(a, w) if y.dim() == 2 else torch.addmm(y, a, w)
+        if isinstance(matrix, PackedWeight):
+            y = plus_product(y, a, matrix.unpack_to_buffer(a.dtype)) if transposed else matrix.add_product(y, a)
+        else:
+            w = matrix.to(a.dtype)
+            y = plus_product(y, a, w if transposed else w.t())
     return y
 
 
@@ -75,7 +77,10 @@ def memory_to_multiply(
     for used, rank, transposed in calls:
         kernel = _kernel(used, dtype, device)
         if kernel is None:
-            largest = max((m.shape.numel() for m in used if isinstance(m, PackedWeight)), default=0)
+            packed = [matrix for matrix in used if isinstance(matrix, PackedWeight)]
+            taken = [(0, m.shape.numel()) if transposed else m.product_bytes(rows, dtype, device) for m in packed]
+            workspace = max([workspace, *(bytes_ for bytes_, _ in taken)])
+            largest = max((numbers for _, numbers in taken), default=0)
             buffer = max(buffer, unpack_buffer_bytes(largest * dtype.itemsize, device))
         else:
             shapes = [matrix.shape for matrix in used]
