@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -119,7 +119,7 @@ class Conversation:
             said += [("user", turn.question), ("assistant", turn.answer)]
         return [{"role": role, "content": words} for role, words in said]
 
-    def ask(self, question: str, **sampling: Any) -> Iterator[str]:
+    def ask(self, question: str, **sampling: Any) -> Generator[str, None, None]:
         """The answer so far, each time it grows; the turn is in `history` from the first step on.
 
         sampling: as `MetaModel.generate` takes it. Whoever leaves the iterator early (`break`, `close`), or calls
@@ -130,7 +130,7 @@ class Conversation:
         first = self.history[-1].first if self.history else 0
         yield from self._answers(Turn(question, first=first), len(self.history), sampling)
 
-    def retry(self, **sampling: Any) -> Iterator[str]:
+    def retry(self, **sampling: Any) -> Generator[str, None, None]:
         """Answer the last question again, as `ask` does; a repeated seed is moved on, so that another answer is drawn.
 
         The iterator raises `ConfigError` where nothing has been asked, too.
@@ -169,7 +169,7 @@ class Conversation:
             self.history[place:], self._stopping = [turn], False
             steps = self._steps(request, turn)
             try:
-                for turn.answer in self._model.texts(prompt, steps):
+                for turn.answer in self._model.texts(prompt, steps, how.stop):
                     yield turn.answer
             except GeneratorExit:
                 self._stopping = True
@@ -186,7 +186,9 @@ class Conversation:
     def _steps(self, request: Request, turn: Turn) -> Iterator[list[int | None]]:
         """The answer's tokens; says in `turn` when there can be no more."""
         room = min(request.how.max_gen_len, self._model.max_seq_len - len(request.ids))
-        for produced, step in enumerate(_steps(self._model, request, self._kept, lambda: self._stopping), 1):
+        for produced, step in enumerate(
+            _steps(self._model, request, self._kept, lambda: {0} if self._stopping else ()), 1
+        ):
             turn.ended = "length" if produced == room else ""
             yield step
 
@@ -254,9 +256,9 @@ def dismiss() -> None:
 
 
 def _steps(
-    model: MetaModel, request: Request, kept: KeptCache, stopped: Callable[[], bool] | None = None
+    model: MetaModel, request: Request, kept: KeptCache, stopped: Callable[[], Collection[int]] | None = None
 ) -> Iterator[list[int | None]]:
-    return model.steps([request.ids], request.stop_ids, request.how, kept, stopped)
+    return model.steps([request.ids], request.stop_ids, request.how, kept=kept, stopped=stopped)
 
 
 def _send(request: Request | None) -> None:

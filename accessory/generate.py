@@ -1,8 +1,8 @@
-"""Decoding: greedy or nucleus sampling (Holtzman et al. 2020) over a key/value cache, a batch of prompts at once."""
+"""Decoding over a key/value cache, a batch of prompts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 from accessory.errors import ConfigError
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
 from accessory.model.cache import LayerCache
+from accessory.model.choice import Choice, Seen, choose
 from accessory.model.decoder import Decoder
 from accessory.model.decoding import decoding
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_from_model_parallel_region
 
 _GROWTH = 256  # tokens by which a kept cache grows, at least
-_STOPPED = -1  # what the first rank sends in place of a token to end an answer on all ranks
+_STOPPED = -1  # what the first rank sends in place of a token, to end an answer on all ranks
+_GREEDY = Choice()
 
 
 class KeptCache:
@@ -56,19 +58,19 @@ def generate_tokens(
     max_gen_len: int,
     max_seq_len: int,
     stop_ids: Set[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    choice: Choice = _GREEDY,
+    generators: Sequence[torch.Generator | None] = (None,),
     kept: KeptCache | None = None,
-    stopped: Callable[[], bool] | None = None,
+    stopped: Callable[[], Collection[int]] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, a step at a time, the next token id of each prompt; None once a prompt has ended.
 
     A prompt ends after one of `stop_ids` (which is not yielded), `max_gen_len` new tokens, or `max_seq_len` in all (or
     as many as the model has positions for).
-    Temperature 0 is greedy. All model-parallel ranks must call with the same arguments; they get the same tokens.
-    kept: of a single prompt, what was computed for the ones before it. stopped: asked on the first rank after each
-    token; if it says so, all ranks end before they yield that token.
+    All model-parallel ranks must call with the same arguments; they get the same tokens.
+    generators: one to draw the whole batch by, or one for each prompt, so that its answer does not depend on others.
+    kept: of a single prompt, what was computed for the ones before it. stopped: asked before each token which prompts
+    end without it; what it says on the first rank counts on all.
     Raises `ConfigError` for a prompt that is empty or leaves no room.
     """
     max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)
@@ -90,12 +92,19 @@ def generate_tokens(
     hidden = read_prompts(decoder, [prompts[i] for i in alive], cache, known)
     if kept is not None:
         kept.tokens += prompt[known:]
-    produced = 0
+    if len(generators) > 1:
+        generators = [generators[i] for i in alive]
+    repeats = choice.repetition_penalty != 1
+    device = decoder.frequencies.device
+    seen = Seen([prompts[i] for i in alive], decoder.args.vocab_size, device) if repeats else None
+    ends, produced = {*stop_ids, _STOPPED}, 0
     while True:
-        tokens = sample(next_token_logits(decoder, hidden), temperature, top_p, generator, stopped)
+        tokens = choose(next_token_logits(decoder, hidden), choice, generators, seen)
+        over = () if stopped is None else stopped()
+        tokens = agreed(tokens, [row for row, i in enumerate(alive) if i in over])
         produced += 1
-        chosen = {i: token for i, token in zip(alive, tokens.tolist(), strict=True) if token not in stop_ids}
-        if not chosen or _STOPPED in chosen.values():
+        chosen = {i: token for i, token in zip(alive, tokens.tolist(), strict=True) if token not in ends}
+        if not chosen:
             return
         yield [chosen.get(i) for i in range(len(prompts))]
         rows = [row for row, i in enumerate(alive) if i in chosen and produced < rooms[i]]
@@ -105,6 +114,11 @@ def generate_tokens(
             for layer in cache:
                 layer.keep(rows, max(len(prompts[i]) for i in alive) + produced)
             alive, tokens = [alive[row] for row in rows], tokens[rows]
+            generators = [generators[row] for row in rows] if len(generators) > 1 else generators
+            if seen is not None:
+                seen.keep(rows)
+        if seen is not None:
+            seen.add(tokens)
         starts = tuple(len(prompts[i]) + produced - 1 for i in alive)
         with decoding():
             hidden = decoder(tokens, decoder.sequences((1,) * len(alive), starts), cache)
@@ -117,8 +131,13 @@ def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCa
     each prompt's last token [B, embedding_dim].
 
     On a CPU, prompts are read in groups that the kernel for few rows can take: kernels round differently, and an answer
-    should not depend on the other prompts of the batch.
+    should not depend on the other prompts of the batch. A prompt that is asked several times is read once.
     """
+    if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
+        last = read_prompts(decoder, prompts[:1], [layer.documents(0, 1) for layer in cache], known)
+        for layer in cache:
+            layer.copy_first(len(prompts[0]))
+        return last.expand(len(prompts), -1)
     device = decoder.frequencies.device
     most = MOST_ROWS if device.type == "cpu" else sum(map(len, prompts))
     prompts, lasts, begin = [prompt[known:] for prompt in prompts], [], 0
@@ -154,26 +173,10 @@ def _plain_products() -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator | None,
-    stopped: Callable[[], bool] | None = None,
-) -> Tensor:
-    """logits [B, V] -> token ids [B]. The first rank of the group chooses, the others follow, also if it `stopped`."""
-    if temperature < 1e-3:  # below it softmax overflows, and the likeliest token is all there is
-        tokens = logits.argmax(-1)
-    else:
-        probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-        # The token that crosses top_p stays: the nucleus is the smallest set that reaches it.
-        beyond = probabilities.cumsum(-1) - probabilities >= top_p
-        beyond[:, 0] = False  # even a top_p of 0 leaves the likeliest token
-        probabilities[beyond] = 0
-        picked = torch.multinomial(probabilities, 1, generator=generator)
-        tokens = order.gather(-1, picked)[:, 0]
-    if stopped is not None and stopped():
-        tokens = torch.full_like(tokens, _STOPPED)
+def agreed(tokens: Tensor, over: list[int]) -> Tensor:
+    """Token ids [B] that a rank chose -> what the first rank of the group chose, and rows `over` that it ends."""
+    if over:
+        tokens = tokens.index_fill(0, torch.tensor(over, device=tokens.device), _STOPPED)
     group = model_parallel_group()
     if dist.get_world_size(group) > 1:
         dist.broadcast(tokens, dist.get_global_rank(group, 0), group=group)

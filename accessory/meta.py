@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from accessory.blueprint import DTYPES, Blueprint, make_blueprint, tokenizer_place
@@ -22,6 +22,7 @@ from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, explain_validation, nearest
 from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.memory.base_cache import BaseCache
+from accessory.model.choice import Choice
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.scores import TokenScores, token_scores
@@ -35,8 +36,7 @@ from accessory.tokenizer import Chat, Tokenizer, open_tokenizer, same_tokenizer
 Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
 """A text, messages with `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
 Paths = str | Path | Sequence[str | Path]
-_UNFINISHED = ("\N{REPLACEMENT CHARACTER}", *(DIALOG_END[:length] for length in range(1, len(DIALOG_END))))
-"""Endings with which a streamed answer is not shown yet: half a character, or a part of `DIALOG_END`."""
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
 
 
 class _Loading(BaseModel):
@@ -48,14 +48,27 @@ class _Loading(BaseModel):
     quant_type: str | None
 
 
+def _several(value: Any) -> Any:
+    """One text where several may stand."""
+    return (value,) if isinstance(value, str) else value
+
+
 class Sampling(BaseModel):
-    """How an answer is chosen: the keyword arguments of `MetaModel.generate` and `Conversation.ask`."""
+    """How an answer is chosen: the keyword arguments of `MetaModel.generate` and `Conversation.ask`.
+
+    max_gen_len: most tokens of it. temperature, top_k, top_p, min_p, repetition_penalty: as in `Choice`. stop: texts
+    that end it, and are no part of it. seed: of the draws.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid", frozen=True)
 
     max_gen_len: int = Field(default=512, ge=0)
     temperature: float = Field(default=0.0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_several)] = ()
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
     @staticmethod
@@ -215,65 +228,71 @@ class MetaModel(nn.Module):
         pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
         return [*self.tokenizer.start_ids, *(token for piece in pieces for token in piece)]
 
-    def generate(
-        self,
-        prompts: list[Prompt],
-        *,
-        max_gen_len: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        seed: int = 0,
-    ) -> list[str]:
-        """Answers to a batch of prompts. Raises `ConfigError` for anything but a list of prompts, or wrong values."""
-        steps = self._steps(prompts, max_gen_len, temperature, top_p, seed)
-        answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in steps:
-            for answer, token in zip(answers, tokens, strict=True):
-                if token is not None:
-                    answer.append(token)
-            if all(self._answer(*pair)[1] for pair in zip(prompts, answers, strict=True)):
-                break
-        return [self._answer(*pair)[0] for pair in zip(prompts, answers, strict=True)]
+    def generate(self, prompts: list[Prompt], **sampling: Any) -> list[str]:
+        """Answers to a batch of prompts, chosen as `Sampling` says: `max_gen_len`, `temperature`, `top_p`, `stop`, ...
 
-    def stream_generate(
-        self, prompt: Prompt, *, max_gen_len: int = 512, temperature: float = 0.0, top_p: float = 0.95, seed: int = 0
-    ) -> Iterator[str]:
-        """The answer so far, each time it grows by a token; half a character is held back until it is complete.
-
-        The last answer is the same as `generate`'s, even if that ends in half a character.
+        Raises `ConfigError` for anything but a list of prompts, and for values of `sampling` that cannot be.
         """
-        yield from self.texts(prompt, self._steps([prompt], max_gen_len, temperature, top_p, seed))
+        _check_prompts(prompts)
+        how = Sampling.of(**sampling)
+        return self._whole_answers(prompts, how, [how.seed])
 
-    def texts(self, prompt: Prompt, steps: Iterator[list[int]]) -> Iterator[str]:
+    def answers(self, prompt: Prompt, count: int, **sampling: Any) -> list[str]:
+        """`count` answers to a prompt, which is computed once; `generate` would draw them by `seed`, `seed` + 1, ..."""
+        _check_prompts([prompt])
+        how = Sampling.of(**sampling)
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"count is {count!r}; expected a number of answers, 1 or more.")
+        return self._whole_answers([prompt] * count, how, [how.seed + number for number in range(count)])
+
+    def _whole_answers(self, prompts: Sequence[Prompt], how: Sampling, seeds: Sequence[int]) -> list[str]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        over: set[int] = set()
+        ids = [self.prompt_tokens(prompt) for prompt in prompts]
+        for tokens in self.steps(ids, self.stop_ids(prompts), how, seeds, stopped=lambda: over):
+            for number, token in enumerate(tokens):
+                if token is not None:
+                    answers[number].append(token)
+                    if _marks(prompts[number], how.stop) and self._text(prompts[number], answers[number], how.stop)[1]:
+                        over.add(number)
+            if len(over) == len(prompts):
+                break
+        return [self._text(*pair, how.stop)[0] for pair in zip(prompts, answers, strict=True)]
+
+    def stream_generate(self, prompt: Prompt, **sampling: Any) -> Generator[str, None, None]:
+        """The answer so far, each time it grows by a token; held back is what may yet change: half a character, or what
+        the end of the turn or a text of `stop` begins with.
+
+        sampling: as in `generate`. The last answer is the same as `generate`'s, even if that ends in half a character.
+        """
+        _check_prompts([prompt])
+        how = Sampling.of(**sampling)
+        steps = self.steps([self.prompt_tokens(prompt)], self.stop_ids([prompt]), how)
+        yield from self.texts(prompt, steps, how.stop)
+
+    def texts(self, prompt: Prompt, steps: Iterator[list[int]], stop: tuple[str, ...] = ()) -> Iterator[str]:
         """The texts that `stream_generate` gives, of an answer to `prompt` whose tokens come in `steps`."""
+        marks = _marks(prompt, stop)
+        unfinished = (_HALF, *{mark[:length] for mark in marks for length in range(1, len(mark))})
         answer: list[int] = []
         shown = text = ""
         for (token,) in steps:
             answer.append(token)
-            text, ended = self._answer(prompt, answer)
+            text, ended = self._text(prompt, answer, stop)
             if ended:
                 break
-            if not text.endswith(_UNFINISHED if isinstance(prompt, DialogPrompt) else _UNFINISHED[:1]):
+            if not text.endswith(unfinished):
                 shown = text
                 yield text
         if text != shown:
             yield text
 
-    def _answer(self, prompt: Prompt, answer: list[int]) -> tuple[str, bool]:
-        """(text of an answer so far, whether its turn has ended, which only the dialog layout marks in the text)."""
+    def _text(self, prompt: Prompt, answer: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
+        """(text of an answer so far, whether one of the marks that end it has come)."""
         text = self.tokenizer.decode(answer)
-        if not isinstance(prompt, DialogPrompt):
-            return text, False
-        words, end, _ = text.partition(DIALOG_END)
-        return words.removeprefix(" "), bool(end)
-
-    def _steps(
-        self, prompts: list[Prompt], max_gen_len: int, temperature: float, top_p: float, seed: int
-    ) -> Iterator[list[int | None]]:
-        _check_prompts(prompts)
-        how = Sampling.of(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, seed=seed)
-        ids = [self.prompt_tokens(prompt) for prompt in prompts]
-        return self.steps(ids, self.stop_ids(prompts), how)
+        ends = [end for mark in _marks(prompt, stop) if (end := text.find(mark)) >= 0]
+        words = text[: min(ends, default=None)]
+        return words.removeprefix(" ") if isinstance(prompt, DialogPrompt) else words, bool(ends)
 
     def stop_ids(self, prompts: Sequence[Prompt]) -> frozenset[int]:
         """The ids that end an answer to any of `prompts`: the tokenizer's, and for messages the chat template's."""
@@ -285,11 +304,15 @@ class MetaModel(nn.Module):
         ids: list[list[int]],
         stop_ids: frozenset[int],
         how: Sampling,
+        seeds: Sequence[int] = (),
         kept: KeptCache | None = None,
-        stopped: Callable[[], bool] | None = None,
+        stopped: Callable[[], Collection[int]] | None = None,
     ) -> Iterator[list[int | None]]:
-        """The answers to prompts of `ids`, a token of each at a time, as `generate_tokens` gives them."""
-        stated = self.llma.args.stated_length
+        """The answers to prompts of `ids`, a token of each at a time, as `generate_tokens` gives them.
+
+        seeds: one for the batch, or one for each prompt; absent: that of `how`.
+        """
+        stated, device = self.llma.args.stated_length, self.llma.frequencies.device
         if stated and min(max(map(len, ids), default=0) + how.max_gen_len, self.max_seq_len) > stated:
             warnings.warn(f"An answer may go beyond the {stated} tokens that the model was made for.", stacklevel=2)
         return generate_tokens(
@@ -298,9 +321,8 @@ class MetaModel(nn.Module):
             max_gen_len=how.max_gen_len,
             max_seq_len=self.max_seq_len,
             stop_ids=stop_ids,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            generator=torch.Generator(self.llma.frequencies.device).manual_seed(how.seed),
+            choice=Choice(*(getattr(how, name) for name in Choice._fields)),
+            generators=[torch.Generator(device).manual_seed(seed) for seed in seeds or [how.seed]],
             kept=kept,
             stopped=stopped,
         )
@@ -434,6 +456,11 @@ def _precision(dtype: str | torch.dtype) -> str:
     if name is None:
         raise ConfigError(f"dtype {dtype!r} is unknown.{nearest(spelled, DTYPES)} Known: {', '.join(DTYPES)}.")
     return name
+
+
+def _marks(prompt: Prompt, stop: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts that end an answer: those of `stop`, and in the dialog layout the end of a turn."""
+    return (*stop, DIALOG_END) if isinstance(prompt, DialogPrompt) else stop
 
 
 def _check_prompts(prompts: object) -> None:

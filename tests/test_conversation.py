@@ -72,11 +72,11 @@ class Watched:
         self.computed: list[int] = []
         original = model.steps
 
-        def steps(ids, stop_ids, how, *rest):
+        def steps(ids, stop_ids, how, **rest):
             self.asked.append((ids[0], stop_ids, how.max_gen_len))
             self.answers.append([])
             self.computed.append(0)
-            for (token,) in original(ids, stop_ids, how, *rest):
+            for (token,) in original(ids, stop_ids, how, **rest):
                 self.answers[-1].append(token)
                 yield [token]
 
@@ -267,3 +267,13 @@ def test_a_failed_answer_leaves_no_turn(load, monkeypatch) -> None:
         next(talk.ask("Two?"))
     monkeypatch.undo()
     assert len(talk.history) == 1 and last(talk.ask("Two?", max_gen_len=3)) == talk.history[1].answer
+
+
+def test_two_ranks_talk_as_one(tiny_base: Path, tmp_path: Path, python, torchrun) -> None:
+    """Two conversations in turn, greedy and drawn, an answer left in its middle, one ended by a text, one cleared."""
+    worker = Path(__file__).with_name("conversation_worker.py")
+    runs = [python(worker, tiny_base, tmp_path / "1", "1"), torchrun(2, worker, tiny_base, tmp_path / "2", "2")]
+    for done in runs:
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
+    assert one == two and len(set(one["answers"][1])) == 2

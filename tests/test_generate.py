@@ -14,10 +14,11 @@ from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.errors import ConfigError
-from accessory.generate import generate_tokens, next_token_logits, sample
+from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs, RopeScaling
+from accessory.model.choice import Choice
 from accessory.model.decoder import Decoder
 from accessory.model.sequences import Sequences
 from accessory.parallel import groups
@@ -158,53 +159,83 @@ def test_prompts_without_room_are_refused(decoder: Decoder, prompt: list[int], c
 
 def test_sampling_follows_its_generator(decoder: Decoder) -> None:
     """The same seed gives the same answers, another one others."""
-    options = {"temperature": 1.0, "top_p": 0.95}
     one, two, three = (
-        collect(decoder, PROMPTS, generator=torch.Generator().manual_seed(seed), **options) for seed in (1, 1, 2)
+        collect(decoder, PROMPTS, generators=seeded(seed), choice=Choice(1.0, top_p=0.95)) for seed in (1, 1, 2)
     )
     assert one == two
     assert one != three
 
 
+def seeded(*seeds: int) -> list[torch.Generator]:
+    """A generator for each."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_seeds_of_their_own_make_answers_independent(decoder: Decoder) -> None:
+    """Each as alone, whoever ends before it; and of one prompt several, which is read once."""
+    how = {"choice": Choice(1.0, top_k=20, repetition_penalty=1.3), "stop_ids": {3, 5, 8, 13, 21}}
+    alone = [collect(decoder, [prompt], generators=seeded(n), **how)[0] for n, prompt in enumerate(PROMPTS)]
+    assert collect(decoder, PROMPTS, generators=seeded(0, 1, 2), **how) == alone
+    assert len({len(answer) for answer in alone}) > 1
+    seen: list[int] = []
+    handle = decoder.tok_embeddings.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    try:
+        several = collect(decoder, PROMPTS[:1] * 4, generators=seeded(0, 1, 2, 3), **how)
+    finally:
+        handle.remove()
+    assert several == [collect(decoder, PROMPTS[:1], generators=seeded(n), **how)[0] for n in range(4)]
+    assert seen[:2] == [7, 4] and len(set(map(tuple, several))) == 4
+
+
+def test_repetition_penalty_equals_transformers(pair, decoder: Decoder, greedy: list[list[int]]) -> None:
+    """Greedy, over prompt and answer, while others of the batch end."""
+    penalized = collect(decoder, PROMPTS, choice=Choice(repetition_penalty=1.7))
+    for prompt, answer in zip(PROMPTS, penalized, strict=True):
+        wanted = pair[0].generate(
+            torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None, pad_token_id=0,
+            repetition_penalty=1.7,
+        )  # fmt: skip
+        assert answer == wanted[0, len(prompt) :].tolist()
+    assert penalized != greedy
+    stop = penalized[0][3]
+    wanted = [answer[: answer.index(stop)] if stop in answer else answer for answer in penalized]
+    assert collect(decoder, PROMPTS, choice=Choice(repetition_penalty=1.7), stop_ids={stop}) == wanted
+
+
+def test_a_prompt_ends_when_it_is_stopped(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """Before its next token; the others go on."""
+    said: list[list[int | None]] = []
+    steps = generate_tokens(
+        decoder, PROMPTS, max_gen_len=LENGTH, max_seq_len=64, stop_ids=set(),
+        stopped=lambda: {1} if len(said) == 4 else {0, 2} if len(said) == 6 else (),
+    )  # fmt: skip
+    for step in steps:
+        said.append(step)
+    assert [list(answer) for answer in zip(*said, strict=True)] == [
+        greedy[0][:6], [*greedy[1][:4], None, None], greedy[2][:6]
+    ]  # fmt: skip
+
+
+def test_kept_keys_and_values(decoder: Decoder, greedy: list[list[int]]) -> None:
+    """The same tokens; only what is new is computed, in a cache that grows; nothing is kept of another decoder."""
+    kept, longer, seen = KeptCache(), PROMPTS[0] + greedy[0][:9] + [4, 70, 2], []
+    handle = decoder.tok_embeddings.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    try:
+        assert collect(decoder, PROMPTS[:1], kept=kept) == greedy[:1]
+        assert kept.tokens == PROMPTS[0] + greedy[0][:-1]
+        wanted = collect(decoder, [longer], max_gen_len=30)
+        seen.clear()
+        assert collect(decoder, [longer], max_gen_len=30, kept=kept) == wanted
+        assert seen == [3] + [1] * 29
+        assert collect(decoder, PROMPTS[1:2], kept=kept) == greedy[1:2]
+        assert collect(copy.copy(decoder), PROMPTS[1:2], kept=kept) == greedy[1:2]
+    finally:
+        handle.remove()
+
+
 def test_a_tiny_nucleus_is_greedy(decoder: Decoder, greedy: list[list[int]]) -> None:
     """top_p 0 leaves only the likeliest token, at any temperature."""
-    assert collect(decoder, PROMPTS, temperature=5.0, top_p=0.0) == greedy
-
-
-PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
-
-
-def drawn(top_p: float, temperature: float = 1.0) -> torch.Tensor:
-    """Shares [5] of the tokens among 20,000 draws from PROBABILITIES."""
-    logits = PROBABILITIES.log().expand(20000, 5)
-    tokens = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
-    return tokens.bincount(minlength=5) / len(tokens)
-
-
-@pytest.mark.parametrize(
-    ("top_p", "nucleus"),
-    [(0.0, [1]), (0.3, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]), (0.86, [0, 1, 3, 4]), (1.0, [0, 1, 2, 3, 4])],
-)
-def test_nucleus_is_the_smallest_that_reaches_top_p(top_p: float, nucleus: list[int]) -> None:
-    """Only its tokens are drawn, in the proportions they had."""
-    shares = drawn(top_p)
-    wanted = torch.zeros(5)
-    wanted[nucleus] = PROBABILITIES[nucleus] / PROBABILITIES[nucleus].sum()
-    torch.testing.assert_close(shares, wanted, rtol=0, atol=0.015)
-    assert set(shares.nonzero()[:, 0].tolist()) == set(nucleus)
-
-
-def test_temperature_sharpens() -> None:
-    """At 0.5 probabilities are squared, before the nucleus is cut."""
-    wanted = PROBABILITIES.square() / PROBABILITIES.square().sum()
-    torch.testing.assert_close(drawn(1.0, 0.5), wanted, rtol=0, atol=0.015)
-    assert drawn(0.5, 0.5).nonzero()[:, 0].tolist() == [1]
-
-
-def test_temperature_zero_is_the_argmax() -> None:
-    """Without drawing."""
-    logits = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(sample(logits, 0.0, 0.9, None), logits.argmax(-1))
+    assert collect(decoder, PROMPTS, choice=Choice(5.0, top_p=0.0)) == greedy
 
 
 @torch.no_grad()

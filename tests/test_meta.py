@@ -341,6 +341,36 @@ def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch)
     assert "Human: more" in model.generate(["q"], max_gen_len=30)[0]
 
 
+def test_texts_that_end_an_answer(model: MetaModel, monkeypatch) -> None:
+    """The first one that comes, over the bounds of tokens; the rest of a batch goes on; nothing of it is shown."""
+    said = [[*model.tokenizer.encode(words)] for words in ("Paris\n\nUser: more", "Ro.me", "Us User")]
+
+    def steps(*_, stopped, **__):
+        for place in range(18):
+            over = stopped() if stopped else ()
+            yield [words[place] if place < len(words) and n not in over else None for n, words in enumerate(said)]
+
+    monkeypatch.setattr(meta, "generate_tokens", steps)
+    how = {"max_gen_len": 30, "stop": ["User:", "\n\nU", "."]}
+    assert model.generate(["a", "b", "c"], **how) == ["Paris", "Ro", "Us User"]
+    said = said[:1]
+    texts = list(model.stream_generate("a", **how))
+    assert texts == ["P", "Pa", "Par", "Pari", "Paris"]
+    assert list(model.stream_generate("a", max_gen_len=30, stop="User:"))[-2:] == ["Paris\n", "Paris\n\n"]
+    with pytest.raises(ConfigError, match=r"'stop\.0' is '': String should have at least 1 character"):
+        model.generate(["a"], stop=[""])
+
+
+def test_several_answers_to_one_prompt(model: MetaModel) -> None:
+    """Those of as many seeds, however many are asked for."""
+    how = {"max_gen_len": 8, "temperature": 1.0, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
+    found = model.answers("What?", 3, seed=5, **how)
+    assert found == [model.generate(["What?"], seed=seed, **how)[0] for seed in (5, 6, 7)]
+    assert found[:1] == model.answers("What?", 1, seed=5, **how)
+    with pytest.raises(ConfigError, match="count is 0; expected a number of answers"):
+        model.answers("What?", 0)
+
+
 @pytest.mark.parametrize(("dtype", "width"), [
     (torch.bfloat16, torch.bfloat16), ("bfloat16", torch.bfloat16), ("torch.float32", torch.float32),
     (torch.float16, torch.float16), ("fp16", torch.float16),

@@ -22,6 +22,7 @@ from accessory.hugging_face.config import QSTConfig
 from accessory.hugging_face.padding import PaddedRows
 from accessory.hugging_face.state import load_state, save_state
 from accessory.method.side_network import SideDecoder
+from accessory.model.choice import Choice
 from accessory.model.loss import cross_entropy_sum
 
 
@@ -167,9 +168,8 @@ class QSTForCausalLM(nn.Module):
                     max_gen_len=max_new_tokens,
                     max_seq_len=max(rows.lengths) + max_new_tokens + 1,
                     stop_ids=set(ends),
-                    temperature=temperature if do_sample else 0.0,
-                    top_p=top_p,
-                    generator=torch.Generator(self.device).manual_seed(seed),
+                    choice=Choice(temperature if do_sample else 0.0, top_p=top_p),
+                    generators=[torch.Generator(self.device).manual_seed(seed)],
                 )
             )
         answers = [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]

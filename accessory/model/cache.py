@@ -33,6 +33,11 @@ class LayerCache:
             new[:, :used] = old[:, :used]
             setattr(self, name, new)
 
+    def copy_first(self, used: int) -> None:
+        """Give all documents the first `used` tokens of the first one."""
+        self.keys[1:, :used] = self.keys[:1, :used]
+        self.values[1:, :used] = self.values[:1, :used]
+
     def documents(self, begin: int, end: int) -> LayerCache:
         """The cache of documents [begin, end), in the same memory."""
         part = copy(self)

@@ -16,6 +16,7 @@ from accessory.checkpoint.training_state import _place
 from accessory.generate import generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
+from accessory.model.choice import Choice
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.scores import token_scores
 from accessory.parallel import groups
@@ -77,6 +78,10 @@ def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.
     prompts = [[5, 96, 33, 2, 60], [9], [77, 3, 50]]
     steps = generate_tokens(decoder.eval(), prompts, max_gen_len=8, max_seq_len=32, stop_ids=set())
     found["answers"] = torch.tensor(list(steps))
+    choice = Choice(1.2, top_k=30, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
+    draws = [torch.Generator().manual_seed(seed + 10 * layout.mp_rank) for seed in range(3)]  # the first rank's count
+    how = {"max_gen_len": 8, "max_seq_len": 32, "stop_ids": set(), "choice": choice, "generators": draws}
+    found["drawn"] = torch.tensor(list(generate_tokens(decoder, prompts, **how)))
     return {name: value.detach() for name, value in found.items()}
 
 
