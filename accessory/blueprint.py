@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def make_blueprint(
     precision: str,
     train: bool,
     llama_type: str | None = None,
-    llama_config: Sequence[Path] = (),
+    llama_config: Sequence[Path | Mapping[str, Any]] = (),
     tokenizer_path: Path | None = None,
     quant_type: str | None = None,
     quant: bool = False,
@@ -95,7 +95,8 @@ def make_blueprint(
 ) -> Blueprint:
     """Work out what to build. What no argument states is taken from the sources; the last one that states it counts.
 
-    quant: keep the base packed; quant_type: in which format, nf4 where neither it nor a packed base says.
+    llama_config: files of settings, or settings themselves. quant: keep the base packed; quant_type: in which format,
+    nf4 where neither it nor a packed base says.
     new_tokens: tokens to add to the vocabulary. opener: reads the tokenizer at a path.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
@@ -191,8 +192,10 @@ def _family_hint(llama_type: str) -> str:
     return f" Use --llama_type {family}{suffixes.get(method, '')}: {name} is of the family {family}."
 
 
-def _settings(sources: list[Source], stated: Sequence[Path], method_class: type[Method]) -> tuple[ModelArgs, Method]:
-    """Merge settings files. A method's keys in a checkpoint's own file are dropped if another method is asked for."""
+def _settings(
+    sources: list[Source], stated: Sequence[Path | Mapping[str, Any]], method_class: type[Method]
+) -> tuple[ModelArgs, Method]:
+    """Merge settings. A method's keys in a checkpoint's own file are dropped if another method is asked for."""
     model_keys, method_keys = set(ModelArgs.model_fields), set(method_class.Settings.model_fields)
     merged: dict[str, Any] = {}
     for source in sources:
@@ -200,9 +203,10 @@ def _settings(sources: list[Source], stated: Sequence[Path], method_class: type[
     # Rows of a trained part can be put into the base's rotary layout; those of a packed base could not.
     merged["rotary_layout"] = sources[0].rotary_layout
     faults = []
-    for path in stated:
-        content = method_class.translated(_stated_settings(path))
-        faults += [f"{path}: unknown key {key!r}{_unknown_key(key, model_keys | method_keys)}"
+    names = ["llama_config" if isinstance(part, Mapping) else str(part) for part in stated]
+    for name, part in zip(names, stated, strict=True):
+        content = method_class.translated(dict(part) if isinstance(part, Mapping) else _stated_settings(part))
+        faults += [f"{name}: unknown key {key!r}{_unknown_key(key, model_keys | method_keys)}"
                    for key in content if key not in model_keys | method_keys]  # fmt: skip
         merged |= content
     if "dim" not in merged and not faults:
@@ -210,7 +214,7 @@ def _settings(sources: list[Source], stated: Sequence[Path], method_class: type[
         raise ConfigError(
             f"{where}: holds no config.json or params.json; give the model's settings with --llama_config."
         )
-    files = [str(source.path) for source in sources if source.settings] + [str(path) for path in stated]
+    files = [str(source.path) for source in sources if source.settings] + names
     parts = []
     for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
         try:

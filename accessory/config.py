@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -155,6 +155,22 @@ class FinetuneConfig(BaseModel):
     """Needless: there is no vision part yet. Accepted for upstream's scripts."""
     image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
     """Needless: there is no vision part yet. Accepted for upstream's scripts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_python(cls, given: Any) -> Any:
+        """One value where several may stand is a list of it. Raises `ConfigError` for unknown keys, naming ours."""
+        flags = [f"--{name}" for name in cls.model_fields]
+        if faults := [f"FinetuneConfig: unknown key {key!r}{unknown(key, cls.model_fields, flags)}"
+                      for key in given if key not in cls.model_fields]:  # fmt: skip
+            raise ConfigError("\n".join(faults))
+        several = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+        return {k: [v] if k in several and isinstance(v, str | Path) else v for k, v in given.items()}
+
+    def check(self) -> None:
+        """Raise `ConfigError` with all `faults`."""
+        if faults := self.faults():
+            raise ConfigError("\n".join(faults), common=True)
 
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""

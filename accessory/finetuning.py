@@ -66,6 +66,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
 
 
 def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status: RunStatus) -> MetaModel:
+    together(config.check)
     check_alike(shared_flags(config))
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
     compile_fusible(config.compile)

@@ -19,7 +19,7 @@ from accessory.checkpoint.run_record import beside, trained_prompt_layouts, with
 from accessory.checkpoint.source import Source
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
-from accessory.errors import ConfigError, explain_validation, nearest
+from accessory.errors import ConfigError, ParallelError, explain_validation, nearest
 from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.memory.base_cache import BaseCache
 from accessory.model.choice import Choice
@@ -32,10 +32,14 @@ from accessory.parallel.agree import together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.tokenizer import Chat, Tokenizer, open_tokenizer, same_tokenizer
+from accessory.uses.examples import Examples
+from accessory.uses.own_loop import OwnLoop
 
 Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
 """A text, messages with `role` and `content` for the checkpoint's chat template, or what `MetaModel.question` gives."""
 Paths = str | Path | Sequence[str | Path]
+Settings = Paths | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
+"""Of `llama_config`: files, settings themselves, or both, of which the last one that states a key counts."""
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
 
 
@@ -84,6 +88,7 @@ class Loaded(NamedTuple):
     """How a model was loaded: base and trained parts, what was built of them, and arguments of `from_pretrained`.
 
     how: those of `make_blueprint` that another part does not change. quant_stated: whether the caller chose a storage.
+    trained: names of the decoder's parameters that training trains.
     """
 
     sources: list[Source]
@@ -92,6 +97,7 @@ class Loaded(NamedTuple):
     max_seq_len: int
     how: dict[str, Any]
     quant_stated: bool
+    trained: frozenset[str]
 
 
 class Score(NamedTuple):
@@ -103,7 +109,7 @@ class Score(NamedTuple):
     greedy: bool
 
 
-class MetaModel(nn.Module):
+class MetaModel(OwnLoop, Examples, nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
     prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. encoder: a
@@ -228,11 +234,14 @@ class MetaModel(nn.Module):
         pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
         return [*self.tokenizer.start_ids, *(token for piece in pieces for token in piece)]
 
-    def generate(self, prompts: list[Prompt], **sampling: Any) -> list[str]:
-        """Answers to a batch of prompts, chosen as `Sampling` says: `max_gen_len`, `temperature`, `top_p`, `stop`, ...
+    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> str | list[str]:
+        """The answer to a prompt, or the answers to a list of them.
 
-        Raises `ConfigError` for anything but a list of prompts, and for values of `sampling` that cannot be.
+        sampling: how they are chosen, as `Sampling` says: `max_gen_len`, `temperature`, `top_p`, `stop`, ... Raises
+        `ConfigError` for what is no prompt, and for values of `sampling` that cannot be.
         """
+        if _is_prompt(prompts):
+            return self.generate([prompts], **sampling)[0]
         _check_prompts(prompts)
         how = Sampling.of(**sampling)
         return self._whole_answers(prompts, how, [how.seed])
@@ -315,7 +324,7 @@ class MetaModel(nn.Module):
         stated, device = self.llma.args.stated_length, self.llma.frequencies.device
         if stated and min(max(map(len, ids), default=0) + how.max_gen_len, self.max_seq_len) > stated:
             warnings.warn(f"An answer may go beyond the {stated} tokens that the model was made for.", stacklevel=2)
-        return generate_tokens(
+        steps = generate_tokens(
             self.llma,
             ids,
             max_gen_len=how.max_gen_len,
@@ -326,13 +335,22 @@ class MetaModel(nn.Module):
             kept=kept,
             stopped=stopped,
         )
+        return self._without_dropout(steps) if self.training else steps
+
+    def _without_dropout(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+        """`steps` of a model that is being trained, which goes on afterwards."""
+        self.eval()
+        try:
+            yield from steps
+        finally:
+            self.train()
 
     @staticmethod
     def from_pretrained(
         pretrained_path: Paths,
         *,
         llama_type: str | None = None,
-        llama_config: Paths = (),
+        llama_config: Settings = (),
         tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
         dtype: str | torch.dtype = "bf16",
@@ -340,12 +358,16 @@ class MetaModel(nn.Module):
         quant_type: str | None = None,
         device: str | torch.device = "auto",
         layout: Layout | None = None,
+        train: bool = False,
+        seed: int = 0,
     ) -> MetaModel:
         """Load a model for asking. What no argument states is taken from the checkpoints and their run.json.
 
         pretrained_path: base, then trained parts, or a trained part alone. dtype: bf16, fp16, fp32, or torch's name of
-        one. quant: None follows the training run. device: auto (CUDA where there is any), cpu, cuda or cuda:N.
-        layout: from `groups.start`, with its device; absent, one process is assumed. Raises `AccessoryError`s.
+        one. llama_config: files, or settings such as {"lora_rank": 16}. quant: None follows the training run. device:
+        auto (CUDA where there is any), cpu, cuda or cuda:N. layout: from `groups.start`, with its device; absent, one
+        process is assumed. train: load it for training instead, for a loop of one's own; what llama_type trains and no
+        checkpoint holds, such as LoRA, starts as `seed` says. Raises `AccessoryError`s.
         """
         paths, precision = _paths(pretrained_path), _precision(dtype)
         if not paths:
@@ -360,19 +382,22 @@ class MetaModel(nn.Module):
         if not isinstance(quant, bool | None):
             raise ConfigError(f"quant is {quant!r}; expected True, False or None: the format is named by quant_type.")
         layout = layout or groups.start(str(device))
+        if train and layout.mp_size > 1:
+            raise ParallelError("train=True takes a model whole on its rank; finetune() trains one that is cut.")
         sources = together(with_base, paths)
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
         packed = bool(recorded or quant_type) if quant is None else quant
-        how = {"tokenizer_path": given.tokenizer_path, "quant": packed, "precision": precision, "train": False}
+        how = {"tokenizer_path": given.tokenizer_path, "quant": packed, "precision": precision, "train": train}
         wanted = (quant_type or recorded) if packed else None
-        named = {"llama_type": llama_type, "llama_config": _paths(llama_config)}
+        named = {"llama_type": llama_type, "llama_config": _settings(llama_config)}
         blueprint = together(make_blueprint, sources, quant_type=wanted, **named, **how)
-        model = load_for_inference(blueprint, sources, layout, given.max_seq_len)
+        decoder, trained = _filled(blueprint, sources, layout, seed=seed if train else None)
+        model = MetaModel(decoder, blueprint.tokenizer, given.max_seq_len, trained_prompt_layouts(sources)).train(train)
         stated = quant is not None or quant_type is not None
-        model._loaded = Loaded(sources, blueprint, layout, given.max_seq_len, how, stated)
+        model._loaded = Loaded(sources, blueprint, layout, given.max_seq_len, how, stated, trained)
         return model
 
-    def use(self, part: Paths | None, *, llama_type: str | None = None, llama_config: Paths = ()) -> None:
+    def use(self, part: Paths | None, *, llama_type: str | None = None, llama_config: Settings = ()) -> None:
         """Exchange the trained part for another one beside the same base, which stays in memory and is not read again.
 
         part: a trained part, or several; None: the base alone. llama_type, llama_config: as in `from_pretrained`. All
@@ -381,6 +406,8 @@ class MetaModel(nn.Module):
         """
         if self._loaded is None:
             raise ConfigError("use() exchanges the trained part of a model that MetaModel.from_pretrained has loaded.")
+        if self._loaded.blueprint.train:
+            raise ConfigError("use() is for a model that is asked; this one was loaded with train=True.")
         loaded, paths = self._loaded, [] if part is None else _paths(part)
         if part is not None and not paths:
             raise ConfigError(f"use() was given {part!r}; expected a trained part, a list of some, or None.")
@@ -388,30 +415,41 @@ class MetaModel(nn.Module):
         if paths:
             sources = together(beside, base, paths)
         together(_check_storage, sources, loaded)
-        named = {"llama_type": llama_type, "llama_config": _paths(llama_config)}
+        named = {"llama_type": llama_type, "llama_config": _settings(llama_config)}
         kept = {"quant_type": loaded.blueprint.quant_type, "opener": partial(_reopened, loaded), **loaded.how}
         blueprint = together(make_blueprint, sources, **named, **kept)
         trained = {name for s in (*sources, *loaded.sources) if s.is_delta or s.is_difference for name in s.tensors}
-        decoder = _filled(blueprint, sources, loaded.layout, lambda new: hand_on(self.llma, new, trained))
+        decoder, names = _filled(blueprint, sources, loaded.layout, lambda new: hand_on(self.llma, new, trained))
         self._hold(decoder, blueprint.tokenizer, loaded.max_seq_len, trained_prompt_layouts(sources))
-        self._loaded = loaded._replace(sources=sources, blueprint=blueprint)
+        self._loaded = loaded._replace(sources=sources, blueprint=blueprint, trained=names)
 
 
 def load_for_inference(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
     """Build and fill a model without gradients."""
-    decoder = _filled(blueprint, sources, layout, lambda _: set())
+    decoder, _ = _filled(blueprint, sources, layout)
     return MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_prompt_layouts(sources)).eval()
 
 
 def _filled(
-    blueprint: Blueprint, sources: list[Source], layout: Layout, put_in_place: Callable[[Decoder], set[str]]
-) -> Decoder:
-    """A decoder without gradients. put_in_place: fills some of it beforehand, and returns their names."""
+    blueprint: Blueprint,
+    sources: list[Source],
+    layout: Layout,
+    put_in_place: Callable[[Decoder], set[str]] = lambda _: set(),
+    seed: int | None = None,
+) -> tuple[Decoder, frozenset[str]]:
+    """A decoder, and the names of what training trains of it.
+
+    put_in_place: fills some of it beforehand, and returns their names. seed: of what it starts with for training; None:
+    it is only asked, and has no gradients.
+    """
     decoder, attachment = together(blueprint.build, layout)
-    tensors = together(resolve, decoder, sources, attachment, initialize=False)
+    tensors = together(resolve, decoder, sources, attachment, initialize=seed is not None)
     there, alone = put_in_place(decoder), DataParallel(layout, "sdp", base_is_trained=False)
-    together(fill, decoder, tensors, attachment, layout, alone, there=there)
-    return decoder.requires_grad_(False).eval()
+    together(fill, decoder, tensors, attachment, layout, alone, seed or 0, there=there)
+    trained = {name for name, _ in decoder.named_parameters()} if blueprint.method.trains_base else attachment.trainable
+    if seed is None:
+        decoder.requires_grad_(False).eval()
+    return decoder, frozenset(trained)
 
 
 def _reopened(loaded: Loaded, path: Path) -> Tokenizer:
@@ -441,6 +479,17 @@ def _paths(given: Paths) -> list[Path]:
     return [Path(path) for path in given if path != ""]
 
 
+def _settings(given: Settings) -> list[Path | Mapping[str, Any]]:
+    """`given` as a list of paths and settings. Raises `ConfigError` for what is neither."""
+    if isinstance(given, Mapping):
+        return [given]
+    if isinstance(given, str | Path):
+        return _paths(given)
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"llama_config is {given!r}; expected a file, settings, or a list of some.")
+    return [part for each in given for part in ([each] if isinstance(each, Mapping) else _paths(each))]
+
+
 def _checked(kind: type[_Arguments], **values: Any) -> _Arguments:
     """The arguments of a call. Raises `ConfigError` naming those of a wrong type or range."""
     try:
@@ -463,14 +512,19 @@ def _marks(prompt: Prompt, stop: tuple[str, ...]) -> tuple[str, ...]:
     return (*stop, DIALOG_END) if isinstance(prompt, DialogPrompt) else stop
 
 
+def _is_prompt(given: object) -> bool:
+    """Whether it is one prompt, rather than a list of them."""
+    if isinstance(given, str | DialogPrompt):
+        return True
+    return isinstance(given, list | tuple) and len(given) > 0 and all(isinstance(part, Mapping) for part in given)
+
+
 def _check_prompts(prompts: object) -> None:
-    """Raise `ConfigError` for one prompt where a list of them is expected, and for what is no prompt."""
-    messages = isinstance(prompts, list | tuple) and prompts and all(isinstance(part, Mapping) for part in prompts)
-    if messages or not isinstance(prompts, list | tuple):
-        raise ConfigError(f"generate() was given {prompts!r}; expected a list of prompts: generate([prompt]).")
+    """Raise `ConfigError` for what is no list of prompts."""
+    if not isinstance(prompts, list | tuple):
+        raise ConfigError(f"generate() was given {prompts!r}; expected a prompt, or a list of them.")
     for place, prompt in enumerate(prompts):
-        chat = isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt)
-        if not (chat or isinstance(prompt, str | DialogPrompt)):
+        if not _is_prompt(prompt):
             raise ConfigError(
                 f"prompt {place} is {prompt!r}; expected a text, a list of messages with role and content, or what "
                 "question() gives."

@@ -312,3 +312,15 @@ def test_plain_is_json_and_comes_back(paths: list[str]) -> None:
     values = json.loads(json.dumps(plain(config)))
     assert values.keys() == FinetuneConfig.model_fields.keys()
     assert FinetuneConfig(**values) == config
+
+
+def test_in_python(tmp_path: Path) -> None:
+    """One value where several may stand; an unknown key is answered with ours, as a flag is."""
+    config = FinetuneConfig(pretrained_path="base", data_config="data.json", llama_config=tmp_path, new_tokens="<a>")
+    assert (config.pretrained_path, config.llama_config, config.new_tokens) == ([Path("base")], [tmp_path], ["<a>"])
+    with pytest.raises(
+        ConfigError, match=r"(?s)unknown key 'learning_rate': --lr is .*unknown key 'sed'\. Did you mean 'seed'"
+    ):
+        FinetuneConfig(pretrained_path="base", data_config="data.json", learning_rate=1e-3, sed=3)
+    with pytest.raises(ConfigError, match=r"(?s)--quant needs --only_save_trainable.*base: no such file"):
+        FinetuneConfig(pretrained_path="base", data_config="data.json", quant=True).check()

@@ -15,7 +15,7 @@ TIERS = (
     ("finetuning", "export", "entry", "hugging_face", ""),
     ("engine", "conversation"),
     ("meta", "run"),
-    ("blueprint", "config", "generate", "memory"),
+    ("blueprint", "config", "generate", "memory", "uses"),
     ("checkpoint",),
     ("method",),
     ("model", "optim"),

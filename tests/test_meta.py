@@ -19,7 +19,7 @@ from accessory import meta
 from accessory.data.batch import Inset, PackedBatch
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import CHAT, DIALOG, PROMPT_LAYOUTS
-from accessory.errors import AccessoryError, ConfigError
+from accessory.errors import AccessoryError, ConfigError, DataError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.quant.packed import PackedWeight
@@ -409,7 +409,9 @@ def test_the_device(checkpoint, tmp_path: Path) -> None:
     ({"quant": "int8"}, "quant is 'int8'; expected True, False or None: the format is named by quant_type"),
     ({"device": "gpu"}, "--device 'gpu' is not one of auto, cpu, cuda"),
     ({"llama_config": "absent.json"}, "absent.json: cannot be read"),
-    ({"llama_config": {"dim": 3}}, r"a path is {'dim': 3}; expected a text or a Path, or a list of some"),
+    ({"llama_config": {"dimm": 3}}, r"llama_config: unknown key 'dimm'. Did you mean 'dim'\?"),
+    ({"llama_config": 3}, "llama_config is 3; expected a file, settings, or a list of some"),
+    ({"llama_config": [3]}, "a path is 3; expected a text or a Path, or a list of some"),
     ({"llama_type": 5, "max_seq_len": 0}, "(?s)'llama_type' is 5: .*'max_seq_len' is 0: Input should be greater than"),
     ({"quant_type": 4}, "MetaModel: 'quant_type' is 4: Input should be a valid string"),
     ({"tokenizer_path": 5}, "'tokenizer_path' is 5: Input is not a valid path"),
@@ -444,10 +446,83 @@ def test_what_is_no_question(model: MetaModel) -> None:
             model.question(*wrong)
 
 
-@pytest.mark.parametrize("prompts", [
-    "Hello", [3], [["a", "b"]], [{"role": "user", "content": "q"}], None, iter(["a"]), {"a": 1},
-])  # fmt: skip
-def test_what_is_no_list_of_prompts(model: MetaModel, prompts: object) -> None:
-    """A single text would be answered letter by letter; of what is read once, nothing is left to answer."""
-    with pytest.raises(ConfigError, match=r"generate\(\[prompt\]\)|expected a text, a list of messages"):
+@pytest.mark.parametrize("prompts", [[3], [["a", "b"]], [[]], None, iter(["a"]), {"a": 1}], ids=repr)
+def test_what_is_no_prompt(model: MetaModel, prompts: object) -> None:
+    """Of what is read once, nothing would be left to answer."""
+    with pytest.raises(ConfigError, match=r"expected a prompt, or a list of them|expected a text, a list of messages"):
         model.generate(prompts)
+
+
+def test_one_prompt_has_one_answer(checkpoint, tmp_path: Path) -> None:
+    """In each form of a prompt, and with the options of a list of them."""
+    checkpoint(vocab_size=VOCABULARY)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
+    model = MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    how = {"max_gen_len": 5, "temperature": 1.0, "seed": 3}
+    messages = [{"role": "user", "content": "q"}]
+    for prompt in ("Hello", messages, model.question("q", prompt_layout=DIALOG)):
+        assert model.generate(prompt, **how) == model.generate([prompt], **how)[0] != ""
+
+
+def test_logits_of_examples(model: MetaModel) -> None:
+    """Of texts and of ids, one or many, with or without what begins and ends a document."""
+    texts = ["Hello", "é?"]
+    found = model.compute_logits(texts)
+    for text, logits in zip(texts, found, strict=True):
+        ids = torch.tensor(model.prompt_tokens(text))
+        torch.testing.assert_close(logits, model.logits(ids, (len(ids),)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.compute_logits(text), model.compute_logits(ids))
+        assert torch.equal(model.compute_logits(ids.tolist()), model.compute_logits([ids.tolist()])[0])
+    assert model.compute_logits("Hello", bos=False, eos=True).shape == (6, VOCABULARY)
+    assert model.compute_logits([]) == []
+    for wrong, said in (
+        ([[]], r"example 0 has the tokens \[\]; expected one or more of 0 to 257"),
+        (["a", [1, 258]], "example 1 has the tokens"),
+        (3, "examples are 3; expected a text or ids"),
+        ([1.5], "examples are"),
+    ):
+        with pytest.raises(DataError, match=said):
+            model.compute_logits(wrong)
+
+
+def test_examples_are_evaluated(checkpoint, tmp_path: Path) -> None:
+    """Against float64 over transformers' logits; the answer that the model gives is the likeliest, token for token."""
+    theirs, ours = checkpoint().double(), MetaModel.from_pretrained(tmp_path, dtype="fp32")
+    likely = theirs.generate(torch.tensor([ours.prompt_tokens("Hello")]), max_new_tokens=3, do_sample=False)[0].tolist()
+    examples, contexts = [ours.prompt_tokens("Hello you"), likely], [ours.prompt_tokens("Hello")] * 2
+    found = ours.evaluate_examples(examples, contexts)
+    for place, (ids, known) in enumerate(((examples[0], 6), (likely, 6))):
+        each = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)[range(known - 1, len(ids) - 1), ids[known:]]
+        assert found["log_likelihood"][place] == pytest.approx(each.sum().item(), rel=1e-5)
+        assert found["ppl"][place] == pytest.approx(each.mean().neg().exp().item(), rel=1e-5)
+        assert found["non_context_logits"][place].shape == (len(ids) - known, VOCABULARY)
+    assert found["max_equal"] == [False, True]
+    alone = ours.evaluate_examples("Hello you", "Hello")
+    assert alone["log_likelihood"] == pytest.approx(found["log_likelihood"][0], rel=1e-6)
+    whole = ours.evaluate_examples(["Hello you"], eos=True)
+    assert whole["non_context_logits"][0].shape == (10, VOCABULARY)
+    for wrong, said in (
+        ((["Hello"], ["Help"]), "example 0 has 6 tokens and its context 5, of which it begins with 4"),
+        ((["Hello"], ["Hello"]), "example 0 has 6 tokens and its context 6, of which it begins with 6"),
+        ((["Hello"], "Hello"), "expected one for each of the 1 examples"),
+    ):
+        with pytest.raises(DataError, match=said):
+            ours.evaluate_examples(*wrong)
+
+
+def test_a_model_in_training_is_asked_without_dropout(checkpoint, tmp_path: Path) -> None:
+    """And trained on as before; a stream that nobody reads to its end leaves it so, too."""
+    checkpoint()
+    lora = {"lora_rank": 4, "lora_dropout": 0.9}
+    how = {"dtype": "fp32", "llama_type": "llama_peft", "llama_config": lora}
+    model = MetaModel.from_pretrained(tmp_path, train=True, **how)
+    with torch.no_grad():
+        for name, parameter in model.get_trainable_params().items():
+            parameter.add_(torch.randn(parameter.shape) * 0.3 * ("lora_b" in name))
+    wanted = model.eval().generate("Hello", max_gen_len=8)
+    assert model.train().generate("Hello", max_gen_len=8) == wanted
+    assert model.training
+    for _ in model.stream_generate("Hello", max_gen_len=8):
+        break
+    assert model.training and model.llma.layers[0].training

@@ -184,9 +184,9 @@ def test_methods_that_change_the_states_are_refused(run) -> None:
     with pytest.raises(
         ConfigError, match=r"with --llama_type llama_peft gradients go .*goes with --llama_type \.\.\._qst"
     ):
-        run("lora", cache_base=run.root / "lora", llama_type="llama_peft", llama_config=[])
+        run("lora", cache_base=run.root / "cache", llama_type="llama_peft", llama_config=[])
     with pytest.raises(ConfigError, match="gradients go through all of the base's 2 blocks"):
-        run("tail", {"tail": 2, "side_layers": 0}, cache_base=run.root / "tail")
+        run("tail", {"tail": 2, "side_layers": 0}, cache_base=run.root / "cache")
 
 
 def test_a_full_disk(run, monkeypatch: pytest.MonkeyPatch) -> None:
