@@ -22,6 +22,8 @@ _SENTENCES = (
      "apply_lora_to_mlp lora_query lora_key lora_value lora_projection lora_mlp",
      'LoRA\'s linears are "lora_targets" in a JSON file of --llama_config: wq, wk, wv, wo (q_proj, k_proj, v_proj, '
      "o_proj), w1, w2, w3 (gate_proj, down_proj, up_proj); absent: all"),
+    ("layers_to_transform peft_layers_to_transform lora_layers_to_transform lora_layer_ids",
+     'LoRA\'s blocks are "lora_layers" in a JSON file of --llama_config, such as "0-7,20"; absent: all'),
     ("modules_to_save lora_modules_to_save additional_target train_embeddings apply_lora_to_output lora_head",
      'embedding and head are trained by "vocabulary_tuning": true in a JSON file of --llama_config'),
     ("bias lora_bias train_bias", 'biases are trained by "bias_tuning": true in a JSON file of --llama_config'),
@@ -29,7 +31,7 @@ _SENTENCES = (
     ("use_rslora rslora peft_use_rslora",
      'rslora scales by alpha / root of the rank: give "lora_alpha" as alpha x root of the rank'),
     ("use_dora dora lora_use_dora peft_use_dora use_pissa pissa_init loraplus_lr_ratio use_galore galore_rank "
-     "layers_to_transform layers_pattern rank_pattern alpha_pattern fan_in_fan_out init_lora_weights loftq_config",
+     "layers_pattern rank_pattern alpha_pattern fan_in_fan_out init_lora_weights loftq_config",
      "there is nothing of the kind here: leave it out"),
     ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type tuner_type",
      'the end of --llama_type says what is trained (_peft: norms, biases, LoRA); {"lora_rank": 16} in a JSON file of '

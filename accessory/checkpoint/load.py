@@ -227,5 +227,5 @@ def _hint(alien: list[str], wanted: dict[str, Target]) -> str:
 
 def _lora_hint(names: list[str]) -> str:
     if any("lora_" in name for name in names):
-        return " Give the --llama_config it was trained with (lora_rank, lora_targets)."
+        return " Give the --llama_config it was trained with (lora_rank, lora_targets, lora_layers)."
     return ""

@@ -14,14 +14,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
+from accessory.errors import ConfigError
 from accessory.method.base import Attachment, Initializer, Method
+from accessory.method.layer_ranges import LayerNumbers
+from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES
 from accessory.model.families.architecture import Fused
 from accessory.model.linear import Linear
 from accessory.model.norm import Norm
+from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
 
+_SHOWN = 8  # blocks listed in an error
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 
 
@@ -45,6 +50,8 @@ class Peft(Method):
         """Dropout on LoRA's input while training."""
         lora_targets: list[Target] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
         """Linears that get LoRA."""
+        lora_layers: LayerNumbers | None = None
+        """Blocks whose linears get it, such as "0-7,20" or [0, 1, 20]; absent: all."""
         vocabulary_tuning: bool = False
         """Train embedding and head whole, as tokens added to the vocabulary need."""
 
@@ -114,6 +121,16 @@ class Peft(Method):
             f"{trained.lora_scale * self.settings.lora_rank:g} (--llama_config's scale is lora_alpha / lora_rank)"
         )
 
+    def check(self, args: ModelArgs, layout: Layout, data_parallel: str) -> None:
+        """See `Method.check`; the base must have the blocks that get LoRA."""
+        super().check(args, layout, data_parallel)
+        absent = [number for number in self.settings.lora_layers or [] if number >= args.n_layers]
+        if absent and self.settings.lora_rank > 0:
+            raise ConfigError(
+                f"--llama_config: 'lora_layers' names {', '.join(map(str, absent[:_SHOWN]))}; the base has "
+                f"{args.n_layers} blocks, 0 to {args.n_layers - 1}."
+            )
+
     def attach(self, decoder: Decoder) -> Attachment:
         """Add biases and LoRA factors; train these, norms and the storage's trained parts, as the settings say."""
         attachment = Attachment()
@@ -127,9 +144,16 @@ class Peft(Method):
                     self._attach_bias(name, module, attachment)
                 if isinstance(module.weight, PackedWeight):
                     attachment.trainable |= {f"{name}.weight.{part}" for part in module.weight.trained}
-                if self.settings.lora_rank > 0 and name.rsplit(".", 1)[-1] in self.settings.lora_targets:
+                if self._has_lora(name):
                     self._attach_lora(name, module, attachment)
         return attachment
+
+    def _has_lora(self, linear: str) -> bool:
+        """By its name: layers.3.attention.wq."""
+        settings = self.settings
+        if settings.lora_rank <= 0 or linear.rsplit(".", 1)[-1] not in settings.lora_targets:
+            return False
+        return settings.lora_layers is None or int(linear.split(".")[1]) in settings.lora_layers
 
     @staticmethod
     def _choose_vocabulary(decoder: Decoder, attachment: Attachment) -> None:

@@ -207,11 +207,11 @@ def test_lora_of_another_rank(formats: dict[str, Path], tmp_path: Path) -> None:
     base, name = open_source(formats["hf"]), "layers.0.attention.wq.lora_a.weight"
     message = refusal([base, trained(tmp_path, {name: torch.zeros(8, 128)})], lora_rank=4)
     assert f"{tmp_path}: {name} has shape (8, 128), the model (4, 128)." in message
-    assert "--llama_config it was trained with (lora_rank, lora_targets)" in message
+    assert "--llama_config it was trained with (lora_rank, lora_targets, lora_layers)" in message
 
 
 @pytest.mark.parametrize(("name", "hint"), [
-    ("layers.0.attention.wq.lora_a.weight", "--llama_config it was trained with (lora_rank, lora_targets)"),
+    ("layers.0.attention.wq.lora_a.weight", "it was trained with (lora_rank, lora_targets, lora_layers)"),
     ("layers.0.attention.wq.bias", "--llama_type and --llama_config it was trained with (bias_tuning)"),
 ])  # fmt: skip
 def test_trained_part_of_another_method(formats: dict[str, Path], tmp_path: Path, name: str, hint: str) -> None:

@@ -178,6 +178,7 @@ STEPS = {
     "full, two micro-batches": {"settings": {}, "method": "full", "quant": None, "micro_batches": 2},
     "scales of NF4": {"settings": NORM_BIAS, "quant": "nf4_scales"},
     "LoRA and scales of NF4, recomputed": {"settings": LORA, "quant": "nf4_scales", "recomputed": 6},
+    "LoRA in two blocks": {"settings": {**LORA, "lora_layers": "3,4"}},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
 }
 

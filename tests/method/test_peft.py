@@ -15,6 +15,7 @@ from torch import Tensor
 from accessory.checkpoint.load import fill, named_generator, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
+from accessory.errors import ConfigError
 from accessory.memory.plan import parameter_counts
 from accessory.method import METHODS, Attachment
 from accessory.method.peft import Peft
@@ -93,6 +94,36 @@ def test_target_that_a_model_has_not() -> None:
         TINY.model_copy(update={"gated": False}), lora_rank=4, norm_tuning=False, bias_tuning=False
     )
     assert attachment.trainable == lora_names(set(LINEARS) - {"feed_forward.w3"})
+
+
+@pytest.mark.parametrize(
+    ("stated", "blocks"),
+    [(None, range(6)), ("1-3,5", [1, 2, 3, 5]), ([5, "0-1", 1], [0, 1, 5]), (4, [4]), ("2", [2]), ([0, 1], [0, 1])],
+)
+def test_lora_by_layer(stated: object, blocks: list[int]) -> None:
+    """Those blocks' linears have factors and no others; norms and biases are all trained."""
+    args = TINY.model_copy(update={"n_layers": 6})
+    decoder, attachment = attached(args, lora_rank=4, lora_layers=stated)
+    with_lora = {int(name.split(".")[1]) for name, _ in decoder.named_parameters() if "lora_" in name}
+    assert with_lora == {int(name.split(".")[1]) for name in attachment.trainable if "lora_" in name} == set(blocks)
+    assert sum(name.endswith("norm.weight") for name in attachment.trainable) == 2 * 6 + 1
+    settings = Peft.Settings(lora_rank=4, lora_layers=stated)
+    assert Peft.Settings(**settings.model_dump()) == settings
+
+
+def test_lora_in_a_block_that_the_base_has_not(layout: Layout) -> None:
+    """Refused before it is made; without LoRA it says nothing."""
+    with pytest.raises(ConfigError, match=r"'lora_layers' names 6, 7; the base has 6 blocks, 0 to 5\."):
+        made = Peft(Peft.Settings(lora_rank=4, lora_layers="5-7"))
+        made.check(TINY.model_copy(update={"n_layers": 6}), layout, "sdp")
+    Peft(Peft.Settings(lora_layers="5-7")).check(TINY, layout, "sdp")
+
+
+@pytest.mark.parametrize("wrong", ["", [], "3-1", "-1", [True], "0-9999", 1.5, "a", ["0-3", None]])
+def test_wrong_layers_are_refused(wrong: object) -> None:
+    """Each with what was found."""
+    with pytest.raises(ValidationError, match=r"lora_layers\n.*(expected numbers of blocks|names no block)"):
+        Peft.Settings(lora_rank=4, lora_layers=wrong)
 
 
 def test_shapes() -> None:

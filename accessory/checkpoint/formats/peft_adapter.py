@@ -179,10 +179,10 @@ class _Adapter:
         found = self._our_factors()
         rank = max((factors.rank for factors in found.values()), default=-1)
         scale = max((factors.scale for factors in found.values()), key=abs, default=1.0)
-        kinds = {name.rsplit(".", 1)[-1] for name in found}
+        kinds, layers = ({name.split(".")[place] for name in found} for place in (-1, 1))
         tensors = dict(self.plain)
         for name, shape in self.places.linears.items():
-            if name.rsplit(".", 1)[-1] in kinds:
+            if name.rsplit(".", 1)[-1] in kinds and name.split(".")[1] in layers:
                 factors = found.get(name) or new_factors(shape, rank, scale, name)
                 factors = factors.fitted(rank, scale, name)
                 tensors |= {f"{name}.lora_a.weight": factors.a, f"{name}.lora_b.weight": factors.b}
@@ -190,11 +190,14 @@ class _Adapter:
         if biases:
             for name in self.places.linears.keys() - self.places.biased:
                 tensors.setdefault(f"{name}.bias", zeros(self.places.linears[name][0]))
-        return tensors, self._settings(rank, scale, kinds, biases), self._notes(found, rank, kinds)
+        return tensors, self._settings(rank, scale, found, biases), self._notes(found, rank)
 
-    def _notes(self, found: dict[str, Factors], rank: int, kinds: set[str]) -> tuple[str, ...]:
-        """What was added so that all blocks have LoRA on the same linears and of the same rank, as our method wants."""
-        linears = [name for name in self.places.linears if name.rsplit(".", 1)[-1] in kinds]
+    def _notes(self, found: dict[str, Factors], rank: int) -> tuple[str, ...]:
+        """What was added so that all blocks that have LoRA have it on the same linears and of the same rank."""
+        kinds, layers = ({name.split(".")[place] for name in found} for place in (-1, 1))
+        linears = [
+            name for name in self.places.linears if name.split(".")[-1] in kinds and name.split(".")[1] in layers
+        ]
         absent, lower = len(linears) - len(found), sum(factors.rank < rank for factors in found.values())
         if not (absent or lower):
             return ()
@@ -216,7 +219,8 @@ class _Adapter:
                     found[part] = its.block(shared.index(kind), len(shared)) if shared and len(shared) > 1 else its
         return found
 
-    def _settings(self, rank: int, scale: float, kinds: set[str], biases: bool) -> dict[str, Any]:
+    def _settings(self, rank: int, scale: float, found: dict[str, Factors], biases: bool) -> dict[str, Any]:
+        kinds, layers = {name.split(".")[-1] for name in found}, {int(name.split(".")[1]) for name in found}
         settings: dict[str, Any] = {
             "lora_rank": rank,
             "lora_dropout": self.config.lora_dropout,
@@ -229,6 +233,8 @@ class _Adapter:
             # Dividing by the rank and multiplying again may have cost the last bits of a plain number.
             settings["lora_alpha"] = float(f"{scale * rank:.12g}")
             settings["lora_targets"] = sorted(kinds)
+            if len(layers) < self.args.n_layers:
+                settings["lora_layers"] = sorted(layers)
         return settings
 
 

@@ -152,6 +152,8 @@ def test_what_a_config_may_say(settings: dict[str, Any], base_of, tmp_path: Path
     base = base_of("llama")
     adapter, expected = made_by_peft(base, tmp_path / "adapter", **settings)
     assert distance(ours(base, adapter), expected) < TOLERANCE
+    blocks = open_adapter(adapter, open_source(base)).settings.get("lora_layers")
+    assert blocks == settings.get("layers_to_transform")
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -242,7 +244,9 @@ def test_a_config_of_the_user_cannot_rescale_an_adapter(base_of, tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"lora_a.weight has shape \(4, 64\), the model \(8, 64\).*lora_rank"):
         ours(base, adapter, llama_config=[config])
     config.write_text('{"lora_targets": ["wq"]}')
-    with pytest.raises(CheckpointError, match=r"have no place in this model. .*\(lora_rank, lora_targets\)"):
+    with pytest.raises(
+        CheckpointError, match=r"have no place in this model. .*\(lora_rank, lora_targets, lora_layers\)"
+    ):
         ours(base, adapter, llama_config=[config])
 
 
@@ -423,10 +427,14 @@ LORA_AND_NORMS = {"lora_rank": 3, "lora_alpha": 5.0, "bias_tuning": False}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("targets", [None, ["wq", "wv", "w1"]], ids=["all", "some"])
-def test_what_we_trained_computes_the_same_in_peft(name: str, targets, base_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "some",
+    [{}, {"lora_targets": ["wq", "wv", "w1"]}, {"lora_targets": ["wo", "w2"], "lora_layers": "1"}],
+    ids=["all", "some", "one block"],
+)
+def test_what_we_trained_computes_the_same_in_peft(name: str, some: dict, base_of, tmp_path: Path) -> None:
     base = base_of(name)
-    settings = LORA_AND_NORMS | ({"lora_targets": targets} if targets else {})
+    settings = LORA_AND_NORMS | some
     delta = trained_here(base, tmp_path / "delta", **settings)
     adapter = exported(base, tmp_path / "adapter", delta)
     found = logits_of(peft.PeftModel.from_pretrained(theirs(base), adapter).eval())
@@ -436,7 +444,8 @@ def test_what_we_trained_computes_the_same_in_peft(name: str, targets, base_of, 
     back = open_adapter(adapter, open_source(base))
     assert_equal_tensors(back, delta[0])
     assert back.settings["lora_targets"] == sorted(delta[1].lora_targets if name in ("llama", "qwen2", "qwen3", "glm")
-                                                   or targets else set(delta[1].lora_targets) - {"w3"})  # fmt: skip
+                                                   or some else set(delta[1].lora_targets) - {"w3"})  # fmt: skip
+    assert back.settings.get("lora_layers") == delta[1].lora_layers
     assert (back.settings["lora_rank"], back.settings["lora_alpha"]) == (3, 5.0)
     assert (back.settings["norm_tuning"], back.settings["bias_tuning"]) == (True, False)
 
@@ -598,12 +607,12 @@ def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, pytho
 
 
 def test_what_an_adapter_lacks_learns(tiny_base: Path, tmp_path: Path, python) -> None:
-    """LoRA on one block of two, and of a smaller rank on one linear: widened, it adds nothing and still learns."""
-    settings = {"target_modules": r".*1.*(q_proj|v_proj|down_proj)", "rank_pattern": {"v_proj": 2}}
+    """LoRA on one linear of a block, and of a smaller rank on one: widened, it adds nothing and still learns."""
+    settings = {"target_modules": r".*(0.*q_proj|1.*(q_proj|v_proj|down_proj))", "rank_pattern": {"v_proj": 2}}
     adapter, expected = made_by_peft(tiny_base, tmp_path / "adapter", **settings)
     assert distance(ours(tiny_base, adapter), expected) < TOLERANCE
     saved, said = trained_on(tiny_base, adapter, tmp_path / "out", python, "--lr", "1e-3")
-    assert f"{adapter}: has no LoRA on 3 of 6 w2, wq, wv and has a rank below 4 on 1: what is missing there" in said
+    assert f"{adapter}: has no LoRA on 2 of 6 w2, wq, wv and has a rank below 4 on 1: what is missing there" in said
     before, after = open_adapter(adapter, open_source(tiny_base)).tensors, open_source(saved).tensors
     assert len(after) == 12
     for name, tensor in after.items():
