@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -16,25 +17,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from accessory.data.batch import IGNORE
+from accessory.data.layouts import DocumentReader, Layouts
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
-from accessory.data.reading import identity_of, read_entries
-from accessory.data.templates import CHAT, DIALOG, Segment, UnusableRecord, documents_of, unused_keys
+from accessory.data.reading import identity_of
+from accessory.data.shapes import known_shapes
+from accessory.data.templates import CHAT, DIALOG, Segment
 from accessory.errors import DataError
-from accessory.tokenizer import Chat, Tokenizer
+from accessory.tokenizer import Tokenizer
 
 _CHUNK = 4096  # records tokenized at a time
 _FORMAT = 8  # part of the cache's key: raise it when a change makes other documents of the same records
 _DIGITS = 32  # kept of a digest
-_CACHED = ("notes", "skipped", "unused", "truncated")  # fields of Omissions kept in the cache
+# Fields of Omissions and Layouts kept in the cache.
+_CACHED = ("notes", "skipped", "unused", "truncated", "cut_answers", "cut_sources", "cut_targets", "longest")
+_TOLD = ("shapes", "layouts", "earlier", "system")
+_CHAT_TEMPLATE = "chat_template"  # digest of the template by which documents were laid out, or null
 
 
 class Corpus:
     """Documents as flat arrays: `tokens` int32 [N], `learned` bool [N], `offsets` int64 [documents + 1].
 
     `learned` marks supervised tokens. `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and
-    `supervised` [documents] are the numbers of tokens and of supervised labels. `prompt_layouts` has one of
-    `PROMPT_LAYOUTS` for each entry. `identity` is all that determines the documents.
+    `supervised` [documents] are the numbers of tokens and of supervised labels. `told` has the shape and layout of
+    each entry's records. `identity` is all that determines the documents.
     """
 
     def __init__(
@@ -43,10 +49,10 @@ class Corpus:
         omissions: Omissions,
         identity: dict[str, Any],
         tokenizer: Tokenizer,
-        prompt_layouts: Sequence[str] = (),
+        told: Layouts | None = None,
     ) -> None:
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
-        self.origins, self.prompt_layouts = arrays["origins"], prompt_layouts
+        self.origins, self.told = arrays["origins"], told or Layouts()
         self.identity, self.omissions, self.tokenizer = identity, omissions, tokenizer
         self.lengths = np.diff(self.offsets)
         # A document's first token is never a label: no token stands before it.
@@ -75,7 +81,7 @@ class Corpus:
 
     def documents_by_prompt_layout(self) -> dict[str, int]:
         """How many documents each layout has, the one with most first."""
-        counts = Counter(self.prompt_layouts[entry] for entry in self.origins[:, 0].tolist())
+        counts = Counter(self.told.layouts[entry] for entry in self.origins[:, 0].tolist())
         return dict(counts.most_common())
 
     def check_lengths(self, positions: int | None, made_for: int | None) -> list[str]:
@@ -109,8 +115,6 @@ class Corpus:
         lines = [
             f"{len(self):,} documents, {int(self.lengths.sum()):,} tokens, {int(self.supervised.sum()):,} supervised"
         ]
-        if self.omissions.truncated:
-            lines.append(f"cut short at --max_words: {self.omissions.truncated:,}")
         return "\n".join(lines + self.omissions.lines())
 
     def show(self, index: int) -> str:
@@ -131,12 +135,25 @@ class Corpus:
         return "".join(parts)
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """Where documents are cut, in tokens: as a whole, before the first token that is learned, and from it on."""
+
+    max_words: int
+    source_max_len: int | None = None
+    target_max_len: int | None = None
+
+
 def build_corpus(
     data_config: Path,
     tokenizer: Tokenizer,
     *,
     max_words: int,
+    source_max_len: int | None = None,
+    target_max_len: int | None = None,
     dialog: bool = False,
+    mask_history: bool = False,
+    train_on_source: bool = False,
     threads: int = 1,
     cache_dir: Path | None = None,
     max_skipped: float = 1.0,
@@ -144,69 +161,66 @@ def build_corpus(
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
+    source_max_len, target_max_len: cut what stands before the first learned token, and the rest, each by itself first.
+    mask_history: learn only the last answer of a conversation. train_on_source: learn questions, too.
     Chat templates that print the time print `clock` (absent: now), which is then part of the fingerprint.
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
     Raises `DataError` if a file is broken, not one record can be used, or more than the share `max_skipped` cannot;
     `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.
     """
-    entries = load_data_config(data_config)
-    chat = Chat(tokenizer, clock or datetime.now()) if any(entry.prompt_type == CHAT for entry in entries) else None
-    _ = chat and chat.stop_ids  # works out how the template ends an answer, before any file is read
-    identity = _identity(entries, tokenizer, max_words, dialog, chat)
-    cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
-    prompt_layouts = [DIALOG if dialog and entry.prompt_type != CHAT else entry.prompt_type for entry in entries]
+    entries = [
+        entry.model_copy(
+            update={
+                "mask_history": entry.mask_history or mask_history,
+                "train_on_source": entry.train_on_source or train_on_source,
+            }
+        )
+        for entry in load_data_config(data_config)
+    ]
     unused = [(number, note) for number, entry in enumerate(entries) for note in _unused_settings(entry, dialog)]
     omissions = Omissions([str(entry.path) for entry in entries], unused)
-    if cached and (kept := _from_cache(cached, omissions)):
-        omissions.check(kept["origins"], max_skipped)
-        return Corpus(kept, omissions, identity, tokenizer, prompt_layouts)
-    documents = _documents(entries, chat, dialog, omissions)
-    arrays, made = _tokenize(documents, tokenizer, max_words, threads, omissions)
-    if len(arrays["offsets"]) == 1:
-        shape = "; expected instruction, output and perhaps input, or, with --dialog, conversations"
-        found = f"{', '.join(omissions.files)}: not one record can be trained on{'' if made else shape}."
-        raise DataError("\n".join([found, *omissions.lines()]))
+    reader = DocumentReader(entries, tokenizer, omissions, dialog=dialog, clock=clock)
+    asked = any(entry.prompt_type == CHAT for entry in entries)
+    cuts = Cuts(max_words, source_max_len, target_max_len)
+    identity = _identity(entries, tokenizer, cuts, dialog, _digest(reader) if asked else None)
+    cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
+    arrays = _from_cache(cached, omissions, reader) if cached else None
+    if made := arrays is None:
+        arrays = _tokenize(reader.documents(), entries, tokenizer, cuts, threads, omissions)
+        if len(arrays["offsets"]) == 1:
+            found = f"{', '.join(omissions.files)}: not one record can be trained on; known shapes: {known_shapes()}."
+            raise DataError("\n".join([found, *omissions.lines()]))
     omissions.check(arrays["origins"], max_skipped)
-    if cached:
-        _to_cache(cached, arrays, omissions)
-    return Corpus(arrays, omissions, identity, tokenizer, prompt_layouts)
+    if cached and made:
+        _to_cache(cached, arrays, omissions, reader)
+    return Corpus(arrays, omissions, _completed(identity, reader), tokenizer, reader.told)
 
 
-def _documents(
-    entries: list[DataEntry], chat: Chat | None, dialog: bool, omissions: Omissions
-) -> Iterator[tuple[Origin, list[Segment]]]:
-    for number, record in read_entries(entries, omissions.notes):
-        entry = entries[number]
-        origin, layout = (number, record.line, record.number), (entry.prompt_type, dialog, bool(entry.preprocess))
-        try:
-            if record.fault:
-                raise UnusableRecord(record.fault)
-            yield from ((origin, segments) for segments in documents_of(record.fields, *layout, chat))
-            omissions.ignore(unused_keys(record.fields, *layout), origin)
-        except UnusableRecord as cause:
-            omissions.skip(str(cause), origin)
+def _digest(reader: DocumentReader) -> str:
+    """Of the chat template that is at work."""
+    return hashlib.sha256(reader.chat.definition.encode()).hexdigest()[:_DIGITS]
 
 
 def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
     """A sentence for each setting of an entry that has no effect."""
     notes = ["root is not used: there is no vision part yet"] * bool(entry.root)
     notes += ["preprocess is not used with --dialog"] * bool(dialog and entry.preprocess)
-    if dialog and entry.prompt_type != CHAT and "prompt_type" in entry.model_fields_set:
+    if dialog and entry.prompt_type not in (CHAT, DIALOG) and "prompt_type" in entry.model_fields_set:
         notes.append(f"prompt_type {entry.prompt_type} is not used: --dialog lays conversations out its own way")
     return notes
 
 
 def _tokenize(
     documents: Iterator[tuple[Origin, list[Segment]]],
+    entries: list[DataEntry],
     tokenizer: Tokenizer,
-    max_words: int,
+    cuts: Cuts,
     threads: int,
     omissions: Omissions,
-) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of a `Corpus`, and how many documents there were; a chunk of their texts is in memory at a time."""
-    tokens, learned, lengths, origins, made = [], [], [0], [], 0
+) -> dict[str, np.ndarray]:
+    """The arrays of a `Corpus`; a chunk of its texts is in memory at a time."""
+    tokens, learned, lengths, origins = [], [], [0], []
     while chunk := list(islice(documents, _CHUNK)):
-        made += len(chunk)
         texts = [segments for _, segments in chunk if segments[0].ids is None]
         first = iter(tokenizer.encode_batch([segments[0].text for segments in texts], threads=threads))
         later_texts = [segment.text for segments in texts for segment in segments[1:]]
@@ -220,44 +234,83 @@ def _tokenize(
                 pieces = [segment.ids for segment in segments]
             ids = np.array([token for piece in pieces for token in piece], dtype=np.int32)
             flags = np.repeat(supervised, [len(piece) for piece in pieces])
-            if not flags[1:max_words].any():
-                omissions.skip(f"its prompt fills all {max_words} tokens of --max_words", origin)
+            ids, flags = _cut(ids, flags, cuts, omissions)
+            if not flags[1:].any():
+                omissions.skip(f"its prompt fills all {cuts.max_words} tokens of --max_words", origin)
                 continue
-            omissions.truncated += len(ids) > max_words
-            tokens.append(ids[:max_words])
-            learned.append(flags[:max_words])
-            lengths.append(len(tokens[-1]))
+            if entries[origin[0]].train_on_source:
+                flags[1:] = True
+            tokens.append(ids)
+            learned.append(flags)
+            lengths.append(len(ids))
             origins.append(origin)
     empty = [np.zeros(0, np.int32)]
-    arrays = {
+    return {
         "tokens": np.concatenate(tokens or empty),
         "learned": np.concatenate(learned or empty).astype(bool),
         "offsets": np.cumsum(lengths, dtype=np.int64),
         "origins": np.array(origins, dtype=np.int32).reshape(-1, 3),
     }
-    return arrays, made
+
+
+def _cut(ids: np.ndarray, flags: np.ndarray, cuts: Cuts, omissions: Omissions) -> tuple[np.ndarray, np.ndarray]:
+    """A document's tokens and what is learned of them, both cut; what is cut of a used document is counted."""
+    source = int(flags.argmax())
+    keep = np.ones(len(ids), bool)
+    if cuts.source_max_len is not None:
+        keep[cuts.source_max_len : source] = False
+    if cuts.target_max_len is not None:
+        keep[source + cuts.target_max_len :] = False
+    lost_source, lost_target = not keep[:source].all(), not keep[source:].all()
+    ids, flags = ids[keep], flags[keep]
+    if flags[1 : cuts.max_words].any():
+        omissions.cut_sources += lost_source
+        omissions.cut_targets += lost_target
+        omissions.truncated += len(ids) > cuts.max_words
+        omissions.cut_answers += bool(flags[cuts.max_words :].any())
+        omissions.longest = max(omissions.longest, len(ids))
+    return ids[: cuts.max_words], flags[: cuts.max_words]
 
 
 def _identity(
-    entries: list[DataEntry], tokenizer: Tokenizer, max_words: int, dialog: bool, chat: Chat | None
+    entries: list[DataEntry], tokenizer: Tokenizer, cuts: Cuts, dialog: bool, chat_template: str | None
 ) -> dict[str, Any]:
-    """All that determines the documents, as JSON: settings by their names, contents of files by digests."""
+    """All that determines the documents, as JSON: settings by their names, contents of files by digests.
+
+    What earlier versions did not have is left out where it is not used, so that their runs can be resumed.
+    """
+    lengths = {"source_max_len": cuts.source_max_len, "target_max_len": cuts.target_max_len}
     return {
         "format": _FORMAT,
-        "max_words": max_words,
+        "max_words": cuts.max_words,
+        **{name: value for name, value in lengths.items() if value is not None},
         "dialog": dialog,
         "tokenizer": tokenizer.fingerprint[:_DIGITS],
-        "chat_template": chat and hashlib.sha256(chat.definition.encode()).hexdigest()[:_DIGITS],
+        _CHAT_TEMPLATE: chat_template,
         "META": [identity_of(entry) for entry in entries],
     }
+
+
+def _completed(identity: dict[str, Any], reader: DocumentReader) -> dict[str, Any]:
+    """The identity with what was told of the records, except where earlier versions made the same documents."""
+    told = reader.told
+    shapes = zip(told.shapes, told.layouts, told.earlier, strict=True)
+    files = [
+        {name: value for name, value in file.items() if name != "shape"}
+        | ({} if earlier else {"shape": shape, "layout": layout})
+        for file, (shape, layout, earlier) in zip(identity["META"], shapes, strict=True)
+    ]
+    return identity | {"META": files} | ({_CHAT_TEMPLATE: _digest(reader)} if CHAT in told.layouts else {})
 
 
 def _fingerprint(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -> None:
+def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions, reader: DocumentReader) -> None:
     metadata = {name: json.dumps(getattr(omissions, name)) for name in _CACHED}
+    metadata |= {name: json.dumps(getattr(reader.told, name)) for name in _TOLD}
+    metadata[_CHAT_TEMPLATE] = json.dumps(_digest(reader) if CHAT in reader.told.layouts else None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, path, metadata=metadata)  # written beside and renamed, so readers see all of it or nothing
@@ -266,8 +319,11 @@ def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions) -
         raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
 
 
-def _from_cache(path: Path, omissions: Omissions) -> dict[str, np.ndarray] | None:
-    """The arrays kept at `path`, or None if there are none or the file is damaged; fills `omissions` from it."""
+def _from_cache(path: Path, omissions: Omissions, reader: DocumentReader) -> dict[str, np.ndarray] | None:
+    """The arrays kept at `path`; fills `omissions` and what `reader` has told from it.
+
+    None where there are none, or the file is damaged, of an earlier version, or laid out by another chat template.
+    """
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
         with safe_open(path, framework="pt") as file:
@@ -275,6 +331,12 @@ def _from_cache(path: Path, omissions: Omissions) -> dict[str, np.ndarray] | Non
             arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets", "origins")}
     except (OSError, SafetensorError):
         return None
-    for name in _CACHED:
-        setattr(omissions, name, json.loads(metadata[name]))
+    if not metadata.keys() >= {*_CACHED, *_TOLD, _CHAT_TEMPLATE}:
+        return None
+    laid_out_by = json.loads(metadata[_CHAT_TEMPLATE])
+    if laid_out_by and (reader.tokenizer.chat_template is None or _digest(reader) != laid_out_by):
+        return None
+    for names, kept in ((_CACHED, omissions), (_TOLD, reader.told)):
+        for name in names:
+            setattr(kept, name, json.loads(metadata[name]))
     return arrays

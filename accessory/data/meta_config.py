@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from accessory.data.readers import SUFFIXES, is_data
 from accessory.data.readers.text import UNITS
-from accessory.data.templates import CHAT, PROMPT_TYPES
+from accessory.data.shapes import OTHER_NAMES, SHAPES
+from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import DataError, explain_validation, is_there, nearest
 from accessory.tokenizer.sniff import what_is
 
@@ -32,8 +33,14 @@ class DataEntry(BaseModel):
     """The data file; a relative one is looked for beside the YAML, then in the current directory."""
     type: str = "text"
     """A name for the group of data; it has no effect."""
-    prompt_type: Literal[(*PROMPT_TYPES, CHAT)] = "alpaca"
-    """Template of the prompt; `chat` is the checkpoint's own, for conversations (--dialog) too."""
+    shape: Literal[(*SHAPES, *OTHER_NAMES)] | None = None
+    """What a record holds, of docs/data.md's table; absent: told from the keys of the records."""
+    prompt_type: Literal[PROMPT_LAYOUTS] = "alpaca"
+    """Layout of the prompt; `chat` is the checkpoint's own template. Absent: as the shape of the records has it."""
+    mask_history: bool = False
+    """Of a conversation, only the last answer is learned."""
+    train_on_source: bool = False
+    """Questions are learned, too, and not only answers."""
     preprocess: Literal["single_turn_llava"] | None = None
     """Turns records of another shape into instruction and output first."""
     ratio: float = Field(default=1.0, gt=0, le=1)

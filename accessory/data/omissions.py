@@ -16,13 +16,19 @@ Origin = tuple[int, int, int]
 """Where a record comes from: the number of its entry in the data config, and `Record.line` and `Record.number`."""
 
 
+class UnusableRecord(Exception):
+    """A record that cannot be trained on; the message is the cause, equal for records of the same fault."""
+
+
 @dataclass
 class Omissions:
     """What the report says of the data: what was skipped, not used or cut, and how files were read.
 
     files: the file of each entry. settings: (number of the entry, a setting of it that has no effect). notes: (number
     of the entry, how its file was read). skipped: cause -> records. unused: key that no layout reads -> (number of
-    records that have it, the first of them). truncated: number of documents cut at --max_words.
+    records that have it, the first of them). truncated: number of documents cut at --max_words; cut_answers: of those
+    that lose an answer's end. cut_sources, cut_targets: cut at --source_max_len and --target_max_len. longest: tokens
+    of the longest document before --max_words cuts it.
     """
 
     files: list[str]
@@ -31,6 +37,10 @@ class Omissions:
     skipped: dict[str, list[Origin]] = field(default_factory=dict)
     unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
     truncated: int = 0
+    cut_answers: int = 0
+    cut_sources: int = 0
+    cut_targets: int = 0
+    longest: int = 0
 
     def skip(self, cause: str, origin: Origin) -> None:
         """Count a record that cannot be used."""
@@ -58,7 +68,21 @@ class Omissions:
             f"not used: {key} of {count:,} records, from {self.where(first)} on"
             for key, (count, first) in self.unused.items()
         ]
-        return [line for kind in (notes, skipped, unused) for line in _first(kind)]
+        return self._cuts() + [line for kind in (notes, skipped, unused) for line in _first(kind)]
+
+    def _cuts(self) -> list[str]:
+        """A line for each limit that cut documents."""
+        found = []
+        if self.truncated:
+            cut = f"cut short at --max_words: {self.truncated:,} documents"
+            lost = f", {self.cut_answers:,} of them within an answer, whose end is not learned"
+            found.append(
+                f"{'warning: ' * bool(self.cut_answers)}{cut}{lost * bool(self.cut_answers)}; --max_words "
+                f"{self.longest} cuts none"
+            )
+        for flag, count in (("--source_max_len", self.cut_sources), ("--target_max_len", self.cut_targets)):
+            found += [f"cut short at {flag}: {count:,} documents"] * bool(count)
+        return found
 
     def check(self, origins: np.ndarray, most: float) -> None:
         """Raise `DataError` where more than the share `most` of all records was skipped.

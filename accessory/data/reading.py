@@ -17,7 +17,8 @@ from accessory.errors import DataError
 
 _DIGITS = 32  # kept of a digest
 _PLACES = frozenset({"path", "type", "root"})  # fields of an entry that make no other documents
-_LATER = frozenset({"columns", "txt"})  # fields that an identity holds only where they are given
+_LATER = frozenset({"columns", "txt", "shape", "mask_history", "train_on_source"})
+"""Fields that an identity holds only where they are given."""
 
 
 def read_entries(entries: list[DataEntry], notes: list[tuple[int, str]]) -> Iterator[tuple[int, Record]]:
@@ -67,6 +68,6 @@ def identity_of(entry: DataEntry) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{entry.path}: cannot be read ({error.strerror}).") from error
     said = entry.model_dump(mode="json", exclude=set(_PLACES))
-    said = {key: value for key, value in said.items() if value is not None or key not in _LATER}
+    said = {key: value for key, value in said.items() if value or key not in _LATER}
     suffix = data_suffix(entry.path) + ".gz" * is_packed(entry.path)
     return {**said, "suffix": suffix, "content": content[:_DIGITS]}

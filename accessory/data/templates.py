@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from accessory.data.records import kind, shown_keys
-from accessory.errors import TokenizerError, check_known, nearest
-from accessory.tokenizer.chat import ROLES, Chat
+from accessory.data.messages import Conversation, Message, Question, turn_keys
+from accessory.data.omissions import UnusableRecord
+from accessory.data.shapes import CHAT_OR_DIALOG, Said, Shape
+from accessory.errors import TokenizerError, check_known
+from accessory.tokenizer.chat import Chat
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -49,14 +51,8 @@ DIALOG_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 DIALOG_END = "\n###"
-_ROLES = {"human": "Human", "user": "Human", "gpt": "Assistant", "assistant": "Assistant"}
-_CHAT_ROLES = {**{"human": "user", "gpt": "assistant", "observation": "tool"}, **{role: role for role in ROLES}}
-"""Name of a speaker -> role of its messages, for a chat template."""
-
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_TURN_KEYS = ("from", "value")
+_ROLES = {"user": "Human", "assistant": "Assistant"}
 _EMPTY = (None, "", [], {})
-_SHOWN = 40  # characters of a name in a message
 
 
 @dataclass(frozen=True)
@@ -78,51 +74,68 @@ class DialogPrompt:
     pieces: tuple[str, ...]
 
 
-class UnusableRecord(Exception):
-    """A record that cannot be trained on; the message is the cause, equal for records of the same fault."""
-
-
 def format_prompt(instruction: str, context: str = "", prompt_type: str = "alpaca") -> str:
     """The prompt of a template. Raises `ConfigError` for a template we do not have."""
     check_known("prompt type", prompt_type, PROMPT_TYPES)
     return PROMPT_TYPES[prompt_type](instruction, context)
 
 
-def documents_of(
-    fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool, chat: Chat | None
-) -> list[list[Segment]]:
-    """The documents of a record: one, unless the chat template `chat` changes earlier turns of a conversation.
+def layout_of(shape: Shape, asked: str | None, dialog: bool, has_chat_template: bool) -> str:
+    """The prompt layout of records of a shape. asked: the `prompt_type` that the user wrote, if any."""
+    if shape.is_text:
+        return shape.layout
+    if dialog and asked != CHAT:
+        return DIALOG
+    default = (CHAT if has_chat_template else DIALOG) if shape.layout == CHAT_OR_DIALOG else shape.layout
+    return asked or default
 
-    llava: whether `preprocess` takes instruction and output from the conversation. Raises `UnusableRecord`.
+
+def documents_of(said: Said, layout: str, chat: Chat | None = None, last_only: bool = False) -> list[list[Segment]]:
+    """The documents of what a record says, in one of `PROMPT_LAYOUTS`; `chat` is the template of the layout CHAT.
+
+    There is one, unless the template changes earlier turns of a conversation. last_only: only the last answer is
+    learned. Raises `UnusableRecord`.
     """
-    if llava and not dialog:
-        fields = single_turn_llava(fields)
-    if prompt_type != CHAT:
-        return [conversation(fields) if dialog else single_turn(fields, prompt_type)]
-    try:
-        documents = chat.documents(conversation_messages(fields) if dialog else single_turn_messages(fields))
-    except TokenizerError as error:
-        raise UnusableRecord(str(error)) from error
-    return [[Segment("", learned, tuple(ids)) for ids, learned in segments] for segments in documents]
+    if layout == CHAT:
+        documents = _by_template(conversation_from(said), chat)
+    elif layout == DIALOG:
+        documents = [_dialog(conversation_from(said))]
+    else:
+        documents = [_single(said, layout)]
+    if not last_only:
+        return documents
+    learned = max(place for place, part in enumerate(documents[-1]) if part.supervised)
+    return [[replace(part, supervised=place == learned) for place, part in enumerate(documents[-1])]]
 
 
-def single_turn(fields: dict[str, Any], prompt_type: str) -> list[Segment]:
-    """Segments of a record with `instruction`, `output` and perhaps `input`; no prompt where the template has none.
-
-    Raises `UnusableRecord`.
-    """
-    instruction, context, output = _question_and_answer(fields, prompt_type)
-    prompt = format_prompt(instruction, context, prompt_type)
-    segments = [Segment(prompt, False)] * bool(prompt) + [Segment(output, True)]
-    _check_text(segment.text for segment in segments)
-    return segments
+def conversation_from(said: Said) -> Conversation:
+    """A conversation, or a question and its answer as one. Raises `UnusableRecord` for a plain text."""
+    if isinstance(said, str):
+        raise UnusableRecord("is plain text, which is no conversation")
+    if isinstance(said, Conversation):
+        return said
+    answer = {"role": "assistant", "content": said.output}
+    return Conversation([*question_messages(said.instruction, said.context), answer], [False, True])
 
 
-def single_turn_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of a record with `instruction` and `output`, for a chat template. Raises `UnusableRecord`."""
-    instruction, context, output = _question_and_answer(fields, CHAT)
-    _check_text([instruction, context, output])
-    return [*question_messages(instruction, context), {"role": "assistant", "content": output}]
+def question_from(said: Said, layout: str) -> Question:
+    """A question, or a conversation of one question and its answer as one. Raises `UnusableRecord` for others."""
+    if isinstance(said, Question):
+        return said
+    if [message["role"] for message in said.messages] != ["user", "assistant"]:
+        raise UnusableRecord(
+            f"is a conversation of {len(said.messages)} turns, and prompt_type {layout} lays out one question and its "
+            "answer: give prompt_type: chat, or dialog"
+        )
+    question, answer = (message["content"] for message in said.messages)
+    return Question(question, "", answer)
+
+
+def first_question(said: Said) -> Question:
+    """The first question and answer of a conversation (`preprocess: single_turn_llava`). Raises `UnusableRecord`."""
+    messages = conversation_from(said).messages
+    check_alternating(messages)
+    return Question(messages[0]["content"], "", messages[1]["content"])
 
 
 def question_messages(instruction: str, context: str = "") -> list[dict[str, str]]:
@@ -130,42 +143,21 @@ def question_messages(instruction: str, context: str = "") -> list[dict[str, str
     return [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
 
 
-def _question_and_answer(fields: dict[str, Any], prompt_type: str) -> tuple[str, str, str]:
-    _check_media(fields)
-    instruction = "" if prompt_type == "caption" and "instruction" not in fields else _text(fields, "instruction")
-    context = "" if fields.get("input") is None else fields["input"]
-    if not isinstance(context, str):
-        raise UnusableRecord(f"'input' is {kind(context)}, expected text")
-    output = _text(fields, "output")
-    if not output.strip():
-        raise UnusableRecord("'output' is empty")
-    return instruction, context, output
+def question_prompt(
+    question: str, context: str, layout: str, system: str | None = None
+) -> str | list[dict[str, str]] | DialogPrompt:
+    """The prompt of a question in one of `PROMPT_LAYOUTS`, as training lays it out. Raises `ConfigError` for others.
 
-
-def single_turn_llava(fields: dict[str, Any]) -> dict[str, str]:
-    """The first question and answer of a conversation, as instruction and output. Raises `UnusableRecord`."""
-    turns = _alternating(_turns(fields, _ROLES))
-    if len(turns) < 2:
-        raise UnusableRecord("'conversations' has fewer than two turns")
-    return {"instruction": turns[0][1], "output": turns[1][1]}
-
-
-def conversation(fields: dict[str, Any]) -> list[Segment]:
-    """Segments of a conversation, upstream's layout conv_v1_2; the assistant's words and their end are learned."""
-    segments = _dialog_segments(_alternating(_dialog(fields, _ROLES)))
-    _check_text(segment.text for segment in segments)
-    return segments
-
-
-def question_prompt(question: str, context: str, layout: str) -> str | list[dict[str, str]] | DialogPrompt:
-    """The prompt of a question in one of `PROMPT_LAYOUTS`, as training lays it out. Raises `ConfigError` for others."""
+    system: the words of the system, which `chat` and `dialog` have a place for; absent: the layout's own.
+    """
+    if layout not in (CHAT, DIALOG):
+        return format_prompt(question, context, layout)
+    messages = question_messages(question, context)
+    first = [] if system is None else [{"role": "system", "content": system}]
     if layout == CHAT:
-        return question_messages(question, context)
-    if layout == DIALOG:
-        words = question_messages(question, context)[0]["content"]
-        segments = _dialog_segments([("Human", words), ("Assistant", "")])
-        return DialogPrompt(tuple(segment.text for segment in segments[:-1]))
-    return format_prompt(question, context, layout)
+        return first + messages
+    segments = _dialog_segments([("Human", messages[0]["content"]), ("Assistant", "")], system)
+    return DialogPrompt(tuple(segment.text for segment in segments[:-1]))
 
 
 def conversation_prompt(
@@ -181,12 +173,41 @@ def conversation_prompt(
         first = [] if system is None else [("system", system)]
         return [{"role": role, "content": words} for role, words in (*first, *said, ("user", question))]
     roles = [(_ROLES[role], words) for role, words in (*said, ("user", question), ("assistant", ""))]
-    segments = _dialog_segments(roles, DIALOG_SYSTEM if system is None else system)
+    segments = _dialog_segments(roles, system)
     return DialogPrompt(tuple(segment.text for segment in segments[:-1]))
 
 
-def _dialog_segments(turns: list[tuple[str, str]], system: str = DIALOG_SYSTEM) -> list[Segment]:
-    segments = [Segment(system + "\n", False)]
+def _single(said: Said, layout: str) -> list[Segment]:
+    if isinstance(said, str):
+        return [Segment(said, True)]
+    question = question_from(said, layout)
+    prompt = format_prompt(question.instruction, question.context, layout)
+    return [Segment(prompt, False)] * bool(prompt) + [Segment(question.output, True)]
+
+
+def _by_template(said: Conversation, chat: Chat) -> list[list[Segment]]:
+    try:
+        documents = chat.documents(said.messages, said.learned, said.tools if chat.takes_tools else None)
+    except TokenizerError as error:
+        raise UnusableRecord(str(error)) from error
+    return [[Segment("", learned, tuple(ids)) for ids, learned in segments] for segments in documents]
+
+
+def _dialog(said: Conversation) -> list[Segment]:
+    """Upstream's layout conv_v1_2; the assistant's words and their end are learned."""
+    turns = list(zip(said.messages, said.learned, strict=True))[said.system is not None :]
+    for message, _ in turns:
+        if message["role"] not in _ROLES or "tool_calls" in message:
+            found = "calls of tools" if "tool_calls" in message else f"a turn of the role {message['role']!r}"
+            raise UnusableRecord(f"holds {found}, which the layout dialog has no place for; prompt_type: chat takes it")
+    said_in_turn = [(_ROLES[message["role"]], message["content"]) for message, _ in turns]
+    segments = _dialog_segments(said_in_turn, said.system)
+    learned = [False, *(part for _, learned in turns for part in (False, learned))]
+    return [Segment(part.text, flag) for part, flag in zip(segments, learned, strict=True)]
+
+
+def _dialog_segments(turns: list[tuple[str, str]], system: str | None = None) -> list[Segment]:
+    segments = [Segment((DIALOG_SYSTEM if system is None else system) + "\n", False)]
     for role, words in turns:
         segments.append(Segment(f"\n### {role}:" if len(segments) == 1 else f" {role}:", False))
         # The blank belongs to the words: vocabularies join it to the word that follows.
@@ -194,98 +215,44 @@ def _dialog_segments(turns: list[tuple[str, str]], system: str = DIALOG_SYSTEM) 
     return segments
 
 
-def conversation_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of a conversation, for a chat template. Raises `UnusableRecord`."""
-    turns = _dialog(fields, _CHAT_ROLES)
-    _check_text(words for _, words in turns)
-    said = [role for role, _ in turns]
-    if any(role == "assistant" and before not in ("user", "tool") for before, role in pairwise([None, *said])):
-        raise UnusableRecord("'conversations' holds an answer that follows no turn of the human or a tool")
-    return [{"role": role, "content": words} for role, words in turns]
+def check_alternating(messages: list[Message]) -> None:
+    """Raise `UnusableRecord` unless question and answer alternate, the question first."""
+    if any(message["role"] != ("user", "assistant")[place % 2] for place, message in enumerate(messages)):
+        raise UnusableRecord("does not go from human to assistant and back, the human first")
 
 
-def _dialog(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
-    """Turns of which at least one can be learned."""
-    turns = _turns(fields, roles)
-    if all(role != roles["assistant"] for role, _ in turns):
-        raise UnusableRecord("'conversations' has no turn of the assistant")
-    return turns
+def as_before(said: Said, layout: str) -> bool:
+    """Whether earlier versions, too, would have made the documents of a record whose shape they knew."""
+    if isinstance(said, str) or (isinstance(said, Conversation) and not said.plain):
+        return False
+    if isinstance(said, Question):
+        return True
+    roles = [message["role"] for message in said.messages]
+    if layout == CHAT:
+        return all(before in ("user", "tool") for before, role in pairwise([None, *roles]) if role == "assistant")
+    return all(role == ("user", "assistant")[place % 2] for place, role in enumerate(roles))
 
 
-def _alternating(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    if any(role != ("Human", "Assistant")[place % 2] for place, (role, _) in enumerate(turns)):
-        raise UnusableRecord("'conversations' does not go from human to assistant and back, the human first")
-    return turns
+def unused_keys(
+    fields: dict[str, Any], shape: Shape, layout: str, llava: bool = False, tools: bool = False
+) -> list[str]:
+    """The keys of a record that `documents_of` does not read, for a message; those with empty values are left out.
 
-
-def _check_media(fields: dict[str, Any]) -> None:
-    if found := [key for key in _MEDIA if fields.get(key)]:
-        raise UnusableRecord(f"has {shown_keys(found)}, and there is no vision or audio part yet")
-
-
-def _check_text(texts: Iterable[str]) -> None:
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise UnusableRecord("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from error
-
-
-def _turns(fields: dict[str, Any], roles: dict[str, str]) -> list[tuple[str, str]]:
-    _check_media(fields)
-    turns = fields.get("conversations")
-    if turns is not None and not isinstance(turns, list):
-        raise UnusableRecord(f"'conversations' is {kind(turns)}, expected a list of turns")
-    if not turns:
-        single = "; instruction and output are learned without --dialog and preprocess" if "output" in fields else ""
-        raise UnusableRecord(f"has no list {_missing(fields, 'conversations')}{single}")
-    found = [_turn(turn, roles) for turn in turns]
-    if any(role == roles["assistant"] and not words.strip() for role, words in found):
-        raise UnusableRecord("'conversations' holds an empty answer")
-    return found
-
-
-def _turn(turn: Any, roles: dict[str, str]) -> tuple[str, str]:
-    if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in _TURN_KEYS):
-        found = f"it has {shown_keys(turn)}" if isinstance(turn, dict) else f"it is {kind(turn)}"
-        raise UnusableRecord(f"'conversations' holds a turn without 'from' ({', '.join(roles)}) and 'value': {found}")
-    speaker = turn["from"]
-    if speaker not in roles:
-        chat = "; prompt_type: chat takes it" if speaker in _CHAT_ROLES else ""
-        raise UnusableRecord(
-            f"'conversations' holds a turn from {speaker[:_SHOWN]!r}; expected {', '.join(roles)}{chat}"
-        )
-    return roles[speaker], turn["value"]
-
-
-def _text(fields: dict[str, Any], key: str) -> str:
-    if key not in fields:
-        dialog = "; conversations are learned with --dialog" if "conversations" in fields else ""
-        raise UnusableRecord(f"has no {_missing(fields, key)}{dialog}")
-    if not isinstance(fields[key], str):
-        raise UnusableRecord(f"{key!r} is {kind(fields[key])}, expected text")
-    return fields[key]
-
-
-def _missing(fields: dict[str, Any], key: str) -> str:
-    """The rest of a sentence on a missing key: the keys that are there, and the one that may be meant."""
-    hint = nearest(key, fields).replace(" Did you mean", "; did it mean").rstrip("?")
-    return f"{key!r} among its keys {shown_keys(fields) or '(it has none)'}{hint}"
-
-
-def unused_keys(fields: dict[str, Any], prompt_type: str, dialog: bool, llava: bool) -> list[str]:
-    """The keys of a record that `documents_of` does not read, for a message; those with empty values are left out."""
-    turns = fields["conversations"] if dialog or llava else []
-    read = {"conversations"} if turns else _keys_of(prompt_type)
+    tools: whether the functions that a conversation may call are laid out.
+    """
+    read = set(shape.reads) if shape.names is None else _keys_of(shape.names, layout)
+    read = read | {"tools"} if tools else read - {"tools"}
     found = [key for key, value in fields.items() if key not in read and value not in _EMPTY]
-    inner = {key for turn in turns for key, value in turn.items() if key not in _TURN_KEYS and value not in _EMPTY}
-    beyond = ["conversations after the first answer"] if turns and not dialog and len(turns) > 2 else []
-    return [repr(key) for key in found] + [f"{key!r} in conversations" for key in sorted(inner)] + beyond
+    turns = next((fields[key] for key in shape.keys if isinstance(fields.get(key), list)), [])
+    inner = {key for turn in turns for key, value in turn.items() if key not in turn_keys(turn) and value not in _EMPTY}
+    key = shape.keys[0]
+    beyond = [f"{key} after the first answer"] if llava and len(turns) > 2 else []
+    return [repr(key) for key in found] + [f"{name!r} in {key}" for name in sorted(inner)] + beyond
 
 
 @lru_cache
-def _keys_of(prompt_type: str) -> frozenset[str]:
-    """The keys that a template reads of a record with a single question and answer."""
-    marks = {"instruction": "\ufdd0", "input": "\ufdd1"}  # noncharacters, which no template holds
-    prompt = PROMPT_TYPES.get(prompt_type, "{}{}".format)(*marks.values())
-    return frozenset({"output", *(key for key, mark in marks.items() if mark in prompt)})
+def _keys_of(names: tuple[str, str, str], layout: str) -> frozenset[str]:
+    """The keys that a layout reads of a record with instruction, input and output under these names."""
+    marks = ("\ufdd0", "\ufdd1")  # noncharacters, which no template holds
+    prompt = PROMPT_TYPES.get(layout, "{}{}".format)(*marks)
+    return frozenset({names[2], *(name for name, mark in zip(names, marks, strict=False) if mark in prompt)})

@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from typing import Any
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer.base import Place, Tokenizer
 from accessory.tokenizer.reasoning import is_whole, written_whole
 from accessory.tokenizer.sandbox import ChatTemplate
 
+Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MORE_KEYS = ("tool_calls", "tool_call_id", "name")
+"""Keys that a message may have beside `role` and `content`."""
 # Noncharacters of Unicode: no text uses them, so they can stand in for what a template must not see.
 _BEGIN, _END, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _STANDING_IN = re.compile(f"{_BEGIN}([0-9]+){_END}")
@@ -51,40 +55,64 @@ class Chat:
         parts = (r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in tokens)
         self._written = re.compile("|".join(f"({part})" for part in parts) or r"(?!)")
 
-    def ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The ids of a conversation. Nothing is added before or after: the template writes BOS where it belongs.
 
-        Each message has a `role` (of `ROLES`) and a `content`. Raises TokenizerError for other messages, and for those
-        that the template refuses or leaves out.
+        Each message has a `role` (of `ROLES`) and a `content`, and may have what `MORE_KEYS` names. tools: functions
+        that the assistant may call, as JSON schemas. Raises TokenizerError for other messages, and for those that the
+        template refuses or leaves out.
         """
         hidden: list[str] = []
-        return self._encode(self._render(self._hide(messages, hidden), add_generation_prompt), hidden)[0]
+        plain, tools = self._hide(messages, hidden), self._hide_tools(tools, hidden)
+        return self._encode(self._render(plain, add_generation_prompt, tools), hidden)[0]
 
-    def documents(self, messages: Sequence[Mapping[str, str]]) -> list[list[tuple[list[int], bool]]]:
+    def documents(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        learned: Sequence[bool] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[list[tuple[list[int], bool]]]:
         """The documents to learn a conversation from, each a list of segments: (ids, whether they are learned).
 
         Every answer is learned whole, with its end, after exactly the ids that stand before it when it is asked for.
         Answers share a document as long as the template leaves earlier turns as they were; where it changes them (drops
-        their reasoning, say), a new document begins. Raises TokenizerError as `ids` does, and for an answer that the
-        template does not end.
+        their reasoning, say), a new document begins. learned: for each message, whether it is, if it is an answer;
+        absent: all are. Raises TokenizerError as `ids` does, and for an answer that the template does not end.
         """
         hidden: list[str] = []
-        plain = self._hide(messages, hidden)
+        plain, tools = self._hide(messages, hidden), self._hide_tools(tools, hidden)
         documents: list[list[tuple[list[int], bool]]] = []
         done: list[int] = []
         for place, message in enumerate(plain):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not (learned is None or learned[place]):
                 continue
-            asked, answer, end = self._turn(plain[:place], message["content"])
+            asked, answer, end = self._turn(plain[:place], message, tools)
             prompt, behind = self._encode(asked, hidden)
-            learned, _ = self._encode(answer + end, hidden, behind)
-            learned += [] if end else [self._tokenizer.eos_id]
+            taught, _ = self._encode(answer + end, hidden, behind)
+            taught += [] if end else [self._tokenizer.eos_id]
             if not documents or prompt[: len(done)] != done:
                 documents.append([])
                 done = []
-            documents[-1] += [(prompt[len(done) :], False), (learned, True)]
-            done = prompt + learned
+            documents[-1] += [(prompt[len(done) :], False), (taught, True)]
+            done = prompt + taught
         return documents
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template lays out the functions that the assistant may call."""
+        function = {"name": _PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}
+        try:
+            rendered = self._render(
+                [{"role": "user", "content": "a"}], True, [{"type": "function", "function": function}]
+            )
+        except TokenizerError:  # rendering the conversation will say so
+            return True
+        return _PROBE in rendered
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -92,16 +120,22 @@ class Chat:
         found = self._after_answer.control
         return self._tokenizer.stop_ids | (frozenset() if found is None else {found})
 
-    def _turn(self, before: list[dict[str, str]], content: str) -> tuple[str, str, str]:
-        """(text before an answer, the answer, text that ends it), for an answer to the messages `before`."""
-        asked, end = self._render(before, True), self._after_answer
-        whole = self._render([*before, {"role": "assistant", "content": content}], False)
+    def _turn(self, before: list[Message], message: Message, tools: list[Message] | None) -> tuple[str, str, str]:
+        """(text before an answer, the answer, text that ends it), for the answer `message` to the messages `before`."""
+        asked, end, content = self._render(before, True, tools), self._after_answer, message["content"]
+        whole = self._render([*before, message], False, tools)
         answer = whole.removesuffix(end.rest)[len(asked) :]
-        if whole == asked + answer + end.rest and is_whole(asked, answer, content):
+        framed_alike, calls = whole == asked + answer + end.rest, message.get("tool_calls")
+        if calls:
+            names = [call["function"]["name"] for call in calls]
+            if framed_alike and content.strip() in answer and all(name in answer for name in names):
+                return asked, answer, end.closing
+            raise TokenizerError(f"{self._source}: its chat template leaves out tool_calls, or ends them otherwise.")
+        if framed_alike and is_whole(asked, answer, content):
             return asked, answer, end.closing
         # The template cuts or rewrites this answer, or begins answers otherwise than its generation prompt does. The
         # words then go where it puts those of a probe.
-        framed, rest = self._around_answer(before)
+        framed, rest = self._around_answer(before, tools=tools)
         end = self._ending(rest)
         if end.control is not None and end.control not in self.stop_ids:
             raise TokenizerError(f"{self._source}: its chat template does not end all answers alike.")
@@ -122,9 +156,11 @@ class Chat:
         found = self._written.search(rest)
         return _Ending(rest, rest[: found.end()], self._id(found)) if found else _Ending(rest, "", None)
 
-    def _around_answer(self, before: list[dict[str, str]], behind: Sequence[dict[str, str]] = ()) -> tuple[str, str]:
+    def _around_answer(
+        self, before: list[Message], behind: Sequence[Message] = (), tools: list[Message] | None = None
+    ) -> tuple[str, str]:
         """Rendered text before and after an answer that stands between the messages `before` and `behind`."""
-        rendered = self._render([*before, {"role": "assistant", "content": _PROBE}, *behind], False)
+        rendered = self._render([*before, {"role": "assistant", "content": _PROBE}, *behind], False, tools)
         if rendered.count(_PROBE) != 1:
             raise TokenizerError(
                 f"{self._source}: its chat template does not write an answer as it is. Train with another prompt_type."
@@ -144,18 +180,31 @@ class Chat:
         if self._left_out[role]:
             raise TokenizerError(f"{self._source}: its chat template leaves out what the role {role!r} says.")
 
-    def _hide(self, messages: Sequence[Mapping[str, str]], hidden: list[str]) -> list[dict[str, str]]:
+    def _hide(self, messages: Sequence[Mapping[str, Any]], hidden: list[str]) -> list[Message]:
         """The messages with a stand-in for each control token spelled in them; what it stands for goes to `hidden`."""
+        _check(messages, self._source)
+        for role in sorted({message["role"] for message in messages} - {"user", "assistant"}):
+            self._check_role(role)
+        return [{**self._hidden_in(dict(message), hidden), "role": message["role"]} for message in messages]
+
+    def _hide_tools(self, tools: Sequence[Mapping[str, Any]] | None, hidden: list[str]) -> list[Message] | None:
+        return None if tools is None else self._hidden_in(list(tools), hidden)
+
+    def _hidden_in(self, value: Any, hidden: list[str]) -> Any:
+        """The same value, a stand-in for each control token in its texts, and in the keys of its objects."""
 
         def stand_in(found: re.Match) -> str:
             hidden.append(found[0])
             return f"{_BEGIN}{len(hidden) - 1}{_END}"
 
-        _check(messages, self._source)
-        for role in sorted({message["role"] for message in messages} - {"user", "assistant"}):
-            self._check_role(role)
-        contents = [self._seal(self._spelled.sub(stand_in, m["content"]), stand_in) for m in messages]
-        return [{"role": m["role"], "content": content} for m, content in zip(messages, contents, strict=True)]
+        if isinstance(value, str):
+            return self._seal(self._spelled.sub(stand_in, value), stand_in)
+        if isinstance(value, Mapping):
+            # Keys keep their ends, by which the template finds them.
+            return {self._spelled.sub(stand_in, key): self._hidden_in(part, hidden) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hidden_in(part, hidden) for part in value]
+        return value
 
     def _seal(self, content: str, stand_in: Callable[[re.Match], str]) -> str:
         """Hide the last or first letter where a part of a control token ends or begins a message.
@@ -169,11 +218,11 @@ class Chat:
             content = re.sub(r"\S", stand_in, content, count=1)
         return content
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], add_generation_prompt: bool, tools: list[Message] | None = None) -> str:
         return self._template.render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=tools,
             documents=None,
             **self._tokenizer.special_names(),
         )
@@ -205,11 +254,11 @@ class _Ending:
     control: int | None
 
 
-def _check(messages: Sequence[Mapping[str, str]], source: str) -> None:
+def _check(messages: Sequence[Mapping[str, Any]], source: str) -> None:
     if not isinstance(messages, Sequence) or not messages:
         raise TokenizerError(f"{source}: the messages are {messages!r}; expected a list of at least one.")
     for message in messages:
-        fits = isinstance(message, Mapping) and set(message) == {"role", "content"}
+        fits = isinstance(message, Mapping) and {"role", "content"} <= set(message) <= {"role", "content", *MORE_KEYS}
         if not fits or message["role"] not in ROLES or not isinstance(message["content"], str):
             raise TokenizerError(
                 f"{source}: a message is {message!r}; expected a 'role' ({', '.join(ROLES)}) and a text as 'content'."

@@ -64,7 +64,11 @@ def test_what_is_cut_loses_its_end_and_is_counted(write, tokenizer):
     cut = make(write("x.json", [{"instruction": "q", "output": "a" * 50}]), tokenizer, max_words=length - 1)
     assert cut.lengths.tolist() == [length - 1] and cut.supervised[0] == whole.supervised[0] - 1
     assert (cut.tokens == whole.tokens[:-1]).all() and cut.tokens[-1] != tokenizer.eos_id
-    assert "--max_words: 1" in cut.report and "cut" not in whole.report
+    assert (
+        "warning: cut short at --max_words: 1 documents, 1 of them within an answer, whose end is not learned"
+        in cut.report
+    )
+    assert f"; --max_words {length} cuts none" in cut.report and "cut short" not in whole.report
 
 
 def test_a_prompt_that_leaves_no_room_is_skipped(write, tokenizer):
@@ -80,8 +84,14 @@ def test_no_usable_record_is_an_error_with_the_causes(write, tokenizer):
     path = write("x.jsonl", [{"instruction": "q"}, {"output": "a"}])
     with pytest.raises(DataError) as caught:
         make(path, tokenizer)
-    assert "expected instruction, output and perhaps input, or, with --dialog, conversations" in str(caught.value)
-    for cause in (f"no 'output' among its keys 'instruction' ({path}:1)", f"keys 'output' ({path}:2)"):
+    assert "known shapes: belle (instruction, output), alpaca (instruction, output), openai (messages)" in str(
+        caught.value
+    )
+    parts = (
+        "among its keys 'instruction'; the nearest shape is alpaca",
+        "among its keys 'output'; the nearest shape is alpaca",
+    )
+    for cause in (f"has no 'output' {parts[0]} ({path}:1)", f"has no 'instruction' {parts[1]} ({path}:2)"):
         assert cause in str(caught.value)
 
 

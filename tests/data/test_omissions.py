@@ -32,7 +32,7 @@ def test_unused_keys_are_named_once_with_counts(write, tokenizer, tmp_path):
     path = write("x.jsonl", records)
     for _ in range(2):
         lines = make(path, tokenizer, cache_dir=tmp_path / "cache").report.splitlines()
-        assert lines[2:] == [
+        assert lines[3:] == [
             f"not used: 'system' of 2 records, from {path}:1 on",
             f"not used: 'history' of 1 records, from {path}:1 on",
             f"not used: 'id' of 2 records, from {path}:1 on",
@@ -53,7 +53,7 @@ def test_what_a_template_has_no_place_for_is_not_used(write, tokenizer, prompt_t
 def test_what_a_conversation_holds_beside_its_words_is_not_used(write, tokenizer):
     turns = [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a", "tools": []}] * 2
     path = write("x.json", [{"conversations": turns, "system": "s"}])
-    assert make(path, tokenizer, dialog=True).report.splitlines()[1:] == [
+    assert make(path, tokenizer, dialog=True).report.splitlines()[2:] == [
         f"not used: 'system' of 1 records, from {path}:1 on",
         f"not used: 'weight' in conversations of 1 records, from {path}:1 on",
     ]

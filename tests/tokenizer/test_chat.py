@@ -349,7 +349,7 @@ def test_without_a_template_it_is_refused(byte_level, tmp_path):
         [{"role": "user"}],
         [{"role": "user", "content": ["a"]}],
         [{"role": "user<|im_end|>", "content": "a"}],
-        [{"role": "user", "content": "a", "tool_calls": []}],
+        [{"role": "user", "content": "a", "tool_call": []}],
         ["hello"],
     ],
 )

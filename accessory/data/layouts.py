@@ -1,0 +1,170 @@
+"""From the files of a data config to documents: each file's shape is told, and its records are laid out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from itertools import chain, groupby, islice
+from operator import itemgetter
+
+from accessory.data.messages import Conversation
+from accessory.data.meta_config import DataEntry
+from accessory.data.omissions import Omissions, Origin, UnusableRecord
+from accessory.data.reading import read_entries
+from accessory.data.records import Record
+from accessory.data.shapes import OTHER_NAMES, SHAPES, Said, shape_of, tell, unfit
+from accessory.data.templates import (
+    CHAT,
+    DIALOG,
+    Segment,
+    as_before,
+    documents_of,
+    first_question,
+    layout_of,
+    unused_keys,
+)
+from accessory.tokenizer import Chat, Tokenizer
+
+_TOLD_BY = 1000
+"""So many records, the first ones, tell the shape of a file."""
+
+
+@dataclass
+class Layouts:
+    """What was told of each entry's records. shapes: None where no record has one. layouts: of `PROMPT_LAYOUTS`.
+
+    earlier: whether earlier versions, which knew two shapes, make the same documents. system: the words of the system
+    that most conversations begin with, if most begin with the same.
+    """
+
+    shapes: list[str | None] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+    earlier: list[bool] = field(default_factory=list)
+    system: str | None = None
+
+
+class DocumentReader:
+    """Reads the files of `entries` into documents; what is not used goes to `omissions`.
+
+    dialog: whether conversations have the layout `dialog` where they are not asked for in `chat`. clock: the time for
+    templates that print it.
+    """
+
+    def __init__(
+        self,
+        entries: list[DataEntry],
+        tokenizer: Tokenizer,
+        omissions: Omissions,
+        *,
+        dialog: bool = False,
+        clock: datetime | None = None,
+    ) -> None:
+        self.entries, self.omissions, self.told = entries, omissions, Layouts()
+        self.tokenizer, self._clock, self._dialog = tokenizer, clock or datetime.now(), dialog
+        self._systems: Counter[str | None] = Counter()
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The checkpoint's chat template. Raises `TokenizerError` where there is none that can be learned from."""
+        chat = Chat(self.tokenizer, self._clock)
+        _ = chat.stop_ids  # works out how the template ends an answer
+        return chat
+
+    def documents(self) -> Iterator[tuple[Origin, list[Segment]]]:
+        """All documents in order; `told` is whole when the last one has been given."""
+        self._tell_nothing()
+        for number, found in groupby(read_entries(self.entries, self.omissions.notes), key=itemgetter(0)):
+            records = (record for _, record in found)
+            first = list(islice(records, _TOLD_BY))
+            self._tell(number, first)
+            for record in chain(first, records):
+                yield from self._of_record(record, (number, record.line, record.number))
+        if self._systems:
+            words, count = self._systems.most_common(1)[0]
+            self.told.system = words if 2 * count > self._systems.total() else None
+
+    def _tell_nothing(self) -> None:
+        self.told.shapes = [None] * len(self.entries)
+        self.told.layouts = [self._layout(entry, None) for entry in self.entries]
+        self.told.earlier = [True] * len(self.entries)
+
+    def _tell(self, number: int, records: list[Record]) -> None:
+        """Tell the shape of an entry's records from the first ones."""
+        entry, told = self.entries[number], self.told
+        readable = [record.fields for record in records if not record.fault]
+        name = OTHER_NAMES.get(entry.shape, entry.shape) or tell(readable, self._first(entry))
+        told.shapes[number], told.layouts[number] = name, self._layout(entry, name)
+        told.earlier[number] = name in (None, self._known_before(entry))
+        self.omissions.notes += [(number, note) for note in _said_of(entry, name, told.layouts[number])]
+
+    def _of_record(self, record: Record, origin: Origin) -> Iterator[tuple[Origin, list[Segment]]]:
+        number = origin[0]
+        entry, name, layout = self.entries[number], self.told.shapes[number], self.told.layouts[number]
+        llava = bool(entry.preprocess) and not self._dialog
+        try:
+            said = self._said(record, name, entry)
+            earlier = as_before(said, layout)
+            said = first_question(said) if llava else said
+            chat = self.chat if layout == CHAT else None
+            documents = documents_of(said, layout, chat, entry.mask_history)
+        except UnusableRecord as cause:
+            self.omissions.skip(str(cause), origin)
+            return
+        conversation = said if isinstance(said, Conversation) else None
+        tools = bool(conversation and conversation.tools and chat and chat.takes_tools)
+        self.omissions.ignore(unused_keys(record.fields, SHAPES[name], layout, llava, tools), origin)
+        self.told.earlier[number] &= earlier
+        if layout in (CHAT, DIALOG):
+            self._systems[conversation.system if conversation else None] += 1
+        yield from ((origin, segments) for segments in documents)
+
+    def _said(self, record: Record, name: str | None, entry: DataEntry) -> Said:
+        """What a record of a file of the shape `name` says. Raises `UnusableRecord`."""
+        if record.fault:
+            raise UnusableRecord(record.fault)
+        if name is None:
+            raise unfit(record.fields)
+        try:
+            said = SHAPES[name].read(record.fields)
+        except UnusableRecord as cause:
+            other = shape_of(record.fields, (name, *self._first(entry)))
+            if other in (name, None):
+                raise
+            raise UnusableRecord(
+                f"{cause}; it has the shape {other}, where the file's is {name}: put those into a file of their own"
+            ) from cause
+        if isinstance(said, Conversation) and self._dialog and name == "sharegpt":
+            return replace(said, tools=None)  # which earlier versions left out, so that their runs can be resumed
+        return said
+
+    def _known_before(self, entry: DataEntry) -> str:
+        """The shape that earlier versions, which told none, expected of the records."""
+        if self._dialog or entry.preprocess:
+            return "sharegpt"
+        return "caption" if entry.prompt_type == "caption" else "alpaca"
+
+    def _first(self, entry: DataEntry) -> tuple[str, ...]:
+        """The shapes to compare records with before all others."""
+        known = self._known_before(entry)
+        asked = "prompt_type" in entry.model_fields_set and entry.prompt_type not in (CHAT, DIALOG)
+        return (known,) if asked or known == "sharegpt" else ()
+
+    def _layout(self, entry: DataEntry, name: str | None) -> str:
+        asked = entry.prompt_type if "prompt_type" in entry.model_fields_set or entry.preprocess else None
+        shape = SHAPES[name or self._known_before(entry)]
+        return layout_of(shape, asked, self._dialog, self.tokenizer.chat_template is not None)
+
+
+def _said_of(entry: DataEntry, name: str | None, layout: str) -> list[str]:
+    """Sentences on how an entry's records are read."""
+    if name is None:
+        return []
+    how = "as shape says" if entry.shape else "told from the keys"
+    laid_out = "learned as it stands" if SHAPES[name].is_text else f"laid out as {layout}"
+    notes = [f"shape {name} ({', '.join(SHAPES[name].keys)}; {how}), {laid_out}"]
+    if SHAPES[name].is_text and "prompt_type" in entry.model_fields_set and entry.prompt_type != layout:
+        notes.append(f"prompt_type {entry.prompt_type} is not used: plain text has no prompt")
+    return notes
