@@ -24,7 +24,8 @@ from tests.conftest import DATA, VOCABULARY, write_tokenizer
 
 SIDE = {"r": 4, "peft_hidden_size": 8}
 CLASSES = {"llama": QSTLlamaForCausalLM, "opt": QSTOPTForCausalLM}
-STEPS, ACCUMULATED, LR, CLIP = 4, 2, 3e-3, 1.0
+STEPS, ACCUMULATED, LR, CLIP = 3, 2, 3e-3, 1.0
+LONGEST = 128  # tokens of a document
 TOKENS = torch.arange(40) * 7 % 500
 
 
@@ -217,7 +218,7 @@ def engines_losses(bases, tmp_path_factory: pytest.TempPathFactory) -> Callable[
                 pretrained_path=[bases[family]], data_config=folder / "data.yaml", output_dir=folder / "out",
                 llama_type=f"{family}_qst", llama_config=[folder / "qst.json"], quant=True, precision="fp32",
                 only_save_trainable=True, device="cpu", batch_size=2, accum_iter=ACCUMULATED, max_steps=STEPS, lr=LR,
-                min_lr=LR, warmup_epochs=0, clip_grad=CLIP, weight_decay=0.0, max_words=256, seed=0,
+                min_lr=LR, warmup_epochs=0, clip_grad=CLIP, weight_decay=0.0, max_words=LONGEST, seed=0,
             )  # fmt: skip
             finetune(config)
             lines = (folder / "out" / "log.jsonl").read_text().splitlines()
@@ -229,7 +230,7 @@ def engines_losses(bases, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 def documents(path: Path) -> Iterator[list[dict[str, Tensor]]]:
     """Of each step of that run its documents, with labels as transformers has them: the first never counts."""
-    corpus = build_corpus(DATA, open_tokenizer(path), max_words=256)
+    corpus = build_corpus(DATA, open_tokenizer(path), max_words=LONGEST)
     order = GlobalOrder(corpus, batch_size=2, accum_iter=ACCUMULATED, seed=0)
     for step in range(STEPS):
         rows = []
@@ -253,7 +254,7 @@ def optimizer_of(model: QSTForCausalLM) -> torch.optim.Optimizer:
     )
 
 
-@pytest.mark.parametrize(("family", "tail"), [("llama", 0), ("llama", 1), ("opt", 0)])
+@pytest.mark.parametrize(("family", "tail"), [("llama", 1), ("opt", 0)])
 def test_own_loop_has_the_engines_losses(made, bases, engines_losses, family: str, tail: int) -> None:
     """On the same documents, padded in any micro-batches; also with LoRA in the base's last block."""
     model, losses = made(family, tail=tail)[0].train(), []
@@ -302,15 +303,14 @@ def trainer(model: QSTForCausalLM, path: Path, folder: Path, accumulated: int = 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", CLASSES)
-def test_trainer_has_the_engines_losses(made, bases, engines_losses, family: str, tmp_path: Path) -> None:
+def test_trainer_has_the_engines_losses(made, bases, engines_losses, tmp_path: Path) -> None:
     """Its checkpoints hold what is trained, and it goes on from one with the same losses."""
-    whole = trainer(made(family)[0], bases[family], tmp_path)
+    whole = trainer(made()[0], bases["llama"], tmp_path)
     whole.train()
     each = torch.tensor(whole.losses).view(STEPS, ACCUMULATED).sum(1)
-    assert each.tolist() == pytest.approx(engines_losses(family), rel=1e-5)
-    assert whole.evaluate()["eval_loss"] < whole.losses[0] * 2
-    resumed = trainer(made(family)[0], bases[family], tmp_path)
+    assert each.tolist() == pytest.approx(engines_losses("llama"), rel=1e-5)
+    assert whole.evaluate()["eval_loss"] < each[0]
+    resumed = trainer(made()[0], bases["llama"], tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.losses == whole.losses[2 * ACCUMULATED :]
     names = set(transformers.trainer.safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors"))

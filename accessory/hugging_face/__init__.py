@@ -1,13 +1,25 @@
-"""Side tuning of a model that transformers loaded, in a loop of one's own or in its Trainer; see docs/python.md."""
+"""Models for transformers: its Trainer, its `generate`, and side networks beside what it loaded; see docs/python.md."""
 
 from __future__ import annotations
 
-from accessory.hugging_face.causal_lm import (
-    CausalOutput,
-    QSTForCausalLM,
-    QSTLlamaForCausalLM,
-    QSTOPTForCausalLM,
-)
+from accessory.hugging_face.causal_lm import QSTForCausalLM, QSTLlamaForCausalLM, QSTOPTForCausalLM
 from accessory.hugging_face.config import QSTConfig
+from accessory.hugging_face.forward import CausalOutput
 
-__all__ = ["CausalOutput", "QSTConfig", "QSTForCausalLM", "QSTLlamaForCausalLM", "QSTOPTForCausalLM"]
+__all__ = [
+    "AccessoryForCausalLM",
+    "CausalOutput",
+    "QSTConfig",
+    "QSTForCausalLM",
+    "QSTLlamaForCausalLM",
+    "QSTOPTForCausalLM",
+]
+
+
+def __getattr__(name: str) -> object:
+    """`AccessoryForCausalLM`, which alone imports transformers: the other classes do without."""
+    if name != "AccessoryForCausalLM":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from accessory.hugging_face.accessory_lm import AccessoryForCausalLM
+
+    return AccessoryForCausalLM

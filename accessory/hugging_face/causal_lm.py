@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,42 +14,13 @@ from torch import Tensor, nn
 from accessory.checkpoint.formats.qst_writing import write_qst
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.errors import ConfigError, DataError
-from accessory.generate import generate_tokens, next_token_logits
+from accessory.generate import generate_tokens
 from accessory.hugging_face.adopting import TheirConfig, adopt, open_model
 from accessory.hugging_face.config import QSTConfig
+from accessory.hugging_face.forward import CausalOutput, causal_output, check_ids, keep_only, refuse_casts
 from accessory.hugging_face.padding import PaddedRows
 from accessory.hugging_face.state import load_state, save_state
-from accessory.method.side_network import SideDecoder
 from accessory.model.choice import Choice
-from accessory.model.loss import cross_entropy_sum
-
-
-@dataclass
-class CausalOutput:
-    """What a forward gives: `loss`, an fp32 scalar or None, and `logits`, also by position or name.
-
-    Logits are computed when they are asked for: training by the loss alone never holds them all.
-    """
-
-    loss: Tensor | None
-    hidden: Tensor
-    """The head's input [T, embedding_dim]."""
-    rows: PaddedRows
-    decoder: SideDecoder
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """fp32 [B, S, V], zero at padding."""
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            return self.rows.padded(next_token_logits(self.decoder, self.hidden))
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        """By name, or by position as in transformers' outputs: a loss that is None has none."""
-        names = [name for name in ("loss", "logits") if name != "loss" or self.loss is not None]
-        if isinstance(key, str) and key not in names:
-            raise KeyError(key)
-        chosen = key if isinstance(key, str) else names[key]
-        return getattr(self, chosen) if isinstance(chosen, str) else tuple(getattr(self, name) for name in chosen)
 
 
 class QSTForCausalLM(nn.Module):
@@ -95,8 +64,7 @@ class QSTForCausalLM(nn.Module):
         self.config = config
         self.decoder, attachment = adopt(model, source, qst_config, dtype, seed)
         self.added, self.trainable = frozenset(attachment.initial), frozenset(attachment.trainable)
-        self.register_state_dict_post_hook(_leave_out_frozen)
-        self.register_load_state_dict_post_hook(_miss_no_frozen)
+        keep_only(self, {f"decoder.{name}" for name in self.trainable})
 
     @property
     def device(self) -> torch.device:
@@ -116,19 +84,7 @@ class QSTForCausalLM(nn.Module):
         supervised tokens divided by their number, or by `num_items_in_batch`, which Trainer counts over all
         micro-batches of a step. Raises `DataError` for a batch that cannot be.
         """
-        rows = PaddedRows.of(input_ids, attention_mask)
-        tokens, args = rows.packed(input_ids), self.decoder.args
-        _check_ids("input_ids", tokens, 0, args.vocab_size)
-        following = None if labels is None else rows.next_labels(labels)
-        with torch.autocast(self.device.type, enabled=False):  # the decoder chooses its types itself
-            sequences = self.decoder.sequences(rows.lengths)
-            if following is None:
-                return CausalOutput(None, self.decoder(tokens, sequences), rows, self.decoder)
-            _check_ids("labels", following, -100, args.vocab_size)
-            hidden = self.decoder(tokens, sequences.with_labels(following))
-            total = cross_entropy_sum(hidden, self.decoder.head_weight, following, args.vocab_size)
-        count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalOutput(total / count, hidden, rows, self.decoder)
+        return causal_output(self.decoder, input_ids, attention_mask, labels, num_items_in_batch)
 
     @torch.no_grad()
     def generate(
@@ -154,7 +110,7 @@ class QSTForCausalLM(nn.Module):
         if len(rows.lengths) < len(input_ids):
             raise DataError(f"{len(input_ids) - len(rows.lengths)} of {len(input_ids)} prompts are all padding.")
         tokens = rows.packed(input_ids)
-        _check_ids("input_ids", tokens, 0, self.decoder.args.vocab_size)
+        check_ids("input_ids", tokens, 0, self.decoder.args.vocab_size)
         eos = getattr(self.config, "eos_token_id", None) if eos_token_id is None else eos_token_id
         ends = [eos] if isinstance(eos, int) else list(eos or ())
         stated = getattr(self.config, "pad_token_id", None) if pad_token_id is None else pad_token_id
@@ -217,9 +173,7 @@ class QSTForCausalLM(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """As every module's, but types stay: packed bytes mean nothing in another, and what is trained is fp32."""
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            if (cast := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
-                raise ConfigError(f"{type(self).__name__} cannot be cast to {cast}: give dtype= when it is made.")
+        refuse_casts(self, fn)
         return super()._apply(fn, recurse)
 
 
@@ -238,21 +192,3 @@ class QSTOPTForCausalLM(QSTForCausalLM):
 def _class_of(family: str | None) -> str:
     classes = {kind.family: kind.__name__ for kind in (QSTLlamaForCausalLM, QSTOPTForCausalLM)}
     return classes.get(family, QSTForCausalLM.__name__)
-
-
-def _check_ids(name: str, ids: Tensor, least: int, vocabulary: int) -> None:
-    low, high = (int(end) for end in ids.aminmax())
-    if low < least or high >= vocabulary:
-        found = low if low < least else high
-        raise DataError(f"{name} holds {found}; expected {least} to {vocabulary - 1}, as the embedding has rows.")
-
-
-def _leave_out_frozen(module: QSTForCausalLM, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    trained = {f"{prefix}decoder.{name}" for name in module.trainable}
-    for name in [name for name in state if name.startswith(prefix) and name not in trained]:
-        del state[name]
-
-
-def _miss_no_frozen(module: QSTForCausalLM, keys: Any) -> None:
-    frozen = [f"decoder.{name}" for name, _ in module.decoder.named_parameters() if name not in module.trainable]
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(tuple(frozen))]

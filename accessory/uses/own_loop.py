@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from accessory.checkpoint.manifest import MANIFEST_FILE, manifest_of
 from accessory.checkpoint.run_record import RUN_FILE, run_record
@@ -44,23 +44,32 @@ class OwnLoop:
         corpus: what it was trained on, whose prompt layout is then that of its questions. A checkpoint that lies at
         `directory` is replaced. Raises `CheckpointError` for another directory, and for what cannot be written.
         """
-        if self._loaded is None:
-            raise ConfigError("save() writes a model of MetaModel.from_pretrained; finetune() saves what it trains.")
-        target, (sources, blueprint, *_) = Path(directory), self._loaded
+        target, (stem, documents) = Path(directory), self.records(corpus)
         if target.exists() and not (target / MANIFEST_FILE).is_file():
             raise CheckpointError(f"{target}: is there already; expected a new directory, or a checkpoint to replace.")
-        weights = {name.removeprefix("llma."): p.detach().cpu() for name, p in self.get_trainable_params().items()}
-        layouts = corpus.documents_by_prompt_layout() if corpus else dict.fromkeys(self.prompt_layouts, 0)
-        data = corpus.fingerprint if corpus else ""
-        documents = {
-            "config.json": blueprint.settings(),
-            "meta.json": {"llama_type": blueprint.llama_type},
-            RUN_FILE: run_record({}, sources, blueprint.quant_type, data, layouts),
-        }
         with fresh_directory(target) as partial:
-            stem = "model" if blueprint.method.trains_base else "trainable"
-            write_tensors(partial, stem, weights.items())
+            write_tensors(partial, stem, self.trained_tensors().items())
             for name, content in documents.items():
                 write_json(partial / name, content)
             self.tokenizer.save(partial)
             write_json(partial / MANIFEST_FILE, manifest_of(partial, step=0, loss=None))
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, on the CPU, by the names it has there."""
+        return {name.removeprefix("llma."): p.detach().cpu() for name, p in self.get_trainable_params().items()}
+
+    def records(self, corpus: Corpus | None = None) -> tuple[str, dict[str, Any]]:
+        """(first part of the name of the files of weights, JSON by file name) of a checkpoint.
+
+        Raises `ConfigError` for a model that `from_pretrained` has not loaded.
+        """
+        if self._loaded is None:
+            raise ConfigError("save() writes a model of MetaModel.from_pretrained; finetune() saves what it trains.")
+        sources, blueprint, *_ = self._loaded
+        layouts = corpus.documents_by_prompt_layout() if corpus else dict.fromkeys(self.prompt_layouts, 0)
+        data = corpus.fingerprint if corpus else ""
+        return "model" if blueprint.method.trains_base else "trainable", {
+            "config.json": blueprint.settings(),
+            "meta.json": {"llama_type": blueprint.llama_type},
+            RUN_FILE: run_record({}, sources, blueprint.quant_type, data, layouts),
+        }

@@ -1,0 +1,97 @@
+"""What the models for transformers share: padded batches in, loss and logits out; state dicts of what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accessory.errors import ConfigError, DataError
+from accessory.generate import next_token_logits
+from accessory.hugging_face.padding import PaddedRows
+from accessory.model.decoder import Decoder
+from accessory.model.loss import cross_entropy_sum
+
+
+@dataclass
+class CausalOutput:
+    """What a forward gives: `loss`, an fp32 scalar or None, and `logits`, also by position or name.
+
+    Logits are computed when they are asked for: training by the loss alone never holds them all.
+    """
+
+    loss: Tensor | None
+    hidden: Tensor
+    """The head's input [T, embedding_dim]."""
+    rows: PaddedRows
+    decoder: Decoder
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """fp32 [B, S, V], zero at padding."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return self.rows.padded(next_token_logits(self.decoder, self.hidden))
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """By name, or by position as in transformers' outputs: a loss that is None has none."""
+        names = [name for name in ("loss", "logits") if name != "loss" or self.loss is not None]
+        if isinstance(key, str) and key not in names:
+            raise KeyError(key)
+        chosen = key if isinstance(key, str) else names[key]
+        return getattr(self, chosen) if isinstance(chosen, str) else tuple(getattr(self, name) for name in chosen)
+
+
+def causal_output(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> CausalOutput:
+    """What a forward of `QSTForCausalLM` gives, whose arguments these are, by `decoder`."""
+    rows = PaddedRows.of(input_ids, attention_mask)
+    tokens, vocabulary = rows.packed(input_ids), decoder.args.vocab_size
+    check_ids("input_ids", tokens, 0, vocabulary)
+    following = None if labels is None else rows.next_labels(labels)
+    with torch.autocast(decoder.frequencies.device.type, enabled=False):  # the decoder chooses its types itself
+        sequences = decoder.sequences(rows.lengths)
+        if following is None:
+            return CausalOutput(None, decoder(tokens, sequences), rows, decoder)
+        check_ids("labels", following, -100, vocabulary)
+        hidden = decoder(tokens, sequences.with_labels(following))
+        total = cross_entropy_sum(hidden, decoder.head_weight, following, vocabulary)
+    count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+    return CausalOutput(total / count, hidden, rows, decoder)
+
+
+def check_ids(name: str, ids: Tensor, least: int, vocabulary: int) -> None:
+    low, high = (int(end) for end in ids.aminmax())
+    if low < least or high >= vocabulary:
+        found = low if low < least else high
+        raise DataError(f"{name} holds {found}; expected {least} to {vocabulary - 1}, as the embedding has rows.")
+
+
+def keep_only(module: nn.Module, names: Collection[str]) -> None:
+    """Have the state dict of `module` hold the parameters `names` alone, and miss no others when it is loaded."""
+    module.register_state_dict_post_hook(partial(_leave_out_others, frozenset(names)))
+    module.register_load_state_dict_post_hook(partial(_miss_no_others, tuple(names)))
+
+
+def _leave_out_others(kept: frozenset[str], _module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
+        del state[name]
+
+
+def _miss_no_others(kept: tuple[str, ...], _module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key.endswith(kept)]
+
+
+def refuse_casts(module: nn.Module, fn: Any) -> None:
+    """Raise `ConfigError` if `fn`, which a module is asked to apply to its tensors, changes types of numbers."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if (cast := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+            raise ConfigError(f"{type(module).__name__} cannot be cast to {cast}: give dtype= when it is made.")
