@@ -71,7 +71,7 @@ class Conversation:
     """
 
     def __init__(self, model: MetaModel, system: str | None = None, *, prompt_layout: str | None = None) -> None:
-        """system: words before the first turn; absent: the layout's own. prompt_layout: one of `PROMPT_LAYOUTS`.
+        """system: words before the first turn; absent: as in training. prompt_layout: one of `PROMPT_LAYOUTS`.
 
         Raises `ConfigError` for a layout we do not have, and for system words where it has no place for them;
         `TokenizerError` for `chat` without a chat template, or with one that leaves out system words.
@@ -86,7 +86,7 @@ class Conversation:
         self.note = ""
         self._model, self._answering, self._stopping = model, threading.Lock(), False
         self._begin_anew()
-        self.system = system
+        self.system = model.system if system is None and self.remembers else system
 
     @property
     def remembers(self) -> bool:

@@ -18,7 +18,7 @@ from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.load import named_generator, overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_parts
-from accessory.checkpoint.run_record import trained_prompt_layouts, trained_tokens, with_base
+from accessory.checkpoint.run_record import trained_prompt_layouts, trained_system, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
 from accessory.errors import CheckpointError, ConfigError, check_known
@@ -131,7 +131,8 @@ def open_whole(
     decoder, attachment = blueprint.build(Layout())
     resolve(decoder, sources, attachment, initialize=False)  # refuses what is not a whole model
     tensors, _ = overlay(sources, blueprint.args)
-    model = WholeModel(blueprint.args, tensors, blueprint.tokenizer, trained_prompt_layouts(sources))
+    layouts, system = trained_prompt_layouts(sources), trained_system(sources)
+    model = WholeModel(blueprint.args, tensors, blueprint.tokenizer, layouts, system)
     return model, sources, blueprint
 
 
@@ -260,7 +261,9 @@ def asking_hint(paths: list[Path], to: str) -> str | None:
     layouts = trained_prompt_layouts(with_base(list(paths)))
     if not layouts or layouts[0] == "alpaca" or to == "accessory":
         return None
-    return f"trained on questions laid out as {layouts[0]}: ask it with --system_prompt {layouts[0]}"
+    system = trained_system(with_base(list(paths)))
+    words = f", after the system's words {system!r}" if system else ""
+    return f"trained on questions laid out as {layouts[0]}: ask it with --system_prompt {layouts[0]}{words}"
 
 
 def trained_quantization(sources: list[Source]) -> str | None:

@@ -178,7 +178,8 @@ def _fill(job: Job, decoder: Decoder, attachment: Attachment) -> MetaModel:
     tensors = together(resolve, decoder, job.sources, attachment, initialize=config.resume is None)
     data_parallel = DataParallel(layout, config.data_parallel, blueprint.method.trains_base)
     together(fill, decoder, tensors, attachment, layout, data_parallel, config.seed)
-    model = MetaModel(decoder, blueprint.tokenizer, config.max_words)
+    layouts = tuple(job.corpus.documents_by_prompt_layout())
+    model = MetaModel(decoder, blueprint.tokenizer, config.max_words, layouts, job.corpus.told.system)
     data_parallel.shard_root(model)
     return model
 
@@ -197,7 +198,9 @@ def _saver(
     documents = {
         "config.json": blueprint.settings(),
         "meta.json": {"llama_type": blueprint.llama_type},
-        RUN_FILE: run_record(plain(config), job.base, blueprint.quant_type, corpus.fingerprint, layouts, job.began),
+        RUN_FILE: run_record(
+            plain(config), job.base, blueprint.quant_type, corpus.fingerprint, layouts, job.began, corpus.told.system
+        ),
     }
     only_trainable = config.only_save_trainable and len(parameters) < len(weights.slicings)
     stem = "trainable" if only_trainable else "model"

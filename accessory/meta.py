@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from accessory.blueprint import DTYPES, Blueprint, make_blueprint, tokenizer_place
 from accessory.checkpoint.exchange import hand_on
 from accessory.checkpoint.load import fill, resolve
-from accessory.checkpoint.run_record import beside, trained_prompt_layouts, with_base
+from accessory.checkpoint.run_record import beside, trained_prompt_layouts, trained_system, with_base
 from accessory.checkpoint.source import Source
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
@@ -112,22 +112,35 @@ class Score(NamedTuple):
 class MetaModel(OwnLoop, Examples, nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
-    prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. encoder: a
-    module that makes the embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
+    prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. system: the
+    system's words that stood before most conversations; None: the layout's own. encoder: a module that makes the
+    embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
     base_cache: what training takes the base's states from, if anything; only for documents of the corpus it is of.
     """
 
     def __init__(
-        self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, prompt_layouts: tuple[str, ...] = ()
+        self,
+        llma: Decoder,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        prompt_layouts: tuple[str, ...] = (),
+        system: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder: nn.Module | None = None
         self.base_cache: BaseCache | None = None
         self._loaded: Loaded | None = None
-        self._hold(llma, tokenizer, max_seq_len, prompt_layouts)
+        self._hold(llma, tokenizer, max_seq_len, prompt_layouts, system)
 
-    def _hold(self, llma: Decoder, tokenizer: Tokenizer, max_seq_len: int, prompt_layouts: tuple[str, ...]) -> None:
-        self.llma, self.tokenizer, self.prompt_layouts = llma, tokenizer, prompt_layouts
+    def _hold(
+        self,
+        llma: Decoder,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        prompt_layouts: tuple[str, ...],
+        system: str | None,
+    ) -> None:
+        self.llma, self.tokenizer, self.prompt_layouts, self.system = llma, tokenizer, prompt_layouts, system
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
         self.__dict__.pop("chat", None)  # that of another tokenizer
 
@@ -201,16 +214,20 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         """The chat template at work. Raises `TokenizerError` where the checkpoint has none, or one that is no Jinja."""
         return Chat(self.tokenizer)
 
-    def question(self, question: str, context: str = "", prompt_layout: str | None = None) -> Prompt:
+    def question(
+        self, question: str, context: str = "", prompt_layout: str | None = None, system: str | None = None
+    ) -> Prompt:
         """The prompt of a question, and perhaps an input that belongs to it, as training lays it out; for `generate`.
 
-        prompt_layout: one of `accessory.data.templates.PROMPT_LAYOUTS`; absent: `self.prompt_layout`. Raises
-        `ConfigError` for another, and for what is no text.
+        prompt_layout: one of `accessory.data.templates.PROMPT_LAYOUTS`; absent: `self.prompt_layout`. system: the words
+        of the system, for the layouts chat and dialog; absent: `self.system`. Raises `ConfigError` for another layout,
+        and for what is no text.
         """
         for name, value in (("question", question), ("context", context)):
             if not isinstance(value, str):
                 raise ConfigError(f"{name} is {value!r}; expected a text.")
-        return question_prompt(question, context, prompt_layout or self.prompt_layout)
+        layout = prompt_layout or self.prompt_layout
+        return question_prompt(question, context, layout, self.system if system is None else system)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt as in training. If it is too long, its end is kept, with a warning.
@@ -392,7 +409,8 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         named = {"llama_type": llama_type, "llama_config": _settings(llama_config)}
         blueprint = together(make_blueprint, sources, quant_type=wanted, **named, **how)
         decoder, trained = _filled(blueprint, sources, layout, seed=seed if train else None)
-        model = MetaModel(decoder, blueprint.tokenizer, given.max_seq_len, trained_prompt_layouts(sources)).train(train)
+        how_asked = trained_prompt_layouts(sources), trained_system(sources)
+        model = MetaModel(decoder, blueprint.tokenizer, given.max_seq_len, *how_asked).train(train)
         stated = quant is not None or quant_type is not None
         model._loaded = Loaded(sources, blueprint, layout, given.max_seq_len, how, stated, trained)
         return model
@@ -420,14 +438,16 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         blueprint = together(make_blueprint, sources, **named, **kept)
         trained = {name for s in (*sources, *loaded.sources) if s.is_delta or s.is_difference for name in s.tensors}
         decoder, names = _filled(blueprint, sources, loaded.layout, lambda new: hand_on(self.llma, new, trained))
-        self._hold(decoder, blueprint.tokenizer, loaded.max_seq_len, trained_prompt_layouts(sources))
+        how_asked = trained_prompt_layouts(sources), trained_system(sources)
+        self._hold(decoder, blueprint.tokenizer, loaded.max_seq_len, *how_asked)
         self._loaded = loaded._replace(sources=sources, blueprint=blueprint, trained=names)
 
 
 def load_for_inference(blueprint: Blueprint, sources: list, layout: Layout, max_seq_len: int) -> MetaModel:
     """Build and fill a model without gradients."""
     decoder, _ = _filled(blueprint, sources, layout)
-    return MetaModel(decoder, blueprint.tokenizer, max_seq_len, trained_prompt_layouts(sources)).eval()
+    how_asked = trained_prompt_layouts(sources), trained_system(sources)
+    return MetaModel(decoder, blueprint.tokenizer, max_seq_len, *how_asked).eval()
 
 
 def _filled(

@@ -325,6 +325,13 @@ def test_a_question_is_asked_in_the_tokens_training_laid_out(
     assert corpus.documents_by_prompt_layout() == {layout: 1}
     before = corpus.tokens[: corpus.learned.argmax()].tolist()
     assert model.prompt_tokens(model.question("What is QST?", "In Accessory", layout)) == before
+    if layout == DIALOG:
+        record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+        (tmp_path / "data.json").write_text(json.dumps([record]))
+        corpus = build_corpus(tmp_path / "data.json", model.tokenizer, max_words=400, dialog=True)
+        model.prompt_layouts, model.system = tuple(corpus.told.layouts), corpus.told.system
+        before = corpus.tokens[: corpus.learned.argmax()].tolist()
+        assert model.prompt_tokens(model.question("What is QST?", "In Accessory")) == before
 
 
 def test_an_answer_in_a_dialog_ends_with_its_turn(model: MetaModel, monkeypatch) -> None:

@@ -23,11 +23,12 @@ def run_record(
     data: str,
     prompt_layouts: Mapping[str, int] | None = None,
     began: datetime | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """The contents of `run.json`.
 
     data: the fingerprint of the training data. prompt_layouts: layout of a question -> number of documents, most first.
-    began: local time at which the run began; absent: now.
+    began: local time at which the run began; absent: now. system: the system's words before most conversations.
     """
     return {
         "arguments": arguments,
@@ -38,6 +39,7 @@ def run_record(
         "quantization": quantization,
         "data_fingerprint": data,
         "prompt_layouts": dict(prompt_layouts or {}),
+        "system": system,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "safetensors")},
         "started": (began or datetime.now()).astimezone().isoformat(timespec="seconds"),
     }
@@ -121,6 +123,11 @@ def trained_prompt_layouts(sources: list[Source]) -> tuple[str, ...]:
     Empty where no file names them: for a base, or a part saved by an earlier version.
     """
     return next((source.prompt_layouts for source in reversed(sources) if source.run or source.prompt_layouts), ())
+
+
+def trained_system(sources: list[Source]) -> str | None:
+    """The system's words before most conversations that the last part was trained on; None: those of the layout."""
+    return next((source.system for source in reversed(sources) if source.run or source.prompt_layouts), None)
 
 
 def trained_tokens(sources: list[Source]) -> list[str]:

@@ -27,8 +27,9 @@ class Source:
     path: what the user gave. format: its name. files: what holds the tensors. tensors: by our names, unread.
     settings: its own `config.json` or `params.json` in ModelArgs' terms (with a method's keys, if it holds any).
     llama_type: family and method, where its files say so. is_delta: whether it is only the trained part of a model.
-    is_difference: whether its tensors are added to those before them. run: its run.json. prompt_layouts: those of the
-    questions it was trained on, as its files say. base: the base that its files name, where they have no run.json.
+    is_difference: whether its tensors are added to those before them. run: its run.json. prompt_layouts, system: how
+    questions were laid out in training, and the system's words before most of them, as its files say. base: the base
+    that its files name, where they have no run.json.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Source:
     is_difference: bool = False
     run: dict[str, Any] | None = field(default=None, repr=False)
     prompt_layouts: tuple[str, ...] = ()
+    system: str | None = None
     base: Path | None = None
     notes: tuple[str, ...] = ()
 

@@ -22,13 +22,14 @@ from accessory.tokenizer.sniff import what_is
 class WholeModel:
     """Settings, tensors by our names (unread, in the settings' rotary layout) and tokenizer of a complete model.
 
-    prompt_layouts: as `trained_prompt_layouts` gives them.
+    prompt_layouts, system: as `trained_prompt_layouts` and `trained_system` give them.
     """
 
     args: ModelArgs
     tensors: Tensors
     tokenizer: Tokenizer
     prompt_layouts: tuple[str, ...] = ()
+    system: str | None = None
 
     def in_layout(self, rotary_layout: str) -> WholeModel:
         """The same model with q and k in another rotary layout."""

@@ -67,9 +67,9 @@ class OwnLoop:
             raise ConfigError("save() writes a model of MetaModel.from_pretrained; finetune() saves what it trains.")
         sources, blueprint, *_ = self._loaded
         layouts = corpus.documents_by_prompt_layout() if corpus else dict.fromkeys(self.prompt_layouts, 0)
-        data = corpus.fingerprint if corpus else ""
+        data, system = (corpus.fingerprint, corpus.told.system) if corpus else ("", self.system)
         return "model" if blueprint.method.trains_base else "trainable", {
             "config.json": blueprint.settings(),
             "meta.json": {"llama_type": blueprint.llama_type},
-            RUN_FILE: run_record({}, sources, blueprint.quant_type, data, layouts),
+            RUN_FILE: run_record({}, sources, blueprint.quant_type, data, layouts, system=system),
         }

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.run_record import run_record, trained_prompt_layouts, with_base
+from accessory.checkpoint.run_record import run_record, trained_prompt_layouts, trained_system, with_base
 from accessory.errors import CheckpointError
 
 
@@ -149,6 +149,16 @@ def test_wrong_layouts(part: Path, layouts: object) -> None:
     record = json.loads((part / "run.json").read_text())
     (part / "run.json").write_text(json.dumps(record | {"prompt_layouts": layouts}))
     assert f"{part / 'run.json'}: 'prompt_layouts' is {layouts!r}; expected those of alpaca, " in refusal(part)
+
+
+def test_the_systems_words(part: Path) -> None:
+    """They belong to the last part; what is no text is refused."""
+    record = json.loads((part / "run.json").read_text())
+    assert record["system"] is None and trained_system(with_base([part])) is None
+    (part / "run.json").write_text(json.dumps(record | {"system": "Be brief."}))
+    assert trained_system(with_base([part])) == "Be brief."
+    (part / "run.json").write_text(json.dumps(record | {"system": 3}))
+    assert f"{part / 'run.json'}: 'system' is 3; expected a text, or null." in refusal(part)
 
 
 def test_record_is_damaged(part: Path) -> None:

@@ -260,6 +260,91 @@ def test_no_record_is_lost_between_the_chunks_that_are_tokenized_together(write,
     assert [tokenizer.decode(corpus.document(i)[0].tolist()) for i in range(9000)] == [f"q{i:05}" for i in range(9000)]
 
 
+def test_a_conversation_of_the_chat_template_is_told(write, chat_tokenizer):
+    """Without a word of the user's; where the template is missing, it is a dialog."""
+    turns = [("system", "Be brief."), ("human", "a"), ("gpt", "red")]
+    path = write("x.json", [conversation(*turns)] * 2 + [conversation(*turns[1:])])
+    corpus = make(path, chat_tokenizer())
+    assert corpus.show(0) == "system\nBe brief.\nuser\na\nassistant\n«red<end>»"
+    assert corpus.documents_by_prompt_layout() == {"chat": 3} and corpus.told.system == "Be brief."
+    assert "shape sharegpt (conversations; told from the keys), laid out as chat" in corpus.report
+    corpus = make(path, chat_tokenizer(None))
+    assert corpus.show(0).startswith("Be brief.\n\n### Human: a\n### Assistant:« red\n###<end>»")
+    assert corpus.told.layouts == ["dialog"]
+
+
+def test_what_is_told_is_kept_in_the_cache(write, chat_tokenizer, tmp_path):
+    """Another chat template lays the records out anew."""
+    path, cache = write("x.json", [conversation(("human", "a"), ("gpt", "red"))]), tmp_path / "cache"
+    made, kept = (make(path, chat_tokenizer(), cache_dir=cache) for _ in range(2))
+    assert same(made, kept) and made.told == kept.told and made.report == kept.report
+    other = make(path, chat_tokenizer("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"), cache_dir=cache)
+    assert other.show(0) == "a«red<end>»" and other.fingerprint != made.fingerprint
+
+
+def test_an_earlier_versions_identity_stays(write, tokenizer, chat_tokenizer):
+    """Runs of it can be resumed: nothing of what was told stands there, unless other documents are made of it."""
+    plain = [("human", "a"), ("gpt", "red"), ("human", "b"), ("gpt", "green")]
+    for records, dialog, told in (
+        ([GOOD], False, {}),
+        ([conversation(*plain)], True, {}),
+        ([conversation(*plain[1:])], True, {"shape": "sharegpt", "layout": "dialog"}),
+        ([conversation(*plain)], False, {"shape": "sharegpt", "layout": "dialog"}),
+        ([GOOD], True, {"shape": "alpaca", "layout": "dialog"}),
+    ):
+        (entry,) = make(write("x.json", records), tokenizer, dialog=dialog).identity["META"]
+        assert {name: entry[name] for name in ("shape", "layout") if name in entry} == told
+        assert not {"mask_history", "train_on_source"} & entry.keys()
+    named = make(write("c.yaml", "META: [{path: x.json, shape: alpaca}]"), tokenizer)
+    assert named.fingerprint == make(write("x.json", [GOOD]), tokenizer).fingerprint
+    chats = make(write("x.json", [conversation(*plain)]), chat_tokenizer()).identity
+    assert chats["chat_template"] and chats["META"][0]["layout"] == "chat"
+
+
+def test_each_side_is_cut_by_itself(write, tokenizer):
+    """BOS counts for the source, and EOS for the target; what is cut is counted."""
+    write("x.json", [{"input": "abcdef", "output": "xyz"}, {"input": "a", "output": "x"}])
+    corpus = make(
+        tokenizer=tokenizer, path=write("c.yaml", "META: [{path: x.json}]"), source_max_len=4, target_max_len=3
+    )
+    assert [corpus.document(i)[0].tolist() for i in (0, 1)] == [
+        [1, 259, *ids("ab"), *ids("xyz")],
+        [1, 259, *ids("a"), *ids("x"), 2],
+    ]
+    assert "cut short at --source_max_len: 1 documents" in corpus.report
+    assert "cut short at --target_max_len: 1 documents" in corpus.report
+    whole = make(tmp := write("x.json", [{"input": "abcdef", "output": "xyz"}]), tokenizer)
+    assert whole.fingerprint != make(tmp, tokenizer, source_max_len=99).fingerprint
+
+
+def test_sources_are_learned_where_that_is_asked_for(write, tokenizer):
+    path = write("x.json", [{"input": "ab", "output": "xy"}, {"input": "cd", "output": "z"}])
+    corpus = make(path, tokenizer, train_on_source=True)
+    assert [corpus.show(i) for i in (0, 1)] == ["«abxy<end>»", "«cdz<end>»"]
+    one = make(write("c.yaml", "META: [{path: x.json, train_on_source: true}]"), tokenizer)
+    assert same(one, corpus) and one.fingerprint != make(path, tokenizer).fingerprint
+
+
+def test_only_last_answers_are_learned_where_that_is_asked_for(write, chat_tokenizer):
+    turns = [("human", "a"), ("gpt", "red"), ("human", "b"), ("gpt", "green")]
+    path, tokenizer = write("x.json", [conversation(*turns)]), chat_tokenizer()
+    corpus = make(path, tokenizer, mask_history=True)
+    assert corpus.show(0) == "user\na\nassistant\nred\nuser\nb\nassistant\n«green<end>»"
+    one = make(write("c.yaml", "META: [{path: x.json, mask_history: true}]"), tokenizer)
+    assert same(one, corpus) and one.fingerprint != make(path, tokenizer).fingerprint
+    dropping = make(path, chat_tokenizer(DROPPING), mask_history=True)
+    assert len(dropping) == 1 and dropping.show(0).endswith("«green<end>»")
+
+
+def test_records_of_other_shapes_than_the_files_are_a_cause(write, tokenizer):
+    path = write("x.jsonl", [GOOD, GOOD, {"prompt": "p", "completion": "c"}, {"colour": "red"}])
+    report = make(path, tokenizer).report
+    assert (
+        "it has the shape prompt-completion, where the file's is alpaca: put those into a file of their own" in report
+    )
+    assert f"has no 'instruction' among its keys 'colour' ({path}:4)" in report
+
+
 CHAT = "META: [{path: x.json, prompt_type: chat}]"
 START, END = 256, 257
 

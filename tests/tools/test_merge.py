@@ -53,11 +53,9 @@ def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
     """Our own format states the layout of questions, by which the demo asks; for others the tool prints it."""
     part = write_trained(tiny_base, tmp_path / "part")
     run = json.loads((part / "run.json").read_text())
-    for layout, said in (
-        ("none", ["trained on questions laid out as none: ask it with --system_prompt none"]),
-        ("alpaca", []),
-    ):
-        (part / "run.json").write_text(json.dumps(run | {"prompt_layouts": {layout: 3, "qg": 1}}))
+    hint = "trained on questions laid out as dialog: ask it with --system_prompt dialog, after the system's words 'Hi.'"
+    for layout, system, said in (("dialog", "Hi.", [hint]), ("alpaca", None, [])):
+        (part / "run.json").write_text(json.dumps(run | {"prompt_layouts": {layout: 3, "qg": 1}, "system": system}))
         for to, printed in (("hf", said), ("accessory", [])):
             done = called("tools/merge.py", part, tmp_path / to / layout, "--to", to)
             assert done.returncode == 0, done.stderr[-3000:]
@@ -65,7 +63,8 @@ def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
         written = open_whole([tmp_path / "accessory" / layout])[0]
         assert written.prompt_layouts == (layout, "qg")
         Destination().write(written, tmp_path / "again" / layout)
-        assert MetaModel.from_pretrained(tmp_path / "again" / layout).prompt_layout == layout
+        model = MetaModel.from_pretrained(tmp_path / "again" / layout)
+        assert (model.prompt_layout, model.system) == (layout, system)
 
 
 def test_full_base_is_further_away(called, tiny_base: Path, part: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def open_own(path: Path) -> Source | None:
         is_delta=bool(delta_files),
         run=recorded,
         prompt_layouts=_layouts(*((run, recorded) if recorded else (meta, said))),
+        system=_system(*((run, recorded) if recorded else (meta, said))),
     )
 
 
@@ -75,6 +76,14 @@ def _layouts(file: Path, said: dict[str, Any]) -> tuple[str, ...]:
     return tuple(layouts)
 
 
+def _system(file: Path, said: dict[str, Any]) -> str | None:
+    """The words of the system in run.json, or in a merged model's meta.json; earlier versions recorded none."""
+    system = said.get("system")
+    if not isinstance(system, str | None):
+        raise CheckpointError(f"{file}: 'system' is {system!r}; expected a text, or null.")
+    return system
+
+
 def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) -> dict[str, LazyTensor]:
     """Put the parts of each packed matrix together; `packing` is meta.json's name -> {quant_type, shape}."""
     if not isinstance(packing, dict):
@@ -103,6 +112,7 @@ def write_own(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: s
         write_json(directory / "config.json", model.args.model_dump())
         meta = {"llama_type": architecture_of(model.args.architecture, str(target)).family}
         meta |= {"prompt_layouts": model.prompt_layouts} if model.prompt_layouts else {}
+        meta |= {"system": model.system} if model.system is not None else {}
         write_json(directory / "meta.json", meta | ({"packed": packed} if packed else {}))
         model.tokenizer.save(directory)
 
