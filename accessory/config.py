@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -24,6 +25,10 @@ from accessory.quant import STORAGES
 Config = TypeVar("Config", bound=BaseModel)
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
+_UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+"""A number and its unit."""
+_QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
 _LAYER_WORDS = ("none", "all", "auto")
 _TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
 
@@ -37,6 +42,18 @@ def _layers(value: Any) -> Any:
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     raise PydanticCustomError("layers", "Input should be 'none', 'all', 'auto' or a number of layers")
+
+
+def _size(value: Any) -> Any:
+    """A size in memory as it was written; a plain number is GB."""
+    if value is None or isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value))
+    if not match or match[2].upper() not in _UNITS or not float(match[1]):
+        raise PydanticCustomError(
+            "size", "expected a size above 0 such as 24GB, 22GiB or 80000MB; a plain number is GB"
+        )
+    return str(value)
 
 
 Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
@@ -67,6 +84,14 @@ class FinetuneConfig(BaseModel):
     quant_type: Literal[tuple(STORAGES)] | None = Field(
         None, description=f"Format of --quant (see docs/memory.md): {', '.join(STORAGES)}; absent: nf4."
     )
+    bits: Annotated[Literal["4", "8", "16"], BeforeValidator(str)] | None = None
+    """Another way to say --quant: 4 is --quant, 8 is --quant --quant_type int8, 16 is neither."""
+    lora_r: int | None = Field(default=None, ge=1)
+    """LoRA's rank: "lora_rank" of --llama_config, without a file (_peft)."""
+    lora_alpha: float | None = None
+    """LoRA's scale is this / --lora_r: "lora_alpha" of --llama_config, without a file (_peft)."""
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on LoRA's input: "lora_dropout" of --llama_config, without a file (_peft)."""
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
@@ -109,6 +134,8 @@ class FinetuneConfig(BaseModel):
     """Layers to recompute in the backward: none, a number, all (also without a value), or auto: the fewest that fit."""
     offload_inputs: bool = False
     """Keep the inputs of recomputed layers in host memory until the backward (CUDA)."""
+    max_memory: Annotated[str | None, BeforeValidator(_size)] = None
+    """Most memory that the plan may take on a device, such as 24GB or 22GiB; a plain number is GB."""
     compile: bool = False
     """Compile norms, gates and rotations (torch.compile) where no Triton kernel runs; needs a C++ compiler."""
     model_parallel_size: int = Field(default=1, ge=1)
@@ -165,7 +192,8 @@ class FinetuneConfig(BaseModel):
                       for key in given if key not in cls.model_fields]:  # fmt: skip
             raise ConfigError("\n".join(faults))
         several = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
-        return {k: [v] if k in several and isinstance(v, str | Path) else v for k, v in given.items()}
+        given = {k: [v] if k in several and isinstance(v, str | Path) else v for k, v in given.items()}
+        return _QUANT_OF_BITS.get(str(given.get("bits")), {}) | given
 
     def check(self) -> None:
         """Raise `ConfigError` with all `faults`."""
@@ -179,6 +207,7 @@ class FinetuneConfig(BaseModel):
             found.append("--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.")
         if self.quant_type and not self.quant:
             found.append(f"--quant_type {self.quant_type} without --quant changes nothing: give both, or neither.")
+        found += self._bits_faults()
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
         if self.lr_schedule == "constant" and "min_lr" in self.model_fields_set:
@@ -197,6 +226,29 @@ class FinetuneConfig(BaseModel):
         if self.resumes_latest and self.output_dir is None:
             found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
+
+    def _bits_faults(self) -> list[str]:
+        packed = {"4": [4], "8": [8], "16": []}.get(self.bits or "", [4, 8])
+        if self.quant and not packed:
+            return [f"--bits {self.bits} contradicts --quant: leave one out."]
+        if self.bits and packed and not self.quant:
+            return [f"--bits {self.bits} contradicts quant False: leave one out."]
+        if self.bits and self.quant_type and STORAGES[self.quant_type].bits not in packed:
+            return [f"--bits {self.bits} contradicts --quant_type {self.quant_type}: leave one out."]
+        return []
+
+    @property
+    def flag_settings(self) -> dict[str, tuple[str, Any]]:
+        """Settings of a method that were given as flags: key -> (flag, value)."""
+        flags = {"lora_rank": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        given = {key: (f"--{flag}", getattr(self, flag)) for key, flag in flags.items()}
+        return {key: stated for key, stated in given.items() if stated[1] is not None}
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """`--max_memory` in bytes."""
+        match = _SIZE.fullmatch(self.max_memory or "")
+        return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
     @property
     def resumes_latest(self) -> bool:

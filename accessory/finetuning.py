@@ -162,6 +162,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
         precision=config.precision,
         train=True,
         new_tokens=config.new_tokens,
+        flag_settings=config.flag_settings,
     )
     if blueprint.quant_type and not config.only_save_trainable:
         raise ConfigError(
