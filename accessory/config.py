@@ -14,8 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from accessory.checkpoint.run_checkpoints import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
+from accessory.data.finding import DATA_DIR, find_files
 from accessory.data.templates import PROMPT_LAYOUTS
-from accessory.errors import ConfigError, explain_validation, hub_hint, is_there
+from accessory.errors import ConfigError, DataError, explain_validation, hub_hint, is_there
 from accessory.foreign_names import unknown
 from accessory.method import METHODS
 from accessory.model.families import FAMILIES
@@ -59,6 +60,11 @@ def _size(value: Any) -> Any:
 Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
 
 
+def _listed(value: Any) -> Any:
+    """One path as a list of it."""
+    return [value] if isinstance(value, str | Path) else value
+
+
 class FinetuneConfig(BaseModel):
     """Fine-tune a language model: a frozen (optionally 4-bit) base and a small trained part, or all of it."""
 
@@ -66,8 +72,10 @@ class FinetuneConfig(BaseModel):
 
     pretrained_path: list[Path] = Field(min_length=1)
     """Base first, then trained parts, in any format of docs/checkpoints.md."""
-    data_config: Path
-    """What to train on: a YAML with META entries, or a .json, .jsonl, .csv or .tsv file."""
+    data_config: Annotated[list[Path], BeforeValidator(_listed)] = Field(min_length=1)
+    """What to train on: YAML files with META entries, data files, directories, patterns, or names (docs/data.md)."""
+    data_dir: Path = DATA_DIR
+    """Where data sets of known names (alpaca, oasst1, dolly, ...) lie, and files that are found nowhere else."""
     output_dir: Path | None = Path("./output_dir")
     """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
     llama_type: str = Field("llama", description=f"Family ({', '.join(FAMILIES)}) and what is trained: {_TRAINED}.")
@@ -220,9 +228,9 @@ class FinetuneConfig(BaseModel):
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
-            data_config=[self.data_config],
             resume=[None if self.resumes_latest else self.resume],
         )
+        found += missing_data(self.data_config, self.data_dir)
         if self.resumes_latest and self.output_dir is None:
             found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
@@ -326,6 +334,18 @@ def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> lis
     ]
     directories = [path for path in llama_config if is_there(path) and path.is_dir()]
     return found + [f"--llama_config {path}: is a directory; expected a JSON file." for path in directories]
+
+
+def missing_data(given: list[Path], data_dir: Path) -> list[str]:
+    """One fault for each of --data_config that names nothing."""
+    found = []
+    for path in given:
+        try:
+            if not is_there(path):
+                find_files(str(path), [Path()], data_dir)
+        except DataError as error:
+            found.append(f"--data_config {str(error).removeprefix('path ')}")
+    return found
 
 
 def parse(config_class: type[Config], arguments: list[str]) -> Config:

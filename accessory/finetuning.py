@@ -128,6 +128,7 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         config.data_config,
         blueprint.tokenizer,
         max_words=config.max_words,
+        data_dir=config.data_dir,
         dialog=config.dialog,
         threads=max(config.num_workers, 1),
         cache_dir=CACHE_DIR if config.cache_ann_on_disk else None,

@@ -51,7 +51,7 @@ _SENTENCES = (
      "--tokenizer_path takes the tokenizer's file or directory; absent: what lies in the base"),
     ("special_tokens tokens add_tokens new_special_tokens additional_special_tokens",
      "--new_tokens adds to the vocabulary"),
-    ("data dataset datasets data_path data_file data_files data_dir dataset_dir dataset_name dataset_path train_file "
+    ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
      "train_data train_dataset data_meta_path data_root",
      "--data_config takes a data file, or a YAML that lists some"),
     ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "

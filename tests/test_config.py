@@ -321,7 +321,7 @@ def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
     )
     assert parse(FinetuneConfig, [*paths, "--offload_inputs", "--checkpointing"]).offload_inputs
     assert refusal(["--pretrained_path", gone, "--data_config", gone]) == [
-        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone}: no such file or directory.",
+        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone} is not there.",
     ]  # fmt: skip
     taken = "--cache_base out is the --output_dir: give a directory of its own."
     assert refusal([*paths, "--cache_base", "out", "--output_dir", "out"]) == [taken]

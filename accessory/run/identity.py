@@ -26,7 +26,10 @@ _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
 """Flags that change how sums are rounded."""
 _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
-_PLACES = ("pretrained_path", "llama_config", "tokenizer_path", "data_config", "output_dir", "resume", "cache_base")
+_PLACES = (
+    "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "output_dir", "resume",
+    "cache_base",
+)  # fmt: skip
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "seed", "global_batch"))
 """The parts of the identity that the order of documents depends on."""

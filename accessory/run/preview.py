@@ -62,9 +62,10 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
 def corpus_notes(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus) -> list[str]:
     """The report on the data, and what the model will not see of them. Raises `DataError` for too long a document."""
     args = blueprint.args
+    data = ", ".join(map(str, config.data_config))
     notes = [
         *corpus.check_lengths(args.longest_document, args.stated_length),
-        f"data {config.data_config}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
+        f"data {data}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
     ]
     if unheld := corpus.without(config.new_tokens):
         notes.append(f"--new_tokens: no document holds {', '.join(unheld)}")
