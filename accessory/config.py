@@ -264,8 +264,8 @@ class FinetuneConfig(BaseModel):
         return self.resume == Path("latest")
 
 
-class DemoConfig(BaseModel):
-    """Ask a base model, or a base with a trained part, single questions."""
+class AskConfig(BaseModel):
+    """What every demo takes: the model and how it answers."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
@@ -287,24 +287,20 @@ class DemoConfig(BaseModel):
     """Keep the base packed; absent: as the trained part was trained."""
     quant_type: Literal[tuple(STORAGES)] | None = None
     """Format of the packed base; absent: as trained, or nf4."""
-    prompt: list[str] = []
-    """Questions to answer in the terminal; without any, a page is served."""
-    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
-    """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.1, ge=0)
     """0 always takes the likeliest token."""
     top_p: float = Field(default=0.75, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many of the likeliest tokens; 0: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample from tokens that are at least this many times as likely as the likeliest one."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1 makes tokens less likely that stand in the prompt or the answer so far."""
     seed: int = 0
     """Seed of the sampling."""
-    host: str = "127.0.0.1"
-    """Address the page is served at; another than loopback needs --password."""
-    port: int = Field(default=7860, ge=1, le=65535)
-    """Port of the page."""
-    password: str | None = None
-    """Password of the page (user name: accessory)."""
     dist_on_itp: bool = False
     """Take rank and world size from OpenMPI's variables."""
 
@@ -315,6 +311,22 @@ class DemoConfig(BaseModel):
         )
         if self.quant is False and self.quant_type:
             found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")
+        return found
+
+
+class PageConfig(AskConfig):
+    """What a demo with a page takes, too."""
+
+    host: str = "127.0.0.1"
+    """Address the page is served at; another than loopback needs --password."""
+    port: int = Field(default=7860, ge=1, le=65535)
+    """Port of the page."""
+    password: str | None = None
+    """Password of the page (user name: accessory)."""
+
+    def faults(self) -> list[str]:
+        """Those of `AskConfig`, and a page that strangers would reach."""
+        found = super().faults()
         if ":" in self.host:
             found.append(
                 f"--host {self.host}: expected a name or an IPv4 address; the page's library takes no IPv6 one."
@@ -322,6 +334,28 @@ class DemoConfig(BaseModel):
         elif self.host not in LOOPBACK and not self.password:
             found.append(f"--host {self.host} lets others reach the page: give a --password.")
         return found
+
+
+class DemoConfig(PageConfig):
+    """Ask a base model, or a base with a trained part, single questions."""
+
+    prompt: list[str] = []
+    """Questions to answer in the terminal; without any, a page is served."""
+    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
+    """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
+
+
+class ChatPageConfig(PageConfig):
+    """Talk with a base model, or a base with a trained part, on a page that remembers what was said."""
+
+    max_gen_len: int = Field(default=512, ge=1)
+    """Longest answer, in tokens."""
+    system: str | None = None
+    """Words of the system before the first turn; absent: those of the prompt layout."""
+    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
+    """Prompt layout; absent: that of the training data; for a base its chat template, or dialog."""
+    kept_caches: int = Field(default=4, ge=1)
+    """Conversations whose keys and values stay in memory; those of others are computed anew when they go on."""
 
 
 def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> list[str]:
