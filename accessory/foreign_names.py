@@ -14,11 +14,7 @@ from accessory.errors import nearest
 
 _SENTENCES = (
     # LoRA, and what else is trained
-    ("r lora_rank lora_dim rank adapter_rank",
-     'LoRA\'s rank is --lora_r, or "lora_rank" in a JSON file of --llama_config'),
     ("r lora_r lora_rank lora_dim rank adapter_rank", 'LoRA\'s rank is "lora_rank" in a JSON file of --llama_config'),
-    ("alpha",
-     'it is --lora_alpha, or "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by it / the rank'),
     ("alpha lora_alpha",
      'it is "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by lora_alpha / lora_rank'),
     ("lora_dropout", 'it is "lora_dropout" in a JSON file of --llama_config'),
@@ -51,7 +47,7 @@ _SENTENCES = (
      "--tokenizer_path takes the tokenizer's file or directory; absent: what lies in the base"),
     ("special_tokens tokens add_tokens new_special_tokens additional_special_tokens",
      "--new_tokens adds to the vocabulary"),
-    ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
+    ("data dataset datasets data_path data_file data_files data_dir dataset_dir dataset_name dataset_path train_file "
      "train_data train_dataset data_meta_path data_root",
      "--data_config takes a data file, or a YAML that lists some"),
     ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "
@@ -97,8 +93,6 @@ _SENTENCES = (
     ("load_in_4bit load_4bit bits quantization quantization_bit quantization_method quantize quant_method "
      "double_quant bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_4bit",
      "--quant keeps the base in 4 bits, in the format of --quant_type (nf4, double-quantized)"),
-    ("max_memory_MB max_memory_mb max_memory_per_gpu gpu_memory_limit",
-     "--max_memory is the most that the plan may take on a device, such as 24GB"),
     ("load_in_8bit load_8bit", "--quant --quant_type int8 keeps the base in 8 bits"),
     ("bf16 fp16 fp32 tf32 dtype torch_dtype half mixed_precision compute_dtype pure_bf16",
      "--precision takes bf16, fp16, fp32 or tf32"),
@@ -133,14 +127,22 @@ _SENTENCES = (
      "--resume latest goes on from the newest whole checkpoint"),
     ("logging_steps logging_strategy logging_first_step log_every_n_steps log_interval log_freq",
      "every step is logged: leave it out"),
-    ("report_to logging_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
+    ("logging_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
      "plot_loss logger_name",
-     "TensorBoard events, log.jsonl and loss.png are written to --output_dir"),
-    ("do_eval do_predict eval_strategy evaluation_strategy eval_steps evals_per_epoch eval_interval eval_batch_size "
-     "val_set_size val_size val_split_fraction test_size eval_dataset_size per_device_eval_batch_size "
-     "max_eval_samples do_mmlu_eval eval_dataset load_best_model_at_end early_stopping_patience",
-     "training evaluates nothing: leave it out"),
-    ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout "
+     "--report_to takes tensorboard and wandb, whose project and name are the variables WANDB_PROJECT and WANDB_NAME"),
+    ("do_eval eval_strategy evaluation_strategy evals_per_epoch eval_interval val_interval",
+     "--eval_steps or --eval_epochs says how often to evaluate"),
+    ("val_set_size val_size val_split_fraction test_size eval_dataset_size max_eval_samples",
+     "--val_split is the share of the data that is held out to evaluate on"),
+    ("eval_dataset val_dataset val_file validation_file", "--val_data names what to evaluate on"),
+    ("eval_batch_size per_device_eval_batch_size val_batch_size",
+     "documents that are evaluated are packed as in training: leave it out"),
+    ("load_best_model_at_end metric_for_best_model",
+     "best in --output_dir is the checkpoint with the lowest validation loss"),
+    ("early_stopping_patience", "--patience ends the run after so many evaluations without a lower loss"),
+    ("sample_generate", "--sample_prompts are answered at each evaluation"),
+    ("do_predict do_mmlu_eval", "no task is run while a model is trained: leave it out"),
+    ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout max_memory_MB "
      "strict tokenizer_type",
      "there is no such choice here: leave it out"),
     ("trust_remote_code", "code that lies in a checkpoint is never run: leave it out"),

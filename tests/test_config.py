@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def test_unknown_flags(paths: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("flag", "said"), [
-    ("--lora_rank", "LoRA's rank is --lora_r, or \"lora_rank\" in a JSON file of --llama_config."),
+    ("--lora_r", "LoRA's rank is \"lora_rank\" in a JSON file of --llama_config."),
     ("--max_grad_norm", "--clip_grad is what the gradient's norm is clipped to."),
     ("--learning-rate", "--lr is the highest learning rate."),
     ("--master_port",
@@ -213,38 +214,6 @@ def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     ]
 
 
-@pytest.mark.parametrize(("bits", "quant"), [("4", (True, None)), ("8", (True, "int8")), ("16", (False, None))])
-def test_bits(paths: list[str], bits: str, quant: tuple[bool, str | None]) -> None:
-    """Another name of --quant, from Python too; what contradicts it is refused."""
-    more = [*paths, "--only_save_trainable", "--bits", bits]
-    config = parse(FinetuneConfig, more)
-    assert (config.quant, config.quant_type) == quant
-    given = plain(config) | {"bits": int(bits)}
-    assert FinetuneConfig(**given) == config and not config.faults()
-    if bits == "16":
-        assert refusal([*more, "--quant"]) == ["--bits 16 contradicts --quant: leave one out."]
-        return
-    assert parse(FinetuneConfig, [*more, "--quant"]) == config
-    of_these, others = ("fp4", "int8") if bits == "4" else ("llm_int8", "nf4")
-    assert parse(FinetuneConfig, [*more, "--quant_type", of_these]).quant_type == of_these
-    contradiction = f"--bits {bits} contradicts --quant_type {others}: leave one out."
-    assert refusal([*more, "--quant_type", others]) == [contradiction]
-    assert FinetuneConfig(**given | {"quant": False, "quant_type": None}).faults() == [
-        f"--bits {bits} contradicts quant False: leave one out."
-    ]
-
-
-@pytest.mark.parametrize(
-    ("stated", "size"),
-    [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80000MB", 8e10), ("1.5", 1.5e9), ("512mib", 2**29)],
-)
-def test_max_memory(paths: list[str], stated: str, size: float) -> None:
-    """In bytes; as it was written in run.json."""
-    config = parse(FinetuneConfig, [*paths, "--max_memory", stated])
-    assert config.max_memory_bytes == FinetuneConfig(**plain(config)).max_memory_bytes == size
-    assert parse(FinetuneConfig, paths).max_memory_bytes is None
-
-
 def test_assignments_are_no_flags(paths: list[str]) -> None:
     """As torchtune and LLaMA-Factory write them."""
     assert refusal(["lr=1e-4", *paths]) == ["'lr=1e-4' belongs to no flag: flags are written --name value."]
@@ -273,7 +242,6 @@ def test_required_flags() -> None:
     ("batch_size", "0"), ("accum_iter", "0"), ("epochs", "0"), ("warmup_epochs", "-1"), ("lr", "0"), ("lr", "nan"),
     ("lr", "inf"), ("clip_grad", "nan"), ("min_lr", "-1"), ("max_words", "1"), ("model_parallel_size", "0"),
     ("data_parallel", "ddp"), ("save_interval", "0"), ("save_iteration_interval", "0"), ("num_workers", "-1"),
-    ("bits", "3"), ("max_memory", "0"), ("max_memory", "24 parsecs"), ("lora_r", "0"), ("lora_dropout", "1"),
     ("max_steps", "0"), ("device", "tpu"), ("pretrained_type", "hf"), ("weight_decay", "-0.1"), ("seed", "-1"),
     ("epochs", "1.5"), ("max_tokens", "1"), ("optim", "sgd"),
 ])  # fmt: skip
@@ -321,7 +289,7 @@ def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
     )
     assert parse(FinetuneConfig, [*paths, "--offload_inputs", "--checkpointing"]).offload_inputs
     assert refusal(["--pretrained_path", gone, "--data_config", gone]) == [
-        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone} is not there.",
+        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone}: no such file or directory.",
     ]  # fmt: skip
     taken = "--cache_base out is the --output_dir: give a directory of its own."
     assert refusal([*paths, "--cache_base", "out", "--output_dir", "out"]) == [taken]
@@ -357,3 +325,33 @@ def test_in_python(tmp_path: Path) -> None:
         FinetuneConfig(pretrained_path="base", data_config="data.json", learning_rate=1e-3, sed=3)
     with pytest.raises(ConfigError, match=r"(?s)--quant needs --only_save_trainable.*base: no such file"):
         FinetuneConfig(pretrained_path="base", data_config="data.json", quant=True).check()
+
+
+@pytest.mark.parametrize(("flags", "fault"), [
+    ("--patience 3", "--patience needs documents to evaluate on: give --val_data FILE or --val_split 0.02."),
+    ("--sample_prompts a", "--sample_prompts needs documents to evaluate on"),
+    ("--eval_epochs 0.5", "--eval_epochs needs documents to evaluate on"),
+    ("--val_split 0.1 --eval_steps 0", "--eval_steps is '0': Input should be greater than or equal to 1"),
+    ("--val_split 1.5", "--val_split is '1.5': Input should be less than 1"),
+    ("--val_split 0.1 --eval_steps 5 --eval_epochs 1", "--eval_steps and --eval_epochs contradict each other"),
+    ("--val_split 0.1 --val_data DATA", "--val_data and --val_split contradict each other: leave one out."),
+    ("--val_data nowhere.json", "--val_data nowhere.json: no such file or directory."),
+    ("--report_to none,wandb", "--report_to none,wandb: none goes with nothing else."),
+    ("--report_to tensorbord", "'tensorboard', 'wandb' or 'none'"),
+])  # fmt: skip
+def test_faults_of_evaluation(paths: list[str], flags: str, fault: str) -> None:
+    given = flags.replace("DATA", paths[-1]).split()
+    assert any(fault in line for line in refusal([*paths, *given])), refusal([*paths, *given])
+
+
+def test_trackers_are_words_or_one_with_commas(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose package is missing names the line that installs it."""
+    assert parse(FinetuneConfig, paths).report_to == ["tensorboard"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    both = ["--report_to", "tensorboard,wandb"]
+    assert "--report_to wandb: wandb is not installed. Install it with: pip install 'accessory[wandb]'" in refusal(
+        [*paths, *both]
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert parse(FinetuneConfig, [*paths, *both]).report_to == ["tensorboard", "wandb"]
+    assert parse(FinetuneConfig, [*paths, "--report_to", "wandb", "tensorboard"]).report_to == ["wandb", "tensorboard"]

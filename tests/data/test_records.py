@@ -1,17 +1,232 @@
+import csv
+import io
+import json
+import random
+import time
+
 import pytest
 
-from accessory.data.records import kind, shown_keys
+from accessory.data import readers
+from accessory.errors import DataError
+
+
+def read_records(path, notes=None):
+    return list(readers.read_records(path, notes))
+
+
+RECORDS = [{"a": "é\u2028 \n"}, {"a": {"b": [1, "]"]}}, {}, {"a": "last"}]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 4])
+def test_a_list_is_read_as_json_reads_it_and_every_line_is_right(write, indent):
+    text = "\n\n" + json.dumps(RECORDS, indent=indent)
+    found = read_records(write("x.json", text))
+    assert [record.fields for record in found] == RECORDS
+    lines = text.split("\n")
+    for record in found:
+        assert lines[record.line - 1].lstrip(" [").startswith("{")
+    assert len({record.line for record in found}) == (1 if indent is None else len(RECORDS))
+
+
+def test_lines_are_numbered_with_the_blank_ones(write):
+    found = read_records(write("x.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\r\n{"a": 3}'))
+    assert [(record.fields["a"], record.line) for record in found] == [(1, 1), (2, 4), (3, 5)]
+
+
+def test_a_table_is_separated_by_tabs(write):
+    found = read_records(write("x.csv", 'instruction\toutput\na, b\t"c\td"\nonly one\n'))
+    assert found[0].fields == {"instruction": "a, b", "output": "c\td"} and found[0].line == 2
+    assert "columns" in found[1].fault
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
-    [({}, "an object"), ([], "a list"), ("", "a text"), (True, "a truth value"), (None, "null"), (1, "a number"),
-     (0.5, "a number"), (b"", "bytes"), ((), "of the type tuple")],
-)  # fmt: skip
-def test_a_value_is_named_in_the_words_of_json(value, said):
-    assert kind(value) == said
+    ("text", "fault"),
+    [
+        ('{"a": NaN}', "NaN"),
+        ('{"a": [-Infinity]}', "-Infinity"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' twice"),
+        ('{"a": {"c": 1, "c": 1}}', "'c' twice"),
+        ("[1]", "list"),
+        ('"text"', "a text"),
+        ("null", "null"),
+    ],
+)
+def test_what_python_lets_pass_is_a_fault_of_that_record_only(write, text, fault):
+    good = '{"a": "NaN"}'
+    for name, content in (("x.json", f"[{good},\n{text},\n{good}]"), ("x.jsonl", f"{good}\n{text}\n{good}")):
+        before, bad, after = read_records(write(name, content))
+        assert fault in bad.fault and bad.line == 2
+        assert before.fault is None and after.fault is None
 
 
-def test_only_the_first_keys_are_shown_each_cut():
-    assert shown_keys(["a", "b" * 50]) == f"'a', '{'b' * 40}'"
-    assert shown_keys(map(str, range(13))).endswith("'11', ...")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", '[{"a": 1},\n{"a": }]', r"x\.json:2: is not valid JSON"),
+        ("x.json", '[{"a": 1},\n{"a": 1', r"x\.json:2: "),
+        ("x.json", '[{"a": 1}\n', r"x\.json:1: expected ',' or '\]'"),
+        ("x.json", '[{"a": 1}\n{"a": 2}]', r"x\.json:1: expected ','"),
+        ("x.json", "{}", "found an empty object; expected a JSON list"),
+        ("x.json", '{"a": [{}], "c": 1, "b": [{}]}', r"2 lists of objects in it \('a', 'b'\); expected a JSON list"),
+        ("x.json", '{"a": [{}], "b": 1, "b": 2}', "holds the key 'b' twice"),
+        ("x.json", '\n{"a": [{}],\n"b": }', r"x\.json:3: is not valid JSON.*expected a JSON list"),
+        ("x.json", "", "an empty file"),
+        ("x.json", "<!DOCTYPE html>", "an HTML page"),
+        ("x.json", "version https://git-lfs.github.com/spec/v1", "Git-LFS"),
+        ("x.jsonl", '{"a": ' + "[" * 100_000, r"x\.jsonl:1: .*nested too deeply"),
+        ("x.json", b'[{"a": "\xff"}]', "is not UTF-8"),
+        ("x.csv", 'a\tb\n"open', "separated by tabs"),
+        ("x.csv", "a\tb,c\n1\t2\n", r"x\.csv:1: the header 'a.tb,c' holds tabs and commas; expected .*only one"),
+        ("x.csv", "a\n1\n", r"x\.csv:1: the header 'a' holds nothing that separates"),
+        ("x.json", "\ufeffa".encode("utf-16"), "UTF-16 text of 6 bytes, which is not UTF-8 .byte 0.; save it as UTF-8"),
+        (
+            "x.csv",
+            b"a\tb\nc\t\xe9\n",
+            r"a text file of 8 bytes, .*\(byte 6\); .*: iconv -f WINDOWS-1252 -t UTF-8 .*x\.csv",
+        ),
+        ("x.csv", b"PK\x03\x04\xff", r"a zip archive of 5 bytes, which is not UTF-8 \(byte 4\); save it as UTF-8\.$"),
+        ("x.csv", "sep=;\na,b\n", r"x\.csv:2: the columns are \['a,b'\]; .*semicolons"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(write, name, content, words):
+    with pytest.raises(DataError, match=words):
+        read_records(write(name, content))
+
+
+def test_a_broken_line_is_a_fault_of_that_record_only(write):
+    """Cut, nested too deeply, not UTF-8, with NUL: the lines around it can be used."""
+    content = (
+        b'\xef\xbb\xbf{"a": 1}\n{"a": \n{"a": "\xff"}\n'
+        + b'{"a": '
+        + b"[" * 100_000
+        + b'\n{"a": "\x00"}\n{"b": 2}\n{"c'
+    )
+    found = read_records(write("x.jsonl", content))
+    assert [record.line for record in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [record.fault is None for record in found] == [True, False, False, False, False, True, False]
+    assert "byte 7 is not UTF-8" in found[2].fault and "nested too deeply" in found[3].fault
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.json: cannot be read"):
+        read_records(tmp_path / "absent.json")
+
+
+def test_a_file_cut_anywhere_is_never_read_as_whole(write):
+    text = json.dumps(RECORDS, indent=1)
+    for size in random.Random(0).sample(range(len(text)), 40):
+        with pytest.raises(DataError):
+            read_records(write("x.json", text[:size]))
+
+
+def test_reading_is_linear(write):
+    path = write("x.json", json.dumps([{"a": "word " * 20, "b": ""}] * 30_000, indent=1))
+    start = time.process_time()
+    assert read_records(path)[-1].line == 30_000 * 4 - 2
+    assert time.process_time() - start < 5
+
+
+def test_a_line_separator_inside_a_string_ends_no_line(write):
+    path = write("x.jsonl", json.dumps(RECORDS[0], ensure_ascii=False) + "\n")
+    assert read_records(path)[0].fields == RECORDS[0]
+
+
+def test_a_line_separator_inside_a_cell_ends_no_row(write):
+    assert read_records(write("x.csv", "a\tb\nc\u2028d\te\n"))[0].fields == {"a": "c\u2028d", "b": "e"}
+
+
+def test_a_row_of_several_lines_starts_at_its_first(write):
+    assert [record.line for record in read_records(write("x.csv", 'a\tb\n"c\nd"\te\nf\tg\n'))] == [2, 4]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}][{"a": 2}]', '[{"a": 1},]', '[,{"a": 1}]', '[{"a": 1},,{"a": 2}]'])
+def test_what_is_no_json_list_is_refused(write, text):
+    with pytest.raises(DataError):
+        read_records(write("x.json", text))
+
+
+def test_a_pointer_in_place_of_lines_is_named(write):
+    with pytest.raises(DataError, match="Git-LFS"):
+        read_records(write("x.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"))
+
+
+def test_a_number_beyond_bounds_is_not_said_to_be_nested(write):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: is not valid JSON \(.*digits"):
+        read_records(write("x.jsonl", '{"a": ' + "1" * 5000 + "}"))
+
+
+@pytest.mark.parametrize(("name", "header"), [("x.tsv", "instruction,output"), ("x.csv", "a\ta\tb"), ("x.tsv", "")])
+def test_a_header_must_have_columns_and_none_twice(write, name, header):
+    with pytest.raises(DataError, match=r":1: the columns are .*separated by tabs"):
+        read_records(write(name, f"{header}\n1\t2\t3\n"))
+
+
+ROWS = [{"instruction": 'a,\tb;"c', "output": "two\nlines"}, {"instruction": "", "output": "é;,\t"}]
+
+
+@pytest.mark.parametrize(("separator", "named"), [("\t", "tabs"), (",", "commas"), (";", "semicolons")])
+def test_a_table_is_read_as_it_was_written_whatever_separates_it(write, separator, named):
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["instruction", "output"], delimiter=separator)
+    table.writeheader()
+    table.writerows(ROWS)
+    notes = []
+    found = read_records(write("x.csv", "\ufeff" + text.getvalue()), notes)
+    assert [record.fields for record in found] == ROWS and notes == [f"columns separated by {named}"]
+
+
+def test_excel_may_name_the_separator_above_the_header(write):
+    for name, end in (("x.csv", "\r\n"), ("x.tsv", "\n")):
+        found = read_records(write(name, end.join(("\ufeffsep=;", "a,b;c", "1,2;3"))))
+        assert [(record.fields, record.line) for record in found] == [({"a,b": "1,2", "c": "3"}, 3)]
+
+
+def test_a_cell_may_be_as_long_as_it_likes(write):
+    for name in ("x.csv", "x.tsv"):
+        assert read_records(write(name, f"a\tb\n1\t{'x' * 300_000}\n"))[0].fields["b"] == "x" * 300_000
+
+
+@pytest.mark.parametrize("name", ["x.JSON", "x.Jsonl", "x.CSV", "x.TSV"])
+def test_a_suffix_may_stand_in_capitals(write, name):
+    text = {"x.JSON": '[{"a": "b"}]', "x.Jsonl": '{"a": "b"}'}.get(name, "a\tc\nb\td\n")
+    assert read_records(write(name, text))[0].fields["a"] == "b"
+
+
+def test_json_lines_may_be_named_json_and_a_list_jsonl(write):
+    notes = []
+    lines = read_records(write("x.json", '\ufeff{"a": [{}]}\n\n{"a": \n{"a": 3}\n'), notes)
+    assert [(record.line, record.fault is None) for record in lines] == [(1, True), (3, False), (4, True)]
+    assert notes == ["read as JSON Lines, an object a line"]
+    for indent in (None, 1):
+        found = read_records(write("x.jsonl", json.dumps(RECORDS, indent=indent)))
+        assert [record.fields for record in found] == RECORDS
+
+
+def test_an_object_may_hold_the_list(write):
+    text = json.dumps({"version": {"data": [{}]}, "tags": ["]"], "data": RECORDS, "n": 1}, indent=1)
+    notes, lines = [], text.split("\n")
+    found = read_records(write("x.json", text), notes)
+    assert [record.fields for record in found] == RECORDS
+    assert all(lines[record.line - 1].strip().startswith("{") for record in found)
+    assert notes == ["the list 'data' is read; not used: 'version', 'tags', 'n'"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_may_be_the_one_record(write, indent):
+    """A conversation, too: its turns are no records."""
+    for fields in ({"a": "b", "history": [["c"]]}, {"conversations": [{"from": "human", "value": "]"}]}):
+        notes = []
+        (found,) = read_records(write("x.json", "\n" + json.dumps(fields, indent=indent)), notes)
+        assert (found.fields, found.line, found.fault, notes) == (fields, 2, None, ["read as one record"])
+
+
+def test_a_record_is_known_by_its_number_where_others_stand_on_its_line(write):
+    found = read_records(write("x.json", '[{"a": 1}, 2,\n{"a": 3}, {"a": 4},\n\n{"a": 5}]'))
+    assert [(record.line, record.number) for record in found] == [(1, 1), (1, 2), (2, 3), (2, 4), (4, 0)]
+    with pytest.raises(DataError, match=r"x\.json:1: is not valid JSON in record 3"):
+        read_records(write("x.json", '[{"a": 1}, {"a": 2}, {"a" 3}]'))
+
+
+def test_blank_rows_of_a_table_count_as_lines(write):
+    found = read_records(write("x.csv", "a\tb\n\n1\t2\n3\n"))
+    assert [(record.line, record.fault is None) for record in found] == [(3, True), (4, False)]
