@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -91,13 +92,15 @@ def make_blueprint(
     quant_type: str | None = None,
     quant: bool = False,
     new_tokens: Sequence[str] = (),
+    flag_settings: Mapping[str, tuple[str, Any]] = MappingProxyType({}),
     opener: Callable[[Path], StatedTokenizer] = open_tokenizer,
 ) -> Blueprint:
     """Work out what to build. What no argument states is taken from the sources; the last one that states it counts.
 
     llama_config: files of settings, or settings themselves. quant: keep the base packed; quant_type: in which format,
     nf4 where neither it nor a packed base says.
-    new_tokens: tokens to add to the vocabulary. opener: reads the tokenizer at a path.
+    new_tokens: tokens to add to the vocabulary. flag_settings: the method's
+    settings that flags state, key -> (flag, value). opener: reads the tokenizer at a path.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
@@ -108,7 +111,7 @@ def make_blueprint(
     if quant_type and train and (fault := method_class.storage_fault(quant_type)):
         others = [family + method.suffix for method in METHODS.values() if not method.storage_fault(quant_type)]
         raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
-    args, method = _settings(sources, llama_config, method_class)
+    args, method = _settings(sources, llama_config, method_class, flag_settings)
     _check_family(llama_type, family, method_class, args)
     _check_blocks(args, sources)
     tokenizer = _tokenizer(sources, tokenizer_path, opener)
@@ -193,7 +196,10 @@ def _family_hint(llama_type: str) -> str:
 
 
 def _settings(
-    sources: list[Source], stated: Sequence[Path | Mapping[str, Any]], method_class: type[Method]
+    sources: list[Source],
+    stated: Sequence[Path | Mapping[str, Any]],
+    method_class: type[Method],
+    flags: Mapping[str, tuple[str, Any]],
 ) -> tuple[ModelArgs, Method]:
     """Merge settings. A method's keys in a checkpoint's own file are dropped if another method is asked for."""
     model_keys, method_keys = set(ModelArgs.model_fields), set(method_class.Settings.model_fields)
@@ -202,13 +208,18 @@ def _settings(
         merged |= {k: v for k, v in (source.settings or {}).items() if k in model_keys | method_keys}
     # Rows of a trained part can be put into the base's rotary layout; those of a packed base could not.
     merged["rotary_layout"] = sources[0].rotary_layout
-    faults = []
+    faults, stated_by = [], {}
     names = ["llama_config" if isinstance(part, Mapping) else str(part) for part in stated]
     for name, part in zip(names, stated, strict=True):
         content = method_class.translated(dict(part) if isinstance(part, Mapping) else _stated_settings(part))
         faults += [f"{name}: unknown key {key!r}{_unknown_key(key, model_keys | method_keys)}"
                    for key in content if key not in model_keys | method_keys]  # fmt: skip
         merged |= content
+        stated_by |= dict.fromkeys(content, name)
+    faults += [_flag_fault(flag, key, stated_by, method_keys) for key, (flag, _) in flags.items()
+               if key in stated_by or key not in method_keys]  # fmt: skip
+    merged |= {key: value for key, (_, value) in flags.items()}
+    names += [flag for flag, _ in flags.values()]
     if "dim" not in merged and not faults:
         where = ", ".join(str(source.path) for source in sources)
         raise ConfigError(
@@ -224,6 +235,10 @@ def _settings(
     if faults:
         raise ConfigError("\n".join(faults))
     method = method_class(parts[1])
+    if flags and getattr(method.settings, "lora_rank", 1) <= 0:
+        raise ConfigError(
+            f"{', '.join(flag for flag, _ in flags.values())} without LoRA changes nothing: give --lora_r."
+        )
     replaced: set[str] = set()
     for source in reversed(sources):
         lora = {name for name in source.tensors if ".lora_" in name}
@@ -232,6 +247,12 @@ def _settings(
             raise ConfigError(f"{source.path}: {conflict}.{way if replaced else ''}")
         replaced |= lora
     return parts[0], method
+
+
+def _flag_fault(flag: str, key: str, stated_by: Mapping[str, str], known: set[str]) -> str:
+    if key in stated_by:
+        return f"{flag}: {stated_by[key]} has {key!r} already; leave one out."
+    return f"{flag}{_unknown_key(key, known)}"
 
 
 def _stated_settings(path: Path) -> dict[str, Any]:

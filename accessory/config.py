@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -14,8 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from accessory.checkpoint.run_checkpoints import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
+from accessory.data.finding import DATA_DIR, find_files
 from accessory.data.templates import PROMPT_LAYOUTS
-from accessory.errors import ConfigError, explain_validation, hub_hint, is_there
+from accessory.errors import ConfigError, DataError, explain_validation, hub_hint, is_there
 from accessory.foreign_names import unknown
 from accessory.method import METHODS
 from accessory.model.families import FAMILIES
@@ -25,6 +27,10 @@ from accessory.quant import STORAGES
 Config = TypeVar("Config", bound=BaseModel)
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
+_UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+"""A number and its unit."""
+_QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
 TRACKERS = ("tensorboard", "wandb", "none")
 """What `--report_to` takes."""
 _LAYER_WORDS = ("none", "all", "auto")
@@ -42,7 +48,24 @@ def _layers(value: Any) -> Any:
     raise PydanticCustomError("layers", "Input should be 'none', 'all', 'auto' or a number of layers")
 
 
+def _size(value: Any) -> Any:
+    """A size in memory as it was written; a plain number is GB."""
+    if value is None or isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value))
+    if not match or match[2].upper() not in _UNITS or not float(match[1]):
+        raise PydanticCustomError(
+            "size", "expected a size above 0 such as 24GB, 22GiB or 80000MB; a plain number is GB"
+        )
+    return str(value)
+
+
 Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
+
+
+def _listed(value: Any) -> Any:
+    """One path as a list of it."""
+    return [value] if isinstance(value, str | Path) else value
 
 
 def _words(value: Any) -> Any:
@@ -58,8 +81,10 @@ class FinetuneConfig(BaseModel):
 
     pretrained_path: list[Path] = Field(min_length=1)
     """Base first, then trained parts, in any format of docs/checkpoints.md."""
-    data_config: Path
-    """What to train on: a YAML with META entries, or a .json, .jsonl, .csv or .tsv file."""
+    data_config: Annotated[list[Path], BeforeValidator(_listed)] = Field(min_length=1)
+    """What to train on: YAML files with META entries, data files, directories, patterns, or names (docs/data.md)."""
+    data_dir: Path = DATA_DIR
+    """Where data sets of known names (alpaca, oasst1, dolly, ...) lie, and files that are found nowhere else."""
     output_dir: Path | None = Path("./output_dir")
     """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
     llama_type: str = Field("llama", description=f"Family ({', '.join(FAMILIES)}) and what is trained: {_TRAINED}.")
@@ -76,6 +101,14 @@ class FinetuneConfig(BaseModel):
     quant_type: Literal[tuple(STORAGES)] | None = Field(
         None, description=f"Format of --quant (see docs/memory.md): {', '.join(STORAGES)}; absent: nf4."
     )
+    bits: Annotated[Literal["4", "8", "16"], BeforeValidator(str)] | None = None
+    """Another way to say --quant: 4 is --quant, 8 is --quant --quant_type int8, 16 is neither."""
+    lora_r: int | None = Field(default=None, ge=1)
+    """LoRA's rank: "lora_rank" of --llama_config, without a file (_peft)."""
+    lora_alpha: float | None = None
+    """LoRA's scale is this / --lora_r: "lora_alpha" of --llama_config, without a file (_peft)."""
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on LoRA's input: "lora_dropout" of --llama_config, without a file (_peft)."""
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
@@ -92,8 +125,8 @@ class FinetuneConfig(BaseModel):
     """Passes over the data."""
     warmup_epochs: float = Field(default_factory=lambda given: min(given["epochs"] / 10, 1.0), ge=0)
     """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, at most 1."""
-    val_data: Path | None = None
-    """What to evaluate on: a data file or a YAML, as --data_config. Nothing in it is trained on."""
+    val_data: Annotated[list[Path], BeforeValidator(_listed)] = []
+    """What to evaluate on, given as --data_config is; it is not trained on."""
     val_split: float | None = Field(default=None, gt=0, lt=1)
     """Evaluate on this share of the training data instead, which is held out: the same records whatever the run."""
     eval_steps: int | None = Field(default=None, ge=1)
@@ -134,6 +167,8 @@ class FinetuneConfig(BaseModel):
     """Layers to recompute in the backward: none, a number, all (also without a value), or auto: the fewest that fit."""
     offload_inputs: bool = False
     """Keep the inputs of recomputed layers in host memory until the backward (CUDA)."""
+    max_memory: Annotated[str | None, BeforeValidator(_size)] = None
+    """Most memory that the plan may take on a device, such as 24GB or 22GiB; a plain number is GB."""
     compile: bool = False
     """Compile norms, gates and rotations (torch.compile) where no Triton kernel runs; needs a C++ compiler."""
     model_parallel_size: int = Field(default=1, ge=1)
@@ -190,7 +225,8 @@ class FinetuneConfig(BaseModel):
                       for key in given if key not in cls.model_fields]:  # fmt: skip
             raise ConfigError("\n".join(faults))
         several = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
-        return {k: [v] if k in several and isinstance(v, str | Path) else v for k, v in given.items()}
+        given = {k: [v] if k in several and isinstance(v, str | Path) else v for k, v in given.items()}
+        return _QUANT_OF_BITS.get(str(given.get("bits")), {}) | given
 
     def check(self) -> None:
         """Raise `ConfigError` with all `faults`."""
@@ -204,6 +240,7 @@ class FinetuneConfig(BaseModel):
             found.append("--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.")
         if self.quant_type and not self.quant:
             found.append(f"--quant_type {self.quant_type} without --quant changes nothing: give both, or neither.")
+        found += self._bits_faults()
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
         if self.lr_schedule == "constant" and "min_lr" in self.model_fields_set:
@@ -217,13 +254,36 @@ class FinetuneConfig(BaseModel):
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
-            data_config=[self.data_config],
-            val_data=[self.val_data],
             resume=[None if self.resumes_latest else self.resume],
         )
+        for flag, given in (("data_config", self.data_config), ("val_data", self.val_data)):
+            found += missing_data(flag, given, self.data_dir)
         if self.resumes_latest and self.output_dir is None:
             found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
+
+    def _bits_faults(self) -> list[str]:
+        packed = {"4": [4], "8": [8], "16": []}.get(self.bits or "", [4, 8])
+        if self.quant and not packed:
+            return [f"--bits {self.bits} contradicts --quant: leave one out."]
+        if self.bits and packed and not self.quant:
+            return [f"--bits {self.bits} contradicts quant False: leave one out."]
+        if self.bits and self.quant_type and STORAGES[self.quant_type].bits not in packed:
+            return [f"--bits {self.bits} contradicts --quant_type {self.quant_type}: leave one out."]
+        return []
+
+    @property
+    def flag_settings(self) -> dict[str, tuple[str, Any]]:
+        """Settings of a method that were given as flags: key -> (flag, value)."""
+        flags = {"lora_rank": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        given = {key: (f"--{flag}", getattr(self, flag)) for key, flag in flags.items()}
+        return {key: stated for key, stated in given.items() if stated[1] is not None}
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """`--max_memory` in bytes."""
+        match = _SIZE.fullmatch(self.max_memory or "")
+        return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
     def _evaluation_faults(self) -> list[str]:
         found = []
@@ -244,7 +304,7 @@ class FinetuneConfig(BaseModel):
     @property
     def evaluates(self) -> bool:
         """Whether the run evaluates anything."""
-        return self.val_data is not None or self.val_split is not None
+        return bool(self.val_data) or self.val_split is not None
 
     @property
     def resumes_latest(self) -> bool:
@@ -252,8 +312,8 @@ class FinetuneConfig(BaseModel):
         return self.resume == Path("latest")
 
 
-class DemoConfig(BaseModel):
-    """Ask a base model, or a base with a trained part, single questions."""
+class AskConfig(BaseModel):
+    """What every demo takes: the model and how it answers."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
@@ -275,24 +335,20 @@ class DemoConfig(BaseModel):
     """Keep the base packed; absent: as the trained part was trained."""
     quant_type: Literal[tuple(STORAGES)] | None = None
     """Format of the packed base; absent: as trained, or nf4."""
-    prompt: list[str] = []
-    """Questions to answer in the terminal; without any, a page is served."""
-    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
-    """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.1, ge=0)
     """0 always takes the likeliest token."""
     top_p: float = Field(default=0.75, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many of the likeliest tokens; 0: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample from tokens that are at least this many times as likely as the likeliest one."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1 makes tokens less likely that stand in the prompt or the answer so far."""
     seed: int = 0
     """Seed of the sampling."""
-    host: str = "127.0.0.1"
-    """Address the page is served at; another than loopback needs --password."""
-    port: int = Field(default=7860, ge=1, le=65535)
-    """Port of the page."""
-    password: str | None = None
-    """Password of the page (user name: accessory)."""
     dist_on_itp: bool = False
     """Take rank and world size from OpenMPI's variables."""
 
@@ -303,6 +359,22 @@ class DemoConfig(BaseModel):
         )
         if self.quant is False and self.quant_type:
             found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")
+        return found
+
+
+class PageConfig(AskConfig):
+    """What a demo with a page takes, too."""
+
+    host: str = "127.0.0.1"
+    """Address the page is served at; another than loopback needs --password."""
+    port: int = Field(default=7860, ge=1, le=65535)
+    """Port of the page."""
+    password: str | None = None
+    """Password of the page (user name: accessory)."""
+
+    def faults(self) -> list[str]:
+        """Those of `AskConfig`, and a page that strangers would reach."""
+        found = super().faults()
         if ":" in self.host:
             found.append(
                 f"--host {self.host}: expected a name or an IPv4 address; the page's library takes no IPv6 one."
@@ -310,6 +382,28 @@ class DemoConfig(BaseModel):
         elif self.host not in LOOPBACK and not self.password:
             found.append(f"--host {self.host} lets others reach the page: give a --password.")
         return found
+
+
+class DemoConfig(PageConfig):
+    """Ask a base model, or a base with a trained part, single questions."""
+
+    prompt: list[str] = []
+    """Questions to answer in the terminal; without any, a page is served."""
+    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
+    """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
+
+
+class ChatPageConfig(PageConfig):
+    """Talk with a base model, or a base with a trained part, on a page that remembers what was said."""
+
+    max_gen_len: int = Field(default=512, ge=1)
+    """Longest answer, in tokens."""
+    system: str | None = None
+    """Words of the system before the first turn; absent: those of the prompt layout."""
+    system_prompt: Literal[PROMPT_LAYOUTS] | None = None
+    """Prompt layout; absent: that of the training data; for a base its chat template, or dialog."""
+    kept_caches: int = Field(default=4, ge=1)
+    """Conversations whose keys and values stay in memory; those of others are computed anew when they go on."""
 
 
 def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> list[str]:
@@ -322,6 +416,18 @@ def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> lis
     ]
     directories = [path for path in llama_config if is_there(path) and path.is_dir()]
     return found + [f"--llama_config {path}: is a directory; expected a JSON file." for path in directories]
+
+
+def missing_data(flag: str, given: list[Path], data_dir: Path) -> list[str]:
+    """One fault for each value of `flag` that names nothing."""
+    found = []
+    for path in given:
+        try:
+            if not is_there(path):
+                find_files(str(path), [Path()], data_dir)
+        except DataError as error:
+            found.append(f"--{flag} {str(error).removeprefix('path ')}")
+    return found
 
 
 def parse(config_class: type[Config], arguments: list[str]) -> Config:

@@ -152,6 +152,17 @@ class Conversation:
         self.history, self.note = [], ""
         self._begin_anew()
 
+    def drop_cache(self) -> None:
+        """Free what was computed of the turns: the next answer begins with computing them again."""
+        self._check_idle()
+        if self._kept.tokens:
+            self._begin_anew()
+
+    def wait(self) -> None:
+        """Return once no answer is being given."""
+        with self._answering:
+            pass
+
     def stop(self) -> None:
         """End the answer that is being given at its next token; another thread may call this."""
         self._stopping = True

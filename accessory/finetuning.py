@@ -143,6 +143,7 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
     began = on_main(run_began, config, sources)
     how = {
         "max_words": config.max_words,
+        "data_dir": config.data_dir,
         "dialog": config.dialog,
         "threads": max(config.num_workers, 1),
         "cache_dir": CACHE_DIR if config.cache_ann_on_disk else None,
@@ -181,6 +182,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
         precision=config.precision,
         train=True,
         new_tokens=config.new_tokens,
+        flag_settings=config.flag_settings,
     )
     if blueprint.quant_type and not config.only_save_trainable:
         raise ConfigError(

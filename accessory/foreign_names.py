@@ -14,7 +14,11 @@ from accessory.errors import nearest
 
 _SENTENCES = (
     # LoRA, and what else is trained
+    ("r lora_rank lora_dim rank adapter_rank",
+     'LoRA\'s rank is --lora_r, or "lora_rank" in a JSON file of --llama_config'),
     ("r lora_r lora_rank lora_dim rank adapter_rank", 'LoRA\'s rank is "lora_rank" in a JSON file of --llama_config'),
+    ("alpha",
+     'it is --lora_alpha, or "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by it / the rank'),
     ("alpha lora_alpha",
      'it is "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by lora_alpha / lora_rank'),
     ("lora_dropout", 'it is "lora_dropout" in a JSON file of --llama_config'),
@@ -47,7 +51,7 @@ _SENTENCES = (
      "--tokenizer_path takes the tokenizer's file or directory; absent: what lies in the base"),
     ("special_tokens tokens add_tokens new_special_tokens additional_special_tokens",
      "--new_tokens adds to the vocabulary"),
-    ("data dataset datasets data_path data_file data_files data_dir dataset_dir dataset_name dataset_path train_file "
+    ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
      "train_data train_dataset data_meta_path data_root",
      "--data_config takes a data file, or a YAML that lists some"),
     ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "
@@ -93,6 +97,8 @@ _SENTENCES = (
     ("load_in_4bit load_4bit bits quantization quantization_bit quantization_method quantize quant_method "
      "double_quant bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_4bit",
      "--quant keeps the base in 4 bits, in the format of --quant_type (nf4, double-quantized)"),
+    ("max_memory_MB max_memory_mb max_memory_per_gpu gpu_memory_limit",
+     "--max_memory is the most that the plan may take on a device, such as 24GB"),
     ("load_in_8bit load_8bit", "--quant --quant_type int8 keeps the base in 8 bits"),
     ("bf16 fp16 fp32 tf32 dtype torch_dtype half mixed_precision compute_dtype pure_bf16",
      "--precision takes bf16, fp16, fp32 or tf32"),
@@ -142,7 +148,7 @@ _SENTENCES = (
     ("early_stopping_patience", "--patience ends the run after so many evaluations without a lower loss"),
     ("sample_generate", "--sample_prompts are answered at each evaluation"),
     ("do_predict do_mmlu_eval", "no task is run while a model is trained: leave it out"),
-    ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout max_memory_MB "
+    ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout "
      "strict tokenizer_type",
      "there is no such choice here: leave it out"),
     ("trust_remote_code", "code that lies in a checkpoint is never run: leave it out"),

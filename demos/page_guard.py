@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -13,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from accessory.config import LOOPBACK
 
 MOST_BYTES = 1 << 20
+_POLICY = "img-src 'self' data: blob:; media-src 'self'; frame-src 'none'; object-src 'none'; form-action 'self'"
+"""What a page may fetch: nothing that a model's answer names."""
 
 
 class _TooLarge(Exception):
@@ -20,7 +23,10 @@ class _TooLarge(Exception):
 
 
 class PageGuard:
-    """ASGI middleware: 413 for bodies over `MOST_BYTES`, 403 for files and for requests by another site's page."""
+    """ASGI middleware: 413 for bodies over `MOST_BYTES`, 403 for files and for requests by another site's page.
+
+    Answers say that the browser fetches images, frames and the like from the page itself only.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -43,6 +49,8 @@ class PageGuard:
         async def noted(message: Message) -> None:
             nonlocal begun
             begun = True
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["content-security-policy"] = _POLICY
             await send(message)
 
         if refusal := _refusal(request):

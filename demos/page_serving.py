@@ -8,16 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accessory.config import DemoConfig
+from accessory.config import PageConfig
 from accessory.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
 MAX_WAITING = 16  # questions in the queue
+MAX_QUESTION = 20_000  # characters
 
 
-def check_place(config: DemoConfig) -> None:
+def check_place(config: PageConfig) -> None:
     """Raise `ConfigError` where no page could be served, before the minutes that loading may take."""
     if find_spec("gradio") is None:
         raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.")
@@ -31,13 +32,23 @@ def check_place(config: DemoConfig) -> None:
         ) from error
 
 
+def check_text(name: str, value: object) -> None:
+    """Raise `ConfigError` for what came over the network as `name` and is no text, or too much of it."""
+    if not isinstance(value, str) or len(value) > MAX_QUESTION:
+        raise ConfigError(f"{name} is no text of at most {MAX_QUESTION:,} characters.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} holds half of a surrogate pair, which is no text.") from error
+
+
 def model_name(paths: Sequence[Path]) -> str:
     """The checkpoints by name, for a page's head: `base + mine/epoch2`."""
     resolved = [path.resolve() for path in paths]
     return " + ".join(f"{p.parent.name}/{p.name}" if p.name.startswith("epoch") else p.name for p in resolved)
 
 
-def serve_page(page: Blocks, config: DemoConfig, **launching: Any) -> None:
+def serve_page(page: Blocks, config: PageConfig, **launching: Any) -> None:
     """Serve gradio's Blocks at --host and --port until interrupted; `launching` goes to their `launch`."""
     from demos.page_guard import MOST_BYTES, guards
 

@@ -5,10 +5,9 @@ torchrun --nproc-per-node=RANKS demos/single_turn.py --pretrained_path BASE TRAI
 
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,14 +18,10 @@ from accessory.config import DemoConfig
 from accessory.data.templates import CHAT, PROMPT_LAYOUTS
 from accessory.entry import run_entry
 from accessory.errors import AccessoryError, ConfigError
-from accessory.meta import MetaModel
-from accessory.parallel import groups
-from accessory.parallel.agree import on_main
+from accessory.meta import MetaModel, Sampling
 from accessory.parallel.allocator import give_back_freed_memory
-from demos.page_serving import check_place, model_name, serve_page
-
-PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the page is up
-MAX_QUESTION = 20_000  # characters
+from demos.loading import load, prompt_layout_note, sampling_of
+from demos.page_serving import MAX_QUESTION, check_text, model_name, serve_page
 
 
 @dataclass(frozen=True)
@@ -34,31 +29,14 @@ class Question:
     """One question and how to answer it, as every rank gets it."""
 
     question: str
-    input: str = ""
-    system_prompt: str = "alpaca"
-    max_gen_len: int = 128
-    temperature: float = 0.1
-    top_p: float = 0.75
-    seed: int = 0
+    input: str
+    system_prompt: str
+    how: Sampling
 
 
 def main(config: DemoConfig) -> None:
     """Load the model, over as many model-parallel ranks as were started, and answer."""
-    ranks = groups.launch_environment(config.dist_on_itp)[1]
-    layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
-    if not config.prompt:
-        on_main(check_place, config)
-    model = MetaModel.from_pretrained(
-        list(config.pretrained_path),
-        llama_type=config.llama_type,
-        llama_config=config.llama_config,
-        tokenizer_path=config.tokenizer_path,
-        max_seq_len=config.max_seq_len,
-        dtype=config.dtype,
-        quant=config.quant,
-        quant_type=config.quant_type,
-        layout=layout,
-    )
+    model, layout = load(config, page=not config.prompt)
     config = config.model_copy(update={"system_prompt": config.system_prompt or model.prompt_layout})
     for prompt in config.prompt:
         check_words(prompt, config.system_prompt)
@@ -74,15 +52,13 @@ def main(config: DemoConfig) -> None:
         follow(model)
 
 
-def answer(model: MetaModel, question: Question) -> Generator[str, None, None]:
-    """The answer so far, growing. Every rank must go through it together."""
-    return model.stream_generate(
-        model.question(question.question, question.input, question.system_prompt),
-        max_gen_len=question.max_gen_len,
-        temperature=question.temperature,
-        top_p=question.top_p,
-        seed=question.seed,
-    )
+def answer(model: MetaModel, question: Question, stopped: Callable[[], bool] | None = None) -> Iterator[str]:
+    """The answer so far, growing. Every rank must go through it together; `stopped` ends it, from the main one."""
+    prompt = model.question(question.question, question.input, question.system_prompt)
+    ids = [model.prompt_tokens(prompt)]
+    ended = (lambda: {0} if stopped() else ()) if stopped else None
+    steps = model.steps(ids, model.stop_ids([prompt]), question.how, stopped=ended)
+    return model.texts(prompt, steps, question.how.stop)
 
 
 def check_words(question: object, system_prompt: str) -> None:
@@ -91,24 +67,10 @@ def check_words(question: object, system_prompt: str) -> None:
         raise ConfigError("The question is empty.")
 
 
-def prompt_layout_note(model: MetaModel, asked: str) -> str:
-    """A note if a part was trained on several prompt layouts, or on others than `asked`; else the empty string."""
-    trained = ", ".join(model.prompt_layouts)
-    if model.prompt_layouts and asked not in model.prompt_layouts:
-        return (
-            f"--system_prompt {asked}: the part was trained on questions laid out as {trained}, and may answer worse."
-        )
-    if len(model.prompt_layouts) > 1:
-        return f"The part was trained on questions laid out as {trained}; these are asked as {asked} (--system_prompt)."
-    return ""
-
-
 def answer_in_terminal(model: MetaModel, config: DemoConfig, speaks: bool) -> None:
     """Stream the answers to all --prompt questions."""
     for prompt in config.prompt:
-        question = Question(
-            prompt, "", config.system_prompt, config.max_gen_len, config.temperature, config.top_p, config.seed
-        )
+        question = Question(prompt, "", config.system_prompt, sampling_of(config))
         shown = ""
         if speaks:
             print(f"Q: {prompt}\nA: ", end="", flush=True)
@@ -123,12 +85,12 @@ def answer_in_terminal(model: MetaModel, config: DemoConfig, speaks: bool) -> No
 def follow(model: MetaModel) -> None:
     """Answer along with the main rank until it sends no question."""
     while True:
-        message: list[dict | None] = [None]
+        message: list[Question | None] = [None]
         dist.broadcast_object_list(message, src=0)
         if message[0] is None:
             return
         with suppress(ConfigError):  # the main rank raises the same and reports it
-            for _ in answer(model, Question(**message[0])):
+            for _ in answer(model, message[0]):
                 pass
 
 
@@ -144,16 +106,16 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
             asked = checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config, offered)
             with one_at_a_time:
                 if dist.get_world_size() > 1:
-                    dist.broadcast_object_list([asdict(asked)], src=0)
-                stream = answer(model, asked)
+                    dist.broadcast_object_list([asked], src=0)
+                left = threading.Event()
+                stream = answer(model, asked, left.is_set)
                 try:
                     for text in stream:  # noqa: UP028 - `yield from` would close the stream along with this generator
                         yield text
                 finally:
-                    if dist.get_world_size() > 1:
-                        for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
-                            pass
-                    stream.close()
+                    left.set()
+                    for _ in stream:  # a reader who left early must not leave the other ranks in the middle of it
+                        pass
                     give_back_freed_memory()  # the next one may be answered by another thread, in a heap of its own
         except AccessoryError as error:
             raise gradio.Error(str(error), duration=5, print_exception=False) from error
@@ -208,14 +170,10 @@ def checked_question(
 ) -> Question:
     """What came over the network, held to the limits the page shows. Raises `ConfigError`."""
     check_words(question, system_prompt)
-    if len(question) + len(context or "") > MAX_QUESTION:
-        raise ConfigError(f"A question has at most {MAX_QUESTION} characters, its input included.")
-    if system_prompt not in offered or not isinstance(context or "", str):
-        raise ConfigError(f"prompt template is {system_prompt!r}; expected one of {', '.join(offered)}; input is text.")
-    try:
-        (question + (context or "")).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("The question holds half of a surrogate pair, which is no text.") from error
+    for name, text in (("The question", question), ("The input", context or "")):
+        check_text(name, text)
+    if system_prompt not in offered:
+        raise ConfigError(f"prompt template is {system_prompt!r}; expected one of {', '.join(offered)}.")
     numbers = {
         "max length": (max_gen_len, 1, config.max_seq_len),
         "temperature": (temperature, 0, 2),
@@ -224,7 +182,8 @@ def checked_question(
     for name, (value, low, high) in numbers.items():
         if not isinstance(value, (int, float)) or not low <= value <= high:
             raise ConfigError(f"{name} is {value!r}; expected {low} to {high}.")
-    return Question(question, context or "", system_prompt, int(max_gen_len), temperature, top_p, config.seed)
+    how = sampling_of(config, max_gen_len=int(max_gen_len), temperature=temperature, top_p=top_p)
+    return Question(question, context or "", system_prompt, how)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 
-def flags_table(config_class: type[BaseModel]) -> str:
-    """The Markdown table of an entry's flags, as docs/flags.md shows it."""
+def flags_table(config_class: type[BaseModel], beside: type[BaseModel] | None = None) -> str:
+    """The Markdown table of an entry's flags, as docs/flags.md shows it; of those `beside` has alike, none."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
+    others = [] if beside is None else _rows(beside)
+    return "\n".join(rows + [row for row in _rows(config_class) if row not in others])
+
+
+def _rows(config_class: type[BaseModel]) -> list[str]:
+    rows = []
     for name, field in config_class.model_fields.items():
         default = "required" if field.is_required() else "" if field.default_factory else _shown(field.default)
         rows.append(f"| `--{name}` | {default} | {(field.description or '').replace('|', '/')} |")
-    return "\n".join(rows)
+    return rows
 
 
 def settings_table(settings_class: type[BaseModel]) -> str:

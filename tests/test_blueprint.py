@@ -132,11 +132,26 @@ def test_keys_of_others(tiny_base: Path, settings) -> None:
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_config=[path])
     assert str(caught.value).splitlines() == [
-        f"{path}: unknown key 'r': LoRA's rank is \"lora_rank\" in a JSON file of --llama_config.",
+        f"{path}: unknown key 'r': LoRA's rank is --lora_r, or \"lora_rank\" in a JSON file of --llama_config.",
         f"{path}: unknown key 'target_modules': LoRA's linears are \"lora_targets\" in a JSON file of --llama_config: "
         "wq, wk, wv, wo (q_proj, k_proj, v_proj, o_proj), w1, w2, w3 (gate_proj, down_proj, up_proj); absent: all.",
         f"{path}: unknown key 'hidden_size': it is \"dim\" here; or give the whole config.json, with its model_type.",
     ]
+
+
+def test_settings_as_flags(tiny_base: Path, settings) -> None:
+    """They are the method's, as a file would state them; what they contradict is named."""
+    flags = {"lora_rank": ("--lora_r", 4), "lora_alpha": ("--lora_alpha", 8.0)}
+    made = draw(tiny_base, flag_settings=flags)
+    assert made.method.settings == Peft.Settings(lora_rank=4, lora_alpha=8.0)
+    assert made.settings()["lora_rank"] == 4
+    file = settings(lora_rank=4)
+    with pytest.raises(ConfigError, match=rf"^--lora_r: {file} has 'lora_rank' already; leave one out.$"):
+        draw(tiny_base, llama_config=[file], flag_settings=flags)
+    with pytest.raises(ConfigError, match=r"^--lora_r: it goes with a --llama_type that ends in _peft\."):
+        draw(tiny_base, llama_type="llama_qst", flag_settings=flags)
+    with pytest.raises(ConfigError, match=r"^--lora_alpha without LoRA changes nothing: give --lora_r\.$"):
+        draw(tiny_base, flag_settings={"lora_alpha": ("--lora_alpha", 8.0)})
 
 
 def test_a_hugging_face_config_as_settings(tiny_base: Path, tmp_path: Path) -> None:

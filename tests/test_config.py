@@ -153,7 +153,7 @@ def test_unknown_flags(paths: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("flag", "said"), [
-    ("--lora_r", "LoRA's rank is \"lora_rank\" in a JSON file of --llama_config."),
+    ("--lora_rank", "LoRA's rank is --lora_r, or \"lora_rank\" in a JSON file of --llama_config."),
     ("--max_grad_norm", "--clip_grad is what the gradient's norm is clipped to."),
     ("--learning-rate", "--lr is the highest learning rate."),
     ("--master_port",
@@ -214,6 +214,38 @@ def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     ]
 
 
+@pytest.mark.parametrize(("bits", "quant"), [("4", (True, None)), ("8", (True, "int8")), ("16", (False, None))])
+def test_bits(paths: list[str], bits: str, quant: tuple[bool, str | None]) -> None:
+    """Another name of --quant, from Python too; what contradicts it is refused."""
+    more = [*paths, "--only_save_trainable", "--bits", bits]
+    config = parse(FinetuneConfig, more)
+    assert (config.quant, config.quant_type) == quant
+    given = plain(config) | {"bits": int(bits)}
+    assert FinetuneConfig(**given) == config and not config.faults()
+    if bits == "16":
+        assert refusal([*more, "--quant"]) == ["--bits 16 contradicts --quant: leave one out."]
+        return
+    assert parse(FinetuneConfig, [*more, "--quant"]) == config
+    of_these, others = ("fp4", "int8") if bits == "4" else ("llm_int8", "nf4")
+    assert parse(FinetuneConfig, [*more, "--quant_type", of_these]).quant_type == of_these
+    contradiction = f"--bits {bits} contradicts --quant_type {others}: leave one out."
+    assert refusal([*more, "--quant_type", others]) == [contradiction]
+    assert FinetuneConfig(**given | {"quant": False, "quant_type": None}).faults() == [
+        f"--bits {bits} contradicts quant False: leave one out."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stated", "size"),
+    [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80000MB", 8e10), ("1.5", 1.5e9), ("512mib", 2**29)],
+)
+def test_max_memory(paths: list[str], stated: str, size: float) -> None:
+    """In bytes; as it was written in run.json."""
+    config = parse(FinetuneConfig, [*paths, "--max_memory", stated])
+    assert config.max_memory_bytes == FinetuneConfig(**plain(config)).max_memory_bytes == size
+    assert parse(FinetuneConfig, paths).max_memory_bytes is None
+
+
 def test_assignments_are_no_flags(paths: list[str]) -> None:
     """As torchtune and LLaMA-Factory write them."""
     assert refusal(["lr=1e-4", *paths]) == ["'lr=1e-4' belongs to no flag: flags are written --name value."]
@@ -242,6 +274,7 @@ def test_required_flags() -> None:
     ("batch_size", "0"), ("accum_iter", "0"), ("epochs", "0"), ("warmup_epochs", "-1"), ("lr", "0"), ("lr", "nan"),
     ("lr", "inf"), ("clip_grad", "nan"), ("min_lr", "-1"), ("max_words", "1"), ("model_parallel_size", "0"),
     ("data_parallel", "ddp"), ("save_interval", "0"), ("save_iteration_interval", "0"), ("num_workers", "-1"),
+    ("bits", "3"), ("max_memory", "0"), ("max_memory", "24 parsecs"), ("lora_r", "0"), ("lora_dropout", "1"),
     ("max_steps", "0"), ("device", "tpu"), ("pretrained_type", "hf"), ("weight_decay", "-0.1"), ("seed", "-1"),
     ("epochs", "1.5"), ("max_tokens", "1"), ("optim", "sgd"),
 ])  # fmt: skip
@@ -289,7 +322,7 @@ def test_combinations_and_files(paths: list[str], tmp_path: Path) -> None:
     )
     assert parse(FinetuneConfig, [*paths, "--offload_inputs", "--checkpointing"]).offload_inputs
     assert refusal(["--pretrained_path", gone, "--data_config", gone]) == [
-        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone}: no such file or directory.",
+        f"--pretrained_path {gone}: no such file or directory.", f"--data_config {gone} is not there.",
     ]  # fmt: skip
     taken = "--cache_base out is the --output_dir: give a directory of its own."
     assert refusal([*paths, "--cache_base", "out", "--output_dir", "out"]) == [taken]

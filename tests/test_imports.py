@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = (
     ("__main__", "main_finetune", "demos", "tools"),
     ("finetuning", "export", "entry", "hugging_face", ""),
-    ("engine", "conversation"),
+    ("engine", "conversation", "multi_gpu"),
     ("meta", "run"),
     ("blueprint", "config", "generate", "memory", "uses"),
     ("checkpoint",),
@@ -28,6 +28,8 @@ TIERS = (
 one without a name is `accessory/__init__.py`, which gives `MetaModel` on first use."""
 APART = {"quant": {"parallel"}, "engine": {"model", "method", "quant", "kernels", "tokenizer"}}
 """What a room does not know although it lies below."""
+UPSTREAMS = ("accessory.model.meta", "accessory.model.multi_gpu_wrapper")
+"""Modules that only give a public name where LLaMA2-Accessory has it: they belong to the public names."""
 MOST_AT_THE_ROOT = 15
 
 
@@ -70,6 +72,8 @@ def faults(sources: dict[str, str]) -> list[str]:
 
 
 def _room(name: str) -> str:
+    if name in UPSTREAMS:
+        return ""
     top, _, rest = name.partition(".")
     return rest.partition(".")[0] if top == "accessory" else top
 

@@ -27,6 +27,13 @@ def test_no_module_hides_a_public_name() -> None:
     assert set(accessory.__all__) <= set(dir(accessory))
 
 
+def test_names_are_also_where_upstream_has_them() -> None:
+    from accessory.model import meta, multi_gpu_wrapper
+
+    assert meta.MetaModel is accessory.MetaModel
+    assert multi_gpu_wrapper.MultiGpuWrapper is accessory.MultiGpuWrapper
+
+
 def test_importing_brings_no_torch(python) -> None:
     done = python("-c", "import accessory, sys; print(accessory.__version__, 'torch' in sys.modules)")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from accessory.data.batch import IGNORE
+from accessory.data.finding import DATA_DIR
 from accessory.data.layouts import DocumentReader, Layouts
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
@@ -145,12 +146,13 @@ class Cuts:
 
 
 def build_corpus(
-    data_config: Path,
+    data_config: Path | Sequence[Path],
     tokenizer: Tokenizer,
     *,
     max_words: int,
     source_max_len: int | None = None,
     target_max_len: int | None = None,
+    data_dir: Path = DATA_DIR,
     dialog: bool = False,
     mask_history: bool = False,
     train_on_source: bool = False,
@@ -161,6 +163,7 @@ def build_corpus(
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
+    Names of data sets, and paths that are found nowhere else, are looked for in `data_dir`.
     source_max_len, target_max_len: cut what stands before the first learned token, and the rest, each by itself first.
     mask_history: learn only the last answer of a conversation. train_on_source: learn questions, too.
     Chat templates that print the time print `clock` (absent: now), which is then part of the fingerprint.
@@ -175,9 +178,13 @@ def build_corpus(
                 "train_on_source": entry.train_on_source or train_on_source,
             }
         )
-        for entry in load_data_config(data_config)
+        for entry in load_data_config(data_config, data_dir)
     ]
-    unused = [(number, note) for number, entry in enumerate(entries) for note in _unused_settings(entry, dialog)]
+    unused = [
+        (number, note)
+        for number, entry in enumerate(entries)
+        for note in (*entry.source.notes, *_unused_settings(entry, dialog))
+    ]
     omissions = Omissions([str(entry.path) for entry in entries], unused)
     reader = DocumentReader(entries, tokenizer, omissions, dialog=dialog, clock=clock)
     asked = any(entry.prompt_type == CHAT for entry in entries)

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from accessory.data.readers import SUFFIXES, is_data
+from accessory.data.finding import DATA_DIR, NAMES, find_files, path_fault
+from accessory.data.readers import is_data
 from accessory.data.readers.text import UNITS
 from accessory.data.shapes import OTHER_NAMES, SHAPES
 from accessory.data.templates import PROMPT_LAYOUTS
-from accessory.errors import DataError, explain_validation, is_there, nearest
+from accessory.errors import DataError, explain_validation, is_file, nearest
 from accessory.tokenizer.sniff import what_is
 
-_REMEDIES = {
-    ".xlsx": "save the sheet as .csv in UTF-8",
-    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst"), "unpack it first"),
-}
-_NAMES = f"{', '.join(SUFFIXES)}, or .gz of these"
-_FILES = f"a data file ({_NAMES})"
+_FILES = f"a data file ({NAMES})"
 _EXPECTED = f"{_FILES} or a YAML with the key META"
+_READ = tuple(dict.fromkeys(key for shape in SHAPES.values() for key in shape.reads))  # by some shape of records
+
+
+@dataclass(frozen=True)
+class Source:
+    """An item of the data config, which may name several files.
+
+    number: its place among all items. name: its path as the user wrote it. notes: how its files were found, with the
+    first of them only.
+    """
+
+    number: int
+    name: str
+    notes: tuple[str, ...] = ()
 
 
 class DataEntry(BaseModel):
-    """One entry of META."""
+    """One file of the data config, with the settings that the entry of META gives it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     path: Path
-    """The data file; a relative one is looked for beside the YAML, then in the current directory."""
+    """A data file, a directory of them, a pattern such as `part-*.jsonl`, a known name such as `alpaca`, or a list of
+    these; looked for beside the YAML, in the current directory, then in --data_dir."""
     type: str = "text"
     """A name for the group of data; it has no effect."""
     shape: Literal[(*SHAPES, *OTHER_NAMES)] | None = None
@@ -49,12 +62,14 @@ class DataEntry(BaseModel):
     """Directory of images; accepted because upstream's files hold it."""
     txt: Literal[UNITS] | None = None
     """What of a .txt file is one record: `paragraphs` (default), `lines`, or `whole`."""
-    _group: int = PrivateAttr(default=0)
+    columns: dict[str, str] | None = None
+    """Name that a shape of records knows -> what this data calls it: `{instruction: question, output: answer}`."""
+    _source: Source = PrivateAttr(default_factory=lambda: Source(0, ""))
 
     @property
-    def group(self) -> int:
-        """Number of the item of the data config that this file is from; an item may name several files."""
-        return self._group
+    def source(self) -> Source:
+        """What named this file in the data config."""
+        return self._source
 
     @field_validator("prompt_type", mode="before")
     @classmethod
@@ -70,58 +85,93 @@ class DataEntry(BaseModel):
             raise ValueError("expected a number")
         return value
 
+    @field_validator("columns")
+    @classmethod
+    def _check_names(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for name in value or ():
+            if name not in _READ:
+                raise ValueError(f"{name!r} is no name that is read.{nearest(name, _READ)} Known: {', '.join(_READ)}")
+        return value
 
-def load_data_config(path: Path) -> list[DataEntry]:
-    """The entries of a YAML, or one entry for a plain data file. Raises `DataError` listing all faults."""
-    if fault := _path_fault(path):
-        raise DataError(fault)
-    if is_data(path):
-        if not path.is_file():
-            raise DataError(f"{path}: found {what_is(path)}; expected {_EXPECTED}.")
-        return [DataEntry(path=path)]
+
+def load_data_config(given: Path | Sequence[Path], data_dir: Path = DATA_DIR) -> list[DataEntry]:
+    """One entry for each file that `--data_config` names, directly or in a YAML, in order.
+
+    given: one or several of: a YAML, or what `path` in a YAML may be. data_dir: where what is found nowhere else, and
+    data sets of known names, are looked for. Raises `DataError` listing all faults.
+    """
+    groups: list[list[DataEntry]] = []
+    faults = []
+    for word in [given] if isinstance(given, Path | str) else given:
+        try:
+            groups += _groups(Path(word), data_dir)
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    for number, group in enumerate(groups):
+        for entry in group:
+            entry._source = replace(entry.source, number=number)
+    return [entry for group in groups for entry in group]
+
+
+def _groups(path: Path, data_dir: Path) -> list[list[DataEntry]]:
+    """The entries of each item of a YAML, or those of a path that is none."""
+    if not _is_yaml(path):
+        return [_entries({"path": str(path)}, "", [Path()], data_dir)]
     raw = _read_yaml(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("META"), list) or not raw["META"]:
         found = f"the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else what_is(path)
         raise DataError(f"{path}: found {found}; expected a list of data entries under the key META, or {_FILES}.")
     faults = [f"{path}: unknown key {key!r}.{nearest(str(key), ['META'])}" for key in raw if key != "META"]
-    entries = []
+    groups = []
     for number, item in enumerate(raw["META"]):
         try:
-            entries.append(_entry(item, f"{path}: META[{number}]", path.parent))
-            entries[-1]._group = number
+            groups.append(_entries(item, f"{path}: META[{number}]: ", [path.parent, Path()], data_dir))
         except DataError as error:
             faults.append(str(error))
     if faults:
         raise DataError("\n".join(faults))
-    return entries
+    return groups
 
 
-def _entry(item: Any, where: str, beside: Path) -> DataEntry:
-    """One item of META, its path resolved. Raises `DataError`."""
-    if isinstance(item, list) and len(item) == 2:  # the form before August 2023
+def _is_yaml(path: Path) -> bool:
+    """Whether a path is to be read as YAML: it says so, or is a file whose name says nothing."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return True
+    return is_file(path) and not is_data(path) and path_fault(path) is None
+
+
+def _entries(item: Any, where: str, folders: list[Path], data_dir: Path) -> list[DataEntry]:
+    """The entries of one item of META, one for each of its files. Raises `DataError`."""
+    if isinstance(item, list) and len(item) == 2 and not isinstance(item[1], list):  # the form before August 2023
         item = {"path": item[0], "type": item[1]}
     if not isinstance(item, dict):
-        raise DataError(f"{where}: is {item!r}; expected keys and values.")
+        raise DataError(f"{where}is {item!r}; expected keys and values.")
+    settings = {str(key): value for key, value in item.items()}
+    paths = settings.get("path")
+    names = paths if isinstance(paths, list) and paths else [paths]
     try:
-        entry = DataEntry(**{str(key): value for key, value in item.items()})
+        models = [DataEntry(**settings | ({"path": name} if "path" in settings else {})) for name in names]
     except ValidationError as error:
-        raise DataError(explain_validation(error, where, DataEntry.model_fields)) from error
-    found = next((path for path in (beside / entry.path, entry.path) if is_there(path)), None)
-    if fault := _path_fault(found or entry.path):
-        raise DataError(f"{where}: {fault}")
-    if not is_data(entry.path):
-        raise DataError(f"{where}: path {entry.path} is not a data file; expected one of {_NAMES}.")
-    if found is None:
-        raise DataError(f"{where}: path {entry.path} is neither in {beside.resolve()} nor in {Path.cwd()}.")
-    return entry.model_copy(update={"path": found})
+        raise DataError(explain_validation(error, where.rstrip(": "), DataEntry.model_fields)) from error
+    files: dict[Path, None] = {}
+    notes: list[str] = []
+    for model in models:
+        try:
+            found = find_files(str(model.path), folders, data_dir)
+        except DataError as error:
+            raise DataError(f"{where}{error}") from error
+        notes += found.notes + [f"{path} is named twice and read once" for path in found.files if path in files]
+        files |= dict.fromkeys(found.files)
+    name = ", ".join(map(str, names))
+    return [_entry(models[0], path, Source(0, name, () if place else tuple(notes))) for place, path in enumerate(files)]
 
 
-def _path_fault(path: Path) -> str | None:
-    """The error of a path that is a directory, or a file of a known kind that is not read here; None for others."""
-    if is_there(path) and path.is_dir():
-        return f"{path}: is a directory; expected a file. List several in a YAML, each as an entry of META."
-    remedy = _REMEDIES.get(path.suffix.lower())
-    return f"{path}: {path.suffix} files are not read here; {remedy}." if remedy else None
+def _entry(model: DataEntry, path: Path, source: Source) -> DataEntry:
+    entry = model.model_copy(update={"path": path})
+    entry._source = source
+    return entry
 
 
 def _read_yaml(path: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from accessory.data.columns import renamed
 from accessory.data.meta_config import DataEntry
 from accessory.data.readers import read_records
 from accessory.data.readers.opening import data_suffix, is_packed
@@ -26,7 +27,7 @@ def read_entries(entries: list[DataEntry], notes: list[tuple[int, str]]) -> Iter
 
     What is to be said of an entry is appended to `notes` with its number. Raises `DataError` for a broken file.
     """
-    for _, group in groupby(enumerate(entries), key=lambda numbered: numbered[1].group):
+    for _, group in groupby(enumerate(entries), key=lambda numbered: numbered[1].source.number):
         yield from _read_group(list(group), notes)
 
 
@@ -36,12 +37,17 @@ def _read_group(group: list[tuple[int, DataEntry]], notes: list[tuple[int, str]]
     for number, entry in group:
         said: list[str] = []
         before = place
-        for record in read_records(entry.path, said, entry.txt):
+        for record in _records(entry, said):
             if chosen is None or chosen[place]:
                 yield number, record
             place += 1
         said += ["holds no records"] if place == before else []
         notes += [(number, note) for note in said]
+
+
+def _records(entry: DataEntry, notes: list[str]) -> Iterator[Record]:
+    records = read_records(entry.path, notes, entry.txt)
+    return renamed(records, entry.columns, entry.path) if entry.columns else records
 
 
 def _chosen(group: list[tuple[int, DataEntry]], notes: list[tuple[int, str]]) -> np.ndarray | None:

@@ -23,11 +23,17 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_layers(
-    asked: int | str, n_layers: int, plan: Callable[[int], MemoryPlan], layout: Layout, remedies: str
+    asked: int | str,
+    n_layers: int,
+    plan: Callable[[int], MemoryPlan],
+    layout: Layout,
+    remedies: str,
+    limit: int | None = None,
 ) -> tuple[int, str]:
     """(layers to recompute, what to tell the user) for a value of `--checkpointing`, equal on all ranks.
 
-    plan: number of recomputed layers -> a step's memory. remedies: flags that make a step smaller. A collective.
+    plan: number of recomputed layers -> a step's memory. remedies: flags that make a step smaller. limit: bytes that
+    `auto` may plan for at most. A collective.
     Raises `ConfigError` for more layers than there are, and for `auto` where not even all would be enough.
     """
     number = {"none": 0, "all": n_layers}.get(asked, asked)
@@ -36,22 +42,26 @@ def choose_layers(
             raise ConfigError(f"--checkpointing {number}: the model has {n_layers} layers.", common=True)
         return number, ""
     free = _share_of_free_memory(layout)
-    chosen = together(_fewest_that_fit, n_layers, plan, free, remedies)
+    chosen = together(_fewest_that_fit, n_layers, plan, free, remedies, limit)
     # The rank with the least memory decides: model-parallel ranks must recompute the same blocks together.
     (most,) = highest([chosen], layout.device)
-    return most, f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared"
+    allowed = f", and into {limit / 1e9:.1f} GB" if limit else ""
+    return most, f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared{allowed}"
 
 
-def _fewest_that_fit(n_layers: int, plan: Callable[[int], MemoryPlan], free: int, remedies: str) -> int:
-    room = int(free * (1 - MARGIN))
+def _fewest_that_fit(
+    n_layers: int, plan: Callable[[int], MemoryPlan], free: int, remedies: str, limit: int | None
+) -> int:
+    room = min(int(free * (1 - MARGIN)), limit or free)
+    allowed = f", and --max_memory allows {limit / 1e9:.2f} GB" if limit else ""
     totals = [plan(layers).total for layers in range(n_layers + 1)]
     for layers, total in enumerate(totals):
         if total <= room:
             return layers
     raise ConfigError(
         f"--checkpointing auto: a step takes {min(totals) / 1e9:.2f} GB even with the layers recomputed; "
-        f"{free / 1e9:.2f} GB are free, of which {MARGIN:.0%} are spared. Try {remedies}, or --checkpointing all to go "
-        "on all the same."
+        f"{free / 1e9:.2f} GB are free, of which {MARGIN:.0%} are spared{allowed}. Try {remedies}, or "
+        "--checkpointing all to go on all the same."
     )
 
 

@@ -60,6 +60,7 @@ class FourBitWeight(PackedWeight):
     """What bitsandbytes calls the 16 values of a code."""
     single: ClassVar[type[FourBitWeight]]
     """The same without scales of scales; itself where it has none."""
+    bits = 4
     IN_BITSANDBYTES: ClassVar = {"codes": "", "scales": ".absmax", "nested_scales": ".nested_absmax"}
 
     def __init__(self, shape: tuple[int, int]) -> None:

@@ -25,7 +25,7 @@ class Int8Weight(PackedWeight):
     scales / 254, half a step (and the rounding of fp32).
     """
 
-    name = "int8"
+    name, bits = "int8", 8
     PARTS: ClassVar = {"codes": Part(torch.int8), "scales": Part(torch.float32, None)}
 
     @torch.no_grad()

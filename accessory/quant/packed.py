@@ -52,6 +52,8 @@ class PackedWeight(nn.Module, ABC):
 
     name: ClassVar[str]
     """The name in `--quant_type` and in files."""
+    bits: ClassVar[int]
+    """Of a code."""
     PARTS: ClassVar[dict[str, Part]]
     """`codes`, and what else a format has."""
     trained: ClassVar[tuple[str, ...]] = ()

@@ -28,7 +28,7 @@ _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
 _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
 _PLACES = (
-    "pretrained_path", "llama_config", "tokenizer_path", "data_config", "val_data", "output_dir", "resume",
+    "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
     "cache_base",
 )  # fmt: skip
 """Flags that may differ from node to node: what lies there is compared instead."""

@@ -5,27 +5,40 @@ from __future__ import annotations
 from accessory.blueprint import Blueprint
 from accessory.config import FinetuneConfig
 from accessory.data.corpus import Corpus
+from accessory.memory.limit import check_limit
 from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import choose_layers
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
+from accessory.parallel.agree import together
 from accessory.run.identity import Job
 
 
 def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, list[str]]:
     """(how many layers to recompute, what to tell the user), for a decoder on meta. A collective.
 
-    Raises `ConfigError` for a `--checkpointing` that cannot be.
+    Raises `ConfigError` for a `--checkpointing` that cannot be, and for a step that `--max_memory` forbids.
     """
     config, layout, blueprint, order = job.config, job.layout, job.blueprint, job.order
-    step = StepMemory(
-        decoder, attachment, layout,
-        tokens=order.most_tokens, longest=min(config.max_words, order.most_tokens),
-        micro_batches=2 if config.accum_iter > 1 or config.max_tokens else 1,  # only whether gradients are accumulated
-        data_parallel=config.data_parallel, optim=config.optim, offload=config.offload_inputs,
-    )  # fmt: skip
-    n_layers = sum(1 for _ in decoder.blocks())
-    recomputed, why = choose_layers(config.checkpointing, n_layers, step.plan, layout, remedies(config))
+    longest, limit = (
+        min(config.max_words, order.most_tokens),
+        config.max_memory_bytes,
+    )
+
+    def step_with(max_tokens: int | None = config.max_tokens, optim: str = config.optim) -> StepMemory:
+        return StepMemory(
+            decoder, attachment, layout, tokens=min(order.most_tokens, max_tokens or order.most_tokens),
+            longest=longest,
+            micro_batches=2 if config.accum_iter > 1 or max_tokens else 1,  # only whether gradients are accumulated
+            data_parallel=config.data_parallel, optim=optim, offload=config.offload_inputs,
+        )  # fmt: skip
+
+    step, n_layers = step_with(), sum(1 for _ in decoder.blocks())
+    recomputed, why = choose_layers(config.checkpointing, n_layers, step.plan, layout, remedies(config), limit)
+    if limit:
+        smaller = {"max_tokens": longest} if longest < order.most_tokens else {}
+        changes = [{"optim": "adamw8bit"}, smaller, smaller | {"optim": "adamw8bit"}]
+        together(check_limit, limit, recomputed, step_with, changes)
     trained, total = parameter_counts(decoder, attachment)
     packed = blueprint.quant_type
     stored = f"{packed} in the blocks, {config.precision} elsewhere" if packed else config.precision
@@ -49,9 +62,10 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
 def corpus_notes(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus) -> list[str]:
     """The report on the data, and what the model will not see of them. Raises `DataError` for too long a document."""
     args = blueprint.args
+    data = ", ".join(map(str, config.data_config))
     notes = [
         *corpus.check_lengths(args.longest_document, args.stated_length),
-        f"data {config.data_config}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
+        f"data {data}: {corpus.report}\nfirst document, what is learned between « »:\n{corpus.show(0)}",
     ]
     if unheld := corpus.without(config.new_tokens):
         notes.append(f"--new_tokens: no document holds {', '.join(unheld)}")

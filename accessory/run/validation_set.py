@@ -66,7 +66,7 @@ def divide(
     questions = read_questions(config.sample_prompts)
     if config.val_data:
         other = _read(config, blueprint, how)
-        notes = [f"validation {config.val_data}: {other.report}"]
+        notes = [f"validation: {other.report}"]
         if common := in_common(other, corpus):
             notes.append(f"{common:,} of its records are trained on, too: figures on them do not tell what was learned")
         notes += other.check_lengths(blueprint.args.longest_document, blueprint.args.stated_length)

@@ -110,10 +110,13 @@ def test_a_null_prompt_type_is_upstreams_none(write, data):
 
 def test_a_file_of_another_kind_is_told_with_the_other_faults(write, data):
     write("x.xlsx", "")
+    write("x.conf", "a = b")
     message = refused(write("c.yaml", "META:\n- path: x.xlsx\n- path: absent.json\n- path: x.conf\n"))
     assert "META[0]: " in message and "x.xlsx: .xlsx files are not read here; save the sheet as .csv" in message
     assert "META[1]: path absent.json is neither" in message
-    assert re.search(r"META\[2\]: path x.conf is not a data file; expected one of .json, .*or .gz of these\.", message)
+    assert re.search(
+        r"META\[2\]: path \S*x.conf is not a data file: found a text file .*; expected one of .json, .*or .gz", message
+    )
 
 
 def test_the_keys_found_are_named_where_meta_is_missing(write, data):
@@ -142,11 +145,51 @@ def test_a_name_too_long_for_a_path_is_none(write):
     assert "cannot be read" in refused(Path("x" * 5000 + ".yaml"))
 
 
-def test_a_directory_is_told_what_to_do(write, tmp_path):
-    (tmp_path / "folder").mkdir()
-    assert "folder: is a directory; expected a file. List several in a YAML" in refused(tmp_path / "folder")
-    message = refused(write("c.yaml", "META:\n- path: folder\n"))
-    assert "META[0]: " in message and "folder: is a directory" in message
+def test_one_item_may_name_several_files(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("parts/b.jsonl", "parts/a.jsonl", "x.json", "data/z.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(name, [])
+    config = write(
+        "c.yaml", "META:\n- {path: [x.json, 'parts/*', x.json], ratio: 0.5}\n- path: parts\n- path: z.json\n"
+    )
+    entries = load_data_config([config, Path("x.json")])
+    assert [(entry.path.name, entry.source.number) for entry in entries] == [
+        ("x.json", 0), ("a.jsonl", 0), ("b.jsonl", 0), ("a.jsonl", 1), ("b.jsonl", 1), ("z.json", 2), ("x.json", 3)
+    ]  # fmt: skip
+    assert [entry.ratio for entry in entries] == [0.5] * 3 + [1.0] * 4
+    assert entries[0].source.name == entries[2].source.name == "x.json, parts/*, x.json"
+    notes = entries[0].source.notes
+    assert notes[0] == "2 files match" and "x.json is named twice and read once" in notes[1]
+    assert entries[1].source.notes == () and "2 files of the directory" in entries[3].source.notes[0]
+
+
+def test_faults_of_several_configs_are_told_at_once(write, tmp_path):
+    write("c.yaml", "META:\n- path: absent.json\n")
+    message = refused([tmp_path / "c.yaml", tmp_path / "none.json", tmp_path / "d.yaml"])
+    assert "META[0]: path absent.json is neither" in message and "none.json is not there" in message
+    assert "d.yaml: cannot be read" in message
+
+
+def test_the_nearest_file_is_named(write, data):
+    assert "Did you mean 'x.json'?" in refused(write("c.yaml", "META:\n- path: x.jsn\n"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("{instuction: q}", "'instuction' is no name that is read. Did you mean 'instruction'? Known: instruction, "),
+        ("{output: [a]}", "'columns.output' is ['a']"),
+        ("question", "'columns' is 'question'"),
+    ],
+)
+def test_columns_name_what_is_known(write, data, columns, words):
+    assert words in refused(write("c.yaml", f"META:\n- {{path: x.json, columns: {columns}}}\n"))
+
+
+def test_a_path_is_a_text_or_a_list_of_texts(write, data):
+    for path in ("[]", "[x.json, 3]", "{a: b}", "null"):
+        assert "META[0]: 'path" in refused(write("c.yaml", f"META:\n- {{path: {path}}}\n")), path
 
 
 def test_a_yaml_may_open_with_a_byte_order_mark(write, data):

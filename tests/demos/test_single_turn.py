@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
-from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from accessory import meta
@@ -22,6 +17,7 @@ from accessory.meta import MetaModel
 from accessory.parallel import groups
 from tests.browser import Browser, usable
 from tests.checkpoint.trained import write_trained_side
+from tests.demos.pages import served as served_by
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "demos" / "single_turn.py"
@@ -128,26 +124,9 @@ def test_a_side_network_alone(tiny_base: Path, tmp_path: Path, python, torchrun)
         assert answer_in(done.stdout) == expected
 
 
-@contextmanager
-def served(part: Path, environment: dict[str, str], ranks: int = 1) -> Iterator[tuple[subprocess.Popen, Client]]:
+def served(part: Path, environment: dict[str, str], ranks: int = 1, longest: int = 300) -> AbstractContextManager:
     """The page of a trained part, and a client of it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    arguments = [DEMO, "--pretrained_path", part, "--device", "cpu", "--max_seq_len", "300", "--port", port]
-    page = subprocess.Popen(
-        [sys.executable, "-u", *launcher, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield page, Client(address_of(page), verbose=False)
-    finally:
-        page.terminate()
-        page.wait(timeout=30)
+    return served_by(DEMO, environment, "--pretrained_path", part, "--max_seq_len", longest, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -172,7 +151,7 @@ ASK, STOP, ANSWER = "button.primary", "button.stop", "[...document.querySelector
 
 def test_stop_gives_way_to_ask_however_an_answer_ends(trained: Path, clean_environment, tmp_path: Path) -> None:
     """In a browser: after an empty question, after an answer, and after Stop, which ends the answer at once."""
-    with served(trained, clean_environment) as (page, client), Browser(tmp_path) as browser:
+    with served(trained, clean_environment, longest=2000) as (page, client), Browser(tmp_path) as browser:
         visitor = browser.visit(client.src)
         visitor.click(ASK)
         visitor.wait("document.body.innerText.includes('The question is empty.')")
@@ -187,8 +166,8 @@ def test_stop_gives_way_to_ask_however_an_answer_ends(trained: Path, clean_envir
         visitor.press("Enter", shift=True)
         visitor.wait(f"{usable(ASK)} && {ANSWER}")
         assert not visitor.shown(STOP)
-        visitor.type("input[type=number]", "250")
-        visitor.type("input[aria-label*=Temperature]", "2")
+        visitor.type("input[type=number]", "1500")
+        visitor.type("input[aria-label*=Temperature]", "0")
         visitor.press("Tab")
         before = visitor.js(ANSWER)
         visitor.click(ASK)
@@ -213,36 +192,6 @@ def test_memory_of_the_page_does_not_grow(trained: Path, clean_environment) -> N
                 client.predict(words, "", "alpaca", 1 + number % 5, number % 2, 0.9, api_name="/ask")
             resident.append(int(Path(f"/proc/{page.pid}/statm").read_text().split()[1]))
     assert resident[-1] <= 1.03 * resident[19], [f"{pages / 256:.1f} MiB" for pages in resident[19::40]]
-
-
-def address_of(page: subprocess.Popen) -> str:
-    """The address the page prints once it is up; it must be loopback."""
-    deadline, said = time.monotonic() + 120, ""
-    while time.monotonic() < deadline:
-        line = page.stdout.readline()
-        said += line
-        if match := re.search(r"http://\S+", line):
-            assert match[0].startswith("http://127.0.0.1:"), match[0]
-            return match[0]
-        if page.poll() is not None:
-            break
-    raise AssertionError(said)
-
-
-CHATML = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def with_template(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base's tokenizer with a chat template, by which `<s>` ends a turn."""
-    directory = tmp_path_factory.mktemp("tokenizer")
-    (directory / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
-    config = json.loads((tiny_base / "tokenizer_config.json").read_text())
-    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHATML}))
-    return directory
 
 
 def test_a_question_through_the_checkpoints_own_template(tiny_base: Path, with_template: Path, python) -> None:

@@ -77,7 +77,7 @@ def test_script_gives_upstreams_values(
 ) -> None:
     more = ("--data_config", DATA, "--max_steps", "1")
     used = called_by(script, tiny_base, params, tiny_base, *more, folder=tmp_path, environment=clean_environment)
-    assert (used.data_config, used.max_steps) == (DATA, 1)
+    assert (used.data_config, used.max_steps) == ([DATA], 1)
     assert used.output_dir == tmp_path / "out" / "finetune" / "sg" / script.stem
     assert used.quant == used.only_save_trainable == script.stem.endswith("_QF")
     names = ("epochs", "warmup_epochs", "batch_size", "accum_iter", "max_words", "lr", "min_lr", "clip_grad")

@@ -47,7 +47,7 @@ def content_of(path: Path) -> str:
         return what_is(path)
     with opened(path) as file:
         head = file.read(_HEAD_BYTES)
-    return f"{kind_of(head)}, packed by gzip," if head else "an empty file, packed by gzip,"
+    return f"{kind_of(head) if head else 'an empty file'} (packed by gzip)"
 
 
 def lines_of(file: BinaryIO, path: Path) -> Iterator[str]:
@@ -77,7 +77,7 @@ def text_of(path: Path) -> str:
 def not_utf8(path: Path, place: int) -> DataError:
     """The error of a file whose byte number `place` is not UTF-8, with the command that would mend it."""
     content = content_of(path)
-    found = f"found {content}{' which' if content.endswith(',') else ', which'} is not UTF-8 (byte {place})"
+    found = f"found {content}, which is not UTF-8 (byte {place})"
     encoding = "UTF-16" if "UTF-16" in content else "WINDOWS-1252"
     how = f": iconv -f {encoding} -t UTF-8 {path} > NEW" if "text" in content and not is_packed(path) else ""
     return DataError(f"{path}: {found}; save it as UTF-8{how}.")

@@ -1,0 +1,54 @@
+"""Loads a demo's model, over as many ranks as were started."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from accessory.config import AskConfig, PageConfig
+from accessory.meta import MetaModel, Sampling
+from accessory.parallel import groups
+from accessory.parallel.agree import on_main
+from accessory.parallel.groups import Layout
+from demos.page_serving import check_place
+
+PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the demo runs
+
+
+def load(config: AskConfig, page: bool) -> tuple[MetaModel, Layout]:
+    """The model, divided over all ranks, and their layout. page: whether one will be served, which is tried first."""
+    ranks = groups.launch_environment(config.dist_on_itp)[1]
+    layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
+    if page and isinstance(config, PageConfig):
+        on_main(check_place, config)
+    model = MetaModel.from_pretrained(
+        list(config.pretrained_path),
+        llama_type=config.llama_type,
+        llama_config=config.llama_config,
+        tokenizer_path=config.tokenizer_path,
+        max_seq_len=config.max_seq_len,
+        dtype=config.dtype,
+        quant=config.quant,
+        quant_type=config.quant_type,
+        layout=layout,
+    )
+    return model, layout
+
+
+def sampling_of(config: AskConfig, **others: Any) -> Sampling:
+    """How the flags say that answers are chosen, but for `others`. Raises `ConfigError` for values out of range."""
+    return Sampling.of(
+        **{name: getattr(config, name) for name in Sampling.model_fields if hasattr(config, name)} | others
+    )
+
+
+def prompt_layout_note(model: MetaModel, asked: str) -> str:
+    """A note if a part was trained on several prompt layouts, or on others than `asked`; else the empty string."""
+    trained = ", ".join(model.prompt_layouts)
+    if model.prompt_layouts and asked not in model.prompt_layouts:
+        return (
+            f"--system_prompt {asked}: the part was trained on questions laid out as {trained}, and may answer worse."
+        )
+    if len(model.prompt_layouts) > 1:
+        return f"The part was trained on questions laid out as {trained}; these are asked as {asked} (--system_prompt)."
+    return ""

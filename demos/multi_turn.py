@@ -1,0 +1,37 @@
+"""Talk with a model on a page served on this machine; it remembers what was said, each visitor apart from the others.
+
+torchrun --nproc-per-node=RANKS demos/multi_turn.py --pretrained_path BASE TRAINABLE --quant
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.config import ChatPageConfig
+from accessory.conversation import dismiss, follow
+from accessory.entry import run_entry
+from demos.loading import load, prompt_layout_note
+from demos.page_serving import serve_page
+from demos.talks import Talks
+
+
+def main(config: ChatPageConfig) -> None:
+    """Load the model, over as many model-parallel ranks as were started, and serve the page."""
+    model, layout = load(config, page=True)
+    talks = Talks(model, config)
+    if not layout.is_main:
+        follow(model)
+        return
+    from demos.chat_page import LOOKS, ChatPage  # once it is known that gradio is there
+
+    if note := prompt_layout_note(model, talks.empty.prompt_layout):
+        print(note, file=sys.stderr, flush=True)
+    try:
+        serve_page(ChatPage(talks, config, model).blocks, config, css=LOOKS)
+    finally:
+        dismiss()
+
+
+if __name__ == "__main__":
+    run_entry(ChatPageConfig, main)

@@ -1,0 +1,73 @@
+"""What visitors do with their conversations: one is answered at a time, each with what was said to it alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any
+
+from accessory.config import ChatPageConfig
+from accessory.conversation import Conversation
+from accessory.errors import ConfigError
+from accessory.meta import MetaModel
+from accessory.parallel.allocator import give_back_freed_memory
+from demos.page_serving import check_text
+from demos.visits import Visits
+
+MOST_TURNS = 200  # of a conversation
+Answers = Generator[Conversation, None, None]
+
+
+class Talks:
+    """What visitors do with their conversations, told apart by the names of their windows.
+
+    empty: a conversation that nobody has, for what all have in common.
+    """
+
+    def __init__(self, model: MetaModel, config: ChatPageConfig) -> None:
+        """Raises what `Conversation` does."""
+
+        def begin() -> Conversation:
+            return Conversation(model, config.system, prompt_layout=config.system_prompt)
+
+        self.empty = begin()
+        self._visits, self._one_at_a_time = Visits(begin, config.kept_caches), threading.Lock()
+
+    def of(self, name: str | None) -> Conversation:
+        """The conversation of a window, once it is not being answered."""
+        conversation = self._visits.of(name)
+        conversation.wait()
+        return conversation
+
+    def stop(self, name: str | None) -> None:
+        """End the answer that a window is being given."""
+        self._visits.of(name).stop()
+
+    def leave(self, name: str | None) -> None:
+        """The window was closed."""
+        self._visits.end(name)
+
+    def ask(self, name: str | None, question: object, system: object, sampling: dict[str, Any]) -> Answers:
+        """The window's conversation, each time the answer to a question has grown. Raises `AccessoryError`."""
+        check_text("The question", question)
+        if len(self._visits.of(name).history) >= MOST_TURNS:
+            raise ConfigError(f"A conversation has at most {MOST_TURNS} turns: clear it, or take some back.")
+        yield from self._answer(name, system, lambda conversation: conversation.ask(question, **sampling))
+
+    def retry(self, name: str | None, system: object, sampling: dict[str, Any]) -> Answers:
+        """The same for another answer to the last question."""
+        yield from self._answer(name, system, lambda conversation: conversation.retry(**sampling))
+
+    def _answer(self, name: str | None, system: object, answer: Callable[[Conversation], Generator]) -> Answers:
+        check_text("The system's words", system or "")
+        conversation = self._visits.of(name)
+        with self._one_at_a_time:
+            self._visits.make_room()
+            conversation.system = system or None
+            try:
+                with closing(answer(conversation)) as answering:
+                    for _ in answering:
+                        yield conversation
+            finally:
+                give_back_freed_memory()  # the next one may be answered by another thread, in a heap of its own
