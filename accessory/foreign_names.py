@@ -53,7 +53,7 @@ _SENTENCES = (
      "--new_tokens adds to the vocabulary"),
     ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
      "train_data train_dataset data_meta_path data_root",
-     "--data_config takes a data file, or a YAML that lists some"),
+     "--data_config takes a data file, a directory, a name such as alpaca, or a YAML that lists some"),
     ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "
      "conversation_template prompt_type",
      "it is prompt_type of an entry in the YAML of --data_config"),
