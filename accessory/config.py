@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -31,8 +30,6 @@ _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 """A number and its unit."""
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
-TRACKERS = ("tensorboard", "wandb", "none")
-"""What `--report_to` takes."""
 _LAYER_WORDS = ("none", "all", "auto")
 _TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
 
@@ -66,12 +63,6 @@ Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
 def _listed(value: Any) -> Any:
     """One path as a list of it."""
     return [value] if isinstance(value, str | Path) else value
-
-
-def _words(value: Any) -> Any:
-    """Words apart, which may be separated by commas."""
-    given = [value] if isinstance(value, str) else value
-    return [word for text in given for word in text.split(",") if word] if isinstance(given, list) else given
 
 
 class FinetuneConfig(BaseModel):
@@ -125,22 +116,6 @@ class FinetuneConfig(BaseModel):
     """Passes over the data."""
     warmup_epochs: float = Field(default_factory=lambda given: min(given["epochs"] / 10, 1.0), ge=0)
     """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, at most 1."""
-    val_data: Annotated[list[Path], BeforeValidator(_listed)] = []
-    """What to evaluate on, given as --data_config is; it is not trained on."""
-    val_split: float | None = Field(default=None, gt=0, lt=1)
-    """Evaluate on this share of the training data instead, which is held out: the same records whatever the run."""
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate after every this many optimizer steps; also before the first and after the last."""
-    eval_epochs: float | None = Field(default=None, gt=0)
-    """Evaluate after every this many (fractional) epochs instead; absent, and without --eval_steps: 1."""
-    patience: int | None = Field(default=None, ge=1)
-    """End the run after this many evaluations in a row without a lower validation loss."""
-    sample_prompts: list[str] = []
-    """Questions to answer at each evaluation, or a file of them: a question a line (.txt), a list of texts (.json)."""
-    sample_tokens: int = Field(default=128, ge=1)
-    """Longest answer to one of --sample_prompts, in tokens."""
-    report_to: Annotated[list[Literal[TRACKERS]], BeforeValidator(_words)] = ["tensorboard"]
-    """Where figures go beside log.jsonl: tensorboard, wandb, several (tensorboard,wandb), or none."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps; the schedule still follows --epochs."""
     lr: float = Field(default=0.001, gt=0)
@@ -249,15 +224,13 @@ class FinetuneConfig(BaseModel):
             found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
         if self.cache_base and self.cache_base == self.output_dir:
             found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
-        found += self._evaluation_faults()
         found += misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
             resume=[None if self.resumes_latest else self.resume],
         )
-        for flag, given in (("data_config", self.data_config), ("val_data", self.val_data)):
-            found += missing_data(flag, given, self.data_dir)
+        found += missing_data(self.data_config, self.data_dir)
         if self.resumes_latest and self.output_dir is None:
             found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
@@ -284,27 +257,6 @@ class FinetuneConfig(BaseModel):
         """`--max_memory` in bytes."""
         match = _SIZE.fullmatch(self.max_memory or "")
         return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
-
-    def _evaluation_faults(self) -> list[str]:
-        found = []
-        if self.val_data and self.val_split:
-            found.append("--val_data and --val_split contradict each other: leave one out.")
-        if self.eval_steps and self.eval_epochs:
-            found.append("--eval_steps and --eval_epochs contradict each other: leave one out.")
-        if not self.evaluates:
-            for name in ("eval_steps", "eval_epochs", "patience", "sample_prompts"):
-                if getattr(self, name):
-                    found.append(f"--{name} needs documents to evaluate on: give --val_data FILE or --val_split 0.02.")
-        if "none" in self.report_to and len(self.report_to) > 1:
-            found.append(f"--report_to {','.join(self.report_to)}: none goes with nothing else.")
-        if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
-            found.append("--report_to wandb: wandb is not installed. Install it with: pip install 'accessory[wandb]'")
-        return found
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run evaluates anything."""
-        return bool(self.val_data) or self.val_split is not None
 
     @property
     def resumes_latest(self) -> bool:
@@ -347,10 +299,21 @@ class AskConfig(BaseModel):
     """Sample from tokens that are at least this many times as likely as the likeliest one."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1 makes tokens less likely that stand in the prompt or the answer so far."""
+    stop: list[str] = []
+    """Texts that end an answer, and are not shown."""
     seed: int = 0
     """Seed of the sampling."""
     dist_on_itp: bool = False
     """Take rank and world size from OpenMPI's variables."""
+    n_gpus: int | None = Field(default=None, ge=1)
+    """Start this many processes that share the model, each on a GPU (or on the CPU), where no torchrun does."""
+    gpu_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Start a process on each of these GPUs."""
+
+    @property
+    def own_ranks(self) -> list[int]:
+        """The GPU of each process to start; none where they are not asked for."""
+        return self.gpu_ids or list(range(self.n_gpus or 0))
 
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""
@@ -359,6 +322,10 @@ class AskConfig(BaseModel):
         )
         if self.quant is False and self.quant_type:
             found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")
+        if self.gpu_ids and self.n_gpus not in (None, len(self.gpu_ids)):
+            found.append(f"--n_gpus {self.n_gpus} contradicts --gpu_ids, which are {len(self.gpu_ids)}: leave one out.")
+        if len(set(self.gpu_ids)) < len(self.gpu_ids):
+            found.append(f"--gpu_ids {' '.join(map(str, self.gpu_ids))}: names a GPU twice.")
         return found
 
 
@@ -393,15 +360,27 @@ class DemoConfig(PageConfig):
     """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
 
 
-class ChatPageConfig(PageConfig):
-    """Talk with a base model, or a base with a trained part, on a page that remembers what was said."""
+class TalkConfig(AskConfig):
+    """What a demo takes that remembers what was said, too."""
 
     max_gen_len: int = Field(default=512, ge=1)
     """Longest answer, in tokens."""
     system: str | None = None
-    """Words of the system before the first turn; absent: those of the prompt layout."""
+    """Words of the system before the first turn; absent: those of the training data, or of the prompt layout."""
     system_prompt: Literal[PROMPT_LAYOUTS] | None = None
     """Prompt layout; absent: that of the training data; for a base its chat template, or dialog."""
+
+
+class TerminalConfig(TalkConfig):
+    """Talk with a base model, or a base with a trained part, in the terminal."""
+
+    prompt: list[str] = []
+    """Ask these one after the other, and read nothing from the terminal."""
+
+
+class ChatPageConfig(TalkConfig, PageConfig):
+    """Talk with a base model, or a base with a trained part, on a page that remembers what was said."""
+
     kept_caches: int = Field(default=4, ge=1)
     """Conversations whose keys and values stay in memory; those of others are computed anew when they go on."""
 
@@ -418,15 +397,15 @@ def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> lis
     return found + [f"--llama_config {path}: is a directory; expected a JSON file." for path in directories]
 
 
-def missing_data(flag: str, given: list[Path], data_dir: Path) -> list[str]:
-    """One fault for each value of `flag` that names nothing."""
+def missing_data(given: list[Path], data_dir: Path) -> list[str]:
+    """One fault for each of --data_config that names nothing."""
     found = []
     for path in given:
         try:
             if not is_there(path):
                 find_files(str(path), [Path()], data_dir)
         except DataError as error:
-            found.append(f"--{flag} {str(error).removeprefix('path ')}")
+            found.append(f"--data_config {str(error).removeprefix('path ')}")
     return found
 
 
@@ -503,8 +482,7 @@ def _is_switch(field: FieldInfo) -> bool:
 def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return " Required."
-    default = ",".join(field.default) if isinstance(field.default, list) else field.default
-    return "" if field.default_factory or default in (None, False, "") else f" Default: {default}."
+    return "" if field.default_factory or field.default in (None, False, []) else f" Default: {field.default}."
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
