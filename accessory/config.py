@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -30,6 +31,8 @@ _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 """A number and its unit."""
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
+TRACKERS = ("tensorboard", "wandb", "none")
+"""What `--report_to` takes."""
 _LAYER_WORDS = ("none", "all", "auto")
 _TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
 
@@ -63,6 +66,12 @@ Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
 def _listed(value: Any) -> Any:
     """One path as a list of it."""
     return [value] if isinstance(value, str | Path) else value
+
+
+def _words(value: Any) -> Any:
+    """Words apart, which may be separated by commas."""
+    given = [value] if isinstance(value, str) else value
+    return [word for text in given for word in text.split(",") if word] if isinstance(given, list) else given
 
 
 class FinetuneConfig(BaseModel):
@@ -116,6 +125,22 @@ class FinetuneConfig(BaseModel):
     """Passes over the data."""
     warmup_epochs: float = Field(default_factory=lambda given: min(given["epochs"] / 10, 1.0), ge=0)
     """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, at most 1."""
+    val_data: Annotated[list[Path], BeforeValidator(_listed)] = []
+    """What to evaluate on, given as --data_config is; it is not trained on."""
+    val_split: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate on this share of the training data instead, which is held out: the same records whatever the run."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate after every this many optimizer steps; also before the first and after the last."""
+    eval_epochs: float | None = Field(default=None, gt=0)
+    """Evaluate after every this many (fractional) epochs instead; absent, and without --eval_steps: 1."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after this many evaluations in a row without a lower validation loss."""
+    sample_prompts: list[str] = []
+    """Questions to answer at each evaluation, or a file of them: a question a line (.txt), a list of texts (.json)."""
+    sample_tokens: int = Field(default=128, ge=1)
+    """Longest answer to one of --sample_prompts, in tokens."""
+    report_to: Annotated[list[Literal[TRACKERS]], BeforeValidator(_words)] = ["tensorboard"]
+    """Where figures go beside log.jsonl: tensorboard, wandb, several (tensorboard,wandb), or none."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps; the schedule still follows --epochs."""
     lr: float = Field(default=0.001, gt=0)
@@ -224,13 +249,15 @@ class FinetuneConfig(BaseModel):
             found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
         if self.cache_base and self.cache_base == self.output_dir:
             found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
+        found += self._evaluation_faults()
         found += misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
             resume=[None if self.resumes_latest else self.resume],
         )
-        found += missing_data(self.data_config, self.data_dir)
+        for flag, given in (("data_config", self.data_config), ("val_data", self.val_data)):
+            found += missing_data(flag, given, self.data_dir)
         if self.resumes_latest and self.output_dir is None:
             found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
@@ -257,6 +284,27 @@ class FinetuneConfig(BaseModel):
         """`--max_memory` in bytes."""
         match = _SIZE.fullmatch(self.max_memory or "")
         return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
+
+    def _evaluation_faults(self) -> list[str]:
+        found = []
+        if self.val_data and self.val_split:
+            found.append("--val_data and --val_split contradict each other: leave one out.")
+        if self.eval_steps and self.eval_epochs:
+            found.append("--eval_steps and --eval_epochs contradict each other: leave one out.")
+        if not self.evaluates:
+            for name in ("eval_steps", "eval_epochs", "patience", "sample_prompts"):
+                if getattr(self, name):
+                    found.append(f"--{name} needs documents to evaluate on: give --val_data FILE or --val_split 0.02.")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            found.append(f"--report_to {','.join(self.report_to)}: none goes with nothing else.")
+        if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
+            found.append("--report_to wandb: wandb is not installed. Install it with: pip install 'accessory[wandb]'")
+        return found
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates anything."""
+        return bool(self.val_data) or self.val_split is not None
 
     @property
     def resumes_latest(self) -> bool:
@@ -397,15 +445,15 @@ def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> lis
     return found + [f"--llama_config {path}: is a directory; expected a JSON file." for path in directories]
 
 
-def missing_data(given: list[Path], data_dir: Path) -> list[str]:
-    """One fault for each of --data_config that names nothing."""
+def missing_data(flag: str, given: list[Path], data_dir: Path) -> list[str]:
+    """One fault for each value of `flag` that names nothing."""
     found = []
     for path in given:
         try:
             if not is_there(path):
                 find_files(str(path), [Path()], data_dir)
         except DataError as error:
-            found.append(f"--data_config {str(error).removeprefix('path ')}")
+            found.append(f"--{flag} {str(error).removeprefix('path ')}")
     return found
 
 
@@ -482,7 +530,8 @@ def _is_switch(field: FieldInfo) -> bool:
 def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return " Required."
-    return "" if field.default_factory or field.default in (None, False, []) else f" Default: {field.default}."
+    default = ",".join(field.default) if isinstance(field.default, list) else field.default
+    return "" if field.default_factory or default in (None, False, "") else f" Default: {default}."
 
 
 def plain(config: BaseModel) -> dict[str, Any]:

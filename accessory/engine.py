@@ -22,6 +22,7 @@ from accessory.run.report import Reporter, StepReport, peak_memory
 from accessory.run.saving import Saver
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
+from accessory.run.validation import Outcome, Validation
 
 MOST_SKIPPED = int(math.log2(FIRST_LOSS_SCALE / LEAST_LOSS_SCALE))
 """Steps in a row that may be skipped: as many as it takes to bring fp16's loss scale down to its floor."""
@@ -55,7 +56,8 @@ class StepSettings:
 class Engine:
     """Trains `model`, whose trained parameters are `parameters`. saver: None for a run that writes nothing.
 
-    base_cache: what the model takes its base's states from, if anything.
+    base_cache: what the model takes its base's states from, if anything. validation: evaluates it now and then, if
+    that is wanted.
     """
 
     model: nn.Module
@@ -68,6 +70,7 @@ class Engine:
     saver: Saver | None
     signals: StopSignals
     base_cache: BaseCache | None = None
+    validation: Validation | None = None
 
     def train(self, progress: Progress) -> None:
         """Run from `progress` to the end of the schedule, saving on the way and at the end.
@@ -77,29 +80,50 @@ class Engine:
         """
         self.model.train()
         schedule, saved_at = self.schedule, progress.total_steps
-        while not schedule.is_over(progress):
+        self._catch_up(progress)
+        while not self._is_over(progress):
             report, asked = self.step(progress)
             self.reporter.step(report)
-            if schedule.is_over(progress) and progress.skipped == progress.total_steps:
+            last = schedule.is_over(progress)
+            if last and progress.skipped == progress.total_steps:
                 raise step_faults.nothing_learned(progress, self.settings.scales_loss)
-            if asked.stop or asked.save or schedule.saves_after(progress):
-                self._save(progress)
+            outcome = self._evaluate(progress, last) if not asked.stop else Outcome()
+            stop = asked.stop or outcome.stop
+            wanted = stop or asked.save or schedule.saves_after(progress)
+            if wanted or outcome.best:
+                self._save(progress, only_best=not (wanted or last))
                 saved_at = progress.total_steps
             elif progress.step == 0:
                 self._settle()
-            if asked.stop and not schedule.is_over(progress):
-                raise step_faults.preempted(asked.stop, progress, saved=self.saver is not None)
+            if stop and not last:
+                raise step_faults.preempted(stop, progress, saved=self.saver is not None)
         if saved_at != progress.total_steps:
             self._save(progress)
         if skipped := progress.total_steps - max((int(s["step"]) for s in self.optimizer.state.values()), default=0):
             last = f", the last {progress.skipped} among them" if progress.skipped else ""
             self.reporter.say(f"{skipped} of the run's {progress.total_steps} steps were skipped{last}.")
+        if self.validation and (words := self.validation.closing_words()):
+            self.reporter.say(words)
 
-    def _save(self, progress: Progress) -> None:
+    def _is_over(self, progress: Progress) -> bool:
+        return self.schedule.is_over(progress) or (self.validation is not None and self.validation.is_over)
+
+    def _catch_up(self, progress: Progress) -> None:
+        """Evaluate before the first step, and after an earlier run that was stopped before it could."""
+        outcome = self.validation.catch_up(progress) if self.validation else Outcome()
+        if outcome.stop:
+            raise step_faults.preempted(outcome.stop, progress, saved=progress.total_steps > 0)
+        if outcome.best:
+            self._save(progress)
+
+    def _evaluate(self, progress: Progress, last: bool) -> Outcome:
+        return self.validation.after(progress, last) if self.validation else Outcome()
+
+    def _save(self, progress: Progress, only_best: bool = False) -> None:
         """Save, if this run writes anything; a run that goes on from there finds in the cache all that it had."""
         self._settle()
         if self.saver:
-            self.saver(progress)
+            self.saver(progress, only_best)
 
     def _settle(self) -> None:
         if self.base_cache:

@@ -13,7 +13,8 @@ from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.run_record import RUN_FILE, run_record
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
-from accessory.checkpoint.training_state import restore_training_state
+from accessory.checkpoint.training_state import Resumption, restore_training_state
+from accessory.checkpoint.validation_state import ValidationState
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
@@ -37,9 +38,12 @@ from accessory.run.preview import corpus_notes, preview, remedies
 from accessory.run.report import Reporter
 from accessory.run.resuming import find_start, open_sources, run_began
 from accessory.run.saving import Saver
-from accessory.run.schedule import schedule_notes, schedule_of
+from accessory.run.schedule import Schedule, schedule_notes, schedule_of
 from accessory.run.signals import StopSignals
 from accessory.run.status import RunStatus
+from accessory.run.trackers import make_trackers
+from accessory.run.validation import Validation
+from accessory.run.validation_set import divide
 
 CACHE_DIR = Path("accessory_data_cache")
 
@@ -97,11 +101,15 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     schedule = schedule_of(config, job.order, progress)
     _say(layout, *schedule_notes(config, job.order, schedule, progress))
     together(status.begin, progress.total_steps)
-    reporter = Reporter(status.output_dir, schedule.total_steps(progress), progress.total_steps, enabled=layout.is_main)
+    reporter = together(_reporter, config, layout, schedule.total_steps(progress), progress.total_steps)
     with closing(reporter), ExitStack() as held:
         if rows and not config.dry_run:
             model.base_cache = held.enter_context(open_base_cache(rows, job))
         saver = _saver(job, weights, parameters, optimizer, reporter, status) if status.output_dir else None
+        validation = _validation(job, model, schedule, reporter, signals, found)
+        if saver and validation:
+            saver.validation = validation.state
+            _say(layout, *saver.point_at_best())
         settings = StepSettings(
             scales_loss=config.precision == "fp16",
             pin_memory=config.pin_mem and layout.device.type == "cuda",
@@ -109,7 +117,17 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
             memory_remedies=remedies(config),
         )
         engine = Engine(
-            model, parameters, optimizer, job.order, schedule, settings, reporter, saver, signals, model.base_cache
+            model,
+            parameters,
+            optimizer,
+            job.order,
+            schedule,
+            settings,
+            reporter,
+            saver,
+            signals,
+            model.base_cache,
+            validation,
         )
         groups.limit_waiting(timedelta(seconds=config.timeout))
         signals.deferring = True
@@ -123,19 +141,19 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
 def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> Job:
     """Read the data. Raises on all ranks if one cannot, or if they would train on different data."""
     began = on_main(run_began, config, sources)
-    corpus = together(
-        build_corpus,
-        config.data_config,
-        blueprint.tokenizer,
-        max_words=config.max_words,
-        data_dir=config.data_dir,
-        dialog=config.dialog,
-        threads=max(config.num_workers, 1),
-        cache_dir=CACHE_DIR if config.cache_ann_on_disk else None,
-        max_skipped=config.max_skipped,
-        clock=began,
-    )
+    how = {
+        "max_words": config.max_words,
+        "data_dir": config.data_dir,
+        "dialog": config.dialog,
+        "threads": max(config.num_workers, 1),
+        "cache_dir": CACHE_DIR if config.cache_ann_on_disk else None,
+        "max_skipped": config.max_skipped,
+        "clock": began,
+    }
+    corpus = together(build_corpus, config.data_config, blueprint.tokenizer, **how)
     _say(layout, *together(corpus_notes, config, blueprint, corpus))
+    ids, validation, notes = together(divide, config, blueprint, corpus, how)
+    _say(layout, *notes)
     order = together(
         GlobalOrder,
         corpus,
@@ -146,9 +164,10 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         seed=config.seed,
         max_tokens=config.max_tokens,
         share_prefixes=not blueprint.method.drops_out,
+        ids=ids,
     )
-    job = Job(config, layout, sources, blueprint, corpus, order, began)
-    check_alike(job.identity)
+    job = Job(config, layout, sources, blueprint, corpus, order, began, validation)
+    check_alike({**job.identity, "validation": validation and [validation.digest, *validation.questions]})
     return job
 
 
@@ -182,8 +201,47 @@ def _fill(job: Job, decoder: Decoder, attachment: Attachment) -> MetaModel:
     together(fill, decoder, tensors, attachment, layout, data_parallel, config.seed)
     layouts = tuple(job.corpus.documents_by_prompt_layout())
     model = MetaModel(decoder, blueprint.tokenizer, config.max_words, layouts, job.corpus.told.system)
-    data_parallel.shard_root(model)
+    data_parallel.shard_root(model, also=("token_scores", "generate"))
     return model
+
+
+def _reporter(config: FinetuneConfig, layout: Layout, total_steps: int, first_step: int) -> Reporter:
+    """Shows and records the run; writes nothing on other ranks than the main one, and in a dry run."""
+    where, trackers = None if config.dry_run else config.output_dir, []
+    if where and layout.is_main:
+        trackers = make_trackers(config.report_to, where, first_step + 1 if first_step else 0, plain(config))
+    return Reporter(where, total_steps, first_step, layout.is_main, trackers)
+
+
+def _validation(
+    job: Job,
+    model: MetaModel,
+    schedule: Schedule,
+    reporter: Reporter,
+    signals: StopSignals,
+    found: Resumption | None,
+) -> Validation | None:
+    """What evaluates the model, if that is wanted; it goes on from what the resumed run had found."""
+    chosen, config = job.validation, job.config
+    if chosen is None:
+        return None
+    state = found.validation if found else None
+    if state and state.documents != chosen.digest:
+        reporter.say("validation is on other documents than before: best loss and patience begin anew")
+        state = None
+    return Validation(
+        model=model,
+        order=chosen.order(job.layout, job.order.most_tokens),
+        sources=chosen.sources,
+        schedule=schedule,
+        state=state or ValidationState(chosen.digest),
+        reporter=reporter,
+        signals=signals,
+        device=job.layout.device,
+        questions=chosen.questions,
+        answer_tokens=config.sample_tokens,
+        patience=config.patience,
+    )
 
 
 def _saver(

@@ -53,7 +53,7 @@ _SENTENCES = (
      "--new_tokens adds to the vocabulary"),
     ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
      "train_data train_dataset data_meta_path data_root",
-     "--data_config takes a data file, or a YAML that lists some"),
+     "--data_config takes a data file, a directory, a name such as alpaca, or a YAML that lists some"),
     ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "
      "conversation_template prompt_type",
      "it is prompt_type of an entry in the YAML of --data_config"),
@@ -133,13 +133,21 @@ _SENTENCES = (
      "--resume latest goes on from the newest whole checkpoint"),
     ("logging_steps logging_strategy logging_first_step log_every_n_steps log_interval log_freq",
      "every step is logged: leave it out"),
-    ("report_to logging_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
+    ("logging_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
      "plot_loss logger_name",
-     "TensorBoard events, log.jsonl and loss.png are written to --output_dir"),
-    ("do_eval do_predict eval_strategy evaluation_strategy eval_steps evals_per_epoch eval_interval eval_batch_size "
-     "val_set_size val_size val_split_fraction test_size eval_dataset_size per_device_eval_batch_size "
-     "max_eval_samples do_mmlu_eval eval_dataset load_best_model_at_end early_stopping_patience",
-     "training evaluates nothing: leave it out"),
+     "--report_to takes tensorboard and wandb, whose project and name are the variables WANDB_PROJECT and WANDB_NAME"),
+    ("do_eval eval_strategy evaluation_strategy evals_per_epoch eval_interval val_interval",
+     "--eval_steps or --eval_epochs says how often to evaluate"),
+    ("val_set_size val_size val_split_fraction test_size eval_dataset_size max_eval_samples",
+     "--val_split is the share of the data that is held out to evaluate on"),
+    ("eval_dataset val_dataset val_file validation_file", "--val_data names what to evaluate on"),
+    ("eval_batch_size per_device_eval_batch_size val_batch_size",
+     "documents that are evaluated are packed as in training: leave it out"),
+    ("load_best_model_at_end metric_for_best_model",
+     "best in --output_dir is the checkpoint with the lowest validation loss"),
+    ("early_stopping_patience", "--patience ends the run after so many evaluations without a lower loss"),
+    ("sample_generate", "--sample_prompts are answered at each evaluation"),
+    ("do_predict do_mmlu_eval", "no task is run while a model is trained: leave it out"),
     ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout "
      "strict tokenizer_type",
      "there is no such choice here: leave it out"),

@@ -41,4 +41,5 @@ def _values(annotation: Any) -> str:
 def _shown(default: Any) -> str:
     if default is False or default is None or default == []:
         return ""
-    return "on" if default is True else f"`{default}`"
+    shown = ",".join(default) if isinstance(default, list) else default
+    return "on" if default is True else f"`{shown}`"

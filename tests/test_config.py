@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -357,3 +358,33 @@ def test_in_python(tmp_path: Path) -> None:
         FinetuneConfig(pretrained_path="base", data_config="data.json", learning_rate=1e-3, sed=3)
     with pytest.raises(ConfigError, match=r"(?s)--quant needs --only_save_trainable.*base: no such file"):
         FinetuneConfig(pretrained_path="base", data_config="data.json", quant=True).check()
+
+
+@pytest.mark.parametrize(("flags", "fault"), [
+    ("--patience 3", "--patience needs documents to evaluate on: give --val_data FILE or --val_split 0.02."),
+    ("--sample_prompts a", "--sample_prompts needs documents to evaluate on"),
+    ("--eval_epochs 0.5", "--eval_epochs needs documents to evaluate on"),
+    ("--val_split 0.1 --eval_steps 0", "--eval_steps is '0': Input should be greater than or equal to 1"),
+    ("--val_split 1.5", "--val_split is '1.5': Input should be less than 1"),
+    ("--val_split 0.1 --eval_steps 5 --eval_epochs 1", "--eval_steps and --eval_epochs contradict each other"),
+    ("--val_split 0.1 --val_data DATA", "--val_data and --val_split contradict each other: leave one out."),
+    ("--val_data nowhere.json", "--val_data nowhere.json: no such file or directory."),
+    ("--report_to none,wandb", "--report_to none,wandb: none goes with nothing else."),
+    ("--report_to tensorbord", "'tensorboard', 'wandb' or 'none'"),
+])  # fmt: skip
+def test_faults_of_evaluation(paths: list[str], flags: str, fault: str) -> None:
+    given = flags.replace("DATA", paths[-1]).split()
+    assert any(fault in line for line in refusal([*paths, *given])), refusal([*paths, *given])
+
+
+def test_trackers_are_words_or_one_with_commas(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose package is missing names the line that installs it."""
+    assert parse(FinetuneConfig, paths).report_to == ["tensorboard"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    both = ["--report_to", "tensorboard,wandb"]
+    assert "--report_to wandb: wandb is not installed. Install it with: pip install 'accessory[wandb]'" in refusal(
+        [*paths, *both]
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert parse(FinetuneConfig, [*paths, *both]).report_to == ["tensorboard", "wandb"]
+    assert parse(FinetuneConfig, [*paths, "--report_to", "wandb", "tensorboard"]).report_to == ["wandb", "tensorboard"]

@@ -166,7 +166,8 @@ def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
 
 
 def test_flags_that_pages_name_exist() -> None:
-    sources = "\n".join(path.read_text() for path in [*(ROOT / "tools").glob("*.py"), ROOT / "tests" / "run.sh"])
+    files = [*(ROOT / "tools").glob("*.py"), ROOT / "tests/run.sh", ROOT / "accessory/__main__.py"]
+    sources = "\n".join(path.read_text() for path in files)
     configs = (FinetuneConfig, DemoConfig, TerminalConfig, ChatPageConfig)
     known = OTHERS_FLAGS.union({"help"}, *(config.model_fields for config in configs))
     for page, text in PAGES.items():
@@ -260,18 +261,38 @@ def test_command(command: str, workshop: Path, shell) -> None:
         assert "A: " in done.stdout
 
 
+QUESTION = "What is the capital of France?"
+LEAVES = {"save_qst_state": "side", "finetune(config)": "python/epoch2", "Trainer(": "trainer/checkpoint-3"}
+"""What examples that call this leave in output/: a trained part."""
+
+
 @pytest.mark.parametrize(("page", "example"), [b for b in blocks("python") if b[0] != "docs/extending.md"])
 def test_python_example(page: str, example: str, workshop: Path, python) -> None:
-    """That of `MetaModel` gives the answer that the demo gives; the loop leaves a trained part."""
+    """Those that ask give the answer that the demo gives; those that train leave a trained part."""
     train(workshop)
     done = python("-c", example, cwd=workshop, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    if "save_qst_state" in example:
-        assert (workshop / "output" / "side" / "trainable.safetensors").is_file()
-    elif page == "docs/python.md":
-        flags = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max_gen_len", "64")
+    if left := [place for call, place in LEAVES.items() if call in example]:
+        assert (workshop / "output" / left[0] / "trainable.safetensors").is_file()
+    elif "train=True" in example:
+        check_own_loop([float(line) for line in done.stdout.splitlines()], workshop, python)
+    elif f'question("{QUESTION}")' in example and "MultiGpuWrapper" not in example:  # two ranks round otherwise
+        flags = ("--prompt", QUESTION, "--temperature", "0", "--max_gen_len", "64")
         asked = python(ROOT / "demos" / "single_turn.py", "--pretrained_path", workshop / TRAINED, *flags)
-        assert asked.stdout == f"Q: What is the capital of France?\nA: {done.stdout}\n"
+        assert asked.stdout == f"Q: {QUESTION}\nA: {done.stdout}\n"
+
+
+def check_own_loop(losses: list[float], workshop: Path, python) -> None:
+    """The losses are those of the engine with the same settings, and what was saved can be asked."""
+    given = "--llama_type llama_peft --llama_config lora.json --pretrained_path BASE --data_config DATA.json --quant "
+    given += "--only_save_trainable --batch_size 4 --accum_iter 1 --lr 1e-3 --lr_schedule constant --warmup_epochs 0 "
+    given += "--weight_decay 0 --clip_grad 1 --max_words 512 --epochs 3 --output_dir output/twin"
+    assert python(ROOT / "accessory" / "main_finetune.py", *given.split(), cwd=workshop).returncode == 0
+    log = (workshop / "output" / "twin" / "log.jsonl").read_text().splitlines()
+    assert losses == pytest.approx([json.loads(line)["loss"] for line in log], rel=1e-4)
+    saved = workshop / "output" / "own"
+    asked = python(ROOT / "demos" / "single_turn.py", "--pretrained_path", saved, "--prompt", QUESTION)
+    assert asked.returncode == 0, asked.stderr
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Saves(Saver):
     def __init__(self) -> None:
         self.made, self.losses, self.saved_at = [], [], time.monotonic()
 
-    def write(self, progress: Progress, loss: float | None) -> None:
+    def write(self, progress: Progress, loss: float | None, only_best: bool) -> None:
         self.made.append((progress.checkpoint_name, progress.total_steps, loss))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from accessory.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
 from accessory.checkpoint.save import STATE_STEM
 from accessory.errors import CheckpointError
 
+BEST = "best"
+"""The name, beside the checkpoints, of a link to the one with the lowest validation loss."""
 FEWEST = 2
 """Smallest `--keep_last`: if one checkpoint turns out to be damaged, another one is left."""
 
@@ -44,22 +47,42 @@ def latest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """What was saved there to be resumed from, whole or damaged, by name. Hidden ones are still being written."""
+    """What was saved there to be resumed from, whole or damaged, by name. Hidden ones are still being written.
+
+    A link is none of its own.
+    """
     names = (MANIFEST_FILE, f"{STATE_STEM}.json", f"{STATE_STEM}.safetensors")
     named = (path for path in sorted(output_dir.iterdir()) if path.is_dir() and not path.name.startswith("."))
-    return [path for path in named if any((path / name).exists() for name in names)]
+    return [path for path in named if not path.is_symlink() and any((path / name).exists() for name in names)]
+
+
+def link_best(checkpoint: Path) -> str | None:
+    """Point the link `BEST` at a checkpoint beside it; it is replaced in one go. Returns why it could not be."""
+    link = checkpoint.with_name(BEST)
+    fresh = link.with_name(f".{BEST}.fresh")
+    try:
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(checkpoint.name, target_is_directory=True)
+        os.replace(fresh, link)
+    except OSError as error:
+        return f"{link}: cannot be linked to {checkpoint.name} ({error.strerror})"
+    return None
 
 
 class Retention:
-    """Keeps the last `keep_last` whole checkpoints in `output_dir`, and the one with the lowest loss."""
+    """Keeps the last `keep_last` whole checkpoints in `output_dir`, and the best one.
+
+    That is the one with the lowest validation loss, or where nothing is evaluated with the lowest loss in training.
+    """
 
     def __init__(self, output_dir: Path, keep_last: int) -> None:
         self.output_dir, self.keep_last = output_dir, keep_last
         self._verified: dict[Path, int] = {}  # checkpoint -> mtime of the manifest with which it agreed
 
-    def prune(self) -> list[str]:
+    def prune(self, best: str | None = None) -> list[str]:
         """Remove older ones; returns what could not be removed, and why.
 
+        best: the name of the one with the lowest validation loss, which stays. None: that with the lowest loss does.
         Damaged ones do not count and stay, for whoever wants to look.
         """
         whole: list[tuple[int, float, Path]] = []
@@ -75,8 +98,10 @@ class Retention:
             loss = manifest.get("loss")
             whole.append((manifest["step"], math.inf if loss is None else loss, path))
         whole.sort()
-        best = min(whole, key=lambda entry: (entry[1], -entry[0]), default=None)
-        return [fault for entry in whole[: -self.keep_last] if entry != best and (fault := remove(entry[2]))]
+        if best is None and whole:
+            best = min(whole, key=lambda entry: (entry[1], -entry[0]))[2].name
+        older = [path for *_, path in whole[: -self.keep_last]]
+        return [fault for path in older if path.name != best and (fault := remove(path))]
 
 
 def remove(checkpoint: Path) -> str | None:

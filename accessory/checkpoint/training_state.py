@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from accessory.checkpoint.save import STATE_STEM
 from accessory.checkpoint.source import open_safetensors, read_json
+from accessory.checkpoint.validation_state import ValidationState
 from accessory.errors import CheckpointError
 from accessory.parallel.agree import differences
 from accessory.parallel.data import as_shard, is_sharded, shard_like
@@ -28,7 +29,7 @@ from accessory.quant.moments import unpack_moment, zero_code
 
 CHANGEABLE = frozenset((
     "base", "data", "seed", "global_batch", "quantization", "precision", "lr", "min_lr", "lr_schedule", "warmup_epochs",
-    "epochs", "weight_decay", "adam_beta2", "clip_grad",
+    "epochs", "weight_decay", "adam_beta2", "clip_grad", "val_split",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
 _UNRECORDED = {"lr_schedule": "cosine", "adam_beta2": 0.95}
@@ -94,13 +95,19 @@ def collect_training_state(optimizer: torch.optim.Optimizer, parameters: NamedPa
     return tensors
 
 
-def state_record(progress: Progress, identity: dict[str, Any], conditions: dict[str, Any]) -> dict[str, Any]:
+def state_record(
+    progress: Progress,
+    identity: dict[str, Any],
+    conditions: dict[str, Any],
+    validation: ValidationState | None = None,
+) -> dict[str, Any]:
     """The JSON beside the tensors.
 
     `identity` must be equal for a run to be resumed; `conditions`, `world_size` and `mp_size` among them, for it to go
     on bit for bit.
     """
-    return {"progress": asdict(progress), "identity": identity, "conditions": conditions}
+    record = {"progress": asdict(progress), "identity": identity, "conditions": conditions}
+    return {**record, "validation": validation.record()} if validation else record
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Resumption:
     """Where a run resumes, and how it differs from the saved run.
 
     ranks, mp_size: of the saved run. changed: parts of the identity that differ, as was allowed. inexact: conditions
-    that differ, with both values; the run then does not go on bit for bit.
+    that differ, with both values; the run then does not go on bit for bit. validation: what its evaluations found.
     """
 
     directory: Path
@@ -117,6 +124,7 @@ class Resumption:
     mp_size: int
     changed: tuple[str, ...]
     inexact: tuple[str, ...]
+    validation: ValidationState | None = None
 
     def has_layout(self, layout: Layout) -> bool:
         """Whether ranks and slices are those of the saved run."""
@@ -139,7 +147,7 @@ def find_resumption(
     record, state_file = directory / f"{STATE_STEM}.json", directory / f"{STATE_STEM}.safetensors"
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
-    progress, was, conditions_were = _read_record(record)
+    progress, was, conditions_were, validation = _read_record(record)
     was = _UNRECORDED | was
     changed = {key: found for key, value in identity.items() if (found := differences(key, was.get(key), value))}
     if refused := [key for key in changed if key not in allowed and follows.get(key) not in allowed]:
@@ -153,7 +161,7 @@ def find_resumption(
         if conditions_were.get(key) != value
     ]
     ranks, mp_size = conditions_were["world_size"], conditions_were["mp_size"]
-    return Resumption(directory, progress, ranks, mp_size, tuple(changed), tuple(inexact))
+    return Resumption(directory, progress, ranks, mp_size, tuple(changed), tuple(inexact), validation)
 
 
 def _said(name: str, was: Any, now: Any) -> str:
@@ -190,8 +198,11 @@ def restore_training_state(
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
 
 
-def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
-    """Progress, identity and conditions. Raises `CheckpointError` where they are not there or of other types."""
+def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any], ValidationState | None]:
+    """Progress, identity, conditions, state of validation.
+
+    Raises `CheckpointError` where they are not there or of other types.
+    """
     saved = read_json(record)
     progress, identity, conditions = (saved.get(key) for key in ("progress", "identity", "conditions"))
     kinds = {field.name: (int, float) if field.type == "float" else (int,) for field in fields(Progress)}
@@ -202,7 +213,7 @@ def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]
         or not all(type(conditions.get(name)) is int for name in ("world_size", "mp_size"))
     ):
         raise CheckpointError(f"{record}: expected the progress, identity and conditions of a run.")
-    return Progress(**progress), identity, conditions
+    return Progress(**progress), identity, conditions, ValidationState.of(saved.get("validation"), str(record))
 
 
 def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from accessory.data.published import PUBLISHED, published_files, published_name
 from accessory.data.readers import SUFFIXES, is_data
+from accessory.data.readers.json_list import HELD_OUT
 from accessory.data.readers.opening import data_suffix, is_packed
 from accessory.errors import DataError, is_there, nearest
 from accessory.tokenizer.sniff import what_is
@@ -25,7 +26,6 @@ _REMEDIES = {
     ".pkl": "unpickling would run its code; write it as JSON Lines",
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst"), "unpack it first"),
 }
-_HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
 _DESCRIBING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SHOWN = 8  # names in a message
 
@@ -97,7 +97,7 @@ def _without_held_out(files: list[Path], directory: Path) -> list[Path]:
     words = [set(re.split(r"[^a-z]+", str(path.relative_to(directory)).lower())) for path in files]
     if not any("train" in said for said in words):
         return files
-    return [path for path, said in zip(files, words, strict=True) if "train" in said or not said & _HELD_OUT]
+    return [path for path, said in zip(files, words, strict=True) if "train" in said or not said & HELD_OUT]
 
 
 def _told(directory: Path, files: list[Path], kept: list[Path]) -> str:
@@ -120,7 +120,8 @@ def _of_splits(directory: Path) -> Found:
 def _saved(directory: Path) -> Found:
     """The files of what `datasets` saved by `save_to_disk`, in their order."""
     parts = _described(directory / "state.json", "_data_files")
-    files = [directory / part["filename"] for part in parts if isinstance(part, dict) and "filename" in part]
+    names = [part.get("filename") for part in parts if isinstance(part, dict)]
+    files = [directory / name for name in names if isinstance(name, str) and name == Path(name).name]
     if missing := [path for path in files if not is_there(path)]:
         raise DataError(f"{directory}: state.json names {missing[0].name}, which is not there; save it anew.")
     if not files or len(files) != len(parts):

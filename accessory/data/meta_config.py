@@ -77,6 +77,14 @@ class DataEntry(BaseModel):
         """Upstream spells the template without words `null`."""
         return "none" if value is None else value
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _refuse_nothing(cls, value: Any) -> Any:
+        """An empty path would be the current directory."""
+        if value == "":
+            raise ValueError("expected the path of a file or directory, or a name")
+        return value
+
     @field_validator("ratio", mode="before")
     @classmethod
     def _refuse_truth_values(cls, value: Any) -> Any:

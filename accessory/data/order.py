@@ -22,6 +22,7 @@ class GlobalOrder:
     With `max_tokens`, a micro-batch holds documents of at most that many tokens together instead of `batch_size` ones.
     Global batches stay the same; the number of their micro-batches then differs from step to step.
     With `share_prefixes`, a prefix that documents of a micro-batch share is packed once (see `PackedBatch`).
+    `ids` int64 are the documents of the corpus that take part; None: all of them.
     """
 
     def __init__(
@@ -36,19 +37,22 @@ class GlobalOrder:
         shuffle: bool = True,
         max_tokens: int | None = None,
         share_prefixes: bool = True,
+        ids: np.ndarray | None = None,
     ) -> None:
-        longest = int(corpus.lengths.max())
+        self.ids = np.arange(len(corpus)) if ids is None else ids
+        at = self.ids[corpus.lengths[self.ids].argmax()]
+        longest = int(corpus.lengths[at])
         if max_tokens is not None and longest > max_tokens:
             # Trained on alone, it would take more memory than the user allowed, perhaps hours into the run.
             raise ConfigError(
-                f"--max_tokens {max_tokens}: document {int(corpus.lengths.argmax())}, the longest, has {longest} "
+                f"--max_tokens {max_tokens}: document {at}, the longest, has {longest} "
                 f"tokens. Give --max_tokens {longest} or more, or cut documents with --max_words {max_tokens}."
             )
         self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.share_prefixes = share_prefixes
         self.global_batch = batch_size * accum_iter * dp_size
-        self.steps_per_epoch = -(-len(corpus) // self.global_batch)
+        self.steps_per_epoch = -(-len(self.ids) // self.global_batch)
         self._cached: tuple[int, np.ndarray] | None = None
 
     def global_ids(self, epoch: int, step: int) -> np.ndarray:
@@ -83,7 +87,7 @@ class GlobalOrder:
     def most_tokens(self) -> int:
         """The most tokens a micro-batch can have: those of the longest documents it may hold, at most `max_tokens`."""
         documents = self.batch_size if self.max_tokens is None else self.global_batch
-        together = int(np.sort(self.corpus.lengths)[-documents:].sum())
+        together = int(np.sort(self.corpus.lengths[self.ids])[-documents:].sum())
         return together if self.max_tokens is None else min(together, self.max_tokens)
 
     def _packed(self, ids: np.ndarray) -> PackedBatch:
@@ -131,8 +135,8 @@ class GlobalOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
-            return np.arange(len(self.corpus))
+            return self.ids
         if self._cached is None or self._cached[0] != epoch:
             generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-            self._cached = epoch, generator.permutation(len(self.corpus))
+            self._cached = epoch, self.ids[generator.permutation(len(self.ids))]
         return self._cached[1]

@@ -19,6 +19,7 @@ from accessory.model.position import ALIBI_WIDTH, alibi_channels, alibi_slopes, 
 from accessory.model.projection import project
 from accessory.model.recomputable import Recomputable
 from accessory.model.sequences import Sequences
+from accessory.parallel.data import is_sharded
 from accessory.parallel.tensor import (
     WHOLE,
     Slicing,
@@ -195,9 +196,10 @@ class Decoder(nn.Module):
         self.frequencies = self.frequencies.to(device)
 
     def prepare_decoding(self) -> None:
-        """Prepare the blocks for decoding, a few tokens at a time; `train` undoes it."""
+        """Prepare the blocks for decoding, a few tokens at a time; `train` undoes it. Sharded ones stay as they are."""
         for _, block in self.blocks():
-            block.prepare_decoding()
+            if not any(map(is_sharded, block.parameters())):
+                block.prepare_decoding()
 
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens, one for each block."""

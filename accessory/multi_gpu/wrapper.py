@@ -105,9 +105,9 @@ class MultiGpuWrapper:
         """See `MetaModel.evaluate_examples`."""
         return self._call("evaluate_examples", examples, contexts, **options)
 
-    def question(self, question: str, context: str = "", prompt_layout: str | None = None) -> Prompt:
+    def question(self, question: str, context: str = "", **how: Any) -> Prompt:
         """See `MetaModel.question`."""
-        return self._call("question", question, context, prompt_layout)
+        return self._call("question", question, context, **how)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -32,13 +32,18 @@ class DataParallel:
         if self.active and self.per_block:
             self._shard(block)
 
-    def shard_root(self, model: nn.Module) -> None:
-        """Shard what lies outside the blocks, and set how gradients are reduced: summed, never averaged."""
+    def shard_root(self, model: nn.Module, also: tuple[str, ...] = ()) -> None:
+        """Shard what lies outside the blocks, and set how gradients are reduced: summed, never averaged.
+
+        also: methods beside `forward` that may be called on the sharded model, by all ranks.
+        """
         if not self.active:
             return
-        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
         self._shard(model)
+        for name in also:
+            register_fsdp_forward_method(model, name)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

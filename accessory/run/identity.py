@@ -17,6 +17,7 @@ from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder
 from accessory.parallel.groups import Layout
+from accessory.run.validation_set import ValidationSet
 
 _SCHEDULE = (
     "precision", "lr", "min_lr", "lr_schedule", "warmup_epochs", "epochs", "weight_decay", "adam_beta2", "clip_grad",
@@ -27,11 +28,11 @@ _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
 _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
 _PLACES = (
-    "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "output_dir", "resume",
+    "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
     "cache_base",
 )  # fmt: skip
 """Flags that may differ from node to node: what lies there is compared instead."""
-_ORDER = frozenset(("data", "seed", "global_batch"))
+_ORDER = frozenset(("data", "val_split", "seed", "global_batch"))
 """The parts of the identity that the order of documents depends on."""
 _SCALED = frozenset(("precision", "base", "quantization", "data"))
 """The parts of the identity that the size of gradients depends on, and so fp16's loss scale."""
@@ -53,6 +54,7 @@ class Job:
     corpus: Corpus
     order: GlobalOrder
     began: datetime
+    validation: ValidationSet | None = None
 
     @property
     def base(self) -> list[Source]:
@@ -67,6 +69,7 @@ class Job:
             "settings": self.blueprint.method.settings.model_dump(),
             "base": [source.fingerprint()[:16] for source in self.base],
             "data": self.corpus.identity,
+            "val_split": self.config.val_split,
             "seed": self.config.seed,
             "global_batch": self.order.global_batch,
             "quantization": self.blueprint.quant_type,

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, a line a step, TensorBoard, a JSON log (null: not finite), and the loss curve."""
+"""What a run shows: a progress bar, lines, a JSON log (null: not finite), the loss curves, and what trackers get."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from accessory.checkpoint.disk_space import disk_fault
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from accessory.run.curves import loss_figure, read_curves
+from accessory.run.trackers import Tracker
 
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
+_SCALARS = ("loss", "lr", "grad_norm", "epoch")
+_FIGURES = ("loss", "perplexity", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,66 @@ class StepReport:
     peak_bytes: int
 
 
+class Figures(NamedTuple):
+    """Over supervised tokens: the mean of -log p, the share of those that were the likeliest, and their number."""
+
+    loss: float
+    accuracy: float
+    supervised: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the power of the loss."""
+        return perplexity(self.loss)
+
+    def as_json(self, prefix: str = "") -> dict[str, float | None]:
+        """Each figure by its name after `prefix`; None if not finite."""
+        named = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
+        found = {f"{prefix}{name}": value if math.isfinite(value) else None for name, value in named.items()}
+        return {**found, f"{prefix}supervised": self.supervised}
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """One evaluation after `step` steps, equal on all ranks: of all `documents`, and by source if there are several.
+
+    samples: questions and the answers to them. seconds: wall time of all of it.
+    """
+
+    step: int
+    epoch: float
+    figures: Figures
+    sources: dict[str, Figures]
+    documents: int
+    samples: list[tuple[str, str]]
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """As it is shown."""
+        when = f"after step {self.step}" if self.step else "before the first step"
+        cost = f"{self.documents:,} documents, {self.figures.supervised:,} tokens, {self.seconds:.2f} s"
+        found = [f"validation {when}: {_shown(self.figures)} | {cost}"]
+        found += [f"  {name}: {_shown(figures)} | {figures.supervised:,} tokens"
+                  for name, figures in self.sources.items()]  # fmt: skip
+        for question, answer in self.samples:
+            found += [f"  question: {_indented(question)}", f"  answer: {_indented(answer)}"]
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """As log.jsonl has it."""
+        return {
+            "step": self.step, "epoch": self.epoch, **self.figures.as_json("val_"), "val_documents": self.documents,
+            "val_sources": {name: figures.as_json() for name, figures in self.sources.items()},
+            "samples": [{"question": question, "answer": answer} for question, answer in self.samples],
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of `loss`, infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes at the worst moment so far: allocated by PyTorch on a GPU, resident in the whole process on the CPU."""
     if device.type == "cuda":
@@ -56,17 +117,23 @@ def peak_memory(device: torch.device) -> int:
 class Reporter:
     """Shows steps on the main rank and stays silent on the others. Where `output_dir` is None, nothing is written.
 
-    What an earlier run showed in the same directory for steps after `first_step` no longer counts.
+    What an earlier run showed in the same directory for steps after `first_step` no longer counts. trackers: get what
+    is shown, too, on the main rank.
     """
 
-    def __init__(self, output_dir: Path | None, total_steps: int, first_step: int, enabled: bool) -> None:
-        self.enabled, self.total_steps = enabled, total_steps
+    def __init__(
+        self,
+        output_dir: Path | None,
+        total_steps: int,
+        first_step: int,
+        enabled: bool,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.enabled, self.total_steps, self.trackers = enabled, total_steps, trackers
         self.output_dir = output_dir if enabled else None
         self.started, self.first_step = time.monotonic(), first_step
         if self.output_dir:
             _end_last_line(self.output_dir / LOG_FILE)
-            _leave_second_of_older_events(self.output_dir)
-        self.writer = SummaryWriter(str(output_dir), purge_step=first_step + 1) if self.output_dir else None
         silent = None if enabled else True
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
 
@@ -81,11 +148,37 @@ class Reporter:
             return
         self.say(self.line(report))
         self.bar.update()
-        if self.output_dir:
-            try:
-                self._record(report)
-            except OSError as error:
-                raise disk_fault(self.output_dir / LOG_FILE, error) from error
+        entry = {name: value if math.isfinite(value) else None for name, value in asdict(report).items()}
+        scalars = {f"train/{name}": getattr(report, name) for name in _SCALARS}
+        scalars["train/perplexity"] = perplexity(report.loss)
+        scalars["train/tokens_per_s"] = report.tokens / report.seconds
+        self._record(entry, scalars | {"train/peak_gib": report.peak_bytes / 2**30})
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        """Show and record an evaluation."""
+        if not self.enabled:
+            return
+        self.say("\n".join(report.lines()))
+        scalars = {f"val/{name}": getattr(report.figures, name) for name in _FIGURES}
+        for source, figures in report.sources.items():
+            scalars |= {f"val/{name}/{source}": getattr(figures, name) for name in _FIGURES}
+        self._record(report.as_json(), scalars, report.samples)
+
+    def _record(
+        self, entry: dict[str, Any], scalars: dict[str, float], samples: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Append `entry` to the JSON log, and give the others to the trackers."""
+        if not self.output_dir:
+            return
+        path = self.output_dir / LOG_FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            for tracker in self.trackers:
+                tracker.scalars(scalars, entry["step"])
+                tracker.texts("samples", samples, entry["step"])
+        except OSError as error:
+            raise disk_fault(path, error) from error
 
     def line(self, report: StepReport) -> str:
         """The fixed-width line of a step."""
@@ -98,27 +191,32 @@ class Reporter:
             f"ETA {int(left) // 3600:4d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         )
 
-    def _record(self, report: StepReport) -> None:
-        entry = {name: value if math.isfinite(value) else None for name, value in asdict(report).items()}
-        with (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        for name in ("loss", "lr", "grad_norm", "epoch"):
-            self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
-        self.writer.add_scalar("train/tokens_per_s", report.tokens / report.seconds, report.step)
-        self.writer.add_scalar("train/peak_gib", report.peak_bytes / 2**30, report.step)
-
     def close(self) -> None:
-        """End the bar, flush TensorBoard, draw the loss curve."""
+        """End the bar and what trackers write, draw the loss curves."""
         self.bar.close()
-        if not self.output_dir:
-            return
+        for tracker in self.trackers:
+            self._attempt(tracker.close, tracker.name)
+        if self.output_dir and (self.output_dir / LOG_FILE).is_file():
+            self._attempt(self._draw, self.output_dir / CURVE_FILE)
+
+    def _draw(self) -> None:
+        loss_figure(read_curves(self.output_dir / LOG_FILE)).savefig(self.output_dir / CURVE_FILE, dpi=120)
+
+    def _attempt(self, work: Callable[[], None], what: object) -> None:
+        """A failure is not worth a trained model, and perhaps an effect of what ends the run: it is only told."""
         try:
-            self.writer.close()
-            if (self.output_dir / LOG_FILE).is_file():
-                loss_figure(read_losses(self.output_dir / LOG_FILE)).savefig(self.output_dir / CURVE_FILE, dpi=120)
-        except Exception as error:  # not worth a trained model, and perhaps an effect of what ends the run
+            work()
+        except Exception as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            self.say(f"{self.output_dir / CURVE_FILE}: cannot be written ({reason})")
+            self.say(f"{what}: cannot be written ({reason})")
+
+
+def _shown(figures: Figures) -> str:
+    return f"loss {figures.loss:.4f} | perplexity {figures.perplexity:.4g} | accuracy {figures.accuracy:.1%}"
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")
 
 
 def _in_8(value: float, decimals: int) -> str:
@@ -132,46 +230,3 @@ def _end_last_line(log: Path) -> None:
     if log.is_file() and not log.read_bytes().endswith(b"\n"):
         with log.open("a", encoding="utf-8") as file:
             file.write("\n")
-
-
-def _leave_second_of_older_events(directory: Path) -> None:
-    """Wait, a second at most, until a new event file's name has a later second than those in `directory`.
-
-    TensorBoard reads event files in the order of their names: second, host, process, count; the last two as text, by
-    which "10" comes before "9".
-    """
-    seconds = {path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")}
-    while str(int(time.time())) in seconds:
-        time.sleep(0.05)
-
-
-def read_losses(log: Path) -> dict[int, float]:
-    """Loss by step from a JSON log, in order.
-
-    Where a resumed run wrote a step again, what the earlier run wrote from there on is dropped. A line that a killed
-    run left unfinished is passed over.
-    """
-    losses: dict[int, float] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if losses and entry["step"] <= next(reversed(losses)):
-            losses = {step: loss for step, loss in losses.items() if step < entry["step"]}
-        losses[entry["step"]] = math.nan if entry["loss"] is None else entry["loss"]
-    return losses
-
-
-def loss_figure(losses: dict[int, float]) -> Figure:
-    """The loss curve, steps marked by whole numbers however few they are."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4.5), layout="tight")
-    axes = figure.subplots()
-    axes.plot(losses.keys(), losses.values(), linewidth=1.2, marker="." if len(losses) == 1 else None)
-    axes.set(xlabel="step", ylabel="loss per supervised token", title="training loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
-    return figure

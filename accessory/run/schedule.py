@@ -1,4 +1,4 @@
-"""A run's schedule: how many steps it has, the learning rate of each, and after which it is saved."""
+"""A run's schedule: how many steps it has, the learning rate of each, after which it is saved and evaluated."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class Schedule:
     """Whether steps that changed nothing count towards `max_steps`."""
     lr_schedule: str = "cosine"
     """One of `LR_SCHEDULES`."""
+    eval_steps: int | None = None
+    """Steps from one evaluation to the next; None: `eval_epochs` says it."""
+    eval_epochs: float = 1.0
+    """Epochs from one evaluation to the next."""
 
     def is_over(self, progress: Progress) -> bool:
         """Whether nothing is left to train."""
@@ -61,6 +65,16 @@ class Schedule:
             return progress.epoch % self.save_every_epochs == 0
         return progress.step % self.save_every_steps == 0
 
+    def evaluates_after(self, progress: Progress) -> bool:
+        """Whether it is time to evaluate: before the first step, and whenever the next multiple is reached."""
+        if self.eval_steps:
+            return progress.total_steps % self.eval_steps == 0
+        if progress.total_steps == 0:
+            return True
+        steps = progress.epoch * self.steps_per_epoch + progress.step
+        before, now = (math.floor(n / self.steps_per_epoch / self.eval_epochs + 1e-9) for n in (steps - 1, steps))
+        return now > before
+
 
 def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) -> Schedule:
     """The schedule that the flags ask for; a dry run takes one true step from `progress` on."""
@@ -72,6 +86,8 @@ def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) 
         save_every_minutes=config.save_minutes,
         max_steps=progress.total_steps + 1 if config.dry_run else config.max_steps,
         skipped_count=not config.dry_run,
+        eval_steps=config.eval_steps,
+        eval_epochs=config.eval_epochs or 1.0,
     )
 
 

@@ -21,8 +21,9 @@ class RunStatus:
     """Writes `output_dir/run_status.json` on the main rank, or on the one that prints an error; None writes nothing.
 
     Its keys: state (running, finished, preempted, failed), status (what the process exits with; null while it runs),
-    reason (the kind of error), message, step and checkpoint (the last saved), attempt, began_after (the step each
-    attempt in a row began after), launch (of `launch_name`), ranks, host, process, started, updated.
+    reason (the kind of error), message, step and checkpoint (the last saved), best (checkpoint, step and loss of the
+    lowest validation loss; absent without one), attempt, began_after (the step each attempt in a row began after),
+    launch (of `launch_name`), ranks, host, process, started, updated.
     """
 
     def __init__(self, output_dir: Path | None, ranks: int, is_main: bool) -> None:
@@ -49,6 +50,11 @@ class RunStatus:
     def saved(self, step: int, checkpoint: Path) -> None:
         """A checkpoint is whole."""
         self.entries |= {"step": step, "checkpoint": checkpoint.name}
+        self._write(self.is_main)
+
+    def best(self, checkpoint: Path, step: int, loss: float) -> None:
+        """This checkpoint has the lowest validation loss so far."""
+        self.entries["best"] = {"checkpoint": checkpoint.name, "step": step, "loss": loss}
         self._write(self.is_main)
 
     def end(self, error: AccessoryError | None) -> None:

@@ -67,6 +67,10 @@ def nothing_learned(progress: Progress, scales_loss: bool) -> NotFiniteError:
 
 def preempted(number: int, progress: Progress, saved: bool) -> Preempted:
     """How a run ends, on all ranks, after one of them got the signal `number`; saved: whether the run saves at all."""
+    if progress.total_steps == 0:
+        return Preempted(
+            f"Stopped by {signal.Signals(number).name} before the first step; nothing was saved.", common=True
+        )
     rest = ". Nothing is saved: this run writes nothing."
     if saved:
         rest = f", which is saved as {progress.checkpoint_name}. Go on with --resume latest."

@@ -188,7 +188,7 @@ def test_columns_name_what_is_known(write, data, columns, words):
 
 
 def test_a_path_is_a_text_or_a_list_of_texts(write, data):
-    for path in ("[]", "[x.json, 3]", "{a: b}", "null"):
+    for path in ("[]", "[x.json, 3]", "{a: b}", "null", '""', "[x.json, '']"):
         assert "META[0]: 'path" in refused(write("c.yaml", f"META:\n- {{path: {path}}}\n")), path
 
 

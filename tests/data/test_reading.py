@@ -58,3 +58,21 @@ def test_an_identity_is_of_all_bytes_and_settings(write, tmp_path):
     assert all(one != plain for one in different)
     write("x.json.gz", gzip.compress(b"[{}]"))
     assert identity_of(load_data_config(tmp_path / "x.json.gz")[0])["suffix"] == ".json.gz"
+
+
+def test_an_identity_is_of_all_files_of_a_directory_in_their_order(write, tmp_path):
+    """So that a run is not resumed on others."""
+    (tmp_path / "d").mkdir()
+
+    def identity():
+        return [identity_of(entry) for entry in load_data_config(tmp_path / "d")]
+
+    write("d/b.jsonl", [{"a": 1}])
+    write("d/a.jsonl", [{"a": 2}])
+    one, two = identity()
+    write("d/b.jsonl", [{"a": 3}])
+    assert identity()[0] == one and identity()[1]["content"] != two["content"]
+    write("d/c.jsonl", [{"a": 1}])
+    assert len(identity()) == 3 and identity()[2] == two
+    (tmp_path / "d/a.jsonl").rename(tmp_path / "d/d.jsonl")
+    assert identity()[2] == one

@@ -6,6 +6,7 @@ has each reader tried for minutes instead of seconds.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -30,8 +31,10 @@ from accessory.checkpoint.run_record import with_base
 from accessory.checkpoint.training_state import find_resumption
 from accessory.config import FinetuneConfig, parse
 from accessory.data.meta_config import load_data_config
+from accessory.data.omissions import UnusableRecord
 from accessory.data.readers import read_records
-from accessory.data.templates import UnusableRecord, conversation, single_turn
+from accessory.data.shapes import SHAPES
+from accessory.data.templates import documents_of
 from accessory.errors import AccessoryError
 from accessory.finetuning import finetune
 from accessory.tokenizer import open_tokenizer
@@ -40,7 +43,7 @@ from tests.faults.job import Job
 
 CHAOS = bool(os.environ.get("CHAOS"))
 SECONDS, FEW = 75, 60
-"""How long each of the eleven readers is tried in the chaos run, and with how many inputs otherwise."""
+"""How long each of the readers is tried in the chaos run, and with how many inputs otherwise."""
 SLOWEST, MOST_BYTES = 10.0, 1 << 30
 
 
@@ -150,27 +153,29 @@ RECORDS = [
 
 
 def use(path: Path) -> None:
-    """Read records and lay them out, as a corpus does."""
+    """Read records and lay them out in all shapes, as a corpus does in one."""
     for record in read_records(path):
         assert record.line > 0
-        if record.fault is None:
-            for lay_out in (lambda fields: single_turn(fields, "alpaca"), conversation):
+        for shape in SHAPES.values() if record.fault is None else ():
+            for layout in ("alpaca", "dialog"):
                 try:
-                    lay_out(record.fields)
+                    documents_of(shape.read(record.fields), layout)
                 except UnusableRecord as cause:
                     assert str(cause)
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "jsonl.gz", "txt"])
 def test_fuzz_data(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"data.{suffix}"
     right = {
         "json": as_json(RECORDS),
         "jsonl": b"\n".join(map(as_json, RECORDS)),
+        "jsonl.gz": gzip.compress(b"\n".join(map(as_json, RECORDS))),
+        "txt": b"say a\n\na",
         "csv": b'instruction\tinput\toutput\nsay a\t"b\nc"\td\n',
     }[suffix]
     inputs = damaged(right)
-    if suffix != "csv":
+    if suffix.startswith("json"):
         inputs |= altered(RECORDS).map(as_json)
 
     def read(content: bytes) -> None:

@@ -17,8 +17,9 @@ from accessory.finetuning import finetune
 from accessory.memory.row_file import IDENTITY_FILE, ROWS_FILE, WRITTEN_FILE
 from accessory.model.block import Block
 from accessory.run import lock as run_lock
+from accessory.run.curves import read_losses
 from accessory.run.lock import lock
-from accessory.run.report import LOG_FILE, read_losses
+from accessory.run.report import LOG_FILE
 from tests.conftest import DATA, ROOT
 
 WORKER = ROOT / "tests" / "finetune_worker.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from accessory.run import report
-from accessory.run.report import CURVE_FILE, LOG_FILE, Reporter, StepReport, loss_figure, read_losses
+from accessory.run.curves import Curves, loss_figure, read_curves, read_losses
+from accessory.run.report import CURVE_FILE, LOG_FILE, EvaluationReport, Figures, Reporter, StepReport
+from accessory.run.trackers import make_trackers
 
 REPORT = StepReport(
     step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
@@ -20,7 +23,8 @@ REPORT = StepReport(
 
 def run(directory: Path | None, losses: list[float], first: int = 0, total: int = 10, enabled: bool = True) -> None:
     """Report `losses` from after step `first` on."""
-    reporter = Reporter(directory, total, first, enabled=enabled)
+    trackers = make_trackers(["tensorboard"], directory, first + 1, {}) if directory and enabled else []
+    reporter = Reporter(directory, total, first, enabled, trackers)
     for i, loss in enumerate(losses, start=first + 1):
         reporter.step(replace(REPORT, step=i, loss=loss, lr=i / 1000))
     reporter.close()
@@ -86,6 +90,79 @@ def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
     assert all(picture[..., :3].std() > 0.01 for picture in pictures)
     assert (pictures[0] != pictures[1]).any()
     assert 10_000 < (tmp_path / "a" / CURVE_FILE).stat().st_size < 500_000
+
+
+EVALUATION = EvaluationReport(
+    step=2, epoch=0.5, figures=Figures(math.log(8), 0.25, 1200), sources={"a.json": Figures(1.0, 0.5, 200)},
+    documents=12, samples=[("two\nlines?", "an *answer*\nof two")], seconds=1.5,
+)  # fmt: skip
+
+
+def watched(directory: Path, steps: list[int], first: int = 0) -> None:
+    """A run of four steps, evaluated after some; the loss is 10 less the step, or half of it in validation."""
+    reporter = Reporter(directory, 4, first, True, make_trackers(["tensorboard"], directory, first and first + 1, {}))
+    for step in range(first, 5):
+        if step > first:
+            reporter.step(replace(REPORT, step=step, loss=10.0 - step))
+        if step in steps:
+            reporter.evaluation(replace(EVALUATION, step=step, figures=Figures((10 - step) / 2, 0.25, 1200)))
+    reporter.close()
+
+
+def test_an_evaluation_is_shown_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In lines, in the log, as figures and texts of TensorBoard, in the picture."""
+    watched(tmp_path, [0, 2, 4])
+    out = capsys.readouterr().out
+    assert (
+        "validation before the first step: loss 5.0000 | perplexity 148.4 | accuracy 25.0% | 12 documents, 1,200" in out
+    )
+    assert "  a.json: loss 1.0000 | perplexity 2.718 | accuracy 50.0% | 200 tokens\n  question: two\n    lines?" in out
+    lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert lines[3] == {
+        "step": 2, "epoch": 0.5, "val_loss": 4.0, "val_perplexity": math.exp(4), "val_accuracy": 0.25,
+        "val_supervised": 1200, "val_documents": 12, "seconds": 1.5,
+        "val_sources": {"a.json": {"loss": 1.0, "perplexity": math.e, "accuracy": 0.5, "supervised": 200}},
+        "samples": [{"question": "two\nlines?", "answer": "an *answer*\nof two"}],
+    }  # fmt: skip
+    assert scalars(tmp_path, "val/loss") == {0: 5.0, 2: 4.0, 4: 3.0}
+    assert scalars(tmp_path, "val/accuracy/a.json") == {0: 0.5, 2: 0.5, 4: 0.5}
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (text,) = events.Tensors("samples/0/text_summary")[1].tensor_proto.string_val
+    assert text.decode() == "    two\n    lines?\n\n&nbsp;\n\n    an *answer*\n    of two"
+    axes = loss_figure(read_curves(tmp_path / LOG_FILE)).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["training", "validation"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+
+
+def test_evaluations_of_a_resumed_run_replace_later_ones(tmp_path: Path) -> None:
+    """One after the step that it goes on from stays; one that is made again counts once; a fresh run shows itself."""
+    watched(tmp_path, [0, 2, 4])
+    watched(tmp_path, [2, 3], first=2)
+    curves = read_curves(tmp_path / LOG_FILE)
+    assert curves.training == {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}
+    assert curves.validation == {0: 5.0, 2: 4.0, 3: 3.5}
+    watched(tmp_path, [0])
+    assert read_curves(tmp_path / LOG_FILE).validation == scalars(tmp_path, "val/loss") == {0: 5.0}
+
+
+def test_a_loss_beyond_bounds_has_no_perplexity() -> None:
+    assert Figures(800.0, 0.0, 1).as_json() == {"loss": 800.0, "perplexity": None, "accuracy": 0.0, "supervised": 1}
+    assert Figures(math.nan, math.nan, 0).as_json()["loss"] is None
+
+
+def test_wandb_gets_it_all_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into its own directory in --output_dir, as wandb reads it back."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    reporter = Reporter(tmp_path, 4, 0, True, make_trackers(["wandb"], tmp_path, 0, {"lr": 0.5}))
+    reporter.evaluation(replace(EVALUATION, step=0))
+    reporter.step(replace(REPORT, step=1, loss=2.0))
+    reporter.close()
+    assert wandb.run is None and not list(tmp_path.glob("events*"))
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    for name in (b"train/loss", b"val/perplexity", b"val/loss/a.json", b"samples", b"lr"):
+        assert name in content, name
 
 
 def test_resumed_run_replaces_what_came_after(tmp_path: Path) -> None:
@@ -179,7 +256,7 @@ def test_a_curve_that_cannot_be_drawn_hides_no_other_error(
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 76])
 def test_steps_are_marked_by_whole_numbers(steps: int) -> None:
     """There is no step 1.25."""
-    axes = loss_figure({step: 1 / step for step in range(1, steps + 1)}).axes[0]
+    axes = loss_figure(Curves({step: 1 / step for step in range(1, steps + 1)}, {})).axes[0]
     low, high = axes.get_xlim()
     ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
     assert ticks and all(tick == round(tick) for tick in ticks), ticks

@@ -74,3 +74,17 @@ def test_constant_schedule() -> None:
 def test_constant_rate() -> None:
     """min_lr equal to lr, no warm-up."""
     assert {rate(epoch / 7, warmup_epochs=0.0, min_lr=1e-3) for epoch in range(80)} == {1e-3}
+
+
+@pytest.mark.parametrize(("how", "steps"), [
+    ({}, [0, 5, 10, 15]),
+    ({"eval_epochs": 0.5}, [0, 3, 5, 8, 10, 13, 15]),
+    ({"eval_epochs": 2.0}, [0, 10]),
+    ({"eval_epochs": 1.5}, [0, 8, 15]),
+    ({"eval_epochs": 0.01}, [*range(16)]),
+    ({"eval_steps": 4}, [0, 4, 8, 12]),
+])  # fmt: skip
+def test_evaluates_whenever_a_multiple_is_reached(how: dict, steps: list[int]) -> None:
+    schedule = Schedule(3, 5, 0.0, 1e-3, 1e-3, -1.0, 1, 1, **how)
+    made = [Progress(total // 5, total % 5, total) for total in range(16)]
+    assert [progress.total_steps for progress in made if schedule.evaluates_after(progress)] == steps

@@ -45,6 +45,7 @@ def _cut(batch: Any) -> Iterator[Any]:
 def _rows(batches: Iterator[Any]) -> Iterator[Record]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # what a damaged file says of its texts could lead out of memory that is its own
         for row in batch.to_pylist(maps_as_pydicts="strict"):
             number += 1
             yield Record(_without_nulls(row), number)
@@ -70,7 +71,7 @@ def _named(pyarrow: ModuleType, path: Path, expected: str) -> Iterator[None]:
     """Words the errors of pyarrow."""
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: found {content_of(path)}; expected {expected} that is whole ({reason}).") from error
 

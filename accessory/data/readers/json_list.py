@@ -15,6 +15,8 @@ from accessory.data.records import Record, shown_keys
 from accessory.errors import DataError
 
 LISTED = "a JSON list of objects, an object a line, one object, or one that holds one list of objects"
+HELD_OUT = frozenset({"test", "validation", "valid", "val", "dev", "eval"})
+"""Names of what is not trained on, where something else is called train."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -86,6 +88,8 @@ def _list_within(text: str, start: int, path: Path, notes: list[str]) -> int | N
         line = text.count("\n", 0, start) + getattr(error, "lineno", 1)
         raise DataError(f"{path}:{line}: is not valid JSON ({reason(error)}); expected {LISTED}.") from error
     lists = [key for key, value in values.items() if _holds_records(value)]
+    if "train" in lists and HELD_OUT.issuperset(key for key in lists if key != "train"):
+        lists = ["train"]
     if values and not lists:
         notes.append("read as one record")
         return None

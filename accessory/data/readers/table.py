@@ -15,6 +15,7 @@ from accessory.errors import DataError
 
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _EXCEL = re.compile(r"sep=([\t,;])\r?\n")
+_ONE = re.compile(r'\s*"?\w+"?\s*')  # the header of a table with one column
 _SHOWN = 200  # characters of a header in a message
 
 
@@ -50,10 +51,10 @@ def _rows(lines: Iterator[str], separator: str, path: Path, *, skipped: int) -> 
     rows, named = csv.reader(lines, delimiter=separator, strict=True), _SEPARATORS[separator]
     try:
         header = next(rows, [])
-        if len(set(header)) != len(header) or len(header) < 2:
+        if len(set(header)) != len(header) or not (len(header) > 1 or _ONE.fullmatch("".join(header))):
             raise DataError(
-                f"{path}:{rows.line_num + skipped or 1}: the columns are {header}; expected two or more, separated by "
-                f"{named}, none of them twice."
+                f"{path}:{rows.line_num + skipped or 1}: the columns are {header}; expected one word, or two or more "
+                f"names separated by {named}, none of them twice."
             )
         line = rows.line_num + skipped + 1
         for row in rows:
@@ -76,9 +77,14 @@ def _record(row: list[str], header: list[str], line: int, separator: str) -> Rec
 
 
 def _separator(header: str, path: Path) -> str:
-    """The separator: tabs, commas or semicolons, whichever alone stands in the header outside of quotes."""
+    """The separator: tabs, commas or semicolons, whichever alone stands in the header outside of quotes.
+
+    Commas where the header is one word: then the table has one column.
+    """
     bare = re.sub(r'"[^"]*"', "", header)
     found = [separator for separator in _SEPARATORS if separator in bare]
+    if not found and _ONE.fullmatch(header):
+        return ","
     if len(found) != 1:
         held = " and ".join(_SEPARATORS[separator] for separator in found) or "nothing that separates columns"
         raise DataError(

@@ -1,5 +1,6 @@
 import gzip
 import math
+import random
 import sys
 from datetime import date
 
@@ -91,3 +92,16 @@ def test_without_pyarrow_the_command_that_installs_it_is_said(write, monkeypatch
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=r"x\.parquet: .*not installed.*pip install 'accessory\[data\]'"):
         read_records(write("x.parquet", FILES["x.parquet"]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(write, name):
+    chance, refused = random.Random(0), 0
+    for _ in range(100):
+        content = bytearray(FILES[name])
+        content[chance.randrange(len(content))] = chance.randrange(256)
+        try:
+            read_records(write(name, bytes(content)))
+        except DataError:
+            refused += 1
+    assert refused > 10

@@ -133,3 +133,12 @@ def test_a_record_is_known_by_its_number_where_others_stand_on_its_line(write):
     assert [(record.line, record.number) for record in found] == [(1, 1), (1, 2), (2, 3), (2, 4), (4, 0)]
     with pytest.raises(DataError, match=r"x\.json:1: is not valid JSON in record 3"):
         read_records(write("x.json", '[{"a": 1}, {"a": 2}, {"a" 3}]'))
+
+
+def test_of_an_object_with_splits_the_one_called_train_is_read(write):
+    notes = []
+    found = read_records(write("x.json", '{"test": [{"a": 1}],\n"train": [{"a": 2}], "val": [{"a": 3}]}'), notes)
+    assert [(record.fields["a"], record.line) for record in found] == [(2, 2)]
+    assert notes == ["the list 'train' is read; not used: 'test', 'val'"]
+    with pytest.raises(DataError, match=r"2 lists of objects in it \('train', 'more'\); .*: jq .train \S*x.json > NEW"):
+        read_records(write("x.json", '{"train": [{"a": 2}], "more": [{"a": 3}]}'))

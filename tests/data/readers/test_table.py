@@ -78,3 +78,9 @@ def test_rows_of_another_width_are_faults_of_their_own(write):
     assert [record.line for record in found] == [3, 4, 5] and found[2].fault is None
     assert found[0].fault == "has 3 columns, the header has 2: cells that hold commas or line breaks stand in quotes"
     assert found[1].fault.startswith("has 1 columns, the header has 2")
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv"])
+def test_a_table_may_have_one_column(write, name):
+    found = read_records(write(name, '"text"\n"one, two"\nthree\n'))
+    assert [record.fields for record in found] == [{"text": "one, two"}, {"text": "three"}]
