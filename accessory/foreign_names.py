@@ -156,6 +156,7 @@ _SENTENCES = (
      "nothing is fetched or pushed here: leave it out"),
     # asking
     ("max_new_tokens max_tokens max_length max_gen_toks", "--max_gen_len is the longest answer, in tokens"),
+    ("additional_stop_symbols stop_strings stop_sequences stop_words", "--stop are texts that end an answer"),
     ("num_beams do_sample",
      "answers are sampled by --temperature (0: the likeliest token) and --top_p"),
     ("question query instruction text input", "--prompt takes the questions"),
