@@ -159,6 +159,8 @@ class FinetuneConfig(BaseModel):
     """Clip the norm of the whole gradient to this; 0 or less only reports it."""
     max_words: int = Field(default=1024, ge=2)
     """Longest document in tokens; the rest is cut off and counted."""
+    prompt_loss_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight in the loss of tokens that are not to be learned; answers' is 1. The sum is divided by that of weights."""
     max_skipped: float = Field(default=0.1, ge=0, le=1)
     """Largest share of records that may be unusable, 0 for none; beyond it the run does not start."""
     dialog: bool = False

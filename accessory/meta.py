@@ -155,7 +155,7 @@ class MetaModel(OwnLoop, Examples, nn.Module):
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
         else:
             hidden = self.hidden(batch)
-        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
+        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size, batch.weights)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
