@@ -62,8 +62,8 @@ class PackedBatch:
     `IGNORE`. lengths: tokens of each document. sample_ids: which documents they are. shared: tokens of the prefix,
     without labels where there are no weights, that each document shares with the one before it. It is packed only
     there, so that `lengths` minus `shared` sum to T. insets: of all documents, their `start` counted in the batch's T
-    tokens. weights: fp32 [T], by which the loss of each label is multiplied, the sum of all documents' that share the token;
-    None: all are 1.
+    tokens. weights: fp32 [T], by which the loss of each label is multiplied, the sum of those of all documents that
+    share the token; None: all are 1.
     """
 
     tokens: Tensor
