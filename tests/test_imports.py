@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = (
     ("__main__", "main_finetune", "demos", "tools"),
     ("finetuning", "export", "entry", "hugging_face", ""),
-    ("engine", "conversation", "multi_gpu"),
+    ("engine", "conversation", "eval", "multi_gpu"),
     ("meta", "run"),
     ("blueprint", "config", "generate", "memory", "uses"),
     ("checkpoint",),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.cross_entropy_steps import Reduce, over_all_ranks
+from accessory.kernels.single_precision import product
 from accessory.model.loss import CHUNK, reduce_over_ranks, rows_of_rank
 
 
@@ -39,8 +40,8 @@ def token_scores(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int |
     before, width = rows_of_rank(len(head), vocab_size)
     for at in range(0, len(rows), CHUNK):
         chunk = rows[at : at + CHUNK]
-        torch.mm(hidden[chunk], matrix.t(), out=scores[: len(chunk)])
-        found = _score(scores[: len(chunk)], labels[chunk], before, width, reduce_over_ranks())
+        logits = product(hidden[chunk], matrix.t(), out=scores[: len(chunk)])
+        found = _score(logits, labels[chunk], before, width, reduce_over_ranks())
         log_p[at : at + CHUNK], likeliest[at : at + CHUNK] = found
     return TokenScores(log_p, likeliest)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from accessory.errors import CheckpointError
 from accessory.kernels.addition import Addition
+from accessory.kernels.single_precision import product
 from accessory.quant.workspace import unpack_buffer
 
 Span = tuple[int | None, int, int]
@@ -214,7 +215,7 @@ class PackedWeight(nn.Module, ABC):
 
 def plus_product(y: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """y + a b, with y [T, N], which is overwritten, or [N]; without y, a b alone."""
-    return a @ b if y is None else y.addmm_(a, b) if y.dim() == 2 else torch.addmm(y, a, b)
+    return product(a, b) if y is None else y.addmm_(a, b) if y.dim() == 2 else torch.addmm(y, a, b)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
