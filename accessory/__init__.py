@@ -16,11 +16,20 @@ _HOMES = {
     "MetaModel": "accessory.meta",
     "finetune": "accessory.finetuning",
     "FinetuneConfig": "accessory.config",
+    "Conversation": "accessory.conversation",
     "AccessoryError": "accessory.errors",
     "MultiGpuWrapper": "accessory.multi_gpu.wrapper",
 }
 """The public names and where they are: loaded when first asked for, as they bring PyTorch along."""
-__all__ = ["AccessoryError", "FinetuneConfig", "MetaModel", "MultiGpuWrapper", "__version__", "finetune"]
+__all__ = [
+    "AccessoryError",
+    "Conversation",
+    "FinetuneConfig",
+    "MetaModel",
+    "MultiGpuWrapper",
+    "__version__",
+    "finetune",
+]
 
 # On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

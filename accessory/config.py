@@ -159,6 +159,8 @@ class FinetuneConfig(BaseModel):
     """Clip the norm of the whole gradient to this; 0 or less only reports it."""
     max_words: int = Field(default=1024, ge=2)
     """Longest document in tokens; the rest is cut off and counted."""
+    prompt_loss_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight in the loss of tokens that are not to be learned; answers' is 1. The sum is divided by that of weights."""
     max_skipped: float = Field(default=0.1, ge=0, le=1)
     """Largest share of records that may be unusable, 0 for none; beyond it the run does not start."""
     dialog: bool = False
@@ -347,10 +349,21 @@ class AskConfig(BaseModel):
     """Sample from tokens that are at least this many times as likely as the likeliest one."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1 makes tokens less likely that stand in the prompt or the answer so far."""
+    stop: list[str] = []
+    """Texts that end an answer, and are not shown."""
     seed: int = 0
     """Seed of the sampling."""
     dist_on_itp: bool = False
     """Take rank and world size from OpenMPI's variables."""
+    n_gpus: int | None = Field(default=None, ge=1)
+    """Start this many processes that share the model, each on a GPU (or on the CPU), where no torchrun does."""
+    gpu_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Start a process on each of these GPUs."""
+
+    @property
+    def own_ranks(self) -> list[int]:
+        """The GPU of each process to start; none where they are not asked for."""
+        return self.gpu_ids or list(range(self.n_gpus or 0))
 
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""
@@ -359,6 +372,10 @@ class AskConfig(BaseModel):
         )
         if self.quant is False and self.quant_type:
             found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")
+        if self.gpu_ids and self.n_gpus not in (None, len(self.gpu_ids)):
+            found.append(f"--n_gpus {self.n_gpus} contradicts --gpu_ids, which are {len(self.gpu_ids)}: leave one out.")
+        if len(set(self.gpu_ids)) < len(self.gpu_ids):
+            found.append(f"--gpu_ids {' '.join(map(str, self.gpu_ids))}: names a GPU twice.")
         return found
 
 
@@ -393,15 +410,27 @@ class DemoConfig(PageConfig):
     """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
 
 
-class ChatPageConfig(PageConfig):
-    """Talk with a base model, or a base with a trained part, on a page that remembers what was said."""
+class TalkConfig(AskConfig):
+    """What a demo takes that remembers what was said, too."""
 
     max_gen_len: int = Field(default=512, ge=1)
     """Longest answer, in tokens."""
     system: str | None = None
-    """Words of the system before the first turn; absent: those of the prompt layout."""
+    """Words of the system before the first turn; absent: those of the training data, or of the prompt layout."""
     system_prompt: Literal[PROMPT_LAYOUTS] | None = None
     """Prompt layout; absent: that of the training data; for a base its chat template, or dialog."""
+
+
+class TerminalConfig(TalkConfig):
+    """Talk with a base model, or a base with a trained part, in the terminal."""
+
+    prompt: list[str] = []
+    """Ask these one after the other, and read nothing from the terminal."""
+
+
+class ChatPageConfig(TalkConfig, PageConfig):
+    """Talk with a base model, or a base with a trained part, on a page that remembers what was said."""
+
     kept_caches: int = Field(default=4, ge=1)
     """Conversations whose keys and values stay in memory; those of others are computed anew when they go on."""
 

@@ -132,10 +132,10 @@ class Engine:
     def step(self, progress: Progress) -> tuple[StepReport, Asked]:
         """One optimizer step on one global batch; moves `progress` on by it."""
         began, at, scales = time.monotonic(), (progress.epoch, progress.step), self.settings.scales_loss
-        supervised = self.order.supervised_tokens(*at)
+        weight = self.order.loss_weight(*at)
         scale = progress.loss_scale if scales else 1.0
-        losses = self._accumulate(progress, scale / supervised)
-        loss = (sum_over_data_parallel(torch.stack(losses).sum()) / supervised).item()
+        losses = self._accumulate(progress, scale / weight)
+        loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
         self.parameters.sum_partial_gradients()
         norm = self.parameters.gradient_norm().item() / scale
         asked = self._agree(loss, norm)
@@ -158,7 +158,7 @@ class Engine:
             lr=lr,
             grad_norm=norm,
             tokens=self.order.tokens(*at),
-            supervised=supervised,
+            supervised=self.order.supervised_tokens(*at),
             seconds=time.monotonic() - began,
             peak_bytes=peak_memory(self.parameters.device),
         ), asked

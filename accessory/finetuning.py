@@ -165,6 +165,7 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         max_tokens=config.max_tokens,
         share_prefixes=not blueprint.method.drops_out,
         ids=ids,
+        prompt_weight=config.prompt_loss_weight,
     )
     job = Job(config, layout, sources, blueprint, corpus, order, began, validation)
     check_alike({**job.identity, "validation": validation and [validation.digest, *validation.questions]})

@@ -61,6 +61,8 @@ _SENTENCES = (
     ("train_on_inputs train_on_input train_on_source train_on_prompt mask_prompt completion_only_loss "
      "assistant_only_loss",
      "only answers are learned here: leave it out"),
+    ("completion_loss_weight prompt_weight",
+     "answers weigh 1 in the loss and prompts --prompt_loss_weight, 0 by default"),
     ("packed_data packing packed sample_packing pad_to_sequence_len group_by_length multipack_sampler",
      "documents are packed end to end and never padded here: leave it out"),
     ("max_length max_seq_length max_seq_len seq_len seq_length sequence_len cutoff_len model_max_length block_size "
@@ -156,7 +158,8 @@ _SENTENCES = (
      "nothing is fetched or pushed here: leave it out"),
     # asking
     ("max_new_tokens max_tokens max_length max_gen_toks", "--max_gen_len is the longest answer, in tokens"),
-    ("top_k num_beams repetition_penalty do_sample",
+    ("additional_stop_symbols stop_strings stop_sequences stop_words", "--stop are texts that end an answer"),
+    ("num_beams do_sample",
      "answers are sampled by --temperature (0: the likeliest token) and --top_p"),
     ("question query instruction text input", "--prompt takes the questions"),
     ("prompt_template template conv_mode chat_template prompt_type system", "--system_prompt lays out the question"),

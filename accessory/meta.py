@@ -20,6 +20,7 @@ from accessory.checkpoint.source import Source
 from accessory.data.batch import PackedBatch
 from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, ParallelError, explain_validation, nearest
+from accessory.foreign_names import unknown
 from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.memory.base_cache import BaseCache
 from accessory.model.choice import Choice
@@ -78,6 +79,10 @@ class Sampling(BaseModel):
     @staticmethod
     def of(**values: Any) -> Sampling:
         """Those values. Raises `ConfigError` naming the ones that are unknown, of a wrong type or out of range."""
+        known = Sampling.model_fields
+        if faults := [f"MetaModel: unknown key {key!r}{unknown(key, known, [f'--{name}' for name in known])}"
+                      for key in values if key not in known]:  # fmt: skip
+            raise ConfigError("\n".join(faults))
         return _checked(Sampling, **values)
 
 
@@ -150,7 +155,7 @@ class MetaModel(OwnLoop, Examples, nn.Module):
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
         else:
             hidden = self.hidden(batch)
-        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
+        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size, batch.weights)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""

@@ -10,6 +10,7 @@ from accessory.meta import MetaModel, Sampling
 from accessory.parallel import groups
 from accessory.parallel.agree import on_main
 from accessory.parallel.groups import Layout
+from accessory.parallel.own_ranks import start_own_ranks
 from demos.page_serving import check_place
 
 PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as long as the demo runs
@@ -17,6 +18,7 @@ PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as
 
 def load(config: AskConfig, page: bool) -> tuple[MetaModel, Layout]:
     """The model, divided over all ranks, and their layout. page: whether one will be served, which is tried first."""
+    start_own_ranks(config.own_ranks)
     ranks = groups.launch_environment(config.dist_on_itp)[1]
     layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
     if page and isinstance(config, PageConfig):

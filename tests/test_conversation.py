@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from accessory import FinetuneConfig, finetune
 from accessory.conversation import Conversation, Turn
+from accessory.data.corpus import build_corpus
 from accessory.data.templates import CHAT, DIALOG, DIALOG_SYSTEM, DialogPrompt
 from accessory.errors import ConfigError, TokenizerError
 from accessory.generate import generate_tokens
@@ -277,3 +279,40 @@ def test_two_ranks_talk_as_one(tiny_base: Path, tmp_path: Path, python, torchrun
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
     assert one == two and len(set(one["answers"][1])) == 2
+
+
+ASKED = [("What is QST?", "A side network."), ("Is it fast?", "Yes, it is.")]
+TRAINED = {
+    CHAT: ({"messages": [{"role": role, "content": words} for pair in ASKED
+                         for role, words in zip(("user", "assistant"), pair, strict=True)]}, CHAT, False),
+    DIALOG: ({"conversations": [{"from": role, "value": words} for pair in ASKED
+                                for role, words in zip(("human", "gpt"), pair, strict=True)]}, "alpaca", True),
+    "alpaca": (dict(zip(("instruction", "output"), ASKED[1], strict=True)), "alpaca", False),
+    "none": (dict(zip(("instruction", "output"), ASKED[1], strict=True)), "none", False),
+}  # fmt: skip
+"""Layout -> a record, its prompt_type, and whether --dialog is given."""
+
+
+@pytest.mark.parametrize("layout", TRAINED)
+def test_asked_as_it_was_trained(layout: str, tiny_base, lora_config, load, tmp_path: Path, monkeypatch) -> None:
+    """With no flag, what a trained part is asked is, token for token, what stood before that answer in training."""
+    record, prompt_type, dialog = TRAINED[layout]
+    (tmp_path / "data.json").write_text(json.dumps([record] * 4))
+    (tmp_path / "data.yaml").write_text(f"META: [{{path: data.json, prompt_type: {prompt_type}}}]")
+    finetune(FinetuneConfig(
+        pretrained_path=[tiny_base], tokenizer_path=load(TEMPLATE).tokenizer.source, llama_type="llama_peft",
+        llama_config=[lora_config], data_config=tmp_path / "data.yaml", dialog=dialog, device="cpu", batch_size=2,
+        accum_iter=1, max_steps=1, max_words=200, only_save_trainable=True, output_dir=tmp_path / "out",
+    ))  # fmt: skip
+    (part,) = (tmp_path / "out").glob("epoch*")
+    model = MetaModel.from_pretrained(part, dtype="fp32", max_seq_len=300)
+    watched = Watched(model, monkeypatch)
+    assert watched.talk.prompt_layout == layout
+    if watched.talk.remembers:
+        watched.talk.history = [Turn(*ASKED[0], "end")]
+    last(watched.talk.ask(ASKED[1][0], max_gen_len=3))
+    corpus = build_corpus(tmp_path / "data.yaml", model.tokenizer, max_words=200, dialog=dialog)
+    begin = corpus.offsets[-2]  # of the last document, which holds the last answer
+    learned = corpus.learned[begin:].tolist()
+    answers = [place for place, now in enumerate(learned) if now and not learned[place - 1]]
+    assert watched.asked[0][0] == corpus.tokens[begin:][: answers[-1]].tolist()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig
+from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, TerminalConfig
 from accessory.data.meta_config import load_data_config
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import AccessoryError
@@ -92,6 +92,7 @@ def _in_code(sentence: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "flags": lambda _: flags_table(FinetuneConfig),
     "demo-flags": lambda _: flags_table(DemoConfig),
+    "terminal-flags": lambda _: flags_table(TerminalConfig, DemoConfig),
     "chat-page-flags": lambda _: flags_table(ChatPageConfig, DemoConfig),
     "side-settings": lambda _: settings_table(SideSettings),
     "families": rows_and_columns(FAMILIES_TABLE),
@@ -167,7 +168,7 @@ def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
 def test_flags_that_pages_name_exist() -> None:
     files = [*(ROOT / "tools").glob("*.py"), ROOT / "tests/run.sh", ROOT / "accessory/__main__.py"]
     sources = "\n".join(path.read_text() for path in files)
-    configs = (FinetuneConfig, DemoConfig, ChatPageConfig)
+    configs = (FinetuneConfig, DemoConfig, TerminalConfig, ChatPageConfig)
     known = OTHERS_FLAGS.union({"help"}, *(config.model_fields for config in configs))
     for page, text in PAGES.items():
         for name in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - known:

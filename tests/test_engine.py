@@ -76,6 +76,23 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Eng
     assert report.loss == pytest.approx(total / count, rel=1e-6)
 
 
+def test_prompts_that_weigh_something(engine: Engine) -> None:
+    """The loss is the sum of weighted losses over the sum of weights, beginnings being shared."""
+    corpus = engine.order.corpus
+    engine.order = GlobalOrder(corpus, batch_size=3, accum_iter=2, prompt_weight=0.25)
+    assert any(any(batch.shared) for batch in engine.order.micro_batches(0, 0))
+    total = count = 0.0
+    for i in engine.order.global_ids(0, 0):
+        tokens, labels = (torch.from_numpy(a.astype("int64")) for a in corpus.document(i))
+        logits = engine.model.logits(tokens, (len(tokens),)).double()
+        weights = torch.where(labels[:-1] >= 0, 1.0, 0.25).double()
+        total += (F.cross_entropy(logits[:-1], tokens[1:], reduction="none") @ weights).item()
+        count += float(weights.sum())
+    report, _ = engine.step(Progress())
+    assert report.loss == pytest.approx(total / count, rel=1e-6)
+    assert report.supervised == int(corpus.supervised[engine.order.global_ids(0, 0)].sum())
+
+
 def test_what_a_step_reports(engine: Engine) -> None:
     """Of the whole global batch, at the end of the step; the norm is that of the documents one by one."""
     engine.schedule = Schedule(2, 2, 1.0, 1e-3, 1e-4, -1.0, 1, 1)

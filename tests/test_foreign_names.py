@@ -8,9 +8,10 @@ import pytest
 
 from accessory.config import DemoConfig, FinetuneConfig
 from accessory.foreign_names import _SENTENCES, unknown
+from accessory.meta import Sampling
 from accessory.method.peft import Peft
 
-FLAGS = [f"--{name}" for config in (FinetuneConfig, DemoConfig) for name in config.model_fields]
+FLAGS = [f"--{name}" for config in (FinetuneConfig, DemoConfig, Sampling) for name in config.model_fields]
 
 
 def test_every_flag_and_key_that_is_named_is_there() -> None:

@@ -437,6 +437,8 @@ def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> 
     ({"top_p": 0}, "'top_p' is 0: "),
     ({"temperature": float("nan")}, "'temperature' is nan: "), ({"seed": None}, "'seed' is None: "),
     ({"max_gen_len": None}, "'max_gen_len' is None: Input should be a valid integer"),
+    ({"max_new_tokens": 5}, "unknown key 'max_new_tokens': --max_gen_len is the longest answer"),
+    ({"stop_strings": "a", "sed": 1}, r"(?s)'stop_strings': --stop are .*unknown key 'sed'. Did you mean 'seed'"),
 ])  # fmt: skip
 def test_wrong_ways_to_answer(model: MetaModel, wrong: dict, said: str) -> None:
     """A negative temperature was no sampling, a top_p beyond 1 all tokens, without a word."""

@@ -29,10 +29,10 @@ from accessory.quant.moments import unpack_moment, zero_code
 
 CHANGEABLE = frozenset((
     "base", "data", "seed", "global_batch", "quantization", "precision", "lr", "min_lr", "lr_schedule", "warmup_epochs",
-    "epochs", "weight_decay", "adam_beta2", "clip_grad", "val_split",
+    "epochs", "weight_decay", "adam_beta2", "clip_grad", "val_split", "prompt_loss_weight",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
-_UNRECORDED = {"lr_schedule": "cosine", "adam_beta2": 0.95}
+_UNRECORDED = {"lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0}
 """Of the identity: what runs of earlier versions did without recording it."""
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
 """The loss scale of an fp16 run at its start, and the smallest."""

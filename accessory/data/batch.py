@@ -45,12 +45,13 @@ class Inset:
 
 
 class Document(NamedTuple):
-    """tokens and labels [S] as in `PackedBatch`; insets in order, their `start` counted from the document's."""
+    """tokens, labels, weights [S] as in `PackedBatch`; insets in order, their `start` counted from the document's."""
 
     tokens: np.ndarray
     labels: np.ndarray
     id: int
     insets: tuple[Inset, ...] = ()
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class PackedBatch:
 
     tokens: int64 [T]. labels: int64 [T]; `labels[i]` is the token to predict after `tokens[i]` within its document, or
     `IGNORE`. lengths: tokens of each document. sample_ids: which documents they are. shared: tokens of the prefix,
-    without labels, that each document shares with the one before it. It is packed only there, so that `lengths` minus
-    `shared` sum to T. insets: of all documents, their `start` counted in the batch's T tokens.
+    without labels where there are no weights, that each document shares with the one before it. It is packed only
+    there, so that `lengths` minus `shared` sum to T. insets: of all documents, their `start` counted in the batch's T
+    tokens. weights: fp32 [T], by which the loss of each label is multiplied, the sum of those of all documents that
+    share the token; None: all are 1.
     """
 
     tokens: Tensor
@@ -69,6 +72,7 @@ class PackedBatch:
     sample_ids: tuple[int, ...]
     shared: tuple[int, ...]
     insets: tuple[Inset, ...] = ()
+    weights: Tensor | None = None
 
     @staticmethod
     def pack(documents: Sequence[Document], share: bool = True) -> PackedBatch:
@@ -80,7 +84,7 @@ class PackedBatch:
             found = (0, *map(_common_prefix, alike, alike[1:]))
             if sum(found) * WORTH_SHARING >= sum(len(document.tokens) for document in documents):
                 documents, shared = alike, found
-        tokens, labels, ids, _ = zip(*documents, strict=True)
+        tokens, labels, ids, _, weights = zip(*documents, strict=True)
         return PackedBatch(
             _packed(tokens, shared),
             _packed(labels, shared),
@@ -88,6 +92,7 @@ class PackedBatch:
             tuple(int(i) for i in ids),
             shared,
             _packed_insets(documents, shared),
+            None if weights[0] is None else _packed_weights(weights, shared),
         )
 
     @staticmethod
@@ -102,18 +107,31 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory."""
-        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
+        weights = None if self.weights is None else self.weights.pin_memory()
+        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), weights=weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on `device`."""
         tokens, labels = (t.to(device, non_blocking=non_blocking) for t in (self.tokens, self.labels))
         insets = tuple(inset.to(inset.start, device, non_blocking=non_blocking) for inset in self.insets)
-        return replace(self, tokens=tokens, labels=labels, insets=insets)
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
+        return replace(self, tokens=tokens, labels=labels, insets=insets, weights=weights)
 
 
 def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
     new = [part[known:] for part, known in zip(parts, shared, strict=True)]
     return torch.from_numpy(np.concatenate(new).astype(np.int64))
+
+
+def _packed_weights(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
+    """Weights of shared tokens are summed: their losses are equal in all documents."""
+    found = np.zeros(sum(map(len, parts)) - sum(shared), dtype=np.float32)
+    places, begin = np.zeros(0, dtype=np.int64), 0
+    for part, known in zip(parts, shared, strict=True):
+        end = begin + len(part) - known
+        places, begin = np.concatenate([places[:known], np.arange(begin, end)]), end
+        found[places] += part
+    return torch.from_numpy(found)
 
 
 def _packed_insets(documents: Sequence[Document], shared: tuple[int, ...]) -> tuple[Inset, ...]:
@@ -135,9 +153,14 @@ def _keyed(document: Document) -> np.ndarray:
 
 
 def _common_prefix(one: Document, other: Document) -> int:
-    """Length of the prefix that both share, which ends before the first token with a label in either."""
+    """Length of the prefix that both share. It ends before the first token with a label in either, if there are no
+    weights; else before the first whose labels differ, so that shared tokens have one loss.
+    """
     length = min(len(one.tokens), len(other.tokens))
     ends = _keyed(one)[:length] != _keyed(other)[:length]
-    for document in (one, other):
-        ends = ends | (document.labels[:length] >= 0)
+    if one.weights is not None:
+        ends = ends | (one.labels[:length] != other.labels[:length])
+        ends[len(other.tokens) - 1 :] = True  # each document has a token of its own
+    else:
+        ends = ends | (one.labels[:length] >= 0) | (other.labels[:length] >= 0)
     return int(ends.argmax()) if ends.any() else length

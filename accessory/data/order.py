@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from accessory.data.batch import Document, PackedBatch
+from accessory.data.batch import IGNORE, Document, PackedBatch
 from accessory.data.corpus import Corpus
 from accessory.errors import ConfigError
 
@@ -21,6 +21,7 @@ class GlobalOrder:
 
     With `max_tokens`, a micro-batch holds documents of at most that many tokens together instead of `batch_size` ones.
     Global batches stay the same; the number of their micro-batches then differs from step to step.
+    With `prompt_weight`, tokens that are not to be learned get labels of that weight, and learned ones of weight 1.
     With `share_prefixes`, a prefix that documents of a micro-batch share is packed once (see `PackedBatch`).
     `ids` int64 are the documents of the corpus that take part; None: all of them.
     """
@@ -38,6 +39,7 @@ class GlobalOrder:
         max_tokens: int | None = None,
         share_prefixes: bool = True,
         ids: np.ndarray | None = None,
+        prompt_weight: float = 0.0,
     ) -> None:
         self.ids = np.arange(len(corpus)) if ids is None else ids
         at = self.ids[corpus.lengths[self.ids].argmax()]
@@ -50,7 +52,7 @@ class GlobalOrder:
             )
         self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
-        self.share_prefixes = share_prefixes
+        self.share_prefixes, self.prompt_weight = share_prefixes, prompt_weight
         self.global_batch = batch_size * accum_iter * dp_size
         self.steps_per_epoch = -(-len(self.ids) // self.global_batch)
         self._cached: tuple[int, np.ndarray] | None = None
@@ -75,6 +77,14 @@ class GlobalOrder:
         """Labels that count in the global batch; known on every rank without asking the others."""
         return int(self.corpus.supervised[self.global_ids(epoch, step)].sum())
 
+    def loss_weight(self, epoch: int, step: int) -> float:
+        """The sum of the weights of all labels in the global batch, by which the sum of losses is divided."""
+        supervised = self.supervised_tokens(epoch, step)
+        if not self.prompt_weight:
+            return supervised
+        ids = self.global_ids(epoch, step)
+        return supervised + self.prompt_weight * (self.tokens(epoch, step) - len(ids) - supervised)
+
     def tokens(self, epoch: int, step: int) -> int:
         """Tokens in the global batch."""
         return int(self.corpus.lengths[self.global_ids(epoch, step)].sum())
@@ -93,7 +103,15 @@ class GlobalOrder:
     def _packed(self, ids: np.ndarray) -> PackedBatch:
         if len(ids) == 0:
             return PackedBatch.idle(int(self.corpus.tokens[0]))
-        return PackedBatch.pack([Document(*self.corpus.document(i), i) for i in ids], self.share_prefixes)
+        return PackedBatch.pack([self._document(i) for i in ids], self.share_prefixes)
+
+    def _document(self, index: int) -> Document:
+        tokens, labels = self.corpus.document(index)
+        if not self.prompt_weight:
+            return Document(tokens, labels, index)
+        learned, following = labels >= 0, np.append(tokens[1:], IGNORE)
+        weights = np.where(learned, 1, np.where(following >= 0, self.prompt_weight, 0)).astype(np.float32)
+        return Document(tokens, np.where(learned, labels, following), index, weights=weights)
 
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.

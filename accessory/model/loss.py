@@ -19,13 +19,16 @@ from accessory.parallel.groups import model_parallel_group
 CHUNK = 256  # supervised tokens whose logits are alive at once
 
 
-def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Sum over supervised tokens of -log p(label), fp32 scalar.
 
     hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. The whole
-    head's rows from `vocab_size` on are padding and take no part; None: there are none.
+    head's rows from `vocab_size` on are padding and take no part; None: there are none. weights: fp32 [T], by which
+    each summand is multiplied; None: all are 1.
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size)
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights)
 
 
 def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -37,11 +40,14 @@ def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None, weights: Tensor | None
+    ) -> Tensor:
         rows = (labels >= 0).nonzero()[:, 0]
         want_hidden, want_head = ctx.needs_input_grad[:2]
         matrix = head.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        weights = None if weights is None else weights.to(wide)
         dhidden = hidden.new_empty(len(rows), hidden.shape[1]) if want_hidden else None
         dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -56,27 +62,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x, scores = hidden[chunk], scores[: len(chunk)]
             torch.mm(x, matrix.t(), out=scores)
             losses = kernel.losses_and_gradient(scores, labels[chunk] - before, width, all_reduce, work)
-            total += losses.sum(dtype=torch.float64)
+            total += losses.sum(dtype=torch.float64) if weights is None else losses.double() @ weights[chunk].double()
             if dhidden is not None:
                 torch.mm(scores, matrix, out=dhidden[begin : begin + CHUNK])
             if dhead is not None:
-                dhead += scores.t() @ x
+                dhead += scores.t() @ (x if weights is None else _scaled(x, weights[chunk]))
         if dhidden is not None and len(rows) and all_reduce:
             all_reduce(dhidden)
-        ctx.save_for_backward(rows, dhidden, dhead)
+        ctx.save_for_backward(rows, dhidden, dhead, weights)
         ctx.shape, ctx.head_dtype = hidden.shape, head.dtype
         return total.to(wide)
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, dhidden, dhead = ctx.saved_tensors
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        rows, dhidden, dhead, weights = ctx.saved_tensors
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)
             # In dloss's own dtype: 1 / (supervised tokens) loses digits in bf16, and fp16's loss scale overflows.
             for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
-                full[at] = (part.to(dloss.dtype) * dloss).to(part.dtype)
+                full[at] = _scaled(part, dloss if weights is None else dloss * weights[at])
             dhidden = full
-        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None, None
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    """rows [N, D] times factors [] or [N], in the factors' dtype and rounded once."""
+    return (rows.to(factors.dtype) * (factors[:, None] if factors.dim() else factors)).to(rows.dtype)
 
 
 def reduce_over_ranks() -> Reduce | None:

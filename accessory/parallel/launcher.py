@@ -30,9 +30,18 @@ def die_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     launcher = os.getppid()
-    _at_launchers_death(signal.SIGKILL)
-    if os.getppid() != launcher or (launcher == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()):
+    die_with_parent(launcher)
+    if launcher == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
         os.kill(os.getpid(), signal.SIGKILL)  # the launcher died before this was set
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its `parent` dies, at once if it is dead. Only on Linux."""
+    if sys.platform != "linux":
+        return
+    _at_launchers_death(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def outlive_launcher() -> None:

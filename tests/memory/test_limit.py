@@ -44,7 +44,7 @@ def test_what_would_fit(layout: Layout) -> None:
     assert "With --checkpointing 1 it would be" in refused(layout, sizes[1])
     least = sizes.index(min(sizes))
     assert least > 1 and f"With --checkpointing {least} it would be" in refused(layout, sizes[least])
-    assert "With --optim adamw8bit --checkpointing " in refused(layout, sizes[least] - 1)
+    assert "With --optim adamw8bit" in refused(layout, sizes[least] - 1)
     said = refused(layout, 1_000_000)
     assert said.startswith("--max_memory 0.00 GB: the plan of a step is 0.0") and said.endswith(" GB at the least.")
 

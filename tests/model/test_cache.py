@@ -66,3 +66,17 @@ def test_kept_documents_move_up() -> None:
         new = torch.arange(len(rows) * 12, dtype=torch.float32).view(-1, 3, 4)
         cache.store(new, -new, Sequences.build((1,) * len(rows), FREQUENCIES, starts=(3,) * len(rows)))
         assert torch.equal(cache.keys[:, 3], new)
+
+
+def test_documents_grow_and_begin_alike() -> None:
+    """Room is made behind what is kept; the first document's beginning is given to all."""
+    cache = filled()
+    before = cache.keys.clone()
+    cache.grow(9, 2)
+    assert cache.keys.shape == cache.values.shape == (4, 9, 3, 4)
+    assert torch.equal(cache.keys[:, :2], before[:, :2]) and torch.equal(cache.values[:, :2], -before[:, :2])
+    assert not cache.keys[:, 2:].any()
+    cache.copy_first(2)
+    for document in range(4):
+        assert torch.equal(cache.keys[document, :2], before[0, :2])
+        assert torch.equal(cache.values[document, :2], -before[0, :2])

@@ -51,6 +51,25 @@ def test_equals_torch_in_float64(supervised: int) -> None:
     assert not found[1][labels < 0].any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
+)
+def test_weights(dtype: torch.dtype, tolerance: float) -> None:
+    """Each summand and its gradients times its weight; weights of 1 change no bit."""
+    hidden, head, labels = problem(700, dtype)
+    weights = torch.rand(700, generator=torch.Generator().manual_seed(4))
+    found = gradients(lambda *given: cross_entropy_sum(*given, weights=weights), hidden, head, labels)
+
+    def weighted(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        each = F.cross_entropy(hidden @ head.t(), labels, reduction="none", ignore_index=-100)
+        return (each * weights.double()).sum()
+
+    for one, other in zip(found, gradients(weighted, hidden.double(), head.double(), labels), strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+    ones = gradients(lambda *given: cross_entropy_sum(*given, weights=torch.ones(700)), hidden, head, labels)
+    assert all(map(torch.equal, ones[1:], gradients(cross_entropy_sum, hidden, head, labels)[1:]))
+
+
 @pytest.mark.parametrize("kernels_wanted", ["0", "1"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 0.002)]
@@ -93,14 +112,14 @@ def test_frozen_head_gets_no_gradient() -> None:
     hidden, head, labels = problem(9)
     hidden.requires_grad_()
     loss = cross_entropy_sum(hidden, head, labels)
-    assert [kept is None for kept in loss.grad_fn.saved_tensors] == [False, False, True]
+    assert [kept is None for kept in loss.grad_fn.saved_tensors] == [False, False, True, True]
     loss.backward()
     assert head.grad is None
     wanted = gradients(by_torch, hidden.detach(), head, labels)[1] / 0.37
     torch.testing.assert_close(hidden.grad, wanted)
     head.requires_grad_()
     loss = cross_entropy_sum(hidden.detach(), head, labels)
-    assert [kept is None for kept in loss.grad_fn.saved_tensors] == [False, True, False]
+    assert [kept is None for kept in loss.grad_fn.saved_tensors] == [False, True, False, True]
     loss.backward()
     torch.testing.assert_close(head.grad, gradients(by_torch, hidden.detach(), head.detach(), labels)[2] / 0.37)
 

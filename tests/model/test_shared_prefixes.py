@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.data.batch import IGNORE, PackedBatch
+from accessory.data.batch import IGNORE, Document, PackedBatch
 from accessory.kernels.documents import SharedPrefixes
 from accessory.memory.recompute import recompute_layers
 from accessory.model.args import ModelArgs
@@ -102,6 +104,31 @@ def test_loss_and_gradients_equal_those_of_documents_one_by_one(random_decoder, 
         assert (gradient - wanted_gradients[key]).norm() <= 1e-7 * wanted_gradients[key].norm()  # norms are fp32
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_that_weigh_something_are_shared_exactly(random_decoder, name: str) -> None:
+    """In float64, against the weighted losses of each document's own logits; answers of two documents begin alike."""
+    decoder = random_decoder(ModelArgs(**PLAIN, **MODELS[name]), torch.float64, trainable=("",))
+    generator, made = torch.Generator().manual_seed(6), []
+    start, answers = draw(generator, 12), draw(generator, 8)
+    for i in range(4):
+        tokens = torch.cat([start[: 12 - i % 2], answers[: 5 + i], draw(generator, i)]).numpy()
+        weights = np.where(np.arange(len(tokens)) < 11, 0.125, 1).astype(np.float32)
+        made.append(Document(tokens, np.append(tokens[1:], IGNORE), i, weights=weights))
+    batch = PackedBatch.pack(made)
+    assert max(batch.shared) > 12 and len(batch.tokens) < sum(batch.lengths) - 20
+    loss, gradients = loss_and_gradients(decoder, batch)
+    decoder.zero_grad(set_to_none=True)
+    wanted = 0.0
+    for document in made:
+        tokens, weights = torch.from_numpy(document.tokens), torch.from_numpy(document.weights).double()
+        logits = decoder(tokens, decoder.sequences((len(tokens),))) @ decoder.head_weight.t()
+        wanted = wanted + F.cross_entropy(logits[:-1], tokens[1:], reduction="none") @ weights[:-1]
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    for key, parameter in decoder.named_parameters():
+        assert (gradients[key] - parameter.grad).norm() <= 1e-7 * parameter.grad.norm(), key  # norms are fp32
+
+
 def test_packed_base_and_recomputed_blocks(random_decoder) -> None:
     """NF4 in bf16 with the norms trained: within bf16's rounding; blocks that are run again change no bit."""
     decoder = random_decoder(ModelArgs(**PLAIN), torch.bfloat16, "nf4", trainable=("norm",))
@@ -139,6 +166,6 @@ def loss_and_gradients(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, di
     """Of a training step's forward and backward, by parameter."""
     decoder.zero_grad(set_to_none=True)
     hidden = decoder(batch.tokens, decoder.sequences(batch.lengths, shared=batch.shared))
-    loss = cross_entropy_sum(hidden, decoder.head_weight, batch.labels)
+    loss = cross_entropy_sum(hidden, decoder.head_weight, batch.labels, weights=batch.weights)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}

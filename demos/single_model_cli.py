@@ -1,0 +1,44 @@
+"""Talk with a model in the terminal.
+
+python demos/single_model_cli.py --pretrained_path BASE TRAINABLE --quant --n_gpus 2
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.config import TerminalConfig
+from accessory.conversation import Conversation, dismiss, follow
+from accessory.entry import run_entry
+from accessory.parallel.agree import together
+from demos.loading import load, prompt_layout_note, sampling_of
+from demos.page_serving import model_name
+from demos.terminal import Terminal
+
+
+def main(config: TerminalConfig) -> None:
+    """Load the model, over as many model-parallel ranks as there are, and talk on the main one."""
+    model, layout = load(config, page=False)
+    sampling = sampling_of(config)
+    talk = together(Conversation, model, config.system, prompt_layout=config.system_prompt)
+    if not layout.is_main:
+        follow(model)
+        return
+    if note := prompt_layout_note(model, talk.prompt_layout):
+        print(note, file=sys.stderr, flush=True)
+    terminal = Terminal(talk, sampling)
+    try:
+        if config.prompt:
+            terminal.ask_all(config.prompt)
+        else:
+            print(f"{model_name(config.pretrained_path)}, prompt layout {talk.prompt_layout}. /help lists commands.")
+            if not talk.remembers:
+                print("Each question is asked alone: in this layout the model has learned single questions.")
+            terminal.run()
+    finally:
+        dismiss()
+
+
+if __name__ == "__main__":
+    run_entry(TerminalConfig, main)
