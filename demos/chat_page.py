@@ -69,7 +69,7 @@ class ChatPage:
 
     def _lay_out_settings(self, config: ChatPageConfig, model: MetaModel) -> None:
         self._system = gradio.Textbox(
-            label="System", lines=3, max_lines=8, value=config.system, max_length=MAX_QUESTION,
+            label="System", lines=3, max_lines=8, value=self._talks.empty.system, max_length=MAX_QUESTION,
             placeholder="Words before the first turn; without any, those of the template",
             visible=self._talks.empty.remembers,
         )  # fmt: skip

@@ -37,8 +37,10 @@ TRAINED = "output/mine/epoch2"
 """What README's runs leave, and the commands of other pages begin with."""
 PARTS = re.compile(r"(output/(?:mine|side))/epoch2")
 """What any run leaves."""
-OTHERS_FLAGS = {"nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time"}
-"""Of torchrun and sbatch."""
+OTHERS_FLAGS = {
+    "nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time", "jinja",
+}  # fmt: skip
+"""Of torchrun, sbatch and llama-server."""
 OTHERS_FILES = {f"accessory/{name}/" for name in ("configs", "exps", "demos", "tools")} | {
     "tools/convert_weights_to_hf.py", "tools/weight_operate.py", "docs/gguf.md",
 }  # fmt: skip
