@@ -16,6 +16,7 @@ import pytest
 
 from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, TerminalConfig
 from accessory.data.meta_config import load_data_config
+from accessory.data.published import PUBLISHED
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import AccessoryError
 from accessory.export import export_side
@@ -91,12 +92,22 @@ def _in_code(sentence: str) -> str:
     return re.sub(r'(--[a-z][a-z0-9_-]*(?:=N| latest| int8)?|\{.*?\}|"\w+"(?:: true)?)', r"`\1`", sentence)
 
 
+def published_table(_: str) -> str:
+    """The data sets that are known by name."""
+    rows = []
+    for name, data in PUBLISHED.items():
+        files = ", ".join(f"`{file}`" for file in data.files)
+        rows.append(f"| `{name}` | {data.what} | {data.shape} | {data.hub or data.url} | {files} |")
+    return "\n".join(["| name | data | shape | published as | files |", "|---|---|---|---|---|", *rows])
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "flags": lambda _: flags_table(FinetuneConfig),
     "demo-flags": lambda _: flags_table(DemoConfig),
     "terminal-flags": lambda _: flags_table(TerminalConfig, DemoConfig),
     "chat-page-flags": lambda _: flags_table(ChatPageConfig, DemoConfig),
     "side-settings": lambda _: settings_table(SideSettings),
+    "published": published_table,
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
     **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512")},
@@ -156,7 +167,9 @@ def test_quickstart_answers_are_those_of_its_data() -> None:
 
 
 def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
-    (tmp_path / "my_data.json").write_text("[]")
+    (tmp_path / "logs").mkdir()
+    for name in ("my_data.json", "faq.csv", "logs/a.jsonl.gz", "book.txt"):
+        (tmp_path / name).write_text("[]")
     for _, text in blocks("yaml"):
         (tmp_path / "data.yaml").write_text(text)
         assert load_data_config(tmp_path / "data.yaml")[0].path == tmp_path / "my_data.json"

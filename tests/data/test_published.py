@@ -2,6 +2,7 @@ import pytest
 
 from accessory.data.finding import find_files
 from accessory.data.published import PUBLISHED, published_name
+from accessory.data.shapes import SHAPES
 from accessory.errors import DataError
 
 FILES = {
@@ -35,7 +36,7 @@ def test_a_name_finds_what_was_downloaded_as_the_error_says(name, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_may_be_called_as_on_the_hub(name):
     hub = PUBLISHED[name].hub
-    assert published_name(name) == name
+    assert published_name(name) == name and PUBLISHED[name].shape in SHAPES
     assert not hub or published_name(hub) == published_name(hub.rpartition("/")[2].upper()) == name
 
 
