@@ -164,7 +164,17 @@ class FinetuneConfig(BaseModel):
     max_skipped: float = Field(default=0.1, ge=0, le=1)
     """Largest share of records that may be unusable, 0 for none; beyond it the run does not start."""
     dialog: bool = False
-    """The data are conversations; only the assistant's turns are learned."""
+    """Lay the data out as dialogues (### Human:, ### Assistant:), but for those with prompt_type chat."""
+    mask_history: bool = False
+    """Learn only the last answer of a conversation."""
+    train_on_source: bool = False
+    """Learn questions, too, and not only answers."""
+    source_max_len: int | None = Field(default=None, ge=1)
+    """Longest source (what stands before the first learned token), cut by itself before --max_words cuts all."""
+    target_max_len: int | None = Field(default=None, ge=1)
+    """Longest target (what the source leaves), cut by itself in the same way."""
+    group_by_length: bool = False
+    """Put documents of about one length into a step; the order of the steps stays random."""
     checkpointing: Layers = Field(default="none", json_schema_extra={"bare": "all"})
     """Layers to recompute in the backward: none, a number, all (also without a value), or auto: the fewest that fit."""
     offload_inputs: bool = False

@@ -54,20 +54,21 @@ _SENTENCES = (
     ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
      "train_data train_dataset data_meta_path data_root",
      "--data_config takes a data file, a directory, a name such as alpaca, or a YAML that lists some"),
-    ("dataset_format template chat_template prompt_template prompt_style prompt_format instruction_template "
+    ("dataset_format data_format formatting", "it is shape of an entry in the YAML of --data_config; absent: told"),
+    ("template chat_template prompt_template prompt_style prompt_format instruction_template "
      "conversation_template prompt_type",
      "it is prompt_type of an entry in the YAML of --data_config"),
     ("max_train_samples max_samples num_samples", "ratio of an entry in the YAML of --data_config is the share to use"),
-    ("train_on_inputs train_on_input train_on_source train_on_prompt mask_prompt completion_only_loss "
-     "assistant_only_loss",
-     "only answers are learned here: leave it out"),
+    ("train_on_inputs train_on_input train_on_prompt mask_prompt completion_only_loss assistant_only_loss",
+     "only answers are learned; --train_on_source learns questions, too"),
     ("completion_loss_weight prompt_weight",
      "answers weigh 1 in the loss and prompts --prompt_loss_weight, 0 by default"),
-    ("packed_data packing packed sample_packing pad_to_sequence_len group_by_length multipack_sampler",
+    ("packed_data packing packed sample_packing pad_to_sequence_len multipack_sampler",
      "documents are packed end to end and never padded here: leave it out"),
-    ("max_length max_seq_length max_seq_len seq_len seq_length sequence_len cutoff_len model_max_length block_size "
-     "source_max_len target_max_len max_source_length max_target_length",
+    ("max_length max_seq_length max_seq_len seq_len seq_length sequence_len cutoff_len model_max_length block_size",
      "--max_words is a document's greatest length in tokens"),
+    ("max_source_length", "--source_max_len is a question's greatest length in tokens"),
+    ("max_target_length", "--target_max_len is an answer's greatest length in tokens"),
     ("max_length max_seq_length seq_len sequence_len cutoff_len model_max_length",
      "--max_seq_len is the greatest length of question and answer together, in tokens"),
     ("multi_turn conversation conversations", "--dialog trains on conversations"),

@@ -25,7 +25,7 @@ def test_every_flag_and_key_that_is_named_is_there() -> None:
 # Of published command lines: qlora's scripts, TRL's and LLaMA-Factory's examples, Axolotl's YAML, torchtune's recipes.
 @pytest.mark.parametrize(("theirs", "ours"), [
     ("--model_name_or_path", "--pretrained_path"), ("--dataset", "--data_config"),
-    ("--source_max_len", "--max_words"), ("--per_device_train_batch_size", "--batch_size"),
+    ("--max_source_length", "--source_max_len"), ("--per_device_train_batch_size", "--batch_size"),
     ("--gradient_accumulation_steps", "--accum_iter"), ("--max_grad_norm", "--clip_grad"),
     ("--lora_r", "--llama_config"), ("--bits", "--quant"), ("--bf16", "--precision"),
     ("--lr_scheduler_type", "--lr_schedule"), ("--warmup_ratio", "--warmup_epochs"),

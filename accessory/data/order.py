@@ -11,6 +11,9 @@ from accessory.data.batch import IGNORE, Document, PackedBatch
 from accessory.data.corpus import Corpus
 from accessory.errors import ConfigError
 
+_SORTED_TOGETHER = 50
+"""Global batches whose documents are sorted together: few enough for each epoch to have other steps."""
+
 
 class GlobalOrder:
     """Cuts each epoch's permutation of the corpus into global batches and deals each over ranks and micro-batches.
@@ -21,6 +24,7 @@ class GlobalOrder:
 
     With `max_tokens`, a micro-batch holds documents of at most that many tokens together instead of `batch_size` ones.
     Global batches stay the same; the number of their micro-batches then differs from step to step.
+    With `group_by_length`, documents of a global batch have about the same length, in true tokens.
     With `prompt_weight`, tokens that are not to be learned get labels of that weight, and learned ones of weight 1.
     With `share_prefixes`, a prefix that documents of a micro-batch share is packed once (see `PackedBatch`).
     `ids` int64 are the documents of the corpus that take part; None: all of them.
@@ -37,6 +41,7 @@ class GlobalOrder:
         seed: int = 0,
         shuffle: bool = True,
         max_tokens: int | None = None,
+        group_by_length: bool = False,
         share_prefixes: bool = True,
         ids: np.ndarray | None = None,
         prompt_weight: float = 0.0,
@@ -53,6 +58,7 @@ class GlobalOrder:
         self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.share_prefixes, self.prompt_weight = share_prefixes, prompt_weight
+        self.group_by_length = group_by_length
         self.global_batch = batch_size * accum_iter * dp_size
         self.steps_per_epoch = -(-len(self.ids) // self.global_batch)
         self._cached: tuple[int, np.ndarray] | None = None
@@ -156,5 +162,18 @@ class GlobalOrder:
             return self.ids
         if self._cached is None or self._cached[0] != epoch:
             generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-            self._cached = epoch, self.ids[generator.permutation(len(self.ids))]
+            order = self.ids[generator.permutation(len(self.ids))]
+            self._cached = epoch, self._grouped(order, generator) if self.group_by_length else order
         return self._cached[1]
+
+    def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """`order` sorted by length within every `_SORTED_TOGETHER` global batches, the whole batches then shuffled.
+
+        Without that second shuffle the loss would rise and fall with the lengths. The last, short batch stays last.
+        """
+        size = _SORTED_TOGETHER * self.global_batch
+        parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        by_length = np.concatenate([part[np.argsort(-self.corpus.lengths[part], kind="stable")] for part in parts])
+        whole = len(order) // self.global_batch * self.global_batch
+        batches = by_length[:whole].reshape(-1, self.global_batch)
+        return np.concatenate([generator.permutation(batches).reshape(-1), by_length[whole:]])

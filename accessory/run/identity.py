@@ -33,7 +33,7 @@ _PLACES = (
     "cache_base",
 )  # fmt: skip
 """Flags that may differ from node to node: what lies there is compared instead."""
-_ORDER = frozenset(("data", "val_split", "seed", "global_batch"))
+_ORDER = frozenset(("data", "val_split", "seed", "global_batch", "group_by_length"))
 """The parts of the identity that the order of documents depends on."""
 _SCALED = frozenset(("precision", "base", "quantization", "data"))
 """The parts of the identity that the size of gradients depends on, and so fp16's loss scale."""
@@ -73,6 +73,7 @@ class Job:
             "val_split": self.config.val_split,
             "seed": self.config.seed,
             "global_batch": self.order.global_batch,
+            "group_by_length": self.config.group_by_length,
             "quantization": self.blueprint.quant_type,
             "optim": self.config.optim,
             **{name: getattr(self.config, name) for name in _SCHEDULE},

@@ -256,3 +256,23 @@ def test_documents_of_a_rank(corpus_of):
         for epoch, step in ((0, 0), (1, 5)):
             found = [i for batch in order.micro_batches(epoch, step) for i in batch.sample_ids]
             assert order.documents(epoch, step).tolist() == found
+
+
+def test_documents_of_about_one_length_stand_together(corpus_of, monkeypatch):
+    """Each once, in other steps each epoch, the same ones on any layout and for whoever begins in the middle."""
+    monkeypatch.setattr("accessory.data.order._SORTED_TOGETHER", 6)
+    sizes = [int(size) for size in np.random.default_rng(5).integers(1, 200, 100)]
+    corpus = corpus_of(sizes)
+    ours, plain = (orders(corpus, (2, 2, 2), group_by_length=grouped) for grouped in (True, False))
+    spans = {}
+    for name, (order, other) in (("grouped", ours), ("plain", plain)):
+        ids = [order.global_ids(0, step) for step in range(order.steps_per_epoch)]
+        assert sorted(np.concatenate(ids).tolist()) == list(range(100)) and len(ids[-1]) == 4
+        assert trained([order, other], 0, 2) and ids[7].tolist() == other.global_ids(0, 7).tolist()
+        spans[name] = np.mean([np.ptp(corpus.lengths[batch]) for batch in ids])
+    assert spans["grouped"] < spans["plain"] / 4
+    means = [corpus.lengths[ours[0].global_ids(0, step)].mean() for step in range(12)]
+    assert sorted(means, reverse=True) != means and sorted(means) != means
+    fresh = orders(corpus, (8, 1, 1), group_by_length=True)[0]
+    assert fresh.global_ids(1, 3).tolist() == ours[0].global_ids(1, 3).tolist()
+    assert fresh.global_ids(1, 3).tolist() != fresh.global_ids(0, 3).tolist()
