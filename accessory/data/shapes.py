@@ -79,6 +79,7 @@ def _marked(key: str, human: str, assistant: str, marks: tuple[str, str], perhap
 
 
 _ALPACA = ("instruction", "input", "output")
+_COMPLETION = ("prompt", "completion")
 _BELLE = ("Human:", "Assistant:")
 _HH = (r"\n\nHuman:", r"\n\nAssistant:")
 
@@ -106,12 +107,14 @@ def _read_chosen(fields: Fields) -> Said:
     return read_marked(fields, "chosen", *_HH)
 
 
-def _read_completion(fields: Fields) -> Said:
-    """A prompt and its completion: two texts, or two lists of messages, of which the second is learned."""
-    prompt, completion = fields.get("prompt"), fields.get("completion")
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        return read_question(fields, ("prompt", "", "completion"))
-    whole = read_turns({"prompt": [*prompt, *completion], "tools": fields.get("tools")}, "prompt")
+def _are_messages(fields: Fields) -> bool:
+    return all(isinstance(fields[key], list) for key in _COMPLETION)
+
+
+def _read_completion(fields: Fields) -> Conversation:
+    """TRL's messages, of which those of the completion are learned."""
+    prompt, completion = (fields.get(key) if isinstance(fields.get(key), list) else [] for key in _COMPLETION)
+    whole = read_turns({"completion": [*prompt, *completion], "tools": fields.get("tools")}, "completion")
     weights = [place >= len(prompt) for place in range(len(whole.messages))]
     return conversation_of(whole.messages, "completion", weights, whole.tools, plain=False)
 
@@ -125,9 +128,8 @@ SHAPES: dict[str, Shape] = {
     "olcc": _turns("turns"),
     "hh-rlhf": Shape(("chosen",), CHAT_OR_DIALOG, _read_chosen, perhaps=("prompt",)),
     "dolly": _questions("instruction", "response", "alpaca", "context"),
-    "prompt-completion": Shape(
-        ("prompt", "completion"), "none", _read_completion, ("prompt", "", "completion"), ("tools",)
-    ),
+    "trl": Shape(_COMPLETION, CHAT_OR_DIALOG, _read_completion, perhaps=("tools",), told=_are_messages),
+    "prompt-completion": _questions(*_COMPLETION, "none"),
     "prompt-response": _questions("prompt", "response", "alpaca"),
     "question-answer": _questions("question", "answer", "alpaca"),
     "input-output": _questions("input", "output", "none"),
