@@ -58,15 +58,16 @@ def starts_processes(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the slowest files first, or leave out what --quick does."""
     if config.getoption("--quick"):
-        config.hook.pytest_deselected(items=[item for item in items if starts_processes(item)])
-        items[:] = [item for item in items if not starts_processes(item)]
+        left_out = [item for item in items if starts_processes(item) or item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Flags of ours."""
-    parser.addoption("--quick", action="store_true", help="leave out tests that start processes")
+    parser.addoption("--quick", action="store_true", help="leave out slow tests and those that start processes")
     parser.addoption(
         "--write-tables", action="store_true", help="write the outcomes of tests into docs/' support tables"
     )

@@ -24,7 +24,7 @@ def test_pip_installs_it() -> None:
     }  # fmt: skip
 
 
-PENDING = {"chat", "evaluate"}
+PENDING = {"evaluate"}
 """Commands whose scripts are being written."""
 
 

@@ -254,6 +254,7 @@ def optimizer_of(model: QSTForCausalLM) -> torch.optim.Optimizer:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tail"), [("llama", 1), ("opt", 0)])
 def test_own_loop_has_the_engines_losses(made, bases, engines_losses, family: str, tail: int) -> None:
     """On the same documents, padded in any micro-batches; also with LoRA in the base's last block."""
@@ -303,6 +304,7 @@ def trainer(model: QSTForCausalLM, path: Path, folder: Path, accumulated: int = 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_trainer_has_the_engines_losses(made, bases, engines_losses, tmp_path: Path) -> None:
     """Its checkpoints hold what is trained, and it goes on from one with the same losses."""
     whole = trainer(made()[0], bases["llama"], tmp_path)
@@ -349,6 +351,7 @@ def test_answers_are_transformers(made) -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CLASSES)
 def test_saved_it_gives_the_same_logits(made, bases, family: str, tmp_path: Path) -> None:
     """In Python and, behind its base, in every command of ours."""

@@ -145,10 +145,15 @@ class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _decode(self, ids: Tensor, mask: Tensor | None, cache: RowsCache | None) -> CausalLMOutputWithPast:
-        """New tokens [B, N] of rows whose mask [B, S] covers what `cache` knows too -> logits [B, 1, V]."""
+        """New tokens [B, N] of rows whose mask [B, S] covers what `cache` knows too -> logits [B, 1, V].
+
+        Without a mask nothing is padding.
+        """
         decoder = self.model.llma
         check_ids("input_ids", ids, 0, decoder.args.vocab_size)
-        rows = PaddedRows.of(ids.new_ones(mask.shape) if mask is not None else ids, mask)
+        if mask is None:
+            mask = ids.new_ones(len(ids), ids.shape[1] + (cache.columns if cache else 0))
+        rows = PaddedRows.of(mask, mask)
         if not rows.mask[:, -1].all():
             raise DataError("generate() takes prompts that are padded on the left: padding_side='left'.")
         with torch.autocast(decoder.frequencies.device.type, enabled=False):

@@ -63,6 +63,7 @@ def trainer(base: Path, folder: Path) -> Recording:
     return Recording(model, arguments, data_collator=collated, train_dataset=rows)
 
 
+@pytest.mark.slow
 def test_trainer_has_the_engines_losses(tiny_base: Path, tmp_path: Path) -> None:
     """Its checkpoints are trained parts of ours, which answer alone, and it goes on from one with the same losses."""
     whole = trainer(tiny_base, tmp_path)
