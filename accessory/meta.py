@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -41,6 +42,11 @@ Prompt = str | Sequence[Mapping[str, str]] | DialogPrompt
 Paths = str | Path | Sequence[str | Path]
 Settings = Paths | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
 """Of `llama_config`: files, settings themselves, or both, of which the last one that states a key counts."""
+_UPSTREAMS = {
+    "mp_group": ": layout=groups.start(model_parallel_size=N), of accessory.parallel, cuts the model over ranks.",
+    "with_visual": ": there is no vision part yet; leave it out.",
+}
+"""What LLaMA2-Accessory's `from_pretrained` takes beside ours, and what to write instead."""
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
 
 
@@ -382,6 +388,7 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         layout: Layout | None = None,
         train: bool = False,
         seed: int = 0,
+        **others: Any,
     ) -> MetaModel:
         """Load a model for asking. What no argument states is taken from the checkpoints and their run.json.
 
@@ -389,8 +396,10 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         one. llama_config: files, or settings such as {"lora_rank": 16}. quant: None follows the training run. device:
         auto (CUDA where there is any), cpu, cuda or cuda:N. layout: from `groups.start`, with its device; absent, one
         process is assumed. train: load it for training instead, for a loop of one's own; what llama_type trains and no
-        checkpoint holds, such as LoRA, starts as `seed` says. Raises `AccessoryError`s.
+        checkpoint holds, such as LoRA, starts as `seed` says. others: with_visual and mp_group of upstream, unset.
+        Raises `AccessoryError`s.
         """
+        _refuse(others)
         paths, precision = _paths(pretrained_path), _precision(dtype)
         if not paths:
             raise ConfigError(f"pretrained_path is {pretrained_path!r}; expected a checkpoint, or a list of some.")
@@ -513,6 +522,16 @@ def _settings(given: Settings) -> list[Path | Mapping[str, Any]]:
     if not isinstance(given, Sequence):
         raise ConfigError(f"llama_config is {given!r}; expected a file, settings, or a list of some.")
     return [part for each in given for part in ([each] if isinstance(each, Mapping) else _paths(each))]
+
+
+def _refuse(others: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for arguments that `from_pretrained` does not have, naming ours."""
+    flags = [f"--{name}" for name in inspect.signature(MetaModel.from_pretrained).parameters]
+    names = [flag.removeprefix("--") for flag in flags]
+    hints = {name: _UPSTREAMS.get(name) or unknown(name, names, flags) for name in others}
+    if faults := [f"from_pretrained: unknown argument {name!r}{hint}" for name, hint in hints.items()
+                  if others[name] or name not in _UPSTREAMS]:  # fmt: skip
+        raise ConfigError("\n".join(faults))
 
 
 def _checked(kind: type[_Arguments], **values: Any) -> _Arguments:

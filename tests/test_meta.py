@@ -392,7 +392,10 @@ def test_settings_and_tokenizer_by_name(checkpoint, tmp_path: Path) -> None:
     checkpoint()
     settings = tmp_path / "more.json"
     settings.write_text('{"rope_theta": 5000.0}')
-    model = MetaModel.from_pretrained(str(tmp_path), llama_config=str(settings), tokenizer_path=str(tmp_path))
+    names = {"llama_config": str(settings), "tokenizer_path": str(tmp_path)}
+    model = MetaModel.from_pretrained(
+        str(tmp_path), **names, with_visual=False, mp_group=None
+    )  # as upstream's users do
     assert model.llma.args.rope_theta == 5000.0
     assert MetaModel.from_pretrained((tmp_path,), llama_config=[str(settings)]).llma.args.rope_theta == 5000.0
 
@@ -422,6 +425,9 @@ def test_the_device(checkpoint, tmp_path: Path) -> None:
     ({"llama_type": 5, "max_seq_len": 0}, "(?s)'llama_type' is 5: .*'max_seq_len' is 0: Input should be greater than"),
     ({"quant_type": 4}, "MetaModel: 'quant_type' is 4: Input should be a valid string"),
     ({"tokenizer_path": 5}, "'tokenizer_path' is 5: Input is not a valid path"),
+    ({"mp_group": 1, "with_visual": True}, r"(?s)'mp_group': layout=groups.start.*'with_visual': there is no vision"),
+    ({"torch_dtype": "bf16", "load_in_4bit": True}, r"(?s)'torch_dtype': --dtype takes.*'load_in_4bit': --quant keeps"),
+    ({"divice": "cpu"}, r"from_pretrained: unknown argument 'divice'. Did you mean 'device'"),
 ])  # fmt: skip
 def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> None:
     checkpoint()
