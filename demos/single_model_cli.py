@@ -28,16 +28,14 @@ def main(config: TerminalConfig) -> None:
     if note := prompt_layout_note(model, talk.prompt_layout):
         print(note, file=sys.stderr, flush=True)
     terminal = Terminal(talk, sampling)
-    try:
-        if config.prompt:
-            terminal.ask_all(config.prompt)
-        else:
-            print(f"{model_name(config.pretrained_path)}, prompt layout {talk.prompt_layout}. /help lists commands.")
-            if not talk.remembers:
-                print("Each question is asked alone: in this layout the model has learned single questions.")
-            terminal.run()
-    finally:
-        dismiss()
+    if config.prompt:
+        terminal.ask_all(config.prompt)
+    else:
+        print(f"{model_name(config.pretrained_path)}, prompt layout {talk.prompt_layout}. /help lists commands.")
+        if not talk.remembers:
+            print("Each question is asked alone: in this layout the model has learned single questions.")
+        terminal.run()
+    dismiss()  # after an error the others may be in the middle of a step, and end as it ends this rank
 
 
 if __name__ == "__main__":
