@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,12 +17,13 @@ from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import Source, read_json, settings_read_by
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.foreign_names import unknown
-from accessory.method import METHODS, Attachment, Method, setting_names
+from accessory.method import METHODS, QUANT_TARGETS, Attachment, Method, setting_names
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES, FAMILIES, architecture_of
+from accessory.model.linear import Linear
 from accessory.parallel.groups import Layout
-from accessory.quant import storage
+from accessory.quant import PackedWeight, storage
 from accessory.tokenizer import StatedTokenizer, Tokenizer, holds_tokenizer, open_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -47,7 +48,8 @@ SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the
 class Blueprint:
     """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked.
 
-    plain: linears that stay plain in a base which was packed elsewhere. notes: lines for the log.
+    plain: linears that stay plain in a base which was packed elsewhere. notes: lines for the log. quant_targets: as the
+    flag; empty: all linears of the blocks are packed.
     """
 
     llama_type: str
@@ -59,6 +61,7 @@ class Blueprint:
     train: bool
     plain: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    quant_targets: tuple[str, ...] = ()
 
     def build(self, layout: Layout, data_parallel: str = "sdp") -> tuple[Decoder, Attachment]:
         """The decoder on the meta device, this rank's share of it, with the method attached.
@@ -70,11 +73,33 @@ class Blueprint:
         decoder = self.method.decoder(
             self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
         )
-        for name in self.plain:
+        for name in self.plain | self._untargeted(decoder):
             decoder.get_submodule(name).keep_plain(self.dtype)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
         attach = self.train or not self.method.trains_base
         return decoder, self.method.attach(decoder) if attach else Attachment()
+
+    def _untargeted(self, decoder: Decoder) -> set[str]:
+        """Names of the linears that `quant_targets` leaves plain. Raises `ConfigError` where it leaves all so."""
+        if not (self.quant_targets and self.quant_type):
+            return set()
+        packed = {name: linear for name, linear in decoder.named_modules()
+                  if isinstance(linear, Linear) and isinstance(linear.weight, PackedWeight)}  # fmt: skip
+        found = set()
+        for name, linear in packed.items():
+            with_lora = linear.lora_a is not None or self.method.has_lora(name)
+            if not {name.rsplit(".", 1)[-1], "lora" if with_lora else "frozen"}.intersection(self.quant_targets):
+                found.add(name)
+        if found == packed.keys():
+            raise ConfigError(
+                f"--quant_targets {' '.join(self.quant_targets)}: no linear of the model is one of these."
+            )
+        return found
+
+    def packed_as(self, quant_type: str) -> set[str]:
+        """Names of the matrices that are packed where the base is packed as `quant_type` when it is loaded."""
+        decoder, _ = replace(self, quant_type=quant_type).build(Layout())
+        return {name for name, module in decoder.named_modules() if isinstance(module, PackedWeight)}
 
     def settings(self) -> dict[str, Any]:
         """Model and method settings in one, as a checkpoint's `config.json` holds them."""
@@ -91,6 +116,7 @@ def make_blueprint(
     tokenizer_path: Path | None = None,
     quant_type: str | None = None,
     quant: bool = False,
+    quant_targets: Sequence[str] = (),
     new_tokens: Sequence[str] = (),
     flag_settings: Mapping[str, tuple[str, Any]] = MappingProxyType({}),
     opener: Callable[[Path], StatedTokenizer] = open_tokenizer,
@@ -98,9 +124,9 @@ def make_blueprint(
     """Work out what to build. What no argument states is taken from the sources; the last one that states it counts.
 
     llama_config: files of settings, or settings themselves. quant: keep the base packed; quant_type: in which format,
-    nf4 where neither it nor a packed base says.
-    new_tokens: tokens to add to the vocabulary. flag_settings: the method's
-    settings that flags state, key -> (flag, value). opener: reads the tokenizer at a path.
+    nf4 where neither it nor a packed base says; quant_targets: of which linears, as the flag, or as a run recorded it.
+    new_tokens: tokens to add to the vocabulary. flag_settings: the method's settings that flags state, key -> (flag,
+    value). opener: reads the tokenizer at a path.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
@@ -122,7 +148,8 @@ def make_blueprint(
     if train:
         note += tuple(f"{source.path}: {said}" for source in sources for said in (*source.notes, *_unread(source)))
     plain = plain_linears(sources)
-    return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note)
+    aimed = _quant_targets(sources, quant_targets)
+    return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note, aimed)
 
 
 def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | None:
@@ -140,6 +167,22 @@ def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | Non
             "lose more. Leave --quant_type out, or give the full-precision checkpoint."
         )
     return used.name
+
+
+def _quant_targets(sources: list[Source], asked: Sequence[str]) -> tuple[str, ...]:
+    """Those asked for, else those of the run that trained the last part; none for a base that is packed already."""
+    packed = next((source.path for source in sources if source.storage), None)
+    if packed and asked:
+        raise ConfigError(f"--quant_targets {' '.join(asked)}: {packed} is packed already, and says what lies plain.")
+    run = next((source for source in reversed(sources) if source.run), None)
+    if packed or asked or run is None:
+        return tuple(asked)
+    recorded = run.run.get("arguments", {}).get("quant_targets") or []
+    if not isinstance(recorded, list) or not set(map(str, recorded)) <= set(QUANT_TARGETS):
+        raise CheckpointError(
+            f"{run.path}: run.json says quant_targets {recorded!r}; expected some of {', '.join(QUANT_TARGETS)}."
+        )
+    return tuple(recorded)
 
 
 def _check_family(llama_type: str, wanted: str, method: type[Method], args: ModelArgs) -> None:

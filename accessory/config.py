@@ -19,7 +19,7 @@ from accessory.data.finding import DATA_DIR, find_files
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import ConfigError, DataError, explain_validation, hub_hint, is_there
 from accessory.foreign_names import unknown
-from accessory.method import METHODS
+from accessory.method import METHODS, QUANT_TARGETS
 from accessory.model.families import FAMILIES
 from accessory.optim import BETAS, LR_SCHEDULES, OPTIMIZERS
 from accessory.quant import STORAGES
@@ -100,6 +100,11 @@ class FinetuneConfig(BaseModel):
     """Keep the linears of all blocks packed (--quant_type); embedding, head and norms stay in the compute precision."""
     quant_type: Literal[tuple(STORAGES)] | None = Field(
         None, description=f"Format of --quant (see docs/memory.md): {', '.join(STORAGES)}; absent: nf4."
+    )
+    quant_targets: list[Literal[QUANT_TARGETS]] = Field(
+        [],
+        description=f"Linears that --quant packs: those without LoRA (frozen), those with it (lora), or by name, of "
+        f"{', '.join(QUANT_TARGETS)}; absent: all.",
     )
     bits: Annotated[Literal["4", "8", "16"], BeforeValidator(str)] | None = None
     """Another way to say --quant: 4 is --quant, 8 is --quant --quant_type int8, 16 is neither."""
@@ -252,6 +257,8 @@ class FinetuneConfig(BaseModel):
             found.append("--quant needs --only_save_trainable: a 4-bit base is never written with the trained part.")
         if self.quant_type and not self.quant:
             found.append(f"--quant_type {self.quant_type} without --quant changes nothing: give both, or neither.")
+        if self.quant_targets and not self.quant:
+            found.append("--quant_targets without --quant changes nothing: give both, or neither.")
         found += self._bits_faults()
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")

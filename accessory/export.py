@@ -185,7 +185,8 @@ def merge(
     if base == "packed":
         destination.refuse_packed()
     if base != "full":
-        tensors = with_trained_parts(tensors if packed else repacked(tensors, quantization))
+        again = {} if packed else {"is_linear": blueprint.packed_as(quantization).__contains__}
+        tensors = with_trained_parts(tensors if packed else repacked(tensors, quantization, **again))
     if base == "dequantized":
         tensors = unpacked(tensors)
     args, tensors = merged(tensors, model.args, blueprint.method.mergeable, drop_biases=drop_biases)

@@ -185,6 +185,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
         tokenizer_path=config.tokenizer_path,
         quant=config.quant,
         quant_type=config.quant_type if config.quant else None,
+        quant_targets=config.quant_targets,
         precision=config.precision,
         train=True,
         new_tokens=config.new_tokens,

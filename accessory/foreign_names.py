@@ -100,6 +100,8 @@ _SENTENCES = (
     ("load_in_4bit load_4bit bits quantization quantization_bit quantization_method quantize quant_method "
      "double_quant bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_4bit",
      "--quant keeps the base in 4 bits, in the format of --quant_type (nf4, double-quantized)"),
+    ("quant_lora_4bit quant_4bit llm_int8_skip_modules bnb_4bit_skip_modules",
+     "--quant_targets says which linears --quant packs: frozen (without LoRA), lora, or by name"),
     ("max_memory_MB max_memory_mb max_memory_per_gpu gpu_memory_limit",
      "--max_memory is the most that the plan may take on a device, such as 24GB"),
     ("load_in_8bit load_8bit", "--quant --quant_type int8 keeps the base in 8 bits"),

@@ -450,6 +450,7 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         named = {"llama_type": llama_type, "llama_config": _settings(llama_config)}
         kept = {"quant_type": loaded.blueprint.quant_type, "opener": partial(_reopened, loaded), **loaded.how}
         blueprint = together(make_blueprint, sources, **named, **kept)
+        together(_check_targets, blueprint, loaded.blueprint)
         trained = {name for s in (*sources, *loaded.sources) if s.is_delta or s.is_difference for name in s.tensors}
         decoder, names = _filled(blueprint, sources, loaded.layout, lambda new: hand_on(self.llma, new, trained))
         how_asked = trained_prompt_layouts(sources), trained_system(sources)
@@ -503,6 +504,18 @@ def _check_storage(sources: list[Source], loaded: Loaded) -> None:
         f"{part.path}: was trained beside {found}; loaded is {there}. To use it all the same, state quant (and "
         "quant_type) in from_pretrained."
     )
+
+
+def _check_targets(new: Blueprint, held: Blueprint) -> None:
+    """Raise `ConfigError` where other linears of the base would be packed than those that are."""
+    aimed = held.quant_targets or new.quant_targets
+    if not (held.quant_type and aimed):
+        return
+    if new.packed_as(held.quant_type) != held.packed_as(held.quant_type):
+        raise ConfigError(
+            f"It was trained with --quant_targets {' '.join(new.quant_targets) or '(all)'}, loaded is a base with "
+            f"{' '.join(held.quant_targets) or '(all)'}: other linears are packed. Load it with from_pretrained."
+        )
 
 
 def _paths(given: Paths) -> list[Path]:

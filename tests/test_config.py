@@ -205,6 +205,9 @@ def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     assert refusal([*paths, "--quant_type", "nf4"]) == [
         "--quant_type nf4 without --quant changes nothing: give both, or neither."
     ]
+    assert refusal([*paths, "--quant_targets", "lora", "wo"]) == [
+        "--quant_targets without --quant changes nothing: give both, or neither."
+    ]
     assert refusal([*paths[:2], "--no_quant", "--quant_type", "fp4"], DemoConfig) == [
         "--quant_type fp4 contradicts --no_quant: leave one out."
     ]

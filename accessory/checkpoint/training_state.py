@@ -33,7 +33,10 @@ CHANGEABLE = frozenset((
     "prompt_loss_weight",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
-_UNRECORDED = {"lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0, "group_by_length": False}
+_UNRECORDED = {
+    "lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0, "group_by_length": False,
+    "quant_targets": [],
+}  # fmt: skip
 """Of the identity: what runs of earlier versions did without recording it."""
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
 """The loss scale of an fp16 run at its start, and the smallest."""

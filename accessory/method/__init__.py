@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from accessory.method.base import Attachment, Method
 from accessory.method.full import Full
-from accessory.method.peft import Peft
+from accessory.method.peft import QUANT_TARGETS, Peft
 from accessory.method.side_tuning import SideTuning
 
 METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft, "qst": SideTuning}
@@ -24,4 +24,4 @@ def setting_names() -> set[str]:
     return set().union(*(method.Settings.model_fields for method in METHODS.values()))
 
 
-__all__ = ["METHODS", "Attachment", "Method", "presets", "setting_names"]
+__all__ = ["METHODS", "QUANT_TARGETS", "Attachment", "Method", "presets", "setting_names"]

@@ -89,6 +89,10 @@ class Method(ABC):
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
 
+    def has_lora(self, linear: str) -> bool:
+        """Whether `attach` puts LoRA on the linear of that name."""
+        return False
+
     def conflict(self, stated: Mapping[str, Any]) -> str | None:
         """Why a part trained with the settings `stated` would compute differently with these; None if it would not.
 

@@ -28,6 +28,8 @@ from accessory.quant import PackedWeight
 
 _SHOWN = 8  # blocks listed in an error
 Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+QUANT_TARGETS = ("frozen", "lora", *get_args(Target))
+"""Values of `--quant_targets`: linears without LoRA, those with it, or those of a name."""
 
 
 class Peft(Method):
@@ -144,12 +146,12 @@ class Peft(Method):
                     self._attach_bias(name, module, attachment)
                 if isinstance(module.weight, PackedWeight):
                     attachment.trainable |= {f"{name}.weight.{part}" for part in module.weight.trained}
-                if self._has_lora(name):
+                if self.has_lora(name):
                     self._attach_lora(name, module, attachment)
         return attachment
 
-    def _has_lora(self, linear: str) -> bool:
-        """By its name: layers.3.attention.wq."""
+    def has_lora(self, linear: str) -> bool:
+        """See `Method.has_lora`."""
         settings = self.settings
         if settings.lora_rank <= 0 or linear.rsplit(".", 1)[-1] not in settings.lora_targets:
             return False

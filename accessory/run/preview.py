@@ -41,7 +41,9 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
         together(check_limit, limit, recomputed, step_with, changes)
     trained, total = parameter_counts(decoder, attachment)
     packed = blueprint.quant_type
-    stored = f"{packed} in the blocks, {config.precision} elsewhere" if packed else config.precision
+    aimed = " ".join(blueprint.quant_targets)
+    where = f"the blocks' {aimed} linears" if aimed else "the blocks"
+    stored = f"{packed} in {where}, {config.precision} elsewhere" if packed else config.precision
     notes = [
         f"{blueprint.llama_type} on {layout.world_size} x {layout.device.type}: model parallel {layout.mp_size}, data "
         f"parallel {layout.dp_size} ({config.data_parallel}); weights in {stored}",
