@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from accessory.data.layouts import DocumentReader, Layouts
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
 from accessory.data.reading import identity_of
+from accessory.data.records import some
 from accessory.data.shapes import known_shapes
 from accessory.data.templates import CHAT, DIALOG, Segment
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
 
-_CHUNK = 4096  # records tokenized at a time
+_CHUNK, _CHARACTERS = 4096, 1 << 24  # most documents tokenized at a time, and characters of them
 _FORMAT = 8  # part of the cache's key: raise it when a change makes other documents of the same records
 _DIGITS = 32  # kept of a digest
 # Fields of Omissions and Layouts kept in the cache.
@@ -195,7 +195,7 @@ def build_corpus(
     if made := arrays is None:
         arrays = _tokenize(reader.documents(), entries, tokenizer, cuts, threads, omissions)
         if len(arrays["offsets"]) == 1:
-            found = f"{', '.join(omissions.files)}: not one record can be trained on; known shapes: {known_shapes()}."
+            found = f"{some(omissions.files)}: not one record can be trained on; known shapes: {known_shapes()}."
             raise DataError("\n".join([found, *omissions.lines()]))
     omissions.check(arrays["origins"], max_skipped)
     if cached and made:
@@ -217,6 +217,19 @@ def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
     return notes
 
 
+def _chunks(documents: Iterator[tuple[Origin, list[Segment]]]) -> Iterator[list[tuple[Origin, list[Segment]]]]:
+    """The documents in lists that are tokenized together."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += sum(len(segment.text) + len(segment.ids or ()) for segment in document[1])
+        if len(chunk) == _CHUNK or size >= _CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def _tokenize(
     documents: Iterator[tuple[Origin, list[Segment]]],
     entries: list[DataEntry],
@@ -227,7 +240,7 @@ def _tokenize(
 ) -> dict[str, np.ndarray]:
     """The arrays of a `Corpus`; a chunk of its texts is in memory at a time."""
     tokens, learned, lengths, origins = [], [], [0], []
-    while chunk := list(islice(documents, _CHUNK)):
+    for chunk in _chunks(documents):
         texts = [segments for _, segments in chunk if segments[0].ids is None]
         first = iter(tokenizer.encode_batch([segments[0].text for segments in texts], threads=threads))
         later_texts = [segment.text for segments in texts for segment in segments[1:]]

@@ -13,6 +13,7 @@ from accessory.data.published import PUBLISHED, published_files, published_name
 from accessory.data.readers import SUFFIXES, is_data
 from accessory.data.readers.json_list import HELD_OUT
 from accessory.data.readers.opening import data_suffix, is_packed
+from accessory.data.records import some
 from accessory.errors import DataError, is_there, nearest
 from accessory.tokenizer.sniff import what_is
 
@@ -27,7 +28,6 @@ _REMEDIES = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst"), "unpack it first"),
 }
 _DESCRIBING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_SHOWN = 8  # names in a message
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _of_directory(directory: Path) -> Found:
     kept = [path for path in kept if not (is_packed(path) and path.with_suffix("") in kept)]
     kept = _without_held_out(kept, directory)
     if not kept:
-        found = _some([str(path.relative_to(directory)) for path in files]) or "nothing"
+        found = some([str(path.relative_to(directory)) for path in files]) or "nothing"
         raise DataError(f"{directory}: is a directory without a data file ({NAMES}); found {found}.")
     return Found(kept, [_told(directory, files, kept)])
 
@@ -102,7 +102,7 @@ def _without_held_out(files: list[Path], directory: Path) -> list[Path]:
 
 def _told(directory: Path, files: list[Path], kept: list[Path]) -> str:
     names = [str(path.relative_to(directory)) for path in files if path not in kept]
-    left = f"; not read: {_some(names)}" if names else ""
+    left = f"; not read: {some(names)}" if names else ""
     return f"{len(kept):,} files of the directory {directory}{left}"
 
 
@@ -111,9 +111,9 @@ def _of_splits(directory: Path) -> Found:
     splits = _described(directory / "dataset_dict.json", "splits")
     if "train" not in splits:
         remedy = f"name one: {directory}/{splits[0] if splits else 'SPLIT'}"
-        raise DataError(f"{directory}: has the splits {_some(splits) or '(none)'} and no train; {remedy}.")
+        raise DataError(f"{directory}: has the splits {some(splits) or '(none)'} and no train; {remedy}.")
     found, others = _saved(directory / "train"), [split for split in splits if split != "train"]
-    left = f"; not read: {_some(others)}" if others else ""
+    left = f"; not read: {some(others)}" if others else ""
     return Found(found.files, [f"split train of the directory {directory}{left}"])
 
 
@@ -149,14 +149,19 @@ def _of_pattern(pattern: str, folders: Sequence[Path]) -> Found:
         found = [_of_directory(path).files if path.is_dir() else [path] for path in matches if _is_source(path)]
         if files := list(dict.fromkeys(path for group in found for path in group)):
             others = [path.name for path in matches if not _is_source(path)]
-            return Found(files, [f"{len(files):,} files match{f'; not read: {_some(others)}' if others else ''}"])
+            return Found(files, [f"{len(files):,} files match{f'; not read: {some(others)}' if others else ''}"])
     looked = " or ".join(str(folder.resolve()) for folder in dict.fromkeys(folders))
-    beside = _some([path.name for folder in folders for path in _beside(pattern, folder)])
+    beside = some([path.name for folder in folders for path in _beside(pattern, folder)])
     raise DataError(f"{pattern}: no data file ({NAMES}) in {looked} matches; beside it: {beside or 'nothing'}.")
 
 
 def _is_source(path: Path) -> bool:
     return path.is_dir() or is_data(path)
+
+
+def _of_which(file: str) -> str | None:
+    """The data set that has a file of this name."""
+    return next((name for name, data in PUBLISHED.items() if file in data.files), None)
 
 
 def _beside(given: str, folder: Path) -> list[Path]:
@@ -198,10 +203,8 @@ def _nowhere(given: str, folders: Sequence[Path], data_dir: Path) -> str:
             " If this is a name on the Hugging Face Hub, download it first: "
             f"hf download {given} --repo-type dataset --local-dir {local}, then give {local}."
         )
+    if not hint and (name := _of_which(Path(given).name)):
+        hint = f" It is a file of the data set {name}; give that name to be told what to download."
     known = "" if hint or "/" in given or "." in given else f" Known names: {', '.join(PUBLISHED)}."
     where = "is not there" if Path(given).is_absolute() else f"is neither in {' nor in '.join(looked)}"
     return f"path {given} {where}.{hint}{known}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names[:_SHOWN])) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from accessory.data.finding import DATA_DIR, NAMES, find_files, path_fault
 from accessory.data.readers import is_data
+from accessory.data.readers.opening import data_suffix
 from accessory.data.readers.text import UNITS
 from accessory.data.shapes import OTHER_NAMES, SHAPES
 from accessory.data.templates import PROMPT_LAYOUTS
@@ -172,6 +173,8 @@ def _entries(item: Any, where: str, folders: list[Path], data_dir: Path) -> list
             raise DataError(f"{where}{error}") from error
         notes += found.notes + [f"{path} is named twice and read once" for path in found.files if path in files]
         files |= dict.fromkeys(found.files)
+    if models[0].txt and not any(data_suffix(path) == ".txt" for path in files):
+        notes.append("txt is not used: there is no .txt")
     name = ", ".join(map(str, names))
     return [_entry(models[0], path, Source(0, name, () if place else tuple(notes))) for place, path in enumerate(files)]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _SHOWN, _LONGEST = 12, 40  # keys named in a message, and characters of each
+_FEW = 8  # of many names
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null", bytes: "bytes"}
 
 
@@ -29,6 +30,12 @@ def kind(value: Any) -> str:
     if found := _KINDS.get(type(value)):
         return found
     return "a number" if isinstance(value, int | float) else f"of the type {type(value).__name__}"
+
+
+def some(names: Sequence[object]) -> str:
+    """The first of many names for a message, and how many more there are."""
+    more = len(names) - _FEW
+    return ", ".join(map(str, names[:_FEW])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def shown_keys(keys: Iterable[str]) -> str:

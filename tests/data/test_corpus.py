@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from accessory.data import corpus
 from accessory.data.batch import IGNORE
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import DIALOG_SYSTEM, format_prompt
@@ -457,3 +458,11 @@ def test_fingerprint_tells_chat_templates_apart_where_one_is_used(write, chat_to
 def test_a_chat_record_that_is_no_text_costs_that_record(write, chat_tokenizer):
     write("x.json", [{"instruction": "\ud800", "output": "a"}, {"instruction": "q", "output": " "}, GOOD])
     assert len(make(write("c.yaml", CHAT), chat_tokenizer())) == 1
+
+
+def test_long_texts_are_tokenized_few_at_a_time(write, tokenizer, monkeypatch):
+    path = write("x.jsonl", [{"instruction": "q", "output": str(i) * 200} for i in range(9)])
+    together = make(path, tokenizer)
+    monkeypatch.setattr(corpus, "_CHARACTERS", 700)
+    before = tokenizer.calls
+    assert same(make(path, tokenizer), together) and tokenizer.calls - before == 6

@@ -83,6 +83,10 @@ def test_a_name_with_marks_of_a_pattern_is_a_file_where_there_is_one(lay, found)
         ("only/x.xlsx", "x.xlsx: .xlsx files are not read here; save the sheet as .csv in UTF-8"),
         ("d/a.jsn", "Did you mean 'a.json'?"),
         ("someone/something", "hf download someone/something --repo-type dataset --local-dir "),
+        (
+            "../data/alpaca_data.json",
+            "It is a file of the data set alpaca; give that name to be told what",
+        ),
         ("alpacca", "Did you mean 'alpaca'?"),
         ("nothing", "Known names: alpaca, alpaca-clean, "),
     ],

@@ -164,6 +164,11 @@ def test_one_item_may_name_several_files(write, tmp_path, monkeypatch):
     assert entries[1].source.notes == () and "2 files of the directory" in entries[3].source.notes[0]
 
 
+def test_a_setting_for_texts_is_told_where_there_is_none(write, data):
+    (entry,) = load_data_config(write("c.yaml", "META:\n- {path: x.json, txt: lines}\n"))
+    assert entry.source.notes == ("txt is not used: there is no .txt",)
+
+
 def test_faults_of_several_configs_are_told_at_once(write, tmp_path):
     write("c.yaml", "META:\n- path: absent.json\n")
     message = refused([tmp_path / "c.yaml", tmp_path / "none.json", tmp_path / "d.yaml"])
