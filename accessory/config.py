@@ -424,7 +424,7 @@ class DemoConfig(PageConfig):
     prompt: list[str] = []
     """Questions to answer in the terminal; without any, a page is served."""
     system_prompt: Literal[PROMPT_LAYOUTS] | None = None
-    """Prompt layout: a prompt_type, or dialog; absent: that of the training data, alpaca for a base."""
+    """Prompt layout; absent: that of the training data; for a base its chat template, or alpaca."""
 
 
 class TalkConfig(AskConfig):

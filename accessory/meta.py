@@ -19,7 +19,7 @@ from accessory.checkpoint.load import fill, resolve
 from accessory.checkpoint.run_record import beside, trained_prompt_layouts, trained_system, with_base
 from accessory.checkpoint.source import Source
 from accessory.data.batch import PackedBatch
-from accessory.data.templates import DIALOG_END, DialogPrompt, question_prompt
+from accessory.data.templates import CHAT, DIALOG_END, DialogPrompt, question_prompt
 from accessory.errors import ConfigError, ParallelError, explain_validation, nearest
 from accessory.foreign_names import unknown
 from accessory.generate import KeptCache, generate_tokens, next_token_logits
@@ -217,8 +217,9 @@ class MetaModel(OwnLoop, Examples, nn.Module):
 
     @property
     def prompt_layout(self) -> str:
-        """The default layout of a question: that of most training documents, or alpaca where unknown."""
-        return self.prompt_layouts[0] if self.prompt_layouts else "alpaca"
+        """The default layout of a question: that of most training documents; of a base its chat template, or alpaca."""
+        own = "alpaca" if self.tokenizer.chat_template is None else CHAT
+        return self.prompt_layouts[0] if self.prompt_layouts else own
 
     @cached_property
     def chat(self) -> Chat:

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -17,6 +18,7 @@ from accessory.errors import ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from demos import visits
+from demos.chat_page import ChatPage, without_html
 from demos.talks import MOST_TURNS, Talks
 from tests.browser import Browser, Visitor, usable
 from tests.demos.pages import served
@@ -141,6 +143,9 @@ def test_two_visitors_on_two_ranks(tiny_base: Path, with_template: Path, answers
             second.predict("x", "", 12, -1, 1, 0, 1, 0, api_name="/ask")
         shown, _ = second.predict(QUESTIONS[2], *settings, api_name="/ask")
         assert letters(text_of(shown[-1])) == letters(answers[2]) and time.monotonic() - begun < 20
+        assert "img-src 'self'" in httpx.get(first.src).headers["content-security-policy"]
+        assert httpx.get(first.src, headers={"Origin": "http://evil.example"}).status_code == 403
+        assert httpx.post(f"{first.src}gradio_api/upload", files={"files": b"x"}).status_code == 403
         shown, question = second.predict(api_name="/undo")
         assert question == QUESTIONS[2] and len(shown) == 4
     said = page.stdout.read().partition("Received 15 death signal")[0]  # torchrun prints a traceback of its own
@@ -151,6 +156,26 @@ def text_of(message: dict) -> str:
     """The words of a message as gradio's client gives it."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def test_markup_is_shown_as_it_is_written() -> None:
+    """Tags, entities and images, not those in code, which Markdown shows as they are."""
+    for words, expected in (
+        ("a <b>c</b> & d < e", "a &lt;b>c&lt;/b> & d < e"),
+        ("&lt; &#60; ![x](http://x)", "&amp;lt; &amp;#60; !\\[x](http://x)"),
+        ("`<b>` <i>", "`<b>` &lt;i>"),
+        ("```html\n<b>\n```\n<b>", "```html\n<b>\n```\n&lt;b>"),
+        ("```html\n<b>", "```html\n<b>"),
+    ):
+        assert without_html(words) == expected
+
+
+def test_settings_begin_as_the_flags_and_the_training_say(model: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "system", "Be kind.")
+    config = ChatPageConfig(pretrained_path=["x"], top_k=7, seed=3)
+    parts = ChatPage(Talks(model, config), config, model).blocks.config["components"]
+    values = {part["props"].get("label"): part["props"].get("value") for part in parts}
+    assert (values["System"], values["Top-k (0: all)"], values["Seed"]) == ("Be kind.", 7, 3)
 
 
 def test_what_visitors_hold_is_bounded(model: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,8 +199,7 @@ def test_a_question_through_the_checkpoints_own_template(tiny_base: Path, with_t
     messages = [{"role": "user", "content": QUESTION}]
     expected = model.generate([messages], max_gen_len=12)[0]
     assert expected != model.generate([QUESTION], max_gen_len=12)[0]
-    chat = ("--tokenizer_path", with_template, "--system_prompt", "chat")
-    done = python(DEMO, "--pretrained_path", tiny_base, *chat, *GREEDY)
+    done = python(DEMO, "--pretrained_path", tiny_base, "--tokenizer_path", with_template, *GREEDY)
     assert done.returncode == 0, done.stderr
     assert answer_in(done.stdout) == expected
 
