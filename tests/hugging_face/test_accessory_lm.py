@@ -23,7 +23,7 @@ from tests.test_hugging_face import Recording, batch, collated, loaded
 
 LORA = {"lora_rank": 4, "lora_alpha": 8}  # beside norms and biases
 HOW = {"quant": True, "dtype": "fp32", "llama_type": "llama_peft", "llama_config": LORA, "seed": 1}
-STEPS, LR, CLIP, LONGEST, TOKENS = 5, 3e-3, 1.0, 128, torch.arange(40) * 7 % 500
+STEPS, BATCH, LR, CLIP, LONGEST, TOKENS = 5, 4, 3e-3, 1.0, 128, torch.arange(40) * 7 % 500
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,26 +39,27 @@ def engines_losses(base: Path, folder: Path) -> list[float]:
     finetune(
         FinetuneConfig(
             pretrained_path=base, data_config=DATA, output_dir=folder / "out", llama_type="llama_peft", quant=True,
-            llama_config=folder / "lora.json", precision="fp32", only_save_trainable=True, device="cpu", batch_size=4,
-            accum_iter=1, max_steps=STEPS, lr=LR, lr_schedule="constant", warmup_epochs=0, clip_grad=CLIP,
+            llama_config=folder / "lora.json", precision="fp32", only_save_trainable=True, device="cpu",
+            batch_size=BATCH, accum_iter=1, max_steps=STEPS, lr=LR, lr_schedule="constant", warmup_epochs=0, clip_grad=CLIP,
             weight_decay=0.0, max_words=LONGEST, seed=1,
         )
     )  # fmt: skip
     return [json.loads(line)["loss"] for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
 
 
-def trainer(base: Path, folder: Path) -> Recording:
+def trainer(base: Path, folder: Path, **changes) -> Recording:
     """Trains a fresh LoRA on the engine's documents."""
     corpus = build_corpus(DATA, open_tokenizer(base), max_words=LONGEST)
-    order, rows = GlobalOrder(corpus, batch_size=4, accum_iter=1, seed=1), []
+    order, rows = GlobalOrder(corpus, batch_size=BATCH, accum_iter=1, seed=1), []
     for number in (number for step in range(STEPS) for number in order.global_ids(0, step)):
         tokens, following = (torch.from_numpy(part.astype("int64")) for part in corpus.document(number))
         rows.append({"input_ids": tokens, "labels": torch.cat([tokens[:1], following[:-1]])})
-    arguments = transformers.TrainingArguments(
-        folder, per_device_train_batch_size=4, max_steps=STEPS, learning_rate=LR, lr_scheduler_type="constant",
-        adam_beta2=0.95, max_grad_norm=CLIP, use_cpu=True, save_steps=3, report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
+    settings = {
+        "per_device_train_batch_size": BATCH, "max_steps": STEPS, "learning_rate": LR, "lr_scheduler_type": "constant",
+        "adam_beta2": 0.95, "max_grad_norm": CLIP, "use_cpu": True, "save_steps": 3, "report_to": [],
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(folder, **{**settings, **changes})
     model = AccessoryForCausalLM.from_pretrained(base, **HOW)
     return Recording(model, arguments, data_collator=collated, train_dataset=rows)
 
@@ -79,6 +80,16 @@ def test_trainer_has_the_engines_losses(tiny_base: Path, tmp_path: Path) -> None
     resumed = trainer(tiny_base, tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.losses == whole.losses[3:]
+
+
+def test_trainer_on_two_processes(tiny_base: Path, torchrun, tmp_path: Path) -> None:
+    """With its data parallelism the losses are those of one process."""
+    done = torchrun(2, Path(__file__).with_name("trainer_worker.py"), tiny_base, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    each = [json.loads((tmp_path / f"losses{rank}.json").read_text()) for rank in range(2)]
+    # Each rank's loss is multiplied by their number, because gradients are averaged.
+    means = [sum(losses) / 2 for losses in zip(*each, strict=True)]
+    assert means == pytest.approx(engines_losses(tiny_base, tmp_path), rel=1e-5)
 
 
 @pytest.mark.parametrize("how", [
