@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ class OwnLoop:
         trained = {f"llma.{name}" for name in self._loaded.trained} if self._loaded else ()
         return {name: p for name, p in self.named_parameters() if p.requires_grad or name in trained}
 
-    def corpus(self, data_config: str | Path, *, max_words: int = 1024, **how: Any) -> Corpus:
+    def corpus(self, data_config: str | Path | Sequence[str | Path], *, max_words: int = 1024, **how: Any) -> Corpus:
         """What `--data_config` names, laid out and tokenized for this model; `how`: as for `build_corpus`."""
-        return build_corpus(Path(data_config), self.tokenizer, max_words=max_words, **how)
+        given = [data_config] if isinstance(data_config, str | Path) else data_config
+        return build_corpus([Path(path) for path in given], self.tokenizer, max_words=max_words, **how)
 
     def batches(self, corpus: Corpus, *, batch_size: int = 16, epochs: int = 1, seed: int = 0) -> Iterator[PackedBatch]:
         """Batches of so many documents, shuffled in each epoch as the engine does, on the model's device."""

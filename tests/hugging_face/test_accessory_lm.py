@@ -40,8 +40,8 @@ def engines_losses(base: Path, folder: Path) -> list[float]:
         FinetuneConfig(
             pretrained_path=base, data_config=DATA, output_dir=folder / "out", llama_type="llama_peft", quant=True,
             llama_config=folder / "lora.json", precision="fp32", only_save_trainable=True, device="cpu",
-            batch_size=BATCH, accum_iter=1, max_steps=STEPS, lr=LR, lr_schedule="constant", warmup_epochs=0, clip_grad=CLIP,
-            weight_decay=0.0, max_words=LONGEST, seed=1,
+            batch_size=BATCH, accum_iter=1, max_steps=STEPS, lr=LR, lr_schedule="constant", warmup_epochs=0,
+            clip_grad=CLIP, weight_decay=0.0, max_words=LONGEST, seed=1,
         )
     )  # fmt: skip
     return [json.loads(line)["loss"] for line in (folder / "out" / "log.jsonl").read_text().splitlines()]

@@ -33,7 +33,7 @@ def trained(base: Path, steps: int = STEPS, **changes) -> tuple[MetaModel, list[
     model = MetaModel.from_pretrained(base, train=True, dtype="fp32", seed=SEED, **{**HOW, **changes})
     optimizer = torch.optim.AdamW(model.get_trainable_params().values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
-    for batch in model.batches(model.corpus(DATA, max_words=128), batch_size=4, epochs=2, seed=SEED):
+    for batch in model.batches(model.corpus([str(DATA)], max_words=128), batch_size=4, epochs=2, seed=SEED):
         loss = model(batch) / batch.supervised
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
