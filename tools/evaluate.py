@@ -1,4 +1,4 @@
-"""How good a model is: tasks of the lm-eval harness, and perplexity:
+"""How good a model is: tasks of the lm-eval harness, perplexity, MMLU, and metrics of texts that it wrote:
 
 python tools/evaluate.py MODEL --tasks piqa,arc_easy --task_data DIR      or:  ... MODEL --perplexity FILE --seq 1024
 """
@@ -12,10 +12,15 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, DataError
 from accessory.eval.harness import Harness, TaskFigures, TaskSettings
-from accessory.eval.perplexity import Perplexity, perplexity
-from accessory.eval.report import table, task_object, task_rows, write_predictions
+from accessory.eval.mmlu import mmlu, read_mmlu
+from accessory.eval.perplexity import perplexity
+from accessory.eval.report import figure_object, figure_rows, table, task_object, task_rows, write_predictions
+from accessory.eval.statistics import Figure
+from accessory.eval.text_metrics import read_pairs, text_figures
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+
+COLUMNS = ("figure", "of", "value", "stderr")
 
 
 def main(
@@ -25,10 +30,13 @@ def main(
     limit: int | None = None,
     task_data: str = "",
     protocol: str | float = "0.4",
+    predictions: str = "",
     perplexity: str = "",
     seq: int = 2048,
     windows: int | None = None,
-    predictions: str = "",
+    mmlu: str = "",
+    texts: str = "",
+    language: str = "auto",
     json: bool = False,
     llama_type: str | None = None,
     llama_config: str = "",
@@ -51,10 +59,13 @@ def main(
         limit: only so many documents of each task.
         task_data: a directory with the tasks' files, where there is no network.
         protocol: 0.4, or 0.3: context and continuation tokenized apart, no BOS.
+        predictions: a file to write what was answered in tasks to: a line of JSON for each document.
         perplexity: a text file whose perplexity is computed in GPTQ's protocol.
         seq: tokens of a window of it.
         windows: how many of them; absent: all.
-        predictions: a file to write what was answered to: a line of JSON for each document.
+        mmlu: a file of MMLU as qlora keeps it: lines with subject, input and output.
+        texts: a file of predictions beside what was expected, for ROUGE and BLEU; it needs no MODEL.
+        language: of those texts: zh, en, or auto.
         json: end with one line of JSON.
         llama_type: as in training; absent: what the checkpoint says.
         llama_config: as in training; absent: what the checkpoint says.
@@ -68,35 +79,44 @@ def main(
         batch_tokens: tokens of a batch; absent: what suits the device.
     """
     names = [name for name in (tasks.split(",") if isinstance(tasks, str) else map(str, tasks)) if name]
-    if not model or not (names or perplexity):
-        raise ConfigError("Expected MODEL, and what to compute: --tasks NAMES or --perplexity FILE.")
-    text = _read(Path(str(perplexity))) if perplexity else ""
-    layout = groups.start(device, model_parallel_size=model_parallel_size)
-    loaded = MetaModel.from_pretrained(
-        [str(path) for path in model],
-        llama_type=llama_type,
-        llama_config=str(llama_config),
-        tokenizer_path=str(tokenizer_path) or None,
-        max_seq_len=max_seq_len,
-        dtype=dtype,
-        quant=quant,
-        quant_type=quant_type,
-        layout=layout,
-    )
-    place = Path(str(task_data)) if task_data else None
-    settings = TaskSettings(num_fewshot, limit, place, str(protocol), batch_tokens, shows=layout.is_main)
-    figures = _tasks(loaded, names, settings) if names else []
-    found = _perplexity(loaded, text, seq, windows) if text else None
-    if not layout.is_main:
-        return
-    if figures:
-        print(table([row for each in figures for row in task_rows(each)]))
-    if found:
-        print(_sentence(found, seq))
-    if predictions:
-        write_predictions(Path(str(predictions)), figures)
-    if json:
-        print(_line(" + ".join(map(str, model)), str(protocol), figures, found))
+    asked = bool(names or perplexity or mmlu)
+    if asked != bool(model) or not (asked or texts):
+        raise ConfigError("Expected MODEL with --tasks, --perplexity or --mmlu, or --texts.")
+    # Files are read before the model, which takes longer.
+    text = _read(Path(str(perplexity))) if perplexity else None
+    items = read_mmlu(Path(str(mmlu))) if mmlu else None
+    found: dict[str, dict[str, Figure]] = {}
+    if texts:
+        found["texts"] = text_figures(read_pairs(Path(str(texts))), language)
+    figures: list[TaskFigures] = []
+    is_main = True
+    if model:
+        layout = groups.start(device, model_parallel_size=model_parallel_size)
+        is_main = layout.is_main
+        loaded = MetaModel.from_pretrained(
+            [str(path) for path in model],
+            llama_type=llama_type,
+            llama_config=str(llama_config),
+            tokenizer_path=str(tokenizer_path) or None,
+            max_seq_len=max_seq_len,
+            dtype=dtype,
+            quant=quant,
+            quant_type=quant_type,
+            layout=layout,
+        )
+        place = Path(str(task_data)) if task_data else None
+        settings = TaskSettings(num_fewshot, limit, place, str(protocol), batch_tokens, shows=is_main)
+        figures = _tasks(loaded, names, settings) if names else []
+        if text is not None:
+            found["perplexity"] = _perplexity(loaded, text, seq, windows)
+        if items:
+            found["mmlu"] = _mmlu(loaded, items)
+    if is_main:
+        _print(figures, found)
+        if predictions:
+            write_predictions(Path(str(predictions)), figures)
+        if json:
+            print(_line(" + ".join(map(str, model)), str(protocol), figures, found, seq))
 
 
 def _read(path: Path) -> str:
@@ -113,18 +133,30 @@ def _tasks(model: MetaModel, names: list[str], settings: TaskSettings) -> list[T
     return [harness.run(name) for name in names]
 
 
-def _perplexity(model: MetaModel, text: str, seq: int, windows: int | None) -> Perplexity:
-    return perplexity(model, text, seq, windows)
+def _perplexity(model: MetaModel, text: str, seq: int, windows: int | None) -> dict[str, Figure]:
+    found = perplexity(model, text, seq, windows)
+    return {f"of {found.windows} windows of {seq}": Figure(found.perplexity, found.stderr)}
 
 
-def _sentence(found: Perplexity, seq: int) -> str:
-    count = f"{found.windows} window{'s' * (found.windows != 1)} of {seq} tokens"
-    return f"perplexity {found.perplexity:.4f} +- {found.stderr:.4f} ({count})"
+def _mmlu(model: MetaModel, items: list) -> dict[str, Figure]:
+    found = mmlu(model, items)
+    return {"accuracy": found.accuracy, "loss": found.loss, **found.subjects}
 
 
-def _line(model: str, protocol: str, figures: list[TaskFigures], found: Perplexity | None) -> str:
+def _print(figures: list[TaskFigures], found: dict[str, dict[str, Figure]]) -> None:
+    if figures:
+        print(table([row for each in figures for row in task_rows(each)]))
+    if found:
+        print(table([row for name, each in found.items() for row in figure_rows(name, each)], COLUMNS))
+
+
+def _line(model: str, protocol: str, figures: list[TaskFigures], found: dict[str, dict[str, Figure]], seq: int) -> str:
     line = {"model": model, "protocol": protocol, "tasks": {each.name: task_object(each) for each in figures}}
-    return json.dumps(line | ({"perplexity": found._asdict()} if found else {}))
+    objects = {name: figure_object(each) for name, each in found.items()}
+    if "perplexity" in objects:
+        (objects["perplexity"],) = objects["perplexity"].values()
+        objects["perplexity"] |= {"seq": seq}
+    return json.dumps(line | objects)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accessory.eval.harness import TaskFigures
+from accessory.eval.statistics import Figure
 
 COLUMNS = ("task", "metric", "value", "stderr", "documents", "seconds")
 
@@ -52,6 +53,20 @@ def task_object(figures: TaskFigures) -> dict[str, Any]:
     if math.isfinite(figures.seconds):
         found["seconds"] = round(figures.seconds, 3)
     return found | ({"members": {m.name: task_object(m) for m in figures.members}} if figures.members else {})
+
+
+def figure_rows(name: str, figures: Mapping[str, Figure]) -> Iterator[list[str]]:
+    """A row for each figure: what it is of, its value and its error."""
+    for place, (what, (value, error)) in enumerate(figures.items()):
+        yield [name if not place else "", what, f"{value:.4f}", "" if math.isnan(error) else f"{error:.4f}"]
+
+
+def figure_object(figures: Mapping[str, Figure]) -> dict[str, dict[str, float | None]]:
+    """By name: value and stderr, null where there is none."""
+    return {
+        what: {"value": value, "stderr": None if math.isnan(error) else error}
+        for what, (value, error) in figures.items()
+    }
 
 
 def write_predictions(path: Path, all_figures: Sequence[TaskFigures]) -> None:

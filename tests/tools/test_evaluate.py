@@ -39,15 +39,27 @@ def test_perplexity_is_the_same_on_ranks(called, torchrun, tiny_base: Path, tmp_
     ]
     alone = called(TOOL, *flags)
     one = line_of(alone)["perplexity"]
-    assert alone.stdout.startswith(
-        f"perplexity {one['perplexity']:.4f} +- {one['stderr']:.4f} (5 windows of 64 tokens)"
-    )
-    assert (one["windows"], one["tokens"]) == (5, 5 * 63)
+    row = f"| perplexity | of 5 windows of 64 | {one['value']:.4f} | {one['stderr']:.4f} |"
+    assert row in alone.stdout and one["seq"] == 64
     for ways in ("1", "2"):
         two = line_of(torchrun(2, TOOL, *map(str, flags), "--model_parallel_size", ways))["perplexity"]
         assert two == pytest.approx(one, rel=1e-4)
     packed = line_of(called(TOOL, *flags, "--quant"))["perplexity"]
-    assert packed["perplexity"] != pytest.approx(one["perplexity"], rel=1e-3)
+    assert packed["value"] != pytest.approx(one["value"], rel=1e-3)
+
+
+def test_mmlu_and_texts(called, tiny_base: Path, tmp_path: Path) -> None:
+    """Both from files; texts need no model."""
+    questions, texts = tmp_path / "mmlu.json", tmp_path / "predictions.jsonl"
+    rows = [{"subject": s, "input": f"{s} {i}?\nAnswer:", "output": "A"} for s in ("law", "art") for i in range(3)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = called(TOOL, tiny_base, "--mmlu", questions, "--dtype", "fp32", "--json", "--device", "cpu")
+    found = line_of(done)["mmlu"]
+    assert list(found) == ["accuracy", "loss", "art", "law"]
+    assert f"| mmlu   | accuracy | {found['accuracy']['value']:.4f} |" in done.stdout
+    pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    texts.write_text('{"prediction": "a b c d e", "output": "a b c d e"}\n')
+    assert line_of(called(TOOL, "--texts", texts, "--json"))["texts"]["rouge-2"] == {"value": 100, "stderr": None}
 
 
 def test_tasks(called, torchrun, tiny_base: Path, tmp_path: Path) -> None:
@@ -76,7 +88,7 @@ def test_tasks(called, torchrun, tiny_base: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be(called, tiny_base: Path, tmp_path: Path) -> None:
     """Nothing to do, a file that is not there: one line, status 1."""
-    for flags, said in (([], "ConfigError: Expected MODEL, and what to compute"),
+    for flags, said in (([], "ConfigError: Expected MODEL with --tasks, --perplexity or --mmlu"),
                         (["--perplexity", tmp_path / "no.txt"], "DataError: --perplexity"),
                         (["--task", "piqa"], "ConfigError: Unknown flag --task. Did you mean '--tasks'?")):  # fmt: skip
         done = called(TOOL, tiny_base, *flags)
