@@ -25,6 +25,7 @@ from accessory.method.peft import Peft
 from accessory.method.side_settings import SideSettings
 from tests.checkpoint.trained import write_trained_side
 from tests.conftest import DATA, ROOT, run_python
+from tests.eval.published import write_published
 from tests.flags_table import flags_table, settings_table
 from tests.model.families.matrix import FAMILIES_TABLE
 from tests.runs import SUPPORT
@@ -40,8 +41,9 @@ PARTS = re.compile(r"(output/(?:mine|side))/epoch2")
 """What any run leaves."""
 OTHERS_FLAGS = {
     "nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time", "jinja",
+    "repo-type", "local-dir",
 }  # fmt: skip
-"""Of torchrun, sbatch and llama-server."""
+"""Of torchrun, sbatch, llama-server and hf."""
 OTHERS_FILES = {f"accessory/{name}/" for name in ("configs", "exps", "demos", "tools")} | {
     "tools/convert_weights_to_hf.py", "tools/weight_operate.py", "docs/gguf.md",
 }  # fmt: skip
@@ -239,6 +241,8 @@ def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     (folder / "BASE").symlink_to(tiny_base)
     (folder / "DATA.json").write_text(next(text for page, text in blocks("json") if page == README))
+    write_published(folder / "TASKS")
+    (folder / "TEXT.txt").write_text(DATA.read_text())
     (folder / "lora.json").write_text('{"lora_rank": 16}')
     (folder / "side.json").write_text('{"start": "released"}')
     side = write_trained_side(tiny_base, tmp_path_factory.mktemp("side") / "part", start="released")
@@ -259,6 +263,8 @@ def test_command(command: str, workshop: Path, shell) -> None:
     command = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("--nnodes=2", "--nnodes=1")
     command = command.replace("HOST:29400", "localhost:0")
     command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
+    if "--tasks" in command:
+        pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     for part in PARTS.finditer(command):
         train(workshop, part[0])
     outputs = re.findall(r"--output_dir (output/\w+)", command)
