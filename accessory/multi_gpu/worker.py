@@ -19,8 +19,6 @@ from accessory.meta import MetaModel
 from accessory.multi_gpu.messages import pack, unpack
 from accessory.parallel import groups
 
-METHODS = ("generate", "answers", "stream_generate", "compute_logits", "evaluate_examples", "question")
-"""Methods of `MetaModel` that may be called; a stream gives its pieces one by one."""
 TOKENIZER = "tokenizer"
 """What asks for the tokenizer's files."""
 

@@ -49,6 +49,7 @@ class MultiGpuWrapper:
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen] = []
         self._streaming = False
+        self._owing: list[Connection] = []
         request = pack(["from_pretrained", from_pretrained, options])
         shared = {"MASTER_ADDR": _HOST, "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(len(places))}
         tree = str(Path(__file__).resolve().parents[2])
@@ -109,6 +110,11 @@ class MultiGpuWrapper:
         """See `MetaModel.question`."""
         return self._call("question", question, context, **how)
 
+    def use(self, part: Any, **options: Any) -> None:
+        """See `MetaModel.use`."""
+        self._call("use", part, **options)
+        self.__dict__.pop("tokenizer", None)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, in this process."""
@@ -127,7 +133,7 @@ class MultiGpuWrapper:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._owing = [], [], []
 
     def __enter__(self) -> MultiGpuWrapper:
         return self
@@ -147,23 +153,39 @@ class MultiGpuWrapper:
         """
         if not self._processes:
             raise ConfigError("The processes of this MultiGpuWrapper have ended; make another.")
-        answers: dict[Connection, list[Any]] = {}
         try:
+            self._settle()
             for connection in self._connections:
                 connection.send_bytes(request)
-            while missing := [connection for connection in self._connections if connection not in answers]:
-                failed = any(kind == "failed" for kind, *_ in answers.values())
-                ready = wait(missing, _GRACE if failed else None)
-                answers |= {connection: unpack(connection.recv_bytes()) for connection in ready}
-                if not ready:
-                    self._kill()
-                    break
+                self._owing.append(connection)
+            answers = self._gathered()
         except (EOFError, OSError) as error:
             raise self._lost() from error
         for kind, *said in answers.values():
             if kind == "failed":
                 raise getattr(errors, said[0], AccessoryError)(said[1])
         return tuple(answers[self._connections[0]])
+
+    def _gathered(self) -> dict[Connection, list[Any]]:
+        """The answers of all that owe one, as they come; where one fails alone, all processes are ended."""
+        answers: dict[Connection, list[Any]] = {}
+        while self._owing:
+            failed = any(kind == "failed" for kind, *_ in answers.values())
+            ready = wait(self._owing, _GRACE if failed else None)
+            for connection in ready:
+                answers[connection] = unpack(connection.recv_bytes())
+                self._owing.remove(connection)
+            if not ready:
+                self._kill()
+        return answers
+
+    def _settle(self) -> None:
+        """Take the answers to a call that was interrupted, and end a stream that was."""
+        while owing := list(self._owing):
+            if any(kind == "part" for kind, *_ in self._gathered().values()):
+                for connection in owing:
+                    connection.send_bytes(pack(False))
+                    self._owing.append(connection)
 
     def _lost(self) -> LostRankError:
         """End all processes, since one has ended; the rest would wait for it."""

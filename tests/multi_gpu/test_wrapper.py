@@ -24,7 +24,12 @@ def layout() -> Iterator[groups.Layout]:
     groups.stop()
 
 
-def test_it_is_one_model(tiny_base: Path, python) -> None:
+def interrupted(*_: object) -> None:
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def test_it_is_one_model(tiny_base: Path, python, monkeypatch: pytest.MonkeyPatch) -> None:
     """In all that it is asked, errors included; where one process dies, all end."""
     one = MetaModel.from_pretrained(tiny_base, **HOW)
     sampled = {"max_gen_len": 8, "temperature": 1.0, "seed": 3}
@@ -49,6 +54,15 @@ def test_it_is_one_model(tiny_base: Path, python) -> None:
         with pytest.raises(ConfigError, match="'top_p' is 7"):
             two.generate("Hello", top_p=7)
         assert two.generate("Hello", max_gen_len=8) == one.generate("Hello", max_gen_len=8)  # it goes on
+        stream = two.stream_generate("What?", max_gen_len=8)
+        for ask in (lambda: two.generate("What?", max_gen_len=8), lambda: [next(stream), next(stream)]):
+            with monkeypatch.context() as patch:  # Ctrl-C while the processes compute
+                patch.setattr("accessory.multi_gpu.wrapper.wait", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    ask()
+            assert two.generate("Hello", max_gen_len=8) == one.generate("Hello", max_gen_len=8)
+        two.use(None)
+        assert two.generate("Hello", max_gen_len=8) == one.generate("Hello", max_gen_len=8)
         os.kill(two._processes[1].pid, signal.SIGKILL)
         with pytest.raises(LostRankError, match=r"A process of MultiGpuWrapper has ended: .*rank 1 with status -9"):
             two.generate("Hello", max_gen_len=100)
