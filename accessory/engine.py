@@ -134,7 +134,8 @@ class Engine:
         began, at, scales = time.monotonic(), (progress.epoch, progress.step), self.settings.scales_loss
         weight = self.order.loss_weight(*at)
         scale = progress.loss_scale if scales else 1.0
-        losses = self._accumulate(progress, scale / weight)
+        hits = torch.zeros((), dtype=torch.float64, device=self.parameters.device)
+        losses = self._accumulate(progress, scale / weight, hits)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
         self.parameters.sum_partial_gradients()
         norm = self.parameters.gradient_norm().item() / scale
@@ -155,6 +156,7 @@ class Engine:
             step=progress.total_steps,
             epoch=epoch,
             loss=loss,
+            accuracy=(sum_over_data_parallel(hits) / weight).item(),
             lr=lr,
             grad_norm=norm,
             tokens=self.order.tokens(*at),
@@ -163,8 +165,11 @@ class Engine:
             peak_bytes=peak_memory(self.parameters.device),
         ), asked
 
-    def _accumulate(self, progress: Progress, factor: float) -> list[Tensor]:
-        """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 []."""
+    def _accumulate(self, progress: Progress, factor: float, hits: Tensor) -> list[Tensor]:
+        """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 [].
+
+        hits: fp64 [], to which the number of rightly predicted tokens is added.
+        """
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
         if self.base_cache:
             self.base_cache.expect(self.order.documents(*self._after(progress)))
@@ -172,7 +177,7 @@ class Engine:
         for i, batch in enumerate(pending):
             reduce_gradients(self.model, last=i == len(pending) - 1)
             try:
-                loss = self._forward(batch)
+                loss = self._forward(batch, hits)
                 (loss * factor).backward()
             except (RuntimeError, MemoryError) as error:
                 if not step_faults.is_out_of_memory(error):
@@ -187,10 +192,10 @@ class Engine:
         last = progress.step + 1 == self.schedule.steps_per_epoch
         return (progress.epoch + 1, 0) if last else (progress.epoch, progress.step + 1)
 
-    def _forward(self, batch: PackedBatch) -> Tensor:
+    def _forward(self, batch: PackedBatch, hits: Tensor) -> Tensor:
         if self.settings.pin_memory:
             batch = batch.pin_memory()
-        return self.model(batch.to(self.parameters.device, non_blocking=self.settings.pin_memory))
+        return self.model(batch.to(self.parameters.device, non_blocking=self.settings.pin_memory), hits)
 
     def _agree(self, loss: float, norm: float) -> Asked:
         """What all ranks do after this step: one rank alone must never decide it."""

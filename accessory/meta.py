@@ -155,13 +155,14 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
         self.__dict__.pop("chat", None)  # that of another tokenizer
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Sum over the batch's supervised tokens of -log p(label), fp32 scalar."""
+    def forward(self, batch: PackedBatch, hits: Tensor | None = None) -> Tensor:
+        """Sum over the batch's supervised tokens of -log p(label), fp32 scalar. hits: as in `cross_entropy_sum`."""
         if self.base_cache:
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
         else:
             hidden = self.hidden(batch)
-        return cross_entropy_sum(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size, batch.weights)
+        head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
+        return cross_entropy_sum(hidden, head, batch.labels, vocabulary, batch.weights, hits)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""

@@ -74,6 +74,9 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Eng
     report, _ = engine.step(Progress())
     assert report.supervised == count
     assert report.loss == pytest.approx(total / count, rel=1e-6)
+    assert report.accuracy < 0.5
+    engine.model.llma.output.weight.data.zero_()  # all tokens are equally likely: none is likelier than the right one
+    assert engine.step(Progress())[0].accuracy == 1
 
 
 def test_prompts_that_weigh_something(engine: Engine) -> None:

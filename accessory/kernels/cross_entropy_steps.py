@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], None]
@@ -18,12 +19,15 @@ def in_two_steps(
     local: Tensor,
     width: int | None,
     reduce: Reduce | None,
+    likeliest: Tensor | None,
 ) -> Tensor:
     """`losses_and_gradient` of kernels that have the other two: first each row's statistics, then the gradient."""
     highest, mass, target = statistics(scores, local, width)
     if reduce is not None:
         highest, mass, target = over_all_ranks(highest, mass, target, reduce)
     become_gradient(scores, local, highest, mass, width)
+    if likeliest is not None:
+        torch.eq(target, highest, out=likeliest)
     return mass.log() + highest - target
 
 

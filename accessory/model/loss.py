@@ -20,15 +20,21 @@ CHUNK = 256  # supervised tokens whose logits are alive at once
 
 
 def cross_entropy_sum(
-    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None, weights: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    weights: Tensor | None = None,
+    hits: Tensor | None = None,
 ) -> Tensor:
     """Sum over supervised tokens of -log p(label), fp32 scalar.
 
     hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. The whole
     head's rows from `vocab_size` on are padding and take no part; None: there are none. weights: fp32 [T], by which
-    each summand is multiplied; None: all are 1.
+    each summand is multiplied; None: all are 1. hits: fp64 [], to which the number (or the weights) of labels is added
+    that no other token is likelier than.
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights)
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits)
 
 
 def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -41,7 +47,13 @@ def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None, weights: Tensor | None
+        ctx,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        vocab_size: int | None,
+        weights: Tensor | None,
+        hits: Tensor | None,
     ) -> Tensor:
         rows = (labels >= 0).nonzero()[:, 0]
         want_hidden, want_head = ctx.needs_input_grad[:2]
@@ -61,7 +73,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = rows[begin : begin + CHUNK]
             x, scores = hidden[chunk], scores[: len(chunk)]
             torch.mm(x, matrix.t(), out=scores)
-            losses = kernel.losses_and_gradient(scores, labels[chunk] - before, width, all_reduce, work)
+            likeliest = None if hits is None else torch.empty(len(chunk), dtype=torch.bool, device=hidden.device)
+            losses = kernel.losses_and_gradient(scores, labels[chunk] - before, width, all_reduce, work, likeliest)
+            if likeliest is not None:
+                hits += likeliest.sum() if weights is None else likeliest.double() @ weights[chunk].double()
             total += losses.sum(dtype=torch.float64) if weights is None else losses.double() @ weights[chunk].double()
             if dhidden is not None:
                 torch.mm(scores, matrix, out=dhidden[begin : begin + CHUNK])
@@ -74,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         rows, dhidden, dhead, weights = ctx.saved_tensors
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)
@@ -82,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
                 full[at] = _scaled(part, dloss if weights is None else dloss * weights[at])
             dhidden = full
-        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None, None
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None, None, None
 
 
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from accessory.run.trackers import Tracker
 
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
-_SCALARS = ("loss", "lr", "grad_norm", "epoch")
+_SCALARS = ("loss", "perplexity", "accuracy", "lr", "grad_norm", "epoch")
 _FIGURES = ("loss", "perplexity", "accuracy")
 
 
@@ -28,12 +28,14 @@ _FIGURES = ("loss", "perplexity", "accuracy")
 class StepReport:
     """One optimizer step, equal on all ranks. A skipped one may have a `loss` and `grad_norm` that are not finite.
 
-    `tokens` are real ones of the global batch, `seconds` wall time.
+    `accuracy` is the share of supervised tokens that no other token was likelier than. `tokens` are real ones of the
+    global batch, `seconds` wall time.
     """
 
     step: int
     epoch: float
     loss: float
+    accuracy: float
     lr: float
     grad_norm: float
     tokens: int
@@ -148,9 +150,9 @@ class Reporter:
             return
         self.say(self.line(report))
         self.bar.update()
-        entry = {name: value if math.isfinite(value) else None for name, value in asdict(report).items()}
-        scalars = {f"train/{name}": getattr(report, name) for name in _SCALARS}
-        scalars["train/perplexity"] = perplexity(report.loss)
+        values = asdict(report) | {"perplexity": perplexity(report.loss)}
+        entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        scalars = {f"train/{name}": values[name] for name in _SCALARS}
         scalars["train/tokens_per_s"] = report.tokens / report.seconds
         self._record(entry, scalars | {"train/peak_gib": report.peak_bytes / 2**30})
 
@@ -186,7 +188,8 @@ class Reporter:
         left = (time.monotonic() - self.started) / max(done, 1) * (total - report.step)
         return (
             f"step {report.step:6d}/{total} {100 * report.step / total:5.1f}% | "
-            f"loss {_in_8(report.loss, 4)} | lr {report.lr:.2e} | grad norm {_in_8(report.grad_norm, 3)} | "
+            f"loss {_in_8(report.loss, 4)} | acc {report.accuracy:6.1%} | lr {report.lr:.2e} | "
+            f"grad norm {_in_8(report.grad_norm, 3)} | "
             f"{report.tokens / report.seconds:8.0f} tok/s | peak {report.peak_bytes / 2**30:6.2f} GiB | "
             f"ETA {int(left) // 3600:4d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         )

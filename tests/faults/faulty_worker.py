@@ -108,15 +108,15 @@ def install(faults: list[dict]) -> None:
     """Strike in the forward of each step's first micro-batch."""
     accumulate, forward = Engine._accumulate, Engine._forward
 
-    def accumulate_with_faults(self, progress, supervised):
+    def accumulate_with_faults(self, progress, *given):
         self.due = progress
-        return accumulate(self, progress, supervised)
+        return accumulate(self, progress, *given)
 
-    def forward_with_faults(self, batch):
+    def forward_with_faults(self, *given):
         progress, self.due = self.due, None
         if progress is not None:
             strike(progress, faults)
-        return forward(self, batch)
+        return forward(self, *given)
 
     Engine._accumulate, Engine._forward = accumulate_with_faults, forward_with_faults
 

@@ -44,13 +44,13 @@ KINDS = {
 accumulate, forward, seen = Engine._accumulate, Engine._forward, {}
 
 
-def accumulate_and_remember(self, progress, supervised):
+def accumulate_and_remember(self, progress, *given):
     seen.update(engine=self, step=progress.total_steps + 1, micro=0)
-    return accumulate(self, progress, supervised)
+    return accumulate(self, progress, *given)
 
 
-def forward_with_fault(self, batch):
-    loss = forward(self, batch)
+def forward_with_fault(self, batch, hits):
+    loss = forward(self, batch, hits)
     seen["micro"] += 1
     if (seen["step"], seen["micro"], dist.get_rank()) == (STEP, 2, 1):
         seen["fired"], seen["ids"] = True, batch.sample_ids

@@ -82,10 +82,14 @@ def gate(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
 def cross_entropy(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
     """The last of 40 columns are padding, above any score."""
     scores, labels = 3 * random(9, 40, dtype=dtype), torch.arange(9) * 4
+    labels[::2] = scores[::2, :35].argmax(1)
+    expected, likeliest = scores[:, :35].argmax(1) == labels, torch.empty(9, dtype=torch.bool)
     losses, gradient = derived(lambda s: F.cross_entropy(s, labels, reduction="none"), torch.ones(9), scores[:, :35])
     scores[:, 35:] = 100
     work = kernel.workspace(scores)
-    return [(kernel.losses_and_gradient(scores, labels, 35, None, work), losses), (scores, F.pad(gradient, (0, 5)))]
+    found = kernel.losses_and_gradient(scores, labels, 35, None, work, likeliest)
+    assert torch.equal(likeliest, expected) and 5 <= expected.sum() < 9
+    return [(found, losses), (scores, F.pad(gradient, (0, 5)))]
 
 
 def column_sums(kernel: ModuleType, dtype: torch.dtype) -> Pairs:

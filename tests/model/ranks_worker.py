@@ -92,9 +92,10 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
     labels = torch.randint(0, 97, (300,), generator=generator)
     labels[::3], head[97] = -100, 9
     mine = own_slice(head, Slicing(dim=0), layout.mp_rank, layout.mp_size).clone().requires_grad_()
-    loss = cross_entropy_sum(hidden.requires_grad_(), mine, labels, 97)
+    hits = torch.zeros((), dtype=torch.float64)
+    loss = cross_entropy_sum(hidden.requires_grad_(), mine, labels, 97, hits=hits)
     loss.backward()
-    found = {"loss": loss.detach(), "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
+    found = {"loss": loss.detach(), "hits": hits, "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
     head[[0, 60]], head[70] = 5, -5  # of equal scores on two ranks, the first is the likeliest
     labels[1::3] = torch.tensor([0, 60, 70])[labels[1::3] % 3]
     above = hidden.detach().abs() * torch.tensor([1, 1, -1]).repeat(100)[:, None]  # of 0 and 60, or of 70

@@ -51,6 +51,20 @@ def test_equals_torch_in_float64(supervised: int) -> None:
     assert not found[1][labels < 0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_labels_that_none_is_likelier_than_are_counted(dtype: torch.dtype) -> None:
+    """Over chunks, or by their weights; the loss and its gradients are the same, bit for bit."""
+    hidden, head, labels = problem(2 * CHUNK + 99, dtype)
+    best = (hidden @ head.t()).argmax(1)
+    labels[1::6] = best[1::6]  # of the others some are right by chance
+    right, weights = best == labels, torch.rand(len(labels), generator=torch.Generator().manual_seed(4))
+    hits = torch.full((2,), 7.0, dtype=torch.float64)
+    counted = gradients(lambda *given: cross_entropy_sum(*given, hits=hits[0]), hidden, head, labels)
+    cross_entropy_sum(hidden, head, labels, weights=weights, hits=hits[1])
+    assert hits[0] == 7 + right.sum() and hits[1] == pytest.approx(7 + weights[right].double().sum().item(), rel=1e-6)
+    assert all(map(torch.equal, counted, gradients(cross_entropy_sum, hidden, head, labels)))
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
 )

@@ -17,7 +17,16 @@ from accessory.run.report import CURVE_FILE, LOG_FILE, EvaluationReport, Figures
 from accessory.run.trackers import make_trackers
 
 REPORT = StepReport(
-    step=3, epoch=0.3, loss=2.5, lr=1e-3, grad_norm=1.25, tokens=1000, supervised=400, seconds=0.5, peak_bytes=3 << 30
+    step=3,
+    epoch=0.3,
+    loss=2.5,
+    accuracy=0.25,
+    lr=1e-3,
+    grad_norm=1.25,
+    tokens=1000,
+    supervised=400,
+    seconds=0.5,
+    peak_bytes=3 << 30,
 )
 
 
@@ -60,7 +69,9 @@ def test_line_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter(None, 4, 1, enabled=True)
     reporter.started -= 7200
     line = reporter.line(REPORT)
-    assert line.startswith("step      3/4  75.0% | loss   2.5000 | lr 1.00e-03 | grad norm    1.250 |     2000 tok/s")
+    assert line.startswith(
+        "step      3/4  75.0% | loss   2.5000 | acc  25.0% | lr 1.00e-03 | grad norm    1.250 |     2000 tok/s"
+    )
     assert line.endswith("| peak   3.00 GiB | ETA    1:00:00")  # two steps took two hours, one is left
     reporter.step(REPORT)
     reporter.close()
@@ -73,10 +84,12 @@ def test_log_and_tensorboard(tmp_path: Path) -> None:
     run(tmp_path, losses)
     entries = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert [entry["loss"] for entry in entries] == losses
-    assert entries[2] == asdict(replace(REPORT, step=3, loss=2.25, lr=0.003))
+    assert entries[2] == asdict(replace(REPORT, step=3, loss=2.25, lr=0.003)) | {"perplexity": math.exp(2.25)}
     assert scalars(tmp_path) == dict(enumerate(losses, start=1))
     assert scalars(tmp_path, "train/lr") == pytest.approx({i: i / 1000 for i in range(1, 5)})
     assert scalars(tmp_path, "train/grad_norm")[1] == 1.25
+    assert scalars(tmp_path, "train/accuracy")[1] == 0.25
+    assert scalars(tmp_path, "train/perplexity")[2] == pytest.approx(math.exp(2.5), rel=1e-6)
     assert scalars(tmp_path, "train/tokens_per_s")[1] == 2000
     assert scalars(tmp_path, "train/peak_gib")[1] == 3
 

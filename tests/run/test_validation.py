@@ -187,7 +187,7 @@ def test_held_out_records_are_never_trained_on(run, monkeypatch: pytest.MonkeyPa
     trained, evaluated = set(), set()
     forward, scores = MetaModel.forward, MetaModel.token_scores
     monkeypatch.setattr(
-        MetaModel, "forward", lambda model, batch: trained.update(batch.sample_ids) or forward(model, batch)
+        MetaModel, "forward", lambda model, batch, hits: trained.update(batch.sample_ids) or forward(model, batch, hits)
     )
     monkeypatch.setattr(
         MetaModel, "token_scores", lambda model, batch: evaluated.update(batch.sample_ids) or scores(model, batch)

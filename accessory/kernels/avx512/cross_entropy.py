@@ -15,10 +15,15 @@ def workspace(scores: Tensor) -> Tensor | None:
 
 
 def losses_and_gradient(
-    scores: Tensor, local: Tensor, width: int | None = None, reduce: Reduce | None = None, work: Tensor | None = None
+    scores: Tensor,
+    local: Tensor,
+    width: int | None = None,
+    reduce: Reduce | None = None,
+    work: Tensor | None = None,
+    likeliest: Tensor | None = None,
 ) -> Tensor:
     """As `accessory.kernels.plain.cross_entropy`, which explains the arguments."""
-    return in_two_steps(statistics, become_gradient, scores, local, width, reduce)
+    return in_two_steps(statistics, become_gradient, scores, local, width, reduce, likeliest)
 
 
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

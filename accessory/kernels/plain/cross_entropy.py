@@ -19,13 +19,19 @@ def workspace(scores: Tensor) -> Tensor | None:
 
 
 def losses_and_gradient(
-    scores: Tensor, local: Tensor, width: int | None = None, reduce: Reduce | None = None, work: Tensor | None = None
+    scores: Tensor,
+    local: Tensor,
+    width: int | None = None,
+    reduce: Reduce | None = None,
+    work: Tensor | None = None,
+    likeliest: Tensor | None = None,
 ) -> Tensor:
     """-log p(label) of every row of scores [c, V / ranks] -> [c], fp32; `scores` become softmax minus one-hot.
 
     local: int64 [c], labels counted from this rank's first row of the vocabulary; some are other ranks'. width: scores
     from there on are padding, without probability or gradient. reduce: over the ranks, where there are several.
-    work: of `workspace`, for as many rows at least.
+    work: of `workspace`, for as many rows at least. likeliest: bool [c], becomes true where no score is above that of
+    the label.
     """
     wide = scores if work is None else work[: len(scores)].copy_(scores)
     if width is not None:
@@ -42,6 +48,8 @@ def losses_and_gradient(
     if reduce:
         reduce(target, "sum")
         reduce(mass, "sum")
+    if likeliest is not None:
+        torch.eq(target, 0, out=likeliest)
     wide.div_(mass[:, None])
     wide[torch.arange(len(local), device=local.device), local] -= mine.to(wide.dtype)
     if wide is not scores:
