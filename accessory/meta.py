@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -156,13 +157,18 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         self.__dict__.pop("chat", None)  # that of another tokenizer
 
     def forward(self, batch: PackedBatch, hits: Tensor | None = None) -> Tensor:
-        """Sum over the batch's supervised tokens of -log p(label), fp32 scalar. hits: as in `cross_entropy_sum`."""
+        """Sum over the batch's supervised tokens of -log p(label), fp32 scalar; estimated where a method draws some.
+
+        hits: as in `cross_entropy_sum`.
+        """
+        labels, weights = self.llma.learned(batch.labels, batch.weights)
+        batch = replace(batch, labels=labels, weights=weights)
         if self.base_cache:
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
         else:
             hidden = self.hidden(batch)
         head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
-        return cross_entropy_sum(hidden, head, batch.labels, vocabulary, batch.weights, hits)
+        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""

@@ -62,8 +62,9 @@ def causal_output(
         if following is None:
             return CausalOutput(None, decoder(tokens, sequences), rows, decoder)
         check_ids("labels", following, -100, vocabulary)
-        hidden = decoder(tokens, sequences.with_labels(following))
-        total = cross_entropy_sum(hidden, decoder.head_weight, following, vocabulary)
+        learned, weights = decoder.learned(following, None)
+        hidden = decoder(tokens, sequences.with_labels(learned))
+        total = cross_entropy_sum(hidden, decoder.head_weight, learned, vocabulary, weights)
     count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
     return CausalOutput(total / count, hidden, rows, decoder)
 

@@ -130,9 +130,10 @@ class _Run(nn.Module):
         self._attended: Tensor | None = None
 
     def forward(self, tokens: int) -> None:
-        """Run zeros as token ids: how much is kept does not depend on them."""
+        """Run zeros as token ids, all of them labelled: how much is kept does not depend on what they are."""
         ids = torch.zeros(tokens, dtype=torch.int64)
-        sequences = self.decoder.sequences((tokens,))
+        labels, _ = self.decoder.learned(ids, None)
+        sequences = self.decoder.sequences((tokens,)).with_labels(labels)
         with torch.enable_grad(), saved_tensors_hooks(self._note, lambda tensor: tensor):
             self.decoder(ids, sequences)
 

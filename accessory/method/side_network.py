@@ -6,6 +6,7 @@ dropped; no gradient goes through these blocks, and nothing of them is kept but 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accessory.data.batch import IGNORE
 from accessory.method.downsample import Downsample, make_downsample
 from accessory.method.side_settings import SideSettings, side_args
 from accessory.model.args import ModelArgs
@@ -118,6 +120,17 @@ class SideDecoder(Decoder):
         for i, block in enumerate(self.layers[self.frozen_layers :], self.frozen_layers):
             x = block(x, sequences, cache[i] if cache else None)
         return self.leave(x)
+
+    def learned(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """While training, the device's generator draws a share of them; as weights rise, the mean gradient stays."""
+        rows = (labels >= 0).nonzero()[:, 0]
+        count = math.ceil(len(rows) * self.settings.label_share) if self.training else len(rows)
+        if count == len(rows):
+            return labels, weights
+        drawn = rows[torch.randperm(len(rows), device=rows.device)[:count]]
+        weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+        chosen = torch.full_like(labels, IGNORE).index_copy(0, drawn, labels[drawn])
+        return chosen, weights * (len(rows) / count)
 
     def reader(self, place: int) -> int | None:
         """Number of the side block that reads the output of the base's block `place`; None where none does.

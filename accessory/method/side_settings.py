@@ -49,11 +49,14 @@ class SideSettings(BaseModel):
     1 if any key above this one is given, `tail` is 0 or `start` is `released`; else 0."""
     tail: int | None = Field(default=None, ge=0, le=1 << 12)
     """Last blocks of the base that have LoRA, and that gradients go back through. Absent: none where there are side
-    blocks, else a fifth of the base's."""
+    blocks, else two fifths of the base's."""
     tail_rank: int = Field(default=16, ge=1, le=1 << 16)
     """Rank of that LoRA; its scale is 1."""
     tail_backward: Literal["labelled", "all"] = "labelled"
     """Tokens that gradients go back through in the tail: those with a label, or all, which takes longer."""
+    label_share: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Share of a micro-batch's labelled tokens that are learned from, drawn anew each time; the others are only read.
+    Absent: 0.5 where there is only a tail, else 1."""
     start: Literal["base", "released"] = "base"
     """`base`: untrained, the model computes what its base does. `released`: form and start are the published code's."""
 
@@ -65,6 +68,8 @@ class SideSettings(BaseModel):
             self.side_layers = int(bool(described) or self.start == "released" or self.tail == 0)
         if self.tail is None and self.side_layers:
             self.tail = 0
+        if self.label_share is None:
+            self.label_share = 1.0 if self.side_layers else 0.5
         if self.side_layers == self.tail == 0:
             raise ValueError("nothing would be trained: set side_layers or tail above 0")
         if self.state_bits == 8 and self.add_layer_norm_before_adapter:
@@ -75,7 +80,7 @@ class SideSettings(BaseModel):
 
     def tail_of(self, n_layers: int) -> int:
         """Blocks in the tail of a base that has `n_layers`."""
-        return max(n_layers // 5, 1) if self.tail is None else self.tail
+        return max(2 * n_layers // 5, 1) if self.tail is None else self.tail
 
 
 def side_args(args: ModelArgs, settings: SideSettings) -> ModelArgs:

@@ -26,7 +26,7 @@ OWN = ("side.", "downsample.", "embedding_downsample.", "gates.", "side_norm.", 
 """What the names of a side network's parameters begin with."""
 _PUBLISHED = {"peft_hidden_size", "alpha_r", "add_layer_norm_after_adapter", "add_layer_norm_before_adapter"}
 """Keys by which a file of the published code is recognised."""
-_FREE = {"dropout", "state_bits", "tail_backward", "alpha_r", "fan_in_fan_out"}
+_FREE = {"dropout", "state_bits", "tail_backward", "label_share", "alpha_r", "fan_in_fan_out"}
 """Keys without effect on what a trained side network computes."""
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh"}
 

@@ -162,6 +162,13 @@ class Decoder(nn.Module):
         (last,) = deque(self.states(self.enter(inputs, sequences), sequences, cache), maxlen=1)
         return self.leave(last)
 
+    def learned(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The labels [T] that this step learns from, negative elsewhere, and the weights [T] of their losses.
+
+        weights: fp32; None: all are 1. By default both stay as they are.
+        """
+        return labels, weights
+
     def enter(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Token ids [T] or their embeddings [T, embedding_dim] -> the first block's input [T, D]."""
         x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)

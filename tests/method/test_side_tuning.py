@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from accessory.checkpoint.load import fill, targets
 from accessory.config import FinetuneConfig
-from accessory.data.batch import Document, PackedBatch
+from accessory.data.batch import IGNORE, Document, PackedBatch
 from accessory.errors import CheckpointError, ConfigError, ParallelError
 from accessory.export import Destination, export_adapter, merge
 from accessory.finetuning import finetune
@@ -81,6 +82,7 @@ VARIANTS = [
     {"add_layer_norm_before_adapter": True, "add_layer_norm_after_adapter": False, "adapter_activation": "gelu"},
     {"embedding_downsample": "own", "side_heads": 2, "r": 2}, {"tail": 1, "tail_rank": 3},
     {"tail": 3, "side_layers": 0, "tail_rank": 3, "tail_backward": "all"},
+    {"tail": 3, "side_layers": 0, "label_share": 0.4},
 ]  # fmt: skip
 
 
@@ -90,17 +92,19 @@ def test_numbers_are_those_of_the_formulas(family: dict, settings: dict, layout:
     """Logits and every gradient, of documents packed end to end, beside float64 one document at a time."""
     decoder, attachment = made(family, layout, **{"r": 4, **settings})
     ids, labels = drawn()
-    hidden = decoder(ids, decoder.sequences(LENGTHS).with_labels(labels))
-    loss = cross_entropy_sum(hidden, decoder.head_weight, labels)
+    learned, weights = decoder.learned(labels, None)
+    hidden = decoder(ids, decoder.sequences(LENGTHS).with_labels(learned))
+    loss = cross_entropy_sum(hidden, decoder.head_weight, learned, weights=weights)
     loss.backward()
     given = {name: p.detach().double() for name, p in decoder.named_parameters()}
     for name in attachment.trainable:
         given[name].requires_grad_()
     narrow = decoder.side_args.model_dump() if decoder.side else {}
     shapes = decoder.args.model_dump(), narrow, decoder.settings.model_dump()
-    parts = zip(ids.split(LENGTHS), labels.split(LENGTHS), strict=True)
+    parts = zip(ids.split(LENGTHS), learned.split(LENGTHS), strict=True)
     expected = torch.cat([side_reference.logits(given, part, its >= 0, *shapes) for part, its in parts])
-    torch.nn.functional.cross_entropy(expected, labels, reduction="sum").backward()
+    times = (labels >= 0).sum() / (learned >= 0).sum()
+    (times * torch.nn.functional.cross_entropy(expected, learned, reduction="sum")).backward()
     ours = (hidden @ decoder.head_weight.t()).double()
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     for name, parameter in decoder.named_parameters():
@@ -298,16 +302,39 @@ def test_heads_are_wide_unless_released() -> None:
 
 
 def test_which_form_settings_make() -> None:
-    """A fifth of the blocks where nothing is said; any key of a side network makes one, without a tail."""
+    """Two fifths of the blocks where nothing is said; any key of a side network makes one, without a tail."""
     settings = METHODS["qst"].Settings
     forms = [
         settings(**how) for how in ({}, {"r": 8}, {"tail": 2}, {"tail": 2, "gate": "scalar"}, {"start": "released"})
     ]
-    assert [(s.side_layers, s.tail_of(30)) for s in forms] == [(0, 6), (1, 0), (0, 2), (1, 2), (1, 0)]
+    assert [(s.side_layers, s.tail_of(30)) for s in forms] == [(0, 12), (1, 0), (0, 2), (1, 2), (1, 0)]
+    assert [form.label_share for form in forms] == [0.5, 1, 0.5, 1, 1]
     assert all(settings(**form.model_dump()) == form for form in forms)
     assert settings().tail_of(2) == 1 and settings(tail=0).side_layers == 1
     with pytest.raises(ValueError, match="nothing would be trained"):
         settings(tail=0, side_layers=0)
+
+
+def test_a_share_of_the_labels_is_drawn(layout: Layout) -> None:
+    """Anew each time, from the generator that a resumed run restores; a trained model is scored by all of them."""
+    decoder, _ = made(LLAMA, layout, tail=1, label_share=0.3)
+    _, labels = drawn()
+    given, labelled = torch.rand(len(labels)), int((labels >= 0).sum())
+    state = torch.get_rng_state()
+    draws = [decoder.learned(labels, None) for _ in range(400)]
+    torch.set_rng_state(state)
+    again, weights = decoder.learned(labels, given)
+    count = math.ceil(0.3 * labelled)
+    assert torch.equal(again, draws[0][0]) and torch.equal(weights, given * (labelled / count))
+    for learned, weights in draws:
+        rows = learned >= 0
+        assert rows.sum() == count and torch.equal(learned[rows], labels[rows])
+        assert (weights == torch.tensor(labelled / count)).all()
+    often = sum((learned >= 0).double() for learned, _ in draws)[labels >= 0] / len(draws)
+    assert (often - count / labelled).abs().max() < 0.12  # 5 standard deviations
+    assert decoder.eval().learned(labels, None)[0] is labels
+    unlabelled = torch.full_like(labels, IGNORE)
+    assert torch.equal(decoder.train().learned(unlabelled, None)[0], unlabelled)
 
 
 def test_widths_that_cannot_be() -> None:
