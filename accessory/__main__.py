@@ -26,6 +26,7 @@ COMMANDS = {
     "finetune": Command("accessory/main_finetune.py", "train a base on your data", True),
     "ask": Command("demos/single_turn.py", "ask single questions, in the terminal or on a page", True),
     "chat": Command("demos/single_model_cli.py", "talk with a model in the terminal", True),
+    "page": Command("demos/multi_turn.py", "talk with a model on a page", True),
     "evaluate": Command("tools/evaluate.py", "zero-shot tasks and perplexity", True),
     "merge": Command("tools/merge.py", "put a trained part into its base"),
     "convert": Command("tools/convert.py", "write a checkpoint as another format"),

@@ -19,9 +19,9 @@ def test_pip_installs_it() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, name = scripts["accessory"].partition(":")
     assert getattr(import_module(module), name) is console.main
-    assert set(console.COMMANDS) == {
+    assert {
         "finetune", "ask", "chat", "evaluate", "merge", "convert", "quantize", "plan", "inspect",
-    }  # fmt: skip
+    } <= console.COMMANDS.keys()  # fmt: skip
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
