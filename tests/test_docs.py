@@ -17,6 +17,7 @@ import pytest
 from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, TerminalConfig
 from accessory.data.meta_config import load_data_config
 from accessory.data.published import PUBLISHED
+from accessory.data.shapes import SHAPES
 from accessory.data.templates import CHAT, PROMPT_TYPES
 from accessory.errors import AccessoryError
 from accessory.export import export_side
@@ -103,6 +104,16 @@ def published_table(_: str) -> str:
     return "\n".join(["| name | data | shape | published as | files |", "|---|---|---|---|---|", *rows])
 
 
+def shapes_table(_: str) -> str:
+    """The shapes of records."""
+    rows = ["| shape | keys | what | laid out as |", "|---|---|---|---|"]
+    for name, shape in SHAPES.items():
+        keys = ", ".join(f"`{key}`" for key in shape.keys)
+        layout = "as it stands" if shape.is_text else shape.layout
+        rows.append(f"| {name} | {keys} | {shape.what} | {layout} |")
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "flags": lambda _: flags_table(FinetuneConfig),
     "demo-flags": lambda _: flags_table(DemoConfig),
@@ -110,6 +121,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "chat-page-flags": lambda _: flags_table(ChatPageConfig, DemoConfig),
     "side-settings": lambda _: settings_table(SideSettings),
     "published": published_table,
+    "shapes": shapes_table,
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
     **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512")},
@@ -175,7 +187,7 @@ def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
     for _, text in blocks("yaml"):
         (tmp_path / "data.yaml").write_text(text)
         assert load_data_config(tmp_path / "data.yaml")[0].path == tmp_path / "my_data.json"
-        assert all(name in text for name in (*PROMPT_TYPES, CHAT))
+    assert all(name in text for name in (*PROMPT_TYPES, CHAT))
     for page, text in blocks("json"):
         assert page == README or Peft.Settings(**json.loads(text)).lora_rank > 0
     for key in Peft.Settings.model_fields:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ CHAT_OR_DIALOG = "chat or dialog"
 class Shape:
     """Records of one kind. keys: those that all of them have. layout: the prompt layout, where none is asked for.
 
+    what: what such a record holds, and which data sets have it, for docs/data.md.
     read: what a record says. names: of the keys with instruction, input and output, for questions. perhaps: further
     keys that are read. told: whether a record that has the keys is of this shape; absent: always.
     """
@@ -41,6 +43,7 @@ class Shape:
     keys: tuple[str, ...]
     layout: str
     read: Callable[[Fields], Said]
+    what: str
     names: tuple[str, str, str] | None = None
     perhaps: tuple[str, ...] = ()
     told: Callable[[Fields], bool] = lambda fields: True
@@ -60,27 +63,28 @@ class Shape:
         return (*self.keys, *self.perhaps)
 
 
-def _questions(instruction: str, output: str, layout: str, context: str = "", **more: Any) -> Shape:
+def _questions(instruction: str, output: str, layout: str, what: str, context: str = "", **more: Any) -> Shape:
     names = (instruction, context, output)
     perhaps = (context,) * bool(context)
-    return Shape((instruction, output), layout, partial(read_question, names=names), names, perhaps, **more)
+    return Shape((instruction, output), layout, partial(read_question, names=names), what, names, perhaps, **more)
 
 
-def _turns(key: str, **more: Any) -> Shape:
-    return Shape((key,), CHAT_OR_DIALOG, partial(read_turns, key=key), **more)
+def _turns(key: str, what: str, perhaps: tuple[str, ...] = ("tools",)) -> Shape:
+    return Shape((key,), CHAT_OR_DIALOG, partial(read_turns, key=key), what, perhaps=perhaps)
 
 
-def _marked(key: str, human: str, assistant: str, marks: tuple[str, str], perhaps: tuple[str, ...] = ()) -> Shape:
+def _marked(key: str, human: str, assistant: str, what: str) -> Shape:
     def told(fields: Fields) -> bool:
-        return isinstance(fields[key], str) and all(mark in fields[key] for mark in marks)
+        return isinstance(fields[key], str) and human in fields[key] and assistant in fields[key]
 
-    read = partial(read_marked, key=key, human=human, assistant=assistant)
-    return Shape((key,), CHAT_OR_DIALOG, read, perhaps=perhaps, told=told)
+    read = partial(read_marked, key=key, human=re.escape(human), assistant=re.escape(assistant))
+    return Shape((key,), CHAT_OR_DIALOG, read, f"{what}: turns begin with `{human}` and `{assistant}`", told=told)
 
 
 _ALPACA = ("instruction", "input", "output")
 _COMPLETION = ("prompt", "completion")
 _BELLE = ("Human:", "Assistant:")
+_GORILLA = ("###Instruction:", "###Output:")
 _HH = (r"\n\nHuman:", r"\n\nAssistant:")
 
 
@@ -94,6 +98,16 @@ def _read_belle(fields: Fields) -> Conversation:
 def _is_belle(fields: Fields) -> bool:
     words = fields["instruction"]
     return isinstance(words, str) and words.lstrip().startswith(_BELLE[0]) and words.rstrip().endswith(_BELLE[1])
+
+
+def _is_gorilla(fields: Fields) -> bool:
+    words = fields["code"]
+    return isinstance(words, str) and words.lstrip().startswith(_GORILLA[0]) and _GORILLA[1] in words
+
+
+def _read_gorilla(fields: Fields) -> Question:
+    instruction, _, output = read_text(fields, "code").partition(_GORILLA[1])
+    return Question(instruction.strip().removeprefix(_GORILLA[0]).strip(), "", output.strip())
 
 
 def _read_chosen(fields: Fields) -> Said:
@@ -120,24 +134,44 @@ def _read_completion(fields: Fields) -> Conversation:
 
 
 SHAPES: dict[str, Shape] = {
-    "belle": Shape(("instruction", "output"), CHAT_OR_DIALOG, _read_belle, perhaps=("input",), told=_is_belle),
-    "alpaca": _questions("instruction", "output", "alpaca", "input"),
-    "openai": _turns("messages", perhaps=("tools",)),
-    "sharegpt": _turns("conversations", perhaps=("tools",)),
-    "lmsys": _turns("conversation", perhaps=("tools",)),
-    "olcc": _turns("turns"),
-    "hh-rlhf": Shape(("chosen",), CHAT_OR_DIALOG, _read_chosen, perhaps=("prompt",)),
-    "dolly": _questions("instruction", "response", "alpaca", "context"),
-    "trl": Shape(_COMPLETION, CHAT_OR_DIALOG, _read_completion, perhaps=("tools",), told=_are_messages),
-    "prompt-completion": _questions(*_COMPLETION, "none"),
-    "prompt-response": _questions("prompt", "response", "alpaca"),
-    "question-answer": _questions("question", "answer", "alpaca"),
-    "input-output": _questions("input", "output", "none"),
-    "oasst1": _marked("text", r"### Human:", r"### Assistant:", ("### Human:", "### Assistant:")),
-    "chip2": _marked("text", r"<human>:", r"<bot>:", ("<human>:", "<bot>:")),
-    "text": Shape(("text",), "none", partial(read_text, key="text")),
-    "caption": Shape(("output",), "caption", partial(read_question, names=_ALPACA, needs_instruction=False), _ALPACA),
-}
+    "belle": Shape(
+        ("instruction", "output"), CHAT_OR_DIALOG, _read_belle, "BELLE's dialogues: `instruction` holds the turns from "
+        "`Human:` to `Assistant:`", perhaps=("input",), told=_is_belle,
+    ),
+    "alpaca": _questions(
+        "instruction", "output", "alpaca", "an instruction, perhaps its `input`, and the answer: Alpaca, BELLE", "input"
+    ),
+    "gorilla": Shape(
+        ("code",), "alpaca", _read_gorilla, "Gorilla's APIBench: `###Instruction:` with a question, "
+        "`###Output:` with its answer", told=_is_gorilla,
+    ),
+    "openai": _turns("messages", "messages with `role` and `content`: OpenAI's fine-tuning, UltraChat"),
+    "sharegpt": _turns("conversations", "turns with `from` and `value`: ShareGPT, Vicuna, OpenHermes"),
+    "lmsys": _turns("conversation", "messages with `role` and `content`: LMSYS-Chat, WildChat"),
+    "olcc": _turns("turns", "turns with `text`, human and assistant by turns: OL-CC", ()),
+    "hh-rlhf": Shape(
+        ("chosen",), CHAT_OR_DIALOG, _read_chosen, "the better one of two dialogues, as a text with `Human:` and "
+        "`Assistant:` or as messages; or, with `prompt`, an answer: HH-RLHF, UltraFeedback", perhaps=("prompt",),
+    ),
+    "dolly": _questions(
+        "instruction", "response", "alpaca", "an instruction, perhaps its `context`, and the answer: Dolly", "context"
+    ),
+    "trl": Shape(
+        _COMPLETION, CHAT_OR_DIALOG, _read_completion, "two lists of messages, the second learned: TRL",
+        perhaps=("tools",), told=_are_messages,
+    ),
+    "prompt-completion": _questions(*_COMPLETION, "none", "the text before and the text to learn: Self-Instruct"),
+    "prompt-response": _questions("prompt", "response", "alpaca", "a question and its answer"),
+    "question-answer": _questions("question", "answer", "alpaca", "a question and its answer: GSM8K"),
+    "input-output": _questions("input", "output", "none", "the text before and the text to learn: qlora, LongForm"),
+    "oasst1": _marked("text", "### Human:", "### Assistant:", "OpenAssistant as Guanaco has it"),
+    "chip2": _marked("text", "<human>:", "<bot>:", "OIG's chip2"),
+    "text": Shape(("text",), "none", partial(read_text, key="text"), "any other text: all of it is learned"),
+    "caption": Shape(
+        ("output",), "caption", partial(read_question, names=_ALPACA, needs_instruction=False), "an answer without a "
+        "question; only where `prompt_type: caption` or `shape: caption` asks for it", _ALPACA,
+    ),
+}  # fmt: skip
 """Name -> shape, in the order in which a record is compared with them."""
 OTHER_NAMES = {
     "alpaca-clean": "alpaca", "self-instruct": "prompt-completion", "longform": "input-output", "guanaco": "oasst1",

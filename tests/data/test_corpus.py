@@ -85,7 +85,7 @@ def test_no_usable_record_is_an_error_with_the_causes(write, tokenizer):
     path = write("x.jsonl", [{"instruction": "q"}, {"output": "a"}])
     with pytest.raises(DataError) as caught:
         make(path, tokenizer)
-    assert "known shapes: belle (instruction, output), alpaca (instruction, output), openai (messages)" in str(
+    assert "belle (instruction, output), alpaca (instruction, output), gorilla (code), openai (messages)" in str(
         caught.value
     )
     parts = (

@@ -235,6 +235,11 @@ FILES = {
         "sharegpt", "chat", ["user\n你好\nassistant\n«您好。<end>»"],
         messages=said(("user", "你好"), ("assistant", "您好。")),
     ),
+    "Gorilla": File(
+        "huggingface_train.json",
+        [{"code": "###Instruction: Sort names.\n###Output: <<<api_call>>>: sort()\n", "api_call": "sort()"}],
+        "gorilla", "alpaca", [ALPACA % ("Sort names.", "<<<api_call>>>: sort()")],
+    ),
     "plain texts": File("corpus.jsonl", [{"text": "Moss is green."}], "text", "none", ["«Moss is green.<end>»"]),
     "paragraphs": File("book.txt", "Moss is\ngreen.\n\nSo it is.\n", "text", "none",
                        ["«Moss is\ngreen.<end>»", "«So it is.<end>»"]),

@@ -16,7 +16,17 @@ from accessory.method.peft import Peft
 from accessory.method.side_tuning import SideTuning
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPTS = sorted((ROOT / "exps" / "finetune" / "sg").glob("*Peft*.sh"))
+SCRIPTS = sorted((ROOT / "exps" / "finetune" / "sg").glob("alpaca_*Peft*.sh"))
+OTHERS = {
+    "dialog_sharegpt": (3, 0.04, 4, 8, 4096, 2e-5, 0, 0),
+    "dialog_sharegpt_llamaPeft_normBiasLora": (4, 1, 4, 2, 4096, 5e-5, 5e-6, 0.02),
+    "gorilla": (3, 0.04, 4, 8, 512, 2e-5, 0, 0),
+    "gorilla_llamaPeft_normBias": (10, 2, 4, 2, 512, 1e-3, 5e-6, 0.02),
+    "gorilla_llamaPeft_normBiasLora": (10, 2, 4, 2, 512, 1e-3, 5e-6, 0.02),
+    "platypus": (3, 0.04, 4, 8, 512, 2e-5, 0, 0),
+    "platypus_llamaPeft_normBias_QF": (4, 1, 4, 2, 512, 5e-5, 5e-6, 0.02),
+}
+"""Script -> upstream's epochs, warm-up, documents, micro-batches, greatest length, rates at the top and end, decay."""
 SIDE_SCRIPTS = [*sorted((ROOT / "exps" / "finetune" / "sg").glob("*Qst*.sh")), ROOT / "exps" / "qst-70b.sh"]
 DATA = ROOT / "data_example" / "accessory_qa.json"
 
@@ -68,7 +78,8 @@ def test_which_scripts_there_are() -> None:
     stem = "alpaca_llamaPeft_normBias"
     assert {s.stem for s in SCRIPTS} == {stem, f"{stem}Lora", f"{stem}_QF", f"{stem}Lora_QF"}
     assert {s.stem for s in SIDE_SCRIPTS} == {"alpaca_llamaQst_QF", "alpaca_optQst_QF", "qst-70b"}
-    assert set((ROOT / "exps" / "finetune" / "sg").glob("*.sh")) == {*SCRIPTS, *SIDE_SCRIPTS[:2]}
+    others = {ROOT / "exps" / "finetune" / "sg" / f"{name}.sh" for name in OTHERS}
+    assert set((ROOT / "exps" / "finetune" / "sg").glob("*.sh")) == {*SCRIPTS, *SIDE_SCRIPTS[:2], *others}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -89,6 +100,23 @@ def test_script_gives_upstreams_values(
     assert settings.lora_rank == (16 if "Lora" in script.stem else -1)
     assert settings.bias_tuning
     assert settings.norm_tuning
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_data_have_upstreams_values_too(name: str, tiny_base: Path, tmp_path: Path, clean_environment) -> None:
+    script = ROOT / "exps" / "finetune" / "sg" / f"{name}.sh"
+    used = called_by(script, tiny_base, folder=tmp_path, environment=clean_environment)
+    names = ("epochs", "warmup_epochs", "batch_size", "accum_iter", "max_words", "lr", "min_lr", "weight_decay")
+    assert tuple(getattr(used, flag) for flag in names) == OTHERS[name]
+    assert used.output_dir == tmp_path / "out" / "finetune" / "sg" / name and (used.clip_grad, used.checkpointing) == (
+        2,
+        "all",
+    )
+    assert used.data_config == [ROOT / "configs" / "data" / "finetune" / "sg" / f"{name.partition('_llama')[0]}.yaml"]
+    assert used.dialog == name.startswith("dialog") and used.quant == used.only_save_trainable == name.endswith("_QF")
+    assert used.llama_type == ("llama_peft" if "Peft" in name else "llama")
+    settings = Peft.Settings(**(json.loads(used.llama_config[0].read_text()) if used.llama_config else {}))
+    assert settings.lora_rank == (16 if "Lora" in name else -1)
 
 
 @pytest.mark.parametrize("script", SIDE_SCRIPTS, ids=lambda script: script.stem)
