@@ -13,10 +13,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.load import fill, named_generator, targets
 from accessory.checkpoint.training_state import _place
-from accessory.generate import generate_tokens, next_token_logits
+from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.choice import Choice
+from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.scores import token_scores
 from accessory.parallel import groups
@@ -82,7 +83,20 @@ def results(shape: dict, method: str, layout: groups.Layout) -> dict[str, torch.
     draws = [torch.Generator().manual_seed(seed + 10 * layout.mp_rank) for seed in range(3)]  # the first rank's count
     how = {"max_gen_len": 8, "max_seq_len": 32, "stop_ids": set(), "choice": choice, "generators": draws}
     found["drawn"] = torch.tensor(list(generate_tokens(decoder, prompts, **how)))
+    check_kept(decoder)
     return {name: value.detach() for name, value in found.items()}
+
+
+def check_kept(decoder: Decoder) -> None:
+    """A prompt that goes on from an earlier one and its answer is answered as from scratch."""
+
+    def answer(prompt: list[int], kept: KeptCache | None) -> list[int]:
+        how = {"max_gen_len": 8, "max_seq_len": 32, "stop_ids": set(), "kept": kept}
+        return [token for (token,) in generate_tokens(decoder, [prompt], **how)]
+
+    kept, prompt = KeptCache(), [5, 96, 33, 2, 60]
+    longer = prompt + answer(prompt, kept)[:4] + [7, 8, 9]
+    assert answer(longer, kept) == answer(longer, None)
 
 
 def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Tensor]:
