@@ -27,7 +27,7 @@ from accessory.data.templates import CHAT, DIALOG, Segment
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
 
-_CHUNK, _CHARACTERS = 4096, 1 << 24  # most documents tokenized at a time, and characters of them
+_CHUNK, _CHARACTERS = 4096, 1 << 21  # most documents tokenized at a time, and characters of them
 _FORMAT = 8  # part of the cache's key: raise it when a change makes other documents of the same records
 _DIGITS = 32  # kept of a digest
 # Fields of Omissions and Layouts kept in the cache.
