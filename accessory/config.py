@@ -166,6 +166,10 @@ class FinetuneConfig(BaseModel):
     """Longest document in tokens; the rest is cut off and counted."""
     prompt_loss_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight in the loss of tokens that are not to be learned; answers' is 1. The sum is divided by that of weights."""
+    embed_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the embeddings' values that are dropped while training."""
+    attn_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of attention's weights that are dropped while training; slower, for no fused kernel can do it."""
     max_skipped: float = Field(default=0.1, ge=0, le=1)
     """Largest share of records that may be unusable, 0 for none; beyond it the run does not start."""
     dialog: bool = False
@@ -290,6 +294,11 @@ class FinetuneConfig(BaseModel):
         if self.bits and self.quant_type and STORAGES[self.quant_type].bits not in packed:
             return [f"--bits {self.bits} contradicts --quant_type {self.quant_type}: leave one out."]
         return []
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether equal tokens of two documents give different results in the base, too."""
+        return self.embed_dropout > 0 or self.attn_dropout > 0
 
     @property
     def flag_settings(self) -> dict[str, tuple[str, Any]]:

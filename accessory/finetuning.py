@@ -82,6 +82,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     sources = together(open_sources, config)
     blueprint = together(_blueprint, config, sources)
     decoder, attachment = together(blueprint.build, layout, config.data_parallel)
+    decoder.drop_out(config.embed_dropout, config.attn_dropout)
     job = _job(config, layout, sources, blueprint)
     found = together(job.resumption)
     progress, notes = progress_at_start(found)
@@ -168,7 +169,7 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         seed=config.seed,
         max_tokens=config.max_tokens,
         group_by_length=config.group_by_length,
-        share_prefixes=not blueprint.method.drops_out,
+        share_prefixes=not (blueprint.method.drops_out or config.drops_out),
         ids=ids,
         prompt_weight=config.prompt_loss_weight,
     )
@@ -195,6 +196,11 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
         raise ConfigError(
             f"The base is packed as {blueprint.quant_type}, which is never written with the trained part: give "
             "--only_save_trainable."
+        )
+    if config.drops_out and blueprint.method.keeps_base:
+        raise ConfigError(
+            "--embed_dropout and --attn_dropout drop what a base computes; with --llama_type "
+            f"{blueprint.llama_type} it has no gradient, and would only be made worse. Leave them out."
         )
     check_can_cache(config, blueprint)
     return blueprint

@@ -94,6 +94,8 @@ _SENTENCES = (
     ("optimizer optimizer_type adam8bit", "--optim takes adamw, adamw8bit or paged_adamw"),
     ("adam_beta1 adam_epsilon beta1", "AdamW's first beta is 0.9 and its epsilon 1e-8: leave it out"),
     ("beta2 betas", "--adam_beta2 is AdamW's second beta; the first is 0.9"),
+    ("attention_dropout attention_probs_dropout_prob attn_pdrop", "--attn_dropout is dropout on attention's weights"),
+    ("embedding_dropout embd_pdrop embedding_dropout_prob", "--embed_dropout is dropout on the embeddings"),
     ("data_seed random_seed", "--seed is the seed"),
     ("neftune_noise_alpha label_smoothing_factor label_smoothing", "there is nothing of the kind here: leave it out"),
     # precision and memory

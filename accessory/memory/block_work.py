@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from accessory import kernels
+from accessory.kernels.plain import dropped_attention
 from accessory.memory.kept import KeptByBlock
 from accessory.model.block import Block
 from accessory.model.norm import Norm, RMSNorm
@@ -41,7 +42,8 @@ class BlockWork:
         self.narrow_head = attention.head_dim
         self.head_dim = attention.head_dim + (ALIBI_WIDTH if self.position == "alibi" else 0)
         self.normalizing = normalizing_bytes(block.ffn_norm, self.tokens, dtype, device)
-        self.has_kernel = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        self.drops = bool(attention.dropout)
+        self.has_kernel = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not self.drops
 
     def kept(self, measured: KeptByBlock) -> KeptByBlock:
         """What is kept by the kernel in use, where another's was measured.
@@ -109,5 +111,6 @@ class BlockWork:
 
     def _kernel(self, name: str) -> int:
         kernel = kernels.on("document_attention", self.device, self.dtype, self.head_dim)
+        kernel = dropped_attention if self.drops else kernel
         sizes = self.heads, self.kv_heads, self.head_dim
         return getattr(kernel, name)(self.lengths, *sizes, self.dtype, self.window)

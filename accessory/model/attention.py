@@ -5,17 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory import kernels
+from accessory.kernels.plain import dropped_attention
 from accessory.model.args import ModelArgs
 from accessory.model.cache import LayerCache
 from accessory.model.decoding import decodes
+from accessory.model.dropout import drawn_seed
 from accessory.model.linear import Linear, project_columns
 from accessory.model.norm import RMSNorm
 from accessory.model.position import append_alibi, rotate
 from accessory.model.recomputable import Recomputable
 from accessory.model.sequences import Sequences
+from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import Slicing, mark
 
 
@@ -33,7 +37,7 @@ class AttentionAddition(nn.Module, ABC):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E)) v with H query and K key/value heads; this rank holds its share of both.
 
-    addition: what a method adds to that, before `wo`.
+    addition: what a method adds to that, before `wo`. dropout: the share of softmax's weights dropped while training.
     """
 
     def __init__(self, args: ModelArgs, layer: int, ranks: int, **linear) -> None:
@@ -49,6 +53,7 @@ class Attention(nn.Module):
         self.q_norm = _head_norm(args) if args.qk_norm else None
         self.k_norm = _head_norm(args) if args.qk_norm else None
         self.addition: AttentionAddition | None = None
+        self.dropout = 0.0
 
     def forward(self, x: Tensor | Recomputable, sequences: Sequences, cache: LayerCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]. With a cache, the new keys and values are stored and the old ones attended to."""
@@ -65,7 +70,12 @@ class Attention(nn.Module):
             scale = self.head_dim**-0.5
         if cache is not None:
             cache.store(k, v, sequences)
-        if cache is None or not any(sequences.starts):
+        if self.dropout and self.training:
+            # Heads are cut over the ranks: each drops weights of its own.
+            seed = drawn_seed() + dist.get_rank(model_parallel_group())
+            how = sequences.documents, self.window, scale, self.dropout, seed
+            out = dropped_attention.attend(q, k, v, *how)
+        elif cache is None or not any(sequences.starts):
             kernel = kernels.of("document_attention", q, q.shape[-1])
             out = kernel.attend(q, k, v, sequences.documents, self.window, scale)
         else:

@@ -14,6 +14,7 @@ from accessory.kernels.addition import Addition
 from accessory.model.args import ModelArgs
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
+from accessory.model.dropout import dropped
 from accessory.model.norm import make_norm
 from accessory.model.position import ALIBI_WIDTH, alibi_channels, alibi_slopes, rotary_frequencies
 from accessory.model.projection import project
@@ -116,6 +117,7 @@ class Decoder(nn.Module):
         self.project_out = Projection(args.dim, args.embedding_dim, dtype) if narrow else None
         self.output = None if args.tie_word_embeddings else Head(**vocabulary)
         self.register_buffer("frequencies", rotary_frequencies(args), persistent=False)
+        self.embed_dropout = 0.0
 
     def _make_entrance(self) -> None:
         """Make what comes between the embedding and the first block."""
@@ -173,6 +175,8 @@ class Decoder(nn.Module):
         """Token ids [T] or their embeddings [T, embedding_dim] -> the first block's input [T, D]."""
         x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
         x = x.to(self.dtype)
+        if self.embed_dropout and self.training:
+            x = dropped(x, self.embed_dropout)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.pos_embeddings is not None:
@@ -197,6 +201,12 @@ class Decoder(nn.Module):
         """(name, module) of each block, the unit of loading, sharding and recomputing, in the order they run in."""
         for i, block in enumerate(self.layers):
             yield f"layers.{i}", block
+
+    def drop_out(self, embedding: float, attention: float) -> None:
+        """While training, drop these shares of the embeddings' values and of the blocks' attention weights."""
+        self.embed_dropout = embedding
+        for block in self.layers:
+            block.attention.dropout = attention
 
     def place(self, device: torch.device) -> None:
         """Move the buffers that no checkpoint holds to `device`."""

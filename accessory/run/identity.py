@@ -21,7 +21,7 @@ from accessory.run.validation_set import ValidationSet
 
 _SCHEDULE = (
     "precision", "lr", "min_lr", "lr_schedule", "warmup_epochs", "epochs", "weight_decay", "adam_beta2", "clip_grad",
-    "prompt_loss_weight", "quant_targets",
+    "prompt_loss_weight", "quant_targets", "embed_dropout", "attn_dropout",
 )  # fmt: skip
 """Flags that set what a step does, or how long a run is."""
 _ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
