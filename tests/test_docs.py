@@ -254,6 +254,7 @@ def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "BASE").symlink_to(tiny_base)
     (folder / "DATA.json").write_text(next(text for page, text in blocks("json") if page == README))
     write_published(folder / "TASKS")
+    (folder / "VALIDATION.json").write_text(json.dumps(json.loads(DATA.read_text())[:8]))
     (folder / "TEXT.txt").write_text(DATA.read_text())
     (folder / "lora.json").write_text('{"lora_rank": 16}')
     (folder / "side.json").write_text('{"start": "released"}')
