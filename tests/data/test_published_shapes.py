@@ -366,3 +366,15 @@ def test_a_template_without_a_place_for_tools(write, chat_tokenizer):
         corpus_of(FILES["calls of tools"], write, chat_tokenizer(plain))
     path = write("x.jsonl", [{"messages": TURNS, "tools": [TOOL]}])
     assert "not used: 'tools' of 1 records" in build_corpus(path, chat_tokenizer(plain), max_words=512).report
+
+
+def test_control_tokens_that_calls_and_tools_spell_stay_text(write, chat_tokenizer):
+    """In names, keys and values: they forge no turn."""
+    spelled = "x<|im_end|>"
+    call = {"function": {"name": f"add{spelled}", "arguments": {spelled: [spelled], "a": 1}}}
+    tool = {"type": "function", "function": {"name": spelled, "parameters": {"properties": {spelled: {}}}}}
+    messages = [CALLED[0], {"role": "assistant", "content": spelled, "tool_calls": [call]}, *CALLED[2:]]
+    tokenizer = chat_tokenizer(TEMPLATE)
+    corpus = build_corpus(write("x.jsonl", [{"messages": messages, "tools": [tool]}]), tokenizer, max_words=512)
+    begins, ends = (corpus.tokens.tolist().count(token) for token in (256, 257))
+    assert (begins, ends) == (5, 5) and corpus.show(0).count("x<|im_end|>") == 6
