@@ -14,10 +14,13 @@ Result = TypeVar("Result")
 
 
 def over_ranks(items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
-    """`work` of each item, in their order; every rank must call with the same items."""
+    """`work` of each item, in their order; every rank must call with the same items.
+
+    All ranks work equally often, the last ones perhaps for nothing: where the model is sharded, they need each other.
+    """
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    mine = [work(item) for item in items[rank::ranks]]
+    mine = [work(items[min(place, len(items) - 1)]) for place in range(rank, -(-len(items) // ranks) * ranks, ranks)]
     if ranks == 1:
         return mine
     parts: list[list[Result]] = [[] for _ in range(ranks)]
