@@ -144,6 +144,10 @@ class FinetuneConfig(BaseModel):
     """Questions to answer at each evaluation, or a file of them: a question a line (.txt), a list of texts (.json)."""
     sample_tokens: int = Field(default=128, ge=1)
     """Longest answer to one of --sample_prompts, in tokens."""
+    mmlu: Path | None = None
+    """A file of MMLU as qlora keeps it, lines of subject, input and output: its accuracy at each evaluation."""
+    max_mmlu_samples: int | None = Field(default=None, ge=1)
+    """Ask so many questions of --mmlu, spread over its subjects; absent: all."""
     report_to: Annotated[list[Literal[TRACKERS]], BeforeValidator(_words)] = ["tensorboard"]
     """Where figures go beside log.jsonl: tensorboard, wandb, several (tensorboard,wandb), or none."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -320,9 +324,11 @@ class FinetuneConfig(BaseModel):
         if self.eval_steps and self.eval_epochs:
             found.append("--eval_steps and --eval_epochs contradict each other: leave one out.")
         if not self.evaluates:
-            for name in ("eval_steps", "eval_epochs", "patience", "sample_prompts"):
+            for name in ("eval_steps", "eval_epochs", "patience", "sample_prompts", "mmlu"):
                 if getattr(self, name):
                     found.append(f"--{name} needs documents to evaluate on: give --val_data FILE or --val_split 0.02.")
+        if self.max_mmlu_samples and not self.mmlu:
+            found.append("--max_mmlu_samples needs --mmlu FILE.")
         if "none" in self.report_to and len(self.report_to) > 1:
             found.append(f"--report_to {','.join(self.report_to)}: none goes with nothing else.")
         if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:

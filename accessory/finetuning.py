@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine, StepSettings
 from accessory.errors import ConfigError
+from accessory.eval.mmlu import LONGEST, mmlu_report, read_mmlu
 from accessory.kernels.torch_compile import compile_fusible
 from accessory.memory.recompute import check_offload, recompute_layers
 from accessory.meta import MetaModel
@@ -35,7 +37,7 @@ from accessory.run.base_cache import check_can_cache, open_base_cache, plan_base
 from accessory.run.identity import Job, progress_at_start, shared_flags
 from accessory.run.lock import claim_directory
 from accessory.run.preview import corpus_notes, preview, remedies
-from accessory.run.report import Reporter
+from accessory.run.report import Reporter, Task
 from accessory.run.resuming import find_start, open_sources, run_began
 from accessory.run.saving import Saver
 from accessory.run.schedule import Schedule, schedule_notes, schedule_of
@@ -173,9 +175,18 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         ids=ids,
         prompt_weight=config.prompt_loss_weight,
     )
-    job = Job(config, layout, sources, blueprint, corpus, order, began, validation)
+    job = Job(config, layout, sources, blueprint, corpus, order, began, validation, _tasks(config, order))
     check_alike({**job.identity, "validation": validation and [validation.digest, *validation.questions]})
     return job
+
+
+def _tasks(config: FinetuneConfig, order: GlobalOrder) -> tuple[Task, ...]:
+    """What the model is given at each evaluation beside documents. Raises on all ranks if one cannot read it."""
+    if config.mmlu is None:
+        return ()
+    items = together(read_mmlu, config.mmlu, config.max_mmlu_samples)
+    longest = max(config.max_words, LONGEST)
+    return (partial(mmlu_report, items=items, longest=longest, tokens_at_once=max(order.most_tokens, longest)),)
 
 
 def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
@@ -254,6 +265,7 @@ def _validation(
         questions=chosen.questions,
         answer_tokens=config.sample_tokens,
         patience=config.patience,
+        tasks=job.tasks,
     )
 
 

@@ -154,7 +154,9 @@ _SENTENCES = (
      "best in --output_dir is the checkpoint with the lowest validation loss"),
     ("early_stopping_patience", "--patience ends the run after so many evaluations without a lower loss"),
     ("sample_generate", "--sample_prompts are answered at each evaluation"),
-    ("do_predict do_mmlu_eval", "no task is run while a model is trained: leave it out"),
+    ("do_predict", "no task is run while a model is trained: leave it out"),
+    ("do_mmlu_eval mmlu_dataset mmlu_split", "--mmlu FILE is asked at each evaluation"),
+    ("mmlu_source_max_len", "2048 tokens of a question of --mmlu are read: leave it out"),
     ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout "
      "strict tokenizer_type",
      "there is no such choice here: leave it out"),

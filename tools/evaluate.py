@@ -130,6 +130,9 @@ def _read(path: Path) -> str:
 def _tasks(model: MetaModel, names: list[str], settings: TaskSettings) -> list[TaskFigures]:
     harness = Harness(model, settings)
     harness.check(names)
+    if settings.shows and model.prompt_layouts:
+        layouts = ", ".join(model.prompt_layouts)
+        print(f"tasks are asked in their own words, as published figures are; trained on: {layouts}", file=sys.stderr)
     return [harness.run(name) for name in names]
 
 

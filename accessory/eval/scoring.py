@@ -54,16 +54,18 @@ def likelihoods(
     continuations: Sequence[Continuation],
     tokens_at_once: int | None = None,
     said: Callable[[int], None] | None = None,
+    longest: int | None = None,
 ) -> list[Likelihood]:
     """The likelihood of each continuation, in their order. All ranks must call it alike, and share the work.
 
-    The beginning of a context that is too long for the model is left out. tokens_at_once: of a micro-batch. said: told
-    how many continuations each of this rank's micro-batches had. Raises `ConfigError` for one that is too long itself.
+    Of a text, the last `longest` tokens are read; absent: as the model states. tokens_at_once: of a micro-batch. said:
+    told how many continuations each of this rank's micro-batches had. Raises `ConfigError` for a continuation that is
+    too long itself.
     """
     ahead = tokens_at_once or batch_tokens(model.llma.frequencies.device)
     numbers: dict[tuple[bytes, int], list[int]] = {}  # equal ones are computed once
     for number, given in enumerate(continuations):
-        ids = _ids(given, model.max_seq_len)
+        ids = _ids(given, longest or model.max_seq_len)
         numbers.setdefault((ids.astype(">u4").tobytes(), len(given.tokens)), []).append(number)
     texts = [_Text(np.frombuffer(ids, ">u4").astype(np.int64), scored, place)
              for place, (ids, scored) in enumerate(sorted(numbers))]  # fmt: skip

@@ -17,6 +17,7 @@ from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder
 from accessory.parallel.groups import Layout
+from accessory.run.report import Task
 from accessory.run.validation_set import ValidationSet
 
 _SCHEDULE = (
@@ -46,7 +47,10 @@ def shared_flags(config: FinetuneConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to read weights: what is trained, and on what. began: when it was first started."""
+    """A run that is ready to read weights: what is trained, and on what.
+
+    began: when it was first started. tasks: given to the model at each evaluation.
+    """
 
     config: FinetuneConfig
     layout: Layout
@@ -56,6 +60,7 @@ class Job:
     order: GlobalOrder
     began: datetime
     validation: ValidationSet | None = None
+    tasks: tuple[Task, ...] = ()
 
     @property
     def base(self) -> list[Source]:

@@ -63,11 +63,22 @@ class Figures(NamedTuple):
         return {**found, f"{prefix}supervised": self.supervised}
 
 
+class TaskReport(NamedTuple):
+    """Of a task that the model was given: what is shown, and figures by name."""
+
+    words: str
+    figures: dict[str, float]
+
+
+Task = Callable[[Any], TaskReport]
+"""Gives a model such a task. A collective."""
+
+
 @dataclass(frozen=True)
 class EvaluationReport:
     """One evaluation after `step` steps, equal on all ranks: of all `documents`, and by source if there are several.
 
-    samples: questions and the answers to them. seconds: wall time of all of it.
+    samples: questions and the answers to them. seconds: wall time of all of it. tasks: what else the model was given.
     """
 
     step: int
@@ -77,6 +88,7 @@ class EvaluationReport:
     documents: int
     samples: list[tuple[str, str]]
     seconds: float
+    tasks: tuple[TaskReport, ...] = ()
 
     def lines(self) -> list[str]:
         """As it is shown."""
@@ -85,6 +97,7 @@ class EvaluationReport:
         found = [f"validation {when}: {_shown(self.figures)} | {cost}"]
         found += [f"  {name}: {_shown(figures)} | {figures.supervised:,} tokens"
                   for name, figures in self.sources.items()]  # fmt: skip
+        found += [f"  {task.words}" for task in self.tasks]
         for question, answer in self.samples:
             found += [f"  question: {_indented(question)}", f"  answer: {_indented(answer)}"]
         return found
@@ -95,7 +108,7 @@ class EvaluationReport:
             "step": self.step, "epoch": self.epoch, **self.figures.as_json("val_"), "val_documents": self.documents,
             "val_sources": {name: figures.as_json() for name, figures in self.sources.items()},
             "samples": [{"question": question, "answer": answer} for question, answer in self.samples],
-            "seconds": self.seconds,
+            "seconds": self.seconds, **{name: value for task in self.tasks for name, value in task.figures.items()},
         }  # fmt: skip
 
 
@@ -164,6 +177,8 @@ class Reporter:
         scalars = {f"val/{name}": getattr(report.figures, name) for name in _FIGURES}
         for source, figures in report.sources.items():
             scalars |= {f"val/{name}/{source}": getattr(figures, name) for name in _FIGURES}
+        for task in report.tasks:
+            scalars |= {f"val/{name}": value for name, value in task.figures.items()}
         self._record(report.as_json(), scalars, report.samples)
 
     def _record(

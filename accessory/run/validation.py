@@ -19,7 +19,7 @@ from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.parallel.agree import highest
 from accessory.parallel.data import sum_over_data_parallel
-from accessory.run.report import EvaluationReport, Figures, Reporter
+from accessory.run.report import EvaluationReport, Figures, Reporter, Task
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
 
@@ -37,7 +37,8 @@ class Validation:
 
     model: has `token_scores`, `question` and `generate` as `MetaModel` does. sources: a name for each entry of the
     data. questions: answered at each evaluation, in at most `answer_tokens` tokens. patience: evaluations in a row
-    without a lower loss after which training is to end; None: never.
+    without a lower loss after which training is to end; None: never. tasks: given to the model at each evaluation, on
+    all ranks.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Validation:
     questions: list[str] = field(default_factory=list)
     answer_tokens: int = 0
     patience: int | None = None
+    tasks: tuple[Task, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -91,6 +93,7 @@ class Validation:
             if stop:
                 return Outcome(stop=stop)
             samples = self._samples()
+            tasks = tuple(task(self.model) for task in self.tasks)
         steps = self.schedule.steps_per_epoch
         total = _figures(sums.sum(0))
         self.reporter.evaluation(EvaluationReport(
@@ -102,6 +105,7 @@ class Validation:
             documents=len(self.order.ids),
             samples=samples,
             seconds=time.monotonic() - began,
+            tasks=tasks,
         ))  # fmt: skip
         return Outcome(best=self.state.note(progress.total_steps, total.loss))
 

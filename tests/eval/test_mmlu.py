@@ -44,5 +44,8 @@ def test_what_is_no_question(tmp_path: Path) -> None:
     path.write_text('{"subject": "law", "input": "?", "output": "A"}\n{"input": "?", "output": "E"}\n')
     with pytest.raises(DataError, match=r"mmlu.json:2: has \['input', 'output'\] and the output 'E'; expected subject"):
         read_mmlu(path)
-    path.write_text('{"subject": "law", "input": "?", "output": "A"}\n')
-    assert read_mmlu(path) == [Item("law", "?", "A")]
+    rows = [
+        {"subject": subject, "input": str(i), "output": "A"} for i, subject in enumerate(("law", "law", "law", "art"))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_mmlu(path, 3) == [Item("law", "0", "A"), Item("art", "3", "A"), Item("law", "1", "A")]

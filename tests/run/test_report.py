@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from accessory.run import report
 from accessory.run.curves import Curves, loss_figure, read_curves, read_losses
-from accessory.run.report import CURVE_FILE, LOG_FILE, EvaluationReport, Figures, Reporter, StepReport
+from accessory.run.report import CURVE_FILE, LOG_FILE, EvaluationReport, Figures, Reporter, StepReport, TaskReport
 from accessory.run.trackers import make_trackers
 
 REPORT = StepReport(
@@ -108,6 +108,7 @@ def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
 EVALUATION = EvaluationReport(
     step=2, epoch=0.5, figures=Figures(math.log(8), 0.25, 1200), sources={"a.json": Figures(1.0, 0.5, 200)},
     documents=12, samples=[("two\nlines?", "an *answer*\nof two")], seconds=1.5,
+    tasks=(TaskReport("mmlu: accuracy 0.25", {"mmlu_accuracy": 0.25}),),
 )  # fmt: skip
 
 
@@ -129,15 +130,17 @@ def test_an_evaluation_is_shown_and_recorded(tmp_path: Path, capsys: pytest.Capt
     assert (
         "validation before the first step: loss 5.0000 | perplexity 148.4 | accuracy 25.0% | 12 documents, 1,200" in out
     )
-    assert "  a.json: loss 1.0000 | perplexity 2.718 | accuracy 50.0% | 200 tokens\n  question: two\n    lines?" in out
+    assert "  a.json: loss 1.0000 | perplexity 2.718 | accuracy 50.0% | 200 tokens\n  mmlu: accuracy 0.25\n" in out
+    assert "  question: two\n    lines?" in out
     lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert lines[3] == {
         "step": 2, "epoch": 0.5, "val_loss": 4.0, "val_perplexity": math.exp(4), "val_accuracy": 0.25,
-        "val_supervised": 1200, "val_documents": 12, "seconds": 1.5,
+        "mmlu_accuracy": 0.25, "val_supervised": 1200, "val_documents": 12, "seconds": 1.5,
         "val_sources": {"a.json": {"loss": 1.0, "perplexity": math.e, "accuracy": 0.5, "supervised": 200}},
         "samples": [{"question": "two\nlines?", "answer": "an *answer*\nof two"}],
     }  # fmt: skip
     assert scalars(tmp_path, "val/loss") == {0: 5.0, 2: 4.0, 4: 3.0}
+    assert scalars(tmp_path, "val/mmlu_accuracy") == {0: 0.25, 2: 0.25, 4: 0.25}
     assert scalars(tmp_path, "val/accuracy/a.json") == {0: 0.5, 2: 0.5, 4: 0.5}
     events = EventAccumulator(str(tmp_path)).Reload()
     (text,) = events.Tensors("samples/0/text_summary")[1].tensor_proto.string_val

@@ -17,6 +17,7 @@ from accessory.checkpoint.run_checkpoints import latest_checkpoint
 from accessory.config import FinetuneConfig
 from accessory.data.corpus import build_corpus
 from accessory.errors import CheckpointError, DataError, Preempted
+from accessory.eval.mmlu import mmlu, read_mmlu
 from accessory.export import Destination, merge
 from accessory.finetuning import finetune
 from accessory.meta import MetaModel
@@ -49,6 +50,9 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, torchrun) ->
     records = json.loads(DATA.read_text())
     for name, some in {"train": records[20:100], "first": records[:9], "second": records[9:13]}.items():
         (root / f"{name}.json").write_text(json.dumps(some))
+    questions = [{"subject": ("law", "art")[i % 2], "input": f"{i} is?\nAnswer:", "output": "ABCD"[i % 4]}
+                 for i in range(5)]  # fmt: skip
+    (root / "mmlu.json").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (root / "val.yaml").write_text("META: [{path: first.json}, {path: second.json, prompt_type: none}]")
     (root / "lora.json").write_text('{"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.2, "bias_tuning": false}')
     for ranks in (1, 2):
@@ -71,7 +75,7 @@ def flags_of(layout: str, root: Path, base: Path) -> list[list[str]]:
         *("--batch_size", batch, "--accum_iter", "2", "--lr", "0.02", "--warmup_epochs", "0.1", *extra),
     ]
     watched = ["--val_data", str(root / "val.yaml"), "--eval_steps", "2", "--sample_prompts", QUESTION]
-    watched += ["--sample_tokens", "6"]
+    watched += ["--sample_tokens", "6", "--mmlu", str(root / "mmlu.json")]
     half, whole = ["--max_steps", str(HALF)], ["--max_steps", str(STEPS)]
     runs = {"never": whole, "watched": [*watched, *whole], "resumed": [*watched, *half]}
     found = [[*common, *more, "--output_dir", str(root / layout / name)] for name, more in runs.items()]
@@ -132,6 +136,18 @@ def test_figures_are_those_of_transformers_in_float64(layout: str, runs: Path, t
             assert found["val_loss"] == pytest.approx(loss, rel=1e-5)
             assert found["val_perplexity"] == pytest.approx(torch.tensor(loss).double().exp().item(), rel=1e-5 * loss)
             assert found["val_accuracy"] == pytest.approx(accuracy, abs=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mmlu_is_that_of_the_base_before_the_first_step(layout: str, runs: Path, tiny_base: Path) -> None:
+    """A number of questions that two ranks do not divide; where the base is sharded, both compute equally often."""
+    groups.start("cpu")
+    found = mmlu(MetaModel.from_pretrained(tiny_base, dtype="fp32"), read_mmlu(runs / "mmlu.json"))
+    first, *_, last = evaluations(runs / layout / "watched")
+    assert first["mmlu_accuracy"] == pytest.approx(found.accuracy.value)
+    assert first["mmlu_loss"] == pytest.approx(found.loss.value, rel=1e-5) != pytest.approx(last["mmlu_loss"], rel=1e-5)
+    for subject, figure in found.subjects.items():
+        assert first[f"mmlu_accuracy/{subject}"] == pytest.approx(figure.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
