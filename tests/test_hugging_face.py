@@ -22,7 +22,7 @@ from accessory.quant import PackedWeight
 from accessory.tokenizer import open_tokenizer
 from tests.conftest import DATA, VOCABULARY, write_tokenizer
 
-SIDE = {"r": 4, "peft_hidden_size": 8}
+SIDE = {"label_share": 1, "r": 4, "peft_hidden_size": 8}
 CLASSES = {"llama": QSTLlamaForCausalLM, "opt": QSTOPTForCausalLM}
 STEPS, ACCUMULATED, LR, CLIP = 3, 2, 3e-3, 1.0
 LONGEST = 128  # tokens of a document

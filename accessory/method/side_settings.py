@@ -56,7 +56,7 @@ class SideSettings(BaseModel):
     """Tokens that gradients go back through in the tail: those with a label, or all, which takes longer."""
     label_share: float | None = Field(default=None, gt=0.0, le=1.0)
     """Share of a micro-batch's labelled tokens that are learned from, drawn anew each time; the others are only read.
-    Absent: 0.5 where there is only a tail, else 1."""
+    Absent: 1 if `released`, else 0.5."""
     start: Literal["base", "released"] = "base"
     """`base`: untrained, the model computes what its base does. `released`: form and start are the published code's."""
 
@@ -69,7 +69,7 @@ class SideSettings(BaseModel):
         if self.tail is None and self.side_layers:
             self.tail = 0
         if self.label_share is None:
-            self.label_share = 1.0 if self.side_layers else 0.5
+            self.label_share = 1.0 if self.start == "released" else 0.5
         if self.side_layers == self.tail == 0:
             raise ValueError("nothing would be trained: set side_layers or tail above 0")
         if self.state_bits == 8 and self.add_layer_norm_before_adapter:

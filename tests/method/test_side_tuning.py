@@ -308,7 +308,7 @@ def test_which_form_settings_make() -> None:
         settings(**how) for how in ({}, {"r": 8}, {"tail": 2}, {"tail": 2, "gate": "scalar"}, {"start": "released"})
     ]
     assert [(s.side_layers, s.tail_of(30)) for s in forms] == [(0, 12), (1, 0), (0, 2), (1, 2), (1, 0)]
-    assert [form.label_share for form in forms] == [0.5, 1, 0.5, 1, 1]
+    assert [form.label_share for form in forms] == [0.5, 0.5, 0.5, 0.5, 1]
     assert all(settings(**form.model_dump()) == form for form in forms)
     assert settings().tail_of(2) == 1 and settings(tail=0).side_layers == 1
     with pytest.raises(ValueError, match="nothing would be trained"):
