@@ -27,9 +27,8 @@ def main(config: ChatPageConfig) -> None:
 
     if note := prompt_layout_note(model, talks.empty.prompt_layout):
         print(note, file=sys.stderr, flush=True)
-    try:
-        serve_page(ChatPage(talks, config, model).blocks, config, css=LOOKS)
-    finally:
+    serve_page(ChatPage(talks, config, model).blocks, config, css=LOOKS)
+    if talks.close():  # else, or after an error, the others are in the middle of a step, and end as it ends this rank
         dismiss()
 
 

@@ -98,7 +98,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     """Serve the page until interrupted."""
     import gradio
 
-    one_at_a_time = threading.Lock()
+    one_at_a_time, closing = threading.Lock(), threading.Event()
     offered = tuple(name for name in PROMPT_LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
     def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
@@ -108,7 +108,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
                 if dist.get_world_size() > 1:
                     dist.broadcast_object_list([asked], src=0)
                 left = threading.Event()
-                stream = answer(model, asked, left.is_set)
+                stream = answer(model, asked, lambda: left.is_set() or closing.is_set())
                 try:
                     for text in stream:  # noqa: UP028 - `yield from` would close the stream along with this generator
                         yield text
@@ -120,12 +120,11 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
         except AccessoryError as error:
             raise gradio.Error(str(error), duration=5, print_exception=False) from error
 
-    page = page_of(respond, config, offered)
-    try:
-        serve_page(page, config)
-    finally:
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list([None], src=0)
+    serve_page(page_of(respond, config, offered), config)
+    closing.set()
+    # After an error, or while an answer is being given, the others are in a step, and end as it ends this rank.
+    if dist.get_world_size() > 1 and one_at_a_time.acquire(timeout=10):
+        dist.broadcast_object_list([None], src=0)
 
 
 def page_of(respond: Callable[..., Iterator[str]], config: DemoConfig, offered: tuple[str, ...]):

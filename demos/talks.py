@@ -16,6 +16,7 @@ from demos.page_serving import check_text
 from demos.visits import Visits
 
 MOST_TURNS = 200  # of a conversation
+_PATIENCE = 10  # seconds for the last token of an answer that is stopped because the page is closed
 Answers = Generator[Conversation, None, None]
 
 
@@ -47,6 +48,12 @@ class Talks:
     def leave(self, name: str | None) -> None:
         """The window was closed."""
         self._visits.end(name)
+
+    def close(self) -> bool:
+        """Take no more questions; whether no answer is being given now, so that other ranks wait for a question."""
+        for conversation in self._visits.all():
+            conversation.stop()
+        return self._one_at_a_time.acquire(timeout=_PATIENCE)
 
     def ask(self, name: str | None, question: object, system: object, sampling: dict[str, Any]) -> Answers:
         """The window's conversation, each time the answer to a question has grown. Raises `AccessoryError`."""

@@ -35,6 +35,11 @@ class Visits:
                 self._conversations.popitem(last=False)
             return self._conversations[name]
 
+    def all(self) -> list[Conversation]:
+        """All that are remembered."""
+        with self._lock:
+            return list(self._conversations.values())
+
     def end(self, name: str | None) -> None:
         """Forget the conversation of a window that was closed."""
         with self._lock:

@@ -223,3 +223,16 @@ def test_one_answer_at_a_time(model: MetaModel) -> None:
     asking.join(timeout=20)
     assert talks.of("b").system == "Be brief." and talks.of("a").system is None
     assert talks.of("a").history[0].ended == "stopped" and talks.of("b").history[0].answer
+
+
+def test_closing_ends_an_answer(model: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its next token; of one that nobody takes tokens of, it says that other ranks are in the middle of it."""
+    monkeypatch.setattr("demos.talks._PATIENCE", 5)
+    talks, config = Talks(model, ChatPageConfig(pretrained_path=["x"])), {"temperature": 0, "max_gen_len": 1500}
+    asking = threading.Thread(target=lambda: list(talks.ask("a", "<i>Go</i> on", None, config)))
+    asking.start()
+    while not talks._visits.of("a").history:
+        time.sleep(0.01)
+    assert talks.close() and talks.of("a").history[0].ended == "stopped"
+    monkeypatch.setattr("demos.talks._PATIENCE", 0)
+    assert not talks.close()
