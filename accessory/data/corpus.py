@@ -275,14 +275,13 @@ def _tokenize(
 
 def _cut(ids: np.ndarray, flags: np.ndarray, cuts: Cuts, omissions: Omissions) -> tuple[np.ndarray, np.ndarray]:
     """A document's tokens and what is learned of them, both cut; what is cut of a used document is counted."""
-    source = int(flags.argmax())
-    keep = np.ones(len(ids), bool)
-    if cuts.source_max_len is not None:
-        keep[cuts.source_max_len : source] = False
-    if cuts.target_max_len is not None:
-        keep[source + cuts.target_max_len :] = False
-    lost_source, lost_target = not keep[:source].all(), not keep[source:].all()
-    ids, flags = ids[keep], flags[keep]
+    lost_source = lost_target = False
+    if cuts.source_max_len or cuts.target_max_len:
+        source, keep = int(flags.argmax()), np.ones(len(ids), bool)
+        keep[cuts.source_max_len or source : source] = False
+        keep[source + (cuts.target_max_len or len(ids)) :] = False
+        lost_source, lost_target = not keep[:source].all(), not keep[source:].all()
+        ids, flags = ids[keep], flags[keep]
     if flags[1 : cuts.max_words].any():
         omissions.cut_sources += lost_source
         omissions.cut_targets += lost_target

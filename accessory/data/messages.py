@@ -144,7 +144,10 @@ def checked(said: Question | Conversation) -> Question | Conversation:
     if isinstance(said, Question):
         check_text((said.instruction, said.context, said.output))
     else:
-        check_text(json.dumps(part, ensure_ascii=False) for part in (said.messages, said.tools))
+        check_text(message["content"] for message in said.messages)
+        others = [{name: more for name, more in message.items() if name != "content"} for message in said.messages]
+        if said.tools or any(len(other) > 1 for other in others):
+            check_text([json.dumps([others, said.tools], ensure_ascii=False)])
     return said
 
 
