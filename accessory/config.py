@@ -209,7 +209,7 @@ class FinetuneConfig(BaseModel):
     save_minutes: float | None = Field(default=None, gt=0)
     """Save whenever this many minutes have passed since the last save, too."""
     keep_last: int | None = Field(default=None, ge=FEWEST)
-    """Keep this many of the newest whole checkpoints, and the one with the lowest mean loss; absent: all."""
+    """Keep this many of the newest whole checkpoints, and the best (by validation, else training loss); absent: all."""
     overwrite: bool = False
     """Remove checkpoints in --output_dir that are further than where this run begins; without it they end the run."""
     resume: Path | None = None
