@@ -28,6 +28,7 @@ COMMANDS = {
     "chat": Command("demos/single_model_cli.py", "talk with a model in the terminal", True),
     "page": Command("demos/multi_turn.py", "talk with a model on a page", True),
     "evaluate": Command("tools/evaluate.py", "zero-shot tasks and perplexity", True),
+    "predict": Command("tools/predict.py", "answers to a data file's questions, beside those expected", True),
     "merge": Command("tools/merge.py", "put a trained part into its base"),
     "convert": Command("tools/convert.py", "write a checkpoint as another format"),
     "quantize": Command("tools/quantize.py", "pack a base once, so that later starts are quick"),
@@ -36,7 +37,7 @@ COMMANDS = {
 }
 _ELSEWHERE = {
     **dict.fromkeys(("train", "sft", "fit", "lora", "tune"), "finetune"),
-    **dict.fromkeys(("infer", "inference", "generate", "predict"), "ask"),
+    **dict.fromkeys(("infer", "inference", "generate"), "ask"),
     **dict.fromkeys(("eval", "test", "benchmark"), "evaluate"),
     **dict.fromkeys(("merge-lora", "merge_lora", "fuse"), "merge"),
     **dict.fromkeys(("export", "save"), "convert"),

@@ -17,34 +17,41 @@ _SENTENCES = (
     ("r lora_rank lora_dim rank adapter_rank",
      'LoRA\'s rank is --lora_r, or "lora_rank" in a JSON file of --llama_config'),
     ("r lora_r lora_rank lora_dim rank adapter_rank", 'LoRA\'s rank is "lora_rank" in a JSON file of --llama_config'),
+    ("lora_scaling", "LoRA is scaled by --lora_alpha / --lora_r"),
     ("alpha",
      'it is --lora_alpha, or "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by it / the rank'),
     ("alpha lora_alpha",
      'it is "lora_alpha" in a JSON file of --llama_config: LoRA is scaled by lora_alpha / lora_rank'),
     ("lora_dropout", 'it is "lora_dropout" in a JSON file of --llama_config'),
-    ("target_modules lora_target lora_targets lora_target_modules lora_modules lora_attn_modules lora_target_linear "
-     "apply_lora_to_mlp lora_query lora_key lora_value lora_projection lora_mlp",
+    ("target_modules lora_target lora_targets lora_target_modules lora_modules lora_attn_modules "
+     "lora_target_linear "
+     "apply_lora_to_mlp lora_attn_query lora_attn_key lora_attn_value lora_attn_proj lora_attn_mlp "
+     "lora_query lora_key lora_value lora_projection lora_mlp",
      'LoRA\'s linears are "lora_targets" in a JSON file of --llama_config: wq, wk, wv, wo (q_proj, k_proj, v_proj, '
      "o_proj), w1, w2, w3 (gate_proj, down_proj, up_proj); absent: all"),
     ("layers_to_transform peft_layers_to_transform lora_layers_to_transform lora_layer_ids",
      'LoRA\'s blocks are "lora_layers" in a JSON file of --llama_config, such as "0-7,20"; absent: all'),
-    ("modules_to_save lora_modules_to_save additional_target train_embeddings apply_lora_to_output lora_head",
+    ("modules_to_save lora_modules_to_save additional_target train_embeddings apply_lora_to_output lora_head "
+     "train_head",
      'embedding and head are trained by "vocabulary_tuning": true in a JSON file of --llama_config'),
     ("bias lora_bias train_bias", 'biases are trained by "bias_tuning": true in a JSON file of --llama_config'),
     ("train_norm norm_modules", 'norms are trained by "norm_tuning": true in a JSON file of --llama_config'),
     ("use_rslora rslora peft_use_rslora",
      'rslora scales by alpha / root of the rank: give "lora_alpha" as alpha x root of the rank'),
     ("use_dora dora lora_use_dora peft_use_dora use_pissa pissa_init loraplus_lr_ratio use_galore galore_rank "
-     "layers_pattern rank_pattern alpha_pattern fan_in_fan_out init_lora_weights loftq_config",
+     "layers_pattern rank_pattern alpha_pattern fan_in_fan_out lora_fan_in_fan_out init_lora_weights loftq_config",
      "there is nothing of the kind here: leave it out"),
-    ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type tuner_type",
+    ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type "
+     "tuner_type",
      'the end of --llama_type says what is trained (_peft: norms, biases, LoRA); {"lora_rank": 16} in a JSON file of '
      "--llama_config turns LoRA on"),
     # model, tokenizer, data
     ("model base_model model_name model_name_or_path base_model_name_or_path model_path model_id model_id_or_path "
-     "checkpoint checkpoint_path checkpoint_dir ckpt_dir ckpt_path load path",
+     "checkpoint checkpoint_path checkpoint_dir ckpt_dir ckpt_path pretrain_ckpt_file "
+     "load path",
      "--pretrained_path takes the model's directory or file"),
-    ("adapter_name_or_path adapter_path lora_path lora_model_dir lora_model_path lora_model_name_or_path peft_model "
+    ("lora_weight_path adapter_name_or_path adapter_path lora_path lora_model_dir lora_model_path "
+     "lora_model_name_or_path peft_model "
      "lora_weights adapters",
      "--pretrained_path takes the base first, then the trained parts"),
     ("tokenizer tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_dir",
@@ -52,7 +59,7 @@ _SENTENCES = (
     ("special_tokens tokens add_tokens new_special_tokens additional_special_tokens",
      "--new_tokens adds to the vocabulary"),
     ("data dataset datasets data_path data_file data_files dataset_dir dataset_name dataset_path train_file "
-     "train_data train_dataset data_meta_path data_root",
+     "train_data train_datasources train_dataset data_meta_path data_root",
      "--data_config takes a data file, a directory, a name such as alpaca, or a YAML that lists some"),
     ("dataset_format data_format formatting", "it is shape of an entry in the YAML of --data_config; absent: told"),
     ("template chat_template prompt_template prompt_style prompt_format instruction_template "
@@ -77,10 +84,12 @@ _SENTENCES = (
      "--batch_size is the number of documents in a micro-batch of a data-parallel rank"),
     ("global_batch_size total_batch_size effective_batch_size",
      "a step has --batch_size x --accum_iter x data-parallel ranks documents"),
-    ("gradient_accumulation_steps gradient_accumulation gradient_accumulation_iters grad_accum "
+    ("gradient_accum_steps gradient_accumulation_steps gradient_accumulation gradient_accumulation_iters "
+     "grad_accum "
      "accumulate_grad_batches",
      "--accum_iter is the number of micro-batches in a step"),
-    ("learning_rate base_lr", "--lr is the highest learning rate"),
+    ("learning_rate base_lr max_lr", "--lr is the highest learning rate"),
+    ("init_lr", "the warm-up starts at 0: leave it out"),
     ("min_learning_rate lr_min min_lr_ratio min_lr_rate cosine_min_lr_ratio", "--min_lr is the rate at the end"),
     ("lr_scheduler lr_scheduler_type lr_scheduler_kwargs lr_decay_style lr_decay_iters cosine_constant_lr_ratio",
      "--lr_schedule takes cosine or constant; either follows --warmup_epochs"),
@@ -100,7 +109,8 @@ _SENTENCES = (
     ("neftune_noise_alpha label_smoothing_factor label_smoothing", "there is nothing of the kind here: leave it out"),
     # precision and memory
     ("load_in_4bit load_4bit bits quantization quantization_bit quantization_method quantize quant_method "
-     "double_quant bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype use_4bit",
+     "double_quant quant_4bit_type quant_4bit_double bnb_4bit_quant_type bnb_4bit_use_double_quant "
+     "bnb_4bit_compute_dtype use_4bit",
      "--quant keeps the base in 4 bits, in the format of --quant_type (nf4, double-quantized)"),
     ("quant_lora_4bit quant_4bit llm_int8_skip_modules bnb_4bit_skip_modules",
      "--quant_targets says which linears --quant packs: frozen (without LoRA), lora, or by name"),
@@ -140,24 +150,30 @@ _SENTENCES = (
      "--resume latest goes on from the newest whole checkpoint"),
     ("logging_steps logging_strategy logging_first_step log_every_n_steps log_interval log_freq",
      "every step is logged: leave it out"),
-    ("logging_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
+    ("logging_dir log_dir use_wandb wandb_project wandb_entity wandb_name wandb_run_name run_name use_tensorboard "
      "plot_loss logger_name",
      "--report_to takes tensorboard and wandb, whose project and name are the variables WANDB_PROJECT and WANDB_NAME"),
     ("do_eval eval_strategy evaluation_strategy evals_per_epoch eval_interval val_interval",
      "--eval_steps or --eval_epochs says how often to evaluate"),
     ("val_set_size val_size val_split_fraction test_size eval_dataset_size max_eval_samples",
      "--val_split is the share of the data that is held out to evaluate on"),
-    ("eval_dataset val_dataset val_file validation_file", "--val_data names what to evaluate on"),
+    ("test_datasets val_datasources eval_dataset val_dataset val_file validation_file",
+     "--val_data names what to evaluate on"),
     ("eval_batch_size per_device_eval_batch_size val_batch_size",
      "documents that are evaluated are packed as in training: leave it out"),
     ("load_best_model_at_end metric_for_best_model",
      "best in --output_dir is the checkpoint with the lowest validation loss"),
     ("early_stopping_patience", "--patience ends the run after so many evaluations without a lower loss"),
     ("sample_generate", "--sample_prompts are answered at each evaluation"),
-    ("do_predict", "no task is run while a model is trained: leave it out"),
+    ("do_predict predict_with_generate",
+     "a trained model's answers to a data file are written by tools/predict.py: leave it out"),
     ("do_mmlu_eval mmlu_dataset mmlu_split", "--mmlu FILE is asked at each evaluation"),
+    ("max_mmlu_samples", "all questions of --mmlu are asked: leave it out"),
     ("mmlu_source_max_len", "2048 tokens of a question of --mmlu are read: leave it out"),
-    ("do_train stage remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout "
+    ("resid_dropout hidden_dropout resid_pdrop",
+     "there is --embed_dropout and --attn_dropout, and none on residuals: leave it out"),
+    ("do_train cache_dir load_from_local generation_config full_pad eval_sample_packing stage "
+     "remove_unused_columns ddp_find_unused_parameters seq2seq use_cache ddp_timeout "
      "strict tokenizer_type",
      "there is no such choice here: leave it out"),
     ("trust_remote_code", "code that lies in a checkpoint is never run: leave it out"),
