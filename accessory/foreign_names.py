@@ -168,7 +168,6 @@ _SENTENCES = (
     ("do_predict predict_with_generate",
      "a trained model's answers to a data file are written by tools/predict.py: leave it out"),
     ("do_mmlu_eval mmlu_dataset mmlu_split", "--mmlu FILE is asked at each evaluation"),
-    ("max_mmlu_samples", "all questions of --mmlu are asked: leave it out"),
     ("mmlu_source_max_len", "2048 tokens of a question of --mmlu are read: leave it out"),
     ("resid_dropout hidden_dropout resid_pdrop",
      "there is --embed_dropout and --attn_dropout, and none on residuals: leave it out"),
