@@ -332,7 +332,7 @@ class FinetuneConfig(BaseModel):
         if "none" in self.report_to and len(self.report_to) > 1:
             found.append(f"--report_to {','.join(self.report_to)}: none goes with nothing else.")
         if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
-            found.append("--report_to wandb: wandb is not installed. Install it with: pip install 'accessory[wandb]'")
+            found.append("--report_to wandb: wandb is not installed. Install it with: pip install -e '.[wandb]'")
         return found
 
     @property

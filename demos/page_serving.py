@@ -21,7 +21,7 @@ MAX_QUESTION = 20_000  # characters
 def check_place(config: PageConfig) -> None:
     """Raise `ConfigError` where no page could be served, before the minutes that loading may take."""
     if find_spec("gradio") is None:
-        raise ConfigError("The page needs gradio: pip install 'accessory[demo]'. Or ask with --prompt.")
+        raise ConfigError("The page needs gradio: pip install -e '.[demo]'. Or ask with --prompt.")
     try:
         with socket.socket() as place:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -385,7 +385,7 @@ def test_trackers_are_words_or_one_with_commas(paths: list[str], monkeypatch: py
     assert parse(FinetuneConfig, paths).report_to == ["tensorboard"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     both = ["--report_to", "tensorboard,wandb"]
-    assert "--report_to wandb: wandb is not installed. Install it with: pip install 'accessory[wandb]'" in refusal(
+    assert "--report_to wandb: wandb is not installed. Install it with: pip install -e '.[wandb]'" in refusal(
         [*paths, *both]
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

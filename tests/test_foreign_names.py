@@ -37,6 +37,14 @@ def test_every_flag_and_key_that_is_named_is_there() -> None:
     ("--deepspeed", "--data_parallel"), ("--enable_activation_checkpointing", "--checkpointing"),
     ("--optimizer", "--optim"), ("--warmup_iters", "--warmup_epochs"), ("--data_meta_path", "--data_config"),
     ("--save_freq", "--save_steps"), ("--gpu_ids", "--nproc-per-node"),
+    ("--do_predict", "tools/predict.py"), ("--max_new_tokens", "--sample_tokens"), ("--top_p", "--sample_prompts"),
+    ("--use_auth", "nothing is fetched"), ("--no_repeat_ngram_size", "nothing of the kind"),
 ])  # fmt: skip
 def test_flags_of_published_commands(theirs: str, ours: str) -> None:
     assert ours in unknown(theirs, FLAGS, [f"--{name}" for name in FinetuneConfig.model_fields])
+
+
+def test_the_demos_have_flags_of_their_own_for_how_they_answer() -> None:
+    flags = [f"--{name}" for name in DemoConfig.model_fields]
+    assert "--max_gen_len" in unknown("--max_new_tokens", FLAGS, flags)
+    assert "--temperature" in unknown("--do_sample", FLAGS, flags)

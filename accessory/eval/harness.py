@@ -63,7 +63,7 @@ class Harness:
 
             from accessory.eval.harness_model import HarnessModel
         except ImportError as error:
-            raise ConfigError(f"Tasks need lm-eval ({error}): pip install 'accessory[eval]'.") from error
+            raise ConfigError(f"Tasks need lm-eval ({error}): pip install -e '.[eval]'.") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are of settings that are made here
         self._settings = settings
         self._data = TaskData(settings.task_data) if settings.task_data else None

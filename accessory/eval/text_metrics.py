@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Of a file of predictions, as training and qlora write them. Raises `DataError` naming what a record lacks."""
+    """Those of a file, as tools/predict.py and qlora write it. Raises `DataError` naming what a record lacks."""
     if not is_data(path):
         raise DataError(f"{path}: is no file of records, such as predictions.jsonl.")
     pairs = []
@@ -65,7 +65,7 @@ def text_figures(pairs: Sequence[Pair], language: str = "auto") -> dict[str, Fig
             **_bleu(pairs, "zh" if language == "zh" else "13a"),
         }
     except ImportError as error:
-        raise ConfigError(f"ROUGE and BLEU need packages ({error}): pip install 'accessory[eval]'.") from error
+        raise ConfigError(f"ROUGE and BLEU need packages ({error}): pip install -e '.[eval]'.") from error
 
 
 def _is_chinese(text: str) -> bool:

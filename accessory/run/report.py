@@ -99,7 +99,7 @@ class EvaluationReport:
                   for name, figures in self.sources.items()]  # fmt: skip
         found += [f"  {task.words}" for task in self.tasks]
         for question, answer in self.samples:
-            found += [f"  question: {_indented(question)}", f"  answer: {_indented(answer)}"]
+            found += [f"  question: {_indented(question)}", f"  answer: {_indented(answer) or '[nothing]'}"]
         return found
 
     def as_json(self) -> dict[str, Any]:

@@ -123,6 +123,10 @@ def watched(directory: Path, steps: list[int], first: int = 0) -> None:
     reporter.close()
 
 
+def test_an_answer_without_words_is_shown_as_nothing() -> None:
+    assert replace(EVALUATION, step=0, samples=[("why?", "")]).lines()[-1] == "  answer: [nothing]"
+
+
 def test_an_evaluation_is_shown_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In lines, in the log, as figures and texts of TensorBoard, in the picture."""
     watched(tmp_path, [0, 2, 4])
@@ -131,7 +135,7 @@ def test_an_evaluation_is_shown_and_recorded(tmp_path: Path, capsys: pytest.Capt
         "validation before the first step: loss 5.0000 | perplexity 148.4 | accuracy 25.0% | 12 documents, 1,200" in out
     )
     assert "  a.json: loss 1.0000 | perplexity 2.718 | accuracy 50.0% | 200 tokens\n  mmlu: accuracy 0.25\n" in out
-    assert "  question: two\n    lines?" in out
+    assert "  question: two\n    lines?\n  answer: an *answer*\n    of two\n" in out
     lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert lines[3] == {
         "step": 2, "epoch": 0.5, "val_loss": 4.0, "val_perplexity": math.exp(4), "val_accuracy": 0.25,

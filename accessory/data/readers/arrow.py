@@ -82,6 +82,6 @@ def _pyarrow(path: Path) -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"{path}: Parquet and Arrow files are read by pyarrow, which is not installed here ({error}): "
-            "pip install 'accessory[data]', or pip install pyarrow."
+            "pip install pyarrow."
         ) from error
     return pyarrow
