@@ -21,6 +21,7 @@ from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_system, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
 from accessory.checkpoint.whole import WholeModel
+from accessory.data.templates import CHAT
 from accessory.errors import CheckpointError, ConfigError, check_known
 from accessory.meta import MetaModel
 from accessory.method.side_tuning import SideTuning
@@ -28,6 +29,7 @@ from accessory.model.families import architecture_of
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from accessory.quant import storage
+from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
 FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
 PROBE_QUESTION = "Explain in a few sentences why the sky looks blue during the day and red at sunset."
@@ -257,14 +259,20 @@ def export_side(paths: list[Path], target: Path, **reading) -> str:
     return f"the published code loads it into a model made beside {base.path} with {config}"
 
 
-def asking_hint(paths: list[Path], to: str) -> str | None:
-    """The prompt layout to ask a model made of `paths` in; None if format `to` records it, or it is the default one."""
+def asking_hint(paths: list[Path], target: Path, to: str) -> str | None:
+    """The prompt layout to ask `target` in, made of `paths`; None if `to` records it, or it is asked so anyway."""
     layouts = trained_prompt_layouts(with_base(list(paths)))
-    if not layouts or layouts[0] == "alpaca" or to == "accessory":
-        return None
     system = trained_system(with_base(list(paths)))
+    if not layouts or to == "accessory" or (layouts[0] == _own_layout(target) and not system):
+        return None
     words = f", after the system's words {system!r}" if system else ""
     return f"trained on questions laid out as {layouts[0]}: ask it with --system_prompt {layouts[0]}{words}"
+
+
+def _own_layout(target: Path) -> str:
+    """The layout in which a model is asked that records none: its chat template, or alpaca where it has none."""
+    has_tokenizer = target.is_file() or holds_tokenizer(target)
+    return CHAT if has_tokenizer and open_tokenizer(target).chat_template is not None else "alpaca"
 
 
 def trained_quantization(sources: list[Source]) -> str | None:

@@ -58,9 +58,8 @@ def main(
         destination = Destination(to, dtype, gguf_type, model_parallel_size, architecture or None)
         convert(sources, target, destination, **reading)
         said = transformers_hint(target) if to == "hf" else None
-    print(
-        f"{' + '.join(map(str, sources))} -> {target} ({to})", *filter(None, (said, asking_hint(sources, to))), sep="\n"
-    )
+    hints = filter(None, (said, asking_hint(sources, target, to)))
+    print(f"{' + '.join(map(str, sources))} -> {target} ({to})", *hints, sep="\n")
 
 
 if __name__ == "__main__":

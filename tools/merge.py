@@ -59,7 +59,7 @@ def main(
     text = None if probe is None else str(probe)
     error = logit_error(sources, target, text, precision, **reading)
     said = transformers_hint(target) if to == "hf" else None
-    print(f"against the model as trained: {error}", *filter(None, (said, asking_hint(sources, to))), sep="\n")
+    print(f"against the model as trained: {error}", *filter(None, (said, asking_hint(sources, target, to))), sep="\n")
 
 
 if __name__ == "__main__":

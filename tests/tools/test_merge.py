@@ -67,6 +67,21 @@ def test_how_to_ask_goes_along(called, tiny_base: Path, tmp_path: Path) -> None:
         assert (model.prompt_layout, model.system) == (layout, system)
 
 
+def test_how_to_ask_depends_on_the_chat_template(called, tiny_base: Path, tmp_path: Path) -> None:
+    """A model with a template is asked by it, unless it is told otherwise: a part trained on alpaca needs the hint."""
+    part = write_trained(tiny_base, tmp_path / "part")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (part / "chat_template.jinja").write_text(template)
+    run = json.loads((part / "run.json").read_text())
+    hint = "trained on questions laid out as alpaca: ask it with --system_prompt alpaca"
+    for layout, printed in (("chat", []), ("alpaca", [hint])):
+        (part / "run.json").write_text(json.dumps(run | {"prompt_layouts": {layout: 3}}))
+        for to, target in (("hf", tmp_path / layout), ("gguf", tmp_path / f"{layout}.gguf")):
+            done = called("tools/merge.py", part, target, "--to", to)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert [line for line in done.stdout.splitlines() if line.startswith("trained on")] == printed
+
+
 def test_full_base_is_further_away(called, tiny_base: Path, part: Path, tmp_path: Path) -> None:
     """Asked for, it is added to the weights in full precision, which training did not see; BASE TRAINED is taken."""
     target = tmp_path / "out.gguf"
