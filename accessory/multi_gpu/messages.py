@@ -14,6 +14,8 @@ from torch import Tensor
 from accessory.data.templates import DialogPrompt
 from accessory.errors import ConfigError
 
+TOKENIZER = "tokenizer"
+"""The request for the tokenizer's files."""
 _TENSOR, _DIALOG = "//tensor", "//dialog"
 """Keys of the objects that stand for a tensor, and for a prompt in the dialog layout."""
 _LENGTH_BYTES = 8

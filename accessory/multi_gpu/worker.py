@@ -16,11 +16,8 @@ from typing import Any
 
 from accessory.errors import AccessoryError
 from accessory.meta import MetaModel
-from accessory.multi_gpu.messages import pack, unpack
+from accessory.multi_gpu.messages import TOKENIZER, pack, unpack
 from accessory.parallel import groups
-
-TOKENIZER = "tokenizer"
-"""What asks for the tokenizer's files."""
 
 
 def serve(connection: Connection, ranks: int) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 from accessory import errors
 from accessory.errors import AccessoryError, ConfigError, LostRankError
 from accessory.meta import Prompt
-from accessory.multi_gpu.messages import pack, unpack
-from accessory.multi_gpu.worker import TOKENIZER
+from accessory.multi_gpu.messages import TOKENIZER, pack, unpack
 from accessory.tokenizer import Tokenizer, open_tokenizer
 
 _HOST = "127.0.0.1"

@@ -70,10 +70,11 @@ def test_it_is_one_model(tiny_base: Path, python, monkeypatch: pytest.MonkeyPatc
             two.generate("Hello")
 
 
-def test_a_model_that_cannot_be_loaded(tmp_path: Path, python) -> None:
-    """Is the error that it would be in one process, and no process stays."""
+def test_a_model_that_cannot_be_loaded(tmp_path: Path, python, capfd: pytest.CaptureFixture) -> None:
+    """Is the error that it would be in one process, and no process stays. Nothing else is printed."""
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         MultiGpuWrapper(tmp_path / "absent", gpus=2, device="cpu")
+    assert "Warning" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("places", [
