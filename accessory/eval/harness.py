@@ -25,6 +25,7 @@ class TaskFigures:
     """Of a task, or of a group of them: each metric with its standard error, and from how many documents.
 
     seconds: that the whole task took; nan of a member of a group. predictions: what the harness says of each document.
+    num_fewshot: examples that stood before each question; None of a group, whose members say.
     """
 
     name: str
@@ -33,6 +34,7 @@ class TaskFigures:
     seconds: float
     predictions: list[dict[str, Any]] = field(default_factory=list)
     members: tuple[TaskFigures, ...] = ()
+    num_fewshot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Harness:
             if "no documents available" in str(error) or "number of fewshot" in str(error):
                 raise DataError(
                     f"{name}: {self._settings.num_fewshot} examples (--num_fewshot) are taken from its training file, "
-                    f"which has fewer or is missing in {self._settings.task_data}."
+                    f"which has fewer or is missing in {self._settings.task_data}; expected train.jsonl (with "
+                    "train-labels.lst where answers lie apart), ARC-Easy-Train.jsonl, or MMLU's _dev.csv."
                 ) from error
             raise
         except OSError as error:
@@ -126,13 +129,17 @@ class Harness:
 
 def _figures(name: str, results: dict[str, Any], seconds: float) -> TaskFigures:
     samples, counts = results["samples"], {key: n["effective"] for key, n in results["n-samples"].items()}
+    shown = results["n-shot"]
     members = tuple(
-        TaskFigures(key, _metrics(results["results"][key]), counts[key], float("nan"), samples[key])
+        TaskFigures(
+            key, _metrics(results["results"][key]), counts[key], float("nan"), samples[key], num_fewshot=shown[key]
+        )
         for key in sorted(samples) if key != name
     )  # fmt: skip
     metrics = _metrics(results["results"][name]) if name in results["results"] else {}
     documents = counts.get(name, sum(member.documents for member in members))
-    return TaskFigures(name, metrics, documents, seconds, samples.get(name, []), members)
+    own = shown[name] if name in samples else None
+    return TaskFigures(name, metrics, documents, seconds, samples.get(name, []), members, own)
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

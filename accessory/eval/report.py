@@ -45,11 +45,13 @@ def task_rows(figures: TaskFigures) -> Iterator[list[str]]:
 
 
 def task_object(figures: TaskFigures) -> dict[str, Any]:
-    """Each metric and its `_stderr` by name, `documents`, `seconds`, and `members` of a group."""
+    """Each metric and its `_stderr` by name, `documents`, `num_fewshot`, `seconds`, and `members` of a group."""
     found: dict[str, Any] = {}
     for metric, (value, error) in figures.metrics.items():
         found |= {metric: value, f"{metric}_stderr": error}
     found |= {"documents": figures.documents}
+    if figures.num_fewshot is not None:
+        found["num_fewshot"] = figures.num_fewshot
     if math.isfinite(figures.seconds):
         found["seconds"] = round(figures.seconds, 3)
     return found | ({"members": {m.name: task_object(m) for m in figures.members}} if figures.members else {})

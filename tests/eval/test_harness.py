@@ -19,6 +19,7 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 from lm_eval.api.instance import Instance
 
 from accessory.eval.harness_model import HarnessModel
+from accessory.eval.report import task_object
 from tests.eval.beside_hf import SIX, TheirHarness, compare
 
 
@@ -85,9 +86,12 @@ def test_protocol_03_is_a_sum_of_log_p(both) -> None:
 def test_examples_are_shown(both) -> None:
     """From the training file, where there is one; else it is said what is missing."""
     harness = Harness(both[0]._asked.model, TaskSettings(2, task_data=both[0]._settings.task_data))
-    asked = harness.run("arc_easy").predictions[0]["arguments"][0][0]
+    found = harness.run("arc_easy")
+    asked = found.predictions[0]["arguments"][0][0]
+    assert task_object(found)["num_fewshot"] == 2
     assert asked.count("Question:") == 3 and asked.count("Answer:") == 3
-    with pytest.raises(DataError, match=r"piqa: 2 examples \(--num_fewshot\) are taken from its training file, which"):
+    said = r"piqa: 2 examples \(--num_fewshot\) are taken from its training file, which .*train-labels.lst"
+    with pytest.raises(DataError, match=said):
         harness.run("piqa")
 
 

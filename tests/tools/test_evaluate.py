@@ -72,8 +72,8 @@ def test_tasks(called, torchrun, tiny_base: Path, tmp_path: Path) -> None:
     line = line_of(alone)
     assert line["protocol"] == "0.4" and list(line["tasks"]) == ["piqa", "arc_easy"]
     piqa = line["tasks"]["piqa"]
-    assert set(piqa) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "seconds"}
-    assert piqa["documents"] == 4
+    assert set(piqa) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "num_fewshot", "seconds"}
+    assert (piqa["documents"], piqa["num_fewshot"]) == (4, 0)
     assert f"| piqa     | acc      | {piqa['acc']:.4f} | {piqa['acc_stderr']:.4f} |         4 |" in alone.stdout
     predictions = [json.loads(row) for row in out.read_text().splitlines()]
     assert [row["task"] for row in predictions] == ["piqa"] * 4 + ["arc_easy"] * 4
