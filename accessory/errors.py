@@ -101,13 +101,20 @@ def _edit_distance(one: str, other: str) -> int:
     return last[-1]
 
 
+_HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/(?P<name>[\w.-]+))")
+_HUB_ADDRESS = re.compile(rf"(?:hf:/{{1,2}}|https?:/{{1,2}}huggingface\.co/){_HUB_NAME.pattern}/?(?P<folder>.*)")
+"""Also with one slash, which is what a `Path` keeps of two."""
+
+
 def hub_hint(path: str | Path) -> str:
     """What to do if a missing path is spelled like a repository on the Hugging Face Hub; else the empty string."""
-    owner, _, name = str(path).partition("/")
-    if not (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) or "://" in str(path)) or is_there(Path(owner)):
+    found = _HUB_NAME.fullmatch(str(path)) or _HUB_ADDRESS.fullmatch(str(path))
+    if not found or is_there(Path(str(path).partition("/")[0])):
         return ""
-    fetch = f"hf download {owner}/{name} --local-dir {name}"
-    return f" If this is a name on the Hugging Face Hub: download it first ({fetch}), then give the directory."
+    repository, name, folder = found["repository"], found["name"], found.groupdict().get("folder")
+    fetch = f"hf download {repository} --local-dir {name}"
+    given = f"{name}/{folder}" if folder else "the directory"
+    return f" If this is a name on the Hugging Face Hub: download it first ({fetch}), then give {given}."
 
 
 def is_there(path: Path) -> bool:

@@ -134,6 +134,8 @@ _SENTENCES = (
      "--data_parallel takes sdp (ZeRO-2) or fsdp (ZeRO-3)"),
     ("tensor_parallel_size tensor_parallel tp_size tp_degree mp_size",
      "--model_parallel_size cuts the model over ranks"),
+    ("master_port master_addr",
+     "--n_gpus or --gpu_ids start the processes, which find a free port of this machine: leave it out"),
     ("n_gpus num_gpus gpus gpu_ids devices num_processes nproc_per_node nnodes master_port master_addr local_rank",
      "torchrun starts the processes: torchrun --nproc-per-node=N, with its other flags, before the script"),
     ("device_map no_cuda use_cpu cuda accelerator", "--device takes auto, cpu or cuda"),

@@ -48,6 +48,12 @@ _UPSTREAMS = {
     "with_visual": ": there is no vision part yet; leave it out.",
 }
 """What LLaMA2-Accessory's `from_pretrained` takes beside ours, and what to write instead."""
+_UPSTREAM_SAMPLING = {
+    "images": ": there is no vision part yet; leave it out.",
+    "image": ": there is no vision part yet; leave it out.",
+    "return_logits": ": compute_logits(prompt)[-1] gives them.",
+}
+"""What LLaMA2-Accessory's `generate` and `stream_generate` take beside ours, and what to write instead."""
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
 
 
@@ -85,10 +91,14 @@ class Sampling(BaseModel):
 
     @staticmethod
     def of(**values: Any) -> Sampling:
-        """Those values. Raises `ConfigError` naming the ones that are unknown, of a wrong type or out of range."""
-        known = Sampling.model_fields
-        if faults := [f"MetaModel: unknown key {key!r}{unknown(key, known, [f'--{name}' for name in known])}"
-                      for key in values if key not in known]:  # fmt: skip
+        """Those values; upstream's further arguments may be given unset. Raises `ConfigError` naming the ones that are
+        unknown, of a wrong type or out of range.
+        """
+        known, flags = Sampling.model_fields, [f"--{name}" for name in Sampling.model_fields]
+        values = {key: value for key, value in values.items() if value or key not in _UPSTREAM_SAMPLING}
+        strange = [key for key in values if key not in known]
+        hints = {key: _UPSTREAM_SAMPLING.get(key) or unknown(key, known, flags).replace("--", "") for key in strange}
+        if faults := [f"MetaModel: unknown key {key!r}{hint}" for key, hint in hints.items()]:
             raise ConfigError("\n".join(faults))
         return _checked(Sampling, **values)
 

@@ -168,6 +168,7 @@ def test_a_name_means_what_the_entry_can_do(paths: list[str]) -> None:
     """--max_length is --max_words in training and --max_seq_len in the demo; no hint where there is no such flag."""
     assert "--max_words" in refusal([*paths, "--max_length", "9"])[0]
     assert "--max_seq_len" in refusal([*paths[:2], "--max_length", "9"], DemoConfig)[0]
+    assert "a free port" in refusal([*paths[:2], "--n_gpus", "2", "--master_port", "23560"], DemoConfig)[0]
     assert refusal([*paths[:2], "--gradient_accumulation_steps", "9"], DemoConfig) == [
         "Unknown flag --gradient_accumulation_steps."
     ]
@@ -182,6 +183,31 @@ def test_names_on_the_hub(paths: list[str]) -> None:
         "directory.",
         f"--tokenizer_path {paths[1]}/x: no such file or directory.",
     ]
+
+
+def test_paths_from_the_root_of_the_repository(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, such as in accessory/, where upstream's users start: the error says where they lie."""
+    monkeypatch.chdir(tmp_path)
+    settings, data = (f"configs/{name}" for name in ("model/finetune/sg/llamaQst.json", "data/finetune/sg/alpaca.yaml"))
+    lines = refusal([*paths[:2], "--llama_config", settings, "--data_config", data])
+    root = Path(__file__).resolve().parents[1]
+    assert lines[0] == (
+        f"--llama_config {settings}: no such file or directory. There is {root / settings}: give that, or start in "
+        f"{root}."
+    )
+    assert lines[1].endswith(f"--data_dir data. There is {root / data}: give that, or start in {root}.")
+
+
+@pytest.mark.parametrize(("path", "repository", "given"), [
+    ("hf://a/b", "a/b", "the directory"), ("hf://a/b/c/d", "a/b", "b/c/d"),
+    ("https://huggingface.co/a/b", "a/b", "the directory"),
+])  # fmt: skip
+def test_addresses_on_the_hub(paths: list[str], path: str, repository: str, given: str) -> None:
+    """`hf://` is what LLaMA2-Accessory fetches itself."""
+    (line,) = refusal([*paths[2:], "--pretrained_path", path])
+    assert line.endswith(f"(hf download {repository} --local-dir b), then give {given}.")
 
 
 def test_empty_values(paths: list[str]) -> None:

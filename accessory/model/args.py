@@ -176,5 +176,6 @@ class ModelArgs(BaseModel):
             good = [n for n in range(1, self.n_heads + 1) if not any(count % n for count in counts.values())]
             raise ParallelError(
                 f"--model_parallel_size {size} does not divide this model's {', '.join(bad)}; "
-                f"sizes that do: {', '.join(map(str, good))}."
+                f"sizes that do: {', '.join(map(str, good))}. "
+                "Demos and MultiGpuWrapper cut it over all their processes."
             )
