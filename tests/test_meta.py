@@ -471,7 +471,9 @@ def test_what_is_no_question(model: MetaModel) -> None:
             model.question(*wrong)
 
 
-@pytest.mark.parametrize("prompts", [[3], [["a", "b"]], [[]], None, iter(["a"]), {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "prompts", [[3], [["a", "b"]], [[]], None, iter(["a"]), {"a": 1}], ids=lambda given: type(given).__name__
+)
 def test_what_is_no_prompt(model: MetaModel, prompts: object) -> None:
     """Of what is read once, nothing would be left to answer."""
     with pytest.raises(ConfigError, match=r"expected a prompt, or a list of them|expected a text, a list of messages"):
