@@ -112,7 +112,8 @@ def hub_hint(path: str | Path) -> str:
     if not found or is_there(Path(str(path).partition("/")[0])):
         return ""
     repository, name, folder = found["repository"], found["name"], found.groupdict().get("folder")
-    fetch = f"hf download {repository} --local-dir {name}"
+    only = f" --include '{folder}/*'" if folder else ""
+    fetch = f"hf download {repository}{only} --local-dir {name}"
     given = f"{name}/{folder}" if folder else "the directory"
     return f" If this is a name on the Hugging Face Hub: download it first ({fetch}), then give {given}."
 

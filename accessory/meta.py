@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -94,10 +95,10 @@ class Sampling(BaseModel):
         """Those values; upstream's further arguments may be given unset. Raises `ConfigError` naming the ones that are
         unknown, of a wrong type or out of range.
         """
-        known, flags = Sampling.model_fields, [f"--{name}" for name in Sampling.model_fields]
+        known = Sampling.model_fields
         values = {key: value for key, value in values.items() if value or key not in _UPSTREAM_SAMPLING}
         strange = [key for key in values if key not in known]
-        hints = {key: _UPSTREAM_SAMPLING.get(key) or unknown(key, known, flags).replace("--", "") for key in strange}
+        hints = {key: _UPSTREAM_SAMPLING.get(key) or _keyword_hint(key, known) for key in strange}
         if faults := [f"MetaModel: unknown key {key!r}{hint}" for key, hint in hints.items()]:
             raise ConfigError("\n".join(faults))
         return _checked(Sampling, **values)
@@ -557,12 +558,16 @@ def _settings(given: Settings) -> list[Path | Mapping[str, Any]]:
 
 def _refuse(others: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for arguments that `from_pretrained` does not have, naming ours."""
-    flags = [f"--{name}" for name in inspect.signature(MetaModel.from_pretrained).parameters]
-    names = [flag.removeprefix("--") for flag in flags]
-    hints = {name: _UPSTREAMS.get(name) or unknown(name, names, flags) for name in others}
+    known = inspect.signature(MetaModel.from_pretrained).parameters
+    hints = {name: _UPSTREAMS.get(name) or _keyword_hint(name, known) for name in others}
     if faults := [f"from_pretrained: unknown argument {name!r}{hint}" for name, hint in hints.items()
                   if others[name] or name not in _UPSTREAMS]:  # fmt: skip
         raise ConfigError("\n".join(faults))
+
+
+def _keyword_hint(name: str, known: Collection[str]) -> str:
+    """What `unknown` says of `name`, in which the flags are the keywords `known`, as Python writes them."""
+    return re.sub(rf"--({'|'.join(known)})\b", r"\1", unknown(name, known, [f"--{each}" for each in known]))
 
 
 def _checked(kind: type[_Arguments], **values: Any) -> _Arguments:

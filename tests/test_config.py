@@ -200,14 +200,14 @@ def test_paths_from_the_root_of_the_repository(
     assert lines[1].endswith(f"--data_dir data. There is {root / data}: give that, or start in {root}.")
 
 
-@pytest.mark.parametrize(("path", "repository", "given"), [
-    ("hf://a/b", "a/b", "the directory"), ("hf://a/b/c/d", "a/b", "b/c/d"),
+@pytest.mark.parametrize(("path", "fetched", "given"), [
+    ("hf://a/b", "a/b", "the directory"), ("hf://a/b/c/d", "a/b --include 'c/d/*'", "b/c/d"),
     ("https://huggingface.co/a/b", "a/b", "the directory"),
 ])  # fmt: skip
-def test_addresses_on_the_hub(paths: list[str], path: str, repository: str, given: str) -> None:
+def test_addresses_on_the_hub(paths: list[str], path: str, fetched: str, given: str) -> None:
     """`hf://` is what LLaMA2-Accessory fetches itself."""
     (line,) = refusal([*paths[2:], "--pretrained_path", path])
-    assert line.endswith(f"(hf download {repository} --local-dir b), then give {given}.")
+    assert line.endswith(f"(hf download {fetched} --local-dir b), then give {given}.")
 
 
 def test_empty_values(paths: list[str]) -> None:

@@ -427,7 +427,8 @@ def test_the_device(checkpoint, tmp_path: Path) -> None:
     ({"quant_type": 4}, "MetaModel: 'quant_type' is 4: Input should be a valid string"),
     ({"tokenizer_path": 5}, "'tokenizer_path' is 5: Input is not a valid path"),
     ({"mp_group": 1, "with_visual": True}, r"(?s)'mp_group': layout=groups.start.*'with_visual': there is no vision"),
-    ({"torch_dtype": "bf16", "load_in_4bit": True}, r"(?s)'torch_dtype': --dtype takes.*'load_in_4bit': --quant keeps"),
+    ({"torch_dtype": "bf16", "load_in_4bit": True},
+     r"(?s)'torch_dtype': dtype takes.*'load_in_4bit': quant keeps .* of quant_type"),
     ({"divice": "cpu"}, r"from_pretrained: unknown argument 'divice'. Did you mean 'device'"),
 ])  # fmt: skip
 def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> None:
@@ -445,6 +446,7 @@ def test_wrong_arguments(checkpoint, tmp_path: Path, wrong: dict, said: str) -> 
     ({"temperature": float("nan")}, "'temperature' is nan: "), ({"seed": None}, "'seed' is None: "),
     ({"max_gen_len": None}, "'max_gen_len' is None: Input should be a valid integer"),
     ({"max_new_tokens": 5}, "unknown key 'max_new_tokens': max_gen_len is the longest answer"),
+    ({"num_gpus": 2}, "unknown key 'num_gpus': torchrun starts the processes: torchrun --nproc-per-node=N"),
     ({"images": "a.png"}, "unknown key 'images': there is no vision part yet"),
     ({"return_logits": True}, r"unknown key 'return_logits': compute_logits\(prompt\)"),
     ({"stop_strings": "a", "sed": 1}, r"(?s)'stop_strings': stop are .*unknown key 'sed'. Did you mean 'seed'"),
