@@ -31,6 +31,7 @@ _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 """A number and its unit."""
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
+_OPTIMIZERS_OF_TRAINER = {"paged_adamw_32bit": "paged_adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
 TRACKERS = ("tensorboard", "wandb", "none")
 """What `--report_to` takes."""
 _LAYER_WORDS = ("none", "all", "auto")
@@ -58,6 +59,11 @@ def _size(value: Any) -> Any:
             "size", "expected a size above 0 such as 24GB, 22GiB or 80000MB; a plain number is GB"
         )
     return str(value)
+
+
+def _own_optimizer(value: Any) -> Any:
+    """Our name of an optimizer that transformers' Trainer, and so qlora, calls otherwise."""
+    return _OPTIMIZERS_OF_TRAINER.get(value, value) if isinstance(value, str) else value
 
 
 Layers = Annotated[int | Literal[_LAYER_WORDS], BeforeValidator(_layers)]
@@ -160,7 +166,7 @@ class FinetuneConfig(BaseModel):
     """After the warm-up: fall from --lr to --min_lr along a cosine, or stay at --lr (constant)."""
     weight_decay: float = Field(default=0.02, ge=0)
     """AdamW's decay; biases and norms are spared."""
-    optim: Literal[OPTIMIZERS] = "adamw"
+    optim: Annotated[Literal[OPTIMIZERS], BeforeValidator(_own_optimizer)] = "adamw"
     """AdamW with moments in fp32 (adamw), in 8 bits (adamw8bit), or in memory a full GPU pages out (paged_adamw)."""
     adam_beta2: float = Field(default=BETAS[1], ge=0, lt=1)
     """Decay of AdamW's second moment; the first one's is 0.9."""

@@ -243,6 +243,15 @@ def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "optim"), [("paged_adamw_32bit", "paged_adamw"), ("adamw_torch", "adamw"), ("adamw8bit", "adamw8bit")]
+)
+def test_optimizers_by_the_names_of_transformers(paths: list[str], given: str, optim: str) -> None:
+    assert parse(FinetuneConfig, [*paths, "--optim", given]).optim == optim
+    (said,) = refusal([*paths, "--optim", "paged_adamw_8bit"])
+    assert said == "--optim is 'paged_adamw_8bit': Input should be 'adamw', 'adamw8bit' or 'paged_adamw'."
+
+
 @pytest.mark.parametrize(("bits", "quant"), [("4", (True, None)), ("8", (True, "int8")), ("16", (False, None))])
 def test_bits(paths: list[str], bits: str, quant: tuple[bool, str | None]) -> None:
     """Another name of --quant, from Python too; what contradicts it is refused."""
