@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from accessory.conversation import Conversation
-from accessory.errors import AccessoryError, ConfigError, check_known
+from accessory.errors import AccessoryError, ConfigError, check_known, explain_validation
 from accessory.meta import Sampling
 
 _FENCE = '"""'
@@ -123,7 +125,10 @@ class Terminal:
             name, _, value = words.partition(" ")
             check_known("setting", name, Sampling.model_fields)
             changed = {name: value if name != "stop" else [value] if value else []}
-            self.sampling = Sampling.of(**dict(self.sampling) | changed)
+            try:
+                self.sampling = Sampling(**dict(self.sampling) | changed)
+            except ValidationError as error:
+                raise ConfigError(explain_validation(error, "/set", Sampling.model_fields)) from error
         else:
             print("\n".join(f"{name} {value}" for name, value in self.sampling))
 

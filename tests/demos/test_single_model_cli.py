@@ -94,6 +94,8 @@ def test_five_turns_in_a_terminal(ranks: int, tiny_base: Path, talk: Conversatio
         assert f"\n{wanted}\n(cut off" in shell.until("\n> ")
         shell.type("/undo\n")
         assert f"Taken back: {QUESTIONS[-1]}" in shell.until("\n> ")
+        shell.type("/set temperature hot\n")
+        assert "ConfigError: /set: 'temperature' is 'hot': Input should be a valid number" in shell.until("\n> ")
         shell.type("/set max_gen_len 300\n")
         shell.until("\n> ")
         shell.type("Never\\\nending?\n")
