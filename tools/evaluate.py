@@ -82,6 +82,8 @@ def main(
     asked = bool(names or perplexity or mmlu)
     if asked != bool(model) or not (asked or texts):
         raise ConfigError("Expected MODEL with --tasks, --perplexity or --mmlu, or --texts.")
+    if predictions:
+        _make_room_for(Path(str(predictions)), names)
     # Files are read before the model, which takes longer.
     text = _read(Path(str(perplexity))) if perplexity else None
     items = read_mmlu(Path(str(mmlu))) if mmlu else None
@@ -117,6 +119,18 @@ def main(
             write_predictions(Path(str(predictions)), figures)
         if json:
             print(_line(" + ".join(map(str, model)), str(protocol), figures, found, seq))
+
+
+def _make_room_for(path: Path, tasks: list[str]) -> None:
+    """Make the file's directory. Raises `ConfigError`, before hours of computing, where it cannot be written."""
+    if not tasks:
+        raise ConfigError(f"--predictions {path}: goes with --tasks, whose documents it lists.")
+    if path.is_dir():
+        raise ConfigError(f"--predictions {path}: is a directory; expected a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--predictions {path}: its directory cannot be made ({error.strerror}).") from error
 
 
 def _read(path: Path) -> str:

@@ -103,8 +103,9 @@ class TaskData:
             there = sorted({file.name for file in self.files})
             raise DataError(
                 f"--task_data {self.directory}: holds no data of {path}{f' ({name})' if name else ''}; found "
-                f"{', '.join(there) or 'nothing that is known'}. Put its published files there, or a copy of the data "
-                f"set: hf download {path} --repo-type dataset --local-dir {copied[0]}."
+                f"{', '.join(there) or 'nothing that is known'}. Put its published files there by their own names "
+                f"(docs/evaluation.md lists them), or a copy of the data set: hf download {path} "
+                f"--repo-type dataset --local-dir {copied[0]}."
             )
         return _Splits(wanted, files, self.directory)
 
@@ -189,7 +190,8 @@ def _rows(path: Path, kind: Kind | None) -> Iterator[Row]:
             yield kind.row(fields)
         except (KeyError, TypeError, ValueError) as error:
             beside = f"; answers are expected in it, or in {_beside(path).name}" if kind.labels else ""
-            said = record.fault or f"{error!r}{beside}"
+            wrong = f"lacks {error}" if isinstance(error, KeyError) else repr(error)
+            said = record.fault or f"{wrong}{beside}"
             raise DataError(f"{path}:{record.line}: is no record of {kind.name}: {said}.") from error
 
 

@@ -62,7 +62,10 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
     """With file and line."""
     path = tmp_path / "valid.jsonl"
     path.write_text('{"goal": "g", "sol1": "a", "sol2": "b"}\n\n{"goal": "h", "sol1": "a"}\n')
-    with pytest.raises(DataError, match=r"valid.jsonl:1: is no record of piqa: .*expected in it, or in valid-labels"):
+    with pytest.raises(
+        DataError,
+        match=r"valid.jsonl:1: is no record of piqa: lacks 'label'; answers are expected in it, or in valid-labels",
+    ):
         TaskData(tmp_path).load("baber/piqa")["validation"]
     (tmp_path / "a_test.csv").write_text("q,1,2,3,4,E\n")
     with pytest.raises(DataError, match=r"a_test.csv:1: .*expected a question, 4 choices and A, B, C or D"):

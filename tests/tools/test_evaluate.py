@@ -65,7 +65,7 @@ def test_mmlu_and_texts(called, tiny_base: Path, tmp_path: Path) -> None:
 def test_tasks(called, torchrun, tiny_base: Path, tmp_path: Path) -> None:
     """A group and a task: rows, object, and a line for each document; two ranks print the same once."""
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-    data, out = write_published(tmp_path / "data"), tmp_path / "predictions.jsonl"
+    data, out = write_published(tmp_path / "data"), tmp_path / "made" / "predictions.jsonl"
     flags = [tiny_base, "--tasks", "piqa,arc_easy", "--task_data", data, "--limit", 4, "--dtype", "fp32", "--device",
              "cpu", "--json", "--predictions", out]  # fmt: skip
     alone = called(TOOL, *flags)
@@ -90,6 +90,10 @@ def test_what_cannot_be(called, tiny_base: Path, tmp_path: Path) -> None:
     """Nothing to do, a file that is not there: one line, status 1."""
     for flags, said in (([], "ConfigError: Expected MODEL with --tasks, --perplexity or --mmlu"),
                         (["--perplexity", tmp_path / "no.txt"], "DataError: --perplexity"),
+                        (["--tasks", "piqa", "--predictions", tmp_path],
+                         f"ConfigError: --predictions {tmp_path}: is a directory; expected a file."),
+                        (["--mmlu", "x", "--predictions", "p.jsonl"],
+                         "ConfigError: --predictions p.jsonl: goes with --tasks"),
                         (["--task", "piqa"], "ConfigError: Unknown flag --task. Did you mean '--tasks'?")):  # fmt: skip
         done = called(TOOL, tiny_base, *flags)
         assert done.returncode == 1 and done.stderr.startswith(said), done.stderr
