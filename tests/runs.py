@@ -16,7 +16,10 @@ LAYOUTS = {
     "tp2_sdp2": (4, ["--model_parallel_size", "2", "--data_parallel", "sdp"]),
     "tp2_fsdp2": (4, ["--model_parallel_size", "2", "--data_parallel", "fsdp"]),
 }
-SETTINGS = {"peft": {"lora_rank": 4, "lora_alpha": 8}, "qst": {"r": 4, "side_heads": 2, "tail": 1, "tail_rank": 4}}
+SETTINGS = {
+    "peft": {"lora_rank": 4, "lora_alpha": 8},
+    "qst": {"r": 4, "side_heads": 2, "tail": 1, "tail_rank": 4, "label_share": 1},
+}
 """Keys of --llama_config by method; others are run with their defaults."""
 ALSO = {"nf4_single": ["--checkpointing"], "int8": ["--optim", "adamw8bit"]}
 """Flags that no other test tries on all layouts."""

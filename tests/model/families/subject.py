@@ -25,7 +25,7 @@ IDS = torch.arange(sum(LENGTHS)) * 37 % 97
 PROMPTS = ([5, 96, 33, 2, 60, 41, 8, 77, 13], [88, 3, 50])
 ANSWER = 12
 STEPS, RATE = 6, 5e-3
-METHODS_TRAINED = {"peft": {"lora_rank": 4}, "qst": {"r": 2, "side_heads": 2, "gate": "scalar"}}
+METHODS_TRAINED = {"peft": {"lora_rank": 4}, "qst": {"r": 2, "side_heads": 2, "gate": "scalar", "label_share": 1}}
 """Method -> settings with which it is trained beside NF4."""
 
 
