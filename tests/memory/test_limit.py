@@ -28,7 +28,7 @@ def refused(layout: Layout, limit: int, recomputed: int = 0) -> str | None:
         check_limit(limit, recomputed, step_with, CHANGES)
     except ConfigError as error:
         said = str(error)
-        if found := re.search(r"With (.*) it would be", said):
+        if found := re.search(r"With (--.*) it would be", said):
             flags = dict(re.findall(r"--(\w+) (\w+)", found[1]))
             layers = int(flags.pop("checkpointing", recomputed))
             changed = {name: int(value) if value.isdigit() else value for name, value in flags.items()}
