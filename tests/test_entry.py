@@ -50,7 +50,7 @@ def wrong_calls(base: Path, lora: Path, folder: Path) -> dict[str, tuple[list[st
         "quant_saving_all": (["--quant"], ["--quant needs --only_save_trainable"]),
         "empty_data": (["--data_config", str(empty)], ["empty.json", "not one record"]),
         "record_without_instruction": (["--data_config", str(records)],
-                                       ["records.json:2", "'instruction'", "instruktion"]),
+                                       ["records.json:2", "columns: {instruction: instruktion}"]),
         "truncated_pth": (["--pretrained_path", str(truncated), "--tokenizer_path", str(base)],
                           ["consolidated.00.pth", "truncated"]),
         "base_gone": (["--pretrained_path", str(orphan)], ["orphan", "was trained on the base", "gone"]),

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -56,11 +57,12 @@ class Pty:
 
 
 def take_terminal() -> None:
-    """Make the terminal the one that Ctrl-C comes from."""
+    """Make the terminal the one that Ctrl-C comes from, and obey it, where the tests run in the background, too."""
     import fcntl
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ VARIANTS = [
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_numbers_are_those_of_the_formulas(family: dict, settings: dict, layout: Layout) -> None:
     """Logits and every gradient, of documents packed end to end, beside float64 one document at a time."""
-    decoder, attachment = made(family, layout, **{"r": 4, **settings})
+    decoder, attachment = made(family, layout, **{"r": 4, "label_share": 1, **settings})
     ids, labels = drawn()
     learned, weights = decoder.learned(labels, None)
     hidden = decoder(ids, decoder.sequences(LENGTHS).with_labels(learned))

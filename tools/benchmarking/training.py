@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
+import torch
+
 from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
@@ -82,6 +84,7 @@ class Training:
             share_prefixes=self.share_prefixes and not blueprint.method.drops_out,
         )  # fmt: skip
         model.base_cache = self._base_cache(decoder, order, layout)
+        torch.manual_seed(0)  # a method that draws which labels to learn from draws the same in each call
         return Engine(
             model=model,
             parameters=parameters,

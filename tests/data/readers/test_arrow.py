@@ -90,7 +90,7 @@ def test_a_file_that_is_none_or_breaks_off_is_named(write, name):
 def test_without_pyarrow_the_command_that_installs_it_is_said(write, monkeypatch):
     for module in ("pyarrow", "pyarrow.ipc"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=r"x\.parquet: .*not installed.*pip install 'accessory\[data\]'"):
+    with pytest.raises(DataError, match=r"x\.parquet: .*not installed.*pip install pyarrow"):
         read_records(write("x.parquet", FILES["x.parquet"]))
 
 
