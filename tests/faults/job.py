@@ -31,8 +31,8 @@ FORCED = "forcefully exiting via SIGKILL"
 
 
 def settings(size: int = 4, dropout: float = 0.0) -> str:
-    """The JSON of a small LoRA or side network."""
-    side = {"r": size, "side_heads": 2, "dropout": dropout}
+    """The JSON of a small LoRA or side network. Without `dropout`, nothing is drawn."""
+    side = {"r": size, "side_heads": 2, "dropout": dropout, "label_share": 0.5 if dropout else 1}
     return json.dumps(side if SIZE == "r" else {"lora_rank": size, "lora_dropout": dropout})
 
 
