@@ -70,6 +70,7 @@ def causal_output(
 
 
 def check_ids(name: str, ids: Tensor, least: int, vocabulary: int) -> None:
+    """Raise `DataError` if int64 `ids`, given as the argument `name`, hold one outside `least` to `vocabulary` - 1."""
     low, high = (int(end) for end in ids.aminmax())
     if low < least or high >= vocabulary:
         found = low if low < least else high
