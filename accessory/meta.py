@@ -302,18 +302,33 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         return self._whole_answers([prompt] * count, how, [how.seed + number for number in range(count)])
 
     def _whole_answers(self, prompts: Sequence[Prompt], how: Sampling, seeds: Sequence[int]) -> list[str]:
-        answers: list[list[int]] = [[] for _ in prompts]
-        over: set[int] = set()
         ids = [self.prompt_tokens(prompt) for prompt in prompts]
-        for tokens in self.steps(ids, self.stop_ids(prompts), how, seeds, stopped=lambda: over):
+        dialog = [isinstance(prompt, DialogPrompt) for prompt in prompts]
+        return self.whole_answers(ids, self.stop_ids(prompts), how, dialog, seeds)
+
+    def whole_answers(
+        self,
+        ids: list[list[int]],
+        stop_ids: frozenset[int],
+        how: Sampling,
+        dialog: Sequence[bool],
+        seeds: Sequence[int] = (),
+    ) -> list[str]:
+        """The answers to prompts of `ids`, as `generate` gives them. dialog: which are in the layout of that name.
+
+        seeds: as in `steps`.
+        """
+        answers: list[list[int]] = [[] for _ in ids]
+        over: set[int] = set()
+        for tokens in self.steps(ids, stop_ids, how, seeds, stopped=lambda: over):
             for number, token in enumerate(tokens):
                 if token is not None:
                     answers[number].append(token)
-                    if _marks(prompts[number], how.stop) and self._text(prompts[number], answers[number], how.stop)[1]:
+                    if _marks(dialog[number], how.stop) and self._text(dialog[number], answers[number], how.stop)[1]:
                         over.add(number)
-            if len(over) == len(prompts):
+            if len(over) == len(ids):
                 break
-        return [self._text(*pair, how.stop)[0] for pair in zip(prompts, answers, strict=True)]
+        return [self._text(*pair, how.stop)[0] for pair in zip(dialog, answers, strict=True)]
 
     def stream_generate(self, prompt: Prompt, **sampling: Any) -> Generator[str, None, None]:
         """The answer so far, each time it grows by a token; held back is what may yet change: half a character, or what
@@ -328,13 +343,14 @@ class MetaModel(OwnLoop, Examples, nn.Module):
 
     def texts(self, prompt: Prompt, steps: Iterator[list[int]], stop: tuple[str, ...] = ()) -> Iterator[str]:
         """The texts that `stream_generate` gives, of an answer to `prompt` whose tokens come in `steps`."""
-        marks = _marks(prompt, stop)
+        dialog = isinstance(prompt, DialogPrompt)
+        marks = _marks(dialog, stop)
         unfinished = (_HALF, *{mark[:length] for mark in marks for length in range(1, len(mark))})
         answer: list[int] = []
         shown = text = ""
         for (token,) in steps:
             answer.append(token)
-            text, ended = self._text(prompt, answer, stop)
+            text, ended = self._text(dialog, answer, stop)
             if ended:
                 break
             if not text.endswith(unfinished):
@@ -343,12 +359,16 @@ class MetaModel(OwnLoop, Examples, nn.Module):
         if text != shown:
             yield text
 
-    def _text(self, prompt: Prompt, answer: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
+    def answer_text(self, answer: list[int], dialog: bool) -> str:
+        """The words of an answer's tokens, without what ends it. dialog: whether it is in the layout of that name."""
+        return self._text(dialog, answer, ())[0]
+
+    def _text(self, dialog: bool, answer: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
         """(text of an answer so far, whether one of the marks that end it has come)."""
         text = self.tokenizer.decode(answer)
-        ends = [end for mark in _marks(prompt, stop) if (end := text.find(mark)) >= 0]
+        ends = [end for mark in _marks(dialog, stop) if (end := text.find(mark)) >= 0]
         words = text[: min(ends, default=None)]
-        return words.removeprefix(" ") if isinstance(prompt, DialogPrompt) else words, bool(ends)
+        return words.removeprefix(" ") if dialog else words, bool(ends)
 
     def stop_ids(self, prompts: Sequence[Prompt]) -> frozenset[int]:
         """The ids that end an answer to any of `prompts`: the tokenizer's, and for messages the chat template's."""
@@ -587,9 +607,9 @@ def _precision(dtype: str | torch.dtype) -> str:
     return name
 
 
-def _marks(prompt: Prompt, stop: tuple[str, ...]) -> tuple[str, ...]:
+def _marks(dialog: bool, stop: tuple[str, ...]) -> tuple[str, ...]:
     """The texts that end an answer: those of `stop`, and in the dialog layout the end of a turn."""
-    return (*stop, DIALOG_END) if isinstance(prompt, DialogPrompt) else stop
+    return (*stop, DIALOG_END) if dialog else stop
 
 
 def _is_prompt(given: object) -> bool:

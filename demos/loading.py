@@ -42,15 +42,3 @@ def sampling_of(config: AskConfig, **others: Any) -> Sampling:
     return Sampling.of(
         **{name: getattr(config, name) for name in Sampling.model_fields if hasattr(config, name)} | others
     )
-
-
-def prompt_layout_note(model: MetaModel, asked: str) -> str:
-    """A note if a part was trained on several prompt layouts, or on others than `asked`; else the empty string."""
-    trained = ", ".join(model.prompt_layouts)
-    if model.prompt_layouts and asked not in model.prompt_layouts:
-        return (
-            f"--system_prompt {asked}: the part was trained on questions laid out as {trained}, and may answer worse."
-        )
-    if len(model.prompt_layouts) > 1:
-        return f"The part was trained on questions laid out as {trained}; these are asked as {asked} (--system_prompt)."
-    return ""

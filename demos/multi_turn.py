@@ -10,8 +10,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import ChatPageConfig
 from accessory.conversation import dismiss, follow
+from accessory.data.layouts import layout_note
 from accessory.entry import run_entry
-from demos.loading import load, prompt_layout_note
+from demos.loading import load
 from demos.page_serving import serve_page
 from demos.talks import Talks
 
@@ -25,7 +26,7 @@ def main(config: ChatPageConfig) -> None:
         return
     from demos.chat_page import LOOKS, ChatPage  # once it is known that gradio is there
 
-    if note := prompt_layout_note(model, talks.empty.prompt_layout):
+    if note := layout_note(model.prompt_layouts, talks.empty.prompt_layout):
         print(note, file=sys.stderr, flush=True)
     serve_page(ChatPage(talks, config, model).blocks, config, css=LOOKS)
     if talks.close():  # else, or after an error, the others are in the middle of a step, and end as it ends this rank

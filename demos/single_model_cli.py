@@ -10,9 +10,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import TerminalConfig
 from accessory.conversation import Conversation, dismiss, follow
+from accessory.data.layouts import layout_note
 from accessory.entry import run_entry
 from accessory.parallel.agree import together
-from demos.loading import load, prompt_layout_note, sampling_of
+from demos.loading import load, sampling_of
 from demos.page_serving import model_name
 from demos.terminal import Terminal
 
@@ -25,7 +26,7 @@ def main(config: TerminalConfig) -> None:
     if not layout.is_main:
         follow(model)
         return
-    if note := prompt_layout_note(model, talk.prompt_layout):
+    if note := layout_note(model.prompt_layouts, talk.prompt_layout):
         print(note, file=sys.stderr, flush=True)
     terminal = Terminal(talk, sampling)
     if config.prompt:

@@ -15,12 +15,13 @@ import torch.distributed as dist
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.config import DemoConfig
+from accessory.data.layouts import layout_note
 from accessory.data.templates import CHAT, PROMPT_LAYOUTS
 from accessory.entry import run_entry
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel, Sampling
 from accessory.parallel.allocator import give_back_freed_memory
-from demos.loading import load, prompt_layout_note, sampling_of
+from demos.loading import load, sampling_of
 from demos.page_serving import MAX_QUESTION, check_text, model_name, serve_page
 
 
@@ -42,7 +43,7 @@ def main(config: DemoConfig) -> None:
         check_words(prompt, config.system_prompt)
     if config.system_prompt == CHAT:
         _ = model.chat  # says what is missing before anybody asks
-    if layout.is_main and (note := prompt_layout_note(model, config.system_prompt)):
+    if layout.is_main and (note := layout_note(model.prompt_layouts, config.system_prompt)):
         print(note, file=sys.stderr, flush=True)
     if config.prompt:
         answer_in_terminal(model, config, speaks=layout.is_main)

@@ -360,7 +360,8 @@ def test_texts_that_end_an_answer(model: MetaModel, monkeypatch) -> None:
     monkeypatch.setattr(meta, "generate_tokens", steps)
     how = {"max_gen_len": 30, "stop": ["User:", "\n\nU", "."]}
     assert model.generate(["a", "b", "c"], **how) == ["Paris", "Ro", "Us User"]
-    assert model._text("a", model.tokenizer.encode("x. y User: z"), ("User:", ".")) == ("x", True)  # in one token, too
+    in_one = model.tokenizer.encode("x. y User: z")
+    assert model._text(False, in_one, ("User:", ".")) == ("x", True)
     said = said[:1]
     texts = list(model.stream_generate("a", **how))
     assert texts == ["P", "Pa", "Par", "Pari", "Paris"]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from accessory.data.layouts import layout_note
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError
-from accessory.eval.predict import predictions
+from accessory.eval.predict import predictions, questions
 from accessory.meta import MetaModel, Sampling
 from accessory.parallel import groups
 
@@ -25,7 +26,7 @@ def main(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dialog: bool = False,
+    system_prompt: str | None = None,
     max_seq_len: int = 4096,
     dtype: str = "bf16",
     quant: bool | None = None,
@@ -44,7 +45,7 @@ def main(
         temperature: 0 takes the likeliest token.
         top_p: sample from the likeliest tokens that together have this probability.
         seed: of the sampling.
-        dialog: as in training.
+        system_prompt: prompt layout of all questions; absent: that of the training data.
         max_seq_len: longest question and answer together, in tokens.
         dtype: bf16, fp16 or fp32.
         quant: pack the base; absent: as in training.
@@ -63,8 +64,12 @@ def main(
         max_seq_len=max_seq_len, dtype=dtype, quant=quant, quant_type=quant_type, layout=layout,
     )  # fmt: skip
     how = Sampling.of(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, seed=seed)
-    lines = [json.dumps(found, ensure_ascii=False)
-             for found in predictions(loaded, Path(str(data)), limit=limit, dialog=dialog, how=how)]  # fmt: skip
+    asked = questions(loaded, Path(str(data)), system_prompt)
+    if layout.is_main:
+        print(asked.report, file=sys.stderr, flush=True)
+        if system_prompt and (note := layout_note(loaded.prompt_layouts, system_prompt)):
+            print(note, file=sys.stderr, flush=True)
+    lines = [json.dumps(found, ensure_ascii=False) for found in predictions(loaded, asked, limit=limit, how=how)]
     if layout.is_main:
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{len(lines)} predictions -> {target}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from accessory.data.batch import IGNORE
 from accessory.data.finding import DATA_DIR
-from accessory.data.layouts import DocumentReader, Layouts
+from accessory.data.layouts import DocumentReader, Layouts, Trained
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
 from accessory.data.reading import identity_of
@@ -160,6 +160,7 @@ def build_corpus(
     cache_dir: Path | None = None,
     max_skipped: float = 1.0,
     clock: datetime | None = None,
+    trained: Trained | None = None,
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
@@ -167,6 +168,7 @@ def build_corpus(
     source_max_len, target_max_len: cut what stands before the first learned token, and the rest, each by itself first.
     mask_history: learn only the last answer of a conversation. train_on_source: learn questions, too.
     Chat templates that print the time print `clock` (absent: now), which is then part of the fingerprint.
+    trained: what a model was trained on that is to be asked; questions are then laid out as in its training.
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
     Raises `DataError` if a file is broken, not one record can be used, or more than the share `max_skipped` cannot;
     `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.
@@ -186,10 +188,11 @@ def build_corpus(
         for note in (*entry.source.notes, *_unused_settings(entry, dialog))
     ]
     omissions = Omissions([str(entry.path) for entry in entries], unused)
-    reader = DocumentReader(entries, tokenizer, omissions, dialog=dialog, clock=clock)
+    reader = DocumentReader(entries, tokenizer, omissions, dialog=dialog, clock=clock, trained=trained)
     asked = any(entry.prompt_type == CHAT for entry in entries)
     cuts = Cuts(max_words, source_max_len, target_max_len)
     identity = _identity(entries, tokenizer, cuts, dialog, _digest(reader) if asked else None)
+    identity |= {"trained": asdict(trained)} if trained else {}
     cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
     arrays = _from_cache(cached, omissions, reader) if cached else None
     if made := arrays is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import chain, groupby, islice
 from operator import itemgetter
 
-from accessory.data.messages import Conversation
+from accessory.data.messages import Conversation, Question
 from accessory.data.meta_config import DataEntry
 from accessory.data.omissions import Omissions, Origin, UnusableRecord
 from accessory.data.reading import read_entries
@@ -21,6 +21,7 @@ from accessory.data.templates import (
     DIALOG,
     Segment,
     as_before,
+    conversation_from,
     documents_of,
     first_question,
     layout_of,
@@ -46,11 +47,39 @@ class Layouts:
     system: str | None = None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How a model was trained that is now asked the questions of the data, and so how they are laid out.
+
+    layouts: those of its questions, the one with most documents first; empty where unknown. system: words of the system
+    for questions that have no place for any. stated: one of `PROMPT_LAYOUTS` for all questions, which the user chose.
+    """
+
+    layouts: tuple[str, ...] = ()
+    system: str | None = None
+    stated: str | None = None
+
+    def layout(self, own: str) -> str:
+        """The layout of questions that would be laid out as `own` without such a model."""
+        followed = own if own in self.layouts or not self.layouts else self.layouts[0]
+        return self.stated or followed
+
+
+def layout_note(trained: Sequence[str], asked: str) -> str:
+    """A note if a model was trained on several layouts, or on others than questions are `asked` in; else empty."""
+    names = ", ".join(trained)
+    if trained and asked not in trained:
+        return f"--system_prompt {asked}: the part was trained on questions laid out as {names}, and may answer worse."
+    if len(trained) > 1:
+        return f"The part was trained on questions laid out as {names}; these are asked as {asked} (--system_prompt)."
+    return ""
+
+
 class DocumentReader:
     """Reads the files of `entries` into documents; what is not used goes to `omissions`.
 
     dialog: whether conversations have the layout `dialog` where they are not asked for in `chat`. clock: the time for
-    templates that print it.
+    templates that print it. trained: what a model was trained on that is asked them; absent: they are to train one.
     """
 
     def __init__(
@@ -61,8 +90,10 @@ class DocumentReader:
         *,
         dialog: bool = False,
         clock: datetime | None = None,
+        trained: Trained | None = None,
     ) -> None:
         self.entries, self.omissions, self.told = entries, omissions, Layouts()
+        self._trained = trained or Trained()
         self.tokenizer, self._clock, self._dialog = tokenizer, clock or datetime.now(), dialog
         self._systems: Counter[str | None] = Counter()
 
@@ -98,7 +129,7 @@ class DocumentReader:
         name = OTHER_NAMES.get(entry.shape, entry.shape) or tell(readable, self._first(entry))
         told.shapes[number], told.layouts[number] = name, self._layout(entry, name)
         told.earlier[number] = name in (None, self._known_before(entry))
-        self.omissions.notes += [(number, note) for note in _said_of(entry, name, told.layouts[number])]
+        self.omissions.notes += [(number, note) for note in _said_of(entry, name, told.layouts[number], self._dialog)]
 
     def _of_record(self, record: Record, origin: Origin) -> Iterator[tuple[Origin, list[Segment]]]:
         number = origin[0]
@@ -108,6 +139,8 @@ class DocumentReader:
             said = self._said(record, name, entry)
             earlier = as_before(said, layout)
             said = first_question(said) if llava else said
+            if isinstance(said, Question) and layout in (CHAT, DIALOG) and self._trained.system is not None:
+                said = conversation_from(said, self._trained.system)
             chat = self.chat if layout == CHAT else None
             documents = documents_of(said, layout, chat, entry.mask_history)
         except UnusableRecord as cause:
@@ -155,10 +188,11 @@ class DocumentReader:
     def _layout(self, entry: DataEntry, name: str | None) -> str:
         asked = entry.prompt_type if "prompt_type" in entry.model_fields_set or entry.preprocess else None
         shape = SHAPES[name or self._known_before(entry)]
-        return layout_of(shape, asked, self._dialog, self.tokenizer.chat_template is not None)
+        own = layout_of(shape, asked, self._dialog, self.tokenizer.chat_template is not None)
+        return own if shape.is_text else self._trained.layout(own)
 
 
-def _said_of(entry: DataEntry, name: str | None, layout: str) -> list[str]:
+def _said_of(entry: DataEntry, name: str | None, layout: str, dialog: bool) -> list[str]:
     """Sentences on how an entry's records are read."""
     if name is None:
         return []
@@ -167,4 +201,6 @@ def _said_of(entry: DataEntry, name: str | None, layout: str) -> list[str]:
     notes = [f"shape {name} ({', '.join(SHAPES[name].keys)}; {how}), {laid_out}"]
     if SHAPES[name].is_text and "prompt_type" in entry.model_fields_set and entry.prompt_type != layout:
         notes.append(f"prompt_type {entry.prompt_type} is not used: plain text has no prompt")
+    elif "prompt_type" in entry.model_fields_set and entry.prompt_type != layout and not dialog:
+        notes.append(f"prompt_type {entry.prompt_type} is not used: questions are laid out as {layout}")
     return notes

@@ -108,14 +108,19 @@ def documents_of(said: Said, layout: str, chat: Chat | None = None, last_only: b
     return [[replace(part, supervised=place == learned) for place, part in enumerate(documents[-1])]]
 
 
-def conversation_from(said: Said) -> Conversation:
-    """A conversation, or a question and its answer as one. Raises `UnusableRecord` for a plain text."""
+def conversation_from(said: Said, system: str | None = None) -> Conversation:
+    """A conversation, or a question and its answer as one, behind words of the `system` if there are any.
+
+    Raises `UnusableRecord` for a plain text.
+    """
     if isinstance(said, str):
         raise UnusableRecord("is plain text, which is no conversation")
     if isinstance(said, Conversation):
         return said
+    first = [] if system is None else [{"role": "system", "content": system}]
     answer = {"role": "assistant", "content": said.output}
-    return Conversation([*question_messages(said.instruction, said.context), answer], [False, True])
+    messages = [*first, *question_messages(said.instruction, said.context), answer]
+    return Conversation(messages, [message is answer for message in messages])
 
 
 def question_from(said: Said, layout: str) -> Question:
