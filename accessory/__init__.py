@@ -15,7 +15,7 @@ from pathlib import Path
 _HOMES = {
     "MetaModel": "accessory.meta",
     "finetune": "accessory.finetuning",
-    "FinetuneConfig": "accessory.config",
+    "FinetuneConfig": "accessory.config.training",
     "Conversation": "accessory.conversation",
     "AccessoryError": "accessory.errors",
     "MultiGpuWrapper": "accessory.multi_gpu.wrapper",

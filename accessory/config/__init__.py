@@ -1,0 +1,30 @@
+"""Every flag of training and of the demos, as configs that a command line or Python code fills."""
+
+from __future__ import annotations
+
+from accessory.config.asking import (
+    LOOPBACK,
+    AskConfig,
+    ChatPageConfig,
+    DemoConfig,
+    PageConfig,
+    TalkConfig,
+    TerminalConfig,
+)
+from accessory.config.command_line import Config, parse, plain
+from accessory.config.training import TRACKERS, FinetuneConfig
+
+__all__ = [
+    "LOOPBACK",
+    "TRACKERS",
+    "AskConfig",
+    "ChatPageConfig",
+    "Config",
+    "DemoConfig",
+    "FinetuneConfig",
+    "PageConfig",
+    "TalkConfig",
+    "TerminalConfig",
+    "parse",
+    "plain",
+]
