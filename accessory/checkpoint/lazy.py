@@ -166,7 +166,7 @@ class PackedTensor(LazyTensor):
         shape = list(self.shape)
         if dim is not None:
             shape[dim] = stop - start
-        matrix = self.storage(tuple(shape))
+        matrix = self.storage.of_range(self.shape[1], (dim, start, stop))(tuple(shape))
         matrix.adopt(self.read_packed(dim, start, stop))
         return matrix
 

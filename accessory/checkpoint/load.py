@@ -11,7 +11,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from accessory.checkpoint.lazy import LazyTensor, PackedTensor, grown_rows, summed
@@ -171,20 +171,31 @@ def _fill_one(
         if value.shape != (whole := target.whole_shape(layout.mp_size)):
             raise AssertionError(f"{target.name} starts as {tuple(value.shape)}; its whole shape is {whole}")
         value = own_slice(value, target.slicing, layout.mp_rank, layout.mp_size)
+    elif isinstance(place, PackedWeight):
+        place.pack_range(lambda *span: _to_pack(target, tensor.read(*span), layout), tensor.shape[1], span)
+        return
     else:
-        value = tensor.read(*span)
-        if not value.is_floating_point():
-            raise CheckpointError(f"{target.name} holds {tensor.dtype} numbers; expected floating-point weights.")
+        value = _floats(target, tensor.read(*span))
         if span[0] is not None:
             value = pad_slice(value, span[0], target.local_shape[span[0]])
-    if isinstance(place, PackedWeight):
-        narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        place.pack(value.to(layout.device, value.dtype if narrow else torch.float32))
-        return
     value = value.to(device=layout.device, dtype=place.dtype, copy=not share).contiguous()
     parameter = nn.Parameter(value, requires_grad=target.name in attachment.trainable)
     parameter.slicing = target.slicing
     setattr(target.owner, target.leaf, parameter)
+
+
+def _floats(target: Target, value: Tensor) -> Tensor:
+    """`value`. Raises `CheckpointError` for other numbers."""
+    if not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{target.name} holds {kind} numbers; expected floating-point weights.")
+    return value
+
+
+def _to_pack(target: Target, value: Tensor, layout: Layout) -> Tensor:
+    """`value` on this rank's device, in a type that every storage packs."""
+    narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _floats(target, value).to(layout.device, value.dtype if narrow else torch.float32)
 
 
 def _span(target: Target, layout: Layout) -> tuple[int | None, int, int]:

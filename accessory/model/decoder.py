@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         rank: int = 0,
         ranks: int = 1,
-        storage: Callable[[tuple[int, int]], PackedWeight] | None = None,
+        storage: type[PackedWeight] | None = None,
     ) -> None:
         super().__init__()
         self.args, self.dtype, self.rank, self.ranks = args, dtype, rank, ranks

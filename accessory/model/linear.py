@@ -10,7 +10,6 @@ needs anyway completes the product, and B's gradient is this rank's share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -59,17 +58,12 @@ class Linear(nn.Module):
         ranks: int,
         bias: bool,
         dtype: torch.dtype,
-        storage: Callable[[tuple[int, int]], PackedWeight] | None = None,
+        storage: type[PackedWeight] | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.cut, self.ranks = in_features, out_features, cut, ranks
-        shape = (out_features // ranks, in_features) if cut == "column" else (out_features, in_features // ranks)
         self.weight_slicing = Slicing(dim=0 if cut == "column" else 1)
-        if storage:
-            self.weight = storage(shape)
-            self.weight.slicing = self.weight_slicing
-        else:
-            self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), self.weight_slicing)
+        self.keep_plain(dtype) if storage is None else self.keep_packed(storage)
         self.register_parameter("bias", None)
         if bias:
             self.add_bias(dtype)
@@ -80,9 +74,21 @@ class Linear(nn.Module):
 
     def keep_plain(self, dtype: torch.dtype) -> None:
         """Store W unquantized in `dtype`, whatever the storage of other linears."""
-        shape = tuple(self.weight.shape)
-        del self.weight
-        self.weight = mark(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")), self.weight_slicing)
+        plain = torch.empty(self._weight_shape(), dtype=dtype, device="meta")
+        self.weight = mark(nn.Parameter(plain), self.weight_slicing)
+
+    def keep_packed(self, storage: type[PackedWeight]) -> None:
+        """Store W packed, whatever the storage of other linears."""
+        shape = self._weight_shape()
+        dim = self.weight_slicing.dim
+        self.weight = storage.of_range(self.in_features, (dim, 0, shape[dim]))(shape)
+        self.weight.slicing = self.weight_slicing
+
+    def _weight_shape(self) -> tuple[int, int]:
+        """Of this rank's part of W."""
+        if self.cut == "column":
+            return self.out_features // self.ranks, self.in_features
+        return self.out_features, self.in_features // self.ranks
 
     def add_bias(self, dtype: torch.dtype) -> None:
         """Give the layer a bias in `dtype`: a column layer cuts it with the rows of W, a row layer adds it whole."""

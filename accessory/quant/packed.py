@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -59,6 +59,8 @@ class PackedWeight(nn.Module, ABC):
     """`codes`, and what else a format has."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that are trained."""
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    """Parts that variants of the same name have."""
     IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
     """Part -> suffix of the weight's name in bitsandbytes' files; empty if bitsandbytes has no such format."""
 
@@ -99,6 +101,11 @@ class PackedWeight(nn.Module, ABC):
             raise CheckpointError(f"{name} is packed, but its {', '.join(absent)} is missing.")
 
     @classmethod
+    def of_range(cls, columns: int, span: Span) -> type[PackedWeight]:
+        """The storage of the range `span` of a matrix with so many columns, as `cut` gives its parts."""
+        return cls
+
+    @classmethod
     def cut(
         cls, state: PackedState, columns: int, name: str, rows: Tensor | None = None, span: Span = WHOLE
     ) -> PackedState:
@@ -122,6 +129,10 @@ class PackedWeight(nn.Module, ABC):
     @abstractmethod
     def pack(self, weight: Tensor) -> None:
         """Fill the parts from `weight` [N, K] in any float dtype, on the device where it lies."""
+
+    def pack_range(self, read: Callable[[int | None, int, int], Tensor], columns: int, span: Span = WHOLE) -> None:
+        """Fill the parts from the range `span` of a matrix with so many columns, of which `read` gives any range."""
+        self.pack(read(*span))
 
     def adopt(self, state: PackedState) -> None:
         """Use parts, by name, that are packed already."""

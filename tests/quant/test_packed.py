@@ -77,7 +77,7 @@ def test_cut_packed_is_cut_unpacked(packed: PackedWeight, rows: torch.Tensor | N
     wanted = packed.unpack(torch.float32)
     wanted = wanted if rows is None else wanted[rows]
     wanted = wanted.narrow(cut[0], cut[1], cut[2] - cut[1])
-    ours = type(packed)(tuple(wanted.shape))
+    ours = packed.of_range(COLUMNS, cut)(tuple(wanted.shape))
     ours.adopt(packed.cut(state, COLUMNS, "w", rows, cut))
     assert torch.equal(ours.unpack(torch.float32), wanted)
 
@@ -89,6 +89,6 @@ def test_a_cut_through_a_block_is_refused(packed: PackedWeight) -> None:
         assert packed.cut(state, COLUMNS, "w", span=(1, 0, 63))["codes"].shape == (ROWS, 63)
         return
     with pytest.raises(
-        CheckpointError, match="w: its 192 columns are packed in blocks of 64 that cannot be cut at 0:63"
+        CheckpointError, match=r"w: its 192 columns are packed in blocks of (64|8) that cannot be cut at 0:63"
     ):
         packed.cut(state, COLUMNS, "w", span=(1, 0, 63))

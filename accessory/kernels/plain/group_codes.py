@@ -1,0 +1,68 @@
+"""Matrices of 2, 3 and 4-bit codes in groups, unpacked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.codes import GroupCodes
+
+CPU_PIECE = 1 << 18  # weights unpacked at a time
+
+
+def dequantize(w: GroupCodes, out: Tensor) -> Tensor:
+    """Fill `out` [n, k] with W in its dtype, its columns by channel; returns it.
+
+    Each weight is computed in fp32, where only the last subtraction is rounded, and rounded to out's dtype.
+    """
+    n, k = w.shape
+    step = max(CPU_PIECE // max(k, 1), 1) if out.device.type == "cpu" else max(n, 1)
+    order = None if w.order is None else w.order.long()
+    for top in range(0, n, step):
+        part = slice(top, top + step)
+        wide = _weights(w, part)
+        if w.order is not None:
+            wide = torch.empty_like(wide).index_copy_(1, order, wide)
+        if w.channel_scale is not None:
+            wide.mul_(w.channel_scale.float())
+        out[part] = wide
+    return out
+
+
+def whole_numbers(codes: Tensor, high: Tensor | None, bits: int, columns: int) -> Tensor:
+    """The codes of rows, as `GroupCodes` has them, one by one: uint8 [n, columns]."""
+    width = 4 if bits == 4 else 2
+    places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+    numbers = (codes[:, :, None] >> places).bitwise_and_((1 << width) - 1).flatten(1)[:, :columns]
+    if high is not None:
+        third = (high[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)).bitwise_and_(1)
+        numbers = numbers + third.flatten(1)[:, :columns] * 4
+    return numbers
+
+
+def _weights(w: GroupCodes, part: slice) -> Tensor:
+    """The rows `part` of W in fp32, their columns as they are packed."""
+    high = None if w.high is None else w.high[part]
+    wide = whole_numbers(w.codes[part], high, w.bits, w.shape[1]).float()
+    scales = w.scales[part].float()
+    if w.groups is not None:
+        groups = w.groups.long()
+        if w.points is None:
+            return wide.mul_(scales[:, groups]).sub_(w.zeros[part].float()[:, groups])
+        return wide.sub_(w.points[part].float()[:, groups]).mul_(scales[:, groups])
+    whole = w.shape[1] // w.group
+    for columns, groups in _runs(wide, whole, w.group):
+        if w.points is None:
+            columns.mul_(scales[:, groups, None]).sub_(w.zeros[part, groups, None].float())
+        else:
+            columns.sub_(w.points[part, groups, None].float()).mul_(scales[:, groups, None])
+    return wide
+
+
+def _runs(wide: Tensor, whole: int, group: int) -> list[tuple[Tensor, slice]]:
+    """(columns [n, groups, width], which groups these are): the whole ones, and the last if it is shorter."""
+    inside = whole * group
+    runs = [(wide[:, :inside].unflatten(1, (whole, group)), slice(0, whole))] if whole else []
+    if wide.shape[1] > inside:
+        runs.append((wide[:, None, inside:], slice(whole, whole + 1)))
+    return runs

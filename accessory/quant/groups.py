@@ -1,0 +1,167 @@
+"""Codes of 2, 3 and 4 bits: whole numbers, with a scale and a zero for each group of 32, 64 or 128 columns of a row.
+
+The grid of GreenBit, GPTQ and AWQ. Here are its storages and what they have in common; weights are fitted to the grid
+in `accessory.quant.group_fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import gcd
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from accessory import kernels
+from accessory.errors import CheckpointError
+from accessory.kernels.codes import GroupCodes
+from accessory.quant.group_fit import fit
+from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, uncuttable
+
+BITS = (2, 3, 4)
+GROUPS = (32, 64, 128)
+"""Columns that share a scale, in storages that a matrix can be packed in."""
+FEWEST = 8
+"""Columns that a group has at least, where a matrix is cut between ranks in the middle of one."""
+
+
+class GroupPart(Part):
+    """A number for each `block` columns of a row, the last of which may have fewer."""
+
+    def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
+        """[N, ceil(K / block)] of a matrix `of` [N, K]."""
+        return of[0], -(-of[1] // self.block)
+
+
+class ColumnPart(Part):
+    """A number for each column."""
+
+    def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
+        """[K] of a matrix `of` [N, K]."""
+        return of[1:]
+
+
+class GroupWeight(PackedWeight):
+    """W [N, K] as codes in groups: see `GroupCodes`, whose names and layouts the parts have."""
+
+    group: ClassVar[int]
+    """Columns of a row that share a scale."""
+    whole: ClassVar[type[GroupWeight]]
+    """The storage of the matrix that this one is a range of columns of: itself, or one of larger groups."""
+    OPTIONAL = ("points", "order", "channel_scale", "groups")
+
+    @classmethod
+    def of_range(cls, columns: int, span: Span) -> type[GroupWeight]:
+        """See `PackedWeight`: where it begins or ends inside a group, groups are smaller, and as many columns each."""
+        dim, start, stop = span
+        if dim != 1 or (start, stop) == (0, columns):
+            return cls
+        return group_storage(cls.bits, gcd(cls.group, start, stop - start), cls.whole)
+
+    @classmethod
+    def cut(
+        cls, state: PackedState, columns: int, name: str, rows: Tensor | None = None, span: Span = WHOLE
+    ) -> PackedState:
+        """See `PackedWeight`. Statistics of a group that a cut goes through are repeated for its smaller groups."""
+        dim, start, stop = span
+        of_rows = (dim, start, stop) if dim == 0 else WHOLE
+        state = super().cut(state, columns, name, rows, of_rows)
+        if dim != 1:
+            return state
+        kind = cls.of_range(columns, span)
+        if start % FEWEST or kind.group % FEWEST:
+            raise uncuttable(name, columns, FEWEST, start, stop)
+        return cls.columns_of(state, kind.group, start, stop)
+
+    @classmethod
+    def columns_of(cls, state: PackedState, group: int, start: int, stop: int) -> PackedState:
+        """The parts for the columns from `start` to `stop` in smaller groups, which divide ours and where we cut."""
+        groups, found = torch.arange(start, stop, group) // cls.group, {}
+        for part, value in state.items():
+            block = cls.PARTS[part].block
+            cut = value[:, groups] if block == cls.group else value[:, start // block : -(-stop // block)]
+            found[part] = cut.contiguous()
+        return found
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> None:
+        """Fit codes, scales and zeros to `weight` [N, K] on its own device, by least squares (see `fit`).
+
+        A row's result does not depend on other rows. Raises `CheckpointError` for weights that fp16 cannot hold.
+        """
+        codes, scales, zeros = fit(weight, self.bits, self.group)
+        if not (scales.isfinite().all() and zeros.isfinite().all()):
+            raise CheckpointError(f"--quant_type {self.name}: a matrix of {tuple(weight.shape)} has weights that fp16 "
+                                  "cannot hold; expected finite ones of at most 65504.")  # fmt: skip
+        self.adopt(packed_codes(codes, self.bits) | {"scales": scales, "zeros": zeros})
+
+    def pack_range(self, read: Callable[[int | None, int, int], Tensor], columns: int, span: Span = WHOLE) -> None:
+        """See `PackedWeight`: groups that the range cuts through are packed whole, and then cut."""
+        group = self.whole.group
+        dim, start, stop = span
+        if dim != 1 or self.group == group:
+            self.pack(read(*span))
+            return
+        first, last = start // group * group, min(-(-stop // group) * group, columns)
+        around = self.whole((self.shape[0], last - first))
+        around.pack(read(1, first, last))
+        state = {part: value.detach() for part, value in around.named_parameters()}
+        self.adopt(self.whole.columns_of(state, self.group, start - first, stop - first))
+
+    def adopt(self, state: PackedState) -> None:
+        """See `PackedWeight`. Raises `AssertionError` for other parts than this variant's."""
+        if state.keys() != self.PARTS.keys():
+            raise AssertionError(f"parts {', '.join(state)} for {self.name} with {', '.join(self.PARTS)}")
+        super().adopt(state)
+
+    def as_codes(self) -> GroupCodes:
+        """The matrix as kernels take it."""
+        parts = {name: getattr(self, name, None) for name in ("high", "zeros", *self.OPTIONAL)}
+        return GroupCodes(tuple(self.shape), self.bits, self.group, self.codes, scales=self.scales, **parts)
+
+    @torch.no_grad()
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        return kernels.of("group_codes", out).dequantize(self.as_codes(), out)
+
+
+def packed_codes(codes: Tensor, bits: int) -> PackedState:
+    """Whole numbers uint8 [N, K] -> `codes` and, of 3 bits, `high`, as `GroupCodes` has them."""
+    if bits == 4:
+        return {"codes": _bytes(codes, 4)}
+    if bits == 2:
+        return {"codes": _bytes(codes, 2)}
+    return {"codes": _bytes(codes & 3, 2), "high": _bytes(codes >> 2, 1)}
+
+
+def _bytes(numbers: Tensor, width: int) -> Tensor:
+    """Numbers of `width` bits, uint8 [N, K], put into bytes, the first in the lowest bits."""
+    count = 8 // width
+    apart = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % count)).unflatten(1, (-1, count))
+    result = apart[:, :, 0].clone()
+    for place in range(1, count):
+        result |= apart[:, :, place] << (width * place)
+    return result
+
+
+@lru_cache
+def group_storage(bits: int, group: int, whole: type[GroupWeight] | None = None) -> type[GroupWeight]:
+    """The storage of `bits` bits in groups of `group`; whole: of the matrix that it holds a range of columns of."""
+    if whole is not None and whole.group == group:
+        return whole
+    parts = {"codes": GroupPart(torch.uint8, 2 if bits == 4 else 4)}
+    if bits == 3:
+        parts["high"] = GroupPart(torch.uint8, 8)
+    parts |= {name: GroupPart(torch.float16, group) for name in ("scales", "zeros")}
+    name = whole.name if whole else f"int{bits}_g{group}"
+    about = f"Whole numbers of {bits} bits in groups of {group}."
+    body = {"name": name, "bits": bits, "group": group, "PARTS": parts, "__doc__": about, "__module__": __name__}
+    kind = type(f"Int{bits}G{group}", (GroupWeight,), body)
+    kind.whole = whole or kind
+    return kind
+
+
+GROUP_STORAGES = tuple(group_storage(bits, group) for bits in BITS for group in GROUPS)
+"""What `--quant_type` has of them."""
