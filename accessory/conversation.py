@@ -100,6 +100,7 @@ class Conversation:
 
     @system.setter
     def system(self, words: str | None) -> None:
+        """Raises `ConfigError` for what is no text, and where the prompt layout has no place for it."""
         if words is not None and not isinstance(words, str):
             raise ConfigError(f"The system's words are {words!r}; expected a text.")
         if words is not None and not self.remembers:

@@ -56,6 +56,7 @@ def from_command_line(main: Callable[..., object]) -> Callable[[], object]:
     """
 
     def call() -> object:
+        """Call `main` with the flags of the command line, and return what its calls returned."""
         parameters = inspect.signature(main).parameters.values()
         _check_flags([f"--{parameter.name}" for parameter in parameters if parameter.kind != parameter.VAR_POSITIONAL])
         calls: list[tuple[tuple, dict]] = []

@@ -39,6 +39,7 @@ class PageGuard:
         request, seen, begun = Request(scope), 0, False
 
         async def counted() -> Message:
+            """Receive a part of the request; raise `_TooLarge` once all parts are more than may come."""
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
@@ -47,6 +48,7 @@ class PageGuard:
             return message
 
         async def noted(message: Message) -> None:
+            """Send a part of the answer, the page's policy in its head."""
             nonlocal begun
             begun = True
             if message["type"] == "http.response.start":

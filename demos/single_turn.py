@@ -103,6 +103,7 @@ def serve(model: MetaModel, config: DemoConfig) -> None:
     offered = tuple(name for name in PROMPT_LAYOUTS if name != CHAT or model.tokenizer.chat_template is not None)
 
     def respond(question, context, system_prompt, max_gen_len, temperature, top_p) -> Iterator[str]:
+        """The answer so far, as it grows, to what the page's fields hold."""
         try:
             asked = checked_question(question, context, system_prompt, max_gen_len, temperature, top_p, config, offered)
             with one_at_a_time:
@@ -133,6 +134,7 @@ def page_of(respond: Callable[..., Iterator[str]], config: DemoConfig, offered: 
     import gradio
 
     def buttons(answering: bool) -> Callable[[], tuple]:
+        """What shows the button that fits: Stop while a question is being answered, Ask otherwise."""
         return lambda: (gradio.Button(visible=not answering), gradio.Button(visible=answering))
 
     with gradio.Blocks(title="Accessory", analytics_enabled=False) as page:

@@ -30,6 +30,7 @@ class Talks:
         """Raises what `Conversation` does."""
 
         def begin() -> Conversation:
+            """An empty conversation."""
             return Conversation(model, config.system, prompt_layout=config.system_prompt)
 
         self.empty = begin()

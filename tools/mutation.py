@@ -81,6 +81,7 @@ class _Sites(libcst.CSTVisitor):
         self.functions = 0
 
     def on_visit(self, node: libcst.CSTNode) -> bool:
+        """Note every mutation of this node; whether its children are visited."""
         if isinstance(node, libcst.Annotation | libcst.Decorator):
             return False
         left_alone = isinstance(node, libcst.Call) and getattr(node.func, "value", None) in NEVER_MUTATE_FUNCTION_CALLS
@@ -92,6 +93,7 @@ class _Sites(libcst.CSTVisitor):
         return True
 
     def on_leave(self, node: libcst.CSTNode) -> None:
+        """Leave a function, if the node is one."""
         self.functions -= isinstance(node, libcst.FunctionDef)
 
 
@@ -143,6 +145,7 @@ class Project:
         """What ends `tests`, "a test" or "the clock"; empty where all pass."""
 
         def run() -> int:
+            """Run the tests in the copy of the tree; pytest's exit status."""
             os.chdir(self.root)
             with open("said", "wb") as said:
                 os.dup2(said.fileno(), 1)
@@ -174,6 +177,7 @@ class InPlace:
         module = sys.modules.get(name)
 
         def run() -> int:
+            """Run the tests on a mutant of the module; the number that failed."""
             spec = importlib.util.spec_from_file_location(name, self.file)
             new = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(new)
@@ -216,6 +220,7 @@ def end_of(run: Callable[[], int], patience: float | None) -> str:
     """What ends `run` in a fork of this process, "a test" or "the clock"; empty where it returns 0."""
 
     def alone() -> None:
+        """Run in a session and with memory of its own, then leave the process with the status."""
         os.setsid()
         resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
         status = run()

@@ -240,9 +240,11 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
         return f"It fits into {spared}."
 
     def total(changed: Setting) -> int:
+        """Bytes that the changed setting takes on a device."""
         return planned(model, changed, device)[0].total
 
     def fits(changed: Setting) -> bool:
+        """Whether the changed setting fits into the device."""
         return total(changed) <= usable
 
     failed = f"It does not fit into {spared}."

@@ -197,6 +197,7 @@ def grown_rows(inner: LazyTensor, count: int) -> LazyTensor:
     """An embedding [`count`, D], whose rows for tokens added to its vocabulary start as the mean of the others."""
 
     def compute(*span: Any) -> Tensor:
+        """The rows or columns `span` of the grown embedding."""
         values = inner.read()
         mean = values.float().mean(0, keepdim=True).to(values.dtype)
         return cut(torch.cat([values, mean.expand(count - len(values), -1)]), *span)
@@ -208,6 +209,7 @@ def unit_rows(inner: LazyTensor) -> LazyTensor:
     """A matrix whose rows are scaled to length 1 (fp32), as a normalized head has them; rows of zeros stay."""
 
     def compute(dim: int | None, start: int, stop: int) -> Tensor:
+        """Rows or columns start to stop, fp32; dim None: all of it."""
         if dim == 0:
             return F.normalize(inner.read(0, start, stop).float())
         return cut(F.normalize(inner.read().float()), dim, start, stop)  # a row's length depends on all of it

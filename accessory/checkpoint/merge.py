@@ -41,6 +41,7 @@ def with_lora(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) ->
     """W + scale B A in fp32, with W [N, K], A [R, K] and B [N, R]."""
 
     def compute(dim: int | None, start: int, stop: int) -> Tensor:  # rows need those of B alone, columns those of A
+        """Rows or columns start to stop of the sum, fp32; dim None: all of it."""
         right = a.read(1, start, stop) if dim == 1 else a.read()
         left = b.read(0, start, stop) if dim == 0 else b.read()
         base = weight.read(dim, start, stop).to(torch.float32, copy=True)

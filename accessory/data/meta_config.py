@@ -201,6 +201,7 @@ class _StrictLoader(yaml.SafeLoader):
     """Plain values only, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping as Python has it. Raises yaml's `ConstructorError` for a key that stands twice."""
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:

@@ -75,6 +75,7 @@ def _turns(key: str, what: str, perhaps: tuple[str, ...] = ("tools",)) -> Shape:
 
 def _marked(key: str, human: str, assistant: str, what: str) -> Shape:
     def told(fields: Fields) -> bool:
+        """Whether a record of these fields holds both marks."""
         return isinstance(fields[key], str) and human in fields[key] and assistant in fields[key]
 
     read = partial(read_marked, key=key, human=re.escape(human), assistant=re.escape(assistant))

@@ -72,6 +72,7 @@ def likelihoods(
     places, batches = [numbers[key] for key in sorted(numbers)], list(_batches(texts, ahead))
 
     def score(batch: list[_Text]) -> list[Likelihood]:
+        """The likelihoods of a batch's texts, after which the progress is told."""
         scored = _score(model, batch)
         if said:
             said(sum(len(places[text.number]) for text in batch))

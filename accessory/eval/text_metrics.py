@@ -104,6 +104,7 @@ def _bleu(pairs: Sequence[Pair], tokenizer: str) -> dict[str, Figure]:
     each = [metric.sentence_score(pair.prediction, [pair.reference]) for pair in pairs]
 
     def corpus(chosen: Sequence[int]) -> float:
+        """BLEU of the pairs of these numbers taken together."""
         counts, totals = ([sum(column) for column in zip(*(getattr(each[i], name) for i in chosen), strict=True)]
                           for name in ("counts", "totals"))  # fmt: skip
         lengths = [sum(getattr(each[i], name) for i in chosen) for name in ("sys_len", "ref_len")]

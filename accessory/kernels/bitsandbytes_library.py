@@ -29,6 +29,7 @@ def _compile_at_first_call(function: Callable | None = None, **options: Any) -> 
 
     @functools.wraps(function)
     def call(*given: Any, **named: Any) -> Any:
+        """Compile at the first call, then call what was compiled."""
         return compiled()(*given, **named)
 
     return call

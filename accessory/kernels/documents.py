@@ -78,11 +78,13 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [N, ...], rows int64 [M] -> [M, ...]."""
         ctx.back = back
         return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """dy [M, ...] -> x's gradient [N, ...]."""
         return ctx.back(dy), None, None
 
 

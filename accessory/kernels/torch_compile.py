@@ -28,6 +28,7 @@ def fusible(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def choose(*given: object) -> Result:
+        """Call the one that is wanted now."""
         return (compiled() if _wanted else function)(*given)
 
     return choose

@@ -53,6 +53,7 @@ def _agree(package: str, name: str, device: torch.device, dtype: torch.dtype) ->
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int, generator: torch.Generator = generator, wide: torch.dtype = wide) -> Tensor:
+            """Normally distributed numbers [*shape] on the device under trial, in `wide`: the same for both kernels."""
             return torch.randn(shape, generator=generator).to(dtype).to(device, wide)
 
         results.append(_TRIALS[name](import_module(f"accessory.kernels.{module}"), randn))

@@ -78,6 +78,7 @@ def measure_kept(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
     few, more = (_measure(decoder, attachment, count) for count in (_FEW, _MORE))
 
     def scale(at_few: int, at_more: int) -> int:
+        """Bytes for `tokens`, on the straight line through those of few tokens and of more."""
         return at_few + (at_more - at_few) * (tokens - _FEW) // (_MORE - _FEW)
 
     blocks = tuple(one.scaled(scale, other) for one, other in zip(few.blocks, more.blocks, strict=True))

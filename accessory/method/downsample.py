@@ -137,6 +137,7 @@ def _dropped(state: Recomputable, share: float) -> Recomputable:
     chosen = Addition(dropout=share, seed=int(torch.randint(1 << 62, ())))
 
     def drop(value: Tensor) -> Tensor:
+        """value [T, D] with its share of numbers dropped and the others scaled up, of the same shape and dtype."""
         return value * chosen.dropout_mask(value).mul_(1 / (1 - share))
 
     make = state.make

@@ -117,6 +117,7 @@ class SideTuning(Method):
 
     def _start(self, name: str, parameter: nn.Parameter, decoder: Decoder, own: dict[str, nn.Parameter]) -> Initializer:
         def whole(of: nn.Parameter) -> tuple[int, ...]:
+            """The shape of a parameter before it was cut over model-parallel ranks."""
             return slicing_of(of).whole_shape(tuple(of.shape), decoder.ranks)
 
         shape, released = whole(parameter), self.settings.start == "released"

@@ -61,11 +61,13 @@ def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, activation: str) -> Tensor:
+        """x and up [T, F] -> activation(x) * up [T, F], in their dtype."""
         ctx.save_for_backward(x, up)
         ctx.activation = activation
         return _gated(activation, x, up)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """dy [T, F] -> gradients of x and up [T, F]."""
         x, up = ctx.saved_tensors
         return *kernels.of("gate", x, ctx.activation).backward(dy, x, up, ctx.activation), None

@@ -154,11 +154,13 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        """y [T, N] and bias [N] -> y itself."""
         ctx.bias_dtype = bias.dtype
         ctx.mark_dirty(y)
         return y.add_(bias.to(y.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dy [T, N] -> y's gradient, which is dy, and the bias's [N] in its own dtype, if wanted."""
         sums = kernels.of("column_sums", dy).column_sums
         return dy, sums(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None

@@ -55,6 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: Tensor | None,
         hits: Tensor | None,
     ) -> Tensor:
+        """As `cross_entropy_sum`, whose arguments these are; the gradients are made here, while logits are at hand."""
         rows = (labels >= 0).nonzero()[:, 0]
         want_hidden, want_head = ctx.needs_input_grad[:2]
         matrix = head.to(hidden.dtype)
@@ -90,6 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        """dloss, a scalar -> gradients of hidden [T, D] and head [V, D] in their dtypes, those that are wanted."""
         rows, dhidden, dhead, weights = ctx.saved_tensors
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)

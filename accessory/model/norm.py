@@ -67,6 +67,7 @@ def _recompute(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x [..., D], weight [D] -> y, as x is, and what each row was multiplied by, fp32, for the backward."""
         y, scale = kernels.of("rms_norm", x).forward(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
@@ -74,6 +75,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """dy [..., D] -> gradients of x and weight in their dtypes, those that are wanted."""
         saved = ctx.saved_tensors
         need_dx, need_dweight, _ = ctx.needs_input_grad
         kernel = kernels.of("rms_norm", dy)
@@ -95,12 +97,14 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """x [..., D], weight and bias [D] -> y, as x is."""
         y, mean, inverse = _layer_norm_and_statistics(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """dy [..., D] -> gradients of x, weight and bias in their dtypes, those that are wanted."""
         x, weight, bias, mean, inverse = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
             dy.to(mean.dtype), x.to(mean.dtype), weight.shape, mean, inverse,

@@ -63,12 +63,14 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, rotations: Tensor, layout: RotaryLayout) -> Tensor:
+        """x [T, H, E] -> the same shape and dtype, each head rotated by its token's rotations."""
         ctx.save_for_backward(rotations)
         ctx.layout = layout
         return _rotated(x, rotations, layout)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        """dy [T, H, E] -> x's gradient, rotated back."""
         (rotations,) = ctx.saved_tensors
         return _rotated(dy, rotations.conj(), ctx.layout), None, None
 

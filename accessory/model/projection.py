@@ -88,6 +88,7 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients [T, N] of the outputs -> those of all arguments of `forward` that want one, in their order."""
         count, saved = len(ctx.packed), ctx.saved_tensors
         x = ctx.make(*saved[: ctx.inputs]) if ctx.inputs else None
         end = ctx.inputs + 4 * count

@@ -37,6 +37,7 @@ def unpack(message: bytes) -> Any:
     tensors = load(message[end:])
 
     def made(entry: dict[str, Any]) -> Any:
+        """The tensor or prompt that a JSON object stands for; another object as it is."""
         if _TENSOR in entry:
             return tensors[entry[_TENSOR]]
         return DialogPrompt(tuple(entry[_DIALOG])) if _DIALOG in entry else entry

@@ -26,6 +26,7 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
     )
 
     def step_with(max_tokens: int | None = config.max_tokens, optim: str = config.optim) -> StepMemory:
+        """What a step would hold in memory with these settings instead of the run's."""
         return StepMemory(
             decoder, attachment, layout, tokens=min(order.most_tokens, max_tokens or order.most_tokens),
             longest=longest,

@@ -194,6 +194,7 @@ class Chat:
         """The same value, a stand-in for each control token in its texts, and in the keys of its objects."""
 
         def stand_in(found: re.Match) -> str:
+            """Remember the control token that was found; return its stand-in."""
             hidden.append(found[0])
             return f"{_BEGIN}{len(hidden) - 1}{_END}"
 

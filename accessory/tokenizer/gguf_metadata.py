@@ -38,6 +38,7 @@ class MetadataWalk:
         self._buffer, self._at = buffer, 0
 
     def metadata(self) -> dict[str, object]:
+        """The header's keys and values. Raises `ValueError` where the bytes are no GGUF file of a version we know."""
         magic, version, _tensors, keys = self._unpack("<4sIQQ")
         if magic != b"GGUF" or version not in _VERSIONS:
             raise ValueError(f"it begins with {magic!r}, version {version}")

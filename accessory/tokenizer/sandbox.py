@@ -115,6 +115,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def _watched(self, function: Any) -> Any:
         @functools.wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            """`function`, whose arguments and result are checked."""
             self._check_arguments((*args, *kwargs.values()))
             return self._checked(function(*args, **kwargs))
 

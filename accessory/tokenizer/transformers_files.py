@@ -45,6 +45,7 @@ def _start_processor(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> dict:
     start_tokens = {names[token_id]: token_id for token_id in tokenizer.start_ids}
 
     def text(sequence: str, type_id: int) -> list[dict]:
+        """The start ids and then a text, as the tokenizers library states a template."""
         tokens = [{"SpecialToken": {"id": name, "type_id": type_id}} for name in start_tokens]
         return [*tokens, {"Sequence": {"id": sequence, "type_id": type_id}}]
 

@@ -81,6 +81,7 @@ class Decoding:
         longest = self.prompt_tokens + self.new_tokens
 
         def decode(count: int, new_step: Callable[[], None]) -> Tokens:
+            """`count` tokens for each prompt; `new_step` is called after each token."""
             steps = []
             for tokens in generate_tokens(model.llma, prompts, max_gen_len=count, max_seq_len=longest, stop_ids=set()):
                 steps.append(tokens)
@@ -101,6 +102,7 @@ class Decoding:
         tokens = torch.tensor(prompts, device=layout.device)
 
         def decode(count: int, new_step: Callable[[], None]) -> Tokens:
+            """`count` tokens for each prompt; `new_step` is called after each token."""
             found = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),

@@ -161,6 +161,7 @@ def _least_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, the least of a few attempts that are long enough to be measured."""
 
     def timed(count: int) -> float:
+        """Seconds of `count` calls."""
         began = time.perf_counter()
         for _ in range(count):
             call()

@@ -125,6 +125,7 @@ def _labelled(owner: object, name: str, category: str) -> Iterator[None]:
 
     @functools.wraps(function)
     def call(*given, **named):
+        """Call the function under its label."""
         with record_function(f"{_LABEL}{category}"):
             result = function(*given, **named)
             return iter(list(result)) if inspect.isgenerator(result) else result  # made here, not where it is used

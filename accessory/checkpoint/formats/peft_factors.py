@@ -22,6 +22,7 @@ def random_rows(first: LazyTensor | None, shape: tuple[int, int], name: str) -> 
     """
 
     def compute(*span: Any) -> Tensor:  # all rows are made, so that every layout gets the same values
+        """The rows or columns `span` of the matrix, fp32."""
         values = truncated_normal(*shape)(named_generator(0, name))
         if first is not None:
             values[: first.shape[0]] = first.read().float()
@@ -34,6 +35,7 @@ def padded_columns(inner: LazyTensor, columns: int, factor: float) -> LazyTensor
     """A matrix times a factor (fp32), with zeros to its right up to `columns` columns."""
 
     def compute(dim: int | None, start: int, stop: int) -> Tensor:
+        """Rows or columns start to stop of the padded matrix, fp32; dim None: all of it."""
         end, width = inner.shape[1], columns
         if dim == 1:
             width, start, stop = stop - start, min(start, end), min(stop, end)
@@ -47,6 +49,7 @@ def some_columns(inner: LazyTensor, first: int, last: int) -> LazyTensor:
     """Columns [first, last) of a matrix."""
 
     def compute(dim: int | None, start: int, stop: int) -> Tensor:
+        """Rows or columns start to stop of those columns, in `inner`'s dtype; dim None: all of them."""
         if dim == 0:
             return cut(inner.read(0, start, stop), 1, first, last)
         return inner.read(1, first + start, first + stop if dim else last)

@@ -30,6 +30,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
+        """As the module's `forward`, whose arguments these are."""
         ctx.save_for_backward(q, k, v)
         ctx.documents, ctx.window, ctx.scale = documents, window, scale
         return forward(q, k, v, documents, window, scale)
@@ -37,6 +38,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """dout, like q -> gradients of q, k and v, as the module's `backward` makes them."""
         dq, dk, dv = backward(*ctx.saved_tensors, dout, ctx.documents, ctx.window, ctx.scale)
         if prefixes := ctx.documents.prefixes:
             dk = prefixes.sum_copies(dk)  # dk's copies are freed before dv's are summed

@@ -58,6 +58,7 @@ class _AttendByDocument(torch.autograd.Function):
     def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
     ) -> Tensor:
+        """q [T, H, E], k and v [T, K, E] -> [T, H, E], in q's dtype."""
         ctx.save_for_backward(q, k, v)
         ctx.grid = grid_of(documents.lengths, q.shape[1], k.shape[1], q.device, documents.shared)
         ctx.window, ctx.scale = window, q.shape[-1] ** -0.5 if scale is None else scale
@@ -69,6 +70,7 @@ class _AttendByDocument(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """dout [T, H, E] -> gradients of q, k and v, of their shapes and dtypes."""
         given = ctx.saved_tensors
         wholes, parts = zip(*(ctx.grid.empty(t) for t in given), strict=True)
         for group, dqueries, dkeys, dvalues in zip(ctx.grid.groups, *parts, strict=True):

@@ -61,6 +61,7 @@ class _DroppedAttention(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
+        """q [T, H, E], k and v [T, K, E] -> [T, H, E], in q's dtype; `seed` is that of what is dropped."""
         ctx.save_for_backward(q, k, v)
         ctx.how = lengths, window, scale, dropout, seed
         out = torch.empty_like(q)
@@ -75,6 +76,7 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """dout [T, H, E] -> gradients of q, k and v, of their shapes and dtypes."""
         q, k, v = ctx.saved_tensors
         lengths, window, scale, dropout, seed = ctx.how
         dq, dk, dv = map(torch.empty_like, (q, k, v))
