@@ -1,0 +1,74 @@
+"""Demos in a terminal of their own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+class Pty:
+    """A program with a terminal of its own; as a context, it is killed in the end."""
+
+    def __init__(self, arguments: list[Any], environment: dict[str, str]) -> None:
+        self.end, theirs = pty.openpty()
+        self.said = ""
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)], env=environment | {"TERM": "dumb"}, stdin=theirs, stdout=theirs,
+            stderr=theirs, start_new_session=True, preexec_fn=_take_terminal, cwd=ROOT,
+        )  # fmt: skip
+        os.close(theirs)
+
+    def __enter__(self) -> Pty:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.end)
+
+    def type(self, text: str | bytes) -> None:
+        """Press keys."""
+        os.write(self.end, text if isinstance(text, bytes) else text.encode())
+
+    def leave(self) -> None:
+        """By Ctrl-D, with a status of 0."""
+        self.type(CTRL_D)
+        assert self.process.wait(30) == 0
+
+    def begun(self) -> None:
+        """Wait for anything to be shown."""
+        self.said += os.read(self.end, 1).decode(errors="replace")
+
+    def until(self, ending: str, timeout: float = 120) -> str:
+        """All that is shown from now until `ending` is, the echo of what was typed included."""
+        deadline = time.monotonic() + timeout
+        while not self.said.endswith(ending):
+            assert time.monotonic() < deadline, self.said
+            said = os.read(self.end, 4096).decode(errors="replace")
+            self.said += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said).replace("\r\n", "\n")
+        said, self.said = self.said.removesuffix(ending), ""
+        return said
+
+
+def as_shown(answer: str) -> str:
+    """An answer as a terminal is sent it."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", answer)
+
+
+def _take_terminal() -> None:
+    """Make the terminal the one that Ctrl-C comes from, and obey it, where the tests run in the background, too."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
