@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,8 +48,9 @@ SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the
 class Blueprint:
     """A model that can be built. `quant_type` None: plain weights in `dtype`. `train` False: one only to be asked.
 
-    plain: linears that stay plain in a base which was packed elsewhere. notes: lines for the log. quant_targets: as the
-    flag; empty: all linears of the blocks are packed.
+    plain: linears that stay plain in a base which is packed already; storages: linear -> how it is packed, of those for
+    which `quant_type` does not say so. notes: lines for the log. quant_targets: as the flag; empty: all linears of the
+    blocks are packed.
     """
 
     llama_type: str
@@ -60,6 +61,7 @@ class Blueprint:
     tokenizer: Tokenizer
     train: bool
     plain: frozenset[str] = frozenset()
+    storages: Mapping[str, type[PackedWeight]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     quant_targets: tuple[str, ...] = ()
 
@@ -75,6 +77,7 @@ class Blueprint:
         )
         for name in self.plain | self._untargeted(decoder):
             decoder.get_submodule(name).keep_plain(self.dtype)
+        keep_packed(decoder, self.storages, maker)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
         attach = self.train or not self.method.trains_base
         return decoder, self.method.attach(decoder) if attach else Attachment()
@@ -133,7 +136,8 @@ def make_blueprint(
     """
     llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
     family, method_class = _named(llama_type)
-    quant_type = _storage(sources, quant, quant_type)
+    packed = packed_linears(sources, quant_type)
+    quant_type = _storage(sources, quant, quant_type, packed)
     if quant_type and train and (fault := method_class.storage_fault(quant_type)):
         others = [family + method.suffix for method in METHODS.values() if not method.storage_fault(quant_type)]
         raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
@@ -149,24 +153,44 @@ def make_blueprint(
         note += tuple(f"{source.path}: {said}" for source in sources for said in (*source.notes, *_unread(source)))
     plain = plain_linears(sources)
     aimed = _quant_targets(sources, quant_targets)
-    return Blueprint(llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, note, aimed)
+    return Blueprint(
+        llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, packed, note, aimed
+    )
 
 
-def _storage(sources: list[Source], quant: bool, asked: str | None) -> str | None:
-    """The storage format: the one that the base is packed in already, else the one asked for."""
-    packed = next((s for s in sources if s.storage), None)
-    if packed is None:
-        # Parts of packed weights that were trained are of no use without the rest of them.
-        recorded = [s.run["quantization"] for s in sources if s.is_delta and s.run and s.run["quantization"]]
-        trained = next((name for name in reversed(recorded) if storage(name).trained), None)
-        return asked or trained or ("nf4" if quant else None)
-    used = storage(asked).used_for(storage(packed.storage)) if asked else storage(packed.storage)
-    if used is None:
+def _storage(
+    sources: list[Source], quant: bool, asked: str | None, packed: Mapping[str, type[PackedWeight]]
+) -> str | None:
+    """The storage format: the first that the base is packed in already, else the one asked for."""
+    if packed:
+        return next(iter(packed.values())).name
+    # Parts of packed weights that were trained are of no use without the rest of them.
+    recorded = [s.run["quantization"] for s in sources if s.is_delta and s.run and s.run["quantization"]]
+    trained = next((name for name in reversed(recorded) if storage(name).trained), None)
+    return asked or trained or ("nf4" if quant else None)
+
+
+def packed_linears(sources: list[Source], asked: str | None = None) -> dict[str, type[PackedWeight]]:
+    """Linear -> its storage, of a base that is packed already; asked: `--quant_type`, or None.
+
+    Raises `ConfigError` where none of its matrices is packed as that is.
+    """
+    base = next((source for source in sources if source.storage), None)
+    kinds = {} if base is None else {name: kind for name, kind in base.storages.items() if BLOCK_LINEAR.fullmatch(name)}
+    used = {name: storage(asked).used_for(kind) if asked else kind for name, kind in kinds.items()}
+    if kinds and not any(used.values()):
         raise ConfigError(
-            f"--quant_type {asked}: {packed.path} is packed as {packed.storage} already, and packing it again would "
+            f"--quant_type {asked}: {base.path} is packed as {base.storage} already, and packing it again would "
             "lose more. Leave --quant_type out, or give the full-precision checkpoint."
         )
-    return used.name
+    return {name.removesuffix(".weight"): used[name] or kind for name, kind in kinds.items()}
+
+
+def keep_packed(decoder: Decoder, packed: Mapping[str, type[PackedWeight]], default: type[PackedWeight] | None) -> None:
+    """Have the linears of `decoder` packed as `packed` says, where that is not the `default` they were made with."""
+    for name, kind in packed.items():
+        if kind is not default:
+            decoder.get_submodule(name).keep_packed(kind)
 
 
 def _quant_targets(sources: list[Source], asked: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from accessory.checkpoint.lazy import ComputedTensor, LazyTensor, PackedTensor, ShardedTensor
 from accessory.errors import CheckpointError, explain_validation
 from accessory.model.args import ModelArgs
+from accessory.quant import PackedWeight
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import read_object
 
@@ -63,8 +64,13 @@ class Source:
 
     @property
     def storage(self) -> str | None:
-        """Name of the storage format that its matrices are packed in already; None for plain weights."""
-        return next((t.storage.name for t in self.tensors.values() if isinstance(t, PackedTensor)), None)
+        """Name of the storage format of its first packed matrix; None for plain weights."""
+        return next((kind.name for kind in self.storages.values()), None)
+
+    @property
+    def storages(self) -> dict[str, type[PackedWeight]]:
+        """The matrices that are packed already, by our names -> how; they may differ."""
+        return {name: tensor.storage for name, tensor in self.tensors.items() if isinstance(tensor, PackedTensor)}
 
     def fingerprint(self) -> str:
         """sha256 over each file's name, size, and first and last mebibyte: cheap, and another after any retraining."""

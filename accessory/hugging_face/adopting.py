@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from accessory.blueprint import DTYPES, plain_linears
+from accessory.blueprint import DTYPES, keep_packed, packed_linears, plain_linears
 from accessory.checkpoint.formats.hugging_face import read_config, source_of
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.load import fill, resolve
 from accessory.checkpoint.source import Source, model_args_of
-from accessory.errors import ConfigError
+from accessory.errors import CheckpointError, ConfigError
 from accessory.method import Attachment
 from accessory.method.side_network import SideDecoder
 from accessory.method.side_settings import SideSettings
@@ -44,7 +44,12 @@ def open_model(model: torch.nn.Module, config: TheirConfig) -> Source:
     stated = config.to_dict()
     where = Path(f"{type(model).__name__} {stated.get('_name_or_path', '')}".strip())
     described = read_config(stated, where)
-    stated["quantization_config"] = _quantization(model)
+    stated["quantization_config"] = quantization = _quantization(model)
+    if quantization and quantization.get("quant_method") != "bitsandbytes":
+        raise CheckpointError(  # kernels of others lay out what they loaded anew
+            f"{where}: was packed by {quantization.get('quant_method')!r}; expected 4-bit bitsandbytes. Give its "
+            "directory to MetaModel.from_pretrained instead."
+        )
     theirs = {name: HeldTensor(tensor) for name, tensor in model.state_dict().items()}
     source = source_of(where, stated, described, theirs, [])
     if embedding := source.tensors.get("tok_embeddings.weight"):
@@ -67,6 +72,7 @@ def adopt(
     decoder = method.decoder(args, dtype=dtype, storage=maker)
     for name in plain_linears([source]):
         decoder.get_submodule(name).keep_plain(dtype)
+    keep_packed(decoder, packed_linears([source]), maker)
     attachment = method.attach(decoder)
     tensors = resolve(decoder, [source], attachment, initialize=True)
     fill(decoder, tensors, attachment, layout, DataParallel(layout, "sdp", False), seed, share=True)
