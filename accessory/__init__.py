@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 _HOMES = {
-    "MetaModel": "accessory.meta",
+    "MetaModel": "accessory.meta.model",
     "finetune": "accessory.finetuning",
     "FinetuneConfig": "accessory.config.training",
     "Conversation": "accessory.conversation",

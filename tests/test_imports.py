@@ -15,7 +15,7 @@ TIERS = (
     ("finetuning", "export", "entry", "hugging_face", ""),
     ("engine", "conversation", "eval", "multi_gpu"),
     ("meta", "run"),
-    ("blueprint", "config", "generate", "memory", "uses"),
+    ("blueprint", "config", "generate", "memory"),
     ("checkpoint",),
     ("method",),
     ("model", "optim"),

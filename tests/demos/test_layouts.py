@@ -13,9 +13,8 @@ from gradio import Blocks
 from gradio_client import Client
 from tokenizers import Tokenizer
 
-from accessory import meta
 from accessory.data.corpus import build_corpus
-from accessory.meta import MetaModel, Sampling
+from accessory.meta import MetaModel, Sampling, answers
 from accessory.parallel import groups
 from tests.demos.terminals import Pty, as_shown
 from tests.here import run_here
@@ -124,13 +123,13 @@ def parts(tiny_base: Path, with_template: Path, lora_config: Path, tmp_path_fact
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of all prompts that models of this process are given, in their order."""
-    seen, original = [], meta.generate_tokens
+    seen, original = [], answers.generate_tokens
 
     def watched(decoder: object, prompts: list[list[int]], **how: object) -> Iterator:
         seen.extend(prompts)
         return original(decoder, prompts, **how)
 
-    monkeypatch.setattr(meta, "generate_tokens", watched)
+    monkeypatch.setattr(answers, "generate_tokens", watched)
     return seen
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from gradio_client.exceptions import AppError
 
-from accessory import meta
 from accessory.data.templates import format_prompt
-from accessory.meta import MetaModel
+from accessory.meta import MetaModel, answers
 from accessory.parallel import groups
 from tests.browser import Browser, usable
 from tests.checkpoint.trained import write_trained_side
@@ -206,7 +205,7 @@ def test_a_question_through_the_checkpoints_own_template(tiny_base: Path, with_t
 
 def test_messages_end_where_the_template_ends_an_answer(tiny_base: Path, with_template: Path, monkeypatch) -> None:
     stops = []
-    monkeypatch.setattr(meta, "generate_tokens", lambda *_, stop_ids, **__: stops.append(set(stop_ids)) or iter(()))
+    monkeypatch.setattr(answers, "generate_tokens", lambda *_, stop_ids, **__: stops.append(set(stop_ids)) or iter(()))
     model = MetaModel.from_pretrained(tiny_base, tokenizer_path=with_template, max_seq_len=30)
     messages = [{"role": "user", "content": QUESTION}]
     ids = model.chat.ids(messages)

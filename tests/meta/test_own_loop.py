@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,12 @@ from safetensors.torch import load_file
 
 from accessory import FinetuneConfig, MetaModel, finetune
 from accessory.errors import CheckpointError, ConfigError, ParallelError
-from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from tests.conftest import DATA
 
 LORA = {"lora_rank": 4, "lora_alpha": 8}
 HOW = {"quant": True, "llama_type": "llama_peft", "llama_config": LORA}
 LR, STEPS, SEED = 3e-3, 5, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def layout() -> Iterator[Layout]:
-    """This process alone, on the CPU."""
-    yield groups.start("cpu")
-    groups.stop()
 
 
 def trained(base: Path, steps: int = STEPS, **changes) -> tuple[MetaModel, list[float]]:

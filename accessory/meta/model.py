@@ -1,0 +1,222 @@
+"""MetaModel: tokenizer, decoder and loss in one, trained by the engine and asked by the demos."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from accessory.blueprint import Blueprint, make_blueprint
+from accessory.checkpoint.run_record import with_base
+from accessory.checkpoint.source import Source
+from accessory.data.batch import PackedBatch
+from accessory.errors import ConfigError, ParallelError
+from accessory.generate import next_token_logits
+from accessory.memory.base_cache import BaseCache
+from accessory.meta.answers import Answers
+from accessory.meta.arguments import Loading, Paths, Settings, as_paths, as_settings, checked, precision_of, refuse
+from accessory.meta.examples import Examples
+from accessory.meta.loading import Loaded, exchanged, filled, trained_prompts
+from accessory.meta.own_loop import OwnLoop
+from accessory.model.decoder import Decoder
+from accessory.model.loss import cross_entropy_sum
+from accessory.model.scores import TokenScores, token_scores
+from accessory.model.sequences import Sequences
+from accessory.parallel import groups
+from accessory.parallel.agree import together
+from accessory.parallel.groups import Layout
+from accessory.tokenizer import Tokenizer
+
+
+class Score(NamedTuple):
+    """Of document `id`: the sum of log p of its supervised tokens, their number, and whether all were the likeliest."""
+
+    id: int
+    log_probability: float
+    tokens: int
+    greedy: bool
+
+
+class MetaModel(Answers, Examples, OwnLoop, nn.Module):
+    """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
+
+    prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. system: the
+    system's words that stood before most conversations; None: the layout's own. encoder: a module that makes the
+    embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
+    base_cache: what training takes the base's states from, if anything; only for documents of the corpus it is of.
+    """
+
+    def __init__(
+        self,
+        llma: Decoder,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        prompt_layouts: tuple[str, ...] = (),
+        system: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder: nn.Module | None = None
+        self.base_cache: BaseCache | None = None
+        self._loaded: Loaded | None = None
+        self._hold(llma, tokenizer, max_seq_len, prompt_layouts, system)
+
+    def _hold(
+        self,
+        llma: Decoder,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        prompt_layouts: tuple[str, ...],
+        system: str | None,
+    ) -> None:
+        self.llma, self.tokenizer, self.prompt_layouts, self.system = llma, tokenizer, prompt_layouts, system
+        self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
+        self.__dict__.pop("chat", None)  # that of another tokenizer
+
+    def forward(self, batch: PackedBatch, hits: Tensor | None = None) -> Tensor:
+        """Sum over the batch's supervised tokens of -log p(label), fp32 scalar; estimated where a method draws some.
+
+        hits: as in `cross_entropy_sum`.
+        """
+        labels, weights = self.llma.learned(batch.labels, batch.weights)
+        batch = replace(batch, labels=labels, weights=weights)
+        if self.base_cache:
+            hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
+        else:
+            hidden = self.hidden(batch)
+        head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
+        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
+        inputs = self._with_insets(batch) if batch.insets else batch.tokens
+        return self.llma(inputs, self._sequences(batch))
+
+    def _sequences(self, batch: PackedBatch) -> Sequences:
+        return self.llma.sequences(batch.lengths, shared=batch.shared).with_labels(batch.labels)
+
+    def _with_insets(self, batch: PackedBatch) -> Tensor:
+        """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""
+        embedded, parts, end = self.llma.tok_embeddings(batch.tokens), [], 0
+        for inset in batch.insets:
+            rows = inset.content if isinstance(inset.content, Tensor) else self.encoder(inset.content)
+            parts += [embedded[end : inset.start], rows.to(embedded.dtype)]
+            end = inset.start + inset.rows
+        return torch.cat([*parts, embedded[end:]])
+
+    def token_scores(self, batch: PackedBatch) -> TokenScores:
+        """log p of each supervised token, and whether it was the likeliest, in packed order; no gradient.
+
+        The batch lies on the model's device.
+        """
+        with torch.no_grad():
+            hidden = self.hidden(batch)
+        return token_scores(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> list[Score]:
+        """How likely each document's supervised tokens are, in the batch's order; packing may have sorted them.
+
+        Documents that share a context are computed with one copy of it.
+        """
+        batch = batch.to(self.llma.frequencies.device)
+        own = torch.tensor([length - known for length, known in zip(batch.lengths, batch.shared, strict=True)])
+        owner = torch.arange(len(own)).repeat_interleave(own)[(batch.labels >= 0).cpu()]
+        log_p, likeliest = self.token_scores(batch)
+        each = torch.stack([log_p.double(), ~likeliest, torch.ones_like(log_p)]).double().cpu()
+        sums = torch.zeros(3, len(own), dtype=torch.float64).index_add_(1, owner, each)
+        return [
+            Score(number, value, int(tokens), not misses)
+            for number, (value, misses, tokens) in zip(batch.sample_ids, sums.t().tolist(), strict=False)
+        ]
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Packed token ids [T] of documents of `lengths` -> logits [T, V] fp32, on the device that `tokens` are on.
+
+        It holds all of them at once: for comparing models, not for training.
+        """
+        hidden = self.llma(tokens.to(self.llma.frequencies.device), self.llma.sequences(lengths))
+        return next_token_logits(self.llma, hidden).to(tokens.device)
+
+    @staticmethod
+    def from_pretrained(
+        pretrained_path: Paths,
+        *,
+        llama_type: str | None = None,
+        llama_config: Settings = (),
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 4096,
+        dtype: str | torch.dtype = "bf16",
+        quant: bool | None = None,
+        quant_type: str | None = None,
+        device: str | torch.device = "auto",
+        layout: Layout | None = None,
+        train: bool = False,
+        seed: int = 0,
+        **others: Any,
+    ) -> MetaModel:
+        """Load a model for asking. What no argument states is taken from the checkpoints and their run.json.
+
+        pretrained_path: base, then trained parts, or a trained part alone. dtype: bf16, fp16, fp32, or torch's name of
+        one. llama_config: files, or settings such as {"lora_rank": 16}. quant: None follows the training run. device:
+        auto (CUDA where there is any), cpu, cuda or cuda:N. layout: from `groups.start`, with its device; absent, one
+        process is assumed. train: load it for training instead, for a loop of one's own; what llama_type trains and no
+        checkpoint holds, such as LoRA, starts as `seed` says. others: with_visual and mp_group of upstream, unset.
+        Raises `AccessoryError`s.
+        """
+        refuse(others, inspect.signature(MetaModel.from_pretrained).parameters)
+        paths, precision = as_paths(pretrained_path), precision_of(dtype)
+        if not paths:
+            raise ConfigError(f"pretrained_path is {pretrained_path!r}; expected a checkpoint, or a list of some.")
+        given = checked(
+            Loading,
+            llama_type=llama_type,
+            tokenizer_path=tokenizer_path or None,
+            max_seq_len=max_seq_len,
+            quant_type=quant_type,
+        )
+        if not isinstance(quant, bool | None):
+            raise ConfigError(f"quant is {quant!r}; expected True, False or None: the format is named by quant_type.")
+        layout = layout or groups.start(str(device))
+        if train and layout.mp_size > 1:
+            raise ParallelError("train=True takes a model whole on its rank; finetune() trains one that is cut.")
+        sources = together(with_base, paths)
+        recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
+        packed = bool(recorded or quant_type) if quant is None else quant
+        how = {"tokenizer_path": given.tokenizer_path, "quant": packed, "precision": precision, "train": train}
+        wanted = (quant_type or recorded) if packed else None
+        named = {"llama_type": llama_type, "llama_config": as_settings(llama_config)}
+        blueprint = together(make_blueprint, sources, quant_type=wanted, **named, **how)
+        decoder, trained = filled(blueprint, sources, layout, seed=seed if train else None)
+        model = MetaModel(decoder, blueprint.tokenizer, given.max_seq_len, *trained_prompts(sources)).train(train)
+        stated = quant is not None or quant_type is not None
+        model._loaded = Loaded(sources, blueprint, layout, given.max_seq_len, how, stated, trained)
+        return model
+
+    def use(self, part: Paths | None, *, llama_type: str | None = None, llama_config: Settings = ()) -> None:
+        """Exchange the trained part for another one beside the same base, which stays in memory and is not read again.
+
+        part: a trained part, or several; None: the base alone. llama_type, llama_config: as in `from_pretrained`. All
+        model-parallel ranks must call it. Raises `AccessoryError`s for what does not belong to the base that is loaded;
+        the model is then what it was.
+        """
+        if self._loaded is None:
+            raise ConfigError("use() exchanges the trained part of a model that MetaModel.from_pretrained has loaded.")
+        if self._loaded.blueprint.train:
+            raise ConfigError("use() is for a model that is asked; this one was loaded with train=True.")
+        loaded, paths = self._loaded, [] if part is None else as_paths(part)
+        if part is not None and not paths:
+            raise ConfigError(f"use() was given {part!r}; expected a trained part, a list of some, or None.")
+        decoder, self._loaded = exchanged(loaded, self.llma, paths, llama_type, as_settings(llama_config))
+        sources, blueprint = self._loaded.sources, self._loaded.blueprint
+        self._hold(decoder, blueprint.tokenizer, loaded.max_seq_len, *trained_prompts(sources))
+
+
+def load_for_inference(blueprint: Blueprint, sources: list[Source], layout: Layout, max_seq_len: int) -> MetaModel:
+    """Build and fill a model without gradients."""
+    decoder, _ = filled(blueprint, sources, layout)
+    return MetaModel(decoder, blueprint.tokenizer, max_seq_len, *trained_prompts(sources)).eval()
