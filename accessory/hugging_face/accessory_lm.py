@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from accessory.checkpoint.save import fresh, write_json
 from accessory.errors import ConfigError, DataError
 from accessory.generate import next_token_logits, read_prompts
-from accessory.hugging_face.forward import CausalOutput, causal_output, check_ids, keep_only, refuse_casts
+from accessory.hugging_face.forward import CausalForward, CausalOutput, check_ids, keep_only
 from accessory.hugging_face.padding import PaddedRows
 from accessory.meta import MetaModel
 from accessory.model.decoder import Decoder
@@ -53,7 +53,7 @@ class RowsCache:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
-class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
+class AccessoryForCausalLM(CausalForward, PreTrainedModel, GenerationMixin):
     """A base with what is trained in it or beside it, in any storage and method, as transformers knows its models.
 
     `from_pretrained` loads it as `MetaModel.from_pretrained` does; `model` is that. Forward takes padded rows and gives
@@ -63,8 +63,6 @@ class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = AccessoryConfig
     main_input_name = "input_ids"
-    accepts_loss_kwargs: ClassVar[bool] = True
-    """Tells Trainer that `forward` takes `num_items_in_batch`."""
 
     def __init__(self, model: MetaModel) -> None:
         """model: what `MetaModel.from_pretrained` gives; with `train=True` it can be trained."""
@@ -86,6 +84,10 @@ class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
         keep_only(self, {f"model.{name}" for name in model.get_trainable_params()})
+
+    @property
+    def _decoder(self) -> Decoder:
+        return self.model.llma
 
     @classmethod
     def from_pretrained(cls, pretrained_path: Any, *, train: bool = True, **how: Any) -> AccessoryForCausalLM:
@@ -128,17 +130,15 @@ class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> CausalOutput | CausalLMOutputWithPast:
-        """input_ids, attention_mask (0 at padding, on either side) and labels (-100: none) are int64 [B, S].
+        """The first four arguments and the output are those of `CausalForward.forward`.
 
-        labels are those of the tokens themselves, as in transformers: here they are shifted. The loss is the sum over
-        supervised tokens divided by their number, or by `num_items_in_batch`. use_cache: decode, for `generate`: with
-        padding on the left, and logits of the last token alone [B, 1, V]. Raises `DataError` for a batch that cannot
-        be, `ConfigError` for `return_dict=False`.
+        use_cache: decode, for `generate`: with padding on the left, and logits of the last token alone [B, 1, V].
+        Raises `DataError` for a batch that cannot be, `ConfigError` for `return_dict=False`.
         """
         if return_dict is False:
             raise ConfigError("return_dict=False: outputs are taken by name; leave it out.")
         if not use_cache or labels is not None:
-            return causal_output(self.model.llma, input_ids, attention_mask, labels, num_items_in_batch)
+            return super().forward(input_ids, attention_mask, labels, num_items_in_batch)
         if logits_to_keep not in (0, 1):
             raise ConfigError(f"logits_to_keep is {logits_to_keep}; while decoding, it is 1: give use_cache=False.")
         return self._decode(input_ids, attention_mask, past_key_values)
@@ -149,7 +149,7 @@ class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
 
         Without a mask nothing is padding.
         """
-        decoder = self.model.llma
+        decoder = self._decoder
         check_ids("input_ids", ids, 0, decoder.args.vocab_size)
         if mask is None:
             mask = ids.new_ones(len(ids), ids.shape[1] + (cache.columns if cache else 0))
@@ -186,8 +186,3 @@ class AccessoryForCausalLM(PreTrainedModel, GenerationMixin):
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """A head that is the embedding is one already."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> AccessoryForCausalLM:
-        """As every module's, but types stay: packed bytes mean nothing in another, and what is trained is fp32."""
-        refuse_casts(self, fn)
-        return super()._apply(fn, recurse)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from accessory.errors import ConfigError, DataError
 from accessory.generate import generate_tokens
 from accessory.hugging_face.adopting import TheirConfig, adopt, open_model
 from accessory.hugging_face.config import QSTConfig
-from accessory.hugging_face.forward import CausalOutput, causal_output, check_ids, keep_only, refuse_casts
+from accessory.hugging_face.forward import CausalForward, check_ids, keep_only
 from accessory.hugging_face.padding import PaddedRows
 from accessory.hugging_face.state import load_state, save_state
+from accessory.method.side_network import SideDecoder
 from accessory.model.choice import Choice
 
 
-class QSTForCausalLM(nn.Module):
+class QSTForCausalLM(CausalForward, nn.Module):
     """A side network beside a model that transformers loaded, plain or in 4 bits by bitsandbytes.
 
     The model's weights are used where they lie, and frozen; only the side network's parameters require gradients, and
@@ -31,10 +32,8 @@ class QSTForCausalLM(nn.Module):
     its Trainer can train it.
     """
 
-    accepts_loss_kwargs: ClassVar[bool] = True
-    """Tells transformers' Trainer that `forward` takes `num_items_in_batch`."""
     loss_type: ClassVar[str] = "ForCausalLM"
-    """Tells it that a row's first label does not count."""
+    """Tells Trainer that a row's first label does not count."""
     family: ClassVar[str | None] = None
     """The only family that a subclass takes; None: all."""
 
@@ -71,20 +70,9 @@ class QSTForCausalLM(nn.Module):
         """Where it lies."""
         return self.decoder.frequencies.device
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> CausalOutput:
-        """input_ids, attention_mask (0 at padding, on either side) and labels (-100: none) are int64 [B, S].
-
-        labels are those of the tokens themselves, as in transformers: here they are shifted. The loss is the sum over
-        supervised tokens divided by their number, or by `num_items_in_batch`, which Trainer counts over all
-        micro-batches of a step. Raises `DataError` for a batch that cannot be.
-        """
-        return causal_output(self.decoder, input_ids, attention_mask, labels, num_items_in_batch)
+    @property
+    def _decoder(self) -> SideDecoder:
+        return self.decoder
 
     @torch.no_grad()
     def generate(
@@ -170,11 +158,6 @@ class QSTForCausalLM(nn.Module):
     def _added(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The side network's parameters, by the decoder's names; the published code leaves some of them as they are."""
         return ((name, p) for name, p in self.decoder.named_parameters() if name in self.added)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """As every module's, but types stay: packed bytes mean nothing in another, and what is trained is fp32."""
-        refuse_casts(self, fn)
-        return super()._apply(fn, recurse)
 
 
 class QSTLlamaForCausalLM(QSTForCausalLM):

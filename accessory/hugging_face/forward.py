@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,28 +45,52 @@ class CausalOutput:
         return getattr(self, chosen) if isinstance(chosen, str) else tuple(getattr(self, name) for name in chosen)
 
 
-def causal_output(
-    decoder: Decoder,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    num_items_in_batch: Tensor | int | None,
-) -> CausalOutput:
-    """What a forward of `QSTForCausalLM` gives, whose arguments these are, by `decoder`."""
-    rows = PaddedRows.of(input_ids, attention_mask)
-    tokens, vocabulary = rows.packed(input_ids), decoder.args.vocab_size
-    check_ids("input_ids", tokens, 0, vocabulary)
-    following = None if labels is None else rows.next_labels(labels)
-    with torch.autocast(decoder.frequencies.device.type, enabled=False):  # the decoder chooses its types itself
-        sequences = decoder.sequences(rows.lengths)
-        if following is None:
-            return CausalOutput(None, decoder(tokens, sequences), rows, decoder)
-        check_ids("labels", following, -100, vocabulary)
-        learned, weights = decoder.learned(following, None)
-        hidden = decoder(tokens, sequences.with_labels(learned))
-        total = cross_entropy_sum(hidden, decoder.head_weight, learned, vocabulary, weights)
-    count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-    return CausalOutput(total / count, hidden, rows, decoder)
+class CausalForward:
+    """Part of a module for transformers: its forward, and the types of its tensors."""
+
+    accepts_loss_kwargs: ClassVar[bool] = True
+    """Tells transformers' Trainer that `forward` takes `num_items_in_batch`."""
+
+    _decoder: Decoder
+    """What computes; a module states where it has it."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalOutput:
+        """input_ids, attention_mask (0 at padding, on either side) and labels (-100: none) are int64 [B, S].
+
+        labels are those of the tokens themselves, as in transformers: here they are shifted. The loss is the sum over
+        supervised tokens divided by their number, or by `num_items_in_batch`, which Trainer counts over all
+        micro-batches of a step. Raises `DataError` for a batch that cannot be.
+        """
+        decoder, rows = self._decoder, PaddedRows.of(input_ids, attention_mask)
+        tokens, vocabulary = rows.packed(input_ids), decoder.args.vocab_size
+        check_ids("input_ids", tokens, 0, vocabulary)
+        following = None if labels is None else rows.next_labels(labels)
+        with torch.autocast(decoder.frequencies.device.type, enabled=False):  # the decoder chooses its types itself
+            sequences = decoder.sequences(rows.lengths)
+            if following is None:
+                return CausalOutput(None, decoder(tokens, sequences), rows, decoder)
+            check_ids("labels", following, -100, vocabulary)
+            learned, weights = decoder.learned(following, None)
+            hidden = decoder(tokens, sequences.with_labels(learned))
+            total = cross_entropy_sum(hidden, decoder.head_weight, learned, vocabulary, weights)
+        count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalOutput(total / count, hidden, rows, decoder)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As every module's, but types stay: packed bytes mean nothing in another, and what is trained is fp32.
+
+        Raises `ConfigError` for an `fn` that changes them.
+        """
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if (cast := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise ConfigError(f"{type(self).__name__} cannot be cast to {cast}: give dtype= when it is made.")
+        return super()._apply(fn, recurse)
 
 
 def check_ids(name: str, ids: Tensor, least: int, vocabulary: int) -> None:
@@ -90,10 +114,3 @@ def _leave_out_others(kept: frozenset[str], _module: nn.Module, state: dict[str,
 
 def _miss_no_others(kept: tuple[str, ...], _module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if key.endswith(kept)]
-
-
-def refuse_casts(module: nn.Module, fn: Any) -> None:
-    """Raise `ConfigError` if `fn`, which a module is asked to apply to its tensors, changes types of numbers."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if (cast := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
-            raise ConfigError(f"{type(module).__name__} cannot be cast to {cast}: give dtype= when it is made.")

@@ -19,11 +19,12 @@ from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from accessory.tokenizer import open_tokenizer
 from tests.conftest import DATA
-from tests.test_hugging_face import Recording, batch, collated, loaded
+from tests.hugging_face.loaded_models import TOKENS, batch, loaded
+from tests.hugging_face.training import CLIP, LONGEST, LR, Recording, collated
 
 LORA = {"lora_rank": 4, "lora_alpha": 8}  # beside norms and biases
 HOW = {"quant": True, "dtype": "fp32", "llama_type": "llama_peft", "llama_config": LORA, "seed": 1}
-STEPS, BATCH, LR, CLIP, LONGEST, TOKENS = 5, 4, 3e-3, 1.0, 128, torch.arange(40) * 7 % 500
+STEPS, BATCH = 5, 4
 
 
 @pytest.fixture(scope="module", autouse=True)

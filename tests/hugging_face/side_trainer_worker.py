@@ -6,14 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from accessory.hugging_face import QSTConfig, QSTLlamaForCausalLM
 from accessory.parallel import groups
-from tests.test_hugging_face import ACCUMULATED, SIDE, loaded, trainer
+from tests.hugging_face.loaded_models import SIDE, loaded
+from tests.hugging_face.training import ACCUMULATED, trainer
 
 base, folder = map(Path, sys.argv[1:])
 theirs = loaded(base)
