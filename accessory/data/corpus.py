@@ -31,7 +31,10 @@ _CHUNK, _CHARACTERS = 4096, 1 << 21  # most documents tokenized at a time, and c
 _FORMAT = 8  # part of the cache's key: raise it when a change makes other documents of the same records
 _DIGITS = 32  # kept of a digest
 # Fields of Omissions and Layouts kept in the cache.
-_CACHED = ("notes", "skipped", "unused", "truncated", "cut_answers", "cut_sources", "cut_targets", "longest")
+_CACHED = (
+    "notes", "skipped", "unused", "documents", "truncated", "cut_answers", "cut_sources", "cut_targets", "longest",
+    "longest_source", "longest_target",
+)  # fmt: skip
 _TOLD = ("shapes", "layouts", "earlier", "system")
 _CHAT_TEMPLATE = "chat_template"  # digest of the template by which documents were laid out, or null
 
@@ -278,19 +281,22 @@ def _tokenize(
 
 def _cut(ids: np.ndarray, flags: np.ndarray, cuts: Cuts, omissions: Omissions) -> tuple[np.ndarray, np.ndarray]:
     """A document's tokens and what is learned of them, both cut; what is cut of a used document is counted."""
-    lost_source = lost_target = False
-    if cuts.source_max_len or cuts.target_max_len:
-        source, keep = int(flags.argmax()), np.ones(len(ids), bool)
-        keep[cuts.source_max_len or source : source] = False
-        keep[source + (cuts.target_max_len or len(ids)) :] = False
-        lost_source, lost_target = not keep[:source].all(), not keep[source:].all()
+    source = int(flags.argmax())
+    target = len(ids) - source
+    most_source, most_target = cuts.source_max_len or source, cuts.target_max_len or target
+    if source > most_source or target > most_target:
+        keep = np.ones(len(ids), bool)
+        keep[most_source:source] = keep[source + most_target :] = False
         ids, flags = ids[keep], flags[keep]
     if flags[1 : cuts.max_words].any():
-        omissions.cut_sources += lost_source
-        omissions.cut_targets += lost_target
+        omissions.documents += 1
+        omissions.cut_sources += source > most_source
+        omissions.cut_targets += target > most_target
         omissions.truncated += len(ids) > cuts.max_words
         omissions.cut_answers += bool(flags[cuts.max_words :].any())
         omissions.longest = max(omissions.longest, len(ids))
+        omissions.longest_source = max(omissions.longest_source, source)
+        omissions.longest_target = max(omissions.longest_target, target)
     return ids[: cuts.max_words], flags[: cuts.max_words]
 
 

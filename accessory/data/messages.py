@@ -83,11 +83,12 @@ def read_text(fields: dict[str, Any], key: str) -> str:
 def read_turns(fields: dict[str, Any], key: str) -> Conversation:
     """The conversation of the turns in a list, in any order that holds an answer. Raises `UnusableRecord`."""
     check_media(fields)
-    turns = fields.get(key)
-    if turns is not None and not isinstance(turns, list):
-        raise UnusableRecord(f"{key!r} is {kind(turns)}, expected a list of turns")
-    if not turns:
-        raise UnusableRecord(f"has no list {missing(fields, key)}")
+    if key not in fields:
+        raise UnusableRecord(f"has no {missing(fields, key)}")
+    turns = fields[key]
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else kind(turns)
+        raise UnusableRecord(f"{key!r} is {found}, expected a list of turns")
     if all(isinstance(turn, dict) and "text" in turn and not {"from", "role"} & turn.keys() for turn in turns):
         # OL-CC names nobody: they take turns.
         turns = [{"from": ("human", "gpt")[place % 2], "value": turn["text"]} for place, turn in enumerate(turns)]
@@ -167,9 +168,9 @@ def check_text(texts: Iterable[str]) -> None:
 
 
 def missing(fields: dict[str, Any], key: str) -> str:
-    """The rest of a sentence on a missing key: the keys that are there, and the one that may be meant."""
+    """The rest of a sentence that begins "has no": the key, those that are there, and the one that may be meant."""
     hint = nearest(key, fields).replace(" Did you mean", "; did it mean").rstrip("?")
-    return f"{key!r} among its keys {shown_keys(fields) or '(it has none)'}{hint}"
+    return f"key {key!r}, {'only ' + shown_keys(fields) if fields else 'nor any other'}{hint}"
 
 
 def turn_keys(turn: dict[str, Any]) -> tuple[str, ...]:

@@ -26,9 +26,9 @@ class Omissions:
 
     files: the file of each entry. settings: (number of the entry, a setting of it that has no effect). notes: (number
     of the entry, how its file was read). skipped: cause -> records. unused: key that no layout reads -> (number of
-    records that have it, the first of them). truncated: number of documents cut at --max_words; cut_answers: of those
-    that lose an answer's end. cut_sources, cut_targets: cut at --source_max_len and --target_max_len. longest: tokens
-    of the longest document before --max_words cuts it.
+    records that have it, the first of them). documents: number of those that are used. truncated: of those cut at
+    --max_words; cut_answers: of these that lose an answer's end. cut_sources, cut_targets: cut at --source_max_len and
+    --target_max_len. longest, longest_source, longest_target: the most tokens before the flag of that length cuts any.
     """
 
     files: list[str]
@@ -36,11 +36,14 @@ class Omissions:
     notes: list[tuple[int, str]] = field(default_factory=list)
     skipped: dict[str, list[Origin]] = field(default_factory=dict)
     unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
+    documents: int = 0
     truncated: int = 0
     cut_answers: int = 0
     cut_sources: int = 0
     cut_targets: int = 0
     longest: int = 0
+    longest_source: int = 0
+    longest_target: int = 0
 
     def skip(self, cause: str, origin: Origin) -> None:
         """Count a record that cannot be used."""
@@ -72,17 +75,18 @@ class Omissions:
 
     def _cuts(self) -> list[str]:
         """A line for each limit that cut documents."""
-        found = []
-        if self.truncated:
-            cut = f"cut short at --max_words: {self.truncated:,} documents"
-            lost = f", {self.cut_answers:,} of them within an answer, whose end is not learned"
-            found.append(
-                f"{'warning: ' * bool(self.cut_answers)}{cut}{lost * bool(self.cut_answers)}; --max_words "
-                f"{self.longest} cuts none"
-            )
-        for flag, count in (("--source_max_len", self.cut_sources), ("--target_max_len", self.cut_targets)):
-            found += [f"cut short at {flag}: {count:,} documents"] * bool(count)
-        return found
+        within = f", {self.cut_answers:,} of them within an answer, whose end is not learned" * bool(self.cut_answers)
+        cuts = (
+            ("max_words", self.truncated, within, self.longest),
+            ("source_max_len", self.cut_sources, ", whose questions lose their ends", self.longest_source),
+            ("target_max_len", self.cut_targets, ", the ends of whose answers are not learned", self.longest_target),
+        )
+        return [
+            f"{'warning: ' * bool(lost)}cut short at --{flag}: {count:,} of {self.documents:,} documents{lost}; "
+            f"--{flag} {longest} cuts none"
+            for flag, count, lost, longest in cuts
+            if count
+        ]
 
     def check(self, origins: np.ndarray, most: float) -> None:
         """Raise `DataError` where more than the share `most` of all records was skipped.

@@ -183,9 +183,14 @@ def _rows(path: Path, kind: Kind | None) -> Iterator[Row]:
     if kind is None:
         yield from _mmlu_rows(path)
         return
-    labels = _labels(path, kind)
-    for number, record in enumerate(read_lines(path)):
-        fields = {**record.fields, kind.labels: labels[number]} if number < len(labels) else record.fields
+    records, labels = list(read_lines(path)), _labels(path, kind)
+    if labels is not None and len(labels) != len(records):
+        raise DataError(
+            f"{_beside(path)}: holds {len(labels):,} labels for the {len(records):,} documents of {path.name}; "
+            "expected one a line for each of them."
+        )
+    for number, record in enumerate(records):
+        fields = {**record.fields, kind.labels: labels[number]} if labels is not None else record.fields
         try:
             yield kind.row(fields)
         except (KeyError, TypeError, ValueError) as error:
@@ -195,10 +200,10 @@ def _rows(path: Path, kind: Kind | None) -> Iterator[Row]:
             raise DataError(f"{path}:{record.line}: is no record of {kind.name}: {said}.") from error
 
 
-def _labels(path: Path, kind: Kind) -> list[str]:
+def _labels(path: Path, kind: Kind) -> list[str] | None:
     """The answers beside a file, where they lie in one of their own."""
     answers = _beside(path)
-    return answers.read_text().split() if kind.labels and answers.exists() else []
+    return answers.read_text().split() if kind.labels and answers.exists() else None
 
 
 def _beside(path: Path) -> Path:

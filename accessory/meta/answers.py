@@ -12,6 +12,7 @@ import torch
 from accessory.data.templates import CHAT, DialogPrompt, question_prompt
 from accessory.errors import ConfigError
 from accessory.generate import KeptCache, generate_tokens
+from accessory.meta.arguments import no_images
 from accessory.meta.prompts import Prompt, check_prompts, end_marks, is_prompt
 from accessory.meta.sampling import Sampling
 from accessory.model.choice import Choice
@@ -71,12 +72,13 @@ class Answers:
         pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
         return [*self.tokenizer.start_ids, *(token for piece in pieces for token in piece)]
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> str | list[str]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], images: None = None, **sampling: Any) -> str | list[str]:
         """The answer to a prompt, or the answers to a list of them.
 
-        sampling: how they are chosen, as `Sampling` says: `max_gen_len`, `temperature`, `top_p`, `stop`, ... Raises
-        `ConfigError` for what is no prompt, and for values of `sampling` that cannot be.
+        images: as in `compute_logits`. sampling: how they are chosen, as `Sampling` says: `max_gen_len`, `temperature`,
+        `top_p`, `stop`, ... Raises `ConfigError` for what is no prompt, and for values of `sampling` that cannot be.
         """
+        no_images(images)
         if is_prompt(prompts):
             return self.generate([prompts], **sampling)[0]
         check_prompts(prompts)
@@ -121,12 +123,14 @@ class Answers:
                 break
         return [self._text(*pair, how.stop)[0] for pair in zip(dialog, answers, strict=True)]
 
-    def stream_generate(self, prompt: Prompt, **sampling: Any) -> Generator[str, None, None]:
+    def stream_generate(self, prompt: Prompt, image: None = None, **sampling: Any) -> Generator[str, None, None]:
         """The answer so far, each time it grows by a token; held back is what may yet change: half a character, or what
         the end of the turn or a text of `stop` begins with.
 
-        sampling: as in `generate`. The last answer is the same as `generate`'s, even if that ends in half a character.
+        image, sampling: as in `generate`. The last answer is the same as `generate`'s, even if that ends in half a
+        character.
         """
+        no_images(image)
         check_prompts([prompt])
         how = Sampling.of(**sampling)
         steps = self.steps([self.prompt_tokens(prompt)], self.stop_ids([prompt]), how)

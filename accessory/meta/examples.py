@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.errors import DataError
+from accessory.meta.arguments import no_images
 
 Example = str | Sequence[int] | Tensor
 """A text, or the ids of its tokens."""
@@ -19,13 +20,15 @@ class Examples:
 
     @torch.no_grad()
     def compute_logits(
-        self, examples: Example | Sequence[Example], *, bos: bool = True, eos: bool = False
+        self, examples: Example | Sequence[Example], images: None = None, *, bos: bool = True, eos: bool = False
     ) -> Tensor | list[Tensor]:
         """Logits [S, V] of an example, or those of a list of them, fp32 on the model's device.
 
-        bos, eos: whether a text gets the tokenizer's start ids and its end; a list of ids is taken as it is. Raises
-        `DataError` for an example without tokens, or with ids beyond the vocabulary.
+        images: there is no vision part yet; only None is taken. bos, eos: whether a text gets the tokenizer's start ids
+        and its end; a list of ids is taken as it is. Raises `DataError` for an example without tokens, or with ids
+        beyond the vocabulary, and `ConfigError` for images.
         """
+        no_images(images)
         many = examples if _is_list_of_examples(examples) else [examples]
         ids = [self._example_ids(example, place, bos, eos) for place, example in enumerate(many)]
         lengths, device = tuple(map(len, ids)), self.llma.frequencies.device
@@ -38,6 +41,7 @@ class Examples:
         self,
         examples: Example | Sequence[Example],
         contexts: Example | Sequence[Example] | None = None,
+        images: None = None,
         *,
         bos: bool = True,
         eos: bool = False,
@@ -46,9 +50,10 @@ class Examples:
 
         log_likelihood: sum of log p. ppl: perplexity. max_equal: whether each token was the likeliest. Each counts the
         tokens behind the context, or all but the first. non_context_logits: what these were predicted from [S, V].
-        bos, eos: as in `compute_logits`. Raises `DataError` where an example does not begin with the tokens of its
-        context, or nothing follows them.
+        images, bos, eos: as in `compute_logits`. Raises `DataError` where an example does not begin with the tokens of
+        its context, or nothing follows them.
         """
+        no_images(images)
         if not _is_list_of_examples(examples):
             alone = self.evaluate_examples([examples], contexts if contexts is None else [contexts], bos=bos, eos=eos)
             return {name: values[0] for name, values in alone.items()}

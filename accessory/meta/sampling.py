@@ -46,7 +46,8 @@ class Sampling(BaseModel):
         unknown, of a wrong type or out of range.
         """
         known = Sampling.model_fields
-        values = {key: value for key, value in values.items() if value or key not in _UPSTREAM_SAMPLING}
+        unset = {key for key in _UPSTREAM_SAMPLING & values.keys() if values[key] is None or values[key] is False}
+        values = {key: value for key, value in values.items() if key not in unset}
         strange = [key for key in values if key not in known]
         hints = {key: _UPSTREAM_SAMPLING.get(key) or keyword_hint(key, known) for key in strange}
         if faults := [f"MetaModel: unknown key {key!r}{hint}" for key, hint in hints.items()]:

@@ -16,6 +16,7 @@ from typing import Any
 from accessory import errors
 from accessory.errors import AccessoryError, ConfigError, LostRankError
 from accessory.meta import Prompt
+from accessory.meta.arguments import no_images
 from accessory.multi_gpu.messages import TOKENIZER, pack, unpack
 from accessory.tokenizer import Tokenizer, open_tokenizer
 
@@ -72,16 +73,18 @@ class MultiGpuWrapper:
             self.close()
             raise
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> str | list[str]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], images: None = None, **sampling: Any) -> str | list[str]:
         """See `MetaModel.generate`."""
+        no_images(images)
         return self._call("generate", prompts, **sampling)
 
     def answers(self, prompt: Prompt, count: int, **sampling: Any) -> list[str]:
         """See `MetaModel.answers`."""
         return self._call("answers", prompt, count, **sampling)
 
-    def stream_generate(self, prompt: Prompt, **sampling: Any) -> Generator[str, None, None]:
+    def stream_generate(self, prompt: Prompt, image: None = None, **sampling: Any) -> Generator[str, None, None]:
         """See `MetaModel.stream_generate`. Until the stream is read to its end or closed, nothing else can be asked."""
+        no_images(image)
         if self._streaming:
             raise ConfigError(_STREAM_IS_OPEN)
         kind, piece = self._ask(pack(["stream_generate", [prompt], sampling]))
@@ -97,12 +100,16 @@ class MultiGpuWrapper:
         finally:
             self._streaming = False
 
-    def compute_logits(self, examples: Any, **options: Any) -> Any:
+    def compute_logits(self, examples: Any, images: None = None, **options: Any) -> Any:
         """See `MetaModel.compute_logits`."""
+        no_images(images)
         return self._call("compute_logits", examples, **options)
 
-    def evaluate_examples(self, examples: Any, contexts: Any = None, **options: Any) -> dict[str, Any]:
+    def evaluate_examples(
+        self, examples: Any, contexts: Any = None, images: None = None, **options: Any
+    ) -> dict[str, Any]:
         """See `MetaModel.evaluate_examples`."""
+        no_images(images)
         return self._call("evaluate_examples", examples, contexts, **options)
 
     def question(self, question: str, context: str = "", **how: Any) -> Prompt:

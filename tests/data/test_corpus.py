@@ -66,7 +66,7 @@ def test_what_is_cut_loses_its_end_and_is_counted(write, tokenizer):
     assert cut.lengths.tolist() == [length - 1] and cut.supervised[0] == whole.supervised[0] - 1
     assert (cut.tokens == whole.tokens[:-1]).all() and cut.tokens[-1] != tokenizer.eos_id
     assert (
-        "warning: cut short at --max_words: 1 documents, 1 of them within an answer, whose end is not learned"
+        "warning: cut short at --max_words: 1 of 1 documents, 1 of them within an answer, whose end is not learned"
         in cut.report
     )
     assert f"; --max_words {length} cuts none" in cut.report and "cut short" not in whole.report
@@ -89,10 +89,10 @@ def test_no_usable_record_is_an_error_with_the_causes(write, tokenizer):
         caught.value
     )
     parts = (
-        "among its keys 'instruction'; the nearest shape is alpaca",
-        "among its keys 'output'; the nearest shape is alpaca",
+        "only 'instruction'; the nearest shape is alpaca",
+        "only 'output'; the nearest shape is alpaca",
     )
-    for cause in (f"has no 'output' {parts[0]} ({path}:1)", f"has no 'instruction' {parts[1]} ({path}:2)"):
+    for cause in (f"has no key 'output', {parts[0]} ({path}:1)", f"has no key 'instruction', {parts[1]} ({path}:2)"):
         assert cause in str(caught.value)
 
 
@@ -305,15 +305,21 @@ def test_an_earlier_versions_identity_stays(write, tokenizer, chat_tokenizer):
 def test_each_side_is_cut_by_itself(write, tokenizer):
     """BOS counts for the source, and EOS for the target; what is cut is counted."""
     write("x.json", [{"input": "abcdef", "output": "xyz"}, {"input": "a", "output": "x"}])
-    corpus = make(
-        tokenizer=tokenizer, path=write("c.yaml", "META: [{path: x.json}]"), source_max_len=4, target_max_len=3
-    )
+    path = write("c.yaml", "META: [{path: x.json}]")
+    corpus = make(tokenizer=tokenizer, path=path, source_max_len=4, target_max_len=3)
     assert [corpus.document(i)[0].tolist() for i in (0, 1)] == [
         [1, 259, *ids("ab"), *ids("xyz")],
         [1, 259, *ids("a"), *ids("x"), 2],
     ]
-    assert "cut short at --source_max_len: 1 documents" in corpus.report
-    assert "cut short at --target_max_len: 1 documents" in corpus.report
+    for flag, lost, longest in (
+        ("source_max_len", "whose questions lose their ends", 8),
+        ("target_max_len", "the ends of whose answers are not learned", 4),
+    ):
+        assert (
+            f"warning: cut short at --{flag}: 1 of 2 documents, {lost}; --{flag} {longest} cuts none" in corpus.report
+        )
+        limits = {"source_max_len": 4, "target_max_len": 3} | {flag: longest}
+        assert f"cut short at --{flag}" not in make(tokenizer=tokenizer, path=path, **limits).report
     whole = make(tmp := write("x.json", [{"input": "abcdef", "output": "xyz"}]), tokenizer)
     assert whole.fingerprint != make(tmp, tokenizer, source_max_len=99).fingerprint
 
@@ -343,7 +349,7 @@ def test_records_of_other_shapes_than_the_files_are_a_cause(write, tokenizer):
     assert (
         "it has the shape prompt-completion, where the file's is alpaca: put those into a file of their own" in report
     )
-    assert f"has no 'instruction' among its keys 'colour' ({path}:4)" in report
+    assert f"has no key 'instruction', only 'colour' ({path}:4)" in report
 
 
 CHAT = "META: [{path: x.json, prompt_type: chat}]"

@@ -21,9 +21,12 @@ def said(conversation):
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
-        ({"instruction": "q"}, "^has no 'output' among its keys 'instruction'$"),
-        ({"instruction": "q", "outptu": "a"}, "^has no 'output' among its keys '.*', 'outptu'; did it mean 'outptu'$"),
-        ({"instructions": "q", "output": "a"}, "no 'instruction'.*'instructions'"),
+        ({"instruction": "q"}, "^has no key 'output', only 'instruction'$"),
+        ({"instruction": "q", "outptu": "a"}, "^has no key 'output', only '.*', 'outptu'; did it mean 'outptu'$"),
+        (
+            {"instructions": "q", "output": "a"},
+            "^has no key 'instruction', only 'instructions', 'output'; did it mean 'instructions'$",
+        ),
         ({"instruction": "q", "output": " \n"}, "^'output' is empty$"),
         ({"instruction": "q", "output": ["a"]}, "'output' is a list"),
         ({"instruction": None, "output": "a"}, "'instruction' is null"),
@@ -63,9 +66,11 @@ def test_media_are_a_cause(key):
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
-        ({"conversation": []}, "no list 'conversations'.*'conversation'"),
+        ({"conversation": []}, "^has no key 'conversations', only 'conversation'; did it mean 'conversation'$"),
+        ({"conversations": []}, "^'conversations' is an empty list, expected a list of turns$"),
+        ({"conversations": None}, "^'conversations' is null, expected a list of turns$"),
         ({"conversations": "text"}, "^'conversations' is a text, expected a list of turns$"),
-        ({}, r"^has no list 'conversations' among its keys \(it has none\)$"),
+        ({}, "^has no key 'conversations', nor any other$"),
         (turns(("human", "q")), "^'conversations' has no turn of the assistant$"),
         (turns(("human", "q"), ("robot", "a")), "a turn from 'robot'; expected human, gpt, observation, system, "),
         ({"conversations": [{"role": "user", "text": "q"}]}, "'content' is null, expected text$"),

@@ -14,9 +14,7 @@ def test_skipped_records_are_counted_by_cause_with_their_first_lines(write, toke
     path = write("x.jsonl", [GOOD, *bad, GOOD])
     corpus = make(path, tokenizer)
     assert len(corpus) == 2
-    assert (
-        f"skipped 5: has no 'output' among its keys 'instruction' ({path}:2, {path}:3, {path}:4, ...)" in corpus.report
-    )
+    assert f"skipped 5: has no key 'output', only 'instruction' ({path}:2, {path}:3, {path}:4, ...)" in corpus.report
     assert f"skipped 1: 'output' is empty ({path}:7)" in corpus.report
     assert f"({path}:8)" in corpus.report and corpus.report.startswith("2 documents")
 

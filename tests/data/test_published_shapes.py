@@ -323,7 +323,7 @@ BROKEN = {
     "turns elsewhere": ({"chat": shared(("human", "q"), ("gpt", "a"))}, "'chat'", "columns: {conversations: chat}"),
     "one text": ({"body": "words", "id": 3}, "'body', 'id'", "columns: {text: body}"),
     "numbers": ({"x": 1, "y": 2}, "'x', 'y'", "say which are question and answer in the YAML: 'columns: {instruction"),
-    "no answer": ({"instruction": "q"}, "has no 'output' among its keys 'instruction'", "nearest shape is alpaca"),
+    "no answer": ({"instruction": "q"}, "has no key 'output', only 'instruction'", "nearest shape is alpaca"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "'messages'", "'image_url'"
     ),

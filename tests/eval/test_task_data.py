@@ -67,6 +67,13 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
         match=r"valid.jsonl:1: is no record of piqa: lacks 'label'; answers are expected in it, or in valid-labels",
     ):
         TaskData(tmp_path).load("baber/piqa")["validation"]
+    path.write_text('{"goal": "g", "sol1": "a", "sol2": "b"}\n' * 3)
+    for count in (0, 2, 4):
+        (tmp_path / "valid-labels.lst").write_text("0\n" * count)
+        with pytest.raises(
+            DataError, match=rf"valid-labels.lst: holds {count} labels for the 3 documents of valid.jsonl; expected one"
+        ):
+            TaskData(tmp_path).load("baber/piqa")["validation"]
     (tmp_path / "a_test.csv").write_text("q,1,2,3,4,E\n")
     with pytest.raises(DataError, match=r"a_test.csv:1: .*expected a question, 4 choices and A, B, C or D"):
         TaskData(tmp_path).load("cais/mmlu", "a")["test"]

@@ -34,7 +34,7 @@ BAD_LINES = {
     "list": (b'["a", "b"]', "is a list, not an object"),
     "missing key": (
         b'{"instruction": "a", "outputs": "b"}',
-        "has no 'output' among its keys 'instruction', 'outputs'; did it mean 'outputs'",
+        "has no key 'output', only 'instruction', 'outputs'; did it mean 'outputs'",
     ),
     "empty answer": (b'{"instruction": "a", "output": "  "}', "'output' is empty"),
     "duplicate key": (b'{"instruction": "a", "output": "b", "output": "c"}', "holds the key 'output' twice"),

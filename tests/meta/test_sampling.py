@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from accessory.errors import ConfigError
 from accessory.meta import MetaModel
@@ -15,7 +16,6 @@ from accessory.meta import MetaModel
     ({"max_gen_len": None}, "'max_gen_len' is None: Input should be a valid integer"),
     ({"max_new_tokens": 5}, "unknown key 'max_new_tokens': max_gen_len is the longest answer"),
     ({"num_gpus": 2}, "unknown key 'num_gpus': torchrun starts the processes: torchrun --nproc-per-node=N"),
-    ({"images": "a.png"}, "unknown key 'images': there is no vision part yet"),
     ({"return_logits": True}, r"unknown key 'return_logits': compute_logits\(prompt\)"),
     ({"stop_strings": "a", "sed": 1}, r"(?s)'stop_strings': stop are .*unknown key 'sed'. Did you mean 'seed'"),
 ])  # fmt: skip
@@ -30,5 +30,11 @@ def test_wrong_ways_to_answer(model: MetaModel, wrong: dict, said: str) -> None:
 def test_upstreams_arguments_of_generate_unset(model: MetaModel) -> None:
     """As its users' scripts give them, for a model without vision."""
     unset = {"images": None, "return_logits": False, "max_gen_len": 4}
+    assert model.generate(["q"], None, max_gen_len=4) == model.generate(["q"], max_gen_len=4)
+    assert torch.equal(model.compute_logits("q", None), model.compute_logits("q", images=None))
+    assert model.evaluate_examples("qq", "q", images=None)["ppl"] == model.evaluate_examples("qq", "q", None)["ppl"]
+    for ask in (model.compute_logits, model.evaluate_examples, model.generate):
+        with pytest.raises(ConfigError, match=r"images is 'a.png': there is no vision part yet; leave"):
+            ask(["q"], images="a.png")
     assert model.generate(["q"], **unset) == model.generate(["q"], max_gen_len=4)
     assert list(model.stream_generate("q", image=None, max_gen_len=4))[-1] == model.generate("q", max_gen_len=4)
