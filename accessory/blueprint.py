@@ -285,7 +285,8 @@ def _settings(
         stated_by |= dict.fromkeys(content, name)
     faults += [_flag_fault(flag, key, stated_by, method_keys) for key, (flag, _) in flags.items()
                if key in stated_by or key not in method_keys]  # fmt: skip
-    merged |= {key: value for key, (_, value) in flags.items()}
+    for key, (_, value) in flags.items():
+        merged = method_class.beside_flags.get(key, {}) | merged | {key: value}
     names += [flag for flag, _ in flags.values()]
     if "dim" not in merged and not faults:
         where = ", ".join(str(source.path) for source in sources)
@@ -301,18 +302,18 @@ def _settings(
             faults.append(explain_validation(error, " + ".join(files), keys))
     if faults:
         raise ConfigError("\n".join(faults))
-    method = method_class(parts[1])
+    method = method_class(parts[1]).beside(parts[0])
     if flags and getattr(method.settings, "lora_rank", 1) <= 0:
         raise ConfigError(
             f"{', '.join(flag for flag, _ in flags.values())} without LoRA changes nothing: give --lora_r."
         )
     replaced: set[str] = set()
     for source in reversed(sources):
-        lora = {name for name in source.tensors if ".lora_" in name}
-        if lora - replaced and (conflict := method.conflict(source.settings or {})):
+        added = set(filter(method.added, source.tensors))
+        if added - replaced and (conflict := method.conflict(source.settings or {}, parts[0])):
             way = " Parts of different scales do not go together; merge one into the base (tools/merge.py)."
             raise ConfigError(f"{source.path}: {conflict}.{way if replaced else ''}")
-        replaced |= lora
+        replaced |= added
     return parts[0], method
 
 

@@ -43,8 +43,7 @@ _SENTENCES = (
      "there is nothing of the kind here: leave it out"),
     ("adapter finetuning_type peft_type task_type full_finetune use_lora use_peft lora freeze train_type "
      "tuner_type",
-     'the end of --llama_type says what is trained (_peft: norms, biases, LoRA); {"lora_rank": 16} in a JSON file of '
-     "--llama_config turns LoRA on"),
+     "the end of --llama_type says what is trained (_peft: norms and biases, or LoRA alone with --lora_r)"),
     # model, tokenizer, data
     ("model base_model model_name model_name_or_path base_model_name_or_path model_path model_id model_id_or_path "
      "checkpoint checkpoint_path checkpoint_dir ckpt_dir ckpt_path pretrain_ckpt_file "

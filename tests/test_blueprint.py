@@ -143,7 +143,10 @@ def test_settings_as_flags(tiny_base: Path, settings) -> None:
     """They are the method's, as a file would state them; what they contradict is named."""
     flags = {"lora_rank": ("--lora_r", 4), "lora_alpha": ("--lora_alpha", 8.0)}
     made = draw(tiny_base, flag_settings=flags)
-    assert made.method.settings == Peft.Settings(lora_rank=4, lora_alpha=8.0)
+    alone = {"norm_tuning": False, "bias_tuning": False}  # as qlora and peft train it
+    assert made.method.settings == Peft.Settings(lora_rank=4, lora_alpha=8.0, **alone)
+    with_norms = draw(tiny_base, llama_config=[settings(norm_tuning=True)], flag_settings=flags).method.settings
+    assert with_norms.norm_tuning and not with_norms.bias_tuning
     assert made.settings()["lora_rank"] == 4
     file = settings(lora_rank=4)
     with pytest.raises(ConfigError, match=rf"^--lora_r: {file} has 'lora_rank' already; leave one out.$"):

@@ -257,7 +257,6 @@ def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "VALIDATION.json").write_text(json.dumps(json.loads(DATA.read_text())[:8]))
     (folder / "TEXT.txt").write_text(DATA.read_text())
     (folder / "lora.json").write_text('{"lora_rank": 16}')
-    (folder / "guanaco.json").write_text(next(text for page, text in blocks("json") if page == "docs/coming-from.md"))
     (folder / "side.json").write_text('{"start": "released"}')
     side = write_trained_side(tiny_base, tmp_path_factory.mktemp("side") / "part", start="released")
     export_side([side], folder / "RELEASED")

@@ -38,6 +38,8 @@ _UNRECORDED = {
     "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0,
 }  # fmt: skip
 """Of the identity: what runs of earlier versions did without recording it."""
+_FOLLOWED = ("tail", "side_heads")
+"""Of the identity's settings: what earlier versions recorded as null where it followed from the base."""
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
 """The loss scale of an fp16 run at its start, and the smallest."""
 LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
@@ -152,7 +154,7 @@ def find_resumption(
     if not record.is_file() or not state_file.is_file():
         raise CheckpointError(f"{directory}: holds no training state to resume from; expected {record.name} in it.")
     progress, was, conditions_were, validation = _read_record(record)
-    was = _UNRECORDED | was
+    was = _spelled_out(_UNRECORDED | was, identity)
     changed = {key: found for key, value in identity.items() if (found := differences(key, was.get(key), value))}
     if refused := [key for key in changed if key not in allowed and follows.get(key) not in allowed]:
         said = "; ".join(_said(*values) for key in refused for values in changed[key])
@@ -166,6 +168,15 @@ def find_resumption(
     ]
     ranks, mp_size = conditions_were["world_size"], conditions_were["mp_size"]
     return Resumption(directory, progress, ranks, mp_size, tuple(changed), tuple(inexact), validation)
+
+
+def _spelled_out(was: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity `was`, with this one's settings in place of null; what was saved is compared with them elsewhere."""
+    settings, now = was.get("settings"), identity.get("settings")
+    if not (isinstance(settings, dict) and isinstance(now, dict)):
+        return was
+    absent = [key for key in _FOLLOWED if key in now and settings.get(key, 0) is None]
+    return was | {"settings": settings | {key: now[key] for key in absent}}
 
 
 def _said(name: str, was: Any, now: Any) -> str:

@@ -61,7 +61,7 @@ class FinetuneConfig(BaseModel):
     bits: Annotated[Literal["4", "8", "16"], BeforeValidator(str)] | None = None
     """Another way to say --quant: 4 is --quant, 8 is --quant --quant_type int8, 16 is neither."""
     lora_r: int | None = Field(default=None, ge=1)
-    """LoRA's rank: "lora_rank" of --llama_config, without a file (_peft)."""
+    """LoRA's rank (_peft), as "lora_rank" of --llama_config; norms and biases are then trained only if that says so."""
     lora_alpha: float | None = None
     """LoRA's scale is this / --lora_r: "lora_alpha" of --llama_config, without a file (_peft)."""
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)

@@ -12,7 +12,12 @@ from pydantic_core import PydanticCustomError
 _UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 """A number and its unit."""
-_OPTIMIZERS_OF_TRAINER = {"paged_adamw_32bit": "paged_adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
+_OPTIMIZERS_OF_TRAINER = (
+    dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_hf"), "adamw")
+    | dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw8bit")
+    | {"paged_adamw_32bit": "paged_adamw"}
+)
+"""Name in transformers' Trainer -> ours."""
 _LAYER_WORDS = ("none", "all", "auto")
 
 
@@ -47,6 +52,8 @@ def size_bytes(size: str | None) -> int | None:
 
 def own_optimizer(value: Any) -> Any:
     """Our name of an optimizer that transformers' Trainer, and so qlora, calls otherwise."""
+    if value == "paged_adamw_8bit":
+        raise PydanticCustomError("optim", "moments in 8 bits are not paged here: give adamw8bit, or paged_adamw")
     return _OPTIMIZERS_OF_TRAINER.get(value, value) if isinstance(value, str) else value
 
 

@@ -64,7 +64,8 @@ def adopt(
 
     dtype: as `compute_dtype`. Raises `AccessoryError` where model and settings do not go together.
     """
-    args, method = model_args_of(source), SideTuning(settings)
+    args = model_args_of(source)
+    method = SideTuning(settings).beside(args)
     layout = Layout(device=groups.start(str(_device(model))).device)  # each process has the whole model
     method.check(args, layout, "sdp")
     maker = storage(source.storage) if source.storage else None

@@ -53,7 +53,7 @@ def load_state(decoder: SideDecoder, parameters: dict[str, nn.Parameter], traina
     family = architecture_of(decoder.args.architecture, "architecture").family
     base = Source(Path("the model"), "transformers", [], {}, settings=decoder.args.model_dump(), llama_type=family)
     source = open_source(directory, base)
-    if conflict := SideTuning(decoder.settings).conflict(source.settings or {}):
+    if conflict := SideTuning(decoder.settings).conflict(source.settings or {}, decoder.args):
         raise ConfigError(f"{directory}: {conflict}.")
     tensors, _ = overlay([source], decoder.args)
     faults = [f"{name} is missing" for name in sorted(trainable - tensors.keys())]

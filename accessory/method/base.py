@@ -41,6 +41,8 @@ class Method(ABC):
     """What is trained, in a few words."""
     presets: ClassVar[dict[str, dict[str, Any]]]
     """Names that tools take as `--method`, and the settings they stand for."""
+    beside_flags: ClassVar[Mapping[str, dict[str, Any]]] = {}
+    """Key that a flag states -> what other keys are then where nothing states them."""
     trains_base: ClassVar[bool] = False
     """Whether the base's own weights are trained, rather than something beside them."""
     keeps_base: ClassVar[bool] = False
@@ -93,10 +95,19 @@ class Method(ABC):
         """Whether `attach` puts LoRA on the linear of that name."""
         return False
 
-    def conflict(self, stated: Mapping[str, Any]) -> str | None:
+    @classmethod
+    def added(cls, name: str) -> bool:
+        """Whether the tensor of that name in a trained part is one that the settings say how to compute with."""
+        return ".lora_" in name
+
+    def beside(self, args: ModelArgs) -> Method:
+        """This method, with settings that follow from a base of `args` spelled out, as they are to be saved."""
+        return self
+
+    def conflict(self, stated: Mapping[str, Any], args: ModelArgs) -> str | None:
         """Why a part trained with the settings `stated` would compute differently with these; None if it would not.
 
-        Shapes are compared elsewhere.
+        args: those of the base. Shapes are compared elsewhere.
         """
         return None
 

@@ -89,6 +89,8 @@ class Peft(Method):
         "lora": {"lora_rank": 16, "norm_tuning": False, "bias_tuning": False},
         "norm": {"bias_tuning": False},
     }
+    # Who gives the flag knows it from qlora or peft, where LoRA alone is trained; the key is LLaMA2-Accessory's.
+    beside_flags: ClassVar[Mapping[str, dict[str, Any]]] = {"lora_rank": {"norm_tuning": False, "bias_tuning": False}}
 
     @classmethod
     def storage_fault(cls, quant_type: str) -> str | None:
@@ -105,7 +107,7 @@ class Peft(Method):
         """On LoRA's input."""
         return self.settings.lora_rank > 0 and self.settings.lora_dropout > 0
 
-    def conflict(self, stated: Mapping[str, Any]) -> str | None:
+    def conflict(self, stated: Mapping[str, Any], args: ModelArgs) -> str | None:
         """See `Method.conflict`: the scale of LoRA's product is stored in the settings alone."""
         keys = ("lora_rank", "lora_alpha")
         try:

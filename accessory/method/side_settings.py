@@ -82,6 +82,15 @@ class SideSettings(BaseModel):
         """Blocks in the tail of a base that has `n_layers`."""
         return max(2 * n_layers // 5, 1) if self.tail is None else self.tail
 
+    def beside(self, args: ModelArgs) -> SideSettings:
+        """The same beside a base of `args`, with the numbers that follow from it: other versions may have them follow
+        otherwise. Raises `ConfigError` as `side_args` does.
+        """
+        heads = self.side_heads
+        if heads is None and self.side_layers and self.start != "released":
+            heads = side_args(args, self).n_heads
+        return self.model_copy(update={"tail": self.tail_of(args.n_layers), "side_heads": heads})
+
 
 def side_args(args: ModelArgs, settings: SideSettings) -> ModelArgs:
     """The blocks beside a base of `args`: 1/r as wide, with the base's norms, activation, biases and positions.

@@ -93,12 +93,24 @@ class SideTuning(Method):
                 f"or r in --llama_config that it divides, or a smaller --model_parallel_size."
             )
 
-    def conflict(self, stated: Mapping[str, Any]) -> str | None:
+    @classmethod
+    def added(cls, name: str) -> bool:
+        """See `Method.added`: those of a side network, too."""
+        return super().added(name) or name.startswith(OWN)
+
+    def beside(self, args: ModelArgs) -> SideTuning:
+        """See `Method.beside`: tail and heads."""
+        return SideTuning(self.settings.beside(args))
+
+    def conflict(self, stated: Mapping[str, Any], args: ModelArgs) -> str | None:
         """See `Method.conflict`; how it is trained may change."""
-        ours = self.settings.model_dump(exclude=_FREE)
-        differing = [key for key, value in ours.items() if stated.get(key, value) != value]
-        said = ", ".join(f"{key} {stated[key]!r}, here it is {ours[key]!r}" for key in differing)
-        return f"was trained with {said}" if differing else None
+        theirs = {key: stated[key] for key in type(self.settings).model_fields if key in stated}
+        was, now = (
+            settings.beside(args).model_dump(exclude=_FREE)
+            for settings in (self.settings.model_copy(update=theirs), self.settings)
+        )
+        said = ", ".join(f"{key} {was[key]!r}, here it is {value!r}" for key, value in now.items() if was[key] != value)
+        return f"was trained with {said}" if said else None
 
     def decoder(self, args: ModelArgs, **how: Any) -> Decoder:
         """The base with the side network."""

@@ -415,6 +415,20 @@ def test_what_an_earlier_version_did_without_a_flag(trained, tmp_path: Path) -> 
         load(tmp_path, *trained, adam_beta2=0.999)
 
 
+def test_what_followed_from_the_base_was_recorded_as_null(trained, tmp_path: Path) -> None:
+    """It is a number now, so that the run goes on whatever follows from the base in this version."""
+    record = tmp_path / "training_state.json"
+    saved = json.loads(record.read_text())
+    saved["identity"]["settings"] |= {"tail": None, "side_heads": None}
+    record.write_text(json.dumps(saved))
+    now = IDENTITY["settings"] | {"tail": 1, "side_heads": None}
+    assert load(tmp_path, *trained, settings=now).changed == ()
+    saved["identity"]["settings"]["tail"] = 2
+    record.write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match=r"settings\.tail was 2, is 1"):
+        load(tmp_path, *trained, settings=now)
+
+
 def test_all_differences_are_named(trained, tmp_path: Path) -> None:
     """At once."""
     with pytest.raises(CheckpointError) as caught:

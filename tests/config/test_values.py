@@ -48,13 +48,20 @@ def test_max_memory(paths: list[str], stated: str, size: float) -> None:
     assert parse(FinetuneConfig, paths).max_memory_bytes is None
 
 
-@pytest.mark.parametrize(
-    ("given", "optim"), [("paged_adamw_32bit", "paged_adamw"), ("adamw_torch", "adamw"), ("adamw8bit", "adamw8bit")]
-)
+@pytest.mark.parametrize(("given", "optim"), [
+    ("paged_adamw_32bit", "paged_adamw"), ("paged_adamw", "paged_adamw"),
+    ("adamw_torch", "adamw"), ("adamw_torch_fused", "adamw"), ("adamw_apex_fused", "adamw"), ("adamw_hf", "adamw"),
+    ("adamw_bnb_8bit", "adamw8bit"), ("adamw_8bit", "adamw8bit"), ("adamw8bit", "adamw8bit"),
+])  # fmt: skip
 def test_optimizers_by_the_names_of_transformers(paths: list[str], given: str, optim: str) -> None:
     assert parse(FinetuneConfig, [*paths, "--optim", given]).optim == optim
     (said,) = refusal([*paths, "--optim", "paged_adamw_8bit"])
-    assert said == "--optim is 'paged_adamw_8bit': Input should be 'adamw', 'adamw8bit' or 'paged_adamw'."
+    assert said == (
+        "--optim is 'paged_adamw_8bit': moments in 8 bits are not paged here: give adamw8bit, or paged_adamw."
+    )
+    for theirs in ("adafactor", "lion_32bit", "sgd"):
+        (said,) = refusal([*paths, "--optim", theirs])
+        assert said == f"--optim is '{theirs}': Input should be 'adamw', 'adamw8bit' or 'paged_adamw'."
 
 
 def test_trackers_are_words_or_one_with_commas(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,8 @@ from accessory.model.loss import cross_entropy_sum
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
-from tests.conftest import ROOT
+from tests.checkpoint.trained import write_trained_side
+from tests.conftest import ROOT, TINY_CONFIG, write_model, write_tokenizer
 from tests.method import side_reference
 
 LLAMA = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 61,
@@ -377,6 +378,7 @@ def test_a_tail_alone_is_merged(tiny_base: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     finetune(config)
     (part,) = (tmp_path / "out").glob("epoch*")
+    assert json.loads((part / "config.json").read_text())["tail"] == 1
     merge([tiny_base, part], tmp_path / "merged", Destination(dtype="fp32"), base=None, drop_biases=False)
     export_adapter([tiny_base, part], tmp_path / "adapter", drop_biases=False)
     stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -388,6 +390,28 @@ def test_a_tail_alone_is_merged(tiny_base: Path, tmp_path: Path) -> None:
     for found in same:
         torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
     assert (trained - base).abs().max() > 1e-2
+
+
+def test_parts_of_versions_that_recorded_null(tmp_path: Path) -> None:
+    """Their tail was a fifth of the blocks: its tensors tell. Side heads follow from the base."""
+    base = tmp_path / "base"
+    base.mkdir()
+    write_model(base, {**TINY_CONFIG, "num_hidden_layers": 5})
+    write_tokenizer(base)
+    tail = write_trained_side(base, tmp_path / "tail", tail=1)
+    side = write_trained_side(base, tmp_path / "side", r=2)
+    for part, key, trained, other in ((tail, "tail", 1, 2), (side, "side_heads", 2, 1)):
+        expected = logits_beside(base, part)
+        stated = json.loads((part / "config.json").read_text())
+        (part / "config.json").write_text(json.dumps(stated | {key: None}))
+        assert torch.equal(logits_beside(base, part), expected)
+        with pytest.raises(ConfigError, match=f"was trained with {key} {trained}, here it is {other}"):
+            logits_beside(base, part, llama_config={key: other})
+
+
+def logits_beside(base: Path, part: Path, **how) -> Tensor:
+    """Of a few tokens."""
+    return MetaModel.from_pretrained([base, part], dtype="fp32", device="cpu", **how).logits(torch.arange(9), (9,))
 
 
 def test_a_run(tiny_base: Path, tmp_path: Path) -> None:
@@ -406,6 +430,8 @@ def test_a_run(tiny_base: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     (part,) = (tmp_path / "out").glob("epoch*")
     model = MetaModel.from_pretrained(part)
+    stated = json.loads((part / "config.json").read_text())
+    assert (stated["side_layers"], stated["tail"], stated["side_heads"], stated["label_share"]) == (1, 0, 1, 0.5)
     assert model.llma.settings.r == 4 and len(model.generate(["What is it?"], max_gen_len=4)) == 1
     with pytest.raises(CheckpointError, match="cannot be merged: it is a llama_qst, a side network stands beside"):
         merge([tiny_base, part], tmp_path / "merged", Destination(), base=None, drop_biases=False)

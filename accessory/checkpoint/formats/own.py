@@ -39,13 +39,23 @@ def open_own(path: Path) -> Source | None:
         "Accessory (trained part)" if delta_files else f"Accessory{' (packed)' if packing else ''}",
         files,
         _with_packed(tensors, packing, meta) if packing else tensors,
-        settings=stated_settings(path),
+        settings=_with_tail(stated_settings(path), tensors),
         llama_type=stated_llama_type(path),
         is_delta=bool(delta_files),
         run=recorded,
         prompt_layouts=_layouts(*((run, recorded) if recorded else (meta, said))),
         system=_system(*((run, recorded) if recorded else (meta, said))),
     )
+
+
+def _with_tail(settings: dict[str, Any] | None, tensors: dict[str, LazyTensor]) -> dict[str, Any] | None:
+    """Earlier versions left out how long the tail of side tuning is where that followed from the base, by another rule
+    than now; the blocks that have LoRA tell.
+    """
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("layers.") and ".lora_" in name}
+    if settings and blocks and settings.get("tail", 0) is None:
+        return settings | {"tail": len(blocks)}
+    return settings
 
 
 def _read_run(file: Path) -> dict[str, Any]:
