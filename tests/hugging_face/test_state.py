@@ -27,7 +27,7 @@ def test_saved_it_gives_the_same_logits(made, bases, family: str, tmp_path: Path
     assert torch.equal(again(TOKENS[None]).logits[0], wanted)
     asked = MetaModel.from_pretrained([bases[family], tmp_path], dtype="fp32", quant=True)
     assert torch.equal(asked.logits(TOKENS, (40,)), wanted)
-    with pytest.raises(ConfigError, match="was trained with start 'released', here it is 'base'"):
+    with pytest.raises(ConfigError, match=r"was trained with .*start 'released', here it is 'base'"):
         made(family)[0].load_qst_state(tmp_path)
     (tmp_path / "config.json").unlink()
     for settings, fault in (
