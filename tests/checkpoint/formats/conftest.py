@@ -1,0 +1,31 @@
+"""What tests of reading a format share with those of writing it; libraries are loaded where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a model type -> a Hugging Face directory of it; see `peft_models.write_base`."""
+    from tests.checkpoint.formats.peft_models import write_base
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = write_base(name, tmp_path_factory.mktemp(name), tiny_base)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def adapter(base_of, tmp_path: Path) -> Path:
+    """A plain PEFT adapter that a test may damage."""
+    from tests.checkpoint.formats.peft_models import made_by_peft
+
+    return made_by_peft(base_of("llama"), tmp_path / "adapter")[0]
