@@ -1,9 +1,9 @@
+"""Documents, their labels and what is learned; a corpus that is kept; what tells two apart."""
+
 import io
 import multiprocessing
 import re
-from datetime import datetime
 
-import numpy as np
 import pytest
 import sentencepiece
 
@@ -11,24 +11,9 @@ from accessory.data import corpus
 from accessory.data.batch import IGNORE
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import DIALOG_SYSTEM, format_prompt
-from accessory.errors import DataError, TokenizerError
-from accessory.tokenizer import Chat, open_tokenizer
-
-GOOD = {"instruction": "q", "output": "ab"}
-
-
-def ids(text):
-    return [byte + 3 for byte in text.encode()]
-
-
-def make(path, tokenizer, **settings):
-    return build_corpus(path, tokenizer, **{"max_words": 4096, **settings})
-
-
-def same(one, other):
-    return one.fingerprint == other.fingerprint and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "learned", "offsets")
-    )
+from accessory.errors import DataError
+from accessory.tokenizer import open_tokenizer
+from tests.data.corpora import CHAT, DROPPING, GOOD, conversation, ids, make, same
 
 
 def test_a_document_and_its_shifted_labels(write, tokenizer):
@@ -261,19 +246,6 @@ def test_no_record_is_lost_between_the_chunks_that_are_tokenized_together(write,
     assert [tokenizer.decode(corpus.document(i)[0].tolist()) for i in range(9000)] == [f"q{i:05}" for i in range(9000)]
 
 
-def test_a_conversation_of_the_chat_template_is_told(write, chat_tokenizer):
-    """Without a word of the user's; where the template is missing, it is a dialog."""
-    turns = [("system", "Be brief."), ("human", "a"), ("gpt", "red")]
-    path = write("x.json", [conversation(*turns)] * 2 + [conversation(*turns[1:])])
-    corpus = make(path, chat_tokenizer())
-    assert corpus.show(0) == "system\nBe brief.\nuser\na\nassistant\n«red<end>»"
-    assert corpus.documents_by_prompt_layout() == {"chat": 3} and corpus.told.system == "Be brief."
-    assert "shape sharegpt (conversations; told from the keys), laid out as chat" in corpus.report
-    corpus = make(path, chat_tokenizer(None))
-    assert corpus.show(0).startswith("Be brief.\n\n### Human: a\n### Assistant:« red\n###<end>»")
-    assert corpus.told.layouts == ["dialog"]
-
-
 def test_what_is_told_is_kept_in_the_cache(write, chat_tokenizer, tmp_path):
     """Another chat template lays the records out anew."""
     path, cache = write("x.json", [conversation(("human", "a"), ("gpt", "red"))]), tmp_path / "cache"
@@ -343,127 +315,12 @@ def test_only_last_answers_are_learned_where_that_is_asked_for(write, chat_token
     assert len(dropping) == 1 and dropping.show(0).endswith("«green<end>»")
 
 
-def test_records_of_other_shapes_than_the_files_are_a_cause(write, tokenizer):
-    path = write("x.jsonl", [GOOD, GOOD, {"prompt": "p", "completion": "c"}, {"colour": "red"}])
-    report = make(path, tokenizer).report
-    assert (
-        "it has the shape prompt-completion, where the file's is alpaca: put those into a file of their own" in report
-    )
-    assert f"has no key 'instruction', only 'colour' ({path}:4)" in report
-
-
-CHAT = "META: [{path: x.json, prompt_type: chat}]"
-START, END = 256, 257
-
-
-def learned_text(corpus, tokenizer, index=0):
-    tokens, labels = corpus.document(index)
-    return tokens, tokenizer.decode(labels[labels != IGNORE].tolist())
-
-
-def test_a_record_is_laid_out_by_the_checkpoints_chat_template(write, chat_tokenizer):
-    tokenizer = chat_tokenizer()
-    write("x.json", [{"instruction": "q <|im_end|>", "input": "more", "output": " ab\n"}, GOOD])
-    corpus = make(write("c.yaml", CHAT), tokenizer)
-    tokens, learned = learned_text(corpus, tokenizer)
-    prompt = Chat(tokenizer).ids([{"role": "user", "content": "q <|im_end|>\n\nmore"}])
-    assert tokens.tolist() == [*prompt, *tokenizer.encode(" ab\n"), END] and learned == " ab\n"
-    assert corpus.document(0)[1][-2] == END
-    assert corpus.show(0) == "user\nq <|im_end|>\n\nmore\nassistant\n« ab\n<end>»"
-    assert learned_text(corpus, tokenizer, 1)[1] == "ab"
-
-
-def test_both_kinds_of_records_stay_apart(write, chat_tokenizer):
-    tokenizer = chat_tokenizer()
-    write("x.json", [GOOD, {"instruction": "w", "output": "cd"}])
-    write("y.json", [{"instruction": f"{i}", "output": f"<{i}>"} for i in range(3)])
-    entries = (
-        "[{path: y.json, prompt_type: none}, {path: x.json, prompt_type: chat}, {path: y.json, prompt_type: none}]"
-    )
-    corpus = make(write("c.yaml", f"META: {entries}"), tokenizer)
-    learned = [learned_text(corpus, tokenizer, index)[1] for index in range(len(corpus))]
-    assert learned == ["<0>", "<1>", "<2>", "ab", "cd", "<0>", "<1>", "<2>"]
-    assert corpus.document(0)[0][-1] == 258 and corpus.document(3)[0][-1] == END
-
-
-def test_conversations_are_laid_out_by_the_template_too(write, chat_tokenizer):
-    tokenizer = chat_tokenizer()
-    turns = [("human", "a"), ("gpt", "red"), ("human", "b"), ("gpt", "green"), ("human", "bye")]
-    write("x.json", [{"conversations": [{"from": role, "value": words} for role, words in turns]}])
-    corpus = make(write("c.yaml", CHAT), tokenizer, dialog=True)
-    assert corpus.show(0) == "user\na\nassistant\n«red<end>»\nuser\nb\nassistant\n«green<end>»"
-    tokens, labels = corpus.document(0)
-    assert tokens.tolist().count(START) == 4 and labels.tolist().count(END) == 2
-
-
-def test_a_chat_without_template_is_refused_before_anything_is_read(write, chat_tokenizer):
-    write("x.json", "not even JSON")
-    with pytest.raises(TokenizerError, match=r"tokenizer.json: the checkpoint has no chat template"):
-        make(write("c.yaml", CHAT), chat_tokenizer(None))
-
-
-def test_a_record_the_template_refuses_costs_that_record(write, chat_tokenizer):
-    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
-    tokenizer = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-    path = write("x.json", [{"instruction": "bad", "output": "x"}, GOOD, {"instruction": "bad", "output": "y"}])
-    config = write("c.yaml", CHAT)
-    report = make(config, tokenizer).report
-    assert report.startswith("1 documents") and "skipped 2: " in report and f"no bad). ({path}" in report
-    with pytest.raises(DataError, match=r"2 of 3 records cannot be used, more than --max_skipped 0\.5"):
-        make(config, tokenizer, max_skipped=0.5)
-
-
-DROPPING = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>"
-    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-def conversation(*turns):
-    return {"conversations": [{"from": role, "value": words} for role, words in turns]}
-
-
-def test_turns_that_are_laid_out_anew_are_documents_of_their_own(write, chat_tokenizer):
-    turns = [("human", "a"), ("gpt", "<think>1</think>red"), ("human", "b"), ("gpt", "<think>2</think>green")]
-    path = write("x.jsonl", [conversation(*turns), conversation(*turns[:2])])
-    corpus = make(write("c.yaml", CHAT.replace("x.json", "x.jsonl")), chat_tokenizer(DROPPING), dialog=True)
-    assert [corpus.show(index) for index in range(len(corpus))] == [
-        "user:aassistant:«<think>1</think>red<end>»",
-        "user:aassistant:reduser:bassistant:«<think>2</think>green<end>»",
-        "user:aassistant:«<think>1</think>red<end>»",
-    ]
-    assert [f"{path}:{line}" in corpus.where(index) for index, line in enumerate((1, 1, 2))] == [True] * 3
-
-
-def test_what_tools_and_the_system_say_is_laid_out_and_not_learned(write, chat_tokenizer):
-    turns = [("system", "s"), ("human", "a"), ("gpt", "look"), ("tool", "42"), ("gpt", "it is 42")]
-    write("x.json", [conversation(*turns)])
-    corpus = make(write("c.yaml", CHAT), chat_tokenizer(), dialog=True)
-    assert corpus.show(0) == "system\ns\nuser\na\nassistant\n«look<end>»\ntool\n42\nassistant\n«it is 42<end>»"
-
-
-def test_the_time_that_a_template_prints_is_the_clocks(write, chat_tokenizer):
-    write("x.json", [GOOD])
-    config, morning = write("c.yaml", CHAT), datetime(2024, 2, 29, 8, 30)
-    for template, told in (("{{ strftime_now('%d %b %Y %H:%M') }}", "29 Feb 2024 08:30"), ("", "")):
-        tokenizer = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
-        one, same_time = (make(config, tokenizer, clock=morning) for _ in range(2))
-        assert one.show(0) == f"{told}q«ab<end>»" and same(one, same_time)
-        other = make(config, tokenizer, clock=morning.replace(minute=31))
-        assert (other.fingerprint == one.fingerprint) is (template == "")
-
-
 def test_fingerprint_tells_chat_templates_apart_where_one_is_used(write, chat_tokenizer):
     write("x.json", [GOOD])
     for config, count in ((CHAT, 2), (CHAT.replace("chat", "none"), 1)):
         path = write("c.yaml", config)
         templates = ["{% for m in messages %}%s{{ m.content }}<|im_end|>{% endfor %}".replace("%s", x) for x in "ab"]
         assert len({make(path, chat_tokenizer(template)).fingerprint for template in templates}) == count
-
-
-def test_a_chat_record_that_is_no_text_costs_that_record(write, chat_tokenizer):
-    write("x.json", [{"instruction": "\ud800", "output": "a"}, {"instruction": "q", "output": " "}, GOOD])
-    assert len(make(write("c.yaml", CHAT), chat_tokenizer())) == 1
 
 
 def test_long_texts_are_tokenized_few_at_a_time(write, tokenizer, monkeypatch):

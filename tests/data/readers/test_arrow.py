@@ -6,8 +6,8 @@ from datetime import date
 
 import pytest
 
-from accessory.data import readers
 from accessory.errors import DataError
+from tests.data.readers.listed import read_records
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -30,10 +30,6 @@ RECORDS = [
         "messages": [{"role": "assistant", "calls": [{"name": "f", "x": 0.5}]}],
     },
 ]
-
-
-def read_records(path, notes=None):
-    return list(readers.read_records(path, notes))
 
 
 def in_memory(write_table):

@@ -1,11 +1,7 @@
 import pytest
 
-from accessory.data import readers
 from accessory.errors import DataError
-
-
-def read_records(path, notes=None):
-    return list(readers.read_records(path, notes))
+from tests.data.readers.listed import read_records
 
 
 @pytest.mark.parametrize(

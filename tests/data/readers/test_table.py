@@ -3,12 +3,8 @@ import io
 
 import pytest
 
-from accessory.data import readers
 from accessory.errors import DataError
-
-
-def read_records(path, notes=None):
-    return list(readers.read_records(path, notes))
+from tests.data.readers.listed import read_records
 
 
 def test_a_table_is_separated_by_tabs(write):
