@@ -1,95 +1,31 @@
-"""The published QST code's files in and out: what its formulas compute of them is what must come out here."""
+"""The published QST code's files read: what its formulas compute of them is what must come out here."""
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError
-from accessory.export import export_side
-from accessory.meta import MetaModel
-from tests.checkpoint.trained import write_trained_side
+from tests.checkpoint.formats.published_side import (
+    CONFIGS,
+    FILES,
+    FINAL_GATE,
+    TOKENS,
+    WIDTH,
+    R,
+    distance,
+    family_of,
+    ours,
+    published,
+    write_base,
+)
 from tests.method import side_reference
-
-VOCABULARY, WIDTH, R, BOTTLENECK = 512, 64, 4, 6
-COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "max_position_embeddings": 64}  # fmt: skip
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(
-        **COMMON, intermediate_size=98, num_key_value_heads=2, initializer_range=0.15
-    ),
-    "opt": lambda: transformers.OPTConfig(**COMMON, ffn_dim=130, word_embed_proj_dim=WIDTH, init_std=0.15),
-}
-"""The MLPs' widths are no multiples of R: both widths are rounded down."""
-FILES = {"layers": "qst_layers_parameters.pt", "z": "qst_z_parameters.pt", "downsample": "qst_downsample_parameters.pt",
-         "norm": "qst_norm_parameters.pt", "upsample": "qst_upsample_parameters.pt"}  # fmt: skip
-FINAL_GATE = {"llama": "lm_head_z_path.pt", "opt": "lm_head_z_parameters.pt"}
-TOKENS = torch.randint(2, VOCABULARY, (20,), generator=torch.Generator().manual_seed(1))
-
-
-class Adapter(nn.Module):
-    """The modules of the published adapter, by their names."""
-
-    def __init__(self, wide: int, narrow: int, before: bool = False) -> None:
-        super().__init__()
-        self.adapter_A = nn.Linear(wide, BOTTLENECK, bias=False)
-        self.adapter_B = nn.Linear(BOTTLENECK, narrow, bias=False)
-        if before:
-            self.pre_layer_norm = nn.LayerNorm(wide)
-        self.post_layer_norm = nn.LayerNorm(narrow)
-
-
-class Published(nn.Module):
-    """The trained modules of the published model, by their names; random, its final gate left out."""
-
-    def __init__(self, config: transformers.PretrainedConfig, before: bool = False) -> None:
-        super().__init__()
-        narrow, llama = copy.deepcopy(config), config.model_type == "llama"
-        narrow.hidden_size, mlp = config.hidden_size // R, "intermediate_size" if llama else "ffn_dim"
-        narrow.head_dim = narrow.hidden_size // config.num_attention_heads  # not a setting of its transformers
-        setattr(narrow, mlp, getattr(config, mlp) // R)
-        width, count = narrow.hidden_size, config.num_hidden_layers
-        self.qst_layers = nn.ModuleList(
-            LlamaDecoderLayer(narrow, i) if llama else OPTDecoderLayer(narrow) for i in range(count)
-        )
-        self.z = nn.ParameterList(nn.Parameter(torch.full((width,), 0.5)) for _ in range(count))
-        self.downsample = nn.ModuleList(Adapter(config.hidden_size, width, before) for _ in range(count))
-        self.norm = LlamaRMSNorm(width) if llama else nn.LayerNorm(width)
-        self.upsample = nn.Linear(width, config.hidden_size)
-        generator = torch.Generator().manual_seed(3)
-        for parameter in self.parameters():
-            spread = torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.data * (parameter.dim() < 2) + 0.3 * spread
-
-    def save(self, directory: Path, final_gate: Tensor | None, family: str) -> Path:
-        """As `save_qst_state`."""
-        directory.mkdir()
-        modules = {"layers": self.qst_layers, "z": self.z, "downsample": self.downsample, "norm": self.norm,
-                   "upsample": self.upsample}  # fmt: skip
-        for name, module in modules.items():
-            torch.save(module.state_dict(), directory / FILES[name])
-        if final_gate is not None:
-            torch.save(final_gate, directory / FINAL_GATE[family])
-        return directory
-
-
-def write_base(family: str, directory: Path, tokenizer: Path) -> Path:
-    """A Hugging Face directory of the family, with the tokenizer of another."""
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).float().save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / file, directory)
-    return directory
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -102,22 +38,6 @@ def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pyte
 def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The LLaMA alone."""
     return write_base("llama", tmp_path_factory.mktemp("llama"), tiny_base)
-
-
-def family_of(base: Path) -> str:
-    """What its config says."""
-    return transformers.AutoConfig.from_pretrained(base).model_type
-
-
-def published(base: Path, directory: Path, final_gate: Tensor | None = None, before: bool = False) -> Path:
-    """A side network for `base` as the published code saves it."""
-    family = family_of(base)
-    return Published(CONFIGS[family](), before).save(directory, final_gate, family)
-
-
-def ours(*paths: Path) -> Tensor:
-    """Logits of the tokens here, [T, V]."""
-    return MetaModel.from_pretrained(list(paths), dtype="fp32").logits(TOKENS, (len(TOKENS),))
 
 
 def renamed(base: Path, part: Path, gate: Tensor) -> side_reference.Weights:
@@ -152,11 +72,6 @@ def composed(base: Path, part: Path, gate: Tensor, before: bool = False) -> Tens
                 "add_layer_norm_before_adapter": before, "add_layer_norm_after_adapter": True}  # fmt: skip
     weights, labelled = renamed(base, part, gate), torch.ones(len(TOKENS), dtype=torch.bool)
     return side_reference.logits(weights, TOKENS, labelled, args, narrow, settings)
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, as a share of the largest logit."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -203,56 +118,6 @@ def test_among_the_files_of_a_trainer(base: Path, tmp_path: Path) -> None:
     for file in (*base.glob("*.json"), *base.glob("*.safetensors")):
         shutil.copy(file, part)
     assert open_source(part, open_source(base)).format == "QST"
-
-
-def test_round_trip(base: Path, tmp_path: Path) -> None:
-    """Ours written as theirs: the same files, from which the same logits come, and again the same files."""
-    settings = {"r": R, "peft_hidden_size": BOTTLENECK, "start": "released", "add_layer_norm_before_adapter": True}
-    trained = write_trained_side(base, tmp_path / "trained", **settings)
-    said = export_side([base, trained], tmp_path / "written")
-    assert f"QSTConfig(r={R}, alpha_r={R}, peft_hidden_size={BOTTLENECK}, activation='swish', " in said
-    wanted = published(base, tmp_path / "like", torch.ones(WIDTH), before=True)
-    assert {f.name for f in (tmp_path / "written").iterdir()} == {f.name for f in wanted.iterdir()}
-    for file in wanted.iterdir():
-        theirs, mine = (torch.load(folder / file.name, weights_only=True) for folder in (wanted, tmp_path / "written"))
-        if file.name == FINAL_GATE[family_of(base)]:
-            assert mine.shape == theirs.shape
-        else:
-            shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (mine, theirs)]
-            assert shapes[0] == shapes[1]
-    assert torch.equal(ours(base, tmp_path / "written"), ours(base, trained))
-    export_side([base, tmp_path / "written"], tmp_path / "again")
-    for file in (tmp_path / "written").iterdir():
-        first, second = (torch.load(folder / file.name, weights_only=True)
-                         for folder in (tmp_path / "written", tmp_path / "again"))  # fmt: skip
-        pairs = [(first, second)] if isinstance(first, Tensor) else [(first[name], second[name]) for name in first]
-        assert all(torch.equal(*pair) for pair in pairs)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({}, "start 'base' (only 'released')"),
-        ({"tail": 1, "gate": "scalar"}, "start 'base' (only 'released'); gate 'scalar' (only 'vector'); tail 1 "),
-        ({"start": "released", "downsample": "lora"}, "downsample 'lora' (only 'adapter')"),
-        ({"start": "released", "side_layers": 3}, "side_layers 3 (only 1)"),
-        ({"start": "released", "embedding_downsample": "own"}, "embedding_downsample 'own' (only 'shared')"),
-        ({"start": "released", "side_heads": 2}, "side_heads 2 (only the base's 4, "),
-    ],
-    ids=str,
-)
-def test_what_the_published_form_lacks(settings: dict, said: str, base: Path, tmp_path: Path) -> None:
-    """Every setting that it cannot express is named, and nothing is written."""
-    trained = write_trained_side(base, tmp_path / "trained", r=R, **settings)
-    with pytest.raises(CheckpointError) as raised:
-        export_side([base, trained], tmp_path / "written")
-    assert f"{trained}: the published QST code cannot express " in str(raised.value) and said in str(raised.value)
-    assert not (tmp_path / "written").exists()
-
-
-def test_only_side_networks_are_written(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"is a {family_of(base)}; --to qst writes a side network"):
-        export_side([base], tmp_path / "written")
 
 
 def change(part: Path, kind: str, **changes: Tensor | None) -> None:
