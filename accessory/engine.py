@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, LEAST_LOSS_SCA
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.memory.base_cache import BaseCache
+from accessory.memory.exhausted import out_of_memory_as
 from accessory.parallel.agree import highest
 from accessory.parallel.data import reduce_gradients, sum_over_data_parallel
 from accessory.parallel.parameters import NamedParameters
@@ -176,14 +178,10 @@ class Engine:
         losses = []
         for i, batch in enumerate(pending):
             reduce_gradients(self.model, last=i == len(pending) - 1)
-            try:
+            said = partial(step_faults.out_of_memory, i, len(pending), batch, progress, self.settings.memory_remedies)
+            with out_of_memory_as(said):
                 loss = self._forward(batch, hits)
                 (loss * factor).backward()
-            except (RuntimeError, MemoryError) as error:
-                if not step_faults.is_out_of_memory(error):
-                    raise
-                remedies = self.settings.memory_remedies
-                raise step_faults.out_of_memory(i, len(pending), batch, progress, remedies) from error
             losses.append(loss.detach().double())
         return losses
 

@@ -266,6 +266,7 @@ def _validation(
         answer_tokens=config.sample_tokens,
         patience=config.patience,
         tasks=job.tasks,
+        memory_remedies=remedies(config),
     )
 
 

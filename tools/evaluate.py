@@ -5,6 +5,7 @@ python tools/evaluate.py MODEL --tasks piqa,arc_easy --task_data DIR      or:  .
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -17,6 +18,7 @@ from accessory.eval.perplexity import perplexity
 from accessory.eval.report import figure_object, figure_rows, table, task_object, task_rows, write_predictions
 from accessory.eval.statistics import Figure
 from accessory.eval.text_metrics import read_pairs, text_figures
+from accessory.memory.exhausted import out_of_memory_as
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 
@@ -110,11 +112,13 @@ def main(
         settings = TaskSettings(num_fewshot, limit, place, str(protocol), batch_tokens, shows=is_main)
         figures = _tasks(loaded, names, settings) if names else []
         if text is not None:
-            found["perplexity"] = _perplexity(loaded, text, seq, windows)
+            with _memory_for("--perplexity", "a smaller --seq"):
+                found["perplexity"] = _perplexity(loaded, text, seq, windows)
         if items:
-            found["mmlu"] = _mmlu(loaded, items)
+            with _memory_for("--mmlu", "a smaller --max_seq_len"):
+                found["mmlu"] = _mmlu(loaded, items)
     if is_main:
-        _print(figures, found)
+        _print(figures, found, str(protocol))
         if predictions:
             write_predictions(Path(str(predictions)), figures)
         if json:
@@ -147,7 +151,17 @@ def _tasks(model: MetaModel, names: list[str], settings: TaskSettings) -> list[T
     if settings.shows and model.prompt_layouts:
         layouts = ", ".join(model.prompt_layouts)
         print(f"tasks are asked in their own words, as published figures are; trained on: {layouts}", file=sys.stderr)
-    return [harness.run(name) for name in names]
+    found = []
+    for name in names:
+        with _memory_for(f"--tasks {name}", "a smaller --batch_tokens, a smaller --max_seq_len"):
+            found.append(harness.run(name))
+    return found
+
+
+def _memory_for(what: str, remedies: str) -> AbstractContextManager[None]:
+    """A context in which memory that runs out is told with what was computed."""
+    more = "--quant, --dtype bf16 or --model_parallel_size on more ranks"
+    return out_of_memory_as(lambda: f"{what}: out of memory. Less memory is needed with {remedies}, {more}.")
 
 
 def _perplexity(model: MetaModel, text: str, seq: int, windows: int | None) -> dict[str, Figure]:
@@ -160,15 +174,17 @@ def _mmlu(model: MetaModel, items: list) -> dict[str, Figure]:
     return {"accuracy": found.accuracy, "loss": found.loss, **found.subjects}
 
 
-def _print(figures: list[TaskFigures], found: dict[str, dict[str, Figure]]) -> None:
+def _print(figures: list[TaskFigures], found: dict[str, dict[str, Figure]], protocol: str) -> None:
     if figures:
         print(table([row for each in figures for row in task_rows(each)]))
+        print(f"protocol {protocol}, without a chat template")
     if found:
         print(table([row for name, each in found.items() for row in figure_rows(name, each)], COLUMNS))
 
 
 def _line(model: str, protocol: str, figures: list[TaskFigures], found: dict[str, dict[str, Figure]], seq: int) -> str:
-    line = {"model": model, "protocol": protocol, "tasks": {each.name: task_object(each) for each in figures}}
+    line = {"model": model, "protocol": protocol, "chat_template": False}
+    line["tasks"] = {each.name: task_object(each) for each in figures}
     objects = {name: figure_object(each) for name, each in found.items()}
     if "perplexity" in objects:
         (objects["perplexity"],) = objects["perplexity"].values()

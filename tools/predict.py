@@ -13,8 +13,13 @@ from accessory.data.layouts import layout_note
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError
 from accessory.eval.predict import predictions, questions
+from accessory.memory.exhausted import out_of_memory_as
 from accessory.meta import MetaModel, Sampling
 from accessory.parallel import groups
+
+LESS_MEMORY = (
+    "Less memory is needed with a smaller --max_gen_len, --quant, --dtype bf16 or --model_parallel_size on more ranks."
+)
 
 
 def main(
@@ -69,10 +74,12 @@ def main(
         print(asked.report, file=sys.stderr, flush=True)
         if system_prompt and (note := layout_note(loaded.prompt_layouts, system_prompt)):
             print(note, file=sys.stderr, flush=True)
-    lines = [json.dumps(found, ensure_ascii=False) for found in predictions(loaded, asked, limit=limit, how=how)]
+    with out_of_memory_as(lambda: f"Out of memory in the answers. {LESS_MEMORY}"):
+        lines = [json.dumps(found, ensure_ascii=False) for found in predictions(loaded, asked, limit=limit, how=how)]
     if layout.is_main:
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{len(lines)} predictions -> {target}")
+        drawn = f" (drawn by --seed {seed})" if temperature else ""
+        print(f"{len(lines)} predictions{drawn} -> {target}")
 
 
 if __name__ == "__main__":

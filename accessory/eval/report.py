@@ -11,7 +11,7 @@ from typing import Any
 from accessory.eval.harness import TaskFigures
 from accessory.eval.statistics import Figure
 
-COLUMNS = ("task", "metric", "value", "stderr", "documents", "seconds")
+COLUMNS = ("task", "shots", "metric", "value", "stderr", "documents", "seconds")
 
 
 def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
@@ -39,7 +39,8 @@ def task_rows(figures: TaskFigures) -> Iterator[list[str]]:
         seconds = f"{figures.seconds:.1f}" if not place and math.isfinite(figures.seconds) else ""
         count = str(figures.documents) if not place else ""
         name = figures.name if not place else ""
-        yield [name, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", count, seconds]
+        shots = str(figures.num_fewshot) if not place and figures.num_fewshot is not None else ""
+        yield [name, shots, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", count, seconds]
     for member in figures.members:
         yield from task_rows(member)
 

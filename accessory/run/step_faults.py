@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import signal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
-from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
+from accessory.errors import NotFiniteError, Preempted
 
 _NAMED = 8  # documents in a message
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator has no error of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progress, remedies: str) -> str:
+    """What is said of micro-batch `number` (from 0) of `count`; `remedies` are flags that make a step smaller."""
+    where = f"micro-batch {number + 1} of {count}, which has {_tokens_of(batch)}"
+    return f"Step {progress.total_steps + 1}: {_too_large(where, remedies)}"
 
 
-def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progress, remedies: str) -> OutOfMemoryError:
-    """The error of micro-batch `number` (from 0) of `count`; `remedies` are flags that make a step smaller."""
-    return OutOfMemoryError(
-        f"Step {progress.total_steps + 1}: out of memory in micro-batch {number + 1} of {count}, which has "
-        f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}. "
-        f"What is saved is whole. Less memory is needed with {remedies}."
-    )
+def out_of_memory_in_evaluation(what: str | PackedBatch, progress: Progress, remedies: str) -> str:
+    """What is said of an evaluation after the steps of `progress`; what: a micro-batch, or what else is computed."""
+    when = f"after step {progress.total_steps}" if progress.total_steps else "before the first step"
+    where = what if isinstance(what, str) else f"a micro-batch of {_tokens_of(what)}"
+    return f"Evaluation {when}: {_too_large(where, remedies)}"
+
+
+def _tokens_of(batch: PackedBatch) -> str:
+    return f"{sum(batch.lengths):,} tokens in documents of {', '.join(map(str, batch.lengths))}"
+
+
+def _too_large(where: str, remedies: str) -> str:
+    return f"out of memory in {where}. What is saved is whole. Less memory is needed with {remedies}."
 
 
 def suspects(order: GlobalOrder, progress: Progress, losses: list[Tensor]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,13 @@ from accessory.checkpoint.training_state import Progress
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
+from accessory.memory.exhausted import out_of_memory_as
 from accessory.parallel.agree import highest
 from accessory.parallel.data import sum_over_data_parallel
 from accessory.run.report import EvaluationReport, Figures, Reporter, Task
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
+from accessory.run.step_faults import out_of_memory_in_evaluation
 
 
 class Outcome(NamedTuple):
@@ -38,7 +41,7 @@ class Validation:
     model: has `token_scores`, `question` and `generate` as `MetaModel` does. sources: a name for each entry of the
     data. questions: answered at each evaluation, in at most `answer_tokens` tokens. patience: evaluations in a row
     without a lower loss after which training is to end; None: never. tasks: given to the model at each evaluation, on
-    all ranks.
+    all ranks. memory_remedies: flags that make a step smaller, named in the error if memory runs out.
     """
 
     model: nn.Module
@@ -53,6 +56,7 @@ class Validation:
     answer_tokens: int = 0
     patience: int | None = None
     tasks: tuple[Task, ...] = ()
+    memory_remedies: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -89,11 +93,14 @@ class Validation:
     def _evaluate(self, progress: Progress) -> Outcome:
         began = time.monotonic()
         with _evaluating(self.model, self.device):
-            sums, stop = self._sums()
+            sums, stop = self._sums(progress)
             if stop:
                 return Outcome(stop=stop)
-            samples = self._samples()
-            tasks = tuple(task(self.model) for task in self.tasks)
+            fewer = "fewer --sample_prompts, a smaller --sample_tokens"
+            with self._memory_for(f"answers to {len(self.questions)} --sample_prompts", progress, fewer):
+                samples = self._samples()
+            with self._memory_for("questions of --mmlu", progress):
+                tasks = tuple(task(self.model) for task in self.tasks)
         steps = self.schedule.steps_per_epoch
         total = _figures(sums.sum(0))
         self.reporter.evaluation(EvaluationReport(
@@ -109,13 +116,21 @@ class Validation:
         ))  # fmt: skip
         return Outcome(best=self.state.note(progress.total_steps, total.loss))
 
-    def _sums(self) -> tuple[Tensor, int]:
+    def _memory_for(
+        self, what: str | PackedBatch, progress: Progress, remedies: str = ""
+    ) -> AbstractContextManager[None]:
+        """A context in which memory that runs out is told with what was computed."""
+        said = partial(out_of_memory_in_evaluation, what, progress, remedies or self.memory_remedies)
+        return out_of_memory_as(said)
+
+    def _sums(self, progress: Progress) -> tuple[Tensor, int]:
         """(for each source the sums of -log p, of tokens predicted and of tokens, fp64 [sources, 3]; signal or 0)."""
         sums = torch.zeros(len(self.sources), 3, dtype=torch.float64)
         for batch in self.order.micro_batches(0, 0):
             if stop := highest([self.signals.received], self.device)[0]:
                 return sums, stop
-            self._add(batch, sums)
+            with self._memory_for(batch, progress):
+                self._add(batch, sums)
         sums = sum_over_data_parallel(sums.to(self.device))
         if dist.get_world_size() > 1:
             dist.broadcast(sums, 0)  # what follows from them must be equal on all ranks, to the last bit

@@ -16,7 +16,7 @@ from accessory.checkpoint.manifest import verify
 from accessory.checkpoint.run_checkpoints import latest_checkpoint
 from accessory.config import FinetuneConfig
 from accessory.data.corpus import build_corpus
-from accessory.errors import CheckpointError, DataError, Preempted
+from accessory.errors import CheckpointError, DataError, OutOfMemoryError, Preempted
 from accessory.eval.mmlu import mmlu, read_mmlu
 from accessory.export import Destination, merge
 from accessory.finetuning import finetune
@@ -289,6 +289,21 @@ def test_a_signal_cuts_an_evaluation_short(run, monkeypatch: pytest.MonkeyPatch)
     strike[0] = 0
     out = run(resume=Path("latest"), **given)
     assert steps(out) == steps(whole) and evaluations(out) == evaluations(whole)
+
+
+@pytest.mark.parametrize(("part", "said"), [
+    ("token_scores", r"a micro-batch of [\d,]+ tokens in documents of \d+.*needed with .*a smaller --batch_size"),
+    ("generate", r"answers to 1 --sample_prompts\. .*needed with fewer --sample_prompts, a smaller --sample_tokens"),
+])  # fmt: skip
+def test_memory_that_runs_out_is_told(run, monkeypatch: pytest.MonkeyPatch, part: str, said: str) -> None:
+    """As in training: when, in what, and which flags would need less."""
+
+    def fail(*_given: object, **_more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(MetaModel, part, fail)
+    with pytest.raises(OutOfMemoryError, match=rf"^Evaluation before the first step: out of memory in {said}"):
+        run(sample_prompts=[QUESTION], max_steps=1)
 
 
 def test_a_resumed_run_needs_the_same_split(run) -> None:

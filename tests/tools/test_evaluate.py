@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from accessory.meta import MetaModel
 from tests.conftest import DATA
 from tests.eval.published import write_published
 
@@ -74,7 +76,8 @@ def test_tasks(called, torchrun, tiny_base: Path, tmp_path: Path) -> None:
     piqa = line["tasks"]["piqa"]
     assert set(piqa) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "num_fewshot", "seconds"}
     assert (piqa["documents"], piqa["num_fewshot"]) == (4, 0)
-    assert f"| piqa     | acc      | {piqa['acc']:.4f} | {piqa['acc_stderr']:.4f} |         4 |" in alone.stdout
+    assert f"| piqa     |     0 | acc      | {piqa['acc']:.4f} | {piqa['acc_stderr']:.4f} |         4 |" in alone.stdout
+    assert "protocol 0.4, without a chat template" in alone.stdout.splitlines() and line["chat_template"] is False
     predictions = [json.loads(row) for row in out.read_text().splitlines()]
     assert [row["task"] for row in predictions] == ["piqa"] * 4 + ["arc_easy"] * 4
     found = [max(range(2), key=lambda i: row["responses"][i][0]) == row["target"] for row in predictions[:4]]
@@ -84,6 +87,22 @@ def test_tasks(called, torchrun, tiny_base: Path, tmp_path: Path) -> None:
     for task in ("piqa", "arc_easy"):
         same = {name: value for name, value in line["tasks"][task].items() if name != "seconds"}
         assert same.items() <= line_of(two)["tasks"][task].items()
+
+
+def test_memory_that_runs_out_is_told(called, tiny_base: Path, tmp_path: Path, monkeypatch) -> None:
+    """In one line, with flags that would need less."""
+    (tmp_path / "text.txt").write_text("Hello. " * 20)
+    (tmp_path / "mmlu.json").write_text('{"subject": "law", "input": "?", "output": "A"}\n')
+
+    def fail(*_given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(MetaModel, "token_scores", fail)
+    for flags in (["--perplexity", tmp_path / "text.txt", "--seq", "8"], ["--mmlu", tmp_path / "mmlu.json"]):
+        done = called(TOOL, tiny_base, *flags, "--device", "cpu")
+        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+            f"OutOfMemoryError: {flags[0]}: out of memory. Less memory is needed with a smaller --"
+        )
 
 
 def test_what_cannot_be(called, tiny_base: Path, tmp_path: Path) -> None:
