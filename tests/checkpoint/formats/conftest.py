@@ -29,3 +29,11 @@ def adapter(base_of, tmp_path: Path) -> Path:
     from tests.checkpoint.formats.peft_models import made_by_peft
 
     return made_by_peft(base_of("llama"), tmp_path / "adapter")[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of each family that the published QST code knows; see `published_side.write_base`."""
+    from tests.checkpoint.formats.published_side import write_base
+
+    return write_base(request.param, tmp_path_factory.mktemp(request.param), tiny_base)

@@ -28,12 +28,6 @@ from tests.checkpoint.formats.published_side import (
 from tests.method import side_reference
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of each family."""
-    return write_base(request.param, tmp_path_factory.mktemp(request.param), tiny_base)
-
-
 @pytest.fixture(scope="module")
 def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The LLaMA alone."""

@@ -12,22 +12,14 @@ from accessory.errors import CheckpointError
 from accessory.export import export_side
 from tests.checkpoint.formats.published_side import (
     BOTTLENECK,
-    CONFIGS,
     FINAL_GATE,
     WIDTH,
     R,
     family_of,
     ours,
     published,
-    write_base,
 )
 from tests.checkpoint.trained import write_trained_side
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of each family."""
-    return write_base(request.param, tmp_path_factory.mktemp(request.param), tiny_base)
 
 
 def test_round_trip(base: Path, tmp_path: Path) -> None:
