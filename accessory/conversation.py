@@ -109,16 +109,23 @@ class Conversation:
                 f"{DIALOG}."
             )
         if words is not None and self.prompt_layout == CHAT:
-            self._model.chat.ids(conversation_prompt([], "a", CHAT, words))
+            self._model.whole_prompt_tokens(conversation_prompt([], "a", CHAT, words))
         self._system = words
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What was said, as messages with `role` (system, user, assistant) and `content`: a record to train on."""
-        said = [] if self.system is None else [("system", self.system)]
-        for turn in self.history:
-            said += [("user", turn.question), ("assistant", turn.answer)]
-        return [{"role": role, "content": words} for role, words in said]
+        """What was said, as messages with `role` (system, user, assistant) and `content`."""
+        return self._said(self.history)
+
+    @property
+    def records(self) -> list[dict[str, list[dict[str, str]]]]:
+        """The same as records to train on: one, or one of each turn where questions are asked alone.
+
+        Questions without an answer are left out.
+        """
+        turns = [turn for turn in self.history if turn.answer.strip()]
+        together = [turns] if self.remembers else [[turn] for turn in turns]
+        return [{"messages": self._said(part)} for part in together if part]
 
     def ask(self, question: str, **sampling: Any) -> Generator[str, None, None]:
         """The answer so far, each time it grows; the turn is in `history` from the first step on.
@@ -171,14 +178,15 @@ class Conversation:
     def _answers(self, turn: Turn, place: int, sampling: dict[str, Any]) -> Iterator[str]:
         """Answer `turn`, which becomes number `place` of the history, in place of a turn that is there."""
         self._check_idle()
+        self._stopping = False  # before anything that takes time, so that `stop` counts from the beginning
         how = Sampling.of(**sampling)
         how = how.model_copy(update={"seed": how.seed + turn.attempt})
         prompt, ids = self._fitting(turn, self.history[:place], how)
-        gone, _GONE[:] = tuple(_GONE), []
+        gone = tuple(_GONE.pop() for _ in range(len(_GONE)))  # others may be added meanwhile
         request = Request(self._number, ids, self._model.stop_ids([prompt]), how, gone)
         with self._answering:
             _send(request)
-            self.history[place:], self._stopping = [turn], False
+            self.history[place:] = [turn]
             steps = self._steps(request, turn)
             try:
                 for turn.answer in self._model.texts(prompt, steps, how.stop):
@@ -232,6 +240,12 @@ class Conversation:
             seen = [(old.question, old.answer) for old in earlier[turn.first :]]
             asked = conversation_prompt(seen, turn.question, self.prompt_layout, self.system)
         return asked, self._model.whole_prompt_tokens(asked)
+
+    def _said(self, turns: list[Turn]) -> list[dict[str, str]]:
+        said = [] if self.system is None else [("system", self.system)]
+        for turn in turns:
+            said += [("user", turn.question), ("assistant", turn.answer)]
+        return [{"role": role, "content": words} for role, words in said]
 
     def _last(self, what: str) -> Turn:
         if not self.history:

@@ -21,13 +21,15 @@ from accessory.foreign_names import unknown
 from accessory.parallel import groups
 from accessory.parallel.launcher import die_with_launcher
 
+_INTERRUPTED = 128 + signal.SIGINT  # as a shell calls it
 _GRACE = 5.0  # seconds that a rank waits which prints nothing: once it exits, the launcher ends the others
 
 
 def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoReturn:
     """Parse the command line into `config_class` and call `main`.
 
-    Ends the process with status 0, the status of the `AccessoryError` that was raised, or 1 for any other exception.
+    Ends the process with status 0, the status of the `AccessoryError` that was raised, 130 where Ctrl-C interrupted it,
+    or 1 for any other exception.
     """
     die_with_launcher()
     status = 0
@@ -35,6 +37,9 @@ def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoR
         main(parse(config_class, sys.argv[1:]))
     except Exception as error:
         status = _report(groups.root_cause(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr, flush=True)
+        status = _INTERRUPTED
     groups.end_process(status)
 
 

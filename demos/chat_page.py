@@ -27,7 +27,7 @@ SLIDERS = (
 )
 """Flag, label, lowest, highest (None: the model's length) and step."""
 ENDINGS = {"length": "The answer was cut: it has reached Max tokens, or the model's length.", "stopped": "Stopped."}
-LOOKS = "#said .message { overflow-wrap: anywhere } .dark { color-scheme: dark } #note { overflow: hidden }"
+LOOKS = "#said .message { overflow-wrap: anywhere } :root:has(.dark) { color-scheme: dark } #note { overflow: hidden }"
 FOCUS = "() => document.querySelector('#question textarea').focus()"
 _CODE = re.compile(r"(```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`)", re.DOTALL)
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<=!)\[")

@@ -36,10 +36,6 @@ def check_text(name: str, value: object) -> None:
     """Raise `ConfigError` for what came over the network as `name` and is no text, or too much of it."""
     if not isinstance(value, str) or len(value) > MAX_QUESTION:
         raise ConfigError(f"{name} is no text of at most {MAX_QUESTION:,} characters.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{name} holds half of a surrogate pair, which is no text.") from error
 
 
 def model_name(paths: Sequence[Path]) -> str:

@@ -23,6 +23,7 @@ from accessory.meta import MetaModel, Sampling
 from accessory.parallel.allocator import give_back_freed_memory
 from demos.loading import load, sampling_of
 from demos.page_serving import MAX_QUESTION, check_text, model_name, serve_page
+from demos.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,18 @@ def main(config: DemoConfig) -> None:
 
 
 def answer(model: MetaModel, question: Question, stopped: Callable[[], bool] | None = None) -> Iterator[str]:
-    """The answer so far, growing. Every rank must go through it together; `stopped` ends it, from the main one."""
+    """The answer so far, growing. Every rank must go through it together; `stopped` ends it, from the main one.
+
+    Raises `ConfigError` for a question that is too long or no text.
+    """
     prompt = model.question(question.question, question.input, question.system_prompt)
-    ids = [model.prompt_tokens(prompt)]
+    ids = model.whole_prompt_tokens(prompt)
+    if len(ids) >= model.max_seq_len:
+        raise ConfigError(
+            f"The question has {len(ids)} tokens; expected less than {model.max_seq_len} (--max_seq_len)."
+        )
     ended = (lambda: {0} if stopped() else ()) if stopped else None
-    steps = model.steps(ids, model.stop_ids([prompt]), question.how, stopped=ended)
+    steps = model.steps([ids], model.stop_ids([prompt]), question.how, stopped=ended)
     return model.texts(prompt, steps, question.how.stop)
 
 
@@ -74,10 +82,10 @@ def answer_in_terminal(model: MetaModel, config: DemoConfig, speaks: bool) -> No
         question = Question(prompt, "", config.system_prompt, sampling_of(config))
         shown = ""
         if speaks:
-            print(f"Q: {prompt}\nA: ", end="", flush=True)
+            print(f"Q: {printable(prompt)}\nA: ", end="", flush=True)
         for text in answer(model, question):
             if speaks:
-                print(text[len(shown) :], end="", flush=True)
+                print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
         if speaks:
             print("\n", flush=True)

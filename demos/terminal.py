@@ -42,7 +42,7 @@ class Terminal:
             "clear": lambda _: talk.clear(),
             "system": self._system,
             "retry": lambda _: self.show(talk.retry(**dict(self.sampling))),
-            "undo": lambda _: print(f"Taken back: {_shown(talk.undo())}"),
+            "undo": lambda _: print(f"Taken back: {printable(talk.undo())}"),
             "set": self._set,
             "save": self._save,
             "exit": lambda _: None,
@@ -52,6 +52,7 @@ class Terminal:
         """Answer until the input ends or /exit is read; errors are shown, and the conversation goes on."""
         with suppress(ImportError):  # where there is it, lines can be edited, and earlier ones come back
             import readline  # noqa: F401
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are a fault of a question, not the end
         while (entry := self._read()) is not None:
             name, _, rest = entry.removeprefix("/").partition(" ")
             try:
@@ -63,12 +64,12 @@ class Terminal:
                     return
                 self._commands[name](rest.strip())
             except AccessoryError as error:
-                print(f"{type(error).__name__}: {error}", flush=True)
+                print(f"{type(error).__name__}: {printable(str(error))}", flush=True)
 
     def ask_all(self, questions: list[str]) -> None:
         """Ask each, and print it before its answer. Raises what `Conversation.ask` does."""
         for question in questions:
-            print(f"> {question}")
+            print(f"> {printable(question)}")
             self.show(self.talk.ask(question, **dict(self.sampling)))
 
     def show(self, answer: Iterator[str]) -> None:
@@ -78,7 +79,7 @@ class Terminal:
             for text in answer:
                 if not shown and self.talk.note:
                     print(f"({self.talk.note})")
-                print(_shown(text[len(shown) :]), end="", flush=True)
+                print(printable(text[len(shown) :]), end="", flush=True)
                 shown = text
         ended = self.talk.history[-1].ended
         print({"length": "\n(cut off: /set max_gen_len)", "stopped": "\n(stopped)"}.get(ended, ""), flush=True)
@@ -118,7 +119,7 @@ class Terminal:
         elif self.talk.system is None:
             print("(those of the prompt layout)")
         else:
-            print(_shown(self.talk.system))
+            print(printable(self.talk.system))
 
     def _set(self, words: str) -> None:
         if words:
@@ -135,17 +136,25 @@ class Terminal:
     def _save(self, name: str) -> None:
         if not name:
             raise ConfigError("/save needs the name of a file.")
+        records = self.talk.records
+        if not records:
+            raise ConfigError("Nothing has been said that could be saved.")
+        text = json.dumps(records, ensure_ascii=False, indent=1)
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
-                json.dump([{"messages": self.talk.messages}], file, ensure_ascii=False, indent=1)
+                file.write(text)
         except OSError as error:
-            raise ConfigError(f"{name}: cannot be written ({error.strerror}).") from error
-        print(f"Written to {name}")
+            raise ConfigError(f"{printable(name)}: cannot be written ({error.strerror}).") from error
+        except (RuntimeError, ValueError) as error:  # the home of nobody; a name that no file can have
+            raise ConfigError(f"{printable(name)}: cannot be written ({error}).") from error
+        print(f"Written to {printable(name)}")
 
 
-def _shown(text: str) -> str:
-    """Text without control characters but line ends and tabs."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+def printable(text: str) -> str:
+    """Text that a terminal can be sent: without control characters but line ends and tabs, and such as it can spell."""
+    shown = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    spelled = sys.stdout.encoding or "utf-8"
+    return shown.encode(spelled, errors="replace").decode(spelled)
 
 
 @contextmanager

@@ -79,19 +79,21 @@ class Browser:
         line, _, self._rest = self._rest.partition(b"\0")
         return json.loads(line)
 
-    def visit(self, address: str, width: int = 1200, height: int = 900) -> Visitor:
-        """A visitor with cookies of its own, at a page."""
-        return Visitor(self, address, width, height)
+    def visit(self, address: str, width: int = 1200, height: int = 900, beside: Visitor | None = None) -> Visitor:
+        """A visitor with cookies of its own, at a page. beside: one of whose tabs it is another."""
+        return Visitor(self, address, width, height, beside)
 
 
 class Visitor:
-    """One window, alone in its browser context. Selectors are CSS; what is expected is waited for."""
+    """One window. Selectors are CSS; what is expected is waited for."""
 
-    def __init__(self, browser: Browser, address: str, width: int, height: int) -> None:
+    def __init__(self, browser: Browser, address: str, width: int, height: int, beside: Visitor | None) -> None:
         self._browser = browser
-        context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._context = beside._context if beside else browser.call("Target.createBrowserContext")["browserContextId"]
+        self._target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)[
+            "targetId"
+        ]
+        self._session = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.resize(width, height)
@@ -100,6 +102,10 @@ class Visitor:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command of the DevTools protocol for this window."""
         return self._browser.call(method, self._session, **parameters)
+
+    def close(self) -> None:
+        """Close the tab, as a user does."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def resize(self, width: int, height: int) -> None:
         """Give the window this size."""
@@ -139,7 +145,7 @@ class Visitor:
         """Click into the middle of an element with the mouse, once it is shown."""
         self.wait(usable(selector))
         self.js(f"{_query(selector)}.scrollIntoView({{block: 'nearest'}})")
-        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({_query(selector)}.getBoundingClientRect())")
+        x, y = self.js(_WHEN_STILL % _query(selector))
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
@@ -176,6 +182,18 @@ class Visitor:
             elif event["method"] == "Log.entryAdded" and about["entry"]["level"] == "error":
                 found.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
         return found
+
+
+_WHEN_STILL = """new Promise(done => {
+    let before;
+    const look = () => {
+        const place = %s.getBoundingClientRect(), middle = [place.x + place.width / 2, place.y + place.height / 2];
+        if (String(middle) === before) done(middle);
+        else { before = String(middle); setTimeout(look, 100) }
+    };
+    look();
+})"""
+"""The middle of an element that has not moved for a while: a page that has just come still shifts its parts."""
 
 
 def _query(selector: str) -> str:

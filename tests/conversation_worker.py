@@ -28,8 +28,16 @@ if layout.is_main:
     list(two.retry(max_gen_len=9, temperature=1.0, stop=[two.history[-1].answer[3]]))
     one.clear()
     list(one.ask("Again?", max_gen_len=9))
-    answers = [[turn.answer for turn in talk.history] for talk in (one, two)]
-    Path(target).write_text(json.dumps({"answers": answers, "stopped": one.history[-1].ended}))
+    for number in range(9):  # more than fits
+        list(one.ask(f"Question {number}?", max_gen_len=9))
+        if number % 3 == 1:
+            one.undo()
+    list(one.retry(max_gen_len=12))
+    cut, again = one.history[-1].first, Conversation(model)
+    again.history = one.history[:-1]
+    list(again.ask(one.history[-1].question, max_gen_len=12))  # nothing is kept of it
+    answers = [[turn.answer for turn in talk.history] for talk in (one, two, again)]
+    Path(target).write_text(json.dumps({"answers": answers, "cut": cut}))
     dismiss()
 else:
     follow(model)

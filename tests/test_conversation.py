@@ -15,7 +15,7 @@ from accessory.data.corpus import build_corpus
 from accessory.data.templates import CHAT, DIALOG, DIALOG_SYSTEM, DialogPrompt
 from accessory.errors import ConfigError, TokenizerError
 from accessory.generate import generate_tokens
-from accessory.meta import MetaModel
+from accessory.meta import MetaModel, answers
 from accessory.parallel import groups
 
 TEMPLATE = (
@@ -24,6 +24,8 @@ TEMPLATE = (
 )
 SHORTENS = TEMPLATE.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content[:5] }}")
 """A template that rewrites earlier answers, as those do that drop reasoning."""
+WITHOUT_END = TEMPLATE.replace("</s>", "").replace("<s>", "\n")
+"""A template without control tokens, which ends no answer."""
 WITHOUT_SYSTEM = TEMPLATE.replace("in messages", "in messages if m.role != 'system'")
 QUESTIONS = ("What is QST?", "And the side network?", "Why?", "Thanks. How fast is it?", "Bye")
 
@@ -98,7 +100,9 @@ class Watched:
         self.computed = computed
 
 
-@pytest.mark.parametrize(("template", "layout"), [(TEMPLATE, CHAT), (SHORTENS, CHAT), (None, DIALOG)])
+@pytest.mark.parametrize(
+    ("template", "layout"), [(TEMPLATE, CHAT), (SHORTENS, CHAT), (WITHOUT_END, CHAT), (None, DIALOG)]
+)
 def test_turns_equal_those_from_scratch(load, monkeypatch, template, layout) -> None:
     """Five turns, then a retry, an undo, other words of the system, a question more; and messages give the prompt."""
     watched = Watched(load(template), monkeypatch)
@@ -273,6 +277,51 @@ def test_a_failed_answer_leaves_no_turn(load, monkeypatch) -> None:
     assert len(talk.history) == 1 and last(talk.ask("Two?", max_gen_len=3)) == talk.history[1].answer
 
 
+def test_an_answer_that_is_cut_in_a_character(load, monkeypatch) -> None:
+    """Half an emoji is held back until the end; the next turns go on from what was shown."""
+    model, said = load(TEMPLATE), []
+    monkeypatch.setattr(answers, "generate_tokens", lambda *_, max_gen_len, stopped, **__: (
+        [token] for token in said[:max_gen_len] if not stopped()))  # fmt: skip
+    said[:] = model.tokenizer.encode("ab\N{GRINNING FACE}.")
+    assert len(said) == 7
+    talk = Conversation(model)
+    assert list(talk.ask("One?", max_gen_len=7)) == ["a", "ab", "ab\N{GRINNING FACE}", "ab\N{GRINNING FACE}."]
+    assert list(talk.ask("Two?", max_gen_len=4)) == ["a", "ab", "ab\N{REPLACEMENT CHARACTER}"]
+    assert talk.history[1].ended == "length"
+    assert list(talk.ask("Three?", stop="\N{GRINNING FACE}")) == ["a", "ab"]
+    assert list(talk.ask("Four?", stop=["b\N{GRINNING FACE}", "."])) == ["a"]
+    assert [turn.answer for turn in talk.history[2:]] == ["ab", "a"]
+    assert model.chat.ids(talk.messages) == model.whole_prompt_tokens(talk.messages)
+
+
+def test_what_is_no_text_is_refused(load) -> None:
+    """Bytes of a terminal that are no UTF-8 arrive as halves of surrogate pairs."""
+    talk = Conversation(load(TEMPLATE))
+    for call in (lambda: next(talk.ask("\udcff")), lambda: setattr(talk, "system", "\ud800")):
+        with pytest.raises(ConfigError, match="half of a surrogate pair"):
+            call()
+    assert not talk.history and talk.system is None
+
+
+def test_stopped_while_the_question_is_laid_out(load, monkeypatch) -> None:
+    """It ends the answer that is about to begin."""
+    talk = Conversation(load(TEMPLATE))
+    tokens = talk._model.whole_prompt_tokens
+    monkeypatch.setattr(talk._model, "whole_prompt_tokens", lambda prompt: talk.stop() or tokens(prompt))
+    assert list(talk.ask("One?", max_gen_len=300)) == []
+    assert talk.history[0].ended == "stopped"
+
+
+def test_records_to_train_on(load) -> None:
+    """One of the whole conversation; of questions that were asked alone one each; none of those without an answer."""
+    for layout, expected in ((CHAT, [["A", "1", "C", "3"]]), ("alpaca", [["A", "1"], ["C", "3"]])):
+        talk = Conversation(load(TEMPLATE), prompt_layout=layout)
+        talk.history = [Turn("A", "1", "end"), Turn("B", "", "stopped"), Turn("C", "3", "end")]
+        assert [[each["content"] for each in record["messages"]] for record in talk.records] == expected
+        talk.history = talk.history[1:2]
+        assert talk.records == [] and len(talk.messages) == 2
+
+
 def test_two_ranks_talk_as_one(tiny_base: Path, tmp_path: Path, python, torchrun) -> None:
     """Two conversations in turn, greedy and drawn, an answer left in its middle, one ended by a text, one cleared."""
     worker = Path(__file__).with_name("conversation_worker.py")
@@ -281,6 +330,7 @@ def test_two_ranks_talk_as_one(tiny_base: Path, tmp_path: Path, python, torchrun
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
     assert one == two and len(set(one["answers"][1])) == 2
+    assert one["answers"][0] == one["answers"][2] and one["cut"] > 0
 
 
 ASKED = [("What is QST?", "A side network."), ("Is it fast?", "Yes, it is.")]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from accessory.config import AskConfig
+from accessory.entry import run_entry
 from accessory.errors import ConfigError
 
 MAIN = Path(__file__).resolve().parent.parent / "accessory" / "main_finetune.py"
@@ -122,3 +124,15 @@ def test_a_thread_that_frees_tensors_does_not_abort_the_end(kind: str, status: i
     done = python("-m", "tests.ending_worker", kind, "--pretrained_path", tiny_base)
     assert (done.returncode, done.stdout) == (status, "written"), done.stderr
     assert done.stderr.strip() == "ConfigError: said"
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """While a model is loaded, say."""
+
+    def interrupted(config: AskConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["demo", "--pretrained_path", "."])
+    with pytest.raises(SystemExit) as left:
+        run_entry(AskConfig, interrupted)
+    assert left.value.code == 130 and capsys.readouterr().err == "\nInterrupted.\n"

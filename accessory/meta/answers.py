@@ -13,7 +13,7 @@ from accessory.data.templates import CHAT, DialogPrompt, question_prompt
 from accessory.errors import ConfigError
 from accessory.generate import KeptCache, generate_tokens
 from accessory.meta.arguments import no_images
-from accessory.meta.prompts import Prompt, check_prompts, end_marks, is_prompt
+from accessory.meta.prompts import Prompt, check_prompts, check_text, end_marks, is_prompt
 from accessory.meta.sampling import Sampling
 from accessory.model.choice import Choice
 from accessory.tokenizer import Chat
@@ -65,7 +65,8 @@ class Answers:
         return start + tokens[-room:]
 
     def whole_prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """The same, however long the prompt is."""
+        """The same, however long the prompt is. Raises `ConfigError` for what is no text."""
+        check_text(prompt)
         if not isinstance(prompt, str | DialogPrompt):
             return self.chat.ids(prompt)
         first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces

@@ -23,6 +23,20 @@ def is_prompt(given: object) -> bool:
     return isinstance(given, list | tuple) and len(given) > 0 and all(isinstance(part, Mapping) for part in given)
 
 
+def check_text(prompt: Prompt) -> None:
+    """Raise `ConfigError` for a prompt that no vocabulary can spell."""
+    if isinstance(prompt, str | DialogPrompt):
+        texts = (prompt,) if isinstance(prompt, str) else prompt.pieces
+    else:
+        texts = [message["content"] for message in prompt if isinstance(message.get("content"), str)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            "A prompt holds half of a surrogate pair, which is no text: of bytes, say, that are not UTF-8."
+        ) from error
+
+
 def check_prompts(prompts: object) -> None:
     """Raise `ConfigError` for what is no list of prompts."""
     if not isinstance(prompts, list | tuple):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+from gradio import Blocks
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
@@ -22,6 +24,7 @@ from demos.chat_page import ChatPage, without_html
 from demos.talks import MOST_TURNS, Talks
 from tests.browser import Browser, Visitor, usable
 from tests.demos.pages import served
+from tests.here import run_here
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "demos" / "multi_turn.py"
 QUESTIONS = ("What is QST?", "And the side network?", "Why?", "Thanks. How fast is it?", "Bye")
@@ -150,6 +153,81 @@ def test_two_visitors_on_two_ranks(tiny_base: Path, with_template: Path, answers
         assert question == QUESTIONS[2] and len(shown) == 4
     said = page.stdout.read().partition("Received 15 death signal")[0]  # torchrun prints a traceback of its own
     assert "Traceback" not in said, said[-3000:]
+
+
+def test_a_tab_that_is_closed_in_the_middle_of_an_answer(
+    tiny_base: Path, with_template: Path, answers: list[str], clean_environment, tmp_path: Path
+) -> None:
+    """On two ranks, it frees the other tab, which has a conversation of its own; both may ask at the same time."""
+    base = ("--pretrained_path", tiny_base, "--tokenizer_path", with_template, "--max_seq_len", 60_000)
+    with (
+        served(DEMO, clean_environment, *base, *GREEDY[:4], "--dtype", "fp32", ranks=2) as (page, client),
+        Browser(tmp_path) as browser,
+    ):
+        one = browser.visit(client.src)
+        two = browser.visit(client.src, beside=one)
+        for tab, question in ((one, QUESTIONS[0]), (two, QUESTIONS[0])):
+            tab.type("#question textarea", question)
+            tab.press("Enter")
+        for tab in (one, two):
+            tab.wait("document.querySelectorAll('#said .message-content').length == 2")
+            settle(tab)
+            assert said(tab) == [letters(QUESTIONS[0]), letters(answers[0])]
+        one.type("input[type=number]", "50000")
+        one.press("Tab")
+        one.type("#question textarea", "<i>Go</i> on ![](/x)")
+        one.press("Enter")
+        one.wait("document.querySelectorAll('#said .message-content')[3]?.innerText.length > 20")
+        one.close()
+        begun = time.monotonic()
+        ask(two, QUESTIONS[1], 4)
+        assert said(two)[3] == letters(answers[1]) and time.monotonic() - begun < 60
+        assert not two.complaints()
+    words = page.stdout.read().partition("Received 15 death signal")[0]  # torchrun prints a traceback of its own
+    assert "Traceback" not in words, words[-3000:]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
+def test_a_page_of_a_short_model(
+    tiny_base: Path, with_template: Path, model: MetaModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Words of the system, a history that is cut, questions that are too long or hold control characters."""
+    short = MetaModel.from_pretrained(tiny_base, tokenizer_path=with_template, max_seq_len=150, dtype="fp32")
+    talk = Conversation(short, "Be brief.")
+    odd = "a\x00b\x1b[2Jc\u202ed"
+    asked = [*QUESTIONS, odd]
+    expected = [letters(words) for each in asked for words in (each, [*talk.ask(each, **HOW)][-1])]
+    left_out = talk.note.removesuffix(".")
+    assert talk.history[-1].first > 0
+
+    def visit(page: Blocks) -> None:
+        with Browser(tmp_path) as browser:
+            visitor = browser.visit(page.local_url, 420, 900)
+            visitor.wait(usable("#ask"))
+            visitor.type("label textarea[placeholder*='Words before']", "Be brief.")
+            for number, question in enumerate(asked):
+                ask(visitor, question, 2 * number + 2)
+            assert said(visitor) == expected
+            assert left_out in visitor.text()
+            visitor.picture(tmp_path / "narrow.png")
+            visitor.resize(1200, 900)
+            visitor.darken()
+            visitor.type("#question textarea", "long " * 2000)
+            visitor.press("Enter")
+            visitor.wait("document.body.innerText.includes('tokens; expected less than 150')")
+            settle(visitor)
+            visitor.picture(tmp_path / "refused.png")
+            assert said(visitor) == expected
+            assert visitor.js("document.querySelector('#question textarea').value") == "long " * 2000
+            assert not visitor.complaints()
+        page.close()
+
+    monkeypatch.setattr(Blocks, "block_thread", visit)
+    base = ("--pretrained_path", tiny_base, "--tokenizer_path", with_template, "--max_seq_len", 150, "--device", "cpu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert run_here("demos/multi_turn.py", *base, *GREEDY[:4], "--dtype", "fp32", "--port", port) == 0
 
 
 def text_of(message: dict) -> str:

@@ -33,6 +33,59 @@ def answered(talk: Conversation, question: str) -> str:
     return as_shown(answer)
 
 
+def test_what_a_terminal_may_be_sent(tiny_base: Path, talk: Conversation, clean_environment, tmp_path: Path) -> None:
+    """All commands in all their forms, and what is no question: it goes on after each, with what was said before."""
+    talk.clear()
+    (tmp_path / "there.json").write_text("")
+    wanted = {question: answered(talk, question) for question in QUESTIONS[:1]}
+    talk.system = "Be brief."
+    wanted["Why?"] = answered(talk, "Why?")
+    talk.system = None
+    bell = "\x16\x07"  # Ctrl-V takes the next key as it is
+    with Pty([DEMO, "--pretrained_path", tiny_base, *FLAGS], clean_environment) as shell:
+        shell.until("\n> ")
+
+        def says(keys: str | bytes, expected: str) -> None:
+            shell.type(keys + (b"\n" if isinstance(keys, bytes) else "\n"))
+            said = shell.until("\n> ")
+            assert expected in said and "Traceback" not in said, (keys, said)
+
+        says("/retry", "There is no turn to retry.")
+        says("/undo", "There is no turn to take back.")
+        says(f"/save {tmp_path / 'none.json'}", "Nothing has been said that could be saved.")
+        says(QUESTIONS[0], f"\n{wanted[QUESTIONS[0]]}\n")
+        says("x" * 10_000, "tokens; expected less than 500 (--max_seq_len)")
+        says(b"\xff\xfe?", "half of a surrogate pair, which is no text")
+        says(b"/\xff", r"ConfigError: command '/\udcff' is unknown.")
+        for place, why in (
+            ("/proc/none.json", "cannot be written (No such file or directory)"),
+            (tmp_path, "cannot be written (File exists)"),
+            (tmp_path / "there.json", "cannot be written (File exists)"),
+            ("~nobody0/x", "cannot be written (Could not determine home directory.)"),
+            ("", "/save needs the name of a file."),
+        ):
+            says(f"/save {place}", why)
+        says("/system", "(those of the prompt layout)")
+        says("/system Be brief.", "")
+        says("/system", "\nBe brief.")
+        says("Why?", f"\n{wanted['Why?']}\n")
+        says("/system -", "")
+        says("/set", "max_gen_len 9\n")
+        says("/set stop \N{GRINNING FACE}", "")
+        says("/set", "stop ('\N{GRINNING FACE}',)")
+        says("/set stop", "")
+        says("/help", "/save FILE        write the conversation as JSON")
+        says(f"a{bell}b", "(cut off: /set max_gen_len)")
+        says("/undo", "Taken back: a\N{REPLACEMENT CHARACTER}b")
+        says(f"/save {tmp_path / 'talk.json'}", "Written to ")
+        says("/clear", "")
+        says("/retry", "There is no turn to retry.")
+        shell.type("/exit\n")
+        assert shell.process.wait(30) == 0
+    ((record,),) = [json.loads((tmp_path / "talk.json").read_text())]
+    assert [message["content"] for message in record["messages"][::2]] == [QUESTIONS[0], "Why?"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_five_turns_in_a_terminal(ranks: int, tiny_base: Path, talk: Conversation, clean_environment, tmp_path) -> None:
     """Lines and blocks of lines, commands, an answer that is stopped, and what is saved."""
