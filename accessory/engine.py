@@ -158,7 +158,7 @@ class Engine:
             step=progress.total_steps,
             epoch=epoch,
             loss=loss,
-            accuracy=(sum_over_data_parallel(hits) / weight).item(),
+            accuracy=(sum_over_data_parallel(hits) / self.order.supervised_tokens(*at)).item(),
             lr=lr,
             grad_norm=norm,
             tokens=self.order.tokens(*at),
@@ -170,7 +170,7 @@ class Engine:
     def _accumulate(self, progress: Progress, factor: float, hits: Tensor) -> list[Tensor]:
         """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 [].
 
-        hits: fp64 [], to which the number of rightly predicted tokens is added.
+        hits: fp64 [], to which the number of rightly predicted tokens of answers is added.
         """
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
         if self.base_cache:

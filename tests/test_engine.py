@@ -80,20 +80,27 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Eng
 
 
 def test_prompts_that_weigh_something(engine: Engine) -> None:
-    """The loss is the sum of weighted losses over the sum of weights, beginnings being shared."""
-    corpus = engine.order.corpus
+    """The loss is the sum of weighted losses over the sum of weights, beginnings being shared; accuracy is answers'."""
+    corpus, head = engine.order.corpus, engine.model.llma.output.weight
+    head.data[1:] = 0  # a label is the likeliest, along with others, where the logit of token 0 is not above 0
     engine.order = GlobalOrder(corpus, batch_size=3, accum_iter=2, prompt_weight=0.25)
     assert any(any(batch.shared) for batch in engine.order.micro_batches(0, 0))
     total = count = 0.0
+    right: dict[bool, list[bool]] = {True: [], False: []}  # of answers and of prompts
     for i in engine.order.global_ids(0, 0):
         tokens, labels = (torch.from_numpy(a.astype("int64")) for a in corpus.document(i))
         logits = engine.model.logits(tokens, (len(tokens),)).double()
+        hits = logits[:-1].gather(1, tokens[1:, None])[:, 0] == logits[:-1].amax(1)
+        for learned, hit in zip((labels[:-1] >= 0).tolist(), hits.tolist(), strict=True):
+            right[learned].append(hit)
         weights = torch.where(labels[:-1] >= 0, 1.0, 0.25).double()
         total += (F.cross_entropy(logits[:-1], tokens[1:], reduction="none") @ weights).item()
         count += float(weights.sum())
     report, _ = engine.step(Progress())
     assert report.loss == pytest.approx(total / count, rel=1e-6)
-    assert report.supervised == int(corpus.supervised[engine.order.global_ids(0, 0)].sum())
+    assert report.supervised == int(corpus.supervised[engine.order.global_ids(0, 0)].sum()) == len(right[True])
+    answers, prompts = (sum(right[learned]) / len(right[learned]) for learned in (True, False))
+    assert report.accuracy == pytest.approx(answers, rel=1e-6) and abs(answers - prompts) > 1e-5
 
 
 def test_what_a_step_reports(engine: Engine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -45,13 +45,14 @@ class Inset:
 
 
 class Document(NamedTuple):
-    """tokens, labels, weights [S] as in `PackedBatch`; insets in order, their `start` counted from the document's."""
+    """tokens, labels, weights, answers [S] as in `PackedBatch`; insets in order, their `start` counted from its own."""
 
     tokens: np.ndarray
     labels: np.ndarray
     id: int
     insets: tuple[Inset, ...] = ()
     weights: np.ndarray | None = None
+    answers: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class PackedBatch:
     without labels where there are no weights, that each document shares with the one before it. It is packed only
     there, so that `lengths` minus `shared` sum to T. insets: of all documents, their `start` counted in the batch's T
     tokens. weights: fp32 [T], by which the loss of each label is multiplied, the sum of those of all documents that
-    share the token; None: all are 1.
+    share the token; None: all are 1. answers: fp32 [T], in how many of these documents the label belongs to an answer,
+    which accuracy is measured on; there only where weights are.
     """
 
     tokens: Tensor
@@ -73,6 +75,7 @@ class PackedBatch:
     shared: tuple[int, ...]
     insets: tuple[Inset, ...] = ()
     weights: Tensor | None = None
+    answers: Tensor | None = None
 
     @staticmethod
     def pack(documents: Sequence[Document], share: bool = True) -> PackedBatch:
@@ -84,7 +87,7 @@ class PackedBatch:
             found = (0, *map(_common_prefix, alike, alike[1:]))
             if sum(found) * WORTH_SHARING >= sum(len(document.tokens) for document in documents):
                 documents, shared = alike, found
-        tokens, labels, ids, _, weights = zip(*documents, strict=True)
+        tokens, labels, ids, _, weights, answers = zip(*documents, strict=True)
         return PackedBatch(
             _packed(tokens, shared),
             _packed(labels, shared),
@@ -92,7 +95,7 @@ class PackedBatch:
             tuple(int(i) for i in ids),
             shared,
             _packed_insets(documents, shared),
-            None if weights[0] is None else _packed_weights(weights, shared),
+            *(None if each[0] is None else _packed_sums(each, shared) for each in (weights, answers)),
         )
 
     @staticmethod
@@ -107,15 +110,19 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory."""
-        weights = None if self.weights is None else self.weights.pin_memory()
-        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), weights=weights)
+        tensors = {name: tensor.pin_memory() for name, tensor in self._tensors()}
+        return replace(self, **tensors)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on `device`."""
-        tokens, labels = (t.to(device, non_blocking=non_blocking) for t in (self.tokens, self.labels))
+        tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()}
         insets = tuple(inset.to(inset.start, device, non_blocking=non_blocking) for inset in self.insets)
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=non_blocking)
-        return replace(self, tokens=tokens, labels=labels, insets=insets, weights=weights)
+        return replace(self, insets=insets, **tensors)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("tokens", "labels", "weights", "answers"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
 
 
 def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
@@ -123,8 +130,8 @@ def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.concatenate(new).astype(np.int64))
 
 
-def _packed_weights(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
-    """Weights of shared tokens are summed: their losses are equal in all documents."""
+def _packed_sums(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:
+    """Weights and the like, fp32; of shared tokens they are summed: their losses are equal in all documents."""
     found = np.zeros(sum(map(len, parts)) - sum(shared), dtype=np.float32)
     places, begin = np.zeros(0, dtype=np.int64), 0
     for part, known in zip(parts, shared, strict=True):

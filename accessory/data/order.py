@@ -117,7 +117,7 @@ class GlobalOrder:
             return Document(tokens, labels, index)
         learned, following = labels >= 0, np.append(tokens[1:], IGNORE)
         weights = np.where(learned, 1, np.where(following >= 0, self.prompt_weight, 0)).astype(np.float32)
-        return Document(tokens, np.where(learned, labels, following), index, weights=weights)
+        return Document(tokens, np.where(learned, labels, following), index, (), weights, learned.astype(np.float32))
 
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.

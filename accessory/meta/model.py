@@ -79,16 +79,18 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
     def forward(self, batch: PackedBatch, hits: Tensor | None = None) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar; estimated where a method draws some.
 
-        hits: as in `cross_entropy_sum`.
+        hits: fp64 [], to which the number of answers' tokens is added that no other token is likelier than.
         """
         labels, weights = self.llma.learned(batch.labels, batch.weights)
+        # Where some labels are drawn, those of answers count for as many more as their losses do.
+        counted = None if batch.answers is None else batch.answers * (weights / batch.weights)
         batch = replace(batch, labels=labels, weights=weights)
         if self.base_cache:
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
         else:
             hidden = self.hidden(batch)
         head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
-        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits)
+        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""

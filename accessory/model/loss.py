@@ -26,15 +26,17 @@ def cross_entropy_sum(
     vocab_size: int | None = None,
     weights: Tensor | None = None,
     hits: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum over supervised tokens of -log p(label), fp32 scalar.
 
     hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. The whole
     head's rows from `vocab_size` on are padding and take no part; None: there are none. weights: fp32 [T], by which
-    each summand is multiplied; None: all are 1. hits: fp64 [], to which the number (or the weights) of labels is added
-    that no other token is likelier than.
+    each summand is multiplied; None: all are 1. hits: fp64 [], to which `counted` [T] (None: the weights) is added of
+    the labels that no other token is likelier than.
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits)
+    counted = weights if counted is None else counted
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits, counted)
 
 
 def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -54,6 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_size: int | None,
         weights: Tensor | None,
         hits: Tensor | None,
+        counted: Tensor | None,
     ) -> Tensor:
         """As `cross_entropy_sum`, whose arguments these are; the gradients are made here, while logits are at hand."""
         rows = (labels >= 0).nonzero()[:, 0]
@@ -77,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             likeliest = None if hits is None else torch.empty(len(chunk), dtype=torch.bool, device=hidden.device)
             losses = kernel.losses_and_gradient(scores, labels[chunk] - before, width, all_reduce, work, likeliest)
             if likeliest is not None:
-                hits += likeliest.sum() if weights is None else likeliest.double() @ weights[chunk].double()
+                hits += likeliest.sum() if counted is None else likeliest.double() @ counted[chunk].double()
             total += losses.sum(dtype=torch.float64) if weights is None else losses.double() @ weights[chunk].double()
             if dhidden is not None:
                 torch.mm(scores, matrix, out=dhidden[begin : begin + CHUNK])
@@ -90,7 +93,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         """dloss, a scalar -> gradients of hidden [T, D] and head [V, D] in their dtypes, those that are wanted."""
         rows, dhidden, dhead, weights = ctx.saved_tensors
         if dhidden is not None:
@@ -99,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
                 full[at] = _scaled(part, dloss if weights is None else dloss * weights[at])
             dhidden = full
-        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, None, None, None, None
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, *(None,) * 5
 
 
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ _FIGURES = ("loss", "perplexity", "accuracy")
 class StepReport:
     """One optimizer step, equal on all ranks. A skipped one may have a `loss` and `grad_norm` that are not finite.
 
-    `accuracy` is the share of supervised tokens that no other token was likelier than. `tokens` are real ones of the
+    `accuracy` is the share of answers' tokens that no other token was likelier than. `tokens` are real ones of the
     global batch, `seconds` wall time.
     """
 
