@@ -6,7 +6,7 @@ in `accessory.quant.group_fit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import gcd
 from typing import ClassVar
@@ -17,8 +17,9 @@ from torch import Tensor
 from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.kernels.codes import GroupCodes
+from accessory.kernels.plain.group_codes import whole_numbers
 from accessory.quant.group_fit import fit
-from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, uncuttable
+from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
 
 BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
@@ -27,12 +28,23 @@ FEWEST = 8
 """Columns that a group has at least, where a matrix is cut between ranks in the middle of one."""
 
 
+_STATISTICS = ("scales", "zeros", "points")
+
+
 class GroupPart(Part):
     """A number for each `block` columns of a row, the last of which may have fewer."""
 
     def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
         """[N, ceil(K / block)] of a matrix `of` [N, K]."""
         return of[0], -(-of[1] // self.block)
+
+
+class FixedPart(Part):
+    """`block` numbers for each row, however many columns it has."""
+
+    def shape(self, of: tuple[int, int]) -> tuple[int, ...]:
+        """[N, block] of a matrix `of` [N, K]."""
+        return of[0], self.block
 
 
 class ColumnPart(Part):
@@ -44,7 +56,11 @@ class ColumnPart(Part):
 
 
 class GroupWeight(PackedWeight):
-    """W [N, K] as codes in groups: see `GroupCodes`, whose names and layouts the parts have."""
+    """W [N, K] as codes in groups: see `GroupCodes`, whose names and layouts the parts have.
+
+    Variants of a storage have other parts too: `points` instead of zeros, `order`, `channel_scale`, and `groups`, which
+    a matrix with an order has when it is cut by columns.
+    """
 
     group: ClassVar[int]
     """Columns of a row that share a scale."""
@@ -53,12 +69,35 @@ class GroupWeight(PackedWeight):
     OPTIONAL = ("points", "order", "channel_scale", "groups")
 
     @classmethod
+    def has(cls, part: str) -> bool:
+        """Whether it is a variant with this part."""
+        return part in cls.PARTS
+
+    @classmethod
+    def used_for(cls, packed: type[PackedWeight]) -> type[PackedWeight] | None:
+        """See `PackedWeight`: every variant, as it is."""
+        return packed if packed.name == cls.name else None
+
+    @classmethod
+    def stored_as(cls, parts: Mapping[str, Stored], shape: tuple[int, int], name: str) -> type[GroupWeight]:
+        """See `PackedWeight`."""
+        stored = [part for part in cls.OPTIONAL if part != "groups"]
+        kind = group_storage(cls.bits, cls.group, tuple(part for part in stored if part in parts))
+        if surplus := [part for part in parts if part not in kind.PARTS]:
+            raise CheckpointError(
+                f"{name} has {', '.join(surplus)}, which do not go with {', '.join(kind.PARTS)}; expected these alone."
+            )
+        return super(GroupWeight, kind).stored_as(parts, shape, name)
+
+    @classmethod
     def of_range(cls, columns: int, span: Span) -> type[GroupWeight]:
         """See `PackedWeight`: where it begins or ends inside a group, groups are smaller, and as many columns each."""
         dim, start, stop = span
         if dim != 1 or (start, stop) == (0, columns):
             return cls
-        return group_storage(cls.bits, gcd(cls.group, start, stop - start), cls.whole)
+        if cls.has("order"):
+            return indexed(cls, columns)
+        return regrouped(cls, gcd(cls.group, start, stop - start))
 
     @classmethod
     def cut(
@@ -66,14 +105,19 @@ class GroupWeight(PackedWeight):
     ) -> PackedState:
         """See `PackedWeight`. Statistics of a group that a cut goes through are repeated for its smaller groups."""
         dim, start, stop = span
-        of_rows = (dim, start, stop) if dim == 0 else WHOLE
-        state = super().cut(state, columns, name, rows, of_rows)
-        if dim != 1:
-            return state
+        by_column = {part: state[part] for part in ("order", "channel_scale", "groups") if part in state}
+        by_row = {part: value for part, value in state.items() if part not in by_column}
+        if "order" in by_column and not _is_order(by_column["order"], columns):
+            raise CheckpointError(f"{name}: its order is not one of its {columns} columns; expected each of them once.")
+        found = super().cut(by_row, columns, name, rows, span if dim == 0 else WHOLE) | by_column
+        if dim != 1 or (start, stop) == (0, columns):
+            return found
+        if "order" in found:
+            return _channels(found, cls, start, stop)
         kind = cls.of_range(columns, span)
         if start % FEWEST or kind.group % FEWEST:
             raise uncuttable(name, columns, FEWEST, start, stop)
-        return cls.columns_of(state, kind.group, start, stop)
+        return cls.columns_of(found, kind.group, start, stop)
 
     @classmethod
     def columns_of(cls, state: PackedState, group: int, start: int, stop: int) -> PackedState:
@@ -81,8 +125,8 @@ class GroupWeight(PackedWeight):
         groups, found = torch.arange(start, stop, group) // cls.group, {}
         for part, value in state.items():
             block = cls.PARTS[part].block
-            cut = value[:, groups] if block == cls.group else value[:, start // block : -(-stop // block)]
-            found[part] = cut.contiguous()
+            kept = groups if part in _STATISTICS else slice(start // block, -(-stop // block))
+            found[part] = value[..., kept].contiguous()
         return found
 
     @torch.no_grad()
@@ -146,21 +190,70 @@ def _bytes(numbers: Tensor, width: int) -> Tensor:
     return result
 
 
+def _channels(state: PackedState, kind: type[GroupWeight], start: int, stop: int) -> PackedState:
+    """The parts for the columns of the channels from `start` to `stop`, in the order in which they lie; all groups."""
+    order = state["order"]
+    columns = len(order)
+    groups = state.get("groups", torch.arange(columns, dtype=torch.int32, device=order.device) // kind.group)
+    chosen = ((order >= start) & (order < stop)).nonzero()[:, 0]
+    numbers = whole_numbers(state["codes"], state.get("high"), kind.bits, columns)[:, chosen]
+    found = state | packed_codes(numbers, kind.bits) | {"order": order[chosen] - start, "groups": groups[chosen]}
+    if "channel_scale" in state:
+        found["channel_scale"] = state["channel_scale"][start:stop].contiguous()
+    return found
+
+
+def _is_order(order: Tensor, columns: int) -> bool:
+    return torch.equal(order.sort().values, torch.arange(columns, dtype=order.dtype, device=order.device))
+
+
 @lru_cache
-def group_storage(bits: int, group: int, whole: type[GroupWeight] | None = None) -> type[GroupWeight]:
-    """The storage of `bits` bits in groups of `group`; whole: of the matrix that it holds a range of columns of."""
-    if whole is not None and whole.group == group:
-        return whole
+def group_storage(bits: int, group: int, also: tuple[str, ...] = ()) -> type[GroupWeight]:
+    """The storage of `bits` bits in groups of `group`; also: the parts, in `OPTIONAL`'s order, that a variant has."""
     parts = {"codes": GroupPart(torch.uint8, 2 if bits == 4 else 4)}
     if bits == 3:
         parts["high"] = GroupPart(torch.uint8, 8)
-    parts |= {name: GroupPart(torch.float16, group) for name in ("scales", "zeros")}
-    name = whole.name if whole else f"int{bits}_g{group}"
-    about = f"Whole numbers of {bits} bits in groups of {group}."
-    body = {"name": name, "bits": bits, "group": group, "PARTS": parts, "__doc__": about, "__module__": __name__}
-    kind = type(f"Int{bits}G{group}", (GroupWeight,), body)
-    kind.whole = whole or kind
+    parts["scales"] = GroupPart(torch.float16, group)
+    optional = {
+        "points": GroupPart(torch.uint8, group),
+        "order": ColumnPart(torch.int32),
+        "channel_scale": ColumnPart(torch.float16),
+        "groups": ColumnPart(torch.int32),
+    }
+    parts |= {} if "points" in also else {"zeros": GroupPart(torch.float16, group)}
+    parts |= {part: optional[part] for part in also}
+    about = f"Whole numbers of {bits} bits in groups of {group}"
+    kind = _made(GroupWeight, f"int{bits}_g{group}", f"{about}{' with ' * bool(also)}{', '.join(also)}.", parts)
+    kind.bits, kind.group, kind.whole = bits, group, kind
     return kind
+
+
+@lru_cache
+def regrouped(kind: type[GroupWeight], group: int) -> type[GroupWeight]:
+    """The storage of a range of a matrix of `kind`, with smaller groups: of `group` columns."""
+    if group == kind.group:
+        return kind
+    parts = {name: part._replace(block=group) if name in _STATISTICS else part for name, part in kind.PARTS.items()}
+    smaller = _made(kind, kind.name, f"A range of a matrix of {kind.name}, in groups of {group}.", parts)
+    smaller.group = group
+    return smaller
+
+
+@lru_cache
+def indexed(kind: type[GroupWeight], columns: int) -> type[GroupWeight]:
+    """The storage of some channels of a matrix of `kind` with an order and so many columns: it has all its groups."""
+    if kind.has("groups"):
+        return kind
+    parts = {
+        name: FixedPart(part.dtype, -(-columns // kind.group), part.trained) if name in _STATISTICS else part
+        for name, part in kind.PARTS.items()
+    }
+    return _made(kind, kind.name, f"Channels of a matrix of {kind.name}.", parts | {"groups": ColumnPart(torch.int32)})
+
+
+def _made(base: type[GroupWeight], name: str, about: str, parts: dict[str, Part]) -> type[GroupWeight]:
+    body = {"name": name, "PARTS": parts, "__doc__": about, "__module__": __name__}
+    return type(name.title().replace("_", ""), (base,), body)
 
 
 GROUP_STORAGES = tuple(group_storage(bits, group) for bits in BITS for group in GROUPS)

@@ -105,7 +105,8 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
             kind = STORAGES[entry["quant_type"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
-        parts = {part: found.pop(f"{name}.{part}") for part in kind.PARTS if f"{name}.{part}" in found}
+        there = (part for part in (*kind.PARTS, *kind.OPTIONAL) if f"{name}.{part}" in found)
+        parts = {part: found.pop(f"{name}.{part}") for part in there}
         found[name] = PackedTensor.of(parts, kind, (rows, columns), f"{meta.parent}: {name}")
     return found
 
