@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 METHOD_CONFIG="$ROOT/configs/model/finetune/sg/llamaQst.json"
 NPROC="${NPROC:-1}"
 finetune "qst-70b" \
-    --llama_type llama_qst --data_config "$ROOT/configs/data/finetune/sg/oasst1.yaml" --dialog \
+    --llama_type llama_qst --data_config oasst1 --data_dir "$ROOT/data" --dialog \
     --epochs 4 --max_steps 1875 --warmup_epochs 0.09 --batch_size 1 --accum_iter 16 --num_workers 3 --max_words 1024 \
     --lr 0.0001 --lr_schedule constant --adam_beta2 0.999 --clip_grad 0.3 --weight_decay 0 --seed 0 \
     --save_steps 200 --keep_last 40 --quant --only_save_trainable \

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,23 +172,20 @@ def test_two_ranks_train_and_answer(tiny_base: Path, params: Path, tmp_path: Pat
 def test_side_tuning_trains_and_answers(
     tiny_base: Path, params: Path, tmp_path: Path, clean_environment, python
 ) -> None:
-    """On conversations as docs/qst.md makes them of OpenAssistant's file."""
-    (tmp_path / "data").mkdir()
+    """On OpenAssistant's file, as it is downloaded."""
+    folder = tmp_path / "data" / "oasst1"
+    folder.mkdir(parents=True)
     lines = [{"text": "### Human: What is QST?### Assistant: Side tuning.### Human: Why?### Assistant: Less memory."}]
     lines *= 16
-    (tmp_path / "openassistant_best_replies_train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    page = (ROOT / "docs" / "qst.md").read_text()
-    done = python("-c", re.search(r"<!-- oasst1 -->\n```text\n(.*?)```", page, re.DOTALL)[1], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    conversation = json.loads((tmp_path / "data" / "oasst1.json").read_text())[0]["conversations"]
-    assert [turn["from"] for turn in conversation] == ["human", "gpt"] * 2
-    assert [turn["value"] for turn in conversation] == ["What is QST?", "Side tuning.", "Why?", "Less memory."]
+    (folder / "openassistant_best_replies_train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     script = next(s for s in SIDE_SCRIPTS if s.stem == "qst-70b")
-    more = ("--data_config", tmp_path / "data" / "oasst1.json", "--max_steps", "1")
+    more = ("--data_dir", tmp_path / "data", "--max_steps", "1")
     done = run_script(
         script, tiny_base, params, *more, cwd=tmp_path, environment=clean_environment, ranks=1, output=tmp_path
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    turns = "What is QST?\n### Assistant:« Side tuning.\n###» Human: Why?\n### Assistant:« Less memory."
+    assert turns in done.stdout, done.stdout
     (trained,) = (tmp_path / "qst-70b").glob("epoch*")
     asked = python("demos/single_turn.py", "--pretrained_path", trained, "--max_gen_len", "5", "--prompt", "Why?")
     assert asked.returncode == 0, asked.stderr[-2000:]
