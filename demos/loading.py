@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +36,12 @@ def load(config: AskConfig, page: bool) -> tuple[MetaModel, Layout]:
         layout=layout,
     )
     return model, layout
+
+
+def say_seed(config: AskConfig) -> None:
+    """Say on stderr by which seed answers are drawn, so that they can be had again; nothing where none is drawn."""
+    if config.temperature:
+        print(f"answers are drawn by --seed {config.seed}", file=sys.stderr, flush=True)
 
 
 def sampling_of(config: AskConfig, **others: Any) -> Sampling:

@@ -13,7 +13,7 @@ from accessory.conversation import Conversation, dismiss, follow
 from accessory.data.layouts import layout_note
 from accessory.entry import run_entry
 from accessory.parallel.agree import together
-from demos.loading import load, sampling_of
+from demos.loading import load, sampling_of, say_seed
 from demos.page_serving import model_name
 from demos.terminal import Terminal
 
@@ -28,6 +28,7 @@ def main(config: TerminalConfig) -> None:
         return
     if note := layout_note(model.prompt_layouts, talk.prompt_layout):
         print(note, file=sys.stderr, flush=True)
+    say_seed(config)
     terminal = Terminal(talk, sampling)
     if config.prompt:
         terminal.ask_all(config.prompt)

@@ -21,7 +21,7 @@ from accessory.entry import run_entry
 from accessory.errors import AccessoryError, ConfigError
 from accessory.meta import MetaModel, Sampling
 from accessory.parallel.allocator import give_back_freed_memory
-from demos.loading import load, sampling_of
+from demos.loading import load, sampling_of, say_seed
 from demos.page_serving import MAX_QUESTION, check_text, model_name, serve_page
 from demos.terminal import printable
 
@@ -47,6 +47,8 @@ def main(config: DemoConfig) -> None:
     if layout.is_main and (note := layout_note(model.prompt_layouts, config.system_prompt)):
         print(note, file=sys.stderr, flush=True)
     if config.prompt:
+        if layout.is_main:
+            say_seed(config)
         answer_in_terminal(model, config, speaks=layout.is_main)
     elif layout.is_main:
         serve(model, config)

@@ -41,7 +41,7 @@ class Terminal:
             "help": lambda _: print(_HELP),
             "clear": lambda _: talk.clear(),
             "system": self._system,
-            "retry": lambda _: self.show(talk.retry(**dict(self.sampling))),
+            "retry": self._retry,
             "undo": lambda _: print(f"Taken back: {printable(talk.undo())}"),
             "set": self._set,
             "save": self._save,
@@ -112,6 +112,11 @@ class Terminal:
             if not fenced and entry.strip():
                 return entry.strip()
             entry = entry if fenced else ""
+
+    def _retry(self, _: str) -> None:
+        self.show(self.talk.retry(**dict(self.sampling)))
+        if self.sampling.temperature:
+            print(f"(seed {self.sampling.seed + self.talk.history[-1].attempt})", flush=True)
 
     def _system(self, words: str) -> None:
         if words:

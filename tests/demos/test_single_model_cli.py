@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from accessory.config import TerminalConfig
 from accessory.conversation import Conversation
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from demos.loading import say_seed
 from tests.demos.terminals import CTRL_C, Pty, as_shown
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -78,12 +80,22 @@ def test_what_a_terminal_may_be_sent(tiny_base: Path, talk: Conversation, clean_
         says(f"a{bell}b", "(cut off: /set max_gen_len)")
         says("/undo", "Taken back: a\N{REPLACEMENT CHARACTER}b")
         says(f"/save {tmp_path / 'talk.json'}", "Written to ")
+        says("/set temperature 1", "")
+        says("/retry", "\n(seed 1)")
+        says("/set temperature 0", "")
         says("/clear", "")
         says("/retry", "There is no turn to retry.")
         shell.type("/exit\n")
         assert shell.process.wait(30) == 0
     ((record,),) = [json.loads((tmp_path / "talk.json").read_text())]
     assert [message["content"] for message in record["messages"][::2]] == [QUESTIONS[0], "Why?"]
+
+
+def test_the_seed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where answers are drawn."""
+    for temperature, said in ((0.0, ""), (0.1, "answers are drawn by --seed 3\n")):
+        say_seed(TerminalConfig(pretrained_path=["x"], temperature=temperature, seed=3))
+        assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
