@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import Source, read_json, settings_read_by
+from accessory.checkpoint.strategy import storages_of_mix
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.foreign_names import unknown
 from accessory.method import METHODS, QUANT_TARGETS, Attachment, Method, setting_names
@@ -23,7 +24,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES, FAMILIES, architecture_of
 from accessory.model.linear import Linear
 from accessory.parallel.groups import Layout
-from accessory.quant import PackedWeight, storage
+from accessory.quant import MIXES, PackedWeight, storage
 from accessory.tokenizer import StatedTokenizer, Tokenizer, holds_tokenizer, open_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -75,9 +76,9 @@ class Blueprint:
         decoder = self.method.decoder(
             self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
         )
+        keep_packed(decoder, self.storages, maker)
         for name in self.plain | self._untargeted(decoder):
             decoder.get_submodule(name).keep_plain(self.dtype)
-        keep_packed(decoder, self.storages, maker)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
         attach = self.train or not self.method.trains_base
         return decoder, self.method.attach(decoder) if attach else Attachment()
@@ -152,6 +153,7 @@ def make_blueprint(
     if train:
         note += tuple(f"{source.path}: {said}" for source in sources for said in (*source.notes, *_unread(source)))
     plain = plain_linears(sources)
+    packed = packed or (storages_of_mix(sources, quant_type) if quant_type in MIXES else {})
     aimed = _quant_targets(sources, quant_targets)
     return Blueprint(
         llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, packed, note, aimed

@@ -20,6 +20,7 @@ from accessory.checkpoint.load import named_generator, overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_parts
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_system, trained_tokens, with_base
 from accessory.checkpoint.source import Source, model_args_of, read_json
+from accessory.checkpoint.strategy import storages_of_mix
 from accessory.checkpoint.whole import WholeModel
 from accessory.data.templates import CHAT
 from accessory.errors import CheckpointError, ConfigError, check_known
@@ -28,7 +29,7 @@ from accessory.method.side_tuning import SideTuning
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
-from accessory.quant import storage
+from accessory.quant import MIXES, STORAGES, storage
 from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
 FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
@@ -62,6 +63,11 @@ class Destination:
             raise ConfigError(f"--model_parallel_size {self.ranks!r} is not a number of shards.")
         if self.quant_type:
             self.refuse_packed()
+        if self.quant_type in MIXES:
+            raise ConfigError(
+                f"--quant_type {self.quant_type}: which linears have 4 bits is measured: give --calibrate DATA, or one "
+                f"of {', '.join(STORAGES)}."
+            )
 
     def refuse_packed(self) -> None:
         """Raise `ConfigError` for a format that has no packed weights."""
@@ -188,6 +194,7 @@ def merge(
         destination.refuse_packed()
     if base != "full":
         again = {} if packed else {"is_linear": blueprint.packed_as(quantization).__contains__}
+        again |= {"storages": storages_of_mix(sources, quantization)} if quantization in MIXES and not packed else {}
         tensors = with_trained_parts(tensors if packed else repacked(tensors, quantization, **again))
     if base == "dequantized":
         tensors = unpacked(tensors)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors
 from accessory.errors import CheckpointError
 from accessory.method.peft import Peft
 from accessory.model.args import ModelArgs
-from accessory.quant import storage
+from accessory.quant import PackedWeight, storage
 from accessory.quant.packed import PackedState
 
 _SWITCHES = {"qkv_bias": ("wq", "wk", "wv"), "out_bias": ("wo",), "mlp_bias": ("w1", "w2", "w3")}
@@ -50,14 +51,20 @@ def with_lora(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) ->
     return ComputedTensor(weight.shape, weight.dtype, compute)
 
 
-def repacked(tensors: Tensors, quant_type: str, is_linear: Callable[[str], object] = BLOCK_LINEAR.fullmatch) -> Tensors:
+def repacked(
+    tensors: Tensors,
+    quant_type: str,
+    is_linear: Callable[[str], object] = BLOCK_LINEAR.fullmatch,
+    storages: Mapping[str, type[PackedWeight]] = MappingProxyType({}),
+) -> Tensors:
     """A base with every matrix of the blocks packed, as a run does that packs while it loads.
 
-    `is_linear` tells these matrices by name. What is packed already stays as it is.
+    `is_linear` tells these matrices by name; storages: linear -> how it is packed, if not as `quant_type` says. What is
+    packed already stays as it is.
     """
     kind = storage(quant_type)
     return {
-        name: RepackedTensor({}, kind, tensor.shape, name, inner=tensor)
+        name: RepackedTensor({}, storages.get(name.removesuffix(".weight"), kind), tensor.shape, name, inner=tensor)
         if is_linear(name) and not isinstance(tensor, PackedTensor)
         else tensor
         for name, tensor in tensors.items()

@@ -20,6 +20,9 @@ from accessory.quant import PackedWeight
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import read_object
 
+STRATEGY_FILE = "quant_strategy.json"
+"""In a directory: how many bits each linear of a mix has (see `accessory.checkpoint.strategy`)."""
+
 
 @dataclass
 class Source:
@@ -73,9 +76,13 @@ class Source:
         return {name: tensor.storage for name, tensor in self.tensors.items() if isinstance(tensor, PackedTensor)}
 
     def fingerprint(self) -> str:
-        """sha256 over each file's name, size, and first and last mebibyte: cheap, and another after any retraining."""
+        """sha256 over each file's name, size, and first and last mebibyte: cheap, and another after any retraining.
+
+        A base packed as a mix is another one with another strategy.
+        """
         digest, span = hashlib.sha256(), 1 << 20
-        for path in self.files:
+        strategy = self.path / STRATEGY_FILE
+        for path in [*self.files, *([strategy] if strategy.is_file() else [])]:
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}:".encode())
             with path.open("rb") as file:

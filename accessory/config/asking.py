@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from accessory.config.files import misplaced_files
 from accessory.data.templates import PROMPT_LAYOUTS
-from accessory.quant import STORAGES
+from accessory.quant import QUANT_TYPES
 
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
@@ -36,7 +36,7 @@ class AskConfig(BaseModel):
     """Compute precision."""
     quant: bool | None = None
     """Keep the base packed; absent: as the trained part was trained."""
-    quant_type: Literal[tuple(STORAGES)] | None = None
+    quant_type: Literal[QUANT_TYPES] | None = None
     """Format of the packed base; absent: as trained, or nf4."""
     max_gen_len: int = Field(default=128, ge=1)
     """Longest answer, in tokens."""

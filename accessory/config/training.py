@@ -18,7 +18,7 @@ from accessory.foreign_names import unknown
 from accessory.method import METHODS, QUANT_TARGETS
 from accessory.model.families import FAMILIES
 from accessory.optim import BETAS, LR_SCHEDULES, OPTIMIZERS
-from accessory.quant import STORAGES
+from accessory.quant import QUANT_TYPES, storage
 
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
 TRACKERS = ("tensorboard", "wandb", "none")
@@ -50,8 +50,8 @@ class FinetuneConfig(BaseModel):
     """Needless: the format is recognised from the files. Accepted for upstream's scripts."""
     quant: bool = False
     """Keep the linears of all blocks packed (--quant_type); embedding, head and norms stay in the compute precision."""
-    quant_type: Literal[tuple(STORAGES)] | None = Field(
-        None, description=f"Format of --quant (see docs/memory.md): {', '.join(STORAGES)}; absent: nf4."
+    quant_type: Literal[QUANT_TYPES] | None = Field(
+        None, description=f"Format of --quant (see docs/memory.md): {', '.join(QUANT_TYPES)}; absent: nf4."
     )
     quant_targets: list[Literal[QUANT_TARGETS]] = Field(
         [],
@@ -247,7 +247,7 @@ class FinetuneConfig(BaseModel):
             return [f"--bits {self.bits} contradicts --quant: leave one out."]
         if self.bits and packed and not self.quant:
             return [f"--bits {self.bits} contradicts quant False: leave one out."]
-        if self.bits and self.quant_type and STORAGES[self.quant_type].bits not in packed:
+        if self.bits and self.quant_type and storage(self.quant_type).bits not in packed:
             return [f"--bits {self.bits} contradicts --quant_type {self.quant_type}: leave one out."]
         return []
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from accessory.errors import ConfigError, nearest
 from accessory.quant.four_bit import Fp4, Fp4Single, Nf4, Nf4Single
-from accessory.quant.groups import GROUP_STORAGES
+from accessory.quant.groups import GROUP_STORAGES, group_storage_named
 from accessory.quant.int8 import Int8Weight
 from accessory.quant.llm_int8 import LlmInt8
+from accessory.quant.mixes import MIXES, NARROW
 from accessory.quant.nf4_scales import Nf4Scales
 from accessory.quant.packed import PackedWeight
 
@@ -16,12 +17,22 @@ STORAGES: dict[str, type[PackedWeight]] = {
 """Name given to `--quant_type` -> the class that packs a matrix so."""
 
 
+QUANT_TYPES = (*STORAGES, *MIXES)
+"""What `--quant_type` takes."""
+
+
+def find_storage(name: object) -> type[PackedWeight] | None:
+    """The storage of that name, also in groups of another size (`int4_g1024`), as files may have it; None: none is."""
+    return (STORAGES.get(name) or group_storage_named(name)) if isinstance(name, str) else None
+
+
 def storage(name: str) -> type[PackedWeight]:
-    """The storage format called `name`. Raises `ConfigError` for a name we do not know."""
-    if name not in STORAGES:
-        known = ", ".join(STORAGES)
-        raise ConfigError(f"--quant_type {name!r} is not a storage format.{nearest(name, STORAGES)} Known: {known}.")
-    return STORAGES[name]
+    """The storage format called `name`; of a mix, that of most linears. Raises `ConfigError` for an unknown name."""
+    found = NARROW if name in MIXES else find_storage(name)
+    if found is None:
+        known = ", ".join(QUANT_TYPES)
+        raise ConfigError(f"--quant_type {name!r} is not a storage format.{nearest(name, QUANT_TYPES)} Known: {known}.")
+    return found
 
 
-__all__ = ["STORAGES", "PackedWeight", "storage"]
+__all__ = ["MIXES", "QUANT_TYPES", "STORAGES", "PackedWeight", "find_storage", "storage"]

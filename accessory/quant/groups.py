@@ -6,6 +6,7 @@ in `accessory.quant.group_fit`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import gcd
@@ -226,6 +227,12 @@ def group_storage(bits: int, group: int, also: tuple[str, ...] = ()) -> type[Gro
     kind = _made(GroupWeight, f"int{bits}_g{group}", f"{about}{' with ' * bool(also)}{', '.join(also)}.", parts)
     kind.bits, kind.group, kind.whole = bits, group, kind
     return kind
+
+
+def group_storage_named(name: str) -> type[GroupWeight] | None:
+    """`int4_g1024` and the like; None for other names."""
+    found = re.fullmatch(r"int([234])_g([1-9]\d{0,5})", name)
+    return group_storage(int(found[1]), int(found[2])) if found else None
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_exi
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import CheckpointError
 from accessory.model.families import architecture_of
-from accessory.quant import STORAGES
+from accessory.quant import MIXES, QUANT_TYPES, find_storage
 
 TRAINABLE_FILES = "trainable*.safetensors"
 MODEL_FILES = "model*.safetensors"
@@ -68,10 +68,10 @@ def _read_run(file: Path) -> dict[str, Any]:
         and all(isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys) for entry in base)
     ):
         raise CheckpointError(f"{file}: 'base' is {base!r}; expected a list of objects with {', '.join(keys)}.")
-    if not (quantization is None or (isinstance(quantization, str) and quantization in STORAGES)):
+    if not (quantization is None or find_storage(quantization) or quantization in list(MIXES)):
         raise CheckpointError(
             f"{file}: 'quantization' is {run.get('quantization', 'missing')!r}; expected null or one of "
-            f"{', '.join(STORAGES)}."
+            f"{', '.join(QUANT_TYPES)}."
         )
     return run
 
@@ -102,7 +102,9 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
     for name, entry in packing.items():
         try:
             rows, columns = (operator.index(size) for size in entry["shape"])
-            kind = STORAGES[entry["quant_type"]]
+            kind = find_storage(entry["quant_type"])
+            if kind is None:
+                raise KeyError(entry["quant_type"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{meta}: says {entry!r} of {name}; expected quant_type and shape.") from error
         there = (part for part in (*kind.PARTS, *kind.OPTIONAL) if f"{name}.{part}" in found)
