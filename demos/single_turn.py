@@ -169,8 +169,11 @@ def page_of(respond: Callable[..., Iterator[str]], config: DemoConfig, offered: 
             ]
         unlisted = {"outputs": [ask, stop], "queue": False, "api_visibility": "undocumented"}
         begun = gradio.on([ask.click, question.submit, context.submit], buttons(True), **unlisted)
-        # Unprocessed, so that `checked_question` alone says what is wrong with a value.
-        answering = begun.then(respond, [question, context, *settings], shown, api_name="ask", preprocess=False)
+        # Unprocessed, so that `checked_question` alone says what is wrong with a value. Without gradio's progress: it
+        # covers the answer with "Error" when a question is refused, and again when a later one is stopped.
+        answering = begun.then(
+            respond, [question, context, *settings], shown, api_name="ask", preprocess=False, show_progress="hidden"
+        )
         for ended in (answering.success, answering.failure):
             ended(buttons(False), **unlisted)
         stop.click(buttons(False), cancels=answering, **unlisted)
