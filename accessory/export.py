@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,18 +19,24 @@ from accessory.checkpoint.formats.torch_writing import write_torch_shards
 from accessory.checkpoint.lazy import HeldTensor
 from accessory.checkpoint.load import named_generator, overlay, resolve
 from accessory.checkpoint.merge import merged, repacked, unpacked, with_trained_parts
+from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_record import trained_prompt_layouts, trained_system, trained_tokens, with_base
-from accessory.checkpoint.source import Source, model_args_of, read_json
+from accessory.checkpoint.source import STRATEGY_FILE, Source, model_args_of, read_json
 from accessory.checkpoint.strategy import storages_of_mix
-from accessory.checkpoint.whole import WholeModel
+from accessory.checkpoint.whole import WholeModel, refuse_existing
 from accessory.data.templates import CHAT
 from accessory.errors import CheckpointError, ConfigError, check_known
 from accessory.meta import MetaModel
 from accessory.method.side_tuning import SideTuning
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
-from accessory.parallel.groups import Layout
+from accessory.parallel.groups import Layout, data_parallel_group
 from accessory.quant import MIXES, STORAGES, storage
+from accessory.quantizer.calibration import calibration_rows
+from accessory.quantizer.folder import Folder
+from accessory.quantizer.job import Quantization, identity_of
+from accessory.quantizer.settings import HELD, Settings
+from accessory.quantizer.strategy import strategy_document
 from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
 FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
@@ -162,6 +169,35 @@ def convert(paths: list[Path], target: Path, destination: Destination, **reading
     model, _ = open_base(paths, **reading)
     destination.write(model, target)
     return model
+
+
+def calibrated(
+    model: WholeModel,
+    base: Path,
+    target: Path,
+    data: Path,
+    settings: Settings,
+    dtype: str,
+    layout: Layout,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write `model`, which `base` holds, with linears quantized by the text in `data`; returns all figures.
+
+    What is finished lies beside `target` until the whole is written, so that a run that was stopped goes on. dtype: of
+    embedding, head and norms. A collective. Raises `AccessoryError`s.
+    """
+    refuse_existing(target)
+    check_known("--dtype", dtype, DTYPES)
+    settings.check(layout.dp_size)
+    ids = calibration_rows(data, model.tokenizer, settings.row_tokens, settings.rows + HELD, settings.seed)
+    folder = Folder(target.with_name(f".{target.name}.quantizing"), layout.rank, data_parallel_group())
+    precision = torch.bfloat16
+    folder.open(identity_of(settings, ids, open_source(base).fingerprint(), precision, layout.dp_size))
+    packed, widths, figures = Quantization(model, ids, settings, folder, dtype=precision, layout=layout, say=say).run()
+    if layout.is_main:
+        write_own(packed, target, DTYPES[dtype], documents={STRATEGY_FILE: strategy_document(widths)})
+    folder.discard()
+    return {"base": str(base), "target": str(target), "quant_type": settings.quant_type} | figures
 
 
 def merge(

@@ -15,7 +15,7 @@ TIERS = (
     ("finetuning", "export", "entry", "hugging_face", ""),
     ("engine", "conversation", "eval", "multi_gpu"),
     ("meta", "run"),
-    ("blueprint", "config", "generate", "memory"),
+    ("blueprint", "config", "generate", "memory", "quantizer"),
     ("checkpoint",),
     ("method",),
     ("model", "optim"),

@@ -155,6 +155,15 @@ def fill(
     bar.close()
 
 
+def fill_module(
+    module: nn.Module, prefix: str, tensors: dict[str, LazyTensor], layout: Layout, there: Set[str] = frozenset()
+) -> None:
+    """Read what is under `module`, called `prefix` in a checkpoint, into place, frozen; but not what is in `there`."""
+    for target in targets(module, prefix):
+        if target.name not in there:
+            _fill_one(target, tensors, Attachment(), layout, 0, False)
+
+
 def _fill_one(
     target: Target, tensors: dict[str, LazyTensor], attachment: Attachment, layout: Layout, seed: int, share: bool
 ) -> None:

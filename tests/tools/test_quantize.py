@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from accessory.checkpoint.opening import open_source
@@ -53,3 +55,35 @@ def test_trained_part_is_no_base(called, tiny_base: Path, tmp_path: Path) -> Non
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"CheckpointError: {part}: is a trained part; merge it (tools/merge.py)")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def calibration(tmp_path: Path, strings: list[str]) -> Path:
+    """Text, a record a line."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(strings * 3), encoding="utf-8")
+    return path
+
+
+def test_calibrated_by_two_processes(torchrun, tiny_base: Path, calibration: Path, tmp_path: Path) -> None:
+    """Under torchrun ranks divide the text; one writes, and the last line has all figures, perplexities too."""
+    flags = ["--rows", 8, "--row_tokens", 32, "--distill_steps", 2, "--distill_batch", 4, "--device", "cpu", "--json"]
+    measured = ["--perplexity", calibration, "--seq", 64, "--windows", 2]
+    where = [tiny_base, tmp_path / "out", "--quant_type", "int2_g64", "--calibrate", calibration]
+    done = torchrun(2, "tools/quantize.py", *where, *flags, *measured)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *lines, last = done.stdout.splitlines()
+    figures = json.loads(last)
+    assert lines[0].startswith("block   1/2 | error ") and len(figures["blocks"]) == 2
+    assert figures["bits"] == pytest.approx(2.5) and figures["text_after"] > 1 and "before" in lines[-1]
+    assert open_source(tmp_path / "out").storage == "int2_g64"
+
+
+def test_flags_that_need_calibration(called, tiny_base: Path, calibration: Path, tmp_path: Path) -> None:
+    """And a format that calibration cannot write."""
+    done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--json")
+    assert done.stderr == "ConfigError: --json goes with --calibrate DATA: give that too, or leave --json out.\n"
+    done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--calibrate", calibration, "--to", "hf")
+    assert done.stderr.startswith("ConfigError: --to hf: with --calibrate it is accessory; ")
+    done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--calibrate", calibration)
+    assert done.stderr.startswith("ConfigError: --quant_type 'nf4' cannot be calibrated; expected intB_gG")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -113,10 +114,17 @@ def _with_packed(tensors: dict[str, LazyTensor], packing: object, meta: Path) ->
     return found
 
 
-def write_own(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None = None) -> None:
+def write_own(
+    model: WholeModel,
+    target: Path,
+    dtype: torch.dtype,
+    quant_type: str | None = None,
+    documents: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write a base: plain weights in `dtype`, or with the linears of all blocks packed as `quant_type`.
 
-    Matrices that are packed already stay as they are. Tensor by tensor, whole or not at all; raises `CheckpointError`.
+    Matrices that are packed already stay as they are. documents: other JSON files, by name. Tensor by tensor, whole or
+    not at all; raises `CheckpointError`.
     """
     refuse_existing(target)
     packed: dict[str, Any] = {}
@@ -127,6 +135,8 @@ def write_own(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: s
         meta |= {"prompt_layouts": model.prompt_layouts} if model.prompt_layouts else {}
         meta |= {"system": model.system} if model.system is not None else {}
         write_json(directory / "meta.json", meta | ({"packed": packed} if packed else {}))
+        for name, content in documents.items():
+            write_json(directory / name, content)
         model.tokenizer.save(directory)
 
 

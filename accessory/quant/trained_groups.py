@@ -1,0 +1,58 @@
+"""Codes in groups whose scales and zeros are trained, as in PEQA (Kim et al. 2023); the codes stay."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.plain.group_codes import whole_numbers
+from accessory.quant.groups import GroupWeight
+from accessory.quant.packed import PackedState
+
+STATISTICS = ("scales", "zeros")
+PIECE = 1 << 20  # weights whose gradient is made at a time
+
+
+class TrainedStatistics(GroupWeight):
+    """Codes as they are, and `scales` and `zeros` [N, G] in fp32, trained."""
+
+    def adopt(self, state: PackedState) -> None:
+        """See `PackedWeight`; statistics may come in any float dtype."""
+        super().adopt({name: part.float() if name in STATISTICS else part for name, part in state.items()})
+        for name in STATISTICS:
+            getattr(self, name).requires_grad_(True)
+
+    @torch.no_grad()
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
+        """Of scales, the sums over groups of dW * codes; of zeros, those of -dW. dW is made some rows at a time."""
+        rows, columns = self.shape
+        of_scales, of_zeros = torch.empty_like(self.scales), torch.empty_like(self.zeros)
+        step = max(PIECE // max(columns, 1), 1)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            dw = (dy[:, part].t() @ x).float()
+            high = self.high[part] if self.bits == 3 else None
+            of_zeros[part] = group_sums(dw, self.group).neg_()
+            of_scales[part] = group_sums(dw.mul_(whole_numbers(self.codes[part], high, self.bits, columns)), self.group)
+        return [of_scales, of_zeros]
+
+    def gradients_bytes(self, dtype: torch.dtype) -> int:
+        """A piece of dW, in `dtype` and fp32, and its codes."""
+        return min(self.shape.numel(), PIECE) * (dtype.itemsize + 4 + 1)
+
+
+@lru_cache
+def with_trained_statistics(kind: type[GroupWeight]) -> type[TrainedStatistics]:
+    """The storage `kind` with its scales and zeros in fp32, marked trained."""
+    parts = dict(kind.PARTS)
+    parts |= {name: parts[name]._replace(dtype=torch.float32, trained=True) for name in STATISTICS}
+    about = f"{kind.name} whose scales and zeros are trained."
+    return type(f"{kind.__name__}Trained", (TrainedStatistics, kind), {"PARTS": parts, "__doc__": about})
+
+
+def group_sums(values: Tensor, group: int) -> Tensor:
+    """[N, K] -> [N, G], summed over the columns of each group; the last group may have fewer."""
+    missing = -values.shape[1] % group
+    return torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, group)).sum(2)

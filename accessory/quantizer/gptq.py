@@ -1,0 +1,72 @@
+"""GPTQ (Frantar et al. 2022): columns are rounded one by one, and those that follow make up for each one's error.
+
+With H = X^T X of a linear's inputs, an error e in column k is made up for best, over the columns after it, by taking
+e / U[k, k] * U[k, j] from each column j, where U is the upper Cholesky factor of H's inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.errors import CheckpointError
+from accessory.quantizer.grid import Grid, fit
+
+DAMPING = 0.01
+"""Of the mean of H's diagonal, added to it: text has fewer directions than a matrix has columns."""
+_COLUMNS = 64
+"""Columns whose errors reach those after them in one product. A group begins where they do, or lies among them."""
+_BEYOND = 0.49  # a code that lay further outside the range would never get a gradient
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, damping: float = DAMPING) -> Grid:
+    """W [N, K] and H [K, K], fp32 -> codes, scales and zeros; each row is by itself.
+
+    The codes are what the columns were rounded from when their turn came, at most 0.49 beyond the range: reconstruction
+    trains them from there, and moves those first that lay near another whole number.
+
+    A group's scale and zero are fitted when its first column's turn comes, to the weights as errors before it have
+    changed them. group: a divisor or a multiple of 64. Raises `CheckpointError` for an H that is not finite.
+    """
+    hessian = damped(hessian, damping)
+    factor, importance = inverse_factor(hessian), hessian.diagonal()
+    (rows, columns), top = weight.shape, 2**bits - 1
+    w = weight.float().t().contiguous()  # columns lie along memory
+    codes = torch.empty_like(w)
+    statistics = w.new_empty(2, -(-columns // group), rows)
+    for start in range(0, columns, _COLUMNS):
+        stop = min(start + _COLUMNS, columns)
+        errors = w.new_empty(stop - start, rows)
+        for k in range(start, stop):
+            if k % group == 0:
+                own = slice(k, min(k + group, columns))
+                statistics[:, k // group] = torch.stack(fit(w[own], importance[own], top))
+            scale, zero = statistics[:, k // group]
+            torch.div(w[k] + zero, scale, out=codes[k]).clamp_(-_BEYOND, top + _BEYOND)
+            error = errors[k - start]
+            torch.sub(w[k], codes[k].round() * scale - zero, out=error).div_(factor[k, k])
+            w[k + 1 : stop].addr_(factor[k, k + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    scales, zeros = statistics
+    return Grid(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), bits, group)
+
+
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """H + damping * mean of its diagonal. Raises `CheckpointError` for an H that is not finite, or zero."""
+    mean = hessian.diagonal().mean()
+    if not (mean.isfinite() and mean > 0):
+        raise CheckpointError(f"The inputs of a linear have a mean square of {float(mean)}; expected finite ones.")
+    result = hessian.clone()
+    result.diagonal().add_(damping * mean)
+    return result
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper triangular U [K, K] with U^T U = H^-1."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """dW [N, K], H [K, K] -> [N]: for each row dW H dW^T, the sum over inputs of the squared error of its output."""
+    return (difference @ hessian * difference).sum(1)

@@ -1,0 +1,165 @@
+"""Quantizes one block: error feedback, then reconstruction, from files of hidden states to a file of packed parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.model.block import Block
+from accessory.parallel.groups import Layout
+from accessory.quant.groups import GroupWeight, group_storage, packed_codes
+from accessory.quant.packed import PackedState
+from accessory.quantizer.blocks import Blocks, batches, linears, replace_weight
+from accessory.quantizer.gptq import gptq, output_error
+from accessory.quantizer.grid import Grid
+from accessory.quantizer.reconstruction import relative_error, summed, train_block
+from accessory.quantizer.settings import Settings
+from accessory.quantizer.states import States
+from accessory.quantizer.strategy import Width, watch
+from accessory.quantizer.weights import LatentWeight, WatchedWeight
+
+FORWARD = 8
+"""Rows that are run together where nothing is trained."""
+_SHOWN = 8  # steps at a training's beginning and end whose mean loss is told
+
+Packed = dict[str, tuple[type[GroupWeight], PackedState]]
+"""Name of a linear in its block -> its storage and parts."""
+
+
+class Rows:
+    """This rank's rows of calibration text: token ids [R, S] on the CPU, the first `fitted` to fit to.
+
+    The others are measured only. seed: of the orders in which rows are gone through.
+    """
+
+    def __init__(self, ids: Tensor, fitted: int, seed: int, layout: Layout, group: dist.ProcessGroup) -> None:
+        self.ids, self.fitted, self.seed, self.layout, self.group = ids, fitted, seed, layout, group
+
+    @property
+    def held(self) -> list[int]:
+        """The rows that are measured only."""
+        return list(range(self.fitted, len(self.ids)))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.ids.shape[1]
+
+    def steps(self, epochs: int, batch: int, number: int) -> list[list[int]]:
+        """The rows of each step of training number `number`: each epoch takes all that are fitted to, in a new order.
+
+        batch: rows of a step over all ranks.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 10007 + number)
+        size, found = batch // self.layout.dp_size, []
+        for _ in range(epochs):
+            order = torch.randperm(self.fitted, generator=generator).tolist()
+            found += [order[start : start + size] for start in range(0, self.fitted - size + 1, size)]
+        return found
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a number over all ranks."""
+        value = value.detach().float().to(self.layout.device, copy=True)
+        summed([value], self.group)
+        return float(value) / self.layout.dp_size
+
+
+def quantize_block(
+    blocks: Blocks,
+    index: int,
+    widths: dict[str, Width],
+    rows: Rows,
+    settings: Settings,
+    full: tuple[States, States],
+    packed: tuple[States, States],
+) -> tuple[Packed, dict[str, Any]]:
+    """Quantize a block to `widths`, by name in it; returns its parts and figures.
+
+    full, packed: the model's states before and after the block; those before are read, the others are written.
+    """
+    begun, block = time.monotonic(), blocks.load(index)
+    full[1].write(block_outputs(blocks, block, full[0], rows))
+    watched = watch(block)
+    for _ in block_outputs(blocks, block, packed[0], rows, rows.fitted):
+        pass
+    summed((w.moments.inputs for w in watched.values() if w.moments.inputs is not None), rows.group)
+    grids = {name: gptq(weight.codes.detach().float(), weight.moments.hessian(), *widths[name])
+             for name, weight in watched.items()}  # fmt: skip
+    losses = []
+    if settings.epochs:
+        steps = rows.steps(settings.epochs, settings.batch, index)
+        losses, grids = _reconstructed(blocks, block, grids, rows, settings, (packed[0], full[1]), steps)
+    grids = {name: grid.rounded() for name, grid in grids.items()}
+    errors = {name: _relative(watched[name], grid) for name, grid in grids.items()}
+    found = {name: _packed(grid) for name, grid in grids.items()}
+    _adopt(block, found, blocks.layout.device)
+    packed[1].write(block_outputs(blocks, block, packed[0], rows))
+    figures = {
+        "error": rows.mean(relative_error(packed[1].read(rows.held), full[1].read(rows.held))),
+        "losses": [_mean(losses[:_SHOWN]), _mean(losses[-_SHOWN:])] if losses else [],
+        "linears": errors,
+        "seconds": time.monotonic() - begun,
+    }
+    return found, figures
+
+
+@torch.no_grad()
+def block_outputs(
+    blocks: Blocks, block: Block, inputs: States, rows: Rows, first: int | None = None
+) -> Iterator[Tensor]:
+    """A block's outputs [T, D] for the first rows of its inputs, or all, some rows at a time."""
+    for part in batches(len(rows.ids) if first is None else first, FORWARD):
+        yield block(inputs.read(part).to(blocks.layout.device), blocks.sequences(len(part), rows.length))
+
+
+def _reconstructed(
+    blocks: Blocks,
+    block: Block,
+    grids: dict[str, Grid],
+    rows: Rows,
+    settings: Settings,
+    states: tuple[States, States],
+    steps: list[list[int]],
+) -> tuple[list[float], dict[str, Grid]]:
+    """(losses, grids) after training in the block; states: its inputs, and the outputs it should give."""
+    latent = {name: LatentWeight(grid) for name, grid in grids.items()}
+    for name, weight in latent.items():
+        replace_weight(linears(block)[name], weight)
+    device = blocks.layout.device
+
+    def run(part: list[int]) -> tuple[Tensor, Tensor]:
+        """(found, wanted) outputs for some rows."""
+        found = block(states[0].read(part).to(device), blocks.sequences(len(part), rows.length))
+        return found, states[1].read(part).to(device)
+
+    losses = train_block(block, list(latent.values()), run, steps, settings.rates, rows.group)
+    return losses, {name: weight.as_grid() for name, weight in latent.items()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _relative(watched: WatchedWeight, grid: Grid) -> float:
+    """The squared error of a linear's outputs, relative to these."""
+    weight, hessian = watched.codes.detach().float(), watched.moments.hessian()
+    return float(output_error(grid.weights() - weight, hessian).sum() / output_error(weight, hessian).sum())
+
+
+def _packed(grid: Grid) -> tuple[type[GroupWeight], PackedState]:
+    codes = packed_codes(grid.codes.to(torch.uint8), grid.bits)
+    statistics = {"scales": grid.scales.half(), "zeros": grid.zeros.half()}
+    return group_storage(grid.bits, grid.group), codes | statistics
+
+
+def _adopt(block: Block, packed: Packed, device: torch.device) -> None:
+    """Give a block its packed matrices."""
+    for name, (kind, state) in packed.items():
+        weight = kind(tuple(linears(block)[name].weight.shape))
+        weight.adopt({part: value.to(device) for part, value in state.items()})
+        replace_weight(linears(block)[name], weight)

@@ -1,0 +1,117 @@
+"""Matrices that a block is run with while it is quantized: one that notes moments, and one that is trained."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from accessory.kernels.single_precision import by_onednn, product
+from accessory.quant.packed import PackedWeight, Part
+from accessory.quant.trained_groups import group_sums
+from accessory.quantizer.grid import Grid, on_grid
+
+
+class Moments:
+    """Sums over tokens: `inputs` X^T X [K, K], and of each output's squared gradient, `gradients` [N]; fp32.
+
+    shared: where the inputs are noted, if not here, because another matrix has the same.
+    """
+
+    def __init__(self, shared: Moments | None = None) -> None:
+        self.shared = shared
+        self.inputs: Tensor | None = None
+        self.gradients: Tensor | None = None
+
+    def add_inputs(self, x: Tensor) -> None:
+        """x [T, K]."""
+        if self.shared is not None:
+            return
+        turned = x.float().t().contiguous()
+        with by_onednn():
+            both = product(turned, turned.t())
+        self.inputs = both if self.inputs is None else self.inputs.add_(both)
+
+    def hessian(self) -> Tensor:
+        """X^T X [K, K], wherever it is noted."""
+        return self.inputs if self.shared is None else self.shared.hessian()
+
+    def add_gradients(self, dy: Tensor) -> None:
+        """dy [T, N]."""
+        squares = dy.float().square().sum(0)
+        self.gradients = squares if self.gradients is None else self.gradients.add_(squares)
+
+
+class WatchedWeight(PackedWeight):
+    """A plain matrix W [N, K] that adds to `moments` what is multiplied with it, and in a backward the gradients."""
+
+    name, bits = "watched", 16
+    PARTS: ClassVar = {"codes": Part(torch.bfloat16, trained=True)}
+
+    def __init__(self, weight: Tensor, moments: Moments) -> None:
+        super().__init__(tuple(weight.shape))
+        self.moments = moments
+        self.codes = nn.Parameter(weight.detach(), requires_grad=True)
+
+    def pack(self, weight: Tensor) -> None:
+        """See `PackedWeight`."""
+        self.codes = nn.Parameter(weight, requires_grad=True)
+
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        return out.copy_(self.codes.detach())
+
+    def add_product(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        self.moments.add_inputs(x.detach())
+        return super().add_product(y, x)
+
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor | None]:
+        """None is given to anyone: the moments are what is wanted."""
+        self.moments.add_gradients(dy)
+        return [None]
+
+
+class LatentWeight(PackedWeight):
+    """W [N, K] = round(codes) * scales - zeros, where all three are trained fp32 numbers.
+
+    `codes` [N, K] are kept between whole numbers. Rounding hands a gradient through as it is ("straight-through"), but
+    for codes outside their range; scales and zeros get the exact one. A code's gradient is left undivided by its
+    scale: Adam, which trains it, would take that out again.
+    """
+
+    name, bits = "latent", 32
+    PARTS: ClassVar = {name: Part(torch.float32, trained=True) for name in ("codes", "scales", "zeros")}
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(tuple(grid.codes.shape))
+        self.grid = grid
+        for name in self.PARTS:
+            setattr(self, name, nn.Parameter(getattr(grid, name).clone(), requires_grad=True))
+
+    def pack(self, weight: Tensor) -> None:
+        """There is no grid to begin from."""
+        raise AssertionError("a latent matrix is made of a grid")
+
+    @torch.no_grad()
+    def unpack_into(self, out: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        return out.copy_(on_grid(self._rounded(), self.scales, self.zeros, self.grid.group))
+
+    @torch.no_grad()
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
+        """Of codes, scales and zeros."""
+        dw, group = (dy.t() @ x).float(), self.grid.group
+        of_scales = group_sums(dw * self._rounded(), group)
+        of_zeros = group_sums(dw, group).neg_()
+        inside = (self.codes > -0.5) & (self.codes < self.grid.top + 0.5)
+        return [dw.mul_(inside), of_scales, of_zeros]
+
+    def as_grid(self) -> Grid:
+        """What was trained, rounded."""
+        now = self.grid._replace(**{name: getattr(self, name).detach() for name in self.PARTS})
+        return now.rounded()
+
+    def _rounded(self) -> Tensor:
+        return self.codes.detach().round().clamp_(0, self.grid.top)

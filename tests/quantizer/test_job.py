@@ -1,0 +1,135 @@
+"""accessory/quantizer/job.py: what is written, stopping and going on, and faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accessory.checkpoint.lazy import PackedTensor
+from accessory.checkpoint.opening import open_source
+from accessory.errors import CheckpointError, ConfigError
+from accessory.export import calibrated, open_base
+from accessory.parallel import groups
+from accessory.quantizer.settings import Settings
+
+SETTINGS = Settings("mix2.5", rows=8, row_tokens=32, batch=2, distill_steps=3, distill_batch=4)
+
+
+class Stopped(Exception):
+    """In the place of a signal."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, strings: list[str]) -> Path:
+    """Calibration text: a record a line."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(strings * 3), encoding="utf-8")
+    return path
+
+
+def run(base: Path, target: Path, text: Path, settings: Settings = SETTINGS, **more) -> dict:
+    model, _ = open_base([base])
+    return calibrated(model, base, target, text, settings, "fp32", groups.start("cpu"), more.get("say", lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """(directory, figures) of a quantization that nothing stopped."""
+    target = tmp_path_factory.mktemp("finished") / "out"
+    return target, run(tiny_base, target, text)
+
+
+def test_what_is_written(finished: tuple[Path, dict], tiny_base: Path) -> None:
+    """A packed base: linears of two and four bits, all else as it was; and nothing is left beside it."""
+    target, figures = finished
+    source, base = open_source(target), open_source(tiny_base)
+    packed = {name: tensor for name, tensor in source.tensors.items() if isinstance(tensor, PackedTensor)}
+    assert len(packed) == 14 and {tensor.storage.name for tensor in packed.values()} == {"int2_g64", "int4_g128"}
+    wide = sum(t.shape[0] * t.shape[1] for t in packed.values() if t.storage.bits == 4)
+    assert 0.1 < wide / sum(t.shape[0] * t.shape[1] for t in packed.values()) <= 0.25
+    norm = "layers.1.ffn_norm.weight"
+    assert torch.equal(source.tensors[norm].read(), base.tensors[norm].read())
+    assert (target / "quant_strategy.json").is_file() and [p.name for p in target.parent.iterdir()] == ["out"]
+    assert 2.5 < figures["bits"] < 3 and len(figures["blocks"]) == 2 and len(figures["divergences"]) == 3
+    assert 0 < figures["perplexity_full"] < figures["perplexity_blocks"] * 1.5
+
+
+def test_every_linear_is_near_its_own(finished: tuple[Path, dict], tiny_base: Path) -> None:
+    """Random weights have no structure to lose: at two bits about a tenth of their variance is gone."""
+    source, base = open_source(finished[0]), open_source(tiny_base)
+    for name, tensor in source.tensors.items():
+        if isinstance(tensor, PackedTensor):
+            wanted = base.tensors[name].read().float()
+            lost = (tensor.read() - wanted).square().mean() / wanted.square().mean()
+            assert lost < (0.3 if tensor.storage.bits == 2 else 0.03), name
+
+
+@pytest.mark.parametrize("stop_at", ["sensitivity of block   2", "block   1", "last pass"])
+def test_stopped_and_started_again(
+    stop_at: str, finished: tuple[Path, dict], tiny_base: Path, text: Path, tmp_path: Path
+) -> None:
+    """Wherever it was stopped, the result is the same bit for bit, and finished blocks are not computed again."""
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith(stop_at):
+            raise Stopped
+
+    target = tmp_path / "out"
+    with pytest.raises(Stopped):
+        run(tiny_base, target, text, say=say)
+    assert not target.exists() and (tmp_path / ".out.quantizing").is_dir()
+    again: list[str] = []
+    run(tiny_base, target, text, say=again.append)
+    assert sum(line.startswith("block") for line in lines[:-1] + again) <= 2
+    ours, theirs = (load_file(path / "model.safetensors") for path in (target, finished[0]))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_quantization_in_the_folder(tiny_base: Path, text: Path, tmp_path: Path) -> None:
+    """What differs is said; nothing is overwritten."""
+
+    def say(line: str) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tiny_base, tmp_path / "out", text, say=say)
+    with pytest.raises(CheckpointError, match=r"holds a quantization with other epochs 1, now 2\. Give the same flags"):
+        run(tiny_base, tmp_path / "out", text, replace(SETTINGS, epochs=2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": 0}, "--rows 0: expected a whole number of at least 1"),
+        ({"batch": 16}, r"--batch 16: there are 8 rows \(--rows\)"),
+        ({"quant_type": "int5_g64"}, "--quant_type 'int5_g64' cannot be calibrated"),
+    ],
+)
+def test_faults_are_told_before_anything_is_read(changed: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SETTINGS, **changed).check(1)
+
+
+def test_ranks_divide_the_rows() -> None:
+    with pytest.raises(ConfigError, match="--batch 2: expected a multiple of the 4 processes"):
+        SETTINGS.check(4)
+
+
+def test_gptq_alone(tiny_base: Path, text: Path, tmp_path: Path) -> None:
+    """Without epochs and last pass nothing is trained, and all linears have the one width."""
+    settings = replace(SETTINGS, quant_type="int3_g64", epochs=0, distill_steps=0)
+    figures = run(tiny_base, tmp_path / "out", text, settings)
+    assert figures["bits"] == pytest.approx(3.5) and figures["perplexity"] == figures["perplexity_blocks"]
+    assert open_source(tmp_path / "out").storage == "int3_g64"
+
+
+def test_a_target_that_is_there(tiny_base: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="expected a new or empty directory"):
+        run(tiny_base, tmp_path, text)
