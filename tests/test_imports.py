@@ -30,7 +30,7 @@ APART = {"quant": {"parallel"}, "engine": {"model", "method", "quant", "kernels"
 """What a room does not know although it lies below."""
 UPSTREAMS = ("accessory.model.meta", "accessory.model.multi_gpu_wrapper")
 """Modules that only give a public name where LLaMA2-Accessory has it: they belong to the public names."""
-MOST_AT_THE_ROOT = 15
+MOST_AT_THE_ROOT = 13
 
 
 def modules() -> dict[str, str]:
