@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -27,7 +27,8 @@ from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
-from accessory.quant import STORAGES, storage
+from accessory.quant import MIXES, QUANT_TYPES, storage
+from accessory.quant.mixes import WIDE
 from tools.model_sizes import LLAMA_2, args_of
 
 METHODS = presets()
@@ -57,7 +58,7 @@ class Setting:
         """Raise `ConfigError` for names we do not know, numbers below 1, and what cannot be together."""
         names = {
             "method": METHODS,
-            "quant_type": (PLAIN, *STORAGES),
+            "quant_type": (PLAIN, *QUANT_TYPES),
             "precision": DTYPES,
             "optim": OPTIMIZERS,
             "data_parallel": ("sdp", "fsdp"),
@@ -229,7 +230,22 @@ def _built(model: str, method: str, quant_type: str, precision: str, ranks: int)
     made.check(args, Layout(world_size=ranks, mp_size=ranks), "sdp")
     maker = None if quant_type == PLAIN else storage(quant_type)
     decoder = made.decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
+    if quant_type in MIXES:
+        _widen(decoder, MIXES[quant_type])
     return decoder, made.attach(decoder)
+
+
+def _widen(decoder: Decoder, share: float) -> None:
+    """Give four bits to that share of the blocks' weights. Which ones a strategy says; here some of every block."""
+    blocks = [
+        [*chain(*block.attention.linears_by_input(), *block.feed_forward.linears_by_input())]
+        for block in decoder.layers
+    ]
+    room = share * sum(linear.weight.shape.numel() for linear in chain(*blocks))
+    for linear in chain(*zip(*blocks, strict=True)):
+        if linear.weight.shape.numel() <= room:
+            room -= linear.weight.shape.numel()
+            linear.keep_packed(WIDE)
 
 
 def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPlan, room: int) -> str:

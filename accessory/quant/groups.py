@@ -18,7 +18,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.kernels.codes import GroupCodes
-from accessory.kernels.plain.group_codes import whole_numbers
+from accessory.kernels.plain.group_codes import whole_numbers, workspace_bytes
 from accessory.quant.group_fit import fit
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
 
@@ -170,6 +170,10 @@ class GroupWeight(PackedWeight):
     def unpack_into(self, out: Tensor) -> Tensor:
         """See `PackedWeight`."""
         return kernels.of("group_codes", out).dequantize(self.as_codes(), out)
+
+    def unpack_bytes(self, device: torch.device) -> int:
+        """See `PackedWeight`: of plain PyTorch's kernel."""
+        return workspace_bytes(self.shape, device, ordered=self.has("order"))
 
 
 def packed_codes(codes: Tensor, bits: int) -> PackedState:

@@ -145,6 +145,10 @@ class PackedWeight(nn.Module, ABC):
     def unpack_into(self, out: Tensor) -> Tensor:
         """Fill `out` [N, K] with the matrix in out's dtype; returns it."""
 
+    def unpack_bytes(self, device: torch.device) -> int:
+        """Bytes that `unpack_into` works in."""
+        return 0
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`."""
         return self.unpack_into(torch.empty(self.shape, dtype=dtype, device=self.codes.device))
@@ -159,7 +163,7 @@ class PackedWeight(nn.Module, ABC):
 
     def product_bytes(self, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
         """Of `add_product` with x [rows, K] in `dtype`: (bytes it works in, numbers of the buffer it unpacks into)."""
-        return 0, self.shape.numel()
+        return self.unpack_bytes(device), self.shape.numel()
 
     @classmethod
     def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:

@@ -78,7 +78,10 @@ def memory_to_multiply(
         kernel = _kernel(used, dtype, device)
         if kernel is None:
             packed = [matrix for matrix in used if isinstance(matrix, PackedWeight)]
-            taken = [(0, m.shape.numel()) if transposed else m.product_bytes(rows, dtype, device) for m in packed]
+            taken = [
+                (m.unpack_bytes(device), m.shape.numel()) if transposed else m.product_bytes(rows, dtype, device)
+                for m in packed
+            ]
             workspace = max([workspace, *(bytes_ for bytes_, _ in taken)])
             largest = max((numbers for _, numbers in taken), default=0)
             buffer = max(buffer, unpack_buffer_bytes(largest * dtype.itemsize, device))

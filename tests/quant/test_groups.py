@@ -15,6 +15,7 @@ from accessory.errors import CheckpointError
 from accessory.model.projection import project
 from accessory.quant import group_fit
 from accessory.quant.groups import BITS, FEWEST, GROUPS, GroupWeight, group_storage
+from tests.memory.allocated_peak import AllocatedPeak
 
 KINDS = list(product(BITS, GROUPS))
 WIDTHS = (1, 5, 63, 100, 192, 576)
@@ -263,3 +264,17 @@ def test_parts_that_do_not_fit(change: dict[str, Tensor | None], message: str) -
     stored = {name: HeldTensor(value) for name, value in (parts(3, 64, 100) | change).items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
         PackedTensor.of(stored, group_storage(3, 64), (ROWS, 100), "w").read()
+
+
+@pytest.mark.parametrize("also", [(), ("order", "channel_scale"), ("points",)])
+def test_memory_of_unpacking(also: tuple[str, ...]) -> None:
+    """What is allocated beside the result is what the plan counts, for the whole and for some channels of it."""
+    whole = matrix(3, 64, 1024, also, rows=700)
+    state = {part: value.detach() for part, value in whole.named_parameters()}
+    half = whole.of_range(1024, (1, 0, 512))((700, 512))
+    half.adopt(whole.cut(state, 1024, "w", span=(1, 0, 512)))
+    for weight in (whole, half):
+        out = torch.empty(weight.shape, dtype=torch.bfloat16)
+        with AllocatedPeak() as peak:
+            weight.unpack_into(out)
+        assert weight.unpack_bytes(out.device) == pytest.approx(peak.bytes, rel=0.1)

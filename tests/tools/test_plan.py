@@ -45,6 +45,16 @@ def test_parameters_of_7b(called: Callable, method: str, trained: int, whole: in
     assert list(numbers(done.stdout)) == PARTS
 
 
+def test_weights_of_a_mix(called: Callable, params: Path) -> None:
+    """A quarter of the blocks' weights have 4.25 bits, the others 2.5; as many in every block."""
+    narrow, mixed = (
+        numbers(called(PLAN, str(params), "--quant_type", kind, "--device", "cpu").stdout)["weights"]
+        for kind in ("int2_g64", "mix2.5")
+    )
+    linears = 8 * (4 * 1024**2 + 3 * 1024 * 2816)
+    assert mixed - narrow == pytest.approx(linears / 4 * 1.75 / 8 / 1e9, abs=2e-3)
+
+
 def test_it_fits(called: Callable) -> None:
     """A tenth of the memory is spared, as with --checkpointing auto; the total is compared to the given size."""
     total = numbers(called(PLAN, "7B").stdout)["total"]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from accessory.kernels.codes import GroupCodes
 
-CPU_PIECE = 1 << 18  # weights unpacked at a time
+PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Weights that are unpacked at a time."""
 
 
 def dequantize(w: GroupCodes, out: Tensor) -> Tensor:
@@ -15,18 +16,22 @@ def dequantize(w: GroupCodes, out: Tensor) -> Tensor:
 
     Each weight is computed in fp32, where only the last subtraction is rounded, and rounded to out's dtype.
     """
-    n, k = w.shape
-    step = max(CPU_PIECE // max(k, 1), 1) if out.device.type == "cpu" else max(n, 1)
+    n, step = w.shape[0], _rows_at_a_time(w.shape, out.device)
     order = None if w.order is None else w.order.long()
     for top in range(0, n, step):
         part = slice(top, top + step)
-        wide = _weights(w, part)
-        if w.order is not None:
-            wide = torch.empty_like(wide).index_copy_(1, order, wide)
-        if w.channel_scale is not None:
-            wide.mul_(w.channel_scale.float())
-        out[part] = wide
+        out[part] = _by_channel(_weights(w, part), w, order)  # without a name, it is gone before the next is made
     return out
+
+
+def workspace_bytes(shape: tuple[int, int], device: torch.device, *, ordered: bool) -> int:
+    """Bytes that `dequantize` works in: of fp32 and codes, or, of a matrix with an `order`, of fp32 twice."""
+    weights = min(shape[0], _rows_at_a_time(shape, device)) * shape[1]
+    return (8 if ordered else 5) * weights
+
+
+def _rows_at_a_time(shape: tuple[int, int], device: torch.device) -> int:
+    return max(PIECES[device.type] // max(shape[1], 1), 1)
 
 
 def whole_numbers(codes: Tensor, high: Tensor | None, bits: int, columns: int) -> Tensor:
@@ -42,8 +47,7 @@ def whole_numbers(codes: Tensor, high: Tensor | None, bits: int, columns: int) -
 
 def _weights(w: GroupCodes, part: slice) -> Tensor:
     """The rows `part` of W in fp32, their columns as they are packed."""
-    high = None if w.high is None else w.high[part]
-    wide = whole_numbers(w.codes[part], high, w.bits, w.shape[1]).float()
+    wide = whole_numbers(w.codes[part], None if w.high is None else w.high[part], w.bits, w.shape[1]).float()
     scales = w.scales[part].float()
     if w.groups is not None:
         groups = w.groups.long()
@@ -57,6 +61,13 @@ def _weights(w: GroupCodes, part: slice) -> Tensor:
         else:
             columns.sub_(w.points[part, groups, None].float()).mul_(scales[:, groups, None])
     return wide
+
+
+def _by_channel(wide: Tensor, w: GroupCodes, order: Tensor | None) -> Tensor:
+    """Rows of packed columns, fp32, as `w` has them for the channels of x; `wide` may be overwritten."""
+    if order is not None:
+        wide = torch.empty_like(wide).index_copy_(1, order, wide)
+    return wide if w.channel_scale is None else wide.mul_(w.channel_scale.float())
 
 
 def _runs(wide: Tensor, whole: int, group: int) -> list[tuple[Tensor, slice]]:
