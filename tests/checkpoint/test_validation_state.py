@@ -15,6 +15,7 @@ from accessory.errors import CheckpointError
 def test_the_lowest_loss_of_a_trained_model() -> None:
     """The untrained one's is kept apart, an equal one is no lower, and one that is not finite never counts."""
     state = ValidationState("digest")
+    assert (state.best, state.checkpoint, state.only_best) == (None, None, False)
     assert not state.note(0, 1.0)
     assert (state.before, state.best, state.waited, state.evaluated) == (1.0, None, 0, 0)
     found = [state.note(step, loss) for step, loss in ((5, math.nan), (10, 3.0), (15, 3.0), (20, math.inf), (25, 2.5))]
@@ -35,7 +36,8 @@ def test_it_comes_back_from_json() -> None:
 
 
 @pytest.mark.parametrize("changes", [
-    {"best": "2.5"}, {"waited": None}, {"documents": None}, {"only_best": 1}, {"evaluated": True}, {"more": 1},
+    {"best": "2.5"}, {"waited": None}, {"documents": None}, {"only_best": 1}, {"only_best": None},
+    {"evaluated": True}, {"more": 1},
 ], ids=str)  # fmt: skip
 def test_what_is_no_such_state(changes: dict[str, Any]) -> None:
     """A bool is no number of steps."""
