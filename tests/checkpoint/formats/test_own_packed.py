@@ -100,12 +100,31 @@ def test_sharded(tiny_base: Path, packed: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_two_ranks_hold_slices_of_the_same_bytes(tiny_base: Path, packed: Path, torchrun, tmp_path: Path) -> None:
-    """Every rank's codes are its rows or columns of the file's, double-quantized or not, or in int8."""
+    """Every rank's codes are its rows or columns of the file's: double-quantized or not, in int8, cut inside groups."""
     worker = Path(__file__).parent / "packed_worker.py"
-    others = [pack(tiny_base, tmp_path / kind, kind) for kind in ("fp4_single", "int8")]
+    others = [pack(tiny_base, tmp_path / kind, kind) for kind in ("fp4_single", "int8", "int3_g128")]
     done = torchrun(2, worker, packed, *others)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("codes 14 equal") == 6
+    assert done.stdout.count("codes 14 equal") == 8
+
+
+def test_variants_of_groups_are_written_as_they_are(tiny_base: Path, tmp_path: Path) -> None:
+    """One matrix with points and an order beside others without: read, asked, written again to the bit."""
+    path = pack(tiny_base, tmp_path / "out", "int4_g64")
+    file = path / "model.safetensors"
+    stored = load_file(file)
+    zeros, scales = stored.pop(f"{NAME}.zeros"), stored[f"{NAME}.scales"]
+    stored[f"{NAME}.points"] = (zeros / scales).round().clamp(0, 15).byte()
+    stored[f"{NAME}.order"] = torch.randperm(256, generator=torch.Generator().manual_seed(0)).int()
+    save_file(stored, file)
+    weight = MetaModel.from_pretrained(path, dtype="fp32").llma.get_submodule(NAME)
+    assert weight.has("points") and weight.has("order") and not weight.has("zeros")
+    codes = torch.stack([weight.codes & 15, weight.codes >> 4], 2).flatten(1).double()
+    points, scales = (part.double().repeat_interleave(64, 1) for part in (weight.points, weight.scales))
+    wanted = ((codes - points) * scales)[:, weight.order.argsort()]
+    torch.testing.assert_close(weight.unpack(torch.float32).double(), wanted, rtol=2**-22, atol=0)
+    again = load_file(pack(path, tmp_path / "again", "int4_g64") / "model.safetensors")
+    assert again.keys() == stored.keys() and all(torch.equal(again[name], value) for name, value in stored.items())
 
 
 @pytest.mark.parametrize(
