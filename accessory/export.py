@@ -11,7 +11,7 @@ import torch
 
 from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.formats.gguf_writing import write_gguf
-from accessory.checkpoint.formats.hugging_face_writing import write_hugging_face
+from accessory.checkpoint.formats.hugging_face_writing import LAYOUTS, write_hugging_face
 from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.qst_writing import published_config, write_qst
@@ -39,7 +39,7 @@ from accessory.quantizer.settings import HELD, Settings
 from accessory.quantizer.strategy import strategy_document
 from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
-FORMATS = ("accessory", "hf", "gguf", "meta", "upstream")
+FORMATS = ("accessory", *LAYOUTS, "gguf", "meta", "upstream")
 PROBE_QUESTION = "Explain in a few sentences why the sky looks blue during the day and red at sunset."
 PROBE_ANSWER = (
     "Sunlight holds all colours. Air scatters short waves more than long ones, so that blue light reaches "
@@ -52,7 +52,7 @@ PROBE_TOKENS = 256  # the most, since the logits of all are held at once
 class Destination:
     """How to write a model.
 
-    to: one of `FORMATS`. dtype: of plain weights. gguf_type: f32, f16, bf16 or q8_0. ranks: shards of a .pth
+    to: one of `FORMATS`. dtype: of plain weights. gguf_type: f32, f16, bf16, q8_0 or packed. ranks: shards of a .pth
     checkpoint. architecture: the model type to write it as, where that is not its own. quant_type: pack the linears.
     """
 
@@ -78,8 +78,8 @@ class Destination:
 
     def refuse_packed(self) -> None:
         """Raise `ConfigError` for a format that has no packed weights."""
-        if self.to not in ("accessory", "hf"):
-            raise ConfigError(f"--to {self.to}: packed weights are written as accessory or hf.")
+        if self.to not in ("accessory", *LAYOUTS):
+            raise ConfigError(f"--to {self.to}: packed weights are written as accessory, {', '.join(LAYOUTS)}.")
 
     def write(self, model: WholeModel, target: Path) -> None:
         """Write `model` to `target`, which must not be there yet. Raises `CheckpointError`."""
@@ -91,8 +91,8 @@ class Destination:
         dtype = DTYPES[self.dtype]
         if self.to == "accessory":
             write_own(model, target, dtype, self.quant_type)
-        elif self.to == "hf":
-            write_hugging_face(model, target, dtype, self.quant_type)
+        elif self.to in LAYOUTS:
+            write_hugging_face(model, target, dtype, self.quant_type, self.to)
         elif self.to == "gguf":
             write_gguf(model, target, self.gguf_type)
         else:

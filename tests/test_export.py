@@ -386,11 +386,11 @@ class TestDestination:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            ({"to": "ggfu"}, "--to 'ggfu' is unknown. Did you mean 'gguf'.* Known: accessory, hf, gguf, meta, upst"),
+            ({"to": "ggfu"}, "--to 'ggfu' is unknown. Did you mean 'gguf'.* Known: accessory, hf, gptq, greenbit, g"),
             ({"dtype": "fp23"}, r"--dtype 'fp23' is unknown. Did you mean 'fp.*'\? Known: bf16, fp16, fp32"),
             ({"to": "meta", "ranks": 0}, "--model_parallel_size 0 is not a number of shards"),
             ({"to": "meta", "ranks": "two"}, "--model_parallel_size 'two' is not a number of shards"),
-            ({"to": "gguf", "quant_type": "nf4"}, "--to gguf: packed weights are written as accessory or hf"),
+            ({"to": "gguf", "quant_type": "nf4"}, "--to gguf: packed weights are written as accessory, hf, gptq,"),
         ],
     )
     def test_unknown(self, flags: dict, message: str) -> None:

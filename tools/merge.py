@@ -33,12 +33,12 @@ def main(
     What comes before is the trained part, whose run.json knows its base; or base and part where that has moved.
 
     Args:
-        to: hf, gguf, meta, upstream (LLaMA2-Accessory) or accessory.
+        to: hf, gguf, meta, upstream (LLaMA2-Accessory) or accessory; gptq or greenbit with --base packed.
         base: dequantized adds to what packing left of the base, as training saw it; packed leaves that packed, beside
             norms and biases (accessory and hf); full adds to the weights in its files, which changes answers; absent:
             what training saw.
         dtype: of plain weights: bf16, fp16 or fp32.
-        gguf_type: of a GGUF file's matrices: f16, bf16, f32 or q8_0.
+        gguf_type: of a GGUF file's matrices: f16, bf16, f32, q8_0, or packed (as they are, where GGUF can).
         model_parallel_size: shards of a meta or upstream checkpoint.
         architecture: model type to write it as; absent: its own.
         llama_config: a JSON file of settings for a base that has none.

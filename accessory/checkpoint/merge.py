@@ -101,7 +101,7 @@ def merged(
         module, _, leaf = name.rpartition(".")
         if ".lora_" in name:
             continue
-        if leaf == "bias" and drop_biases and not _base_has_bias(module, args):
+        if leaf == "bias" and drop_biases and not base_has_bias(module, args):
             continue
         a, b = tensors.get(f"{module}.lora_a.weight"), tensors.get(f"{module}.lora_b.weight")
         if leaf == "weight" and (a or b):
@@ -112,7 +112,8 @@ def merged(
     return args.model_copy(update=_bias_switches(kept)), kept
 
 
-def _base_has_bias(module: str, args: ModelArgs) -> bool:
+def base_has_bias(module: str, args: ModelArgs) -> bool:
+    """Whether a model of these settings has a bias at `module`, one of our names that may have one."""
     leaf = module.rsplit(".", 1)[-1]
     switch = next((switch for switch, linears in _SWITCHES.items() if leaf in linears), None)
     return switch is None or getattr(args, switch)  # others are norms, whose biases are the base's

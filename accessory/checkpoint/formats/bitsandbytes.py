@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from accessory.checkpoint.formats.packed_layout import PackedLayout
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor
+from accessory.checkpoint.naming import Tensors
 from accessory.errors import CheckpointError
 from accessory.quant import STORAGES, PackedWeight
+from accessory.quant.groups import GroupWeight
 
 _STATE = ".quant_state.bitsandbytes__"
 
 
-def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: Any, path: Path) -> dict[str, LazyTensor]:
+def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: dict[str, Any], path: Path) -> dict[str, LazyTensor]:
     """Put each packed matrix and its statistics together, unchanged; `stated` is config.json's quantization_config.
 
-    Raises `CheckpointError` for another quantization, and for a matrix whose parts are missing or strange.
+    Raises `CheckpointError` for 8 bits, and for a matrix whose parts are missing or strange.
     """
-    method = stated.get("quant_method") if isinstance(stated, dict) else stated
-    if method != "bitsandbytes" or not stated.get("load_in_4bit", stated.get("_load_in_4bit")):
-        kind = "8 bits" if method == "bitsandbytes" else f"{method!r}"
+    if not stated.get("load_in_4bit", stated.get("_load_in_4bit")):
         raise CheckpointError(
-            f"{path}: is quantized by {kind}, which cannot be read; expected 4-bit bitsandbytes (nf4 or fp4), or the "
+            f"{path}: is quantized by 8 bits, which cannot be read; expected 4-bit bitsandbytes (nf4 or fp4), or the "
             "full-precision checkpoint and --quant."
         )
     found = dict(tensors)
@@ -67,7 +69,44 @@ def _storage_of(name: str, state: dict[str, Any], path: Path) -> type[PackedWeig
     )
 
 
-def quantization_config(kind: type[PackedWeight], dtype: torch.dtype) -> dict[str, Any]:
+def bitsandbytes_layout(theirs: Tensors, linears: set[str], target: Path, dtype: torch.dtype) -> PackedLayout:
+    """How to write the packed matrices among `theirs`, to be unpacked to `dtype`.
+
+    Raises `CheckpointError` for a storage that bitsandbytes has not, and for rows in another order than in their file.
+    """
+    packed = {name: tensor for name, tensor in theirs.items() if isinstance(tensor, PackedTensor)}
+    for tensor in packed.values():
+        if not tensor.storage.IN_BITSANDBYTES:
+            known = ", ".join(name for name, kind in STORAGES.items() if kind.IN_BITSANDBYTES)
+            raise CheckpointError(
+                f"{target}: {tensor.storage.name} matrices have no place in Hugging Face files: bitsandbytes, in whose "
+                "layout they are packed there, has no such format. Pack the full-precision checkpoint as one of "
+                f"{known}, or write it --to accessory{_whole_numbers(tensor)}."
+            )
+    if selected := [name for name, tensor in packed.items() if tensor.rows is not None]:
+        raise relaid(selected)
+    kind = next((tensor.storage for tensor in packed.values()), None)
+    config = {} if kind is None else {"quantization_config": _quantization_config(kind, dtype)}
+    return PackedLayout(lambda name, tensor: _tensors(name, tensor, dtype), config)
+
+
+def relaid(names: list[str]) -> CheckpointError:
+    """The error for packed matrices whose rows would have to lie otherwise."""
+    return CheckpointError(
+        f"{', '.join(names[:4])}: packed rows cannot be laid out anew without loss. Quantize the "
+        "full-precision checkpoint into this format instead (tools/quantize.py BASE TARGET --to hf)."
+    )
+
+
+def _whole_numbers(tensor: PackedTensor) -> str:
+    return ", gptq or greenbit" if issubclass(tensor.storage, GroupWeight) else ""
+
+
+def _tensors(name: str, tensor: PackedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {f"{name}{suffix}": value for suffix, value in tensor.read_matrix().as_bitsandbytes(dtype).items()}
+
+
+def _quantization_config(kind: type[PackedWeight], dtype: torch.dtype) -> dict[str, Any]:
     """The quantization_config of matrices packed as `kind`, to be unpacked to `dtype`."""
     return {
         "quant_method": "bitsandbytes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,8 @@ from accessory.checkpoint.formats.gguf_file import (
     as_float32,
     wavelength_factors,
 )
-from accessory.checkpoint.lazy import HeldTensor
+from accessory.checkpoint.formats.gguf_grids import encoded, exact_kind
+from accessory.checkpoint.lazy import HeldTensor, PackedTensor
 from accessory.checkpoint.naming import Tensors, theirs_from_ours
 from accessory.checkpoint.save import fresh
 from accessory.checkpoint.whole import WholeModel, progress
@@ -36,12 +38,18 @@ from accessory.tokenizer.gguf_differences import differences
 from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
 from accessory.tokenizer.sniff import what_is
 
-FileType = Literal["f32", "f16", "bf16", "q8_0"]
+FileType = Literal["f32", "f16", "bf16", "q8_0", "packed"]
 _WRITTEN = {
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "packed": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+}
+_LABELS = {
+    Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Kind.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 
 
@@ -49,7 +57,8 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     """Write a model as the new file `target`, tensor by tensor.
 
     Vectors are written as F32, as llama.cpp wants them, matrices as `file_type`; under q8_0, which packs 32 values of
-    a row at a time, matrices of another width as F16. The file appears under its name when it is complete.
+    a row at a time, matrices of another width as F16. "packed" keeps whole numbers in groups where GGUF has a type that
+    holds them exactly, and says how many are written as F16. The file appears under its name when it is complete.
     Raises `CheckpointError` for a model that the format has no place for, and `TokenizerError` for a tokenizer.
     """
     if file_type not in _WRITTEN:
@@ -65,8 +74,9 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_way_out(model, target)}") from error
     vocabulary = vocabulary_fields(model.tokenizer, model.args.vocab_size)
+    exact = _exact_kinds(theirs, target) if file_type == "packed" else {}
     with fresh(target) as partial:
-        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type)
+        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type, exact)
     for difference in differences(model.tokenizer):
         print(f"{target}: llama.cpp {difference}.")
     window = model.args.sliding_window
@@ -103,6 +113,20 @@ def _way_out(model: WholeModel, target: Path) -> str:
             _laid_out(model, architecture, target)
             return f"As {architecture.name} it computes the same: give --architecture {architecture.name}."
     return "None of llama.cpp's architectures known here computes the same; write it --to hf."
+
+
+def _exact_kinds(theirs: Tensors, target: Path) -> dict[str, Kind]:
+    """Of packed matrices, the types that hold them exactly. Raises `CheckpointError` where nothing is packed."""
+    packed = [name for name, tensor in theirs.items() if isinstance(tensor, PackedTensor)]
+    if not packed:
+        raise CheckpointError(f"{target}: --gguf_type packed writes a base as it is packed; nothing is packed.")
+    kinds = {name: kind for name in packed if (kind := exact_kind(theirs[name]))}
+    if others := [name for name in packed if name not in kinds]:
+        print(
+            f"{target}: no type of GGUF holds {len(others)} of {len(packed)} packed matrices exactly ({others[0]} is "
+            "one): they are dequantized and written as F16."
+        )
+    return kinds
 
 
 def _within_context(args: ModelArgs) -> ModelArgs:
@@ -164,9 +188,17 @@ def _comparable(args: ModelArgs) -> ModelArgs:
 
 
 def _write(
-    path: Path, name: str, architecture: Architecture, fields: Mapping[str, Any], theirs: Tensors, file_type: FileType
+    path: Path,
+    name: str,
+    architecture: Architecture,
+    fields: Mapping[str, Any],
+    theirs: Tensors,
+    file_type: FileType,
+    exact: Mapping[str, Kind],
 ) -> None:
     kind, label = _WRITTEN[file_type]
+    if exact:
+        label = _LABELS[Counter(exact.values()).most_common(1)[0][0]]
     writer = gguf.GGUFWriter(path, architecture.gguf.architecture)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
@@ -174,7 +206,7 @@ def _write(
         writer.add_file_type(label)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_fields(writer, fields)
-        kinds = {name: _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
+        kinds = {name: exact.get(name) or _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
         for name, tensor in theirs.items():
             block, width = gguf.GGML_QUANT_SIZES[kinds[name]]
             size = math.prod(tensor.shape) // block * width
@@ -183,7 +215,8 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in progress(theirs, "writing GGUF"):
-            writer.write_tensor_data(_encoded(name, tensor.read(), kinds[name]))
+            packed = encoded(tensor, kinds[name]) if name in exact else _encoded(name, tensor.read(), kinds[name])
+            writer.write_tensor_data(packed)
     finally:
         writer.close()
 

@@ -1,12 +1,13 @@
-"""Hugging Face directories: config.json and safetensors or .bin files, plain or packed by bitsandbytes in 4 bits."""
+"""Hugging Face directories: config.json and safetensors or .bin files, plain or packed by others (`with_packed`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from accessory.checkpoint.formats.bitsandbytes import packed_by_bitsandbytes
+from accessory.checkpoint.formats.packed_elsewhere import with_packed
 from accessory.checkpoint.formats.torch_shards import load_torch_file
-from accessory.checkpoint.lazy import HeldTensor, LazyTensor, unit_rows
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor, unit_rows
+from accessory.checkpoint.merge import base_has_bias
 from accessory.checkpoint.naming import ours_from_theirs
 from accessory.checkpoint.source import Source, first_file, open_safetensors, present, read_json, settings_read_by
 from accessory.errors import CheckpointError, is_file
@@ -45,15 +46,26 @@ def source_of(
     Raises `CheckpointError` for a quantization that cannot be read.
     """
     architecture, args = described
-    if quantization := config.get("quantization_config"):
-        theirs = packed_by_bitsandbytes(theirs, quantization, path)
-    tensors = ours_from_theirs(theirs, architecture.names, args, str(path))
+    theirs = with_packed(theirs, config.get("quantization_config"), path)
+    tensors = without_needless_biases(ours_from_theirs(theirs, architecture.names, args, str(path)), args)
     notes: tuple[str, ...] = ()
     if architecture.unit_head_key in config and (head := tensors.get("output.weight")):
         tensors["output.weight"] = unit_rows(head)
         notes = ("the rows of its head are scaled to length 1 as they are read, and not again in training",)
     settings, family = args.model_dump(), architecture.family
     return Source(path, "Hugging Face", files, tensors, settings=settings, llama_type=family, notes=notes)
+
+
+def without_needless_biases(tensors: dict[str, LazyTensor], args: ModelArgs) -> dict[str, LazyTensor]:
+    """Without the zeros that AutoGPTQ and GreenBit write as the bias of packed linears which have none."""
+
+    def needless(name: str) -> bool:
+        """Whether the tensor is such a bias."""
+        module, _, leaf = name.rpartition(".")
+        packed = leaf == "bias" and isinstance(tensors.get(f"{module}.weight"), PackedTensor)
+        return packed and not base_has_bias(module, args) and not tensors[name].read().any()
+
+    return {name: tensor for name, tensor in tensors.items() if not needless(name)}
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Writes Hugging Face directories that transformers loads, plain or packed in bitsandbytes' layout."""
+"""Writes Hugging Face directories that transformers loads, plain or packed in the layout of other software."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accessory.checkpoint.formats.bitsandbytes import quantization_config
+from accessory.checkpoint.formats.bitsandbytes import bitsandbytes_layout, relaid
+from accessory.checkpoint.formats.gptq_writing import gptq_layout
+from accessory.checkpoint.formats.greenbit_writing import greenbit_layout
 from accessory.checkpoint.formats.hugging_face import INDEXES, SINGLES
+from accessory.checkpoint.formats.packed_layout import PackedLayout
 from accessory.checkpoint.lazy import PackedTensor, StackedRows
 from accessory.checkpoint.merge import repacked
 from accessory.checkpoint.naming import BLOCK_LINEAR, Tensors, theirs_from_ours
 from accessory.checkpoint.save import fresh_directory, in_shards, write_json
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
-from accessory.errors import CheckpointError
 from accessory.model.families import Architecture, architecture_of
 from accessory.model.families.architecture import Fused
-from accessory.quant import STORAGES
 from accessory.tokenizer.transformers_files import save_for_transformers
 
+LAYOUTS = {"hf": bitsandbytes_layout, "gptq": gptq_layout, "greenbit": greenbit_layout}
+"""Value of `--to` -> how packed matrices lie in such a directory."""
 
-def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None = None) -> None:
+
+def write_hugging_face(
+    model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None = None, layout: str = "hf"
+) -> None:
     """Write a directory that transformers loads, if it knows the model type: plain in `dtype`, or packed.
 
-    With `quant_type` the linears of all blocks are packed in bitsandbytes' layout. Tensor by tensor, whole or not at
+    layout: one of `LAYOUTS`. With `quant_type` the linears of all blocks are packed. Tensor by tensor, whole or not at
     all. Raises `CheckpointError` where the model type cannot express the settings or lacks a place for a tensor.
     """
     refuse_existing(target)
@@ -36,22 +42,16 @@ def write_hugging_face(model: WholeModel, target: Path, dtype: torch.dtype, quan
     config = architecture.write(model.args) | _token_ids(model)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     theirs = theirs_from_ours(model.tensors, architecture.names, model.args)
-    _refuse_repacking(theirs)
+    _refuse_stacking(theirs)
     if quant_type:
         theirs = repacked(theirs, quant_type, lambda name: _is_block_linear(name, architecture))
-    packed = next((t.storage for t in theirs.values() if isinstance(t, PackedTensor)), None)
-    if packed and not packed.IN_BITSANDBYTES:
-        known = ", ".join(name for name, kind in STORAGES.items() if kind.IN_BITSANDBYTES)
-        raise CheckpointError(
-            f"{target}: {packed.name} matrices have no place in Hugging Face files: bitsandbytes, in whose layout they "
-            f"are packed there, has no such format. Pack the full-precision checkpoint as one of {known}, or write it "
-            "--to accessory."
-        )
-    if packed:
-        config["quantization_config"] = quantization_config(packed, dtype)
+    linears = {name for name in theirs if _is_block_linear(name, architecture)}
+    packed = LAYOUTS[layout](theirs, linears, target, dtype)
+    config |= packed.config
     with fresh_directory(target) as directory:
-        _write_shards(directory, _written(theirs, dtype, "packing" if quant_type else "writing"))
-        write_json(directory / "config.json", config)
+        _write_shards(directory, _written(theirs, dtype, packed, "packing" if quant_type else "writing"))
+        for name, content in {"config.json": config, **packed.files}.items():
+            write_json(directory / name, content)
         save_for_transformers(model.tokenizer, directory)
 
 
@@ -63,17 +63,11 @@ def _token_ids(model: WholeModel) -> dict[str, Any]:
     return ids | {"pad_token_id": tokenizer.eos_id}
 
 
-def _refuse_repacking(theirs: Tensors) -> None:
-    """Raise `CheckpointError` for packed matrices whose rows the format orders or fuses otherwise."""
-    stacked = [
-        name for name, t in theirs.items() if isinstance(t, StackedRows) and isinstance(t.parts[0], PackedTensor)
-    ]
-    selected = [name for name, t in theirs.items() if isinstance(t, PackedTensor) and t.rows is not None]
-    if stacked or selected:
-        raise CheckpointError(
-            f"{', '.join((stacked + selected)[:4])}: packed rows cannot be laid out anew without loss. Quantize the "
-            "full-precision checkpoint into this format instead (tools/quantize.py BASE TARGET --to hf)."
-        )
+def _refuse_stacking(theirs: Tensors) -> None:
+    """Raise `CheckpointError` for packed matrices that the format holds in one."""
+    stacked = [n for n, t in theirs.items() if isinstance(t, StackedRows) and isinstance(t.parts[0], PackedTensor)]
+    if stacked:
+        raise relaid(stacked)
 
 
 def _is_block_linear(name: str, architecture: Architecture) -> bool:
@@ -84,11 +78,10 @@ def _is_block_linear(name: str, architecture: Architecture) -> bool:
     return BLOCK_LINEAR.fullmatch(f"{our}.{found[1]}") is not None
 
 
-def _written(theirs: Tensors, dtype: torch.dtype, task: str) -> Iterator[tuple[str, Tensor]]:
+def _written(theirs: Tensors, dtype: torch.dtype, packed: PackedLayout, task: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in progress(theirs, task):
         if isinstance(tensor, PackedTensor):
-            state = tensor.read_matrix().as_bitsandbytes(dtype)
-            yield from ((f"{name}{suffix}", value) for suffix, value in state.items())
+            yield from packed.tensors(name, tensor).items()
         else:
             yield name, read_as(tensor, dtype)
 

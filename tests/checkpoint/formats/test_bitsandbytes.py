@@ -195,7 +195,11 @@ def test_other_quantizations_are_refused(tiny_base: Path, copy) -> None:
     config = json.loads((path / "config.json").read_text())
     for stated, said in (
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "quantized by 8 bits"),
-        ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'"),
+        (
+            {"quant_method": "hqq", "bits": 4},
+            "quantized by 'hqq', which cannot be read; expected bitsandbytes, gptq, awq",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, r"says gptq; expected tensors called \*.qweight"),
         ("awq", "quantized by 'awq'"),
     ):
         (path / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))

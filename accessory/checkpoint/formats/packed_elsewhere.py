@@ -1,0 +1,42 @@
+"""Which software packed the matrices of a Hugging Face directory, as its files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accessory.checkpoint.formats.awq import packed_by_awq
+from accessory.checkpoint.formats.bitsandbytes import packed_by_bitsandbytes
+from accessory.checkpoint.formats.gptq import packed_by_gptq
+from accessory.checkpoint.formats.greenbit import is_greenbit, packed_by_greenbit
+from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.source import read_json
+from accessory.errors import CheckpointError, nearest
+
+_READERS = {"bitsandbytes": packed_by_bitsandbytes, "gptq": packed_by_gptq, "awq": packed_by_awq}
+_OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ said how they packed, before config.json did."""
+
+
+def with_packed(tensors: dict[str, LazyTensor], stated: Any, path: Path) -> dict[str, LazyTensor]:
+    """Put the parts of matrices together that other software packed; `stated`: config.json's quantization_config.
+
+    Raises `CheckpointError` for a quantization that cannot be read.
+    """
+    stated = stated or _stated_in_own_file(path)
+    if not stated:
+        return packed_by_greenbit(tensors, path) if is_greenbit(tensors) else tensors
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if method not in _READERS or not isinstance(stated, dict):
+        raise CheckpointError(
+            f"{path}: is quantized by {method!r}, which cannot be read; expected {', '.join(_READERS)}, a directory of "
+            f"GreenBit's, or the full-precision checkpoint and --quant.{nearest(str(method), _READERS)}"
+        )
+    return _READERS[method](tensors, stated, path)
+
+
+def _stated_in_own_file(path: Path) -> dict[str, Any] | None:
+    for name, method in _OWN_FILES.items():
+        if (path / name).is_file():
+            return {"quant_method": method, **read_json(path / name)}
+    return None
