@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
-from accessory.checkpoint.source import Source, read_json, settings_read_by
+from accessory.checkpoint.source import STRATEGY_FILE, Source, read_json, settings_read_by
 from accessory.checkpoint.strategy import storages_of_mix
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.foreign_names import unknown
@@ -24,7 +24,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.families import ARCHITECTURES, FAMILIES, architecture_of
 from accessory.model.linear import Linear
 from accessory.parallel.groups import Layout
-from accessory.quant import MIXES, PackedWeight, storage
+from accessory.quant import MIXES, STORAGES, PackedWeight, storage
 from accessory.tokenizer import StatedTokenizer, Tokenizer, holds_tokenizer, open_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -72,6 +72,11 @@ class Blueprint:
         Raises an `AccessoryError` where the method refuses the base or the layout.
         """
         self.method.check(self.args, layout, data_parallel)
+        if self.quant_type in MIXES and not self.storages:
+            raise ConfigError(
+                f"--quant_type {self.quant_type}: a model without a base has no {STRATEGY_FILE}, which says which "
+                f"linears have 4 bits; expected one of {', '.join(STORAGES)}."
+            )
         maker = storage(self.quant_type) if self.quant_type else None
         decoder = self.method.decoder(
             self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
@@ -102,7 +107,7 @@ class Blueprint:
 
     def packed_as(self, quant_type: str) -> set[str]:
         """Names of the matrices that are packed where the base is packed as `quant_type` when it is loaded."""
-        decoder, _ = replace(self, quant_type=quant_type).build(Layout())
+        decoder, _ = replace(self, quant_type=storage(quant_type).name).build(Layout())
         return {name for name, module in decoder.named_modules() if isinstance(module, PackedWeight)}
 
     def settings(self) -> dict[str, Any]:

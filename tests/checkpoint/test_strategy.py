@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 def drawn(path: Path, **more: object):
     """A blueprint of the mix."""
     how = {"precision": "fp32", "train": True, "llama_type": "llama_peft", "llama_config": [LORA], "quant": True}
-    return make_blueprint([open_source(path)], quant_type="mix2.5", **how | more)
+    return make_blueprint([open_source(path)], **{"quant_type": "mix2.5"} | how | more)
 
 
 def test_linears_are_as_the_strategy_says(base: Path) -> None:
@@ -110,7 +111,7 @@ def changed(change: Callable[[dict], object]) -> dict[str, dict]:
         (
             {
                 "measurement": changed(
-                    lambda b: b["model.layers.0"].update(v_proj={"bits": [5], "group_size": {"5": 32}})
+                    lambda b: b["model.layers.0"].update(v_proj={"bits": [5], "group_size": {"5": 8}})
                 )
             },
             "model.layers.0.v_proj has 5 bits in groups of 8; expected 2, 3, 4 bits",
@@ -143,3 +144,5 @@ def test_without_a_strategy_the_command_that_makes_one_is_told(tiny_base: Path) 
         drawn(tiny_base)
     with pytest.raises(ConfigError, match=r"mix2.5: which linears have 4 bits is measured: give --calibrate"):
         Destination(quant_type="mix2.5")
+    with pytest.raises(ConfigError, match=r"mix2.5: a model without a base has no quant_strategy.json"):
+        replace(drawn(tiny_base, quant_type="int2_g64"), quant_type="mix2.5").build(Layout())
