@@ -8,7 +8,7 @@ needed: its last hidden states were kept.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,14 @@ from accessory.model.decoder import Decoder
 from accessory.quant.groups import GroupWeight
 from accessory.quant.packed import PackedState
 from accessory.quant.trained_groups import STATISTICS, TrainedStatistics, with_trained_statistics
+from accessory.quantizer.adam import ImmediateAdam
 from accessory.quantizer.blocks import Blocks, linears, replace_weight
 from accessory.quantizer.reconstruction import train
 from accessory.quantizer.states import States
 
 RATE = 0.002
 """Learning rate of scales and zeros, in mean scales of their matrix."""
-BETAS = (0.9, 0.95)
-_EPSILON = 1e-12
-_CHUNK = 256  # tokens whose logits are alive at once
+_CHUNK = 128  # tokens whose logits are alive at once
 
 
 class _Divergence(torch.autograd.Function):
@@ -91,17 +90,17 @@ def distill(
 
     ids [R, S]: the rows. teacher: the full model's last block's outputs for them. say: gets a line now and then.
     """
-    decoder, ranks = blocks.decoder, dist.get_world_size(group)
+    decoder = blocks.decoder
 
     def loss(rows: list[int]) -> Tensor:
         """The mean over tokens of a few rows."""
         with torch.no_grad():
             wanted = decoder.leave(teacher.read(rows).to(blocks.layout.device))
         found = decoder.leave(last_states(blocks, ids[rows]))
-        return divergence(found, wanted, decoder.head_weight, decoder.args.vocab_size) / (len(found) * ranks)
+        return divergence(found, wanted, decoder.head_weight, decoder.args.vocab_size) / len(found)
 
     decoder.train()
-    losses = train(steps, loss, _optimizer(decoder, rate), group, say)
+    losses = train(steps, loss, ImmediateAdam(_rates(decoder, rate), group), say)
     decoder.eval()
     return losses
 
@@ -113,10 +112,9 @@ def last_states(blocks: Blocks, ids: Tensor) -> Tensor:
     return last
 
 
-def _optimizer(decoder: nn.Module, rate: float) -> torch.optim.Adam:
-    groups = []
+def _rates(decoder: nn.Module, rate: float) -> Iterator[tuple[nn.Parameter, float]]:
+    """Scales and zeros, each with its learning rate."""
     for weight in decoder.modules():
         if isinstance(weight, TrainedStatistics):
             unit = float(weight.scales.detach().abs().mean())
-            groups.append({"params": [getattr(weight, name) for name in STATISTICS], "lr": rate * unit})
-    return torch.optim.Adam(groups, betas=BETAS, eps=_EPSILON, foreach=False)
+            yield from ((getattr(weight, name), rate * unit) for name in STATISTICS)

@@ -19,16 +19,15 @@ _COLUMNS = 64
 _BEYOND = 0.49  # a code that lay further outside the range would never get a gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, damping: float = DAMPING) -> Grid:
-    """W [N, K] and H [K, K], fp32 -> codes, scales and zeros; each row is by itself.
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Grid:
+    """W [N, K] and a damped H [K, K], fp32 -> codes, scales and zeros; each row is by itself.
 
     The codes are what the columns were rounded from when their turn came, at most 0.49 beyond the range: reconstruction
     trains them from there, and moves those first that lay near another whole number.
 
     A group's scale and zero are fitted when its first column's turn comes, to the weights as errors before it have
-    changed them. group: a divisor or a multiple of 64. Raises `CheckpointError` for an H that is not finite.
+    changed them. group: a divisor or a multiple of 64.
     """
-    hessian = damped(hessian, damping)
     factor, importance = inverse_factor(hessian), hessian.diagonal()
     (rows, columns), top = weight.shape, 2**bits - 1
     w = weight.float().t().contiguous()  # columns lie along memory
@@ -51,19 +50,23 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, damping: float 
     return Grid(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), bits, group)
 
 
-def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """H + damping * mean of its diagonal. Raises `CheckpointError` for an H that is not finite, or zero."""
+def damp_(hessian: Tensor) -> Tensor:
+    """Add `DAMPING` times the mean of its diagonal to the diagonal of H, in place; returns H.
+
+    Raises `CheckpointError` for an H that is not finite, or zero.
+    """
     mean = hessian.diagonal().mean()
     if not (mean.isfinite() and mean > 0):
-        raise CheckpointError(f"The inputs of a linear have a mean square of {float(mean)}; expected finite ones.")
-    result = hessian.clone()
-    result.diagonal().add_(damping * mean)
-    return result
+        raise CheckpointError(f"The inputs of a linear have a sum of squares of {float(mean)}; expected finite ones.")
+    hessian.diagonal().add_(DAMPING * mean)
+    return hessian
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U [K, K] with U^T U = H^-1."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    lower = torch.linalg.cholesky(hessian)
+    inverse = torch.cholesky_inverse(lower)
+    del lower
     return torch.linalg.cholesky(inverse, upper=True)
 
 

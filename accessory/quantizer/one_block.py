@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.model.block import Block
+from accessory.model.linear import Linear
 from accessory.parallel.groups import Layout
 from accessory.quant.groups import GroupWeight, group_storage, packed_codes
 from accessory.quant.packed import PackedState
 from accessory.quantizer.blocks import Blocks, batches, linears, replace_weight
-from accessory.quantizer.gptq import gptq, output_error
+from accessory.quantizer.gptq import damp_, gptq, output_error
 from accessory.quantizer.grid import Grid
 from accessory.quantizer.reconstruction import relative_error, summed, train_block
 from accessory.quantizer.settings import Settings
@@ -23,7 +24,7 @@ from accessory.quantizer.states import States
 from accessory.quantizer.strategy import Width, watch
 from accessory.quantizer.weights import LatentWeight, WatchedWeight
 
-FORWARD = 8
+FORWARD = 4
 """Rows that are run together where nothing is trained."""
 _SHOWN = 8  # steps at a training's beginning and end whose mean loss is told
 
@@ -87,17 +88,19 @@ def quantize_block(
     watched = watch(block)
     for _ in block_outputs(blocks, block, packed[0], rows, rows.fitted):
         pass
-    summed((w.moments.inputs for w in watched.values() if w.moments.inputs is not None), rows.group)
-    grids = {name: gptq(weight.codes.detach().float(), weight.moments.hessian(), *widths[name])
-             for name, weight in watched.items()}  # fmt: skip
-    losses = []
-    if settings.epochs:
-        steps = rows.steps(settings.epochs, settings.batch, index)
-        losses, grids = _reconstructed(blocks, block, grids, rows, settings, (packed[0], full[1]), steps)
-    grids = {name: grid.rounded() for name, grid in grids.items()}
-    errors = {name: _relative(watched[name], grid) for name, grid in grids.items()}
-    found = {name: _packed(grid) for name, grid in grids.items()}
-    _adopt(block, found, blocks.layout.device)
+    hessians = [weight.moments.inputs for weight in watched.values() if weight.moments.inputs is not None]
+    summed(hessians, rows.group)
+    while hessians:
+        damp_(hessians.pop())
+    widest_first = sorted(watched, key=lambda name: -watched[name].shape[1])  # while few latent matrices are there
+    errors = {name: _fit(linears(block)[name], watched.pop(name), widths[name]) for name in widest_first}
+    latent = {name: linear.weight for name, linear in linears(block).items()}
+    steps = rows.steps(settings.epochs, settings.batch, index)
+    losses = _reconstruct(blocks, block, latent, rows, settings, (packed[0], full[1]), steps) if steps else []
+    found: Packed = {}
+    for name in [*latent]:
+        found[name] = _packed(latent.pop(name).as_grid())
+        _adopt(linears(block)[name], *found[name], blocks.layout.device)
     packed[1].write(block_outputs(blocks, block, packed[0], rows))
     figures = {
         "error": rows.mean(relative_error(packed[1].read(rows.held), full[1].read(rows.held))),
@@ -117,19 +120,28 @@ def block_outputs(
         yield block(inputs.read(part).to(blocks.layout.device), blocks.sequences(len(part), rows.length))
 
 
-def _reconstructed(
+def _fit(linear: Linear, watched: WatchedWeight, width: Width) -> float:
+    """Have a linear that was watched multiply with its latent matrix, and forget the full one.
+
+    Returns the squared error of its outputs, relative to these.
+    """
+    weight, hessian = watched.codes.detach().float(), watched.moments.hessian()
+    grid = gptq(weight, hessian, *width)
+    lost = output_error(grid.rounded().weights().sub_(weight), hessian).sum() / output_error(weight, hessian).sum()
+    replace_weight(linear, LatentWeight(grid))
+    return float(lost)
+
+
+def _reconstruct(
     blocks: Blocks,
     block: Block,
-    grids: dict[str, Grid],
+    latent: dict[str, LatentWeight],
     rows: Rows,
     settings: Settings,
     states: tuple[States, States],
     steps: list[list[int]],
-) -> tuple[list[float], dict[str, Grid]]:
-    """(losses, grids) after training in the block; states: its inputs, and the outputs it should give."""
-    latent = {name: LatentWeight(grid) for name, grid in grids.items()}
-    for name, weight in latent.items():
-        replace_weight(linears(block)[name], weight)
+) -> list[float]:
+    """Train the latent matrices of a block; returns the losses. states: its inputs, and the outputs it should give."""
     device = blocks.layout.device
 
     def run(part: list[int]) -> tuple[Tensor, Tensor]:
@@ -137,18 +149,11 @@ def _reconstructed(
         found = block(states[0].read(part).to(device), blocks.sequences(len(part), rows.length))
         return found, states[1].read(part).to(device)
 
-    losses = train_block(block, list(latent.values()), run, steps, settings.rates, rows.group)
-    return losses, {name: weight.as_grid() for name, weight in latent.items()}
+    return train_block(block, list(latent.values()), run, steps, settings.rates, rows.group)
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _relative(watched: WatchedWeight, grid: Grid) -> float:
-    """The squared error of a linear's outputs, relative to these."""
-    weight, hessian = watched.codes.detach().float(), watched.moments.hessian()
-    return float(output_error(grid.weights() - weight, hessian).sum() / output_error(weight, hessian).sum())
 
 
 def _packed(grid: Grid) -> tuple[type[GroupWeight], PackedState]:
@@ -157,9 +162,8 @@ def _packed(grid: Grid) -> tuple[type[GroupWeight], PackedState]:
     return group_storage(grid.bits, grid.group), codes | statistics
 
 
-def _adopt(block: Block, packed: Packed, device: torch.device) -> None:
-    """Give a block its packed matrices."""
-    for name, (kind, state) in packed.items():
-        weight = kind(tuple(linears(block)[name].weight.shape))
-        weight.adopt({part: value.to(device) for part, value in state.items()})
-        replace_weight(linears(block)[name], weight)
+def _adopt(linear: Linear, kind: type[GroupWeight], state: PackedState, device: torch.device) -> None:
+    """Have a linear multiply with its packed matrix."""
+    weight = kind(tuple(linear.weight.shape))
+    weight.adopt({part: value.to(device) for part, value in state.items()})
+    replace_weight(linear, weight)

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from accessory.quantizer.adam import ImmediateAdam
 from accessory.quantizer.weights import LatentWeight
 
 STATISTICS_RATE = 0.004
 """Learning rate of scales and zeros, in mean scales of their matrix."""
 CODES_RATE = 0.02
 """Learning rate of codes, in codes."""
-BETAS = (0.9, 0.95)
 _WARM_UP = 8  # steps
 _SAID = 8  # steps between lines
 _LAST_RATE = 0.05  # of the rate, which ends there on half a cosine
-_EPSILON = 1e-12  # gradients of a relative error by millions of weights are small
 
 
 @dataclass(frozen=True)
@@ -47,46 +45,33 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return ((found - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(1e-20)).mean()
 
 
-def optimizer(weights: Iterable[LatentWeight], rates: Rates) -> torch.optim.Adam:
-    """Adam over codes, scales and zeros."""
-    groups = []
+def rates_of(weights: Iterable[LatentWeight], rates: Rates) -> Iterator[tuple[nn.Parameter, float]]:
+    """Each trained parameter with its learning rate."""
     for weight in weights:
         unit = float(weight.scales.detach().abs().mean())
-        groups += [
-            {"params": [weight.codes], "lr": rates.codes},
-            {"params": [weight.scales, weight.zeros], "lr": rates.statistics * unit},
-        ]
-    return torch.optim.Adam(groups, betas=BETAS, eps=_EPSILON, foreach=False)
+        yield weight.codes, rates.codes
+        yield from ((statistic, rates.statistics * unit) for statistic in (weight.scales, weight.zeros))
 
 
 def train(
     steps: list[list[int]],
     loss: Callable[[list[int]], Tensor],
-    optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup,
+    optimizer: ImmediateAdam,
     say: Callable[[str], None] | None = None,
 ) -> list[float]:
     """One optimizer step for each of `steps`, lists of row numbers, along half a cosine; returns this rank's losses.
 
-    loss: of this rank's rows, already divided by the number of ranks; gradients are summed over `group`. say: gets a
-    line every eighth step.
+    loss: of this rank's rows. say: gets a line every eighth step.
     """
-    base = [each["lr"] for each in optimizer.param_groups]
-    parameters = [p for each in optimizer.param_groups for p in each["params"]]
-    losses, begun = [], time.monotonic()
+    losses, begun, ranks = [], time.monotonic(), dist.get_world_size(optimizer.group)
     for step, rows in enumerate(steps):
-        optimizer.zero_grad()
         value = loss(rows)
-        value.backward()
-        summed([p.grad for p in parameters], group)
-        for each, rate in zip(optimizer.param_groups, base, strict=True):
-            each["lr"] = rate * factor(step, len(steps))
-        optimizer.step()
-        losses.append(float(value.detach()) * dist.get_world_size(group))
+        optimizer.backward(value / ranks, factor(step, len(steps)))
+        losses.append(float(value.detach()))
         if say is not None and (step + 1) % _SAID == 0:
             left = (len(steps) - step - 1) * (time.monotonic() - begun) / (step + 1)
             say(f"step {step + 1:4}/{len(steps)} | loss {sum(losses[-_SAID:]) / _SAID:.4f} | ETA {clock(left)}")
-    optimizer.zero_grad()
+    optimizer.close()
     return losses
 
 
@@ -118,7 +103,7 @@ def train_block(
 ) -> list[float]:
     """Train the latent `weights` of a block; returns the losses. run: (found, wanted) outputs [T, D] for rows."""
     block.train()
-    ranks = dist.get_world_size(group)
-    found = train(steps, lambda rows: relative_error(*run(rows)) / ranks, optimizer(weights, rates), group)
+    optimizer = ImmediateAdam(rates_of(weights, rates), group)
+    found = train(steps, lambda rows: relative_error(*run(rows)), optimizer)
     block.eval()
     return found

@@ -20,7 +20,7 @@ from accessory.model.loss import cross_entropy_sum
 from accessory.model.sequences import Sequences
 from accessory.quant import MIXES, mixes
 from accessory.quantizer.blocks import Blocks, by_input, linears, replace_weight
-from accessory.quantizer.gptq import damped, output_error
+from accessory.quantizer.gptq import DAMPING, output_error
 from accessory.quantizer.grid import Grid, fit, nearest
 from accessory.quantizer.weights import Moments, WatchedWeight
 
@@ -111,11 +111,12 @@ def _through(block: Block, x: Tensor, where: Sequences, dy: Tensor) -> Tensor:
 
 def _gain(weight: Tensor, moments: Moments) -> float:
     """The difference of both widths' costs."""
-    hessian = damped(moments.hessian())
+    hessian = moments.hessian()
+    importance = hessian.diagonal() + DAMPING * hessian.diagonal().mean()
     costs = []
     for bits, group in (NARROW, WIDE):
-        found = rounded(weight, hessian.diagonal(), bits, group).weights()
-        costs.append(float((moments.gradients * output_error(found - weight, hessian)).sum()))
+        found = rounded(weight, importance, bits, group).weights()
+        costs.append(float((moments.gradients * output_error(found.sub_(weight), hessian)).sum()))
     return costs[0] - costs[1]
 
 

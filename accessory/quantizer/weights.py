@@ -12,6 +12,8 @@ from accessory.quant.packed import PackedWeight, Part
 from accessory.quant.trained_groups import group_sums
 from accessory.quantizer.grid import Grid, on_grid
 
+_PANEL = 1024  # rows of X^T X that are computed at a time, beside their sum
+
 
 class Moments:
     """Sums over tokens: `inputs` X^T X [K, K], and of each output's squared gradient, `gradients` [N]; fp32.
@@ -29,9 +31,11 @@ class Moments:
         if self.shared is not None:
             return
         turned = x.float().t().contiguous()
+        if self.inputs is None:
+            self.inputs = turned.new_zeros(len(turned), len(turned))
         with by_onednn():
-            both = product(turned, turned.t())
-        self.inputs = both if self.inputs is None else self.inputs.add_(both)
+            for part, place in zip(turned.split(_PANEL), self.inputs.split(_PANEL), strict=True):
+                place.add_(product(part, turned.t()))
 
     def hessian(self) -> Tensor:
         """X^T X [K, K], wherever it is noted."""
@@ -74,7 +78,7 @@ class WatchedWeight(PackedWeight):
 
 
 class LatentWeight(PackedWeight):
-    """W [N, K] = round(codes) * scales - zeros, where all three are trained fp32 numbers.
+    """W [N, K] = round(codes) * scales - zeros, where all three are trained fp32 numbers: the grid's own tensors.
 
     `codes` [N, K] are kept between whole numbers. Rounding hands a gradient through as it is ("straight-through"), but
     for codes outside their range; scales and zeros get the exact one. A code's gradient is left undivided by its
@@ -86,9 +90,9 @@ class LatentWeight(PackedWeight):
 
     def __init__(self, grid: Grid) -> None:
         super().__init__(tuple(grid.codes.shape))
-        self.grid = grid
+        self.width, self.group, self.top = grid.bits, grid.group, grid.top
         for name in self.PARTS:
-            setattr(self, name, nn.Parameter(getattr(grid, name).clone(), requires_grad=True))
+            setattr(self, name, nn.Parameter(getattr(grid, name), requires_grad=True))
 
     def pack(self, weight: Tensor) -> None:
         """There is no grid to begin from."""
@@ -97,21 +101,20 @@ class LatentWeight(PackedWeight):
     @torch.no_grad()
     def unpack_into(self, out: Tensor) -> Tensor:
         """See `PackedWeight`."""
-        return out.copy_(on_grid(self._rounded(), self.scales, self.zeros, self.grid.group))
+        return out.copy_(on_grid(self._rounded(), self.scales, self.zeros, self.group))
 
     @torch.no_grad()
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         """Of codes, scales and zeros."""
-        dw, group = (dy.t() @ x).float(), self.grid.group
-        of_scales = group_sums(dw * self._rounded(), group)
-        of_zeros = group_sums(dw, group).neg_()
-        inside = (self.codes > -0.5) & (self.codes < self.grid.top + 0.5)
+        dw = (dy.t() @ x).float()
+        of_scales = group_sums(self._rounded().mul_(dw), self.group)
+        of_zeros = group_sums(dw, self.group).neg_()
+        inside = (self.codes > -0.5) & (self.codes < self.top + 0.5)
         return [dw.mul_(inside), of_scales, of_zeros]
 
     def as_grid(self) -> Grid:
         """What was trained, rounded."""
-        now = self.grid._replace(**{name: getattr(self, name).detach() for name in self.PARTS})
-        return now.rounded()
+        return Grid(*(getattr(self, name).detach() for name in self.PARTS), self.width, self.group).rounded()
 
     def _rounded(self) -> Tensor:
-        return self.codes.detach().round().clamp_(0, self.grid.top)
+        return self.codes.detach().round().clamp_(0, self.top)

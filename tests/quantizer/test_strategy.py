@@ -13,7 +13,7 @@ from accessory.model.loss import cross_entropy_sum
 from accessory.parallel import groups
 from accessory.quant import MIXES
 from accessory.quantizer.blocks import Blocks, linears
-from accessory.quantizer.gptq import damped
+from accessory.quantizer.gptq import DAMPING
 from accessory.quantizer.strategy import (
     NARROW,
     WIDE,
@@ -73,10 +73,11 @@ def by_autograd(blocks: Blocks, ids: torch.Tensor) -> dict[str, float]:
     found = {}
     for name, dy in zip(names, gradients, strict=True):
         weight, of_input = inputs[name].weight.detach(), outputs[name][0].detach().double()
-        hessian = damped((of_input.t() @ of_input).float())
+        hessian = (of_input.t() @ of_input).float()
+        importance = hessian.diagonal() + DAMPING * hessian.diagonal().mean()
         costs = []
         for bits, group in (NARROW, WIDE):
-            d = (rounded(weight, hessian.diagonal(), bits, group).weights() - weight).double()
+            d = (rounded(weight, importance, bits, group).weights() - weight).double()
             costs.append(float((dy.double().square().sum(0) * ((d @ hessian.double()) * d).sum(1)).sum()))
         found[name] = costs[0] - costs[1]
     return found
