@@ -28,15 +28,15 @@ from accessory.kernels.codes import GroupCodes
 def gptq_layout(theirs: Tensors, linears: set[str], target: Path, dtype: torch.dtype) -> PackedLayout:
     """How to write the packed matrices among `theirs`; linears: names of all matrices of blocks, packed or not.
 
-    The format is "gptq" where no zero point is 0, which it holds as well as others but not every program reads, else
-    "gptq_v2". Raises `CheckpointError` for a matrix that the format cannot hold.
+    The format is "gptq" where all grids are symmetric, which every program reads; else "gptq_v2": gptqmodel refuses
+    other zero points in the older format, if others wrote them. Raises `CheckpointError` for a matrix that the format
+    cannot hold.
     """
     packed = in_groups(theirs, target, "gptq")
-    least, symmetric, ordered = True, True, False
+    symmetric, ordered = True, False
     for name, tensor in packed.items():
         codes = codes_of(tensor)
         points = _points(codes, f"{target}: {name}")
-        least &= bool(points.all())
         symmetric &= bool((points == 1 << codes.bits - 1).all())
         ordered |= codes.order is not None or codes.groups is not None
     kinds = {name: (tensor.storage.bits, _group(tensor)) for name, tensor in packed.items()}
@@ -48,11 +48,11 @@ def gptq_layout(theirs: Tensors, linears: set[str], target: Path, dtype: torch.d
         "desc_act": ordered,
         "sym": symmetric,
         "lm_head": False,
-        "checkpoint_format": "gptq" if least else "gptq_v2",
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
     }
     if dynamic := _exceptions(kinds, (bits, group), linears):
         config["dynamic"] = dynamic
-    return PackedLayout(partial(_tensors, target, least), {"quantization_config": config})
+    return PackedLayout(partial(_tensors, target, symmetric), {"quantization_config": config})
 
 
 def _group(tensor: PackedTensor) -> int:
