@@ -180,6 +180,9 @@ def _fill_one(
         if value.shape != (whole := target.whole_shape(layout.mp_size)):
             raise AssertionError(f"{target.name} starts as {tuple(value.shape)}; its whole shape is {whole}")
         value = own_slice(value, target.slicing, layout.mp_rank, layout.mp_size)
+        if isinstance(place, PackedWeight):
+            place.pack(_to_pack(target, value, layout))
+            return
     elif isinstance(place, PackedWeight):
         place.pack_range(lambda *span: _to_pack(target, tensor.read(*span), layout), tensor.shape[1], span)
         return
