@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.kernels.plain.gate import ACTIVATIONS
 from accessory.model.args import ModelArgs
+from accessory.model.backward_rows import rows_to_keep, spread
 from accessory.model.decoding import decodes
 from accessory.model.linear import Linear, project_columns
 from accessory.model.recomputable import Recomputable
@@ -51,7 +52,10 @@ def gate(x: Tensor, up: Tensor, activation: str = "silu") -> Recomputable:
     """act(x) * up, elementwise; neither it nor act(x) is saved."""
     if decodes():
         return Recomputable.of(_gated(activation, x, up))
-    return Recomputable(_Gate.apply(x, up, activation), (x.detach(), up.detach()), partial(_gated, activation))
+    rows, kept = rows_to_keep(x), (x.detach(), up.detach())
+    kept = kept if rows is None else tuple(tensor[rows] for tensor in kept)
+    y = _Gate.apply(x, up, activation, rows, *kept)
+    return Recomputable(y, kept, partial(_gated, activation), rows is not None)
 
 
 def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
@@ -60,14 +64,22 @@ def _gated(activation: str, x: Tensor, up: Tensor) -> Tensor:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, activation: str) -> Tensor:
-        """x and up [T, F] -> activation(x) * up [T, F], in their dtype."""
-        ctx.save_for_backward(x, up)
-        ctx.activation = activation
+    def forward(ctx, x: Tensor, up: Tensor, activation: str, rows: Tensor | None, *kept: Tensor) -> Tensor:
+        """x and up [T, F] -> activation(x) * up [T, F], in their dtype.
+
+        kept: both, or their `rows`, which alone have a gradient then.
+        """
+        ctx.save_for_backward(*kept)
+        ctx.activation, ctx.rows = activation, rows
         return _gated(activation, x, up)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """dy [T, F] -> gradients of x and up [T, F]."""
         x, up = ctx.saved_tensors
-        return *kernels.of("gate", x, ctx.activation).backward(dy, x, up, ctx.activation), None
+        rows, length = ctx.rows, len(dy)
+        dy = dy if rows is None else dy[rows]
+        gradients = kernels.of("gate", x, ctx.activation).backward(dy, x, up, ctx.activation)
+        if rows is not None:
+            gradients = (spread(gradient, rows, length) for gradient in gradients)
+        return *gradients, None, None, None, None

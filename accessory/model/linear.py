@@ -138,7 +138,7 @@ def project_columns(x: Tensor | Recomputable, linears: list[Linear]) -> tuple[Te
     """x [T, in] -> y [T, out / ranks] of each of several column layers. x's gradient is summed over ranks once."""
     if linears[0].ranks > 1:
         source = Recomputable.of(x)
-        x = Recomputable(copy_to_model_parallel_region(source.value), source.inputs, source.make)
+        x = source._replace(value=copy_to_model_parallel_region(source.value))
     return project(x, [linear.weight for linear in linears], [linear.addition(linear.bias) for linear in linears])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.model.args import ModelArgs
+from accessory.model.backward_rows import rows_to_keep, spread
 from accessory.model.decoding import decodes
 from accessory.model.recomputable import Recomputable
 
@@ -38,8 +39,10 @@ class RMSNorm(Norm):
         """The result, and how to recompute it from what the norm saves."""
         if decodes():
             return Recomputable.of(kernels.of("rms_norm", x).normalized(x, self.weight, self.eps))
-        y, scale = _RMSNorm.apply(x, self.weight, self.eps)
-        return Recomputable(y, (x.detach(), scale, self.weight), _recompute)
+        rows = None if self.weight.requires_grad else rows_to_keep(x)
+        kept = x.detach() if rows is None else x.detach()[rows]
+        y, scale = _RMSNorm.apply(x, self.weight, self.eps, kept, rows)
+        return Recomputable(y, (kept, scale, self.weight), _recompute, rows is not None)
 
 
 class LayerNorm(Norm):
@@ -66,20 +69,27 @@ def _recompute(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x [..., D], weight [D] -> y, as x is, and what each row was multiplied by, fp32, for the backward."""
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, kept: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [..., D], weight [D] -> y, as x is, and what each row was multiplied by, fp32, for the backward.
+
+        kept: x, or its `rows`, which alone have a gradient then; of the factors these alone are given, too.
+        """
         y, scale = kernels.of("rms_norm", x).forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
+        scale = scale if rows is None else scale[rows]
+        ctx.save_for_backward(kept, weight, scale)
+        ctx.rows = rows
         ctx.mark_non_differentiable(scale)
         return y, scale
 
     @staticmethod
-    def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """dy [..., D] -> gradients of x and weight in their dtypes, those that are wanted."""
-        saved = ctx.saved_tensors
-        need_dx, need_dweight, _ = ctx.needs_input_grad
+        saved, rows, length = ctx.saved_tensors, ctx.rows, len(dy)
+        need_dx, need_dweight = ctx.needs_input_grad[:2]
+        dy = dy if rows is None else dy[rows]
         kernel = kernels.of("rms_norm", dy)
-        return *kernel.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight), None
+        dx, dweight = kernel.backward(dy, *saved, need_dx=need_dx, need_dweight=need_dweight)
+        return dx if dx is None or rows is None else spread(dx, rows, length), dweight, None, None, None
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.addition import NOTHING, Addition
-from accessory.model.backward_rows import backward_rows
+from accessory.model.backward_rows import backward_rows, spread
 from accessory.model.decoding import decodes
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
@@ -78,7 +78,7 @@ class _Projection(torch.autograd.Function):
         ctx.packed = [weight if isinstance(weight, PackedWeight) else None for weight in weights]
         ctx.settings, ctx.need, ctx.make = [addition[3:] for addition in additions], need, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
-        ctx.rows, ctx.length = rows, len(x)
+        ctx.rows, ctx.length, ctx.chosen = rows, len(x), source.chosen
         plain = (weight for weight in weights if isinstance(weight, Tensor))
         kept = lows if rows is None else _chosen(lows, rows)
         ctx.save_for_backward(*source.inputs[: ctx.inputs], *kept, *flat[: 3 * count], *plain)
@@ -97,11 +97,12 @@ class _Projection(torch.autograd.Function):
         weights = [next(plain) if packed is None else packed for packed in ctx.packed]
         additions = [Addition(*tensors, *rest) for *tensors, rest in zip(*of_additions, ctx.settings, strict=True)]
         if ctx.rows is not None:
-            gradients, (x,) = _chosen(gradients, ctx.rows), _chosen([x], ctx.rows)
+            gradients = _chosen(gradients, ctx.rows)
+            x = x if ctx.chosen or x is None else x[ctx.rows]
         dlows = _low_gradients(gradients, additions)
         dx = _input_gradient(gradients, dlows, weights, additions) if ctx.needs_input_grad[0] else None
         if dx is not None and ctx.rows is not None:
-            dx = dx.new_zeros(ctx.length, dx.shape[1]).index_copy_(0, ctx.rows, dx)
+            dx = spread(dx, ctx.rows, ctx.length)
         need_bias, need_a, need_b = (ctx.need[i : i + count] for i in range(0, 3 * count, count))
         return (
             *(dx, None, None, None, None),

@@ -13,12 +13,13 @@ class Recomputable(NamedTuple):
     """`value`, and how to recompute it in the backward: `make(*inputs)`, elementwise work on saved tensors.
 
     For outputs of norms and activations, which a linear with LoRA would otherwise save beside their inputs. Gradients
-    reach `inputs` through `value` alone.
+    reach `inputs` through `value` alone. chosen: whether `inputs` hold the tokens of `backward_rows` only.
     """
 
     value: Tensor
     inputs: tuple[Tensor, ...]
     make: Callable[..., Tensor]
+    chosen: bool = False
 
     @staticmethod
     def of(value: Tensor | Recomputable) -> Recomputable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accessory.data.batch import IGNORE
 from accessory.model.args import ModelArgs
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.sequences import Sequences
@@ -133,6 +134,25 @@ def test_activations_beside_a_base_without_backward(layout: Layout, settings: di
         loss = cross_entropy_sum(hidden, decoder.head_weight, ids, 96)
     loss.backward()
     assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+def test_a_tail_keeps_nothing_of_norms_and_gates_where_no_gradient_goes(layout: Layout) -> None:
+    """Of a quarter of the tokens alone, beside what attention keeps of all; of more than half, all is kept."""
+    decoder, _ = filled(layout, {"tail": 2, "tail_rank": 3}, method="qst")
+    ids = torch.randint(0, 96, (TOKENS,), generator=torch.Generator().manual_seed(0))
+
+    def kept_for(labelled: int) -> int:
+        labels = torch.full_like(ids, IGNORE)
+        labels[:labelled] = 1
+        with Kept(decoder) as kept:
+            decoder(ids, decoder.sequences((TOKENS,)).with_labels(labels)).sum().backward()
+        return kept.bytes
+
+    few, more, size = TOKENS // 4, TOKENS // 2 + 1, torch.bfloat16.itemsize
+    lows = 7 * 3 * size
+    of_a_token = 2 * (SMALL.dim * size + 4) + 2 * SMALL.hidden_dim * size
+    assert kept_for(TOKENS) - kept_for(more) == 2 * (TOKENS - more) * lows
+    assert kept_for(TOKENS) - kept_for(few) == 2 * (TOKENS - few) * (lows + of_a_token)
 
 
 def test_cuda_keeps_repeated_keys() -> None:
