@@ -272,9 +272,11 @@ def train(workshop: Path, part: str = TRAINED) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS[2:], ids=lambda command: command[:60])
 def test_command(command: str, workshop: Path, shell) -> None:
-    """As written, but for the number of GPUs (two processes here) and of nodes (one), and what only a GPU can hold."""
+    """As written, but for the number of GPUs (two processes here) and nodes (one), and what takes a GPU or minutes."""
     command = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("--nnodes=2", "--nnodes=1")
     command = command.replace("HOST:29400", "localhost:0")
+    few = "--rows 8 --row_tokens 32 --distill_steps 2"
+    command = command.replace("--calibrate DATA.json", f"--calibrate TEXT.txt {few}")
     command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
     if "--tasks" in command:
         pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -288,7 +290,7 @@ def test_command(command: str, workshop: Path, shell) -> None:
     assert bool(outputs) == ("main_finetune" in command)
     for output in outputs:
         assert (workshop / output / "epoch2" / "trainable.safetensors").is_file()
-    made = {"base-nf4", "model.gguf", "merged", "adapter", "qst"}
+    made = {"base-nf4", "base-mix2.5", "model.gguf", "merged", "adapter", "qst"}
     for target in made & {Path(word).name for word in shlex.split(command)}:
         assert (workshop / "output" / target).exists()
     if "single_turn" in shlex.split(command)[1]:

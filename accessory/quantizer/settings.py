@@ -23,11 +23,11 @@ class Settings:
     """
 
     quant_type: str
-    rows: int = 128
+    rows: int = 256
     row_tokens: int = 256
     batch: int = 2
     epochs: int = 1
-    distill_steps: int = 48
+    distill_steps: int = 64
     distill_batch: int = 8
     seed: int = 0
     rates: Rates = field(default_factory=Rates)
