@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.errors import ConfigError
-from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
+from accessory.kernels.avx512.packed_gemv import MOST_ROWS
 from accessory.model.cache import LayerCache
 from accessory.model.choice import Choice, Seen, choose
 from accessory.model.decoder import Decoder

@@ -15,7 +15,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.errors import ConfigError
 from accessory.generate import KeptCache, generate_tokens, next_token_logits
-from accessory.kernels.avx512.four_bit_gemv import MOST_ROWS
+from accessory.kernels.avx512.packed_gemv import MOST_ROWS
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs, RopeScaling
 from accessory.model.choice import Choice

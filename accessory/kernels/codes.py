@@ -96,3 +96,14 @@ class GroupCodes(NamedTuple):
             if part.dtype not in dtypes or (part.shape, part.device) != (shape, device) or not part.is_contiguous():
                 found = f"{part.dtype} {list(part.shape)} on {part.device}, strides {part.stride()}"
                 raise AssertionError(f"{name} is {found}; expected {dtypes[0]} {list(shape)} on {device}, contiguous")
+
+
+def whole_numbers(codes: Tensor, high: Tensor | None, bits: int, columns: int) -> Tensor:
+    """The codes of rows, as `GroupCodes` has them, one by one: uint8 [n, columns]."""
+    width = 4 if bits == 4 else 2
+    places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+    numbers = (codes[:, :, None] >> places).bitwise_and_((1 << width) - 1).flatten(1)[:, :columns]
+    if high is not None:
+        third = (high[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)).bitwise_and_(1)
+        numbers = numbers + third.flatten(1)[:, :columns] * 4
+    return numbers

@@ -73,6 +73,11 @@ def contiguous(tensor: Tensor, shape: tuple[int, ...], name: str, dtype: torch.d
     return tensor.contiguous()
 
 
+def as_fp32(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """A bias or LoRA factor in fp32, contiguous. Raises `AssertionError` for another shape or device than the CPU."""
+    return contiguous(tensor.to(torch.float32), shape, name, torch.float32)
+
+
 def check_numbers(tensor: Tensor, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Raises `AssertionError` for another dtype, or device than the CPU."""
     if tensor.dtype != dtype or not tensor.is_cpu:

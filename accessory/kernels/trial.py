@@ -12,9 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from accessory.kernels.addition import Addition
 from accessory.kernels.bitsandbytes_library import functional
-from accessory.kernels.codes import Codes
+from accessory.kernels.codes import Codes, GroupCodes
 from accessory.kernels.documents import Documents
-from accessory.kernels.plain import four_bit
+from accessory.kernels.plain import four_bit, group_codes
 from accessory.kernels.torch_compile import compile_fusible
 
 Randn = Callable[..., Tensor]
@@ -48,7 +48,7 @@ def wrong_kernels(package: str, names: tuple[str, ...], device: torch.device, dt
 
 def _agree(package: str, name: str, device: torch.device, dtype: torch.dtype) -> bool:
     results = []
-    plain = "four_bit" if name.startswith("four_bit") else name  # plain PyTorch multiplies with the unpacked matrix
+    plain = name.removesuffix("_gemv").removesuffix("_product")  # plain PyTorch multiplies with the unpacked matrix
     for module, wide in ((f"{package}.{name}", dtype), (f"plain.{plain}", torch.float32)):
         generator = torch.Generator().manual_seed(0)
 
@@ -121,9 +121,51 @@ def _codes(randn: Randn) -> Codes:
     return Codes((130, 128), codes, functional.get_4bit_type("nf4", device=str(codes.device)), scales, nested)
 
 
-def _additions(randn: Randn) -> tuple[Tensor, Tensor, Tensor]:
+def _additions(randn: Randn, n: int = 130, k: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """LoRA's two factors and a bias, which stay in fp32."""
-    return randn(4, 128).float(), randn(130, 4).float(), randn(130).float()
+    return randn(4, k).float(), randn(n, 4).float(), randn(n).float()
+
+
+def _group_codes(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """Of every width, the last group of a row shorter; the last one with zero points."""
+    return [kernel.dequantize(codes, randn(35, 300)) for codes in _grouped(randn)]
+
+
+def _group_codes_gemv(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """As of 4-bit codes; matrices of every width together."""
+    codes, x, (a, b, bias) = _grouped(randn), randn(15, 300), _additions(randn, 35, 300)
+    if kernel is group_codes:
+        w, v, u = (group_codes.dequantize(one, randn(35, 300)) for one in codes)
+        return [x @ (w + 0.5 * b @ a).t(), x @ v.t() + bias, x @ u.t()]
+    added = [Addition(a=a, b=b, scale=0.5), Addition(bias), Addition()]
+    return list(kernel.Matrices(codes).multiply(x, added))
+
+
+def _group_codes_product(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """One matrix with bias and LoRA, and three of every width whose products are summed."""
+    codes, x, dy, low = _grouped(randn), randn(14, 300), randn(14, 35), randn(14, 4)
+    a, b, bias = _additions(randn, 35, 300)
+    if kernel is group_codes:
+        w, v, u = (group_codes.dequantize(one, randn(35, 300)) for one in codes)
+        return [x @ w.t() + 0.5 * low @ b.t() + bias, dy @ (w + v + u) + 0.5 * low @ a]
+    y = kernel.sum_of_products([x], codes[:1], transposed=False, bias=bias, low=(low, b, 0.5))
+    return [y, kernel.sum_of_products([dy] * 3, codes, transposed=True, low=(low, a, 0.5))]
+
+
+def _grouped(randn: Randn) -> list[GroupCodes]:
+    """W [35, 300] of 2, 3 and 4 bits in groups of 64, 32 and 128."""
+
+    def uint8(*shape: int) -> Tensor:
+        return randn(*shape).float().mul(50).clamp(-128, 127).add(128).byte()
+
+    def half(*shape: int) -> Tensor:
+        return randn(*shape).half()
+
+    return [
+        GroupCodes((35, 300), 2, 64, uint8(35, 75), None, half(35, 5), half(35, 5)),
+        GroupCodes((35, 300), 3, 32, uint8(35, 75), uint8(35, 38), half(35, 10), half(35, 10)),
+        GroupCodes((35, 300), 4, 128, uint8(35, 150), None, half(35, 3), None, uint8(35, 3) % 16),
+    ]
 
 
 def _gate(kernel: ModuleType, randn: Randn) -> list[Tensor]:
@@ -149,6 +191,6 @@ _TRIALS: dict[str, Callable[[ModuleType, Randn], list[Tensor]]] = {
     trial.__name__.removeprefix("_"): trial
     for trial in (
         _cached_attention, _column_sums, _cross_entropy, _document_attention, _four_bit, _four_bit_gemv,
-        _four_bit_product, _gate, _rms_norm, _rotary,
+        _four_bit_product, _gate, _group_codes, _group_codes_gemv, _group_codes_product, _rms_norm, _rotary,
     )
 }  # fmt: skip

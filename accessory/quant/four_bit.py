@@ -17,11 +17,10 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.errors import CheckpointError
-from accessory.kernels.addition import Addition
-from accessory.kernels.avx512.four_bit_gemv import Matrices
 from accessory.kernels.bitsandbytes_library import functional as bnb
 from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
+from accessory.quant.few_rows import FewRowsWeight
 from accessory.quant.moments import levels
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
 
@@ -48,7 +47,7 @@ class FlatPart(Part):
         return (1 if self.block is None else -(-prod(of) // self.block),)
 
 
-class FourBitWeight(PackedWeight):
+class FourBitWeight(FewRowsWeight):
     """W [N, K] as 4-bit codes, high nibble first, row-major blocks of 64.
 
     Parts: `codes` uint8 [N*K/2] and `scales`, fp32 [N*K/64] when single-level. Double-quantized (`nested`), `scales` is
@@ -61,14 +60,13 @@ class FourBitWeight(PackedWeight):
     single: ClassVar[type[FourBitWeight]]
     """The same without scales of scales; itself where it has none."""
     bits = 4
+    FEW_ROWS = "four_bit_gemv"
     IN_BITSANDBYTES: ClassVar = {"codes": "", "scales": ".absmax", "nested_scales": ".nested_absmax"}
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(shape)
         if shape[1] % 2:
             raise AssertionError(f"4-bit rows hold pairs of weights; got {shape[1]} columns")
-        self.prepared: Matrices | None = None
-        self.prepared_with: list[PackedWeight] = []
 
     @property
     def nested(self) -> bool:
@@ -148,11 +146,6 @@ class FourBitWeight(PackedWeight):
             packed |= {"nested_scales": state.absmax, "offset": offset.view(1)}
         self.adopt(packed)
 
-    def adopt(self, state: PackedState) -> None:
-        """See `PackedWeight`."""
-        self.prepared = None
-        super().adopt(state)
-
     @classmethod
     def bitsandbytes_config(cls, dtype: torch.dtype) -> dict[str, Any]:
         """See `PackedWeight`."""
@@ -208,27 +201,9 @@ class FourBitWeight(PackedWeight):
         table, scales = codebook_of(self.quant_type, device), self.scales.view(-1)
         return Codes(self.shape, self.codes, table, scales, nested, self.quant_type)
 
-    def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
-        """See `PackedWeight`: one call of the AVX512 kernel for few rows."""
-        if self.prepared is None or not self.prepared.takes(x) or self.prepared_with != others:
-            return None
-        # Empty additions are not passed: while decoding, converting them takes longer than the arithmetic.
-        there = any(addition.bias is not None or addition.a is not None for addition in additions)
-        return self.prepared.multiply(x, additions if there else None)
-
-    @torch.no_grad()
-    def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """See `PackedWeight`: keep all addresses, if the AVX512 kernel can be used."""
-        weights = [self, *others]
-        if not all(isinstance(weight, FourBitWeight) for weight in weights):
-            return
-        if kernel := kernels.fast("four_bit_gemv", self.codes.device, torch.bfloat16, *(w.shape for w in weights)):
-            self.prepared, self.prepared_with = kernel.Matrices([w.as_codes() for w in weights]), others
-
-    def train(self, mode: bool = True) -> FourBitWeight:
-        """As every module's; training discards the addresses."""
-        self.prepared = None if mode else self.prepared
-        return super().train(mode)
+    def kernel_case(self) -> tuple[int, int]:
+        """See `FewRowsWeight`."""
+        return self.shape
 
 
 class Nf4Single(FourBitWeight):

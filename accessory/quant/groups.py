@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import gcd
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.errors import CheckpointError
-from accessory.kernels.codes import GroupCodes
-from accessory.kernels.plain.group_codes import whole_numbers, workspace_bytes
+from accessory.kernels.codes import GroupCodes, whole_numbers
+from accessory.kernels.plain.group_codes import workspace_bytes
+from accessory.quant.few_rows import FewRowsWeight
 from accessory.quant.group_fit import fit
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
 
@@ -56,7 +58,7 @@ class ColumnPart(Part):
         return of[1:]
 
 
-class GroupWeight(PackedWeight):
+class GroupWeight(FewRowsWeight):
     """W [N, K] as codes in groups: see `GroupCodes`, whose names and layouts the parts have.
 
     Variants of a storage have other parts too: `points` instead of zeros, `order`, `channel_scale`, and `groups`, which
@@ -67,6 +69,7 @@ class GroupWeight(PackedWeight):
     """Columns of a row that share a scale."""
     whole: ClassVar[type[GroupWeight]]
     """The storage of the matrix that this one is a range of columns of: itself, or one of larger groups."""
+    FEW_ROWS = "group_codes_gemv"
     OPTIONAL = ("points", "order", "channel_scale", "groups")
 
     @classmethod
@@ -174,6 +177,15 @@ class GroupWeight(PackedWeight):
     def unpack_bytes(self, device: torch.device) -> int:
         """See `PackedWeight`: of plain PyTorch's kernel."""
         return workspace_bytes(self.shape, device, ordered=self.has("order"))
+
+    def kernel_case(self) -> GroupCodes:
+        """See `FewRowsWeight`."""
+        return self.as_codes()
+
+    @staticmethod
+    def product_kernel(weights: list[GroupWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+        """The AVX512 kernel, as of 4-bit codes; widths and groups may be mixed."""
+        return kernels.fast("group_codes_product", device, dtype, *(weight.as_codes() for weight in weights))
 
 
 def packed_codes(codes: Tensor, bits: int) -> PackedState:

@@ -92,8 +92,8 @@ def memory_to_multiply(
 
 
 def _kernel(matrices: list[Matrix], dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-    """The kernel for matrices that are all of one format, if it has one."""
-    kind = type(matrices[0])
-    if issubclass(kind, PackedWeight) and all(type(matrix) is kind for matrix in matrices):
-        return kind.product_kernel(matrices, dtype, device)
-    return None
+    """The kernel for matrices of formats that have the same one, if they have one."""
+    if not all(isinstance(matrix, PackedWeight) for matrix in matrices):
+        return None
+    find = matrices[0].product_kernel
+    return find(matrices, dtype, device) if all(matrix.product_kernel is find for matrix in matrices) else None

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from accessory.kernels.plain.group_codes import whole_numbers
+from accessory.kernels.codes import whole_numbers
 from accessory.quant.groups import GroupWeight
 from accessory.quant.packed import PackedState
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.kernels.addition import Addition
-from accessory.kernels.codes import Codes
+from accessory.kernels.codes import Codes, GroupCodes
 from accessory.kernels.documents import Documents
 from accessory.quant.four_bit import codebook_of
 
@@ -18,7 +18,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Of the norm: some roundings."""
 
-ON_THEIR_OWN = {"four_bit_gemv", "four_bit_product"}
+ON_THEIR_OWN = {"four_bit_gemv", "four_bit_product", "group_codes_gemv", "group_codes_product"}
 """Kernels without a plain one: where they do not compute, their callers unpack the matrix and multiply with it."""
 
 
@@ -177,10 +177,78 @@ def four_bit_gemv(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
     return list(zip(found, (x @ (w + 0.5 * b @ a).t(), x @ v.t() + bias), strict=True))
 
 
+def grouped(
+    shape: tuple[int, int], bits: int, group: int, *, points: bool = False, wide: bool = False, seed: int = 0
+) -> tuple[GroupCodes, Tensor]:
+    """W of random codes and statistics, and its weights in float64, written out. wide: its statistics are fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    (n, k), groups = shape, -(-shape[1] // group)
+    whole = torch.randint(1 << bits, shape, generator=generator)
+    scales, zeros = (torch.rand(n, groups, generator=generator).sub_(0.3) for _ in range(2))
+    zero_points = torch.randint(1 << bits, (n, groups), generator=generator, dtype=torch.uint8)
+    if not wide:
+        scales, zeros = scales.half(), zeros.half()
+    of = torch.arange(k) // group
+    if points:
+        weights = (whole - zero_points[:, of].double()) * scales[:, of].double()
+    else:
+        weights = whole * scales[:, of].double() - zeros[:, of].double()
+    codes = bytes_of(whole, 4) if bits == 4 else bytes_of(whole & 3, 2)
+    high = bytes_of(whole >> 2, 1) if bits == 3 else None
+    given = (None, zero_points) if points else (zeros, None)
+    return GroupCodes(shape, bits, group, codes, high, scales, *given), weights
+
+
+def bytes_of(numbers: Tensor, width: int) -> Tensor:
+    """Numbers of `width` bits [n, k], the first in the lowest bits of a byte; what is behind the last is not zero."""
+    numbers = F.pad(numbers, (0, -numbers.shape[1] % (8 // width)), value=1).unflatten(1, (-1, 8 // width))
+    return (numbers << torch.arange(0, 8, width)).sum(2).to(torch.uint8)
+
+
+def of_every_width() -> list[tuple[GroupCodes, Tensor]]:
+    """W [35, 300] of 2, 3 and 4 bits, whose last groups are shorter."""
+    return [grouped((35, 300), 2, 64), grouped((35, 300), 3, 32, seed=1), grouped((35, 300), 4, 128, points=True)]
+
+
+def group_codes(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
+    """Of every width, in the memory that is given."""
+    pairs = []
+    for codes, w in of_every_width():
+        memory = torch.empty(35, 300, dtype=dtype)
+        assert kernel.dequantize(codes, memory) is memory
+        pairs.append((memory, w))
+    return pairs
+
+
+def group_codes_product(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
+    """Each matrix with bias and LoRA; and all, transposed."""
+    matrices = of_every_width()
+    x, dy, low = (random(14, n, dtype=dtype, seed=n) for n in (300, 35, 4))
+    a, b, bias = random(4, 300), random(35, 4), random(35)
+    more = 0.5 * low.double() @ b.double().t() + bias.double()
+    pairs = []
+    for codes, w in matrices:
+        y = kernel.sum_of_products([x], [codes], transposed=False, bias=bias, low=(low, b, 0.5))
+        pairs.append((y, x.double() @ w.t() + more))
+    dx = kernel.sum_of_products([dy] * 3, [codes for codes, _ in matrices], transposed=True, low=(low, a, 0.5))
+    return [*pairs, (dx, dy.double() @ sum(w for _, w in matrices) + 0.5 * low.double() @ a.double())]
+
+
+def group_codes_gemv(kernel: ModuleType, dtype: torch.dtype) -> Pairs:
+    """All matrices at once, one with LoRA and another with a bias."""
+    matrices = of_every_width()
+    x, a, b, bias = random(5, 300, dtype=dtype), random(4, 300), random(35, 4), random(35)
+    added = [Addition(a=a, b=b, scale=0.5), Addition(bias), Addition()]
+    found = kernel.Matrices([codes for codes, _ in matrices]).multiply(x, added)
+    x, a, b, bias = (t.double() for t in (x, a, b, bias))
+    exact = [x @ w.t() + more for (_, w), more in zip(matrices, (0.5 * x @ a.t() @ b.t(), bias, 0), strict=True)]
+    return list(zip(found, exact, strict=True))
+
+
 FORMULAS: dict[str, Callable[[ModuleType, torch.dtype], Pairs]] = {
     function.__name__: function
     for function in (
         rms_norm, rotary, gate, cross_entropy, column_sums, cached_attention, document_attention, four_bit,
-        four_bit_product, four_bit_gemv,
+        four_bit_product, four_bit_gemv, group_codes, group_codes_product, group_codes_gemv,
     )
 }  # fmt: skip

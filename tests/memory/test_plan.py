@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from accessory import kernels
-from accessory.kernels.avx512 import four_bit_product
+from accessory.kernels.avx512 import packed_products
 from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import recompute_layers
 from accessory.method import METHODS
@@ -304,7 +304,7 @@ def planned_and_measured(
         optimizer.zero_grad(set_to_none=True)
 
     workspace._pieces.clear()
-    four_bit_product._kept.memory = torch.empty(0, dtype=torch.uint8)
+    packed_products._kept.memory = torch.empty(0, dtype=torch.uint8)
     step()  # makes the optimizer's state and the memory that unpacked matrices share
     moments = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(t.untyped_storage().nbytes() for t in (*decoder.parameters(), *moments))
@@ -314,7 +314,7 @@ def planned_and_measured(
         decoder, attachment, layout, tokens=tokens, longest=max(lengths), micro_batches=micro_batches,
         data_parallel="sdp", optim=optim,
     ).plan(recomputed)  # fmt: skip
-    shared = four_bit_product._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
+    shared = packed_products._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
     unpacking = [m.unpack_bytes(layout.device) for m in decoder.modules() if isinstance(m, PackedWeight)]
     assert plan.buffers == shared + max(unpacking, default=0)
     return plan.total, held + shared + peak.bytes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.addition import Addition
-from accessory.kernels.avx512 import four_bit_product
+from accessory.kernels.avx512 import packed_products
 from accessory.quant import storage, workspace
 from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_products
 
@@ -101,7 +101,7 @@ def test_nor_beside_a_large_bias_by_the_kernel() -> None:
 def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Of matrices alike; where one of them lies plain, it is unpacked for their sum."""
     monkeypatch.setattr(workspace, "_pieces", {})
-    four_bit_product._kept.__dict__.clear()
+    packed_products._kept.__dict__.clear()
     ranks, low, b = [4, 4], random(20, 4).to(dtype), random(34, 4)
     for kinds in (("nf4", "nf4"), ("nf4", "plain")):
         matrices = [matrix(kind, seed=i) for i, kind in enumerate(kinds)]
@@ -109,7 +109,7 @@ def test_memory_is_what_is_made(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
             multiply(random(20, 128).to(dtype), one, Addition(b=b), low)
         beside = random(20, 8).to(dtype), random(8, 128), 1.0
         sum_of_products([random(20, 34).to(dtype)] * 2, matrices, transposed=True, low=beside)
-        kept = getattr(four_bit_product._kept, "memory", torch.empty(0)).nbytes
+        kept = getattr(packed_products._kept, "memory", torch.empty(0)).nbytes
         buffers = sum(piece.memory.nbytes for piece in workspace._pieces.values())
         found = memory_to_multiply(matrices, ranks, 20, dtype, torch.device("cpu"), backward=True)
         assert found[1] == buffers
@@ -127,11 +127,11 @@ def test_memory_of_a_wide_matrix_is_that_of_the_forward() -> None:
     """A row of it is longer than a column."""
     weight = storage("nf4")((34, 512))
     weight.pack(random(34, 512))
-    four_bit_product._kept.__dict__.clear()
+    packed_products._kept.__dict__.clear()
     multiply(random(20, 512).bfloat16(), weight)
     sum_of_products([random(20, 34).bfloat16()], [weight], transposed=True)
     found, _ = memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"), backward=True)
-    assert found == four_bit_product._kept.memory.nbytes
+    assert found == packed_products._kept.memory.nbytes
 
 
 @pytest.mark.usefixtures("needs_cpu_kernels")
@@ -139,10 +139,10 @@ def test_memory_of_a_product_that_has_no_backward() -> None:
     """Of a narrow matrix the transposed product takes more than the product."""
     weight = storage("nf4")((512, 64))
     weight.pack(random(512, 64))
-    four_bit_product._kept.__dict__.clear()
+    packed_products._kept.__dict__.clear()
     multiply(random(20, 64).bfloat16(), weight)
     alone, both = (
         memory_to_multiply([weight], [0], 20, torch.bfloat16, torch.device("cpu"), backward=backward)[0]
         for backward in (False, True)
     )
-    assert alone == four_bit_product._kept.memory.nbytes < both
+    assert alone == packed_products._kept.memory.nbytes < both

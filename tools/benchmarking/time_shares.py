@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.engine import Engine
-from accessory.kernels.avx512 import four_bit_product
+from accessory.kernels.avx512 import four_bit_product, group_codes_product
 from accessory.quant.packed import PackedWeight
 
 CATEGORIES = ("products", "unpacking", "attention", "loss", "rest", "optimizer", "data", "communication")
@@ -105,7 +105,8 @@ def _labels(order: GlobalOrder) -> Iterator[None]:
             for name in {"unpack_to_buffer", "unpack"} & vars(packed).keys():
                 stack.enter_context(_labelled(packed, name, "unpacking"))
         # It unpacks, too: a few columns at a time, which nobody could tell apart.
-        stack.enter_context(_labelled(four_bit_product, "sum_of_products", "products"))
+        for kernel in (four_bit_product, group_codes_product):
+            stack.enter_context(_labelled(kernel, "sum_of_products", "products"))
         for name in ("micro_batches", "supervised_tokens", "tokens"):
             stack.enter_context(_labelled(order, name, "data"))
         stack.enter_context(_labelled(PackedBatch, "to", "data"))

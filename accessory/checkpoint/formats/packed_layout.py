@@ -13,8 +13,7 @@ from torch import Tensor
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import Tensors
 from accessory.errors import CheckpointError
-from accessory.kernels.codes import GroupCodes
-from accessory.kernels.plain.group_codes import whole_numbers
+from accessory.kernels.codes import GroupCodes, whole_numbers
 from accessory.quant.groups import GroupWeight
 
 

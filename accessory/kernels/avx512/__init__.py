@@ -19,6 +19,9 @@ KERNELS = (
     "four_bit_gemv",
     "four_bit_product",
     "gate",
+    "group_codes",
+    "group_codes_gemv",
+    "group_codes_product",
     "rms_norm",
     "rotary",
 )
@@ -40,7 +43,7 @@ def _works() -> bool:
     if fault:
         logging.getLogger(__name__).warning(
             "This CPU's C++ kernels do not work, plain PyTorch computes: it trains in up to twice the time, and "
-            "answers from 4-bit weights in five times: %s",
+            "answers from weights of 4 bits and fewer in five times: %s",
             fault,
         )
     return not fault

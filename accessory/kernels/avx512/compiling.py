@@ -1,7 +1,7 @@
 """The C++ files of this directory as a library: compiled at the first use on a machine, and kept for the next.
 
-Its plain C functions take addresses and sizes, so it does not depend on PyTorch's or Python's version, compiles in six
-seconds and, compiled by g++, shares PyTorch's OpenMP threads, whose library is loaded already.
+Its plain C functions take addresses and sizes, so it does not depend on PyTorch's or Python's version, compiles in
+eleven seconds and, compiled by g++, shares PyTorch's OpenMP threads, whose library is loaded already.
 """
 
 from __future__ import annotations

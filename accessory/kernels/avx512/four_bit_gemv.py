@@ -1,75 +1,16 @@
-"""Products of few rows in bf16 with matrices of 4-bit codes, with their biases and LoRA: most of decoding."""
+"""Products of few rows in bf16 with matrices of 4-bit codes, with their biases and LoRA."""
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_int64
-
-import torch
-from torch import Tensor
-
-from accessory.kernels.addition import Addition
-from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.avx512.four_bit_matrix import Packed, packed, plain, takes
+from accessory.kernels.avx512.four_bit_matrix import packed, takes
+from accessory.kernels.avx512.packed_gemv import MOST_ROWS, PackedMatrices
 from accessory.kernels.codes import Codes
-from accessory.kernels.operands import address, contiguous
-
-MOST_ROWS = 48  # for more, unpacking a matrix once and multiplying plainly is as fast
 
 
-class Matrices:
-    """Several W [n, k] that multiply the same x [T, k], in one call.
+class Matrices(PackedMatrices[Codes]):
+    """See `PackedMatrices`. The 16 code values are rounded to bf16, scales are not."""
 
-    The 16 code values are rounded to bf16, scales are not; everything is summed in fp32 and rounded once. A row's
-    result has the same bits whatever the other rows are.
-    """
-
-    def __init__(self, matrices: list[Codes]) -> None:
-        if len({codes.shape[1] for codes in matrices}) != 1:
-            raise AssertionError(f"matrices of {[codes.shape for codes in matrices]}; expected as many columns in each")
-        self._kept = matrices
-        self._packed = (Packed * len(matrices))(*map(packed, matrices))
-        self.columns = matrices[0].shape[1]
-        self.widths = [codes.shape[0] for codes in matrices]
-        self.width = sum(self.widths)
-
-    def __reduce__(self) -> tuple[type[Matrices], tuple[list[Codes]]]:
-        """A copy gets the copied tensors' addresses."""
-        return Matrices, (self._kept,)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether they are for x: bf16 on a CPU, and few rows."""
-        return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS
-
-    def multiply(self, x: Tensor, added: list[Addition] | None = None) -> tuple[Tensor, ...]:
-        """x bf16 [T, k] -> [T, n] of each, with bias and LoRA, no dropout. Raises `AssertionError` for other shapes."""
-        rows = x.shape[0]
-        x = contiguous(x, (rows, self.columns), "x")
-        out = x.new_empty(rows, self.width)
-        more, kept = self._in_c(added) if added else (None, None)  # `kept` until the call is over
-        compiled("four_bit_gemv", "ppnppnn")(
-            self._packed, more, len(self.widths), address(x), address(out), rows, torch.get_num_threads()
-        )
-        del kept
-        return (out,) if len(self.widths) == 1 else out.split_with_sizes(self.widths, 1)
-
-    def _in_c(self, added: list[Addition]) -> tuple[ctypes.Array[_BiasAndLora], list[Tensor]]:
-        if len(added) != len(self.widths):
-            raise AssertionError(f"{len(added)} biases and LoRAs for {len(self.widths)} matrices")
-        table, kept = (_BiasAndLora * len(added))(), []
-        for to, one, n in zip(table, added, self.widths, strict=True):
-            if one.bias is not None:
-                kept.append(plain(one.bias, (n,), "bias"))
-                to.bias = address(kept[-1])
-            if one.a is not None:
-                rank = one.a.shape[0]
-                kept += plain(one.a, (rank, self.columns), "a"), plain(one.b, (n, rank), "b")
-                to.a, to.b, to.rank, to.scale = address(kept[-2]), address(kept[-1]), rank, one.scale
-        return table, kept
-
-
-class _BiasAndLora(ctypes.Structure):
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("bias", "a", "b")), ("rank", c_int64), ("scale", ctypes.c_float))
+    NAME, IN_C = "four_bit_gemv", staticmethod(packed)
 
 
 __all__ = ["MOST_ROWS", "Matrices", "takes"]

@@ -5,11 +5,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int64
 
-import torch
-from torch import Tensor
-
 from accessory.kernels.codes import BLOCK, Codes
-from accessory.kernels.operands import CPU, address, contiguous
+from accessory.kernels.operands import CPU, address
 
 NESTED = ("nested_codebook", "nested_scales", "offset")
 
@@ -36,8 +33,3 @@ def packed(w: Codes) -> Packed:
     parts = {"codes": w.codes, "codebook": w.codebook, "scales": w.scales}
     parts |= zip(NESTED, w.nested or (), strict=False)
     return Packed(n=w.shape[0], k=w.shape[1], **{name: address(part) for name, part in parts.items()})
-
-
-def plain(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """A bias or LoRA factor in fp32, contiguous. Raises `AssertionError` for another shape or device."""
-    return contiguous(tensor.to(torch.float32), shape, name, torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accessory.kernels.codes import GroupCodes
+from accessory.kernels.codes import GroupCodes, whole_numbers
 
 PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Weights that are unpacked at a time."""
@@ -32,17 +32,6 @@ def workspace_bytes(shape: tuple[int, int], device: torch.device, *, ordered: bo
 
 def _rows_at_a_time(shape: tuple[int, int], device: torch.device) -> int:
     return max(PIECES[device.type] // max(shape[1], 1), 1)
-
-
-def whole_numbers(codes: Tensor, high: Tensor | None, bits: int, columns: int) -> Tensor:
-    """The codes of rows, as `GroupCodes` has them, one by one: uint8 [n, columns]."""
-    width = 4 if bits == 4 else 2
-    places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
-    numbers = (codes[:, :, None] >> places).bitwise_and_((1 << width) - 1).flatten(1)[:, :columns]
-    if high is not None:
-        third = (high[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)).bitwise_and_(1)
-        numbers = numbers + third.flatten(1)[:, :columns] * 4
-    return numbers
 
 
 def _weights(w: GroupCodes, part: slice) -> Tensor:

@@ -17,7 +17,7 @@ from accessory.kernels.operands import DTYPES
 from accessory.kernels.switches import switched_on
 from accessory.kernels.trial import fault_of
 
-KERNELS = ("cross_entropy", "four_bit", "gate", "rms_norm", "rotary")
+KERNELS = ("cross_entropy", "four_bit", "gate", "group_codes", "rms_norm", "rotary")
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:

@@ -23,7 +23,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.data.batch import Document, PackedBatch
 from accessory.errors import CheckpointError
 from accessory.export import Destination, open_whole
-from accessory.kernels.plain.group_codes import whole_numbers
+from accessory.kernels.codes import whole_numbers
 from accessory.meta import MetaModel
 from accessory.quant import PackedWeight
 from tests.checkpoint.formats import low_bit_files as files

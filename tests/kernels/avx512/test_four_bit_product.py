@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels.avx512 import four_bit_product
+from accessory.kernels.avx512 import packed_products
 from accessory.kernels.avx512.four_bit_product import sum_of_products, workspace_bytes
 from accessory.quant import storage
 from accessory.quant.four_bit import FourBitWeight
@@ -92,7 +92,7 @@ def test_what_lies_in_the_workspace_does_not_matter() -> None:
     """It is never cleared."""
     weight, x = packed((100, 192)), random(13, 192).bfloat16()
     found = sum_of_products([x], [weight.as_codes()], transposed=False)
-    four_bit_product._kept.memory.fill_(255)
+    packed_products._kept.memory.fill_(255)
     assert torch.equal(found, sum_of_products([x], [weight.as_codes()], transposed=False))
 
 
@@ -105,7 +105,7 @@ def test_workspace(rank: int) -> None:
     def memory_of_a_call(rows: int) -> Tensor:
         part = None if low is None else (low[0][:rows], *low[1:])
         sum_of_products([x[:rows]], [weight.as_codes()], transposed=False, low=part)
-        return four_bit_product._kept.memory
+        return packed_products._kept.memory
 
     def in_a_thread() -> None:
         memory = memory_of_a_call(481)

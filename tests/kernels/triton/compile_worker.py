@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
@@ -16,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accessory.kernels.triton import cross_entropy, four_bit, gate, rms_norm, rotary
+from accessory.kernels.triton import cross_entropy, four_bit, gate, group_codes, rms_norm, rotary
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FP32 = ("weight", "scale", "sums", "rotations", "highest", "mass", "target", "nested_scales", "offset")
@@ -58,6 +59,12 @@ for nested in (False, True):
     TYPES["scales"] = "*u8" if nested else "*fp32"
     constants = {"NESTED": nested, "PER_UNIT": 8, "BLOCK": 64, "NESTED_BLOCK": 256, "BLOCKS": four_bit.BLOCKS}
     found[f"four_bit {nested}"] = compiled(four_bit._dequantize, constants, 4, enable_fp_fusion=False)
+TYPES |= {"scales": "*fp16", "high": "*u8"}
+for bits, points in product((2, 3, 4), (False, True)):
+    TYPES |= {"codes": "*i32" if bits == 4 else "*i16", "zeros": "*u8" if points else "*fp16"}
+    constants = {"BITS": bits, "GROUP": 64, "POINTS": points, "PER_UNIT": group_codes.COLUMNS}
+    constants |= {"ROWS": 1, "UNITS": group_codes.UNITS}
+    found[f"group_codes {bits} {points}"] = compiled(group_codes._dequantize, constants, 4, enable_fp_fusion=False)
 for neighbours, rest in ((True, 0), (False, 0), (True, 64), (False, 64)):
     constants = {"NEIGHBOURS": neighbours, "INVERSE": rest > 0, "HEADS": 32, "PAIRS": 64, "REST": rest}
     found[f"rotary {neighbours} {rest}"] = compiled(rotary._rotate, constants, 4)
