@@ -145,9 +145,18 @@ class Visitor:
         """Click into the middle of an element with the mouse, once it is shown."""
         self.wait(usable(selector))
         self.js(f"{_query(selector)}.scrollIntoView({{block: 'nearest'}})")
-        x, y = self.js(_WHEN_STILL % _query(selector))
+        x, y = self._still(selector)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def _still(self, selector: str) -> list[float]:
+        """The middle of an element, once it does not move: a page that has just come shifts its parts."""
+        middle = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({_query(selector)}.getBoundingClientRect())"
+        before = None
+        while before != (now := self.js(middle)):
+            before = now
+            time.sleep(0.1)
+        return now
 
     def type(self, selector: str, words: str) -> None:
         """Put words into a box that had others, or none."""
@@ -182,18 +191,6 @@ class Visitor:
             elif event["method"] == "Log.entryAdded" and about["entry"]["level"] == "error":
                 found.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
         return found
-
-
-_WHEN_STILL = """new Promise(done => {
-    let before;
-    const look = () => {
-        const place = %s.getBoundingClientRect(), middle = [place.x + place.width / 2, place.y + place.height / 2];
-        if (String(middle) === before) done(middle);
-        else { before = String(middle); setTimeout(look, 100) }
-    };
-    look();
-})"""
-"""The middle of an element that has not moved for a while: a page that has just come still shifts its parts."""
 
 
 def _query(selector: str) -> str:
