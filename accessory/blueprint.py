@@ -77,11 +77,11 @@ class Blueprint:
                 f"--quant_type {self.quant_type}: a model without a base has no {STRATEGY_FILE}, which says which "
                 f"linears have 4 bits; expected one of {', '.join(STORAGES)}."
             )
-        maker = storage(self.quant_type) if self.quant_type else None
+        maker = self.method.storage_of(storage(self.quant_type)) if self.quant_type else None
         decoder = self.method.decoder(
             self.args, dtype=self.dtype, rank=layout.mp_rank, ranks=layout.mp_size, storage=maker
         )
-        keep_packed(decoder, self.storages, maker)
+        keep_packed(decoder, {name: self.method.storage_of(kind) for name, kind in self.storages.items()}, maker)
         for name in self.plain | self._untargeted(decoder):
             decoder.get_submodule(name).keep_plain(self.dtype)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
@@ -143,7 +143,7 @@ def make_blueprint(
     llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
     family, method_class = _named(llama_type)
     packed = packed_linears(sources, quant_type)
-    quant_type = _storage(sources, quant, quant_type, packed)
+    quant_type = _storage(sources, quant, quant_type, packed, method_class)
     if quant_type and train and (fault := method_class.storage_fault(quant_type)):
         others = [family + method.suffix for method in METHODS.values() if not method.storage_fault(quant_type)]
         raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
@@ -166,14 +166,18 @@ def make_blueprint(
 
 
 def _storage(
-    sources: list[Source], quant: bool, asked: str | None, packed: Mapping[str, type[PackedWeight]]
+    sources: list[Source],
+    quant: bool,
+    asked: str | None,
+    packed: Mapping[str, type[PackedWeight]],
+    method: type[Method],
 ) -> str | None:
     """The storage format: the first that the base is packed in already, else the one asked for."""
     if packed:
         return next(iter(packed.values())).name
     # Parts of packed weights that were trained are of no use without the rest of them.
     recorded = [s.run["quantization"] for s in sources if s.is_delta and s.run and s.run["quantization"]]
-    trained = next((name for name in reversed(recorded) if storage(name).trained), None)
+    trained = next((name for name in reversed(recorded) if method.storage_of(storage(name)).trained), None)
     return asked or trained or ("nf4" if quant else None)
 
 

@@ -220,7 +220,8 @@ def merge(
     packed = next((source.path for source in sources if source.storage), None)
     if base == "full" and packed:
         raise CheckpointError(f"{packed}: is a quantized base: its full weights are gone. Leave out --base full.")
-    if base == "full" and quantization and storage(quantization).trained:
+    storage_of = blueprint.method.storage_of
+    if base == "full" and quantization and storage_of(storage(quantization)).trained:
         raise CheckpointError(f"{paths[-1]}: trained parts of {quantization} weights. Leave out --base full.")
     if base != "full" and quantization is None:
         raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base {base}.")
@@ -231,7 +232,8 @@ def merge(
     if base != "full":
         again = {} if packed else {"is_linear": blueprint.packed_as(quantization).__contains__}
         again |= {"storages": storages_of_mix(sources, quantization)} if quantization in MIXES and not packed else {}
-        tensors = with_trained_parts(tensors if packed else repacked(tensors, quantization, **again))
+        tensors = tensors if packed else repacked(tensors, quantization, **again)
+        tensors = with_trained_parts(tensors, storage_of, rounded=base == "packed")
     if base == "dequantized":
         tensors = unpacked(tensors)
     args, tensors = merged(tensors, model.args, blueprint.method.mergeable, drop_biases=drop_biases)

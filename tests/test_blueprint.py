@@ -198,7 +198,8 @@ def test_unknown_type(tiny_base: Path) -> None:
         draw(tiny_base, llama_type="lama_peft")
     assert str(caught.value) == (
         "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, llama_qst, "
-        "opt, opt_peft, opt_qst, bloom, bloom_peft, bloom_qst, neox, neox_peft, neox_qst, glm, glm_peft, glm_qst."
+        "llama_qsft, opt, opt_peft, opt_qst, opt_qsft, bloom, bloom_peft, bloom_qst, bloom_qsft, neox, neox_peft, "
+        "neox_qst, neox_qsft, glm, glm_peft, glm_qst, glm_qsft."
     )
 
 

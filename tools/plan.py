@@ -27,7 +27,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
-from accessory.quant import MIXES, QUANT_TYPES, storage
+from accessory.quant import MIXES, QUANT_TYPES, PackedWeight, storage
 from accessory.quant.mixes import WIDE
 from tools.model_sizes import LLAMA_2, args_of
 
@@ -228,15 +228,15 @@ def _built(model: str, method: str, quant_type: str, precision: str, ranks: int)
     args = args_of(model)
     made = METHODS[method]
     made.check(args, Layout(world_size=ranks, mp_size=ranks), "sdp")
-    maker = None if quant_type == PLAIN else storage(quant_type)
+    maker = None if quant_type == PLAIN else made.storage_of(storage(quant_type))
     decoder = made.decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
     if quant_type in MIXES:
-        _widen(decoder, MIXES[quant_type])
+        _widen(decoder, MIXES[quant_type], made.storage_of(WIDE))
     return decoder, made.attach(decoder)
 
 
-def _widen(decoder: Decoder, share: float) -> None:
-    """Give four bits to that share of the blocks' weights. Which ones a strategy says; here some of every block."""
+def _widen(decoder: Decoder, share: float, wide: type[PackedWeight]) -> None:
+    """Store as `wide` that share of the blocks' weights. Which ones a strategy says; here some of every block."""
     blocks = [
         [*chain(*block.attention.linears_by_input(), *block.feed_forward.linears_by_input())]
         for block in decoder.layers
@@ -245,7 +245,7 @@ def _widen(decoder: Decoder, share: float) -> None:
     for linear in chain(*zip(*blocks, strict=True)):
         if linear.weight.shape.numel() <= room:
             room -= linear.weight.shape.numel()
-            linear.keep_packed(WIDE)
+            linear.keep_packed(wide)
 
 
 def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPlan, room: int) -> str:

@@ -71,14 +71,39 @@ def repacked(
     }
 
 
-def with_trained_parts(tensors: Tensors) -> Tensors:
-    """Put trained parts, which `tensors` has by names of their own, into the packed matrices they belong to."""
+def with_trained_parts(
+    tensors: Tensors, storage_of: Callable[[type[PackedWeight]], type[PackedWeight]], *, rounded: bool
+) -> Tensors:
+    """Put trained parts, which `tensors` has by names of their own, into the packed matrices they belong to.
+
+    storage_of: `Method.storage_of` of what trained them. rounded: to the type that files have the parts in; else they
+    stay as they were trained.
+    """
     found = dict(tensors)
     for name, tensor in tensors.items():
-        parts = tensor.storage.trained if isinstance(tensor, PackedTensor) else ()
+        kind = storage_of(tensor.storage) if isinstance(tensor, PackedTensor) else None
+        parts = kind.trained if kind else ()
         if trained := {part: found.pop(f"{name}.{part}") for part in parts if f"{name}.{part}" in found}:
-            found[name] = replace(tensor, trained=trained)
+            if rounded:
+                trained = {part: _in_dtype(value, kind.filed.PARTS[part].dtype, f"{name}.{part}")
+                           for part, value in trained.items()}  # fmt: skip
+            stored = {part: value for part, value in tensor.parts.items() if part in kind.filed.PARTS}
+            found[name] = replace(tensor, storage=kind.filed, parts=stored, trained=trained)
     return found
+
+
+def _in_dtype(tensor: LazyTensor, dtype: torch.dtype, name: str) -> LazyTensor:
+    """`tensor` rounded to `dtype`. Reading it raises `CheckpointError` where a number is beyond it."""
+
+    def compute(*span: int | None) -> Tensor:
+        """The range `span`, rounded."""
+        value = tensor.read(*span).to(dtype)
+        if not value.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name} was trained beyond {torch.finfo(dtype).max:g}, the largest {kind} number.")
+        return value
+
+    return ComputedTensor(tensor.shape, str(dtype).removeprefix("torch."), compute)
 
 
 def unpacked(tensors: Tensors) -> Tensors:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from accessory.method.base import Attachment, Method
 from accessory.method.full import Full
 from accessory.method.peft import QUANT_TARGETS, Peft
+from accessory.method.qsft import Qsft
 from accessory.method.side_tuning import SideTuning
 
-METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft, "qst": SideTuning}
+METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft, "qst": SideTuning, "qsft": Qsft}
 
 
 def presets() -> dict[str, Method]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import Layout
-from accessory.quant import storage
+from accessory.quant import PackedWeight, storage
 
 Initializer = Callable[[torch.Generator], Tensor]
 """Makes the whole (unsliced) fp32 tensor of an added parameter, the same on every layout for the same seed."""
@@ -56,6 +56,11 @@ class Method(ABC):
     def storage_fault(cls, quant_type: str) -> str | None:
         """Why it cannot be trained on a base packed as `quant_type`; None: it can."""
         return f"it leaves untrained what {quant_type} is there to train" if storage(quant_type).trained else None
+
+    @classmethod
+    def storage_of(cls, kind: type[PackedWeight]) -> type[PackedWeight]:
+        """How matrices lie in memory that the base has as `kind`: in another form where it trains what those freeze."""
+        return kind
 
     @classmethod
     def translated(cls, content: dict[str, Any]) -> dict[str, Any]:

@@ -224,9 +224,14 @@ def _is_order(order: Tensor, columns: int) -> bool:
     return torch.equal(order.sort().values, torch.arange(columns, dtype=order.dtype, device=order.device))
 
 
-@lru_cache
 def group_storage(bits: int, group: int, also: tuple[str, ...] = ()) -> type[GroupWeight]:
     """The storage of `bits` bits in groups of `group`; also: the parts, in `OPTIONAL`'s order, that a variant has."""
+    return _group_storage(bits, group, also)
+
+
+@lru_cache
+def _group_storage(bits: int, group: int, also: tuple[str, ...]) -> type[GroupWeight]:
+    # A function of its own, because a cache takes arguments that are left out for others than their defaults.
     parts = {"codes": GroupPart(torch.uint8, 2 if bits == 4 else 4)}
     if bits == 3:
         parts["high"] = GroupPart(torch.uint8, 8)

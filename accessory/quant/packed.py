@@ -59,6 +59,8 @@ class PackedWeight(nn.Module, ABC):
     """`codes`, and what else a format has."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that are trained."""
+    filed: ClassVar[type[PackedWeight]]
+    """The storage in which files have the matrix: this one, unless it is a form of another for training."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Parts that variants of the same name have."""
     IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
@@ -66,6 +68,7 @@ class PackedWeight(nn.Module, ABC):
 
     def __init_subclass__(cls) -> None:
         cls.trained = tuple(name for name, part in getattr(cls, "PARTS", {}).items() if part.trained)
+        cls.filed = cls
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()

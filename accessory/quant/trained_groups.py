@@ -7,9 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from accessory.errors import ParallelError
 from accessory.kernels.codes import whole_numbers
-from accessory.quant.groups import GroupWeight
-from accessory.quant.packed import PackedState
+from accessory.quant.groups import GroupWeight, group_storage
+from accessory.quant.packed import PackedState, PackedWeight, Span
 
 STATISTICS = ("scales", "zeros")
 PIECE = 1 << 20  # weights whose gradient is made at a time
@@ -18,8 +19,23 @@ PIECE = 1 << 20  # weights whose gradient is made at a time
 class TrainedStatistics(GroupWeight):
     """Codes as they are, and `scales` and `zeros` [N, G] in fp32, trained."""
 
+    @classmethod
+    def of_range(cls, columns: int, span: Span) -> type[PackedWeight]:
+        """See `PackedWeight`. Raises `ParallelError` for a cut after which two ranks would train one scale."""
+        if span[0] == 1 and span[2] - span[1] < columns and (cls.has("order") or (span[2] - span[1]) % cls.group):
+            order = ", which lie in an order of their own," if cls.has("order") else ""
+            raise ParallelError(
+                f"--model_parallel_size {columns // (span[2] - span[1])} cuts rows of {columns} weights{order} packed "
+                f"as {cls.name}: ranks would share a group of {cls.group}, whose scale is trained. Give 1, or one "
+                "that leaves groups whole."
+            )
+        return cls
+
     def adopt(self, state: PackedState) -> None:
-        """See `PackedWeight`; statistics may come in any float dtype."""
+        """See `PackedWeight`; statistics may come in any float dtype, and zeros as `points`."""
+        state = dict(state)
+        if "points" in state:
+            state["zeros"] = state.pop("points").float() * state["scales"].float()
         super().adopt({name: part.float() if name in STATISTICS else part for name, part in state.items()})
         for name in STATISTICS:
             getattr(self, name).requires_grad_(True)
@@ -28,6 +44,10 @@ class TrainedStatistics(GroupWeight):
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         """Of scales, the sums over groups of dW * codes; of zeros, those of -dW. dW is made some rows at a time."""
         rows, columns = self.shape
+        if self.has("channel_scale"):
+            x = x * self.channel_scale.to(x.dtype)
+        if self.has("order"):
+            x = x[:, self.order]
         of_scales, of_zeros = torch.empty_like(self.scales), torch.empty_like(self.zeros)
         step = max(PIECE // max(columns, 1), 1)
         for start in range(0, rows, step):
@@ -45,11 +65,16 @@ class TrainedStatistics(GroupWeight):
 
 @lru_cache
 def with_trained_statistics(kind: type[GroupWeight]) -> type[TrainedStatistics]:
-    """The storage `kind` with its scales and zeros in fp32, marked trained."""
+    """The storage `kind` with its scales and zeros in fp32, marked trained; `points` become zeros."""
+    if kind.has("points"):
+        also = tuple(part for part in kind.OPTIONAL if kind.has(part) and part != "points")
+        kind = group_storage(kind.bits, kind.group, also)
     parts = dict(kind.PARTS)
     parts |= {name: parts[name]._replace(dtype=torch.float32, trained=True) for name in STATISTICS}
     about = f"{kind.name} whose scales and zeros are trained."
-    return type(f"{kind.__name__}Trained", (TrainedStatistics, kind), {"PARTS": parts, "__doc__": about})
+    made = type(f"{kind.__name__}Trained", (TrainedStatistics, kind), {"PARTS": parts, "__doc__": about})
+    made.filed = kind
+    return made
 
 
 def group_sums(values: Tensor, group: int) -> Tensor:

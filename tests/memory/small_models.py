@@ -67,7 +67,7 @@ def built(
 ) -> tuple[Decoder, Attachment]:
     """A decoder on meta with a method on it."""
     made = METHODS[method](METHODS[method].Settings(**settings))
-    decoder = made.decoder(args, dtype=dtype, storage=storage(quant) if quant else None)
+    decoder = made.decoder(args, dtype=dtype, storage=made.storage_of(storage(quant)) if quant else None)
     return decoder, made.attach(decoder)
 
 

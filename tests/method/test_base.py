@@ -12,6 +12,7 @@ from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.families import FAMILIES
 from accessory.parallel.tensor import slicing_of
+from accessory.quant import PackedWeight, storage
 from tools.benchmark import train
 from tools.plan import plan
 
@@ -47,10 +48,15 @@ def test_help_names_every_method_and_family() -> None:
         assert all(name in line for name in presets())
 
 
+def stored(name: str) -> type[PackedWeight] | None:
+    """The storage that a method needs."""
+    return METHODS[name].storage_of(storage("int2_g8")) if name == "qsft" else None
+
+
 def attached(name: str, ranks: int = 1) -> tuple[dict[str, nn.Parameter], Attachment]:
     """A rank's parameters by name, of its share of a decoder with a method on it."""
     method = METHODS[name](METHODS[name].Settings())
-    decoder = method.decoder(ARGS, dtype=torch.bfloat16, ranks=ranks)
+    decoder = method.decoder(ARGS, dtype=torch.bfloat16, ranks=ranks, storage=stored(name))
     attachment = method.attach(decoder)
     return dict(decoder.named_parameters()), attachment
 
@@ -58,7 +64,7 @@ def attached(name: str, ranks: int = 1) -> tuple[dict[str, nn.Parameter], Attach
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_attached_exists_on_meta(name: str) -> None:
     """Whatever a method trains or adds is a parameter of the decoder, in fp32 and not yet in memory."""
-    before = {name for name, _ in Decoder(ARGS, dtype=torch.bfloat16).named_parameters()}
+    before = {own for own, _ in Decoder(ARGS, dtype=torch.bfloat16, storage=stored(name)).named_parameters()}
     parameters, attachment = attached(name)
     added = set(parameters) - before
     assert attachment.trainable

@@ -35,3 +35,28 @@ def test_gradients(bits: int, group: int, columns: int, monkeypatch: pytest.Monk
     assert torch.allclose(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
     assert torch.allclose(weight.scales.grad.double(), scales.grad, rtol=1e-4, atol=1e-4)
     assert torch.allclose(weight.zeros.grad.double(), zeros.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_reordered_channels() -> None:
+    """As GPTQ's and AWQ's directories may have them: in an order, with scaled channels and whole zero points."""
+    kind = group_storage(4, 32, ("points", "order", "channel_scale"))
+    state = {"codes": torch.randint(0, 256, (7, 32), dtype=torch.uint8), "scales": torch.rand(7, 2).half(),
+             "points": torch.randint(0, 16, (7, 2), dtype=torch.uint8), "order": torch.randperm(64).int(),
+             "channel_scale": torch.rand(64).half()}  # fmt: skip
+    weight, plain = with_trained_statistics(kind)((7, 64)), kind((7, 64))
+    weight.adopt(state)
+    plain.adopt(state)
+    assert torch.allclose(weight.unpack(torch.float32), plain.unpack(torch.float32), atol=1e-6)
+    x, dy = torch.randn(9, 64), torch.randn(9, 7)
+    project(x, [weight])[0].backward(dy)
+    for name in ("scales", "zeros"):
+        part = getattr(weight, name)
+        for row, group in ((0, 0), (6, 1)):
+            slope, here = 0.0, part.detach()[row, group].item()
+            for sign in (1, -1):
+                with torch.no_grad():
+                    part[row, group] = here + sign
+                slope += sign / 2 * (x @ weight.unpack(torch.float32).t() * dy).sum().item()
+            with torch.no_grad():
+                part[row, group] = here
+            assert abs(part.grad[row, group].item() - slope) < 1e-3 * max(abs(slope), 1)
