@@ -145,18 +145,9 @@ class Visitor:
         """Click into the middle of an element with the mouse, once it is shown."""
         self.wait(usable(selector))
         self.js(f"{_query(selector)}.scrollIntoView({{block: 'nearest'}})")
-        x, y = self._still(selector)
+        x, y = self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({_query(selector)}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def _still(self, selector: str) -> list[float]:
-        """The middle of an element, once it does not move: a page that has just come shifts its parts."""
-        middle = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({_query(selector)}.getBoundingClientRect())"
-        before = None
-        while before != (now := self.js(middle)):
-            before = now
-            time.sleep(0.1)
-        return now
 
     def type(self, selector: str, words: str) -> None:
         """Put words into a box that had others, or none."""
