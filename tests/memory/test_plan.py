@@ -179,7 +179,7 @@ STEPS = {
     "scales of NF4": {"settings": NORM_BIAS, "quant": "nf4_scales"},
     "LoRA and scales of NF4, recomputed": {"settings": LORA, "quant": "nf4_scales", "recomputed": 6},
     "LoRA, codes in groups, fp32": {"settings": LORA, "quant": "int3_g64", "dtype": torch.float32},
-    "scales and zeros": {"settings": {}, "method": "qsft", "quant": "int2_g64"},
+    "scales and zeros, fp32": {"settings": {}, "method": "qsft", "quant": "int2_g64", "dtype": torch.float32},
     "LoRA in two blocks": {"settings": {**LORA, "lora_layers": "3,4"}},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
 }
