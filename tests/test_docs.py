@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from accessory.checkpoint.source import Source
+from accessory.checkpoint.strategy import MEASUREMENT, storages_of_mix
 from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, TerminalConfig
 from accessory.data.meta_config import load_data_config
 from accessory.data.published import PUBLISHED
@@ -189,7 +191,12 @@ def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
         assert load_data_config(tmp_path / "data.yaml")[0].path == tmp_path / "my_data.json"
     assert all(name in text for name in (*PROMPT_TYPES, CHAT))
     for page, text in blocks("json"):
-        assert page == README or Peft.Settings(**json.loads(text)).lora_rank > 0
+        if MEASUREMENT in (content := json.loads(text)):
+            (tmp_path / "quant_strategy.json").write_text(text)
+            mixed = Source(tmp_path, "", [], {"layers.0.attention.wq.weight": None})
+            assert {kind.name for kind in storages_of_mix([mixed], "mix2.5").values()} == {"int2_g64"}
+        else:
+            assert page == README or Peft.Settings(**content).lora_rank > 0
     for key in Peft.Settings.model_fields:
         assert re.search(rf'[`"]{key}[`"]', PAGES["docs/methods.md"]), key
 
