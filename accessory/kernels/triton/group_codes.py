@@ -12,7 +12,7 @@ from accessory.kernels.operands import check_floats, check_shape
 from accessory.kernels.plain import group_codes as plain
 
 COLUMNS = 8  # that a thread decodes, of whole bytes of every part, where rows have whole ones
-UNITS = 256  # such columns that a program decodes
+UNITS = 1024  # such columns that a program decodes
 
 
 def dequantize(w: GroupCodes, out: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ def test_right_kernels_pass() -> None:
 @pytest.mark.parametrize(
     ("kernel", "function"),
     [("rms_norm", "forward"), ("rms_norm", "backward"), ("gate", "forward"), ("gate", "backward"),
-     ("rotary", "rotate"), ("four_bit", "dequantize"), ("cross_entropy", "statistics")],
+     ("rotary", "rotate"), ("four_bit", "dequantize"), ("group_codes", "dequantize"),
+     ("cross_entropy", "statistics")],
 )  # fmt: skip
 def test_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch, kernel: str, function: str) -> None:
     """One that is off by a hundredth."""
