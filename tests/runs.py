@@ -23,7 +23,7 @@ SETTINGS = {
 """Keys of --llama_config by method; others are run with their defaults."""
 ALSO = {"nf4_single": ["--checkpointing"], "int8": ["--optim", "adamw8bit"]}
 """Flags that no other test tries on all layouts."""
-GROUPS = ("int2_g64", "int3_g128", "int4_g128")
+GROUPS = ("int2_g64", "int3_g128")
 """Those of the storages in groups that are run; a cut over two ranks goes through the tiny model's groups of 128."""
 
 

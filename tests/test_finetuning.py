@@ -21,6 +21,7 @@ from tests.runs import JOBS, LAYOUTS, SETTINGS, SUPPORT
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
 STEPS = 10
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all runs
 CUT_ANEW, CUT_ANEW_NOISE = ("nf4", "fp4", "int8"), 1e-3  # measured: 2.1e-4
 INPUTS_ROUNDED, INPUTS_ROUNDED_NOISE = ("llm_int8",), 3e-3  # measured: 1.4e-3
 
