@@ -74,11 +74,11 @@ class Setting:
                 f"--max_tokens {self.max_tokens!r}: expected a whole number from {self.seq} (--seq) on, so that each "
                 "document has room."
             )
-        fault = METHODS[self.method].storage_fault(self.quant_type)
-        if fault and self.quant_type != PLAIN:
+        fault = None if self.quant_type == PLAIN else METHODS[self.method].storage_fault(self.quant_type)
+        if fault:
             raise ConfigError(
-                f"--method {self.method} with --quant_type {self.quant_type}: {fault}; give --quant_type {PLAIN} or "
-                "another --method."
+                f"--method {self.method} with --quant_type {self.quant_type}: {fault}; give --quant_type "
+                f"{default_storage(self.method)} or another --method."
             )
 
     @property
@@ -98,6 +98,12 @@ class Setting:
         changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
         values = {name: getattr(self, name) for name in changed}
         return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
+
+
+def default_storage(method: str) -> str:
+    """The --quant_type of a plan that states none: the first that a known method can be trained on."""
+    fault_of = METHODS[method].storage_fault
+    return next((kind for kind in ("nf4", "int2_g64") if fault_of(kind) is None), PLAIN)
 
 
 def plan(
@@ -123,7 +129,7 @@ def plan(
     Args:
         model: 7B, 13B, 70B, a params.json or config.json, or a directory with one (Hugging Face, Meta or ours).
         method: one of METHODS, LoRA being of rank 16.
-        quant_type: a format, as --quant_type of training, or none; absent: nf4, and none with full.
+        quant_type: a format, as --quant_type of training, or none; absent: nf4, int2_g64 with qsft, none with full.
         precision: bf16, fp16, fp32 or tf32.
         seq: tokens of a document.
         batch_size: documents of a micro-batch.
@@ -139,8 +145,8 @@ def plan(
         device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
     """
     model = str(model)
-    fault = method in METHODS and METHODS[method].storage_fault("nf4")
-    quant_type = quant_type or (PLAIN if fault else "nf4")
+    check_known("--method", method, METHODS)
+    quant_type = quant_type or default_storage(method)
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, 0,
         optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,

@@ -55,6 +55,19 @@ def test_weights_of_a_mix(called: Callable, params: Path) -> None:
     assert mixed - narrow == pytest.approx(linears / 4 * 1.75 / 8 / 1e9, abs=2e-3)
 
 
+def test_storage_of_each_method(called: Callable) -> None:
+    """Where none is stated, one that the method can be trained on; none packs nothing, with methods that allow it."""
+
+    def plan_of(*flags: str) -> str:
+        done = called(PLAN, "tiny", "--device", "cpu", *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert plan_of("--method", "qsft") == plan_of("--method", "qsft", "--quant_type", "int2_g64")
+    weights = [numbers(plan_of("--method", "qst", *flags))["weights"] for flags in ((), ("--quant_type", "none"))]
+    assert weights[0] < weights[1]
+
+
 def test_it_fits(called: Callable) -> None:
     """A tenth of the memory is spared, as with --checkpointing auto; the total is compared to the given size."""
     total = numbers(called(PLAN, "7B").stdout)["total"]
@@ -156,6 +169,12 @@ def test_bare_checkpointing_is_all(called: Callable) -> None:
         (["7B", "--quant_type", "nf5"], "--quant_type 'nf5' is unknown. Did you mean 'nf4'?"),
         (["7B", "--optim", "adam8bit"], "--optim 'adam8bit' is unknown. Did you mean 'adamw8bit'?"),
         (["7B", "--method", "full", "--quant_type", "nf4"], "--method full with --quant_type nf4: nf4 weights cannot"),
+        (
+            ["7B", "--method", "qsft", "--quant_type", "nf4"],
+            "--method qsft with --quant_type nf4: it trains scales and zeros of integers in groups (int2_g64, "
+            "int3_g64, mix2.5 and the like), which nf4 has not; give --quant_type int2_g64 or another",
+        ),
+        (["tiny", "--method", "qsft", "--quant_type", "none"], "--llama_type ..._qsft trains a quantized base"),
         (["7B", "--checkpointing", "33"], "--checkpointing 33: expected none, all, or up to 32"),
         (["7B", "--checkpointing", "some"], "--checkpointing 'some': expected none, all, or up to 32"),
         (["7B", "--seq", "0"], "--seq 0: expected a whole number from 1 on."),
