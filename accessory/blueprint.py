@@ -191,7 +191,7 @@ def packed_linears(sources: list[Source], asked: str | None = None) -> dict[str,
     used = {name: storage(asked).used_for(kind) if asked else kind for name, kind in kinds.items()}
     if kinds and not any(used.values()):
         raise ConfigError(
-            f"--quant_type {asked}: {base.path} is packed as {base.storage} already, and packing it again would "
+            f"--quant_type {asked}: {base.path} is packed as {base.storage_names} already, and packing it again would "
             "lose more. Leave --quant_type out, or give the full-precision checkpoint."
         )
     return {name.removesuffix(".weight"): used[name] or kind for name, kind in kinds.items()}

@@ -52,7 +52,7 @@ def main(
         base: any full-precision checkpoint that --pretrained_path takes.
         target: a new directory.
         quant_type: a format, as --quant_type of training; one that bitsandbytes has for --to hf; with --calibrate
-            intB_gG (B of 2, 3, 4; G of 32, 64, 128), or a mix of 2 and 4 bits: mix2.2, mix2.5, mix3.0.
+            intB_gG (B of 2, 3, 4; G of 32, 64, 128), or mix2.2, mix2.5, mix3.0, which mix 2 and 4 bits.
         to: accessory, or hf for bitsandbytes' layout, which transformers loads.
         dtype: of embedding, head and norms.
         calibrate: a data file (JSON, JSONL, text, ...) by whose texts the weights are fitted; absent: by no text.
@@ -100,7 +100,7 @@ def main(
 
 def _full(base: Path) -> WholeModel:
     model, sources = open_base([base])
-    if packed := next((source.storage for source in sources if source.storage), None):
+    if packed := next((source.storage_names for source in sources if source.storage), None):
         raise CheckpointError(f"{base}: is packed as {packed} already; packing it again would lose more.")
     return model
 

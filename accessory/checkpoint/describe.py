@@ -23,7 +23,7 @@ def describe(source: Source, *, every_tensor: bool = False) -> str:
         "tensors": f"{len(source.tensors):,}",
         "parameters": f"{sum(prod(tensor.shape) for tensor in source.tensors.values()):,}",
         "types": ", ".join(f"{name} x {count}" for name, count in types.most_common()),
-        "quantization": source.storage or (f"its base was trained on as {trained_on}" if trained_on else "none"),
+        "quantization": source.storage_names or (f"its base was trained on as {trained_on}" if trained_on else "none"),
     }
     if source.llama_type:
         lines["llama_type"] = source.llama_type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,6 +70,11 @@ class Source:
     def storage(self) -> str | None:
         """Name of the storage format of its first packed matrix; None for plain weights."""
         return next((kind.name for kind in self.storages.values()), None)
+
+    @property
+    def storage_names(self) -> str:
+        """Names of all storage formats of its matrices, that of most first; empty for plain weights."""
+        return ", ".join(name for name, _ in Counter(kind.name for kind in self.storages.values()).most_common())
 
     @property
     def storages(self) -> dict[str, type[PackedWeight]]:

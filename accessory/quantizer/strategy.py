@@ -15,10 +15,12 @@ from torch import Tensor
 
 from accessory.checkpoint.strategy import GREENBIT_NAMES, MEASUREMENT
 from accessory.errors import ConfigError
+from accessory.errors import nearest as nearest_name
 from accessory.model.block import Block
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.sequences import Sequences
-from accessory.quant import MIXES, mixes
+from accessory.quant import MIXES, QUANT_TYPES, mixes
+from accessory.quant.groups import GROUP_STORAGES
 from accessory.quantizer.blocks import Blocks, by_input, linears, replace_weight
 from accessory.quantizer.gptq import DAMPING, output_error
 from accessory.quantizer.grid import Grid, fit, nearest
@@ -152,10 +154,12 @@ def widths_of(quant_type: str) -> Width | None:
     """The width of all linears, by the name of a storage such as int2_g64; None for a mix. Raises `ConfigError`."""
     if quant_type in MIXES:
         return None
-    kind, _, group = quant_type.partition("_g")
+    kind, _, group = str(quant_type).partition("_g")
     if kind in ("int2", "int3", "int4") and group in ("32", "64", "128"):
         return int(kind[3:]), int(group)
+    known = (*(kind.name for kind in GROUP_STORAGES), *MIXES)
+    hint = " Leave out --calibrate." if quant_type in QUANT_TYPES else nearest_name(str(quant_type), known)
     raise ConfigError(
         f"--quant_type {quant_type!r} cannot be calibrated; expected intB_gG (B 2, 3, 4; G 32, 64, 128) or "
-        f"{', '.join(MIXES)}. Leave out --calibrate."
+        f"{', '.join(MIXES)}.{hint}"
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from accessory.checkpoint.describe import describe
+from accessory.checkpoint.merge import repacked
 from accessory.checkpoint.opening import open_source
 from accessory.export import Destination, open_whole
+from accessory.quant import storage
 from tests.checkpoint.trained import write_trained
 
 
@@ -47,6 +50,15 @@ def test_packed(tiny_base: Path, tmp_path: Path, quant_type: str) -> None:
     assert found["quantization"] == quant_type
     assert found["types"] == f"{quant_type} x 14, BF16 x 7"
     assert found["parameters"] == f"{expected_parameters():,}"
+
+
+def test_packed_in_two_formats(tiny_base: Path, tmp_path: Path) -> None:
+    """As a mix is: both are named, that of most matrices first, although the first matrix has the other."""
+    model, _, _ = open_whole([tiny_base])
+    wide = {f"layers.{index}.attention.wq": storage("int4_g128") for index in range(2)}
+    packed = repacked(model.tensors, "int2_g64", storages=wide)
+    Destination(dtype="bf16").write(replace(model, tensors=packed), tmp_path / "packed")
+    assert lines(tmp_path / "packed")["quantization"] == "int2_g64, int4_g128"
 
 
 def test_trained_part(tiny_base: Path, tmp_path: Path) -> None:

@@ -130,3 +130,19 @@ def test_names() -> None:
     assert all(widths_of(mix) is None for mix in MIXES)
     with pytest.raises(ConfigError, match="--quant_type 'nf4' cannot be calibrated; expected intB_gG"):
         widths_of("nf4")
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "advice"),
+    [
+        ("nf4", "Leave out --calibrate."),
+        ("mix2.7", "Did you mean 'mix2.5'?"),
+        ("int2_g63", "Did you mean 'int2_g64'?"),
+        (2, "mix2.2, mix2.5, mix3.0."),
+    ],
+)
+def test_advice_for_a_name_that_cannot_be_calibrated(quant_type: object, advice: str) -> None:
+    """To leave out --calibrate helps a format that is packed without it alone."""
+    with pytest.raises(ConfigError) as error:
+        widths_of(quant_type)
+    assert str(error.value).endswith(advice)
