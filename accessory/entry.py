@@ -38,20 +38,30 @@ def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoR
     except Exception as error:
         status = _report(groups.root_cause(error))
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr, flush=True)
-        status = _INTERRUPTED
+        status = _interrupted()
     groups.end_process(status)
 
 
 def run_tool(main: Callable[[], object]) -> NoReturn:
-    """Run a command of `tools/`; an `AccessoryError` is printed in one line, and the status is 1."""
+    """Run a command of `tools/`; an `AccessoryError` is printed in one line, and the status is 1.
+
+    Ctrl-C ends it with one line and status 130.
+    """
     status = 0
     try:
         main()
     except AccessoryError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         status = 1
+    except KeyboardInterrupt:
+        status = _interrupted()
     groups.end_process(status)
+
+
+def _interrupted() -> int:
+    """Say that Ctrl-C was pressed; the status to end with."""
+    print("\nInterrupted.", file=sys.stderr, flush=True)
+    return _INTERRUPTED
 
 
 def from_command_line(main: Callable[..., object]) -> Callable[[], object]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from accessory.config import AskConfig
-from accessory.entry import run_entry
+from accessory.entry import run_entry, run_tool
 from accessory.errors import ConfigError
 
 MAIN = Path(__file__).resolve().parent.parent / "accessory" / "main_finetune.py"
@@ -126,13 +128,14 @@ def test_a_thread_that_frees_tensors_does_not_abort_the_end(kind: str, status: i
     assert done.stderr.strip() == "ConfigError: said"
 
 
-def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """While a model is loaded, say."""
+@pytest.mark.parametrize("run", [partial(run_entry, AskConfig), run_tool])
+def test_ctrl_c_ends_a_command_without_a_traceback(run: Callable, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """While a model is loaded, say, or quantized."""
 
-    def interrupted(config: AskConfig) -> None:
+    def interrupted(*config: AskConfig) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.argv", ["demo", "--pretrained_path", "."])
     with pytest.raises(SystemExit) as left:
-        run_entry(AskConfig, interrupted)
+        run(interrupted)
     assert left.value.code == 130 and capsys.readouterr().err == "\nInterrupted.\n"
