@@ -13,13 +13,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.checkpoint.whole import WholeModel
 from accessory.entry import from_command_line, run_tool
-from accessory.errors import CheckpointError, ConfigError
+from accessory.errors import CheckpointError, ConfigError, check_known
 from accessory.eval.perplexity import perplexity as perplexity_of
 from accessory.export import Destination, calibrated, open_base
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
-from accessory.quant import storage
+from accessory.quant import QUANT_TYPES
 from accessory.quantizer.settings import Settings
 
 
@@ -72,7 +72,7 @@ def main(
     source, folder = Path(str(base)), Path(str(target))
     if not calibrate:
         _refuse_alone(perplexity=perplexity, json=json)
-        storage(quant_type)
+        check_known("--quant_type", quant_type, QUANT_TYPES)
         model = _full(source)
         Destination(to, dtype, quant_type=quant_type).write(model, folder)
         print(f"{base} -> {target} ({quant_type}, {to})")

@@ -44,8 +44,15 @@ def test_unknown_format(python, tiny_base: Path, tmp_path: Path) -> None:
     """The nearest is named in a line; status 1, nothing written."""
     done = python("tools/quantize.py", tiny_base, tmp_path / "out", "--quant_type", "nf5")
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("ConfigError: --quant_type 'nf5' is not a storage format. Did you mean 'nf4'?")
+    assert done.stderr.startswith("ConfigError: --quant_type 'nf5' is unknown. Did you mean 'nf4'? Known: nf4, ")
     assert not list(tmp_path.iterdir())
+
+
+def test_groups_that_no_run_can_name(called, tiny_base: Path, tmp_path: Path) -> None:
+    """Files may have groups of 63; what is packed here has sizes that --quant_type of training knows."""
+    done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--quant_type", "int2_g63")
+    assert done.stderr.startswith("ConfigError: --quant_type 'int2_g63' is unknown. Did you mean 'int2_g64'?")
+    assert not (tmp_path / "out").exists()
 
 
 def test_trained_part_is_no_base(called, tiny_base: Path, tmp_path: Path) -> None:
