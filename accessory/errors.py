@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -131,6 +132,11 @@ def is_file(path: Path) -> bool:
     return is_there(path) and path.is_file()
 
 
+def _nearest_value(value: str, fault: Mapping[str, Any]) -> str:
+    """`nearest` among the values that pydantic's finding of a `Literal` lists, in quotation marks."""
+    return nearest(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
+
+
 def explain_validation(error: ValidationError, source: str, valid_names: Iterable[str]) -> str:
     """Turn pydantic's findings into one line per fault: where, what was found, what was expected, the nearest name."""
     names, lines = list(valid_names), []
@@ -145,5 +151,7 @@ def explain_validation(error: ValidationError, source: str, valid_names: Iterabl
         elif fault["type"] == "missing":
             lines.append(f"{source}: {key!r} is required and missing.")
         else:
-            lines.append(f"{source}: {key!r} is {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}.")
+            hint = _nearest_value(str(fault["input"]), fault) if fault["type"] == "literal_error" else ""
+            said = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{source}: {key!r} is {fault['input']!r}: {said}.{hint}")
     return "\n".join(lines)

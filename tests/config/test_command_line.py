@@ -114,6 +114,7 @@ def test_all_faults_at_once(paths: list[str]) -> None:
     assert any(
         line.startswith("--precision is 'int8': Input should be 'bf16', 'fp16', 'fp32' or 'tf32'") for line in lines
     )
+    assert any(line.endswith(" or 'mix3.0'. Did you mean 'nf4'?") for line in lines)
     assert any(line.startswith("--epochs is '0': Input should be greater than or equal to 1") for line in lines)
 
 
