@@ -26,6 +26,7 @@ from accessory.export import export_side
 from accessory.foreign_names import unknown
 from accessory.method.peft import Peft
 from accessory.method.side_settings import SideSettings
+from demos.terminal import printable
 from tests.checkpoint.trained import write_trained_side
 from tests.conftest import DATA, ROOT, run_python
 from tests.eval.published import write_published
@@ -322,7 +323,7 @@ def test_python_example(page: str, example: str, workshop: Path, python) -> None
     elif f'question("{QUESTION}")' in example and "MultiGpuWrapper" not in example:  # two ranks round otherwise
         flags = ("--prompt", QUESTION, "--temperature", "0", "--max_gen_len", "64")
         asked = python(ROOT / "demos" / "single_turn.py", "--pretrained_path", workshop / TRAINED, *flags)
-        assert asked.stdout == f"Q: {QUESTION}\nA: {done.stdout}\n"
+        assert asked.stdout == f"Q: {QUESTION}\nA: {printable(done.stdout)}\n"
 
 
 def check_own_loop(losses: list[float], workshop: Path, python) -> None:

@@ -156,9 +156,11 @@ def _grouped(randn: Randn) -> list[GroupCodes]:
     """W [35, 300] of 2, 3 and 4 bits in groups of 64, 32 and 128."""
 
     def uint8(*shape: int) -> Tensor:
+        """Bytes, about a normal distribution around 128."""
         return randn(*shape).float().mul(50).clamp(-128, 127).add(128).byte()
 
     def half(*shape: int) -> Tensor:
+        """Normal fp16."""
         return randn(*shape).half()
 
     return [

@@ -14,6 +14,7 @@ from gradio_client.exceptions import AppError
 from accessory.data.templates import format_prompt
 from accessory.meta import MetaModel, answers
 from accessory.parallel import groups
+from demos.terminal import printable
 from tests.browser import Browser, usable
 from tests.checkpoint.trained import write_trained_side
 from tests.demos.pages import served as served_by
@@ -56,7 +57,7 @@ def answer_in(output: str) -> str:
 def test_trained_part_alone(trained: Path, expected: str, python) -> None:
     done = python(DEMO, "--pretrained_path", trained, *GREEDY)
     assert done.returncode == 0, done.stderr
-    assert answer_in(done.stdout) == expected
+    assert answer_in(done.stdout) == printable(expected)
     refused = python(DEMO, "--pretrained_path", trained, *GREEDY, " ")
     assert refused.returncode == 2 and "ConfigError: The question is empty." in refused.stderr and not refused.stdout
 
@@ -79,17 +80,17 @@ def test_asked_as_it_was_trained(tiny_base: Path, lora_config: Path, tmp_path: P
     as_alpaca = model.generate([format_prompt(QUESTION)], max_gen_len=12)[0]
     assert expected != as_alpaca
     done = python(DEMO, "--pretrained_path", part, *GREEDY)
-    assert answer_in(done.stdout) == expected
+    assert answer_in(done.stdout) == printable(expected)
     assert "laid out as none, alpaca; these are asked as none (--system_prompt)" in done.stderr
     done = python(DEMO, "--pretrained_path", part, "--system_prompt", "alpaca", *GREEDY)
-    assert answer_in(done.stdout) == as_alpaca
+    assert answer_in(done.stdout) == printable(as_alpaca)
     done = python(DEMO, "--pretrained_path", part, "--system_prompt", "shortqa", *GREEDY)
     assert "--system_prompt shortqa: the part was trained on questions laid out as none, alpaca" in done.stderr
 
 
 def test_base_and_trained_part(trained: Path, tiny_base: Path, expected: str, python) -> None:
     done = python(DEMO, "--pretrained_path", tiny_base, trained, "--quant", *GREEDY)
-    assert answer_in(done.stdout) == expected
+    assert answer_in(done.stdout) == printable(expected)
 
 
 def test_base_alone_answers_otherwise(tiny_base: Path, expected: str, python) -> None:
@@ -120,7 +121,7 @@ def test_a_side_network_alone(tiny_base: Path, tmp_path: Path, python, torchrun)
         torchrun(2, DEMO, "--pretrained_path", part, *GREEDY, "--dtype", "fp32"),
     ):
         assert done.returncode == 0, done.stderr
-        assert answer_in(done.stdout) == expected
+        assert answer_in(done.stdout) == printable(expected)
 
 
 def served(part: Path, environment: dict[str, str], ranks: int = 1, longest: int = 300) -> AbstractContextManager:
@@ -203,7 +204,7 @@ def test_a_question_through_the_checkpoints_own_template(tiny_base: Path, with_t
     assert expected != model.generate([QUESTION], max_gen_len=12)[0]
     done = python(DEMO, "--pretrained_path", tiny_base, "--tokenizer_path", with_template, *GREEDY)
     assert done.returncode == 0, done.stderr
-    assert answer_in(done.stdout) == expected
+    assert answer_in(done.stdout) == printable(expected)
 
 
 def test_messages_end_where_the_template_ends_an_answer(tiny_base: Path, with_template: Path, monkeypatch) -> None:
