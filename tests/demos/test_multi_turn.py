@@ -105,7 +105,7 @@ def test_a_conversation_in_a_browser(
         others = [usable(place) for place in ("#ask", "#retry", "#undo", "#clear", "#question textarea")]
         # In one go: the page is busy with showing the answer, and would let it end between two commands.
         assert not any(visitor.js(f"[{', '.join(others)}, document.querySelector('#stop').click()]"))
-        visitor.wait("document.body.innerText.includes('Stopped.')")
+        visitor.wait("document.body.innerText.includes('Stopped.')", 120)
         settle(visitor)
         stopped = said(visitor)
         assert stopped[:10] == expected and stopped[10] == letters("<i>Go</i> on ![](/x)") and stopped[11]
