@@ -153,4 +153,5 @@ def test_two_ranks(tiny_base: Path, parts: dict[str, Path], tmp_path: Path, torc
     other = write_trained_side(tiny_base, tmp_path / "other", r=4, side_heads=4)
     done = torchrun(2, Path(__file__).with_name("exchange_worker.py"), tiny_base, side, other, parts["norms and all"])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.split("\n")) == ["", "rank 0 refused", "rank 1 refused"]
+    for rank in range(2):  # their lines may run into each other
+        assert done.stdout.count(f"rank {rank} refused") == 1

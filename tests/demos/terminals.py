@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -49,11 +50,21 @@ class Pty:
         """Wait for anything to be shown."""
         self.said += os.read(self.end, 1).decode(errors="replace")
 
+    def interrupt_prompt(self, ending: str) -> str:
+        """Press Ctrl-C where a line is asked for, and wait for `ending`.
+
+        Readline shows its prompt before it waits: a signal that comes between the two is seen with the next key.
+        """
+        self.type(CTRL_C)
+        if not select.select([self.end], [], [], 20)[0]:
+            self.type(CTRL_C)
+        return self.until(ending)
+
     def until(self, ending: str, timeout: float = 120) -> str:
         """All that is shown from now until `ending` is, the echo of what was typed included."""
         deadline = time.monotonic() + timeout
         while not self.said.endswith(ending):
-            assert time.monotonic() < deadline, self.said
+            assert select.select([self.end], [], [], max(deadline - time.monotonic(), 0))[0], self.said
             said = os.read(self.end, 4096).decode(errors="replace")
             self.said += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said).replace("\r\n", "\n")
         said, self.said = self.said.removesuffix(ending), ""
