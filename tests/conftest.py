@@ -68,6 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Flags of ours."""
     parser.addoption("--quick", action="store_true", help="leave out slow tests and those that start processes")
+    parser.addoption("--every-cell", action="store_true", help="run all cells of docs/methods.md's support table")
     parser.addoption(
         "--write-tables", action="store_true", help="write the outcomes of tests into docs/' support tables"
     )

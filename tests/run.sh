@@ -4,6 +4,8 @@
 #   bash tests/run.sh                            22 minutes on 2 cores
 #   bash tests/run.sh --quick                    2 minutes, before a commit: without slow tests and those that start processes
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
+#   bash tests/run.sh --every-cell tests/test_finetuning.py
+#                                                each method on each storage on each layout, not only those that stand for all
 #   bash tests/run.sh --write-tables tests/test_finetuning.py tests/model/families
 #                                                how these end is written into docs/, where otherwise it is compared
 #   bash tests/run.sh --chaos                    some 30 minutes of kills, restarts, fuzzing and 3,000 steps

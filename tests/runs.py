@@ -58,6 +58,8 @@ class Job(NamedTuple):
 
 RUN = (None, *(name for name in STORAGES if name in GROUPS or not name.startswith(("int2", "int3", "int4"))))
 JOBS = {job.name: job for job in (Job(method, storage) for method in METHODS for storage in RUN)}
+ACROSS = {"full": (None,), "peft": RUN, "qst": ("nf4",), "qsft": GROUPS}
+"""Storages with which each method goes over all layouts."""
 SUPPORT = SupportTable(
     "methods.md",
     "support",
@@ -65,3 +67,17 @@ SUPPORT = SupportTable(
     {name: job.cells for name, job in JOBS.items()},
     tuple(f"`{layout}`" for layout in LAYOUTS),
 )
+
+
+def cells(every: bool) -> list[tuple[str, str]]:
+    """(job, layout) of the table's cells: `every` one, or those that stand for all of them.
+
+    These are every method on every storage in one process, every storage on every layout with one method, and every
+    method on every layout with one storage.
+    """
+    return [
+        (name, layout)
+        for name, job in JOBS.items()
+        for layout in LAYOUTS
+        if every or layout == "one" or job.storage in ACROSS[job.method]
+    ]
