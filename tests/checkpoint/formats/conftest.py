@@ -37,3 +37,18 @@ def base(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pyte
     from tests.checkpoint.formats.published_side import write_base
 
     return write_base(request.param, tmp_path_factory.mktemp(request.param), tiny_base)
+
+
+@pytest.fixture(scope="session")
+def written(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """A name of `low_bit_models.WRITERS` -> the tiny model, as that writes it; see `low_bit_files.Written`."""
+    from tests.checkpoint.formats.low_bit_models import WRITERS
+
+    made = {}
+
+    def write(name: str):
+        if name not in made:
+            made[name] = WRITERS[name](tiny_base, tmp_path_factory.mktemp("low_bit") / name)
+        return made[name]
+
+    return write

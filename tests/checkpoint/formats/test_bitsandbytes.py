@@ -82,14 +82,6 @@ def test_bytes_are_the_files(packed, quant_type: str, nested: bool) -> None:
     assert (model.logits(TOKENS, (40,)) - expected).abs().max() < 2e-5
 
 
-def test_two_ranks_hold_slices_of_the_same_bytes(packed, torchrun) -> None:
-    """Every rank's codes are its rows or columns of the file's, and the logits those of one process."""
-    worker = Path(__file__).parent / "packed_worker.py"
-    done = torchrun(2, worker, packed(), packed("nf4", False))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("codes 14 equal") == 4
-
-
 def test_storage_needs_no_flag_and_refuses_another(packed) -> None:
     """The format is the file's; asking for another is an error, not a second quantization."""
     path = packed("fp4", False)

@@ -99,15 +99,6 @@ def test_sharded(tiny_base: Path, packed: Path, tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(first[name][part], second[name][part]) for name in first for part in first[name])
 
 
-def test_two_ranks_hold_slices_of_the_same_bytes(tiny_base: Path, packed: Path, torchrun, tmp_path: Path) -> None:
-    """Every rank's codes are its rows or columns of the file's: double-quantized or not, in int8, cut inside groups."""
-    worker = Path(__file__).parent / "packed_worker.py"
-    others = [pack(tiny_base, tmp_path / kind, kind) for kind in ("fp4_single", "int8", "int3_g128")]
-    done = torchrun(2, worker, packed, *others)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("codes 14 equal") == 8
-
-
 def test_variants_of_groups_are_written_as_they_are(tiny_base: Path, tmp_path: Path) -> None:
     """One matrix with points and an order beside others without: read, asked, written again to the bit."""
     path = pack(tiny_base, tmp_path / "out", "int4_g64")
