@@ -7,7 +7,7 @@ python tools/plan.py compare 70B --methods qst,lora --batch_size 16 --seq 384
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import accumulate, chain
@@ -17,13 +17,15 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
-from accessory.blueprint import DTYPES
+from accessory.blueprint import DTYPES, keep_packed, packed_linears, plain_linears
+from accessory.checkpoint.opening import open_source
+from accessory.checkpoint.source import Source
+from accessory.checkpoint.strategy import storages_of_mix, strategy_of
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, check_known, nearest
 from accessory.memory.plan import MemoryPlan, StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import MARGIN
-from accessory.method import Attachment, presets
-from accessory.model.args import ModelArgs
+from accessory.method import Attachment, Method, presets
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
@@ -54,11 +56,10 @@ class Setting:
     data_parallel_size: int = 1
     data_parallel: str = "sdp"
 
-    def check(self) -> None:
+    def check(self, model: str) -> None:
         """Raise `ConfigError` for names we do not know, numbers below 1, and what cannot be together."""
         names = {
             "method": METHODS,
-            "quant_type": (PLAIN, *QUANT_TYPES),
             "precision": DTYPES,
             "optim": OPTIMIZERS,
             "data_parallel": ("sdp", "fsdp"),
@@ -75,11 +76,14 @@ class Setting:
                 "document has room."
             )
         fault = None if self.quant_type == PLAIN else METHODS[self.method].storage_fault(self.quant_type)
-        if fault:
-            raise ConfigError(
-                f"--method {self.method} with --quant_type {self.quant_type}: {fault}; give --quant_type "
-                f"{default_storage(self.method)} or another --method."
-            )
+        if not fault:
+            return
+        if packed := packed_base(model):
+            raise ConfigError(f"--method {self.method}: {packed.path} is packed, and {fault}; give another --method.")
+        raise ConfigError(
+            f"--method {self.method} with --quant_type {self.quant_type}: {fault}; give --quant_type "
+            f"{default_storage(self.method)} or another --method."
+        )
 
     @property
     def tokens(self) -> int:
@@ -98,6 +102,39 @@ class Setting:
         changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
         values = {name: getattr(self, name) for name in changed}
         return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
+
+
+@cache
+def base_in(model: str) -> Source | None:
+    """The checkpoint in the directory `model`; None: it is no directory, or holds settings alone.
+
+    Raises `CheckpointError` for one that cannot be read.
+    """
+    path = Path(model)
+    holds_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return open_source(path) if path.is_dir() and holds_weights else None
+
+
+def packed_base(model: str) -> Source | None:
+    """The same where its matrices lie packed, which training takes as they are."""
+    base = base_in(model)
+    return base if base and base.storage else None
+
+
+def stored(model: str, quant_type: str | None) -> str | None:
+    """How the linears are packed, of a base that is packed already or as asked; None: neither says.
+
+    Raises `ConfigError` for an unknown format, and where a packed base is to be plain.
+    """
+    if quant_type is not None:
+        check_known("--quant_type", quant_type, (PLAIN, *QUANT_TYPES))
+    packed = packed_base(model)
+    if packed and quant_type == PLAIN:
+        raise ConfigError(
+            f"--quant_type {PLAIN}: {packed.path} is packed as {packed.storage_names}, and its full weights are gone. "
+            "Leave --quant_type out."
+        )
+    return quant_type or (packed.storage if packed else None)
 
 
 def default_storage(method: str) -> str:
@@ -129,7 +166,8 @@ def plan(
     Args:
         model: 7B, 13B, 70B, a params.json or config.json, or a directory with one (Hugging Face, Meta or ours).
         method: one of METHODS, LoRA being of rank 16.
-        quant_type: a format, as --quant_type of training, or none; absent: nf4, int2_g64 with qsft, none with full.
+        quant_type: a format, as --quant_type of training, or none; absent: as MODEL is packed, of a plain one nf4,
+            int2_g64 with qsft, none with full.
         precision: bf16, fp16, fp32 or tf32.
         seq: tokens of a document.
         batch_size: documents of a micro-batch.
@@ -146,12 +184,12 @@ def plan(
     """
     model = str(model)
     check_known("--method", method, METHODS)
-    quant_type = quant_type or default_storage(method)
+    quant_type = stored(model, quant_type) or default_storage(method)
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, 0,
         optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
     )  # fmt: skip
-    setting.check()
+    setting.check(model)
     setting = replace(setting, checkpointing=_layers(checkpointing, _n_layers(model, setting)))
     place = _device(device)
     if offload_inputs and place.type != "cuda":
@@ -177,19 +215,21 @@ def table(seq: int = 512) -> None:
 
 
 def compare(model: str, methods: str = "lora,qst", seq: int = 512, batch_size: int = 1) -> None:
-    """Print a Markdown table of a GPU's memory in training MODEL in NF4, with and without --checkpointing.
+    """Print a Markdown table of a GPU's memory in training MODEL, with and without --checkpointing.
 
     Args:
-        model: as for the plan of one method.
+        model: as for the plan of one method; in NF4, or as it is packed.
         methods: names of methods, with commas between them.
         seq: tokens of a document.
         batch_size: documents of a micro-batch.
     """
     names = methods if isinstance(methods, list | tuple) else str(methods).split(",")
-    settings = [Setting(str(name), seq=seq, batch_size=batch_size) for name in names]
+    model = str(model)
+    kind = stored(model, None) or "nf4"
+    settings = [Setting(str(name), kind, seq=seq, batch_size=batch_size) for name in names]
     for setting in settings:
-        setting.check()
-    _print_rows("", [(str(model), setting, again) for setting in settings for again in (True, False)])
+        setting.check(model)
+    _print_rows("", [(model, setting, again) for setting in settings for again in (True, False)])
 
 
 def _print_rows(first: str, rows: list[tuple[str, Setting, bool]]) -> None:
@@ -234,11 +274,23 @@ def _built(model: str, method: str, quant_type: str, precision: str, ranks: int)
     args = args_of(model)
     made = METHODS[method]
     made.check(args, Layout(world_size=ranks, mp_size=ranks), "sdp")
-    maker = None if quant_type == PLAIN else made.storage_of(storage(quant_type))
-    decoder = made.decoder(args, dtype=DTYPES[precision], ranks=ranks, storage=maker)
-    if quant_type in MIXES:
+    maker, dtype = None if quant_type == PLAIN else made.storage_of(storage(quant_type)), DTYPES[precision]
+    decoder = made.decoder(args, dtype=dtype, ranks=ranks, storage=maker)
+    base = base_in(model)
+    if base and base.storage:
+        _keep(decoder, made, packed_linears([base], quant_type), maker)
+        for name in plain_linears([base]):
+            decoder.get_submodule(name).keep_plain(dtype)
+    elif base and quant_type in MIXES and strategy_of(base.path):
+        _keep(decoder, made, storages_of_mix([base], quant_type), maker)
+    elif quant_type in MIXES:
         _widen(decoder, MIXES[quant_type], made.storage_of(WIDE))
     return decoder, made.attach(decoder)
+
+
+def _keep(decoder: Decoder, method: Method, packed: Mapping[str, type[PackedWeight]], default) -> None:
+    """Have each linear packed as `packed` says, in the form in which the method trains it."""
+    keep_packed(decoder, {name: method.storage_of(kind) for name, kind in packed.items()}, default)
 
 
 def _widen(decoder: Decoder, share: float, wide: type[PackedWeight]) -> None:
@@ -270,7 +322,7 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
         return total(changed) <= usable
 
     failed = f"It does not fit into {spared}."
-    steps = list(_steps(args_of(model), _n_layers(model, setting), setting, device))
+    steps = list(_steps(model, setting, device))
     enough = [next((s for s in step if fits(replace(setting, **s))), None) for step in steps]
     if any(enough):
         found = [replace(setting, **changes).flags_beside(setting) for changes in enough if changes]
@@ -288,15 +340,16 @@ def _verdict(model: str, setting: Setting, device: torch.device, made: MemoryPla
     return f"{failed} These are enough together:\n  {replace(setting, **changes).flags_beside(setting)}"
 
 
-def _steps(args: ModelArgs, n_layers: int, setting: Setting, device: torch.device) -> Iterator[list[dict[str, object]]]:
+def _steps(model: str, setting: Setting, device: torch.device) -> Iterator[list[dict[str, object]]]:
     """Changes that make a step smaller, by what they cost the user; of each kind the slightest first."""
+    args, n_layers = args_of(model), _n_layers(model, setting)
     if setting.checkpointing < n_layers:
         yield [{"checkpointing": layers} for layers in range(setting.checkpointing + 1, n_layers + 1)]
     if sizes := _halved(setting.tokens, setting.seq):
         yield [{"max_tokens": size} for size in sizes]
     if setting.optim != "adamw8bit":
         yield [{"optim": "adamw8bit"}]
-    if setting.quant_type != "nf4" and not METHODS[setting.method].storage_fault("nf4"):
+    if setting.quant_type != "nf4" and not packed_base(model) and not METHODS[setting.method].storage_fault("nf4"):
         yield [{"quant_type": "nf4"}]
     if setting.batch_size > 1:
         yield [{"batch_size": size} for size in _halved(setting.batch_size, 1)]

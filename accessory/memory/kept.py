@@ -102,8 +102,15 @@ def _measure(decoder: Decoder, attachment: Attachment, tokens: int) -> Kept:
 
 
 def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
-    """Uninitialized parameters and buffers; those of one shape share memory, which nothing writes to."""
-    memory = cache(lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
+    """Uninitialized parameters and buffers; those of one shape share memory, which nothing writes to.
+
+    Indices of columns and groups are zeros: whatever lay in their memory would point outside a matrix.
+    """
+
+    @cache
+    def memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return (torch.zeros if dtype == torch.int32 else torch.empty)(shape, dtype=dtype, device="cpu")
+
     made = {name: memory(p.shape, p.dtype).detach() for name, p in decoder.named_parameters()}
     for name, tensor in made.items():
         tensor.requires_grad_(name in attachment.trainable)

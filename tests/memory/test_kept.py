@@ -10,7 +10,9 @@ from accessory.model.args import ModelArgs
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.sequences import Sequences
 from accessory.parallel.groups import Layout
+from accessory.quant.groups import group_storage
 from tests.memory.small_models import (
+    LORA,
     NORM_BIAS,
     NORM_BIAS_LORA,
     SETTINGS,
@@ -49,6 +51,21 @@ def test_activations_of_full_training(layout: Layout, tied: bool) -> None:
     kept, loss, _ = step(decoder)
     loss.backward()
     assert planned(decoder, attachment, layout).activations == kept.bytes
+
+
+def test_what_lies_in_memory_is_no_index(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins hold whatever was there; a base whose channels lie in another order has indices among its parts."""
+    decoder, attachment = built(SMALL, LORA, quant="int4_g32")
+    for linear in (block.attention.wo for block in decoder.layers):
+        linear.keep_packed(group_storage(4, 32, ("order",)))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: used(empty(*shape, **how)))
+    assert planned(decoder, attachment, layout).activations > 0
+
+
+def used(memory: torch.Tensor) -> torch.Tensor:
+    """`memory`, in which something was before."""
+    return memory.fill_(100) if memory.dtype == torch.int32 else memory
 
 
 @pytest.mark.parametrize("settings", [NORM_BIAS, NORM_BIAS_LORA], ids=["NormBias", "NormBiasLoRA"])
