@@ -1,7 +1,7 @@
 """Write a checkpoint as another format:
 
 python tools/convert.py SOURCE TARGET --to hf|gguf|meta|upstream|accessory      a whole model
-python tools/convert.py PACKED TARGET --to gptq|greenbit|accessory              whole numbers in groups, as they are
+python tools/convert.py PACKED TARGET --to gptq|awq|greenbit|accessory          whole numbers in groups, as they are
 python tools/convert.py TRAINED TARGET --to peft                                a trained part, for peft
 python tools/convert.py BASE PART [PART ...] TARGET --to peft                   parts trained one upon the other
 python tools/convert.py TRAINED TARGET --to qst                                 a side network, for the published QST
@@ -32,7 +32,7 @@ def main(
     """Convert the first PATHS, all of which make one model as for --pretrained_path, into the last, a new TARGET.
 
     Args:
-        to: accessory, hf, gptq, greenbit, gguf, meta, upstream (LLaMA2-Accessory), or for a trained part peft or qst.
+        to: accessory, hf, gptq, awq, greenbit, gguf, meta, upstream (LLaMA2-Accessory); of a trained part peft or qst.
         dtype: of plain weights: bf16, fp16 or fp32.
         gguf_type: of a GGUF file's matrices: f16, bf16, f32, q8_0, or packed (as they are, where GGUF can).
         model_parallel_size: shards of a meta or upstream checkpoint.

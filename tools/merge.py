@@ -33,7 +33,7 @@ def main(
     What comes before is the trained part, whose run.json knows its base; or base and part where that has moved.
 
     Args:
-        to: hf, gguf, meta, upstream (LLaMA2-Accessory) or accessory; gptq or greenbit with --base packed.
+        to: hf, gguf, meta, upstream (LLaMA2-Accessory) or accessory; gptq, awq or greenbit with --base packed.
         base: dequantized adds to what packing left of the base, as training saw it; packed leaves that packed, beside
             norms and biases (accessory and hf); full adds to the weights in its files, which changes answers; absent:
             what training saw.

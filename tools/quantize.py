@@ -1,6 +1,7 @@
 """Pack a base once, so that later starts neither read nor pack its full weights:
 
 python tools/quantize.py BASE TARGET --quant_type nf4       or, for transformers + bitsandbytes:  ... --to hf
+python tools/quantize.py BASE TARGET --quant_type int4_g128 --to gptq    or awq, for transformers + gptqmodel
 python tools/quantize.py BASE TARGET --quant_type mix2.5 --calibrate alpaca.json    two to four bits, fitted to text
 """
 
@@ -53,7 +54,7 @@ def main(
         target: a new directory.
         quant_type: a format, as --quant_type of training; one that bitsandbytes has for --to hf; with --calibrate
             intB_gG (B of 2, 3, 4; G of 32, 64, 128), or mix2.2, mix2.5, mix3.0, which mix 2 and 4 bits.
-        to: accessory, or hf for bitsandbytes' layout, which transformers loads.
+        to: accessory, or what transformers loads: hf (bitsandbytes' layout), gptq or awq; or greenbit.
         dtype: of embedding, head and norms.
         calibrate: a data file (JSON, JSONL, text, ...) by whose texts the weights are fitted; absent: by no text.
         rows: how many pieces of it, drawn from all over the file.

@@ -8,6 +8,8 @@ the least there is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -25,23 +27,34 @@ def fit(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
     A row's result does not depend on other rows. The last group may be shorter.
     """
+    return by_groups(partial(fit_groups, bits=bits), weight, group)
+
+
+def by_groups(
+    fit_pieces: Callable[..., tuple[Tensor, Tensor, Tensor]], weight: Tensor, group: int, *statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit W [N, K] in pieces: codes uint8 [N, K], and two statistics [N, G].
+
+    fit_pieces: (groups fp32 [group, M], a column each, and each of their `statistics` [M]) -> the same for these.
+    """
     n, k = weight.shape
     rows = max(PIECE // max(k, 1), 1) if weight.device.type == "cpu" else max(n, 1)
-    found = [_fit_rows(part.float(), bits, group) for part in weight.split(rows)]
-    codes, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return codes, scales, zeros
+    pieces = zip(weight.split(rows), *(statistic.split(rows) for statistic in statistics), strict=True)
+    found = [_fit_rows(fit_pieces, part.float(), group, given) for part, *given in pieces]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def _fit_rows(weight: Tensor, bits: int, group: int) -> tuple[Tensor, ...]:
+def _fit_rows(fit_pieces: Callable, weight: Tensor, group: int, statistics: list[Tensor]) -> tuple[Tensor, ...]:
     n, k = weight.shape
     whole = k // group
     found = []
-    for columns, count in ((weight[:, : whole * group], whole), (weight[:, whole * group :], 1)):
-        if columns.numel():
+    for first, count, width in ((0, whole, group), (whole, 1, k - whole * group)):
+        if count and width:
             # Groups lie beside each other, so that sums and products run along memory.
-            apart = columns.reshape(n * count, -1).t().contiguous()
-            codes, scales, zeros = fit_groups(apart, bits)
-            found.append((codes.t().reshape(n, -1), scales.view(n, count), zeros.view(n, count)))
+            start, groups = first * group, slice(first, first + count)
+            apart = weight[:, start : start + count * width].reshape(n * count, width).t().contiguous()
+            codes, *made = fit_pieces(apart, *(statistic[:, groups].flatten() for statistic in statistics))
+            found.append((codes.t().reshape(n, -1), *(statistic.view(n, count) for statistic in made)))
     return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
 
@@ -54,7 +67,7 @@ def fit_groups(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero = torch.zeros_like(low), torch.zeros_like(low)
     for below, above in product(CLIPS[bits], repeat=2):
         tried, offset = (high * above - low * below) / top, low * -below
-        error = _sum((_nearest(w, tried, offset, top).mul_(tried).sub_(offset).sub_(w)).square_())
+        error = summed((_nearest(w, tried, offset, top).mul_(tried).sub_(offset).sub_(w)).square_())
         better = error < least
         least = torch.where(better, error, least)
         scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
@@ -75,7 +88,7 @@ def _nearest(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 def _least_squares(w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero that suit the codes best; those given where all codes of a group are equal. w: of mean zero."""
     count = len(w)
-    of_codes, of_squares, of_both = _sum(codes), _sum(codes * codes), _sum(codes * w)
+    of_codes, of_squares, of_both = summed(codes), summed(codes * codes), summed(codes * w)
     spread = of_squares * count - of_codes.square()  # whole numbers, exact in fp32
     best = of_both * count / spread
     return (
@@ -85,11 +98,11 @@ def _least_squares(w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tup
 
 
 def _mean(w: Tensor) -> Tensor:
-    return _sum(w) / len(w)
+    return summed(w) / len(w)
 
 
-def _sum(w: Tensor) -> Tensor:
-    """Over groups, in an order that depends on their length alone."""
+def summed(w: Tensor) -> Tensor:
+    """Sums of groups w [group, M]: [M], in an order that depends on their length alone."""
     while len(w) > 1:
         half = len(w) // 2
         rest = w[2 * half :]

@@ -1,7 +1,7 @@
 """Codes of 2, 3 and 4 bits: whole numbers, with a scale and a zero for each group of 32, 64 or 128 columns of a row.
 
 The grid of GreenBit, GPTQ and AWQ. Here are its storages and what they have in common; weights are fitted to the grid
-in `accessory.quant.group_fit`.
+in `accessory.quant.group_fit` and, with whole zero points, in `accessory.quant.whole_points`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from accessory.kernels.plain.group_codes import workspace_bytes
 from accessory.quant.few_rows import FewRowsWeight
 from accessory.quant.group_fit import fit
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
+from accessory.quant.whole_points import fit_whole
 
 BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
@@ -135,15 +136,16 @@ class GroupWeight(FewRowsWeight):
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
-        """Fit codes, scales and zeros to `weight` [N, K] on its own device, by least squares (see `fit`).
+        """Fit codes, scales and zeros or points to `weight` [N, K] on its own device, by least squares (see `fit`).
 
         A row's result does not depend on other rows. Raises `CheckpointError` for weights that fp16 cannot hold.
         """
-        codes, scales, zeros = fit(weight, self.bits, self.group)
+        name, fitted = ("points", fit_whole) if self.has("points") else ("zeros", fit)
+        codes, scales, zeros = fitted(weight, self.bits, self.group)
         if not (scales.isfinite().all() and zeros.isfinite().all()):
             raise CheckpointError(f"--quant_type {self.name}: a matrix of {tuple(weight.shape)} has weights that fp16 "
                                   "cannot hold; expected finite ones of at most 65504.")  # fmt: skip
-        self.adopt(packed_codes(codes, self.bits) | {"scales": scales, "zeros": zeros})
+        self.adopt(packed_codes(codes, self.bits) | {"scales": scales, name: zeros})
 
     def pack_range(self, read: Callable[[int | None, int, int], Tensor], columns: int, span: Span = WHOLE) -> None:
         """See `PackedWeight`: groups that the range cuts through are packed whole, and then cut."""

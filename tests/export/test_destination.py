@@ -17,7 +17,7 @@ from tests.export.models import TOLERANCE, apart, ours, theirs
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"to": "ggfu"}, "--to 'ggfu' is unknown. Did you mean 'gguf'.* Known: accessory, hf, gptq, greenbit, g"),
+        ({"to": "ggfu"}, "--to 'ggfu' is unknown. Did you mean 'gguf'.* hf, gptq, awq, greenbit, g"),
         ({"dtype": "fp23"}, r"--dtype 'fp23' is unknown. Did you mean 'fp.*'\? Known: bf16, fp16, fp32"),
         ({"to": "meta", "ranks": 0}, "--model_parallel_size 0 is not a number of shards"),
         ({"to": "meta", "ranks": "two"}, "--model_parallel_size 'two' is not a number of shards"),

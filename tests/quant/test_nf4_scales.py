@@ -149,7 +149,7 @@ def test_what_scales_cannot_become(parts: dict[str, Path], tmp_path: Path) -> No
     for part, base, to, message in (
         ("lora", "packed", "hf", "has LoRA, which packed weights cannot take up"),
         ("norms", "full", "hf", "trained parts of nf4_scales weights"),
-        ("norms", "packed", "gguf", "packed weights are written as accessory, hf, gptq, greenbit"),
+        ("norms", "packed", "gguf", "packed weights are written as accessory, hf, gptq, awq, greenbit"),
     ):
         with pytest.raises(AccessoryError, match=message):
             merge([parts[part]], tmp_path / "x.gguf", Destination(to), base=base, drop_biases=False)

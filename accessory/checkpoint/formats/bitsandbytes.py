@@ -99,7 +99,7 @@ def relaid(names: list[str]) -> CheckpointError:
 
 
 def _whole_numbers(tensor: PackedTensor) -> str:
-    return ", gptq or greenbit" if issubclass(tensor.storage, GroupWeight) else ""
+    return ", gptq, awq or greenbit" if issubclass(tensor.storage, GroupWeight) else ""
 
 
 def _tensors(name: str, tensor: PackedTensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,14 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats.int_words import words_of
-from accessory.checkpoint.formats.packed_layout import (
-    PackedLayout,
-    codes_of,
-    group_of_columns,
-    in_groups,
-    numbers_by_column,
-)
+from accessory.checkpoint.formats.packed_layout import PackedLayout, group_of_columns, in_groups, numbers_by_column
+from accessory.checkpoint.formats.whole_grids import WholeGrids, even_group, regrouped
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import Tensors
 from accessory.errors import CheckpointError
-from accessory.kernels.codes import GroupCodes
+
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
+"""Of groups, as gptqmodel takes them."""
 
 
 def gptq_layout(theirs: Tensors, linears: set[str], target: Path, dtype: torch.dtype) -> PackedLayout:
@@ -32,14 +30,17 @@ def gptq_layout(theirs: Tensors, linears: set[str], target: Path, dtype: torch.d
     other zero points in the older format, if others wrote them. Raises `CheckpointError` for a matrix that the format
     cannot hold.
     """
-    packed = in_groups(theirs, target, "gptq")
-    symmetric, ordered = True, False
+    packed, grids = in_groups(theirs, target, "gptq"), WholeGrids(target, "GPTQ")
+    symmetric, ordered, widths = True, False, {}
     for name, tensor in packed.items():
-        codes = codes_of(tensor)
-        points = _points(codes, f"{target}: {name}")
-        symmetric &= bool((points == 1 << codes.bits - 1).all())
-        ordered |= codes.order is not None or codes.groups is not None
-    kinds = {name: (tensor.storage.bits, _group(tensor)) for name, tensor in packed.items()}
+        grids.refuse(name, tensor)
+        bits, even = grids.bits_and_symmetry(tensor)
+        symmetric &= even
+        ordered |= tensor.storage.has("order") or tensor.storage.has("groups")
+        widths[name] = bits
+        _check_words(tensor.shape, bits, f"{target}: {name}")
+    groups = _groups(packed, one_width=len(set(widths.values())) == 1)
+    kinds = {name: (bits, groups[name]) for name, bits in widths.items()}
     (bits, group), _ = Counter(kinds.values()).most_common(1)[0]
     config: dict[str, Any] = {
         "quant_method": "gptq",
@@ -52,12 +53,31 @@ def gptq_layout(theirs: Tensors, linears: set[str], target: Path, dtype: torch.d
     }
     if dynamic := _exceptions(kinds, (bits, group), linears):
         config["dynamic"] = dynamic
-    return PackedLayout(partial(_tensors, target, symmetric), {"quantization_config": config})
+    return PackedLayout(partial(_tensors, grids, groups, symmetric), {"quantization_config": config}, said=grids.say)
+
+
+def _groups(packed: dict[str, PackedTensor], *, one_width: bool) -> dict[str, int]:
+    """Columns of each matrix's groups in the file; -1 where a row is one, as GPTQ's word is.
+
+    transformers knows one size for all matrices, and most kernels want a row's groups to be of equal sizes. Where
+    smaller groups make it so, each has the statistics of the group that it lies in.
+    """
+    found = {name: _group(tensor) for name, tensor in packed.items()}
+    equal = gcd(*(even_group(tensor) for tensor in packed.values()))
+    if one_width and len(set(found.values())) > 1 and equal in SIZES and not any(map(_indexed, packed.values())):
+        return dict.fromkeys(found, equal)
+    return found
 
 
 def _group(tensor: PackedTensor) -> int:
-    """GPTQ's word for the size of groups: -1 where a row is one."""
-    return -1 if tensor.storage.group >= tensor.shape[1] else tensor.storage.group
+    group, equal = tensor.storage.group, even_group(tensor)
+    if group >= tensor.shape[1]:
+        return -1
+    return equal if equal in SIZES and not _indexed(tensor) else group
+
+
+def _indexed(tensor: PackedTensor) -> bool:
+    return tensor.storage.has("groups")
 
 
 def _exceptions(
@@ -74,41 +94,28 @@ def _exceptions(
     return found
 
 
-def _tensors(target: Path, less_one: bool, name: str, tensor: PackedTensor) -> dict[str, Tensor]:
-    codes, linear = codes_of(tensor), name.removesuffix(".weight")
-    points, index = _points(codes, f"{target}: {name}"), group_of_columns(codes)
-    numbers = numbers_by_column(codes)
+def _tensors(
+    grids: WholeGrids, groups: dict[str, int], less_one: bool, name: str, tensor: PackedTensor
+) -> dict[str, Tensor]:
+    codes, linear, group = grids.of(name, tensor), name.removesuffix(".weight"), groups[name]
+    if 0 < group < min(codes.group, codes.shape[1]):
+        codes = regrouped(codes, group)
+    index, numbers = group_of_columns(codes), numbers_by_column(codes)
     if codes.order is not None:
         order = codes.order.long()
         numbers = torch.empty_like(numbers).index_copy_(1, order, numbers)
         index = torch.empty_like(index).index_copy_(0, order, index)
-    zeros = words_of(points.t() - int(less_one), codes.bits).t().contiguous()
     parts = {
         "qweight": words_of(numbers, codes.bits),
-        "qzeros": zeros,
+        "qzeros": words_of(codes.points.t() - int(less_one), codes.bits).t().contiguous(),
         "scales": codes.scales.t().contiguous(),
         "g_idx": index.int(),
     }
     return {f"{linear}.{part}": value for part, value in parts.items()}
 
 
-def _points(codes: GroupCodes, where: str) -> Tensor:
-    """Zero points uint8 [N, G]. Raises `CheckpointError` for zeros that are no whole multiples of their scales."""
-    (n, k), bits = codes.shape, codes.bits
-    if k * bits % 32 or n * bits % 32:
+def _check_words(shape: tuple[int, int], bits: int, where: str) -> None:
+    """Raise `CheckpointError` for a matrix whose rows or columns do not fill words."""
+    if any(size * bits % 32 for size in shape):
         multiple = 32 if bits == 3 else 32 // bits
-        raise CheckpointError(f"{where} has shape [{n}, {k}]; GPTQ's words expect multiples of {multiple}.")
-    if codes.channel_scale is not None:
-        raise CheckpointError(
-            f"{where} has a scale for each input channel, which GPTQ's files have no place for; write it --to greenbit."
-        )
-    if codes.points is not None:
-        return codes.points
-    scales, zeros = codes.scales.float(), codes.zeros.float()
-    points = (zeros / scales).nan_to_num(0).round().clamp(0, (1 << bits) - 1)
-    if not torch.equal((points * scales).to(codes.zeros.dtype), codes.zeros):
-        raise CheckpointError(
-            f"{where} has zeros that are no whole multiples of their scales; GPTQ's files hold whole zero points. "
-            "Write it --to greenbit or --to accessory."
-        )
-    return points.to(torch.uint8)
+        raise CheckpointError(f"{where} has shape {list(shape)}; GPTQ's words expect multiples of {multiple}.")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accessory.checkpoint.formats.awq_writing import awq_layout
 from accessory.checkpoint.formats.bitsandbytes import bitsandbytes_layout, relaid
 from accessory.checkpoint.formats.gptq_writing import gptq_layout
 from accessory.checkpoint.formats.greenbit_writing import greenbit_layout
@@ -22,10 +23,14 @@ from accessory.checkpoint.save import fresh_directory, in_shards, write_json
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
 from accessory.model.families import Architecture, architecture_of
 from accessory.model.families.architecture import Fused
+from accessory.quant import PackedWeight, storage
+from accessory.quant.groups import GroupWeight, group_storage
 from accessory.tokenizer.transformers_files import save_for_transformers
 
-LAYOUTS = {"hf": bitsandbytes_layout, "gptq": gptq_layout, "greenbit": greenbit_layout}
+LAYOUTS = {"hf": bitsandbytes_layout, "gptq": gptq_layout, "awq": awq_layout, "greenbit": greenbit_layout}
 """Value of `--to` -> how packed matrices lie in such a directory."""
+WHOLE = ("gptq", "awq")
+"""Layouts whose zero points are whole: what is packed for them is fitted to such a grid."""
 
 
 def write_hugging_face(
@@ -43,9 +48,9 @@ def write_hugging_face(
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     theirs = theirs_from_ours(model.tensors, architecture.names, model.args)
     _refuse_stacking(theirs)
-    if quant_type:
-        theirs = repacked(theirs, quant_type, lambda name: _is_block_linear(name, architecture))
     linears = {name for name in theirs if _is_block_linear(name, architecture)}
+    if quant_type:
+        theirs = repacked(theirs, quant_type, linears.__contains__, _fitted(linears, quant_type, layout))
     packed = LAYOUTS[layout](theirs, linears, target, dtype)
     config |= packed.config
     with fresh_directory(target) as directory:
@@ -53,6 +58,15 @@ def write_hugging_face(
         for name, content in {"config.json": config, **packed.files}.items():
             write_json(directory / name, content)
         save_for_transformers(model.tokenizer, directory)
+    packed.said()
+
+
+def _fitted(linears: set[str], quant_type: str, layout: str) -> dict[str, type[PackedWeight]]:
+    """How linears are packed for a layout, where that is not the usual form of `quant_type`."""
+    kind = storage(quant_type)
+    if layout not in WHOLE or not issubclass(kind, GroupWeight):
+        return {}
+    return {name.removesuffix(".weight"): group_storage(kind.bits, kind.group, ("points",)) for name in linears}
 
 
 def _token_ids(model: WholeModel) -> dict[str, Any]:

@@ -22,12 +22,13 @@ class PackedLayout:
     """How a directory holds packed matrices.
 
     tensors: (the matrix's name, the matrix) -> the tensors of its file by name. config: what config.json says of them.
-    files: other JSON files by name.
+    files: other JSON files by name. said: called when all are written, to tell what could not be kept.
     """
 
     tensors: Callable[[str, PackedTensor], dict[str, Tensor]]
     config: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
+    said: Callable[[], None] = lambda: None
 
 
 def in_groups(theirs: Tensors, target: Path, layout: str) -> dict[str, PackedTensor]:

@@ -1,4 +1,4 @@
-"""Packed matrices written in the layouts of GPTQ and GreenBit: no bit of them changes, or it is said."""
+"""Packed matrices written in the layouts of GPTQ, AWQ and GreenBit: no bit of them changes, or it is said."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_round_trip_by_way_of_ours(written, tmp_path: Path, name: str) -> None:
     made = written(name)
     own = converted(made.path, tmp_path / "own", "accessory")
     assert torch.equal(logits(own), logits(made.path))
-    to = {"gptq": "gptq", "awq": "gptq"}.get(name.split("-")[0].split("_")[0], "greenbit")
+    to = {"gptq": "gptq", "awq": "awq"}.get(name.split("-")[0].split("_")[0], "greenbit")
     back = converted(own, tmp_path / "back", to)
     assert torch.equal(logits(back), logits(made.path))
     before, after = (load_file(path / "model.safetensors") for path in (made.path, back))
@@ -32,7 +32,7 @@ def test_round_trip_by_way_of_ours(written, tmp_path: Path, name: str) -> None:
                    if isinstance(tensor, PackedTensor)} for path in (made.path, back)]  # fmt: skip
         assert len(points[0]) == 14 and all(torch.equal(value, points[1][key]) for key, value in points[0].items())
         before, after = ({k: v for k, v in found.items() if not k.endswith(".qzeros")} for found in (before, after))
-    if name in ("awq", "greenbit-two-levels", "greenbit-channel-mix"):  # no layout that we write
+    if name in ("greenbit-two-levels", "greenbit-channel-mix"):  # no layout that we write
         return
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -48,9 +48,10 @@ def test_what_a_layout_cannot_hold_is_refused(written, tiny_base: Path, tmp_path
     """By name, with what to do instead."""
     for source, to, message in (
         (written("greenbit").path, "gptq", "has a scale for each input channel, which GPTQ's files have no place for"),
-        (written("greenbit-plain").path, "gptq", "zeros that are no whole multiples of their scales"),
+        (written("greenbit").path, "awq", "has a scale for each input channel, which AWQ's files have no place for"),
+        (written("gptq-4-act").path, "awq", "has its channels in another order .* write it --to gptq"),
         (written("gptq_v2-3").path, "greenbit", "has numbers of 3 bits; GreenBit's files hold 2 and 4"),
-        (written("gptq-4").path, "hf", "int4_g64 matrices have no place .*--to accessory, gptq or greenbit"),
+        (written("gptq-4").path, "hf", "int4_g64 matrices have no place .*--to accessory, gptq, awq or greenbit"),
         (tiny_base, "gptq", "--to gptq holds whole numbers in groups; nothing is packed"),
     ):
         with pytest.raises(CheckpointError, match=message):
