@@ -1,7 +1,8 @@
-"""GGUF's types that hold whole numbers in groups exactly: Q4_0, Q4_1 and Q8_0, in blocks of 32 columns.
+"""GGUF's types that hold whole numbers in groups: Q4_0 and Q4_1, in blocks of 32 columns.
 
-w = d (q - 8) with q of 4 bits, w = d q + m with q of 4 bits, and w = d q with q of 8 bits; d and m are fp16. Q2_K and
-Q3_K are left out: the scales of their blocks are multiples of one fp16 number, which fp16 scales of groups are not.
+w = d (q - 8) and w = d q + m, with q of 4 bits; d and m are fp16. A zero point times its scale is rounded to be an m.
+Q2_K and Q3_K are left out: the scales of their blocks are multiples of one fp16 number, which fp16 scales of groups are
+not.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from accessory.quant.groups import GroupWeight
 BLOCK = 32
 
 
-def exact_kind(tensor: LazyTensor) -> Kind | None:
-    """The smallest type that holds a matrix exactly; None where there is none, or it is not packed in groups."""
+def kind_of(tensor: LazyTensor) -> Kind | None:
+    """The type that holds a matrix; None where there is none, or it is not packed in groups."""
     if not (isinstance(tensor, PackedTensor) and issubclass(tensor.storage, GroupWeight)):
         return None
     columns, group, parts = tensor.shape[1], tensor.storage.group, tensor.storage.PARTS
@@ -30,19 +31,23 @@ def exact_kind(tensor: LazyTensor) -> Kind | None:
     if "points" not in parts:
         return Kind.Q4_1
     numbers = _less_points(codes_of(tensor)) + 8
-    return Kind.Q4_0 if numbers.min() >= 0 and numbers.max() <= 15 else Kind.Q8_0
+    return Kind.Q4_0 if numbers.min() >= 0 and numbers.max() <= 15 else Kind.Q4_1
+
+
+def is_rounded(tensor: PackedTensor, kind: Kind) -> bool:
+    """Whether zeros are rounded in a `kind` that `kind_of` gave: to fp16, by up to 2^-11 of themselves."""
+    return kind == Kind.Q4_1 and tensor.storage.has("points")
 
 
 def encoded(tensor: PackedTensor, kind: Kind) -> np.ndarray:
-    """The matrix as the bytes of `kind`, which `exact_kind` gave."""
+    """The matrix as the bytes of `kind`, which `kind_of` gave."""
     codes = codes_of(tensor)
-    d = _of_blocks(codes, codes.scales)
+    blocks = [_of_blocks(codes, codes.scales)]
     if kind == Kind.Q4_1:
-        blocks = [d, _of_blocks(codes, -codes.zeros), _nibbles(numbers_by_column(codes))]
-    elif kind == Kind.Q4_0:
-        blocks = [d, _nibbles((_less_points(codes) + 8).to(torch.uint8))]
+        zeros = codes.zeros if codes.points is None else codes.points * codes.scales
+        blocks += [_of_blocks(codes, -zeros), _nibbles(numbers_by_column(codes))]
     else:
-        blocks = [d, _less_points(codes).unflatten(1, (-1, BLOCK)).view(torch.uint8)]
+        blocks.append(_nibbles((_less_points(codes) + 8).to(torch.uint8)))
     return torch.cat(blocks, -1).flatten(1).numpy()
 
 

@@ -24,7 +24,7 @@ from accessory.checkpoint.formats.gguf_file import (
     as_float32,
     wavelength_factors,
 )
-from accessory.checkpoint.formats.gguf_grids import encoded, exact_kind
+from accessory.checkpoint.formats.gguf_grids import encoded, is_rounded, kind_of
 from accessory.checkpoint.lazy import HeldTensor, PackedTensor
 from accessory.checkpoint.naming import Tensors, theirs_from_ours
 from accessory.checkpoint.save import fresh
@@ -49,7 +49,6 @@ _WRITTEN = {
 _LABELS = {
     Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Kind.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
-    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 
 
@@ -57,8 +56,8 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     """Write a model as the new file `target`, tensor by tensor.
 
     Vectors are written as F32, as llama.cpp wants them, matrices as `file_type`; under q8_0, which packs 32 values of
-    a row at a time, matrices of another width as F16. "packed" keeps whole numbers in groups where GGUF has a type that
-    holds them exactly, and says how many are written as F16. The file appears under its name when it is complete.
+    a row at a time, matrices of another width as F16. "packed" keeps whole numbers in groups where GGUF has a type for
+    them, and says how many are written as F16. The file appears under its name when it is complete.
     Raises `CheckpointError` for a model that the format has no place for, and `TokenizerError` for a tokenizer.
     """
     if file_type not in _WRITTEN:
@@ -74,9 +73,9 @@ def write_gguf(model: WholeModel, target: Path, file_type: FileType) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_way_out(model, target)}") from error
     vocabulary = vocabulary_fields(model.tokenizer, model.args.vocab_size)
-    exact = _exact_kinds(theirs, target) if file_type == "packed" else {}
+    kept = _kept_kinds(theirs, target) if file_type == "packed" else {}
     with fresh(target) as partial:
-        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type, exact)
+        _write(partial, target.stem, architecture, fields | vocabulary, theirs, file_type, kept)
     for difference in differences(model.tokenizer):
         print(f"{target}: llama.cpp {difference}.")
     window = model.args.sliding_window
@@ -115,16 +114,21 @@ def _way_out(model: WholeModel, target: Path) -> str:
     return "None of llama.cpp's architectures known here computes the same; write it --to hf."
 
 
-def _exact_kinds(theirs: Tensors, target: Path) -> dict[str, Kind]:
-    """Of packed matrices, the types that hold them exactly. Raises `CheckpointError` where nothing is packed."""
+def _kept_kinds(theirs: Tensors, target: Path) -> dict[str, Kind]:
+    """Of packed matrices, the types that hold them. Raises `CheckpointError` where nothing is packed."""
     packed = [name for name, tensor in theirs.items() if isinstance(tensor, PackedTensor)]
     if not packed:
         raise CheckpointError(f"{target}: --gguf_type packed writes a base as it is packed; nothing is packed.")
-    kinds = {name: kind for name in packed if (kind := exact_kind(theirs[name]))}
+    kinds = {name: kind for name in packed if (kind := kind_of(theirs[name]))}
     if others := [name for name in packed if name not in kinds]:
         print(
-            f"{target}: no type of GGUF holds {len(others)} of {len(packed)} packed matrices exactly ({others[0]} is "
-            "one): they are dequantized and written as F16."
+            f"{target}: no type of GGUF holds {len(others)} of {len(packed)} packed matrices ({others[0]} is one): "
+            "they are dequantized and written as F16."
+        )
+    if rounded := [name for name, kind in kinds.items() if is_rounded(theirs[name], kind)]:
+        print(
+            f"{target}: zeros of {len(rounded)} matrices, whole points times scales, are rounded to the fp16 of Q4_1, "
+            "by at most 0.05 % of themselves."
         )
     return kinds
 
@@ -194,11 +198,11 @@ def _write(
     fields: Mapping[str, Any],
     theirs: Tensors,
     file_type: FileType,
-    exact: Mapping[str, Kind],
+    kept: Mapping[str, Kind],
 ) -> None:
     kind, label = _WRITTEN[file_type]
-    if exact:
-        label = _LABELS[Counter(exact.values()).most_common(1)[0][0]]
+    if kept:
+        label = _LABELS[Counter(kept.values()).most_common(1)[0][0]]
     writer = gguf.GGUFWriter(path, architecture.gguf.architecture)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
@@ -206,7 +210,7 @@ def _write(
         writer.add_file_type(label)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_fields(writer, fields)
-        kinds = {name: exact.get(name) or _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
+        kinds = {name: kept.get(name) or _stored_as(tensor.shape, kind) for name, tensor in theirs.items()}
         for name, tensor in theirs.items():
             block, width = gguf.GGML_QUANT_SIZES[kinds[name]]
             size = math.prod(tensor.shape) // block * width
@@ -215,7 +219,7 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in progress(theirs, "writing GGUF"):
-            packed = encoded(tensor, kinds[name]) if name in exact else _encoded(name, tensor.read(), kinds[name])
+            packed = encoded(tensor, kinds[name]) if name in kept else _encoded(name, tensor.read(), kinds[name])
             writer.write_tensor_data(packed)
     finally:
         writer.close()
