@@ -86,7 +86,10 @@ class Blueprint:
             decoder.get_submodule(name).keep_plain(self.dtype)
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
         attach = self.train or not self.method.trains_base
-        return decoder, self.method.attach(decoder) if attach else Attachment()
+        attachment = self.method.attach(decoder) if attach else Attachment()
+        if self.train:
+            self.method.prepare_training(decoder, attachment)
+        return decoder, attachment
 
     def _untargeted(self, decoder: Decoder) -> set[str]:
         """Names of the linears that `quant_targets` leaves plain. Raises `ConfigError` where it leaves all so."""
@@ -177,7 +180,7 @@ def _storage(
         return next(iter(packed.values())).name
     # Parts of packed weights that were trained are of no use without the rest of them.
     recorded = [s.run["quantization"] for s in sources if s.is_delta and s.run and s.run["quantization"]]
-    trained = next((name for name in reversed(recorded) if method.storage_of(storage(name)).trained), None)
+    trained = next((name for name in reversed(recorded) if method.tunes(storage(name))), None)
     return asked or trained or ("nf4" if quant else None)
 
 

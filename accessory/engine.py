@@ -17,9 +17,10 @@ from accessory.data.order import GlobalOrder
 from accessory.memory.base_cache import BaseCache
 from accessory.memory.exhausted import out_of_memory_as
 from accessory.parallel.agree import highest
-from accessory.parallel.data import reduce_gradients, sum_over_data_parallel
+from accessory.parallel.data import reduce_gradients, reshard, sum_over_data_parallel
 from accessory.parallel.parameters import NamedParameters
 from accessory.run import step_faults
+from accessory.run.integer_moves import IntegerMoves
 from accessory.run.report import Reporter, StepReport, peak_memory
 from accessory.run.saving import Saver
 from accessory.run.schedule import Schedule
@@ -59,7 +60,7 @@ class Engine:
     """Trains `model`, whose trained parameters are `parameters`. saver: None for a run that writes nothing.
 
     base_cache: what the model takes its base's states from, if anything. validation: evaluates it now and then, if
-    that is wanted.
+    that is wanted. moves: changes whole numbers of the base between steps, if the method trains these.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Engine:
     signals: StopSignals
     base_cache: BaseCache | None = None
     validation: Validation | None = None
+    moves: IntegerMoves | None = None
 
     def train(self, progress: Progress) -> None:
         """Run from `progress` to the end of the schedule, saving on the way and at the end.
@@ -136,6 +138,8 @@ class Engine:
         began, at, scales = time.monotonic(), (progress.epoch, progress.step), self.settings.scales_loss
         weight = self.order.loss_weight(*at)
         scale = progress.loss_scale if scales else 1.0
+        if self.moves:
+            self.moves.begin(progress.total_steps)
         hits = torch.zeros((), dtype=torch.float64, device=self.parameters.device)
         losses = self._accumulate(progress, scale / weight, hits)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
@@ -147,10 +151,16 @@ class Engine:
         if asked.not_finite:
             self._skip(asked.not_finite == _OVERFLOWS, loss, norm, losses, progress)
         else:
-            self._update(norm, lr, scale)
+            if self.moves:
+                self.moves.move(self.optimizer, loss, weight, lambda: self._loss_again(progress, weight))
+            clipped = self._update(norm, lr, scale)
+            if self.moves:
+                self.moves.clipped_by(clipped)
             if self.saver:
                 self.saver.losses.append(loss)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.moves:
+            self.moves.end(self.optimizer, progress.total_steps, skipped=bool(asked.not_finite))
         if scales and asked.not_finite != _NOT_FINITE:
             progress.rescale(finite=not asked.not_finite)
         progress.advance(self.schedule.steps_per_epoch, skipped=bool(asked.not_finite))
@@ -165,6 +175,7 @@ class Engine:
             supervised=self.order.supervised_tokens(*at),
             seconds=time.monotonic() - began,
             peak_bytes=peak_memory(self.parameters.device),
+            figures=self.moves.figures() if self.moves else {},
         ), asked
 
     def _accumulate(self, progress: Progress, factor: float, hits: Tensor) -> list[Tensor]:
@@ -184,6 +195,15 @@ class Engine:
                 (loss * factor).backward()
             losses.append(loss.detach().double())
         return losses
+
+    @torch.no_grad()
+    def _loss_again(self, progress: Progress, weight: float) -> float:
+        """The loss of the same step's documents with the weights as they are now."""
+        hits = torch.zeros((), dtype=torch.float64, device=self.parameters.device)
+        batches = self.order.micro_batches(progress.epoch, progress.step)
+        losses = [self._forward(batch, hits).double() for batch in batches]
+        reshard(self.model)
+        return (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
 
     def _after(self, progress: Progress) -> tuple[int, int]:
         """(epoch, step) that follow."""
@@ -216,12 +236,14 @@ class Engine:
         halved = ", and the loss scale halved" if overflows else ""
         self.reporter.say(f"{said} The step is skipped: nothing is changed by it{halved}.")
 
-    def _update(self, norm: float, lr: float, scale: float) -> None:
-        """Step the optimizer. The gradients are `scale` times too large; `norm` is the norm of the true ones."""
-        factor = 1.0 / scale
-        if self.schedule.clip_grad > 0:
-            factor *= min(1.0, self.schedule.clip_grad / (norm + 1e-6))
-        self.parameters.scale_gradients(factor)
+    def _update(self, norm: float, lr: float, scale: float) -> float:
+        """Step the optimizer; returns what clipping multiplied the gradients by.
+
+        They are `scale` times too large; `norm` is the norm of the true ones.
+        """
+        clipped = min(1.0, self.schedule.clip_grad / (norm + 1e-6)) if self.schedule.clip_grad > 0 else 1.0
+        self.parameters.scale_gradients(1.0 / scale * clipped)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
         self.optimizer.step()
+        return clipped

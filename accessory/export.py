@@ -221,7 +221,7 @@ def merge(
     if base == "full" and packed:
         raise CheckpointError(f"{packed}: is a quantized base: its full weights are gone. Leave out --base full.")
     storage_of = blueprint.method.storage_of
-    if base == "full" and quantization and storage_of(storage(quantization)).trained:
+    if base == "full" and quantization and blueprint.method.tunes(storage(quantization)):
         raise CheckpointError(f"{paths[-1]}: trained parts of {quantization} weights. Leave out --base full.")
     if base != "full" and quantization is None:
         raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base {base}.")

@@ -14,7 +14,7 @@ from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.run_record import RUN_FILE, run_record
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import Source
-from accessory.checkpoint.training_state import Resumption, restore_training_state
+from accessory.checkpoint.training_state import Resumption, WorkingValues, restore_training_state
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.config import FinetuneConfig, plain
 from accessory.data.corpus import build_corpus
@@ -35,6 +35,7 @@ from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.run.base_cache import check_can_cache, open_base_cache, plan_base_cache
 from accessory.run.identity import Job, progress_at_start, shared_flags
+from accessory.run.integer_moves import IntegerMoves
 from accessory.run.lock import claim_directory
 from accessory.run.preview import corpus_notes, preview, remedies
 from accessory.run.report import Reporter, Task
@@ -96,11 +97,16 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model = _fill(job, decoder, attachment)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
-    weights = NamedParameters(dict(decoder.named_parameters()), slicings)
-    parameters = weights.only(attachment.trainable)
-    optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay, config.adam_beta2)
+    everything = NamedParameters(dict(decoder.named_parameters()), slicings | attachment.working)
+    parameters = everything.only(attachment.trainable)
+    weights = NamedParameters(everything.only(everything.keys() - attachment.working.keys()), slicings)
+    rates = blueprint.method.rates(decoder, config.lr)
+    optimizer = build_optimizer(config.optim, parameters, config.lr, config.weight_decay, config.adam_beta2, rates)
+    rule = blueprint.method.integer_rule
+    moves = IntegerMoves(decoder, rule, layout) if rule else None
+    working = moves.working if moves else None
     if found:
-        together(restore_training_state, found, optimizer, parameters, layout)
+        together(restore_training_state, found, optimizer, parameters, layout, working)
     schedule = schedule_of(config, job.order, progress)
     _say(layout, *schedule_notes(config, job.order, schedule, progress))
     together(status.begin, progress.total_steps)
@@ -108,7 +114,10 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     with closing(reporter), ExitStack() as held:
         if rows and not config.dry_run:
             model.base_cache = held.enter_context(open_base_cache(rows, job))
-        saver = _saver(job, weights, parameters, optimizer, reporter, status) if status.output_dir else None
+        changed = weights.only(attachment.trainable | attachment.moved)
+        saver = None
+        if status.output_dir:
+            saver = _saver(job, weights, changed, parameters, working, optimizer, reporter, status)
         validation = _validation(job, model, schedule, reporter, signals, found)
         if saver and validation:
             saver.validation = validation.state
@@ -131,6 +140,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
             signals,
             model.base_cache,
             validation,
+            moves,
         )
         groups.limit_waiting(timedelta(seconds=config.timeout))
         signals.deferring = True
@@ -273,12 +283,17 @@ def _validation(
 def _saver(
     job: Job,
     weights: NamedParameters,
+    changed: NamedParameters,
     parameters: NamedParameters,
+    working: WorkingValues | None,
     optimizer: torch.optim.Optimizer,
     reporter: Reporter,
     status: RunStatus,
 ) -> Saver:
-    """The engine's saver. Raises `DiskFullError` if a checkpoint does not fit on the disk."""
+    """The engine's saver, of all `weights` or of those that are `changed`.
+
+    Raises `DiskFullError` if a checkpoint does not fit on the disk.
+    """
     config, blueprint, corpus = job.config, job.blueprint, job.corpus
     layouts = corpus.documents_by_prompt_layout()
     documents = {
@@ -288,11 +303,11 @@ def _saver(
             plain(config), job.base, blueprint.quant_type, corpus.fingerprint, layouts, job.began, corpus.told.system
         ),
     }
-    only_trainable = config.only_save_trainable and len(parameters) < len(weights.slicings)
+    only_trainable = config.only_save_trainable and len(changed) < len(weights.slicings)
     stem = "trainable" if only_trainable else "model"
     saver = Saver(
         writer=CheckpointWriter(status.output_dir, stem, documents, blueprint.tokenizer),
-        weights=parameters if only_trainable else weights,
+        weights=changed if only_trainable else weights,
         trained=parameters,
         optimizer=optimizer,
         identity=job.identity,
@@ -301,6 +316,7 @@ def _saver(
         reporter=reporter,
         status=status,
         keep_last=config.keep_last,
+        working=working,
     )
     saver.check_disk_space()
     return saver

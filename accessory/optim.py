@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from accessory.kernels.bitsandbytes_library import functional as kernels
 from accessory.parallel.data import local
 from accessory.quant.moments import BLOCK as MOMENT_BLOCK
-from accessory.quant.moments import levels, pack_moment
+from accessory.quant.moments import levels, pack_moment, unpack_moment
 
 BETAS = (0.9, 0.95)
 """AdamW's decay of the two moments; `--adam_beta2` sets the second."""
@@ -22,22 +24,32 @@ LR_SCHEDULES = ("cosine", "constant")
 MIN_8BIT = 4096  # values from which on bitsandbytes' own optimizers use 8 bits
 MIN_PAGED = 100_000  # values from which on they page
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_OF_PACKED = (".weight.scales", ".weight.zeros", ".weight.displacement")
 _EMBEDDINGS = ("tok_embeddings.", "pos_embeddings.")
 
 
 def build_optimizer(
-    kind: str, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float, beta2: float = BETAS[1]
+    kind: str,
+    parameters: dict[str, nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    beta2: float = BETAS[1],
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """The optimizer that `--optim KIND` names: AdamW (Loshchilov & Hutter 2019) over fp32 parameters.
 
-    Biases and norms are not decayed. On the CPU `paged_adamw` is `adamw`: there is no smaller memory to page out of.
+    Biases, norms and what belongs to packed weights are not decayed. rates: name -> what the learning rate is
+    multiplied by, 1 where none is stated; a group of the optimizer has it as `rate`. On the CPU `paged_adamw` is
+    `adamw`: there is no smaller memory to page out of.
     """
-    spared = {name for name in parameters if name.endswith((".bias", "norm.weight"))}
+    spared = {name for name in parameters if name.endswith((".bias", "norm.weight", *_OF_PACKED))}
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        alike.setdefault((0.0 if name in spared else weight_decay, rates.get(name, 1.0)), []).append(parameter)
     groups = [
-        {"params": [p for name, p in parameters.items() if name not in spared], "weight_decay": weight_decay},
-        {"params": [p for name, p in parameters.items() if name in spared], "weight_decay": 0.0},
+        {"params": members, "weight_decay": decay, "rate": rate, "betas": (BETAS[0], beta2)}
+        for (decay, rate), members in alike.items()
     ]
-    groups = [{**group, "betas": (BETAS[0], beta2)} for group in groups if group["params"]]
     if kind == "adamw8bit":
         return KernelAdamW(groups, lr, eight_bit={p for name, p in parameters.items() if _suits_8_bits(name, p)})
     if kind == "paged_adamw" and next(iter(parameters.values())).device.type == "cuda":
@@ -62,6 +74,33 @@ def _suits_8_bits(name: str, parameter: nn.Parameter) -> bool:
     # By the size of the whole parameter, so that all its shards are kept alike. Rows of an embedding are stepped on
     # rarely and unevenly, which 8 bits serve badly (Dettmers et al. 2022, 2.3).
     return parameter.numel() >= MIN_8BIT and not name.startswith(_EMBEDDINGS)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Running means of gradients of this rank's shard of a `parameter`, and of their squares: unbiased, fp32."""
+    state, found = optimizer.state[parameter], []
+    betas = next(group["betas"] for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    for name, beta in zip(_MOMENTS, betas, strict=True):
+        moment = local(state[name])
+        if moment.dtype == torch.uint8:
+            moment = unpack_moment(moment, state[f"{name}_scales"], signed=name == "exp_avg")
+        found.append(moment / (1 - beta ** int(state["step"])))
+    return tuple(found)
+
+
+def map_first_moment(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]
+) -> None:
+    """Replace it by what `change` makes of it, in the form it is kept in; nothing before the first step."""
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    moment = local(state["exp_avg"])
+    if moment.dtype == torch.uint8:
+        values = change(unpack_moment(moment, state["exp_avg_scales"], signed=True))
+        state["exp_avg"], state["exp_avg_scales"] = pack_moment(values, signed=True)
+    else:
+        moment.copy_(change(moment))
 
 
 class KernelAdamW(torch.optim.Optimizer):

@@ -285,7 +285,9 @@ def _built(model: str, method: str, quant_type: str, precision: str, ranks: int)
         _keep(decoder, made, storages_of_mix([base], quant_type), maker)
     elif quant_type in MIXES:
         _widen(decoder, MIXES[quant_type], made.storage_of(WIDE))
-    return decoder, made.attach(decoder)
+    attachment = made.attach(decoder)
+    made.prepare_training(decoder, attachment)
+    return decoder, attachment
 
 
 def _keep(decoder: Decoder, method: Method, packed: Mapping[str, type[PackedWeight]], default) -> None:

@@ -49,6 +49,11 @@ class Target:
         """Shape before slicing over `ranks`."""
         return self.slicing.whole_shape(self.local_shape, ranks)
 
+    @property
+    def holds_integers(self) -> bool:
+        """Whether it is a part of a packed matrix that is no float."""
+        return isinstance(self.owner, PackedWeight) and not getattr(self.owner, self.leaf).is_floating_point()
+
 
 def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
     """Every place under `module` that a checkpoint must fill, by its name in a checkpoint."""
@@ -59,7 +64,7 @@ def targets(module: nn.Module, prefix: str = "") -> Iterator[Target]:
             if isinstance(value, PackedWeight):
                 matrix = f"{name}.{leaf}".lstrip(".")
                 yield Target(matrix, child, leaf, value.slicing, tuple(value.shape))
-                for part in value.trained:
+                for part in (name for name in value.PARTS if name in (*value.trained, *value.moved)):
                     shape = tuple(getattr(value, part).shape)
                     yield Target(f"{matrix}.{part}", value, part, value.slicing, shape)
             elif isinstance(value, nn.Parameter):
@@ -116,7 +121,7 @@ def resolve(
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
             faults.append(_misfit(origin[name], name, found[name].shape, expected))
-        elif name in found and _NO_WEIGHTS.fullmatch(found[name].dtype):
+        elif name in found and _NO_WEIGHTS.fullmatch(found[name].dtype) and not target.holds_integers:
             faults.append(f"{origin[name].path}: {name} holds {found[name].dtype}; expected floating-point weights.")
     if faults:
         raise CheckpointError("The checkpoint does not fit the model.\n" + "\n".join(faults[: 3 * _SHOWN]))
@@ -187,7 +192,8 @@ def _fill_one(
         place.pack_range(lambda *span: _to_pack(target, tensor.read(*span), layout), tensor.shape[1], span)
         return
     else:
-        value = _floats(target, tensor.read(*span))
+        value = tensor.read(*span)
+        value = value if target.holds_integers else _floats(target, value)
         if span[0] is not None:
             value = pad_slice(value, span[0], target.local_shape[span[0]])
     value = value.to(device=layout.device, dtype=place.dtype, copy=not share).contiguous()

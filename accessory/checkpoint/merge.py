@@ -82,11 +82,11 @@ def with_trained_parts(
     found = dict(tensors)
     for name, tensor in tensors.items():
         kind = storage_of(tensor.storage) if isinstance(tensor, PackedTensor) else None
-        parts = kind.trained if kind else ()
+        parts = (*kind.trained, *kind.moved) if kind else ()
         if trained := {part: found.pop(f"{name}.{part}") for part in parts if f"{name}.{part}" in found}:
             if rounded:
-                trained = {part: _in_dtype(value, kind.filed.PARTS[part].dtype, f"{name}.{part}")
-                           for part, value in trained.items()}  # fmt: skip
+                trained |= {part: _in_dtype(trained[part], kind.filed.PARTS[part].dtype, f"{name}.{part}")
+                            for part in kind.trained if part in trained}  # fmt: skip
             stored = {part: value for part, value in tensor.parts.items() if part in kind.filed.PARTS}
             found[name] = replace(tensor, storage=kind.filed, parts=stored, trained=trained)
     return found

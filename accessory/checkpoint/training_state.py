@@ -21,7 +21,7 @@ from accessory.checkpoint.source import open_safetensors, read_json
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.errors import CheckpointError
 from accessory.parallel.agree import differences
-from accessory.parallel.data import as_shard, is_sharded, shard_like
+from accessory.parallel.data import as_shard, is_sharded, local, shard_like
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, own_slice
@@ -84,9 +84,22 @@ class Progress:
         return f"epoch{self.epoch - 1}" if self.step == 0 else f"epoch{self.epoch}-iter{self.step}"
 
 
-def collect_training_state(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class WorkingValues:
+    """What a run changes that is no part of its checkpoint: parameters, and `counters`, fp64, equal on all ranks."""
+
+    parameters: NamedParameters
+    counters: Tensor
+
+
+def collect_training_state(
+    optimizer: torch.optim.Optimizer, parameters: NamedParameters, working: WorkingValues | None = None
+) -> dict[str, Tensor]:
     """Moments put together from all ranks and every rank's generators, on the main rank's CPU. A collective."""
     tensors: dict[str, Tensor] = {}
+    if working:
+        tensors |= {f"value.{name}": value for name, value in working.parameters.gathered()}
+        tensors["counters"] = working.counters.clone()
     for moment in _MOMENTS:
         states = {
             name: _as_sharded(optimizer.state[p][moment], p) for name, p in parameters.items() if p in optimizer.state
@@ -186,10 +199,16 @@ def _said(name: str, was: Any, now: Any) -> str:
 
 
 def restore_training_state(
-    found: Resumption, optimizer: torch.optim.Optimizer, parameters: NamedParameters, layout: Layout
+    found: Resumption,
+    optimizer: torch.optim.Optimizer,
+    parameters: NamedParameters,
+    layout: Layout,
+    working: WorkingValues | None = None,
 ) -> None:
     """Restore the optimizer and, on the layout that was saved, this rank's generators. Raises `CheckpointError`."""
     tensors = _read(found.directory / f"{STATE_STEM}.safetensors", parameters, found.ranks)
+    if working:
+        _restore_working(found.directory, tensors, working, layout)
     count = tensors.get("step", torch.tensor(float(found.progress.total_steps)))
     for name, parameter in parameters.items():
         if f"{_MOMENTS[0]}.{name}" not in tensors:
@@ -211,6 +230,20 @@ def restore_training_state(
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
         if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
+
+
+def _restore_working(directory: Path, tensors: dict[str, Tensor], working: WorkingValues, layout: Layout) -> None:
+    names = {f"value.{name}": name for name in working.parameters}
+    if missing := [name for name in (*names, "counters") if name not in tensors]:
+        raise CheckpointError(
+            f"{directory / STATE_STEM}.safetensors: {', '.join(missing[:5])} is missing; expected what the method "
+            "keeps between steps."
+        )
+    for stored, name in names.items():
+        parameter = working.parameters[name]
+        placed = _place(tensors[stored], parameter, working.parameters.slicings[name], layout)
+        local(parameter).data.copy_(local(placed))
+    working.counters.copy_(tensors["counters"])
 
 
 def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any], ValidationState | None]:

@@ -109,6 +109,7 @@ def _stand_ins(decoder: Decoder, attachment: Attachment) -> dict[str, Tensor]:
 
     @cache
     def memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The tensor of that shape and type."""
         return (torch.zeros if dtype == torch.int32 else torch.empty)(shape, dtype=dtype, device="cpu")
 
     made = {name: memory(p.shape, p.dtype).detach() for name, p in decoder.named_parameters()}

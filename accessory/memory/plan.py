@@ -24,6 +24,8 @@ from accessory.model.loss import CHUNK, chunk_bytes
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
+from accessory.quant.moves import BYTES, PIECE
+from accessory.quant.moving_groups import MovingIntegers
 from accessory.quant.products import memory_to_multiply
 
 
@@ -89,6 +91,9 @@ class StepMemory:
         self.blocks = dict(decoder.blocks())
         self.gradients = [self._trained_below(f"{name}.") for name in self.blocks]
         self.held = self.trainable if micro_batches > 1 else 0  # gradients of earlier micro-batches
+        moving = [module for module in decoder.modules() if isinstance(module, MovingIntegers) and module.wish]
+        self.sketches = sum(module.basis.nbytes for module in moving)
+        self.looked_at = min(max((module.shape.numel() for module in moving), default=0), PIECE) * BYTES
         self.width = decoder.dtype.itemsize  # bytes of an activation
         head = ("tok_embeddings" if decoder.output is None else "output") + ".weight"
         self.trained_head = self.trained[head].numel() if head in self.trained else 0
@@ -105,8 +110,9 @@ class StepMemory:
         The peak is one of six moments: in the forward of a block that has no backward, what earlier ones keep and its
         own work; in the final norm, everything kept and its work; at the loss, everything kept and a chunk's logits; in
         a block's backward, what it and earlier blocks keep, gradients of what comes later and its own work; in the
-        embedding's backward, all gradients and its own work; in the optimizer's step, all gradients and its workspace.
-        Gradients of earlier micro-batches are there throughout; later ones are added to them as they are made.
+        embedding's backward, all gradients and its own work; in the optimizer's step, or where integers move, all
+        gradients and its workspace. Sketches of new bases are there in all of them. Gradients of earlier micro-batches
+        are there throughout; later ones are added to them as they are made.
         """
         layout, trainable, blocks = self.layout, self.trainable, self.blocks.values()
         share, sharded = layout.dp_size, layout.dp_size > 1
@@ -123,7 +129,7 @@ class StepMemory:
             self.held + logits + self._at_loss(checkpointing),
             self._in_blocks(checkpointing),
             trainable + self._at_embedding(),
-            trainable + self._in_optimizer(),
+            trainable + max(self._in_optimizer(), self.looked_at),
         ]
         return MemoryPlan(
             weights=weights,
@@ -133,7 +139,7 @@ class StepMemory:
             activations=self._activations(checkpointing, again=checkpointing == len(blocks)),
             logits=logits,
             buffers=self._buffers(),
-            working=max(moments),
+            working=max(moments) + self.sketches,
         )
 
     def _activations(self, recomputed: int, *, again: bool) -> int:

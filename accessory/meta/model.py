@@ -193,6 +193,11 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         wanted = (quant_type or recorded) if packed else None
         named = {"llama_type": llama_type, "llama_config": as_settings(llama_config)}
         blueprint = together(make_blueprint, sources, quant_type=wanted, **named, **how)
+        if train and blueprint.method.integer_rule:
+            raise ConfigError(
+                "train=True cannot move integers, which happens between the steps of finetune(). Use that, or give "
+                'llama_config={"tune": "statistics"}.'
+            )
         decoder, trained = filled(blueprint, sources, layout, seed=seed if train else None)
         model = MetaModel(decoder, blueprint.tokenizer, given.max_seq_len, *trained_prompts(sources)).train(train)
         stated = quant is not None or quant_type is not None

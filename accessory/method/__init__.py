@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accessory.method.base import Attachment, Method
+from accessory.method.base import Attachment, IntegerRule, Method
 from accessory.method.full import Full
 from accessory.method.peft import QUANT_TARGETS, Peft
 from accessory.method.qsft import Qsft
@@ -25,4 +25,4 @@ def setting_names() -> set[str]:
     return set().union(*(method.Settings.model_fields for method in METHODS.values()))
 
 
-__all__ = ["METHODS", "QUANT_TARGETS", "Attachment", "Method", "presets", "setting_names"]
+__all__ = ["METHODS", "QUANT_TARGETS", "Attachment", "IntegerRule", "Method", "presets", "setting_names"]

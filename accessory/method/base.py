@@ -14,6 +14,7 @@ from torch import Tensor
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import Layout
+from accessory.parallel.tensor import Slicing
 from accessory.quant import PackedWeight, storage
 
 Initializer = Callable[[torch.Generator], Tensor]
@@ -26,6 +27,26 @@ class Attachment:
 
     trainable: set[str] = field(default_factory=set)
     initial: dict[str, Initializer] = field(default_factory=dict)
+    moved: set[str] = field(default_factory=set)
+    """Names of what training changes though it has no gradient: it is saved with what is trained."""
+    working: dict[str, Slicing] = field(default_factory=dict)
+    """Name -> how it is cut, of parameters that only training needs: no checkpoint has them."""
+
+
+@dataclass(frozen=True)
+class IntegerRule:
+    """How whole numbers of packed weights move: see `accessory.run.integer_moves`.
+
+    gated: by tried moves; else by the released rule, rounding after each step. most_moved: share of a matrix's numbers
+    that may move at a time. every: steps from one proposal to the next. basis_every: steps a basis is kept for. scale:
+    of displacements.
+    """
+
+    gated: bool
+    most_moved: float
+    every: int
+    basis_every: int
+    scale: float
 
 
 class Method(ABC):
@@ -58,7 +79,11 @@ class Method(ABC):
         return f"it leaves untrained what {quant_type} is there to train" if storage(quant_type).trained else None
 
     @classmethod
-    def storage_of(cls, kind: type[PackedWeight]) -> type[PackedWeight]:
+    def tunes(cls, kind: type[PackedWeight]) -> bool:
+        """Whether it trains parts of matrices that are packed as `kind`."""
+        return bool(kind.trained)
+
+    def storage_of(self, kind: type[PackedWeight]) -> type[PackedWeight]:
         """How matrices lie in memory that the base has as `kind`: in another form where it trains what those freeze."""
         return kind
 
@@ -93,6 +118,11 @@ class Method(ABC):
         """Whether training uses dropout, so that equal tokens of two documents give different results."""
         return False
 
+    @property
+    def integer_rule(self) -> IntegerRule | None:
+        """How whole numbers of packed weights move; None: they stay."""
+        return None
+
     def __init__(self, settings: BaseModel) -> None:
         self.settings = settings
 
@@ -115,6 +145,16 @@ class Method(ABC):
         args: those of the base. Shapes are compared elsewhere.
         """
         return None
+
+    def prepare_training(self, decoder: Decoder, attachment: Attachment) -> None:  # noqa: B027 (most need nothing)
+        """Add to a decoder it is attached to (on the meta device) what only training needs, and to `attachment`."""
+
+    def rates(self, decoder: Decoder, lr: float) -> dict[str, float]:
+        """Name -> what the learning rate `lr` is multiplied by for it, where that is not 1. A collective.
+
+        decoder: with its weights in place.
+        """
+        return {}
 
     @abstractmethod
     def attach(self, decoder: Decoder) -> Attachment:

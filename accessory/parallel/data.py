@@ -72,6 +72,17 @@ def reduce_gradients(model: nn.Module, last: bool) -> None:
         model.set_is_last_backward(last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Leave of a sharded model only this rank's shards, where a forward without a backward has gathered all of it.
+
+    What was gathered would be used again, and have nothing of what changes until then.
+    """
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if sharding is not None else ():
+        if isinstance(module, sharding.FSDPModule):
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor

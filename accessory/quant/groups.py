@@ -166,6 +166,12 @@ class GroupWeight(FewRowsWeight):
             raise AssertionError(f"parts {', '.join(state)} for {self.name} with {', '.join(self.PARTS)}")
         super().adopt(state)
 
+    def packed_input(self, x: Tensor) -> Tensor:
+        """x [T, K], the input of a product with the matrix, as its packed columns are multiplied with it."""
+        if self.has("channel_scale"):
+            x = x * self.channel_scale.to(x.dtype)
+        return x[:, self.order] if self.has("order") else x
+
     def as_codes(self) -> GroupCodes:
         """The matrix as kernels take it."""
         parts = {name: getattr(self, name, None) for name in ("high", "zeros", *self.OPTIONAL)}

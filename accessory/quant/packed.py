@@ -59,6 +59,8 @@ class PackedWeight(nn.Module, ABC):
     """`codes`, and what else a format has."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of the parts that are trained."""
+    moved: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that training changes, though they have no gradient."""
     filed: ClassVar[type[PackedWeight]]
     """The storage in which files have the matrix: this one, unless it is a form of another for training."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()

@@ -17,7 +17,12 @@ PIECE = 1 << 20  # weights whose gradient is made at a time
 
 
 class TrainedStatistics(GroupWeight):
-    """Codes as they are, and `scales` and `zeros` [N, G] in fp32, trained."""
+    """Codes as they are, and `scales` and `zeros` [N, G] in fp32, trained.
+
+    step_size: the mean distance of two neighbours on the grid, as the matrix came.
+    """
+
+    step_size: float = 1.0
 
     @classmethod
     def of_range(cls, columns: int, span: Span) -> type[PackedWeight]:
@@ -36,6 +41,7 @@ class TrainedStatistics(GroupWeight):
         state = dict(state)
         if "points" in state:
             state["zeros"] = state.pop("points").float() * state["scales"].float()
+        self.step_size = float(state["scales"].float().abs().mean())
         super().adopt({name: part.float() if name in STATISTICS else part for name, part in state.items()})
         for name in STATISTICS:
             getattr(self, name).requires_grad_(True)
@@ -44,10 +50,7 @@ class TrainedStatistics(GroupWeight):
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         """Of scales, the sums over groups of dW * codes; of zeros, those of -dW. dW is made some rows at a time."""
         rows, columns = self.shape
-        if self.has("channel_scale"):
-            x = x * self.channel_scale.to(x.dtype)
-        if self.has("order"):
-            x = x[:, self.order]
+        x = self.packed_input(x)
         of_scales, of_zeros = torch.empty_like(self.scales), torch.empty_like(self.zeros)
         step = max(PIECE // max(columns, 1), 1)
         for start in range(0, rows, step):

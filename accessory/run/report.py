@@ -7,7 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ class StepReport:
     supervised: int
     seconds: float
     peak_bytes: int
+    figures: dict[str, float] = field(default_factory=dict)
+    """Others by name."""
 
 
 class Figures(NamedTuple):
@@ -164,8 +166,10 @@ class Reporter:
         self.say(self.line(report))
         self.bar.update()
         values = asdict(report) | {"perplexity": perplexity(report.loss)}
+        values |= values.pop("figures")
         entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
         scalars = {f"train/{name}": values[name] for name in _SCALARS}
+        scalars |= {f"train/{name}": value for name, value in report.figures.items()}
         scalars["train/tokens_per_s"] = report.tokens / report.seconds
         self._record(entry, scalars | {"train/peak_gib": report.peak_bytes / 2**30})
 

@@ -15,7 +15,7 @@ from accessory.checkpoint.manifest import MANIFEST_FILE
 from accessory.checkpoint.run_checkpoints import Retention, link_best, remove
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import read_json
-from accessory.checkpoint.training_state import Progress, collect_training_state, state_record
+from accessory.checkpoint.training_state import Progress, WorkingValues, collect_training_state, state_record
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.optim import state_bytes
 from accessory.parallel.agree import on_main
@@ -31,7 +31,7 @@ class Saver:
 
     `identity` and `conditions` are those of `state_record`. `keep_last` None keeps everything. `validation`: what
     evaluations have found so far, if there are any. `losses`: of the steps since the last save that were not skipped; a
-    checkpoint records their mean.
+    checkpoint records their mean. working: what else the training state holds.
     """
 
     writer: CheckpointWriter
@@ -45,11 +45,14 @@ class Saver:
     status: RunStatus
     keep_last: int | None = None
     validation: ValidationState | None = None
+    working: WorkingValues | None = None
     losses: list[float] = field(default_factory=list, init=False)
     saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         moments = self.layout.mp_size * state_bytes(self.identity["optim"], self.trained)
+        if self.working:
+            moments += self.layout.mp_size * sum(4 * p.numel() for p in self.working.parameters.values())
         self.needed = checkpoint_bytes(self.weights, self.layout.mp_size, moments)
         self.retention = Retention(self.writer.output_dir, self.keep_last) if self.keep_last else None
 
@@ -74,7 +77,7 @@ class Saver:
         """The work of a save; `loss` is the mean since the last one, None if every step since was skipped."""
         began = time.monotonic()
         self.check_disk_space()
-        state = collect_training_state(self.optimizer, self.trained)
+        state = collect_training_state(self.optimizer, self.trained, self.working)
         former = self._note_best(progress, only_best)
         record = state_record(progress, self.identity, self.conditions, self.validation)
         name, weights = progress.checkpoint_name, self.weights.gathered()

@@ -68,7 +68,9 @@ def built(
     """A decoder on meta with a method on it."""
     made = METHODS[method](METHODS[method].Settings(**settings))
     decoder = made.decoder(args, dtype=dtype, storage=made.storage_of(storage(quant)) if quant else None)
-    return decoder, made.attach(decoder)
+    attachment = made.attach(decoder)
+    made.prepare_training(decoder, attachment)
+    return decoder, attachment
 
 
 def filled(layout: Layout, settings: dict, **options) -> tuple[Decoder, Attachment]:

@@ -19,6 +19,7 @@ from accessory.optim import build_optimizer
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight, storage, workspace
 from accessory.quant.four_bit import FourBitWeight
+from accessory.run.integer_moves import IntegerMoves
 from tests.memory.allocated_peak import AllocatedPeak
 from tests.memory.small_models import LORA, NORM_BIAS, NORM_BIAS_LORA, SHAPES, SMALL, built, filled, planned, step
 
@@ -156,6 +157,7 @@ def test_device_memory() -> None:
 
 
 MIDDLE = ModelArgs(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, hidden_dim=704, vocab_size=2048)
+
 STEPS = {
     "LoRA": {"settings": LORA},
     "LoRA, plain, one document": {"settings": LORA, "quant": None, "lengths": (900,)},
@@ -180,6 +182,18 @@ STEPS = {
     "LoRA and scales of NF4, recomputed": {"settings": LORA, "quant": "nf4_scales", "recomputed": 6},
     "LoRA, codes in groups, fp32": {"settings": LORA, "quant": "int3_g64", "dtype": torch.float32},
     "scales and zeros, fp32": {"settings": {}, "method": "qsft", "quant": "int2_g64", "dtype": torch.float32},
+    "integers, scales and zeros": {
+        "settings": {"tune": "quantized", "galore_rank": 16},
+        "method": "qsft",
+        "quant": "int2_g64",
+        "optim": "adamw8bit",
+    },
+    "integers, two micro-batches": {
+        "settings": {"tune": "integers", "galore_rank": 64},
+        "method": "qsft",
+        "quant": "int3_g64",
+        "micro_batches": 2,
+    },
     "LoRA in two blocks": {"settings": {**LORA, "lora_layers": "3,4"}},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
 }
@@ -295,13 +309,25 @@ def planned_and_measured(
         torch.randint(0, args.vocab_size, (tokens,), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
     )
 
+    rule = METHODS[method](METHODS[method].Settings(**settings)).integer_rule
+    moves = IntegerMoves(decoder, replace(rule, every=1, basis_every=1), layout) if rule else None
+
     def step() -> None:
+        if moves:
+            moves.begin(1)
+            moves.moves_now = bool(optimizer.state)
         for _ in range(micro_batches):
             hidden = decoder(ids, decoder.sequences(lengths).with_labels(labels))
             loss = cross_entropy_sum(hidden, decoder.head_weight, labels, args.vocab_size)
             del hidden
             (loss / tokens).backward()
+        if moves:
+            with torch.no_grad():
+                moves.move(optimizer, 1.0, tokens, lambda: 2.0)
         optimizer.step()
+        if moves:
+            moves.clipped_by(1.0)
+            moves.end(optimizer, 1, skipped=False)
         optimizer.zero_grad(set_to_none=True)
 
     workspace._pieces.clear()
@@ -316,7 +342,8 @@ def planned_and_measured(
         data_parallel="sdp", optim=optim,
     ).plan(recomputed)  # fmt: skip
     shared = packed_products._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
-    unpacking = [m.unpack_bytes(layout.device) for m in decoder.modules() if isinstance(m, PackedWeight)]
+    packed = [module for module in decoder.modules() if isinstance(module, PackedWeight)]
+    unpacking = [m.unpack_bytes(layout.device) for m in packed if not m.product_kernel([m], dtype, layout.device)]
     assert plan.buffers == shared + max(unpacking, default=0)
     return plan.total, held + shared + peak.bytes
 

@@ -50,7 +50,7 @@ def test_help_names_every_method_and_family() -> None:
 
 def stored(name: str) -> type[PackedWeight] | None:
     """The storage that a method needs."""
-    return METHODS[name].storage_of(storage("int2_g8")) if name == "qsft" else None
+    return METHODS[name](METHODS[name].Settings()).storage_of(storage("int2_g8")) if name == "qsft" else None
 
 
 def attached(name: str, ranks: int = 1) -> tuple[dict[str, nn.Parameter], Attachment]:

@@ -117,7 +117,7 @@ def test_points_become_zeros_and_large_numbers_are_refused() -> None:
              "points": torch.randint(0, 16, (8, 2), dtype=torch.uint8)}  # fmt: skip
     tensor = PackedTensor({name: HeldTensor(part) for name, part in parts.items()}, kind, (8, 64), "w")
     trained = {"w.scales": torch.rand(8, 2), "w.zeros": torch.rand(8, 2)}
-    storage_of = METHODS["qsft"].storage_of
+    storage_of = METHODS["qsft"](METHODS["qsft"].Settings(tune="statistics")).storage_of
     for rounded in (True, False):
         tensors = {"w": tensor} | {name: HeldTensor(part) for name, part in trained.items()}
         found = with_trained_parts(tensors, storage_of, rounded=rounded)["w"]
@@ -135,7 +135,7 @@ def test_points_become_zeros_and_large_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize(("how", "layout", "said"), [
     ({}, Layout(), "--llama_type ..._qsft trains a quantized base, .*give --quant --quant_type int2_g64"),
-    ({"quant_type": "nf4"}, Layout(), "it trains scales and zeros of integers in groups .*, which nf4 has not"),
+    ({"quant_type": "nf4"}, Layout(), "it trains integers in groups, their scales and zeros .*, which nf4 has not"),
     ({"quant_type": "int4_g128"}, Layout(world_size=2, mp_size=2), "--model_parallel_size 2 cuts rows of 128 weights"),
 ])  # fmt: skip
 def test_refused(tiny_base: Path, how: dict[str, str], layout: Layout, said: str) -> None:
@@ -146,7 +146,7 @@ def test_refused(tiny_base: Path, how: dict[str, str], layout: Layout, said: str
 
 def test_what_statistics_cannot_become(part: Path, tmp_path: Path) -> None:
     """An adapter, or something beside the full-precision base."""
-    with pytest.raises(AccessoryError, match="scales and zeros of the base were trained, for which PEFT has no place"):
+    with pytest.raises(AccessoryError, match="quantized weights were trained, for which PEFT has no place"):
         export_adapter([part], tmp_path / "adapter", drop_biases=False)
     with pytest.raises(AccessoryError, match="trained parts of int2_g64 weights"):
         merge([part], tmp_path / "full", Destination("hf"), base="full", drop_biases=False)

@@ -27,6 +27,7 @@ REPORT = StepReport(
     supervised=400,
     seconds=0.5,
     peak_bytes=3 << 30,
+    figures={"moved_int2": 0.125},
 )
 
 
@@ -84,7 +85,8 @@ def test_log_and_tensorboard(tmp_path: Path) -> None:
     run(tmp_path, losses)
     entries = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert [entry["loss"] for entry in entries] == losses
-    assert entries[2] == asdict(replace(REPORT, step=3, loss=2.25, lr=0.003)) | {"perplexity": math.exp(2.25)}
+    wanted = asdict(replace(REPORT, step=3, loss=2.25, lr=0.003)) | {"perplexity": math.exp(2.25)}
+    assert entries[2] == wanted | wanted.pop("figures")
     assert scalars(tmp_path) == dict(enumerate(losses, start=1))
     assert scalars(tmp_path, "train/lr") == pytest.approx({i: i / 1000 for i in range(1, 5)})
     assert scalars(tmp_path, "train/grad_norm")[1] == 1.25
@@ -92,6 +94,7 @@ def test_log_and_tensorboard(tmp_path: Path) -> None:
     assert scalars(tmp_path, "train/perplexity")[2] == pytest.approx(math.exp(2.5), rel=1e-6)
     assert scalars(tmp_path, "train/tokens_per_s")[1] == 2000
     assert scalars(tmp_path, "train/peak_gib")[1] == 3
+    assert scalars(tmp_path, "train/moved_int2")[1] == 0.125
 
 
 def test_loss_curve_is_a_picture(tmp_path: Path) -> None:

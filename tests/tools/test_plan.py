@@ -171,7 +171,7 @@ def test_bare_checkpointing_is_all(called: Callable) -> None:
         (["7B", "--method", "full", "--quant_type", "nf4"], "--method full with --quant_type nf4: nf4 weights cannot"),
         (
             ["7B", "--method", "qsft", "--quant_type", "nf4"],
-            "--method qsft with --quant_type nf4: it trains scales and zeros of integers in groups (int2_g64, "
+            "--method qsft with --quant_type nf4: it trains integers in groups, their scales and zeros (int2_g64, "
             "int3_g64, mix2.5 and the like), which nf4 has not; give --quant_type int2_g64 or another",
         ),
         (["tiny", "--method", "qsft", "--quant_type", "none"], "--llama_type ..._qsft trains a quantized base"),
