@@ -51,7 +51,7 @@ def _matrix(files: Files, linear: str) -> PackedTensor:
         )
     if points.shape != (groups, words.shape[1]):
         raise files.error(linear, "qzeros", f"has shape {list(points.shape)}", f"[{groups}, {words.shape[1]}]")
-    if groups == 0 or columns % groups:
+    if groups == 0 or columns == 0 or columns % groups:
         raise files.error(linear, "scales", f"has {groups} groups", f"a number that divides {columns} channels")
     parts = codes_of_numbers(lambda: interleaved(words.read()), (rows, columns), BITS)
     parts["scales"] = by_rows(scales, f"{files.path}: {linear}.scales")

@@ -104,6 +104,11 @@ def _two_levels(files: Files, linear: str) -> PackedTensor:
     statistic = files.take(linear, "qstatistic", _BYTES, 3)
     level = {f"{of}_{part}": files.take(linear, f"{of}_{part}", HALVES, 3)
              for of in ("qscales", "qzeros") for part in ("zeros", "scales")}  # fmt: skip
+    shares = statistic.shape[1]
+    for part, tensor in level.items():
+        if tuple(tensor.shape) not in {(statistic.shape[0], shares, 1), (1, shares, 1)}:
+            expected = f"[{statistic.shape[0]}, {shares}, 1], as qstatistic has groups and shares"
+            raise files.error(linear, part, f"has shape {list(tensor.shape)}", expected)
     index = files.take(linear, "g_idx", INTEGERS, 1).read().long()
     if len(index) == 0 or index.min() < 0 or index.max() >= statistic.shape[0]:
         raise files.error(linear, "g_idx", f"names other groups than {statistic.shape[0]}", "those of qstatistic")
@@ -131,13 +136,17 @@ def _channel_mix(files: Files, linear: str) -> PackedTensor:
     """All numbers are kept in the width of the widest, in groups as large as divide all of the file's."""
     words = files.take(linear, "qweight", INTEGERS, 2)
     scales, zeros = (files.take(linear, part, HALVES, 2) for part in ("scales", "zeros"))
-    widths, tops = files.take(linear, "q_groups", _SHORTS, 1).read().long().view(-1, 2).t().tolist()
+    said = files.take(linear, "q_groups", _SHORTS, 1)
+    if not said.shape[0] == 2 * scales.shape[0] > 0:
+        expected = f"bits and first row of each of {scales.shape[0]} groups, as scales have"
+        raise files.error(linear, "q_groups", f"has {said.shape[0]} numbers", expected)
+    widths, tops = said.read().long().view(-1, 2).t().tolist()
     parts, columns = _channels(files, linear)
     for bits in widths:
         checked_bits(files, linear, bits)
     ends = [*tops[1:], words.shape[0]]
     sizes = [(end - top) * 32 // bits for bits, top, end in zip(widths, tops, ends, strict=True)]
-    if len(widths) != scales.shape[0] or sum(sizes) != columns or min(sizes, default=0) < 1:
+    if sum(sizes) != columns or min(sizes) < 1:
         found = f"has {len(widths)} groups of {sum(sizes)} channels"
         raise files.error(linear, "q_groups", found, f"{scales.shape[0]} of {columns}, as scales and q_perm have")
     bits, group = max(widths), math.gcd(*sizes)

@@ -16,6 +16,14 @@ from accessory.errors import CheckpointError, nearest
 _READERS = {"bitsandbytes": packed_by_bitsandbytes, "gptq": packed_by_gptq, "awq": packed_by_awq}
 _OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where AutoGPTQ and AutoAWQ said how they packed, before config.json did."""
+_AUTO_ROUND = ("auto-round", "intel/auto-round")
+_PACKING_FORMATS = {
+    "auto_round": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
+    "auto_round:gptqmodel": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
+    "auto_round:auto_gptq": {"quant_method": "gptq", "checkpoint_format": "gptq"},
+    "auto_round:auto_awq": {"quant_method": "awq", "version": "gemm"},
+}
+"""AutoRound's name of a layout -> what others call it."""
 
 
 def with_packed(tensors: dict[str, LazyTensor], stated: Any, path: Path) -> dict[str, LazyTensor]:
@@ -27,7 +35,10 @@ def with_packed(tensors: dict[str, LazyTensor], stated: Any, path: Path) -> dict
     if not stated:
         return packed_by_greenbit(tensors, path) if is_greenbit(tensors) else tensors
     method = stated.get("quant_method") if isinstance(stated, dict) else stated
-    if method not in _READERS or not isinstance(stated, dict):
+    if isinstance(method, str) and method in _AUTO_ROUND and isinstance(stated, dict):
+        stated = stated | _of_auto_round(stated.get("packing_format"), path)
+        method = stated["quant_method"]
+    if not (isinstance(method, str) and method in _READERS and isinstance(stated, dict)):
         raise CheckpointError(
             f"{path}: is quantized by {method!r}, which cannot be read; expected {', '.join(_READERS)}, a directory of "
             f"GreenBit's, or the full-precision checkpoint and --quant.{nearest(str(method), _READERS)}"
@@ -40,3 +51,12 @@ def _stated_in_own_file(path: Path) -> dict[str, Any] | None:
         if (path / name).is_file():
             return {"quant_method": method, **read_json(path / name)}
     return None
+
+
+def _of_auto_round(packing: object, path: Path) -> dict[str, str]:
+    if not (isinstance(packing, str) and packing in _PACKING_FORMATS):
+        raise CheckpointError(
+            f"{path}: its quantization_config says packing_format {packing!r} of AutoRound; expected one of "
+            f"{', '.join(_PACKING_FORMATS)}.{nearest(str(packing), _PACKING_FORMATS)}"
+        )
+    return _PACKING_FORMATS[packing]

@@ -19,6 +19,7 @@ from tests.checkpoint.formats.low_bit_models import V, changed, logits
         ("awq", lambda t: None, {"version": "gemv"}, "version 'gemv' and 4 bits; expected gemm and 4"),
         ("awq", lambda t: t.pop(f"{V}.scales"), {}, f"{V}.scales is missing"),
         ("awq", lambda t: t.update({f"{V}.qzeros": t[f"{V}.qzeros"][:1].clone()}), {}, r"\[1, 8\]; expected \[4, 8\]"),
+        ("awq", lambda t: t.update({f"{V}.qweight": t[f"{V}.qweight"][:0].clone()}), {}, "that divides 0 channels"),
         ("awq", lambda t: None, {"quant_method": "awk"}, "'awk', which cannot be read; .* Did you mean 'awq'"),
     ],
 )

@@ -24,6 +24,18 @@ from tests.checkpoint.formats.low_bit_models import V, changed
             f"{V}.zeros and scales have",
         ),
         ("greenbit-channel-mix", lambda t: t[f"{V}.q_groups"][:1].fill_(8), {}, f"{V}.qweight holds numbers of 8 bits"),
+        (
+            "greenbit-channel-mix",
+            lambda t: t.update({f"{V}.q_groups": t[f"{V}.q_groups"][:-1].clone()}),
+            {},
+            f"{V}.q_groups has 5 numbers; expected bits and first row of each of 3 groups",
+        ),
+        (
+            "greenbit-two-levels",
+            lambda t: t.update({f"{V}.qzeros_scales": t[f"{V}.qzeros_scales"][:3].clone()}),
+            {},
+            rf"{V}.qzeros_scales has shape \[3, 2, 1\]; expected \[4, 2, 1\]",
+        ),
         ("greenbit-two-levels", lambda t: t.pop(f"{V}.qscales_zeros"), {}, f"{V}.qscales_zeros is missing"),
     ],
 )

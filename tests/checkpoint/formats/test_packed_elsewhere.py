@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.load import targets
+from accessory.checkpoint.opening import open_source
 from accessory.data.batch import Document, PackedBatch
+from accessory.errors import CheckpointError
 from accessory.kernels.codes import whole_numbers
 from accessory.meta import MetaModel
 from accessory.quant import PackedWeight
 from tests.checkpoint.formats import low_bit_files as files
-from tests.checkpoint.formats.low_bit_models import OURS, TOKENS, WRITERS, logits
+from tests.checkpoint.formats.low_bit_models import OURS, TOKENS, WRITERS, changed, logits
 
 
 def their_linears(model: MetaModel) -> dict[str, PackedWeight]:
@@ -100,3 +102,28 @@ def test_config_of_its_own_file(written, tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
     (path / "quant_config.json").write_text(json.dumps(stated))
     assert torch.equal(logits(path), logits(written("awq").path))
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [("gptq-4", "auto_round:auto_gptq"), ("gptq_v2-3", "auto_round:gptqmodel"), ("gptq_v2-3", "auto_round"),
+     ("awq", "auto_round:auto_awq")],
+)  # fmt: skip
+def test_auto_round_packs_as_others_do(written, tmp_path: Path, name: str, packing: str) -> None:
+    """Under names of its own; a layout that is none of these is refused by name."""
+    keys = {"quant_method": "auto-round", "packing_format": packing, "checkpoint_format": None, "version": None}
+    path = changed(written(name), tmp_path / "auto_round", lambda t: None, **keys)
+    assert torch.equal(logits(path), logits(written(name).path))
+    keys["packing_format"] = "auto_round:auto_gpt"
+    other = changed(written(name), tmp_path / "other", lambda t: None, **keys)
+    with pytest.raises(
+        CheckpointError, match=r"'auto_round:auto_gpt' of AutoRound; .*Did you mean 'auto_round:auto_gptq'"
+    ):
+        open_source(other)
+
+
+def test_a_quant_method_that_is_no_word_is_refused(written, tmp_path: Path) -> None:
+    """A list in its place."""
+    path = changed(written("awq"), tmp_path / "list", lambda t: None, quant_method=["awq"])
+    with pytest.raises(CheckpointError, match=r"quantized by \['awq'\], which cannot be read"):
+        open_source(path)
