@@ -21,7 +21,7 @@ from accessory.parallel.data import reduce_gradients, reshard, sum_over_data_par
 from accessory.parallel.parameters import NamedParameters
 from accessory.run import step_faults
 from accessory.run.integer_moves import IntegerMoves
-from accessory.run.report import Reporter, StepReport, peak_memory
+from accessory.run.report import Distillation, Reporter, StepReport, peak_memory
 from accessory.run.saving import Saver
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
@@ -53,6 +53,8 @@ class StepSettings:
     """Whether a step whose loss or gradient is not finite changes nothing, instead of ending the run."""
     memory_remedies: str = ""
     """Flags that make a step smaller, named in the error if memory runs out."""
+    teacher_weight: float | None = None
+    """A teacher's share of the loss, the rest being cross-entropy; None: there is no teacher."""
 
 
 @dataclass
@@ -140,8 +142,9 @@ class Engine:
         scale = progress.loss_scale if scales else 1.0
         if self.moves:
             self.moves.begin(progress.total_steps)
-        hits = torch.zeros((), dtype=torch.float64, device=self.parameters.device)
-        losses = self._accumulate(progress, scale / weight, hits)
+        taught = self.settings.teacher_weight
+        counts = torch.zeros(1 if taught is None else 2, dtype=torch.float64, device=self.parameters.device)
+        losses = self._accumulate(progress, scale / weight, counts)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
         self.parameters.sum_partial_gradients()
         norm = self.parameters.gradient_norm().item() / scale
@@ -164,11 +167,12 @@ class Engine:
         if scales and asked.not_finite != _NOT_FINITE:
             progress.rescale(finite=not asked.not_finite)
         progress.advance(self.schedule.steps_per_epoch, skipped=bool(asked.not_finite))
+        hits, *entropy = sum_over_data_parallel(counts).tolist()
         return StepReport(
             step=progress.total_steps,
             epoch=epoch,
             loss=loss,
-            accuracy=(sum_over_data_parallel(hits) / self.order.supervised_tokens(*at)).item(),
+            accuracy=hits / self.order.supervised_tokens(*at),
             lr=lr,
             grad_norm=norm,
             tokens=self.order.tokens(*at),
@@ -176,12 +180,14 @@ class Engine:
             seconds=time.monotonic() - began,
             peak_bytes=peak_memory(self.parameters.device),
             figures=self.moves.figures() if self.moves else {},
+            distillation=None if taught is None else Distillation.of(loss, entropy[0] / weight, taught),
         ), asked
 
-    def _accumulate(self, progress: Progress, factor: float, hits: Tensor) -> list[Tensor]:
+    def _accumulate(self, progress: Progress, factor: float, counts: Tensor) -> list[Tensor]:
         """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 [].
 
-        hits: fp64 [], to which the number of rightly predicted tokens of answers is added.
+        counts: fp64 [1], to which the number of rightly predicted tokens of answers is added; with a teacher [2], the
+        other being the sum of cross-entropies.
         """
         pending = list(self.order.micro_batches(progress.epoch, progress.step))
         if self.base_cache:
@@ -191,7 +197,7 @@ class Engine:
             reduce_gradients(self.model, last=i == len(pending) - 1)
             said = partial(step_faults.out_of_memory, i, len(pending), batch, progress, self.settings.memory_remedies)
             with out_of_memory_as(said):
-                loss = self._forward(batch, hits)
+                loss = self._forward(batch, counts)
                 (loss * factor).backward()
             losses.append(loss.detach().double())
         return losses
@@ -199,9 +205,9 @@ class Engine:
     @torch.no_grad()
     def _loss_again(self, progress: Progress, weight: float) -> float:
         """The loss of the same step's documents with the weights as they are now."""
-        hits = torch.zeros((), dtype=torch.float64, device=self.parameters.device)
+        counts = torch.zeros(1, dtype=torch.float64, device=self.parameters.device)
         batches = self.order.micro_batches(progress.epoch, progress.step)
-        losses = [self._forward(batch, hits).double() for batch in batches]
+        losses = [self._forward(batch, counts).double() for batch in batches]
         reshard(self.model)
         return (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
 
@@ -210,10 +216,10 @@ class Engine:
         last = progress.step + 1 == self.schedule.steps_per_epoch
         return (progress.epoch + 1, 0) if last else (progress.epoch, progress.step + 1)
 
-    def _forward(self, batch: PackedBatch, hits: Tensor) -> Tensor:
+    def _forward(self, batch: PackedBatch, counts: Tensor) -> Tensor:
         if self.settings.pin_memory:
             batch = batch.pin_memory()
-        return self.model(batch.to(self.parameters.device, non_blocking=self.settings.pin_memory), hits)
+        return self.model(batch.to(self.parameters.device, non_blocking=self.settings.pin_memory), *counts)
 
     def _agree(self, loss: float, norm: float) -> Asked:
         """What all ranks do after this step: one rank alone must never decide it."""

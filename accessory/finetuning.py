@@ -44,6 +44,7 @@ from accessory.run.saving import Saver
 from accessory.run.schedule import Schedule, schedule_notes, schedule_of
 from accessory.run.signals import StopSignals
 from accessory.run.status import RunStatus
+from accessory.run.teacher import TeacherPlan, find_teacher, load_teacher, make_teacher
 from accessory.run.trackers import make_trackers
 from accessory.run.validation import Validation
 from accessory.run.validation_set import divide
@@ -84,18 +85,21 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     config = config.model_copy(update={"resume": start})
     sources = together(open_sources, config)
     blueprint = together(_blueprint, config, sources)
+    chosen = together(find_teacher, config, sources, blueprint)
     decoder, attachment = together(blueprint.build, layout, config.data_parallel)
     decoder.drop_out(config.embed_dropout, config.attn_dropout)
-    job = _job(config, layout, sources, blueprint)
+    job = _job(config, layout, sources, blueprint, chosen)
     found = together(job.resumption)
     progress, notes = progress_at_start(found)
     _say(layout, *notes)
-    recomputed, notes = preview(job, decoder, attachment)
+    teacher = chosen and together(make_teacher, chosen, decoder, attachment, layout, config.data_parallel)
+    recomputed, notes = preview(job, decoder, attachment, teacher)
     _say(layout, *notes)
     rows, notes = together(plan_base_cache, job, decoder)
     _say(layout, *notes)
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model = _fill(job, decoder, attachment)
+    model.teacher = teacher and load_teacher(teacher, decoder, layout, config.data_parallel)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     everything = NamedParameters(dict(decoder.named_parameters()), slicings | attachment.working)
     parameters = everything.only(attachment.trainable)
@@ -127,6 +131,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
             pin_memory=config.pin_mem and layout.device.type == "cuda",
             skip_not_finite=config.not_finite == "skip",
             memory_remedies=remedies(config),
+            teacher_weight=config.teacher_weight if config.teacher else None,
         )
         engine = Engine(
             model,
@@ -146,12 +151,15 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
         signals.deferring = True
         engine.train(progress)
     model.base_cache = None  # it knows documents of this corpus only
+    model.teacher = None
     if config.dry_run:
         _say(layout, "dry run: all is well, nothing was written")
     return model
 
 
-def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint) -> Job:
+def _job(
+    config: FinetuneConfig, layout: Layout, sources: list[Source], blueprint: Blueprint, teacher: TeacherPlan | None
+) -> Job:
     """Read the data. Raises on all ranks if one cannot, or if they would train on different data."""
     began = on_main(run_began, config, sources)
     how = {
@@ -169,6 +177,8 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
     }
     corpus = together(build_corpus, config.data_config, blueprint.tokenizer, **how)
     _say(layout, *together(corpus_notes, config, blueprint, corpus))
+    if teacher:
+        together(teacher.check_lengths, corpus)
     ids, validation, notes = together(divide, config, blueprint, corpus, how)
     _say(layout, *notes)
     order = together(
@@ -185,7 +195,7 @@ def _job(config: FinetuneConfig, layout: Layout, sources: list[Source], blueprin
         ids=ids,
         prompt_weight=config.prompt_loss_weight,
     )
-    job = Job(config, layout, sources, blueprint, corpus, order, began, validation, _tasks(config, order))
+    job = Job(config, layout, sources, blueprint, corpus, order, began, validation, _tasks(config, order), teacher)
     check_alike({**job.identity, "validation": validation and [validation.digest, *validation.questions]})
     return job
 

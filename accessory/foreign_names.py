@@ -87,6 +87,12 @@ _SENTENCES = (
      "grad_accum "
      "accumulate_grad_batches",
      "--accum_iter is the number of micro-batches in a step"),
+    ("teacher_model teacher_model_name teacher_model_name_or_path teacher_path teacher_checkpoint teacher_name_or_path",
+     "--teacher takes the model that teaches, or base"),
+    ("kd_alpha kd_ratio kd_weight distill_alpha distillation_alpha distillation_weight alpha_kd",
+     "--teacher_weight is the divergence's share of the loss; the rest, cross-entropy's, has no flag of its own"),
+    ("kd_temperature distill_temperature distillation_temperature kd_temp", "--teacher_temperature is the temperature"),
+    ("kd_ce_alpha ce_weight", "cross-entropy counts what --teacher_weight leaves of 1"),
     ("learning_rate base_lr max_lr", "--lr is the highest learning rate"),
     ("init_lr", "the warm-up starts at 0: leave it out"),
     ("min_learning_rate lr_min min_lr_ratio min_lr_rate cosine_min_lr_ratio", "--min_lr is the rate at the end"),

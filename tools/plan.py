@@ -29,7 +29,7 @@ from accessory.method import Attachment, Method, presets
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
-from accessory.quant import MIXES, QUANT_TYPES, PackedWeight, storage
+from accessory.quant import MIXES, QUANT_TYPES, STORAGES, PackedWeight, storage
 from accessory.quant.mixes import WIDE
 from tools.model_sizes import LLAMA_2, args_of
 
@@ -55,6 +55,8 @@ class Setting:
     model_parallel_size: int = 1
     data_parallel_size: int = 1
     data_parallel: str = "sdp"
+    teacher: str | None = None
+    teacher_quant_type: str = PLAIN
 
     def check(self, model: str) -> None:
         """Raise `ConfigError` for names we do not know, numbers below 1, and what cannot be together."""
@@ -63,6 +65,7 @@ class Setting:
             "precision": DTYPES,
             "optim": OPTIMIZERS,
             "data_parallel": ("sdp", "fsdp"),
+            "teacher_quant_type": (PLAIN, *STORAGES),
         }
         for flag, known in names.items():
             check_known(f"--{flag}", getattr(self, flag), known)
@@ -70,6 +73,8 @@ class Setting:
             value = getattr(self, flag)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"--{flag} {value!r}: expected a whole number from 1 on.")
+        if self.teacher_quant_type != PLAIN and not self.teacher:
+            raise ConfigError("--teacher_quant_type without --teacher changes nothing: give both, or neither.")
         if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < self.seq):
             raise ConfigError(
                 f"--max_tokens {self.max_tokens!r}: expected a whole number from {self.seq} (--seq) on, so that each "
@@ -158,6 +163,8 @@ def plan(
     model_parallel_size: int = 1,
     data_parallel_size: int = 1,
     data_parallel: str = "sdp",
+    teacher: str | None = None,
+    teacher_quant_type: str = PLAIN,
     device: str = "auto",
     device_memory: float | None = None,
 ) -> None:
@@ -179,6 +186,8 @@ def plan(
         model_parallel_size: ranks that share one copy of the model.
         data_parallel_size: copies of the model.
         data_parallel: sdp or fsdp.
+        teacher: a model that teaches, given as MODEL is.
+        teacher_quant_type: a format to pack the teacher in, or none.
         device: cpu, cuda, or auto: CUDA where there is any.
         device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
     """
@@ -188,6 +197,7 @@ def plan(
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, 0,
         optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
+        None if teacher is None else str(teacher), teacher_quant_type,
     )  # fmt: skip
     setting.check(model)
     setting = replace(setting, checkpointing=_layers(checkpointing, _n_layers(model, setting)))
@@ -234,7 +244,7 @@ def compare(model: str, methods: str = "lora,qst", seq: int = 512, batch_size: i
 
 def _print_rows(first: str, rows: list[tuple[str, Setting, bool]]) -> None:
     """Print a table of (model, setting, whether all layers are recomputed); `first`: heads of columns of its own."""
-    names = [field.name for field in fields(MemoryPlan)] + ["total"]
+    names = [field.name for field in fields(MemoryPlan) if field.name != "teacher"] + ["total"]
     heads = f"{first}method | trainable parameters | {' | '.join(names)}"
     print(f"| {heads} |\n{'|---' * (heads.count('|') + 1)}|")
     for model, setting, again in rows:
@@ -259,6 +269,7 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
         data_parallel=setting.data_parallel,
         optim=setting.optim,
         offload=setting.offload_inputs,
+        teacher=(_teaching(setting, decoder), frozenset()) if setting.teacher else None,
     )
     return step.plan(setting.checkpointing), *parameter_counts(decoder, attachment)
 
@@ -293,6 +304,14 @@ def _built(model: str, method: str, quant_type: str, precision: str, ranks: int)
 def _keep(decoder: Decoder, method: Method, packed: Mapping[str, type[PackedWeight]], default) -> None:
     """Have each linear packed as `packed` says, in the form in which the method trains it."""
     keep_packed(decoder, {name: method.storage_of(kind) for name, kind in packed.items()}, default)
+
+
+def _teaching(setting: Setting, student: Decoder) -> Decoder:
+    """The teacher, with as many rows as the student has, as a run lays it out."""
+    args = args_of(setting.teacher).model_copy(update={"vocab_size": student.args.vocab_size})
+    kind = None if setting.teacher_quant_type == PLAIN else storage(setting.teacher_quant_type)
+    args.check_model_parallel(student.ranks)
+    return Decoder(args, dtype=student.dtype, ranks=student.ranks, storage=kind)
 
 
 def _widen(decoder: Decoder, share: float, wide: type[PackedWeight]) -> None:

@@ -16,17 +16,27 @@ def hand_on(old: Decoder, new: Decoder, trained: Set[str]) -> set[str]:
 
     Both have the same base. trained: names of the tensors that either has from a trained part.
     """
+    handed = in_common(old, new, trained)
+    held = {target.name: getattr(target.owner, target.leaf) for target in targets(old)}
+    for target in list(targets(new)):
+        if target.name in handed:
+            setattr(target.owner, target.leaf, held[target.name])
+    return handed
+
+
+def in_common(old: Decoder, new: Decoder, trained: Set[str]) -> set[str]:
+    """Names of what `hand_on` would put in its place; either may be on meta."""
     if old.args.rotary_layout != new.args.rotary_layout:  # the same file is then read in another order
         return set()
     trained = trained | {name.rpartition(".")[0] for name in trained}  # a packed matrix has a trained part of its own
     there = {target.name: getattr(target.owner, target.leaf) for target in targets(old)}
-    handed = set()
-    for target in list(targets(new)):
-        held, wanted = there.get(target.name), getattr(target.owner, target.leaf)
-        if held is not None and target.name not in trained and _is_like(held, wanted):
-            setattr(target.owner, target.leaf, held)
-            handed.add(target.name)
-    return handed
+    return {
+        target.name
+        for target in targets(new)
+        if target.name not in trained
+        and target.name in there
+        and _is_like(there[target.name], getattr(target.owner, target.leaf))
+    }
 
 
 def _is_like(held: nn.Parameter | PackedWeight, wanted: nn.Parameter | PackedWeight) -> bool:

@@ -205,6 +205,16 @@ def grown_rows(inner: LazyTensor, count: int) -> LazyTensor:
     return ComputedTensor((count, *inner.shape[1:]), inner.dtype, compute)
 
 
+def first_rows(inner: LazyTensor, count: int) -> LazyTensor:
+    """The first `count` rows of a matrix."""
+
+    def compute(dim: int | None, start: int, stop: int) -> Tensor:
+        """Rows or columns start to stop; dim None: all of it."""
+        return inner.read(0, start, stop) if dim == 0 else cut(inner.read(0, 0, count), dim, start, stop)
+
+    return ComputedTensor((count, *inner.shape[1:]), inner.dtype, compute)
+
+
 def unit_rows(inner: LazyTensor) -> LazyTensor:
     """A matrix whose rows are scaled to length 1 (fp32), as a normalized head has them; rows of zeros stay."""
 

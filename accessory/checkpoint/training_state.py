@@ -30,12 +30,12 @@ from accessory.quant.moments import unpack_moment, zero_code
 CHANGEABLE = frozenset((
     "base", "data", "seed", "global_batch", "group_by_length", "quantization", "precision", "lr", "min_lr",
     "lr_schedule", "warmup_epochs", "epochs", "weight_decay", "adam_beta2", "clip_grad", "val_split",
-    "prompt_loss_weight", "embed_dropout", "attn_dropout",
+    "prompt_loss_weight", "embed_dropout", "attn_dropout", "teacher",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
 _UNRECORDED = {
     "lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0, "group_by_length": False,
-    "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0,
+    "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0, "teacher": None,
 }  # fmt: skip
 """Of the identity: what runs of earlier versions did without recording it."""
 _FOLLOWED = ("tail", "side_heads")

@@ -18,9 +18,10 @@ from accessory.foreign_names import unknown
 from accessory.method import METHODS, QUANT_TARGETS
 from accessory.model.families import FAMILIES
 from accessory.optim import BETAS, LR_SCHEDULES, OPTIMIZERS
-from accessory.quant import QUANT_TYPES, storage
+from accessory.quant import QUANT_TYPES, STORAGES, storage
 
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
+_OF_TEACHER = frozenset(("teacher_weight", "teacher_temperature", "teacher_quant_type"))
 TRACKERS = ("tensorboard", "wandb", "none")
 """What `--report_to` takes."""
 _TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
@@ -122,6 +123,14 @@ class FinetuneConfig(BaseModel):
     """Longest document in tokens; the rest is cut off and counted."""
     prompt_loss_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight in the loss of tokens that are not to be learned; answers' is 1. The sum is divided by that of weights."""
+    teacher: Paths = []
+    """Learn from this model, too: any checkpoint with the same vocabulary, or `base`, the base in full precision."""
+    teacher_weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    """Logits of both are divided by this in the divergence, which is multiplied by its square."""
+    teacher_quant_type: Literal[tuple(STORAGES)] | None = None
+    """Pack the teacher in this format of --quant_type; absent: keep it as its files have it."""
     embed_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the embeddings' values that are dropped while training."""
     attn_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -229,10 +238,13 @@ class FinetuneConfig(BaseModel):
         if self.cache_base and self.cache_base == self.output_dir:
             found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
         found += self._evaluation_faults()
+        found += [f"--{name} without --teacher changes nothing: give both, or neither."
+                  for name in sorted(_OF_TEACHER & self.model_fields_set) if not self.teacher]  # fmt: skip
         found += misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
             tokenizer_path=[self.tokenizer_path],
+            teacher=[] if self.teaches_base else self.teacher,
             resume=[None if self.resumes_latest else self.resume],
         )
         for flag, given in (("data_config", self.data_config), ("val_data", self.val_data)):
@@ -290,6 +302,11 @@ class FinetuneConfig(BaseModel):
     def evaluates(self) -> bool:
         """Whether the run evaluates anything."""
         return bool(self.val_data) or self.val_split is not None
+
+    @property
+    def teaches_base(self) -> bool:
+        """Whether `--teacher` is the run's own base in full precision."""
+        return self.teacher == [Path("base")]
 
     @property
     def resumes_latest(self) -> bool:

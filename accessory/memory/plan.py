@@ -7,7 +7,7 @@ workspaces, gradients, logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
@@ -17,6 +17,7 @@ from torch import nn
 from accessory.checkpoint.load import targets
 from accessory.memory.block_work import BlockWork, normalizing_bytes
 from accessory.memory.kept import measure_kept
+from accessory.memory.teacher import TeacherMemory
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
@@ -36,7 +37,7 @@ class MemoryPlan:
     Documents count whole, though a batch keeps less of those that share a beginning (see `PackedBatch`).
     activations: kept by the forward, and by the block that is recomputed. logits: of a loss chunk. buffers: for
     unpacked matrices, and workspaces of their kernels. working: the peak of activations, logits, gradients and a
-    block's backward together.
+    block's backward together. teacher: its weights, apart from those that are the student's, too.
     """
 
     weights: int
@@ -47,17 +48,22 @@ class MemoryPlan:
     logits: int
     buffers: int
     working: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """What the rank needs: everything permanent, and the peak of the rest."""
-        return self.weights + self.trainable + self.optimizer + self.buffers + self.working
+        return self.weights + self.trainable + self.optimizer + self.buffers + self.working + self.teacher
+
+    def parts(self) -> list[str]:
+        """Names of the parts; the teacher is one where there is one."""
+        return [field.name for field in fields(self) if field.name != "teacher" or self.teacher]
 
     def table(self, title: str, available: int | None) -> str:
         """Printable lines; available: bytes the device has."""
         lines = [f"memory plan per rank: {title}"]
-        for field in fields(self):
-            lines.append(f"  {field.name:<12} {getattr(self, field.name) / 1e9:9.3f} GB")
+        for field in self.parts():
+            lines.append(f"  {field:<12} {getattr(self, field) / 1e9:9.3f} GB")
         room = f" of {available / 1e9:.1f} GB" if available else ""
         lines.append(f"  {'total':<12} {self.total / 1e9:9.3f} GB{room}")
         return "\n".join(lines)
@@ -67,7 +73,8 @@ class StepMemory:
     """The memory of a step with micro-batches of `tokens` supervised tokens; the decoder may be on the meta device.
 
     longest: tokens of the longest document; by default there is one. micro_batches: of a step. optim: as `--optim`.
-    offload: whether inputs of recomputed blocks are moved to host memory.
+    offload: whether inputs of recomputed blocks are moved to host memory. teacher: a decoder that teaches, and names of
+    its parameters that are this one's, too.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class StepMemory:
         micro_batches: int = 1,
         optim: str = "adamw",
         offload: bool = False,
+        teacher: tuple[Decoder, Set[str]] | None = None,
     ) -> None:
         self.decoder, self.layout, self.tokens, self.data_parallel = decoder, layout, tokens, data_parallel
         self.longest, self.optim, self.offload = min(longest or tokens, tokens), optim, offload
@@ -100,6 +108,8 @@ class StepMemory:
         kept = measure_kept(decoder, attachment, tokens)
         rest = (tokens % self.longest,) if tokens % self.longest else ()
         lengths = (self.longest,) * (tokens // self.longest) + rest
+        self.teacher = TeacherMemory(teacher[0], layout, lengths, data_parallel, teacher[1]) if teacher else None
+        self.taught = self.teacher.hidden if self.teacher else 0  # alive until the loss
         self.work = [BlockWork(block, lengths, decoder.dtype, layout.device) for block in self.blocks.values()]
         measured = zip(self.work, kept.blocks, strict=True)
         self.kept = replace(kept, blocks=tuple(work.kept(block) for work, block in measured))
@@ -107,12 +117,13 @@ class StepMemory:
     def plan(self, checkpointing: int) -> MemoryPlan:
         """The plan where the first `checkpointing` blocks are recomputed.
 
-        The peak is one of six moments: in the forward of a block that has no backward, what earlier ones keep and its
+        The peak is one of seven moments: in the forward of a block that has no backward, what earlier ones keep and its
         own work; in the final norm, everything kept and its work; at the loss, everything kept and a chunk's logits; in
         a block's backward, what it and earlier blocks keep, gradients of what comes later and its own work; in the
         embedding's backward, all gradients and its own work; in the optimizer's step, or where integers move, all
-        gradients and its workspace. Sketches of new bases are there in all of them. Gradients of earlier micro-batches
-        are there throughout; later ones are added to them as they are made.
+        gradients and its workspace; in a teacher, before all these, its own work. What it gives stays until the loss.
+        Sketches of new bases are there in all of them. Gradients of earlier micro-batches are there throughout; later
+        ones are added to them as they are made.
         """
         layout, trainable, blocks = self.layout, self.trainable, self.blocks.values()
         share, sharded = layout.dp_size, layout.dp_size > 1
@@ -125,6 +136,7 @@ class StepMemory:
             gathered = 2 * max(self.gradients) + trainable - sum(self.gradients)
         logits = self._logits()
         moments = [
+            self.held + self._in_teacher(),
             self.held + self._at_norm(checkpointing),
             self.held + logits + self._at_loss(checkpointing),
             self._in_blocks(checkpointing),
@@ -140,7 +152,11 @@ class StepMemory:
             logits=logits,
             buffers=self._buffers(),
             working=max(moments) + self.sketches,
+            teacher=self.teacher.weights if self.teacher else 0,
         )
+
+    def _in_teacher(self) -> int:
+        return self.teacher.forward if self.teacher else 0
 
     def _activations(self, recomputed: int, *, again: bool) -> int:
         """Everything that the forward keeps; `again`: and what the last block keeps when it is recomputed.
@@ -172,18 +188,20 @@ class StepMemory:
             return 0
         kept = self._by_blocks(len(self.kept.blocks), recomputed, again=False) + self._beside_blocks()
         made = normalizing_bytes(self.decoder.norm, self.tokens, self.decoder.dtype, self.layout.device)
-        return kept + self.kept.exit + self.kept.held + made
+        return kept + self.kept.exit + self.kept.held + made + self.taught
 
     def _at_loss(self, recomputed: int) -> int:
         """What is alive beside a chunk's logits: all kept, hidden states and two chunks of them, a head's gradient."""
         hidden = self.width * self.decoder.args.embedding_dim * (self.tokens + 2 * min(self.tokens, CHUNK))
-        return self._activations(recomputed, again=False) + hidden + self.trained_head * (self.width + 4)
+        taught = self.taught + (self.teacher.chunk if self.teacher else 0)
+        return self._activations(recomputed, again=False) + hidden + self.trained_head * (self.width + 4) + taught
 
     def _logits(self) -> int:
         """Logits of a chunk, and a copy of the head if it is cast (an fp32 master), which happens once and whole."""
         head = self.decoder.head_weight
         copy = head.numel() * self.width if head.dtype != self.decoder.dtype else 0
-        return copy + chunk_bytes(self.tokens, len(head), self.layout.device, self.decoder.dtype)
+        taught = self.teacher is not None
+        return copy + chunk_bytes(self.tokens, len(head), self.layout.device, self.decoder.dtype, taught)
 
     def _in_blocks(self, recomputed: int) -> int:
         """The peak of the blocks' backward, or of the forward of those that have none.
@@ -199,7 +217,8 @@ class StepMemory:
         moments = []
         for i, (block, work) in enumerate(zip(blocks, self.work, strict=True)):
             again = block.goes_back and i < recomputed
-            moment = work.backward(block) + made[i] + most_at_once if block.goes_back else work.forward(block)
+            forward = work.forward(block) + self.taught
+            moment = work.backward(block) + made[i] + most_at_once if block.goes_back else forward
             moments.append(self._by_blocks(i + 1, min(recomputed, i + 1), again=again) + moment)
         return beside + max(moments) + self._of_packed_gradients()
 
@@ -262,6 +281,7 @@ class StepMemory:
         for linears, backward in self._linears_by_input():
             weights, ranks = [m.weight for m in linears], [_rank(m) for m in linears]
             found.append(memory_to_multiply(weights, ranks, self.tokens, dtype, device, backward=backward))
+        found += [(self.teacher.workspace, self.teacher.buffer)] if self.teacher else []
         return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found)
 
 

@@ -26,6 +26,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.scores import TokenScores, token_scores
 from accessory.model.sequences import Sequences
+from accessory.model.teacher import Teacher
 from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
@@ -48,6 +49,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
     system's words that stood before most conversations; None: the layout's own. encoder: a module that makes the
     embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
     base_cache: what training takes the base's states from, if anything; only for documents of the corpus it is of.
+    teacher: from whom it learns beside the labels, if from anyone.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         super().__init__()
         self.encoder: nn.Module | None = None
         self.base_cache: BaseCache | None = None
+        self.teacher: Teacher | None = None
         self._loaded: Loaded | None = None
         self._hold(llma, tokenizer, max_seq_len, prompt_layouts, system)
 
@@ -76,11 +79,15 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
         self.__dict__.pop("chat", None)  # that of another tokenizer
 
-    def forward(self, batch: PackedBatch, hits: Tensor | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch, hits: Tensor | None = None, entropy: Tensor | None = None) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar; estimated where a method draws some.
 
-        hits: fp64 [], to which the number of answers' tokens is added that no other token is likelier than.
+        With a teacher, of what `Teaching` makes of it. hits: fp64 [], to which the number of answers' tokens is added
+        that no other token is likelier than. entropy: fp64 [], to which -log p(label) is added where there is a
+        teacher.
         """
+        # It goes first: nothing of the student's is alive yet.
+        teaching = self.teacher.teach(batch, entropy) if self.teacher else None
         labels, weights = self.llma.learned(batch.labels, batch.weights)
         # Where some labels are drawn, those of answers count for as many more as their losses do.
         counted = None if batch.answers is None else batch.answers * (weights / batch.weights)
@@ -90,7 +97,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         else:
             hidden = self.hidden(batch)
         head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
-        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted)
+        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted, teaching)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""

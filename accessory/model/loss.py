@@ -14,6 +14,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.cross_entropy_steps import Reduce
+from accessory.model.teaching import Lesson, Teaching, lesson_bytes
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
@@ -27,8 +28,9 @@ def cross_entropy_sum(
     weights: Tensor | None = None,
     hits: Tensor | None = None,
     counted: Tensor | None = None,
+    teaching: Teaching | None = None,
 ) -> Tensor:
-    """Sum over supervised tokens of -log p(label), fp32 scalar.
+    """Sum over supervised tokens of -log p(label), fp32 scalar; with `teaching`, of what that makes of it.
 
     hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. The whole
     head's rows from `vocab_size` on are padding and take no part; None: there are none. weights: fp32 [T], by which
@@ -36,14 +38,18 @@ def cross_entropy_sum(
     the labels that no other token is likelier than.
     """
     counted = weights if counted is None else counted
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits, counted)
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits, counted, teaching)
 
 
-def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Peak bytes of logits, for so many supervised tokens and rows of a head: for the memory plan."""
+def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype, taught: bool = False) -> int:
+    """Peak bytes of logits, for so many supervised tokens and rows of a head: for the memory plan.
+
+    taught: with those of a teacher.
+    """
     scores = torch.empty(min(tokens, CHUNK), rows, dtype=dtype, device="meta")
     work = kernels.on("cross_entropy", device, dtype).workspace(scores)
-    return scores.nbytes + (0 if work is None else work.nbytes)
+    beside = lesson_bytes(len(scores), rows, device, dtype) if taught else 0
+    return scores.nbytes + (0 if work is None else work.nbytes) + beside
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -57,6 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: Tensor | None,
         hits: Tensor | None,
         counted: Tensor | None,
+        teaching: Teaching | None,
     ) -> Tensor:
         """As `cross_entropy_sum`, whose arguments these are; the gradients are made here, while logits are at hand."""
         rows = (labels >= 0).nonzero()[:, 0]
@@ -73,12 +80,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         work = kernel.workspace(scores)
         all_reduce = reduce_over_ranks()
         before, width = rows_of_rank(len(head), vocab_size)
+        lesson = None
+        if teaching is not None:
+            lesson = Lesson(teaching, scores, rows_of_rank(len(head), teaching.vocab_size)[1], all_reduce)
         for begin in range(0, len(rows), CHUNK):
             chunk = rows[begin : begin + CHUNK]
             x, scores = hidden[chunk], scores[: len(chunk)]
             torch.mm(x, matrix.t(), out=scores)
+            if lesson is not None:
+                lesson.compare(chunk, scores)
             likeliest = None if hits is None else torch.empty(len(chunk), dtype=torch.bool, device=hidden.device)
             losses = kernel.losses_and_gradient(scores, labels[chunk] - before, width, all_reduce, work, likeliest)
+            if lesson is not None:
+                losses = lesson.teach(scores, losses, None if weights is None else weights[chunk])
             if likeliest is not None:
                 hits += likeliest.sum() if counted is None else likeliest.double() @ counted[chunk].double()
             total += losses.sum(dtype=torch.float64) if weights is None else losses.double() @ weights[chunk].double()
@@ -93,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
         """dloss, a scalar -> gradients of hidden [T, D] and head [V, D] in their dtypes, those that are wanted."""
         rows, dhidden, dhead, weights = ctx.saved_tensors
         if dhidden is not None:
@@ -102,7 +116,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
                 full[at] = _scaled(part, dloss if weights is None else dloss * weights[at])
             dhidden = full
-        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, *(None,) * 5
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, *(None,) * 6
 
 
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder
 from accessory.parallel.groups import Layout
 from accessory.run.report import Task
+from accessory.run.teacher import TeacherPlan
 from accessory.run.validation_set import ValidationSet
 
 _SCHEDULE = (
@@ -31,12 +32,12 @@ _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
 _PLACES = (
     "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
-    "cache_base",
+    "cache_base", "teacher",
 )  # fmt: skip
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "val_split", "seed", "global_batch", "group_by_length"))
 """The parts of the identity that the order of documents depends on."""
-_SCALED = frozenset(("precision", "base", "quantization", "data"))
+_SCALED = frozenset(("precision", "base", "quantization", "data", "teacher"))
 """The parts of the identity that the size of gradients depends on, and so fp16's loss scale."""
 
 
@@ -61,6 +62,7 @@ class Job:
     began: datetime
     validation: ValidationSet | None = None
     tasks: tuple[Task, ...] = ()
+    teacher: TeacherPlan | None = None
 
     @property
     def base(self) -> list[Source]:
@@ -81,6 +83,7 @@ class Job:
             "group_by_length": self.config.group_by_length,
             "quantization": self.blueprint.quant_type,
             "optim": self.config.optim,
+            "teacher": self.teacher and self.teacher.identity,
             **{name: getattr(self.config, name) for name in _SCHEDULE},
         }
 

@@ -12,9 +12,12 @@ from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.parallel.agree import together
 from accessory.run.identity import Job
+from accessory.run.teacher import MadeTeacher
 
 
-def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, list[str]]:
+def preview(
+    job: Job, decoder: Decoder, attachment: Attachment, teacher: MadeTeacher | None = None
+) -> tuple[int, list[str]]:
     """(how many layers to recompute, what to tell the user), for a decoder on meta. A collective.
 
     Raises `ConfigError` for a `--checkpointing` that cannot be, and for a step that `--max_memory` forbids.
@@ -32,6 +35,7 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
             longest=longest,
             micro_batches=2 if config.accum_iter > 1 or max_tokens else 1,  # only whether gradients are accumulated
             data_parallel=config.data_parallel, optim=optim, offload=config.offload_inputs,
+            teacher=(teacher.decoder, teacher.shared) if teacher else None,
         )  # fmt: skip
 
     step, n_layers = step_with(), sum(1 for _ in decoder.blocks())
@@ -50,6 +54,7 @@ def preview(job: Job, decoder: Decoder, attachment: Attachment) -> tuple[int, li
         f"parallel {layout.dp_size} ({config.data_parallel}); weights in {stored}",
         f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.3f} %)",
         *blueprint.notes,
+        *(teacher.lines() if teacher else ()),
     ]
     if config.pretrained_type:
         notes.append(f"--pretrained_type {config.pretrained_type} is needless: formats are recognised from the files")

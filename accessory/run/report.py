@@ -7,7 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,23 @@ from accessory.run.trackers import Tracker
 
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
-_SCALARS = ("loss", "perplexity", "accuracy", "lr", "grad_norm", "epoch")
+_SCALARS = ("loss", "cross_entropy", "divergence", "perplexity", "accuracy", "lr", "grad_norm", "epoch")
 _FIGURES = ("loss", "perplexity", "accuracy")
+
+
+class Distillation(NamedTuple):
+    """What a loss with a teacher consists of: the mean cross-entropy of the labels, and the mean divergence.
+
+    The latter is t^2 KL(teacher || student) at the temperature t.
+    """
+
+    cross_entropy: float
+    divergence: float
+
+    @staticmethod
+    def of(loss: float, cross_entropy: float, weight: float) -> Distillation:
+        """From the `loss` that was trained, in which the divergence counts `weight`."""
+        return Distillation(cross_entropy, (loss - (1 - weight) * cross_entropy) / weight)
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class StepReport:
     """One optimizer step, equal on all ranks. A skipped one may have a `loss` and `grad_norm` that are not finite.
 
     `accuracy` is the share of answers' tokens that no other token was likelier than. `tokens` are real ones of the
-    global batch, `seconds` wall time.
+    global batch, `seconds` wall time. `distillation`: what the loss consists of, where there is a teacher.
     """
 
     step: int
@@ -44,6 +59,14 @@ class StepReport:
     peak_bytes: int
     figures: dict[str, float] = field(default_factory=dict)
     """Others by name."""
+    distillation: Distillation | None = None
+
+    def values(self) -> dict[str, float]:
+        """Every figure by its name, the perplexity too, which is that of the labels."""
+        apart = ("figures", "distillation")
+        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in apart}
+        parts = self.distillation._asdict() if self.distillation else {}
+        return found | parts | {"perplexity": perplexity(parts.get("cross_entropy", self.loss))} | self.figures
 
 
 class Figures(NamedTuple):
@@ -165,11 +188,9 @@ class Reporter:
             return
         self.say(self.line(report))
         self.bar.update()
-        values = asdict(report) | {"perplexity": perplexity(report.loss)}
-        values |= values.pop("figures")
+        values = report.values()
         entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        scalars = {f"train/{name}": values[name] for name in _SCALARS}
-        scalars |= {f"train/{name}": value for name, value in report.figures.items()}
+        scalars = {f"train/{name}": values[name] for name in (*_SCALARS, *report.figures) if name in values}
         scalars["train/tokens_per_s"] = report.tokens / report.seconds
         self._record(entry, scalars | {"train/peak_gib": report.peak_bytes / 2**30})
 
@@ -205,9 +226,12 @@ class Reporter:
         """The fixed-width line of a step."""
         done, total = report.step - self.first_step, max(report.step, self.total_steps)
         left = (time.monotonic() - self.started) / max(done, 1) * (total - report.step)
+        parts = ""
+        if taught := report.distillation:
+            parts = f" | ce {_in_8(taught.cross_entropy, 4)} | kl {_in_8(taught.divergence, 4)}"
         return (
             f"step {report.step:6d}/{total} {100 * report.step / total:5.1f}% | "
-            f"loss {_in_8(report.loss, 4)} | acc {report.accuracy:6.1%} | lr {report.lr:.2e} | "
+            f"loss {_in_8(report.loss, 4)}{parts} | acc {report.accuracy:6.1%} | lr {report.lr:.2e} | "
             f"grad norm {_in_8(report.grad_norm, 3)} | "
             f"{report.tokens / report.seconds:8.0f} tok/s | peak {report.peak_bytes / 2**30:6.2f} GiB | "
             f"ETA {int(left) // 3600:4d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"

@@ -15,6 +15,7 @@ from accessory.checkpoint.lazy import (
     SelectedRows,
     ShardedTensor,
     StackedRows,
+    first_rows,
     grown_rows,
     summed,
     zeros,
@@ -130,6 +131,15 @@ def test_grown_rows() -> None:
     narrow = torch.full((4000, 1), 1.001, dtype=torch.bfloat16)
     grown = grown_rows(HeldTensor(narrow), 4001).read()
     assert grown.dtype == torch.bfloat16 and torch.equal(grown[-1], narrow[0])
+
+
+def test_first_rows() -> None:
+    """Others are not read where rows are asked for."""
+    whole = torch.arange(12.0).view(4, 3)
+    check_every_range(first_rows(HeldTensor(whole), 3), whole[:3])
+    counted = Counted(whole)
+    first_rows(counted, 3).read(0, 1, 3)
+    assert counted.reads == [(0, 1, 3)]
 
 
 def test_zeros() -> None:

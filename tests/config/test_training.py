@@ -56,6 +56,9 @@ def test_table_shows_defaults() -> None:
 
 def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     """They are refused, not ignored."""
+    assert refusal([*paths, "--teacher_weight", "0.3"]) == [
+        "--teacher_weight without --teacher changes nothing: give both, or neither."
+    ]
     assert refusal([*paths, "--quant_type", "nf4"]) == [
         "--quant_type nf4 without --quant changes nothing: give both, or neither."
     ]

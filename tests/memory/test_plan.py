@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accessory import kernels
+from accessory.data.batch import PackedBatch
 from accessory.kernels.avx512 import packed_products
 from accessory.memory.plan import StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import recompute_layers
@@ -15,6 +16,7 @@ from accessory.method import METHODS
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.loss import CHUNK, cross_entropy_sum
+from accessory.model.teacher import Teacher
 from accessory.optim import build_optimizer
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight, storage, workspace
@@ -196,7 +198,11 @@ STEPS = {
     },
     "LoRA in two blocks": {"settings": {**LORA, "lora_layers": "3,4"}},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
-}
+    "LoRA, a teacher": {"settings": LORA, "recomputed": 6, "teacher": {}},
+    "full, a packed teacher, wider": {
+        "settings": {}, "method": "full", "quant": None, "teacher": {"dim": 512, "quant": "nf4"},
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
@@ -297,6 +303,7 @@ def planned_and_measured(
     recomputed: int = 0,
     micro_batches: int = 1,
     optim: str = "adamw",
+    teacher: dict | None = None,
 ) -> tuple[int, int]:
     """Bytes of a training step: the plan's total, and what is held together with the peak of what is allocated."""
     options = {"method": method, "quant": quant, "dtype": dtype}
@@ -305,6 +312,7 @@ def planned_and_measured(
     parameters = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
     optimizer = build_optimizer(optim, parameters, 1e-4, 0.0)
     tokens = sum(lengths)
+    taught = None if teacher is None else taught_by(layout, args, dtype, **teacher)
     ids, labels = (
         torch.randint(0, args.vocab_size, (tokens,), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
     )
@@ -317,9 +325,10 @@ def planned_and_measured(
             moves.begin(1)
             moves.moves_now = bool(optimizer.state)
         for _ in range(micro_batches):
+            teaching = taught.teach(PackedBatch(ids, labels, lengths, (), (0,) * len(lengths))) if taught else None
             hidden = decoder(ids, decoder.sequences(lengths).with_labels(labels))
-            loss = cross_entropy_sum(hidden, decoder.head_weight, labels, args.vocab_size)
-            del hidden
+            loss = cross_entropy_sum(hidden, decoder.head_weight, labels, args.vocab_size, teaching=teaching)
+            del hidden, teaching
             (loss / tokens).backward()
         if moves:
             with torch.no_grad():
@@ -334,18 +343,42 @@ def planned_and_measured(
     packed_products._kept.memory = torch.empty(0, dtype=torch.uint8)
     step()  # makes the optimizer's state and the memory that unpacked matrices share
     moments = [value for state in optimizer.state.values() for value in state.values()]
-    held = sum(t.untyped_storage().nbytes() for t in (*decoder.parameters(), *moments))
+    theirs = [] if taught is None else [*taught.decoder.parameters()]
+    held = sum(t.untyped_storage().nbytes() for t in (*decoder.parameters(), *moments, *theirs))
     with AllocatedPeak() as peak:
         step()
     plan = StepMemory(
         decoder, attachment, layout, tokens=tokens, longest=max(lengths), micro_batches=micro_batches,
-        data_parallel="sdp", optim=optim,
+        data_parallel="sdp", optim=optim, teacher=(taught.decoder, frozenset()) if taught else None,
     ).plan(recomputed)  # fmt: skip
     shared = packed_products._kept.memory.nbytes + sum(piece.memory.nbytes for piece in workspace._pieces.values())
     packed = [module for module in decoder.modules() if isinstance(module, PackedWeight)]
     unpacking = [m.unpack_bytes(layout.device) for m in packed if not m.product_kernel([m], dtype, layout.device)]
     assert plan.buffers == shared + max(unpacking, default=0)
     return plan.total, held + shared + peak.bytes
+
+
+def taught_by(layout: Layout, args: ModelArgs, dtype: torch.dtype, dim: int = 256, quant: str | None = None) -> Teacher:
+    """Another model, as wide as that."""
+    decoder, _ = filled(layout, {}, args=args.model_copy(update={"dim": dim}), quant=quant, dtype=dtype)
+    return Teacher(decoder.requires_grad_(False).eval(), args.vocab_size, 0.5, 1.0)
+
+
+def test_a_teacher_that_shares_and_is_shared_out(layout: Layout) -> None:
+    """What the student holds already counts once; under fsdp a share of the blocks, and two that are gathered."""
+    decoder, attachment = built(SMALL, LORA, quant=None)
+    plain, _ = built(SMALL, {}, quant=None)
+    sizes = {name: p.nbytes for name, p in plain.named_parameters()}
+    alone = planned(decoder, attachment, layout)
+    shared = planned(decoder, attachment, layout, teacher=(plain, sizes.keys()))
+    apart = planned(decoder, attachment, layout, teacher=(plain, frozenset()))
+    assert (alone.teacher, shared.teacher) == (0, 0) and apart.teacher == sum(sizes.values())
+    assert apart.weights == alone.weights and apart.total - shared.total == apart.teacher
+    assert "  teacher " in apart.table("a test", None) and "teacher" not in alone.table("a test", None)
+    block = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    two = Layout(world_size=2, dp_size=2)
+    cut = planned(decoder, attachment, two, data_parallel="fsdp", teacher=(plain, frozenset()))
+    assert cut.teacher == apart.teacher - 3 * block + 3 * block // 2 + 2 * block
 
 
 def test_offloaded_inputs() -> None:

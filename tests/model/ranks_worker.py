@@ -20,6 +20,7 @@ from accessory.model.choice import Choice
 from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.scores import token_scores
+from accessory.model.teaching import Teaching
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.parameters import NamedParameters
@@ -110,6 +111,13 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
     loss = cross_entropy_sum(hidden.requires_grad_(), mine, labels, 97, hits=hits)
     loss.backward()
     found = {"loss": loss.detach(), "hits": hits, "hidden": hidden.grad, "head": gather_slices(mine.grad, 0)}
+    theirs, rows = hidden.detach().flip(1), own_slice(head.flip(0), Slicing(dim=0), layout.mp_rank, layout.mp_size)
+    teaching = Teaching(theirs, rows.clone(), 95, 0.4, 2.0, torch.zeros((), dtype=torch.float64))
+    hidden.grad = mine.grad = None
+    taught = cross_entropy_sum(hidden, mine, labels, 97, teaching=teaching)
+    taught.backward()
+    found |= {"taught": taught.detach(), "entropy": teaching.entropy}
+    found |= {"hidden, taught": hidden.grad, "head, taught": gather_slices(mine.grad, 0)}
     head[[0, 60]], head[70] = 5, -5  # of equal scores on two ranks, the first is the likeliest
     labels[1::3] = torch.tensor([0, 60, 70])[labels[1::3] % 3]
     above = hidden.detach().abs() * torch.tensor([1, 1, -1]).repeat(100)[:, None]  # of 0 and 60, or of 70

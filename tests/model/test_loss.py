@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accessory.model.loss import CHUNK, chunk_bytes, cross_entropy_sum
+from accessory.model.teaching import Teaching
 
 WIDTH, VOCABULARY = 16, 50
 
@@ -220,3 +221,48 @@ def test_padded_rows_of_the_head_take_no_part(dtype: torch.dtype, tolerance: flo
     found[2] = found[2][:VOCABULARY]
     for one, other in zip(found, wanted, strict=True):
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def lesson(tokens: int, dtype: torch.dtype, weight: float, temperature: float, compared: int = VOCABULARY) -> Teaching:
+    """Of a teacher that is wider than the student, and knows some tokens less, or none."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, head = (torch.randn(rows, 24, generator=generator).to(dtype) for rows in (tokens, VOCABULARY))
+    return Teaching(hidden, head, compared, weight, temperature, torch.zeros((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("share", "temperature", "compared"), [(0.5, 1, 50), (0.3, 2.5, 47), (1, 1, 50), (1, 4, 47)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-6), (torch.bfloat16, 0.01)]
+)
+def test_a_teacher(dtype: torch.dtype, tolerance: float, share: float, temperature: float, compared: int) -> None:
+    """Loss and gradients over several chunks are those of the formula in fp64, weighted; cross-entropy is told, too."""
+    hidden, head, labels = problem(2 * CHUNK + 99, dtype)
+    weights = torch.rand(len(labels), generator=torch.Generator().manual_seed(4))
+    given = lesson(len(labels), dtype, share, temperature, compared)
+    entropy = torch.zeros((), dtype=torch.float64)
+
+    def exactly(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        both = hidden @ head.t(), given.hidden.double() @ given.head.double().t()
+        q, p = ((logits[:, :compared] / temperature).log_softmax(1) for logits in both)
+        divergence = temperature**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(1)
+        each = F.cross_entropy(both[0], labels, reduction="none", ignore_index=-100)
+        entropy.copy_((weights.double() * each).sum().detach())
+        return (weights.double() * ((1 - share) * each + share * divergence))[labels >= 0].sum()
+
+    found = gradients(lambda *it: cross_entropy_sum(*it, weights=weights, teaching=given), hidden, head, labels)
+    wanted = gradients(exactly, hidden.double(), head.double(), labels)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+    assert given.entropy.item() == pytest.approx(entropy.item(), rel=max(tolerance / 10, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_teachers_logits_are_never_all_alive(dtype: torch.dtype) -> None:
+    """Only a chunk's of either, whose bytes, and those of what is made of them, are known before."""
+    hidden, head, labels = problem(1500, dtype, ignore_every=0)
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    with Largest() as largest:
+        cross_entropy_sum(hidden, head, labels, teaching=lesson(1500, dtype, 0.5, 1)).backward()
+    assert largest.numel == 3 * CHUNK * VOCABULARY < len(labels) * VOCABULARY
+    bytes_of = [chunk_bytes(1500, VOCABULARY, torch.device("cpu"), dtype, taught) for taught in (False, True)]
+    assert bytes_of[1] - bytes_of[0] == CHUNK * VOCABULARY * (dtype.itemsize + 3 * 4)

@@ -13,7 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from accessory.run import report
 from accessory.run.curves import Curves, loss_figure, read_curves, read_losses
-from accessory.run.report import CURVE_FILE, LOG_FILE, EvaluationReport, Figures, Reporter, StepReport, TaskReport
+from accessory.run.report import (
+    CURVE_FILE,
+    LOG_FILE,
+    Distillation,
+    EvaluationReport,
+    Figures,
+    Reporter,
+    StepReport,
+    TaskReport,
+)
 from accessory.run.trackers import make_trackers
 
 REPORT = StepReport(
@@ -79,6 +88,20 @@ def test_line_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loss   2.5000" in capsys.readouterr().out
 
 
+def test_parts_of_a_loss_with_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the line, the log and TensorBoard; the perplexity is that of the labels."""
+    trackers = make_trackers(["tensorboard"], tmp_path, None, {})
+    reporter = Reporter(tmp_path, 4, 1, enabled=True, trackers=trackers)
+    report = replace(REPORT, loss=2.5, distillation=Distillation.of(2.5, cross_entropy=3.0, weight=0.25))
+    reporter.step(report)
+    reporter.close()
+    assert "| loss   2.5000 | ce   3.0000 | kl   1.0000 | acc  25.0% |" in capsys.readouterr().out
+    (entry,) = (json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines())
+    found = (entry["loss"], entry["cross_entropy"], entry["divergence"], entry["perplexity"])
+    assert found == (2.5, 3.0, 1.0, math.exp(3.0))
+    assert scalars(tmp_path, "train/divergence") == {REPORT.step: 1.0}
+
+
 def test_log_and_tensorboard(tmp_path: Path) -> None:
     """Every step with all of its numbers."""
     losses = [3.0, 2.5, 2.25, 2.0]
@@ -86,6 +109,7 @@ def test_log_and_tensorboard(tmp_path: Path) -> None:
     entries = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert [entry["loss"] for entry in entries] == losses
     wanted = asdict(replace(REPORT, step=3, loss=2.25, lr=0.003)) | {"perplexity": math.exp(2.25)}
+    del wanted["distillation"]  # there was no teacher
     assert entries[2] == wanted | wanted.pop("figures")
     assert scalars(tmp_path) == dict(enumerate(losses, start=1))
     assert scalars(tmp_path, "train/lr") == pytest.approx({i: i / 1000 for i in range(1, 5)})

@@ -68,6 +68,22 @@ def test_storage_of_each_method(called: Callable) -> None:
     assert weights[0] < weights[1]
 
 
+def test_a_teacher(called: Callable, params: Path) -> None:
+    """Its weights, plain and packed, and its logits beside the student's."""
+    alone, *taught = (
+        numbers(called(PLAN, str(params), "--device", "cuda", *flags).stdout)
+        for flags in ((), ("--teacher", str(params)), ("--teacher", str(params), "--teacher_quant_type", "int8"))
+    )
+    linears, vocabulary = 8 * (4 * 1024**2 + 3 * 1024 * 2816), 2 * 32000 * 1024
+    for plan, width in zip(taught, (2, 1), strict=True):
+        assert list(plan) == [*PARTS[:-1], "teacher", "total"]
+        assert plan["teacher"] == pytest.approx((width * linears + 2 * vocabulary) / 1e9, abs=2e-3)
+        assert plan["logits"] - alone["logits"] > 256 * 32000 * 2 / 1e9
+        assert plan["total"] > alone["total"] + plan["teacher"]
+    done = called(PLAN, str(params), "--teacher_quant_type", "int8")
+    assert done.returncode and "--teacher_quant_type without --teacher" in done.stderr
+
+
 def test_it_fits(called: Callable) -> None:
     """A tenth of the memory is spared, as with --checkpointing auto; the total is compared to the given size."""
     total = numbers(called(PLAN, "7B").stdout)["total"]
