@@ -35,6 +35,7 @@ from accessory.quant import MIXES, STORAGES, storage
 from accessory.quantizer.calibration import calibration_rows
 from accessory.quantizer.folder import Folder
 from accessory.quantizer.job import Quantization, identity_of
+from accessory.quantizer.own_text import own_rows
 from accessory.quantizer.settings import HELD, Settings
 from accessory.quantizer.strategy import strategy_document
 from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
@@ -193,6 +194,10 @@ def calibrated(
     folder = Folder(target.with_name(f".{target.name}.quantizing"), layout.rank, data_parallel_group())
     precision = torch.bfloat16
     folder.open(identity_of(settings, ids, open_source(base).fingerprint(), precision, layout.dp_size))
+    if settings.own_rows:
+        many = settings.own_rows, settings.row_tokens, settings.seed
+        own = own_rows(model, *many, folder, dtype=precision, layout=layout, say=say)
+        ids = torch.cat([ids[: settings.rows], own, ids[settings.rows :]])
     packed, widths, figures = Quantization(model, ids, settings, folder, dtype=precision, layout=layout, say=say).run()
     if layout.is_main:
         write_own(packed, target, DTYPES[dtype], documents={STRATEGY_FILE: strategy_document(widths)})

@@ -283,7 +283,7 @@ def test_command(command: str, workshop: Path, shell) -> None:
     """As written, but for the number of GPUs (two processes here) and nodes (one), and what takes a GPU or minutes."""
     command = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("--nnodes=2", "--nnodes=1")
     command = command.replace("HOST:29400", "localhost:0")
-    few = "--rows 8 --row_tokens 32 --distill_steps 2"
+    few = "--rows 8 --own_rows 8 --row_tokens 32 --distill_steps 2"
     command = command.replace("--calibrate DATA.json", f"--calibrate TEXT.txt {few}")
     command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
     if "--tasks" in command:

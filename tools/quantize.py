@@ -32,6 +32,7 @@ def main(
     dtype: str = "bf16",
     calibrate: str = "",
     rows: int = Settings.rows,
+    own_rows: int = Settings.own_rows,
     row_tokens: int = Settings.row_tokens,
     batch: int = Settings.batch,
     epochs: int = Settings.epochs,
@@ -58,7 +59,8 @@ def main(
         dtype: of embedding, head and norms.
         calibrate: a data file (JSON, JSONL, text, ...) by whose texts the weights are fitted; absent: by no text.
         rows: how many pieces of it, drawn from all over the file.
-        row_tokens: tokens of each.
+        own_rows: how many pieces beside them that BASE writes itself, drawn by its probabilities.
+        row_tokens: tokens of each piece.
         batch: pieces of an optimizer step.
         epochs: passes over the pieces for each block; 0: error feedback (GPTQ) alone.
         distill_steps: steps of the last pass, over scales and zeros of the whole model; 0: none.
@@ -82,7 +84,7 @@ def main(
         raise ConfigError(
             f"--to {to}: with --calibrate it is accessory; tools/convert.py writes other formats of that."
         )
-    settings = Settings(quant_type, rows, row_tokens, batch, epochs, distill_steps, distill_batch, seed)
+    settings = Settings(quant_type, rows, own_rows, row_tokens, batch, epochs, distill_steps, distill_batch, seed)
     layout = groups.start(str(device))
     say = print if layout.is_main else _nothing
     measured = (perplexity, seq, windows) if perplexity else None

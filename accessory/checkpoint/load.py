@@ -161,12 +161,20 @@ def fill(
 
 
 def fill_module(
-    module: nn.Module, prefix: str, tensors: dict[str, LazyTensor], layout: Layout, there: Set[str] = frozenset()
+    module: nn.Module,
+    prefix: str,
+    tensors: dict[str, LazyTensor],
+    layout: Layout,
+    there: Set[str] = frozenset(),
+    share: bool = False,
 ) -> None:
-    """Read what is under `module`, called `prefix` in a checkpoint, into place, frozen; but not what is in `there`."""
+    """Read what is under `module`, called `prefix` in a checkpoint, into place, frozen; but not what is in `there`.
+
+    share: as of `fill`.
+    """
     for target in targets(module, prefix):
         if target.name not in there:
-            _fill_one(target, tensors, Attachment(), layout, 0, False)
+            _fill_one(target, tensors, Attachment(), layout, 0, share)
 
 
 def _fill_one(

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from accessory.quantizer.grid import pieces
+
 BETAS = (0.9, 0.95)
 _EPSILON = 1e-12  # gradients of a relative error by millions of weights are small
 
@@ -42,10 +44,12 @@ class ImmediateAdam:
         gradient, parameter.grad = parameter.grad, None
         if dist.get_world_size(self.group) > 1:
             dist.all_reduce(gradient, group=self.group)
-        first, second = (moment.float() for moment in self.moments[parameter])
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.lerp_(gradient.square_(), 1 - BETAS[1])
-        self.moments[parameter][0], self.moments[parameter][1] = first, second
         of_first, of_second = (1 - beta**self.steps for beta in BETAS)
-        size = second.div_(of_second).sqrt_().add_(_EPSILON)
-        parameter.addcdiv_(first, size, value=-self.rates[parameter] * self.factor / of_first)
+        rate = self.rates[parameter] * self.factor / of_first
+        for part in pieces(len(parameter), gradient[0].numel()):
+            moments, g = self.moments[parameter][:, part], gradient[part]
+            first, second = (moment.float() for moment in moments)
+            first.lerp_(g, 1 - BETAS[0])
+            second.lerp_(g.square_(), 1 - BETAS[1])
+            moments[0], moments[1] = first, second
+            parameter[part].addcdiv_(first, second.div_(of_second).sqrt_().add_(_EPSILON), value=-rate)

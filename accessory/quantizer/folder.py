@@ -55,11 +55,15 @@ class Folder:
 
     def finish(self, index: int, progress: Mapping[str, Any]) -> None:
         """Record that a block is done, once every rank has its states after it; those before it are removed."""
-        dist.barrier(self.group)
-        self.write_json(_PROGRESS, progress)
-        dist.barrier(self.group)
+        self.record(_PROGRESS, progress)
         for kind in STATES:
             self.states(kind, index).unlink()
+
+    def record(self, name: str, value: Any) -> None:
+        """Write a document, once every rank has written what it tells of; no rank goes on before it is there."""
+        dist.barrier(self.group)
+        self.write_json(name, value)
+        dist.barrier(self.group)
 
     def states(self, kind: str, index: int) -> Path:
         """The file of this rank's states before a block."""

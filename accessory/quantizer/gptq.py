@@ -6,11 +6,13 @@ e / U[k, k] * U[k, j] from each column j, where U is the upper Cholesky factor o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from accessory.errors import CheckpointError
-from accessory.quantizer.grid import Grid, fit
+from accessory.quantizer.grid import Grid, fit, pieces
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: text has fewer directions than a matrix has columns."""
@@ -19,8 +21,23 @@ _COLUMNS = 64
 _BEYOND = 0.49  # a code that lay further outside the range would never get a gradient
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Grid:
-    """W [N, K] and a damped H [K, K], fp32 -> codes, scales and zeros; each row is by itself.
+class Curvature(NamedTuple):
+    """Of a damped H: `factor`, the upper triangular U [K, K] with U^T U = H^-1, and H's diagonal `importance` [K]."""
+
+    factor: Tensor
+    importance: Tensor
+
+
+def curvature(hessian: Tensor) -> Curvature:
+    """Of a damped H [K, K], whose memory the factor takes."""
+    importance, columns = hessian.diagonal().clone(), hessian.t()  # as LAPACK has it: without copies
+    torch.linalg.cholesky(columns, out=columns)
+    torch.cholesky_inverse(columns, out=columns)
+    return Curvature(torch.linalg.cholesky(columns, upper=True, out=columns), importance)
+
+
+def gptq(weight: Tensor, of_inputs: Curvature, bits: int, group: int) -> tuple[Grid, float]:
+    """W [N, K] -> (codes, scales and zeros, the sum of squares of the outputs' errors); each row is by itself.
 
     The codes are what the columns were rounded from when their turn came, at most 0.49 beyond the range: reconstruction
     trains them from there, and moves those first that lay near another whole number.
@@ -28,8 +45,8 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Grid:
     A group's scale and zero are fitted when its first column's turn comes, to the weights as errors before it have
     changed them. group: a divisor or a multiple of 64.
     """
-    factor, importance = inverse_factor(hessian), hessian.diagonal()
-    (rows, columns), top = weight.shape, 2**bits - 1
+    factor, importance = of_inputs
+    (rows, columns), top, lost = weight.shape, 2**bits - 1, 0.0
     w = weight.float().t().contiguous()  # columns lie along memory
     codes = torch.empty_like(w)
     statistics = w.new_empty(2, -(-columns // group), rows)
@@ -46,8 +63,10 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Grid:
             torch.sub(w[k], codes[k].round() * scale - zero, out=error).div_(factor[k, k])
             w[k + 1 : stop].addr_(factor[k, k + 1 : stop], error, alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+        lost += float(errors.square_().sum())
+    del w
     scales, zeros = statistics
-    return Grid(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), bits, group)
+    return Grid(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), bits, group), lost
 
 
 def damp_(hessian: Tensor) -> Tensor:
@@ -62,14 +81,7 @@ def damp_(hessian: Tensor) -> Tensor:
     return hessian
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U [K, K] with U^T U = H^-1."""
-    lower = torch.linalg.cholesky(hessian)
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
 def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
     """dW [N, K], H [K, K] -> [N]: for each row dW H dW^T, the sum over inputs of the squared error of its output."""
-    return (difference @ hessian * difference).sum(1)
+    parts = (difference[part].float() for part in pieces(*difference.shape))
+    return torch.cat([(part @ hessian * part).sum(1) for part in parts])

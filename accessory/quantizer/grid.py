@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 """Parts of a group's range, below its mean and above it, that are tried first, each with each."""
 TURNS = 6
 """How often statistics and codes are taken in turn."""
+PIECE = 1 << 20
+"""Numbers of a matrix that are worked on at a time where whole matrices beside it would take much memory."""
 LEAST_SCALE = 1e-7  # the smallest that fp16 has without losing most digits
 
 
@@ -43,14 +46,21 @@ class Grid(NamedTuple):
 
 
 def on_grid(codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Tensor:
-    """codes [N, K] * scales - zeros [N, G] -> [N, K] in the codes' dtype."""
-    columns = codes.shape[1]
-    return torch.addcmul(-spread(zeros, group, columns), codes, spread(scales, group, columns))
+    """codes [N, K] * scales - zeros [N, G] -> [N, K] in the codes' dtype; takes no memory beside the result."""
+    found, columns = torch.empty_like(codes), codes.shape[1]
+    whole = columns // group
+    for place, own in ((slice(0, whole * group), slice(0, whole)), (slice(whole * group, columns), slice(whole, None))):
+        if place.start < place.stop:
+            count = scales[:, own].shape[1]
+            parts = (each[:, place].unflatten(1, (count, -1)) for each in (codes, found))
+            torch.addcmul(-zeros[:, own, None], next(parts), scales[:, own, None], out=next(parts))
+    return found
 
 
-def spread(statistics: Tensor, group: int, columns: int) -> Tensor:
-    """[N, G] -> [N, columns]: each number repeated for the columns of its group."""
-    return statistics.repeat_interleave(group, 1)[:, :columns]
+def pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Ranges of rows of a matrix [rows, columns] of about `PIECE` numbers each, for work that needs memory for them."""
+    step = max(PIECE // max(columns, 1), 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def fit(w: Tensor, importance: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,10 @@ from accessory.quantizer.distillation import STATISTICS, distill, last_states, p
 from accessory.quantizer.folder import STATES, Folder
 from accessory.quantizer.one_block import FORWARD, Packed, Rows, quantize_block
 from accessory.quantizer.reconstruction import clock
+from accessory.quantizer.sensitivity import measure
 from accessory.quantizer.settings import HELD, Settings
 from accessory.quantizer.states import States
-from accessory.quantizer.strategy import Gain, Width, choose, measure, widths_of
+from accessory.quantizer.strategy import Width, choose, widths_of
 
 MEASURED = 8
 """Rows that the linears of a mix are chosen by."""
@@ -32,7 +33,7 @@ _WIDTHS, _STATISTICS = "widths.json", "statistics.safetensors"
 
 
 class Quantization:
-    """The quantization of `model` by calibration `ids` [rows + HELD, S], whose last `HELD` rows are only measured.
+    """The quantization of `model` by calibration `ids` [R, S], whose last `HELD` rows are only measured.
 
     folder: where it keeps what is finished, and finds it again; opened. say: gets a line for each step of the way.
     Under data parallelism each rank has its own rows.
@@ -50,9 +51,12 @@ class Quantization:
         say: Callable[[str], None],
     ) -> None:
         self.model, self.settings, self.folder, self.say = model, settings, folder, say
-        own = torch.cat([part[layout.dp_rank :: layout.dp_size] for part in ids.split((settings.rows, HELD))])
-        self.rows = Rows(own, settings.rows // layout.dp_size, settings.seed, layout, data_parallel_group())
-        self.measured = ids[:MEASURED]
+        fitted, ranks = len(ids) - HELD, layout.dp_size
+        mixed = torch.randperm(fitted, generator=torch.Generator().manual_seed(settings.seed))
+        ids = torch.cat([ids[mixed], ids[fitted:]])
+        own = torch.cat([part[layout.dp_rank :: ranks] for part in ids.split((fitted, HELD))])
+        self.rows = Rows(own, fitted // ranks, settings.seed, layout, data_parallel_group())
+        self.measured = ids[: min(MEASURED, fitted)][layout.dp_rank :: ranks]
         self.blocks = Blocks(model.args, model.tensors, dtype, layout)
 
     def run(self) -> tuple[WholeModel, dict[str, Width], dict[str, Any]]:
@@ -84,13 +88,10 @@ class Quantization:
             return dict.fromkeys(names, width)
         known = self.folder.read_json(_WIDTHS)
         if known is None:
-            found: dict[str, Gain] = {}
-            for number, gains in enumerate(measure(self.blocks, self.measured, FORWARD), 1):
-                found |= gains
-                self.say(f"sensitivity of block {number:3}/{len(self.blocks)}")
+            found = measure(self.blocks, self.measured, FORWARD, self.folder, self.say)
             ordered = {name: found[name] for name in sorted(found, key=_place)}
-            known = choose(ordered, MIXES[self.settings.quant_type])
-            self.folder.write_json(_WIDTHS, known)
+            self.folder.record(_WIDTHS, choose(ordered, MIXES[self.settings.quant_type]))
+            known = self.folder.read_json(_WIDTHS)
         return {name: tuple(width) for name, width in known.items()}
 
     def _begin(self) -> None:
@@ -137,7 +138,7 @@ class Quantization:
         if not settings.distill_steps:
             return found | {"perplexity": found["perplexity_blocks"], "divergences": []}
         decoder = packed_decoder(self.blocks, [self._read(index, widths) for index in range(last)])
-        epochs = -(-settings.distill_steps // (settings.rows // settings.distill_batch))
+        epochs = -(-settings.distill_steps // (rows.fitted * rows.layout.dp_size // settings.distill_batch))
         steps = rows.steps(epochs, settings.distill_batch, last)[: settings.distill_steps]
         self.say(f"last pass: {len(steps)} steps over the whole model")
         found["divergences"] = distill(self.blocks, rows.ids, full, steps, settings.distill_rate, rows.group, self.say)

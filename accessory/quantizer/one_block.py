@@ -12,16 +12,18 @@ from torch import Tensor
 
 from accessory.model.block import Block
 from accessory.model.linear import Linear
+from accessory.parallel.allocator import give_back_freed_memory
 from accessory.parallel.groups import Layout
 from accessory.quant.groups import GroupWeight, group_storage, packed_codes
 from accessory.quant.packed import PackedState
-from accessory.quantizer.blocks import Blocks, batches, linears, replace_weight
-from accessory.quantizer.gptq import damp_, gptq, output_error
+from accessory.quantizer.blocks import Blocks, batches, by_input, linears, replace_weight
+from accessory.quantizer.gptq import curvature, damp_, gptq, output_error
 from accessory.quantizer.grid import Grid
 from accessory.quantizer.reconstruction import relative_error, summed, train_block
+from accessory.quantizer.sensitivity import watch
 from accessory.quantizer.settings import Settings
 from accessory.quantizer.states import States
-from accessory.quantizer.strategy import Width, watch
+from accessory.quantizer.strategy import Width
 from accessory.quantizer.weights import LatentWeight, WatchedWeight
 
 FORWARD = 4
@@ -54,13 +56,14 @@ class Rows:
     def steps(self, epochs: int, batch: int, number: int) -> list[list[int]]:
         """The rows of each step of training number `number`: each epoch takes all that are fitted to, in a new order.
 
-        batch: rows of a step over all ranks.
+        batch: rows of a step over all ranks; those that stand together. So a step has the same rows on any number of
+        ranks, of which each holds every so manyth row.
         """
         generator = torch.Generator().manual_seed(self.seed * 10007 + number)
         size, found = batch // self.layout.dp_size, []
         for _ in range(epochs):
-            order = torch.randperm(self.fitted, generator=generator).tolist()
-            found += [order[start : start + size] for start in range(0, self.fitted - size + 1, size)]
+            order = torch.randperm(self.fitted // size, generator=generator).tolist()
+            found += [list(range(i * size, (i + 1) * size)) for i in order]
         return found
 
     def mean(self, value: Tensor) -> float:
@@ -82,25 +85,27 @@ def quantize_block(
     """Quantize a block to `widths`, by name in it; returns its parts and figures.
 
     full, packed: the model's states before and after the block; those before are read, the others are written.
+    The allocator, which else keeps what is freed for the next step, gives it back between the stages.
     """
     begun, block = time.monotonic(), blocks.load(index)
     full[1].write(block_outputs(blocks, block, full[0], rows))
     watched = watch(block)
     for _ in block_outputs(blocks, block, packed[0], rows, rows.fitted):
         pass
-    hessians = [weight.moments.inputs for weight in watched.values() if weight.moments.inputs is not None]
-    summed(hessians, rows.group)
-    while hessians:
-        damp_(hessians.pop())
-    widest_first = sorted(watched, key=lambda name: -watched[name].shape[1])  # while few latent matrices are there
-    errors = {name: _fit(linears(block)[name], watched.pop(name), widths[name]) for name in widest_first}
+    give_back_freed_memory()
+    summed((weight.moments.inputs for weight in watched.values() if weight.moments.inputs is not None), rows.group)
+    errors: dict[str, float] = {}
+    for names in sorted(by_input(block), key=lambda names: -watched[names[0]].shape[1]):  # the largest H goes first
+        errors |= _fit(block, {name: watched.pop(name) for name in names}, widths)
     latent = {name: linear.weight for name, linear in linears(block).items()}
+    give_back_freed_memory()
     steps = rows.steps(settings.epochs, settings.batch, index)
     losses = _reconstruct(blocks, block, latent, rows, settings, (packed[0], full[1]), steps) if steps else []
     found: Packed = {}
     for name in [*latent]:
         found[name] = _packed(latent.pop(name).as_grid())
         _adopt(linears(block)[name], *found[name], blocks.layout.device)
+    give_back_freed_memory()
     packed[1].write(block_outputs(blocks, block, packed[0], rows))
     figures = {
         "error": rows.mean(relative_error(packed[1].read(rows.held), full[1].read(rows.held))),
@@ -120,16 +125,21 @@ def block_outputs(
         yield block(inputs.read(part).to(blocks.layout.device), blocks.sequences(len(part), rows.length))
 
 
-def _fit(linear: Linear, watched: WatchedWeight, width: Width) -> float:
-    """Have a linear that was watched multiply with its latent matrix, and forget the full one.
+def _fit(block: Block, watched: dict[str, WatchedWeight], widths: dict[str, Width]) -> dict[str, float]:
+    """Have linears that share their input multiply with their latent matrices, and forget the full ones.
 
-    Returns the squared error of its outputs, relative to these.
+    watched: by name, with the first one's moments; these are used up. Returns by name the squared error of the
+    outputs, relative to these.
     """
-    weight, hessian = watched.codes.detach().float(), watched.moments.hessian()
-    grid = gptq(weight, hessian, *width)
-    lost = output_error(grid.rounded().weights().sub_(weight), hessian).sum() / output_error(weight, hessian).sum()
-    replace_weight(linear, LatentWeight(grid))
-    return float(lost)
+    moments = watched[next(iter(watched))].moments
+    hessian, moments.inputs = damp_(moments.inputs), None
+    of_outputs = {name: float(output_error(weight.codes.detach(), hessian).sum()) for name, weight in watched.items()}
+    of_inputs, errors = curvature(hessian), {}
+    for name in [*watched]:
+        grid, lost = gptq(watched.pop(name).codes.detach(), of_inputs, *widths[name])
+        errors[name] = lost / of_outputs[name]
+        replace_weight(linears(block)[name], LatentWeight(grid))
+    return errors
 
 
 def _reconstruct(

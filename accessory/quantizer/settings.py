@@ -15,7 +15,8 @@ HELD = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize. quant_type: intB_gG, or a mix. rows, row_tokens: how much calibration text.
+    """How to quantize. quant_type: intB_gG, or a mix. rows, row_tokens: how much calibration text; own_rows: how much
+    beside it that the base itself writes.
 
     batch: rows of an optimizer step. epochs: passes over the rows for each block; 0: GPTQ alone. distill_steps,
     distill_batch: steps of the last pass over the whole model, and rows of one; 0 steps: none. rates: of the blocks;
@@ -23,11 +24,12 @@ class Settings:
     """
 
     quant_type: str
-    rows: int = 256
+    rows: int = 96
+    own_rows: int = 96
     row_tokens: int = 256
     batch: int = 2
     epochs: int = 1
-    distill_steps: int = 64
+    distill_steps: int = 48
     distill_batch: int = 8
     seed: int = 0
     rates: Rates = field(default_factory=Rates)
@@ -36,15 +38,15 @@ class Settings:
     def check(self, ranks: int) -> None:
         """Raise `ConfigError` for what cannot be, for so many ranks."""
         widths_of(self.quant_type)
-        least = {"rows": 1, "row_tokens": 2, "batch": 1, "epochs": 0, "distill_steps": 0, "distill_batch": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
+        least = {"rows": 1, "row_tokens": 2, "batch": 1, "distill_batch": 1}
+        for name in (*least, "own_rows", "epochs", "distill_steps"):
+            value, smallest = getattr(self, name), least.get(name, 0)
             if not isinstance(value, int) or value < smallest:
                 raise ConfigError(f"--{name} {value!r}: expected a whole number of at least {smallest}.")
         for name in ("batch", "distill_batch"):
-            if getattr(self, name) > self.rows:
-                raise ConfigError(f"--{name} {getattr(self, name)}: there are {self.rows} rows (--rows).")
-        for name in ("rows", "batch", "distill_batch"):
+            if getattr(self, name) > (rows := self.rows + self.own_rows):
+                raise ConfigError(f"--{name} {getattr(self, name)}: there are {rows} rows (--rows, --own_rows).")
+        for name in ("rows", "own_rows", "batch", "distill_batch"):
             if getattr(self, name) % ranks:
                 raise ConfigError(f"--{name} {getattr(self, name)}: expected a multiple of the {ranks} processes.")
         if HELD % ranks:

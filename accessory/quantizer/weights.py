@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from accessory.kernels.single_precision import by_onednn, product
 from accessory.quant.packed import PackedWeight, Part
 from accessory.quant.trained_groups import group_sums
-from accessory.quantizer.grid import Grid, on_grid
+from accessory.quantizer.grid import Grid, on_grid, pieces
 
 _PANEL = 1024  # rows of X^T X that are computed at a time, beside their sum
 
@@ -101,20 +101,25 @@ class LatentWeight(PackedWeight):
     @torch.no_grad()
     def unpack_into(self, out: Tensor) -> Tensor:
         """See `PackedWeight`."""
-        return out.copy_(on_grid(self._rounded(), self.scales, self.zeros, self.group))
+        for part in pieces(*self.shape):
+            out[part] = on_grid(self._rounded(part), self.scales[part], self.zeros[part], self.group)
+        return out
 
     @torch.no_grad()
     def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         """Of codes, scales and zeros."""
-        dw = (dy.t() @ x).float()
-        of_scales = group_sums(self._rounded().mul_(dw), self.group)
-        of_zeros = group_sums(dw, self.group).neg_()
-        inside = (self.codes > -0.5) & (self.codes < self.top + 0.5)
-        return [dw.mul_(inside), of_scales, of_zeros]
+        found = [torch.empty_like(getattr(self, name)) for name in self.PARTS]
+        for part in pieces(*self.shape):
+            dw = (dy[:, part].t() @ x).float()
+            found[1][part] = group_sums(self._rounded(part).mul_(dw), self.group)
+            found[2][part] = group_sums(dw, self.group).neg_()
+            codes = self.codes[part]
+            torch.mul(dw, (codes > -0.5) & (codes < self.top + 0.5), out=found[0][part])
+        return found
 
     def as_grid(self) -> Grid:
         """What was trained, rounded."""
         return Grid(*(getattr(self, name).detach() for name in self.PARTS), self.width, self.group).rounded()
 
-    def _rounded(self) -> Tensor:
-        return self.codes.detach().round().clamp_(0, self.top)
+    def _rounded(self, rows: slice) -> Tensor:
+        return self.codes.detach()[rows].round().clamp_(0, self.top)

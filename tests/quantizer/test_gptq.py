@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accessory.errors import CheckpointError
-from accessory.quantizer.gptq import DAMPING, damp_, gptq, output_error
+from accessory.quantizer.gptq import DAMPING, curvature, damp_, gptq, output_error
 from accessory.quantizer.grid import fit
 
 
@@ -40,17 +40,20 @@ def by_elimination(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group
 def test_is_optimal_brain_surgery(bits: int, group: int, columns: int) -> None:
     """Codes and statistics are the same; a shorter last group and batches of 64 columns change nothing."""
     weight, _, hessian = correlated(columns)
-    grid = gptq(weight, damp_(hessian.clone()), bits, group)
+    grid, lost = gptq(weight, curvature(damp_(hessian.clone())), bits, group)
     codes, scales, zeros = by_elimination(weight, hessian, bits, group)
     assert (grid.rounded().codes.double() == codes).double().mean() > 0.995  # fp32 may tip one that lies on an edge
     assert torch.allclose(grid.scales, scales, rtol=0.02) and torch.allclose(grid.zeros, zeros, rtol=0.02, atol=0.02)
     assert ((grid.codes - grid.rounded().codes).abs() <= 0.5).all()
+    assert lost == pytest.approx(
+        float(output_error(grid.rounded().weights() - weight, damp_(hessian.clone())).sum()), rel=1e-3
+    )
 
 
 def test_outputs_suffer_less_than_by_rounding() -> None:
     """The error of outputs, counted on the inputs themselves, is well below that of rounding to such a grid."""
     weight, x, hessian = correlated(128)
-    grid = gptq(weight, damp_(hessian.clone()), 2, 64).rounded()
+    grid = gptq(weight, curvature(damp_(hessian.clone())), 2, 64)[0].rounded()
     error = ((grid.weights() - weight) @ x.t()).square().sum()
     columns = weight.t().contiguous()
     halves = [fit(columns[part], hessian.diagonal()[part], 3) for part in (slice(0, 64), slice(64, 128))]
@@ -67,7 +70,7 @@ def test_channels_that_are_never_used() -> None:
     """Text in which a channel is always zero leaves H singular; the damping makes up for it."""
     weight, x, _ = correlated(64)
     x[:, ::4] = 0
-    assert gptq(weight, damp_(x.t() @ x), 2, 64).weights().isfinite().all()
+    assert gptq(weight, curvature(damp_(x.t() @ x)), 2, 64)[0].weights().isfinite().all()
 
 
 def test_inputs_that_are_not_finite() -> None:

@@ -13,10 +13,15 @@ from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError, ConfigError
 from accessory.export import calibrated, open_base
+from accessory.kernels.codes import whole_numbers
 from accessory.parallel import groups
-from accessory.quantizer.settings import Settings
+from accessory.quant.packed import frozen
+from accessory.quantizer.blocks import Blocks, linears
+from accessory.quantizer.calibration import calibration_rows
+from accessory.quantizer.gptq import curvature, damp_, gptq
+from accessory.quantizer.settings import HELD, Settings
 
-SETTINGS = Settings("mix2.5", rows=8, row_tokens=32, batch=2, distill_steps=3, distill_batch=4)
+SETTINGS = Settings("mix2.5", rows=6, own_rows=2, row_tokens=32, batch=2, distill_steps=3, distill_batch=4)
 
 
 class Stopped(Exception):
@@ -68,7 +73,7 @@ def test_every_linear_is_near_its_own(finished: tuple[Path, dict], tiny_base: Pa
             assert lost < (0.3 if tensor.storage.bits == 2 else 0.03), name
 
 
-@pytest.mark.parametrize("stop_at", ["sensitivity of block   2", "block   1", "last pass"])
+@pytest.mark.parametrize("stop_at", ["own text", "sensitivity of block   1", "block   1", "last pass"])
 def test_stopped_and_started_again(
     stop_at: str, finished: tuple[Path, dict], tiny_base: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -84,11 +89,14 @@ def test_stopped_and_started_again(
     with pytest.raises(Stopped):
         run(tiny_base, target, text, say=say)
     assert not target.exists() and (tmp_path / ".out.quantizing").is_dir()
+    blocks = {path.name: load_file(path) for path in (tmp_path / ".out.quantizing").glob("block-*")}
     again: list[str] = []
     run(tiny_base, target, text, say=again.append)
     assert sum(line.startswith("block") for line in lines[:-1] + again) <= 2
     ours, theirs = (load_file(path / "model.safetensors") for path in (target, finished[0]))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    changed = [name for block in blocks.values() for name in block if not torch.equal(ours[name], block[name])]
+    assert bool(changed) == bool(blocks) and not any(name.endswith("codes") for name in changed)  # by the last pass
 
 
 def test_another_quantization_in_the_folder(tiny_base: Path, text: Path, tmp_path: Path) -> None:
@@ -107,7 +115,7 @@ def test_another_quantization_in_the_folder(tiny_base: Path, text: Path, tmp_pat
     ("changed", "message"),
     [
         ({"rows": 0}, "--rows 0: expected a whole number of at least 1"),
-        ({"batch": 16}, r"--batch 16: there are 8 rows \(--rows\)"),
+        ({"batch": 16}, r"--batch 16: there are 8 rows \(--rows, --own_rows\)"),
         ({"quant_type": "int5_g64"}, "--quant_type 'int5_g64' cannot be calibrated"),
     ],
 )
@@ -117,16 +125,34 @@ def test_faults_are_told_before_anything_is_read(changed: dict, message: str, tm
 
 
 def test_ranks_divide_the_rows() -> None:
-    with pytest.raises(ConfigError, match="--batch 2: expected a multiple of the 4 processes"):
-        SETTINGS.check(4)
+    with pytest.raises(ConfigError, match="--own_rows 2: expected a multiple of the 4 processes"):
+        replace(SETTINGS, rows=4).check(4)
 
 
 def test_gptq_alone(tiny_base: Path, text: Path, tmp_path: Path) -> None:
-    """Without epochs and last pass nothing is trained, and all linears have the one width."""
-    settings = replace(SETTINGS, quant_type="int3_g64", epochs=0, distill_steps=0)
+    """Without epochs and last pass nothing is trained, and all linears have the one width.
+
+    The second block is fitted to what the first one gives packed, on the rows that are not held out.
+    """
+    settings = replace(SETTINGS, quant_type="int3_g64", rows=8, own_rows=0, epochs=0, distill_steps=0)
     figures = run(tiny_base, tmp_path / "out", text, settings)
     assert figures["bits"] == pytest.approx(3.5) and figures["perplexity"] == figures["perplexity_blocks"]
-    assert open_source(tmp_path / "out").storage == "int3_g64"
+    source, (model, _) = open_source(tmp_path / "out"), open_base([tiny_base])
+    assert source.storage == "int3_g64"
+    blocks = Blocks(model.args, model.tensors, torch.bfloat16, groups.start("cpu"))
+    ids = calibration_rows(text, model.tokenizer, settings.row_tokens, settings.rows + HELD)[: settings.rows]
+    where = blocks.sequences(*ids.shape)
+    for packed in (True, False):
+        block = blocks.load(0)
+        for name, linear in linears(block).items() if packed else ():
+            linear.weight = frozen(source.tensors[f"layers.0.{name}.weight"].read().bfloat16())
+        with torch.no_grad():
+            x = blocks.load(1).attention_norm(block(blocks.decoder.enter(ids.flatten(), where), where)).float()
+        name = "layers.1.attention.wq.weight"
+        grid, _ = gptq(model.tensors[name].read().bfloat16(), curvature(damp_(x.t() @ x)), 3, 64)
+        parts = {part: value.read() for part, value in source.tensors[name].parts.items()}
+        codes = whole_numbers(parts["codes"], parts["high"], 3, x.shape[1])
+        assert ((grid.rounded().codes == codes).float().mean() > 0.97) == packed
 
 
 def test_a_target_that_is_there(tiny_base: Path, text: Path, tmp_path: Path) -> None:

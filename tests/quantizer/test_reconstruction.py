@@ -7,7 +7,7 @@ import torch
 
 from accessory.model.projection import project
 from accessory.parallel import groups
-from accessory.quantizer.gptq import damp_, gptq
+from accessory.quantizer.gptq import curvature, damp_, gptq
 from accessory.quantizer.reconstruction import Rates, factor, relative_error, train_block
 from accessory.quantizer.weights import LatentWeight
 
@@ -37,7 +37,7 @@ def test_training_lowers_the_error() -> None:
     full = torch.randn(40, 96, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
     given = full * 0.8 + full.roll(1, 2) * 0.3
     flat = given[:32].flatten(0, 1)
-    grid = gptq(weight, damp_(flat.t() @ flat), 2, 64)
+    grid, _ = gptq(weight, curvature(damp_(flat.t() @ flat)), 2, 64)
 
     def error(rows: list[int]) -> torch.Tensor:
         matrix = latent.as_grid().weights()
