@@ -1,4 +1,4 @@
-"""Scales and zeros of a packed base that learn: accumulated, resumed, loaded again, merged; and what is refused."""
+"""The base's own weights that learn: accumulated, resumed, loaded again, merged, by family; and what is refused."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from accessory.export import Destination, export_adapter, merge
 from accessory.finetuning import finetune
 from accessory.meta import MetaModel
 from accessory.method import METHODS
+from accessory.model.args import ModelArgs
+from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from accessory.quant.groups import group_storage
 from tests.conftest import DATA
+from tests.memory.small_models import SHAPES, SMALL, filled, step
 from tests.test_blueprint import draw
 
 TOKENS = torch.arange(40) * 7 % 500
@@ -150,3 +153,27 @@ def test_what_statistics_cannot_become(part: Path, tmp_path: Path) -> None:
         export_adapter([part], tmp_path / "adapter", drop_biases=False)
     with pytest.raises(AccessoryError, match="trained parts of int2_g64 weights"):
         merge([part], tmp_path / "full", Destination("hf"), base="full", drop_biases=False)
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_other_families(name: str) -> None:
+    """All that is trained has a gradient, in bf16 as in fp32, and the loss falls."""
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        args = ModelArgs(**{**SMALL.model_dump(), **SHAPES[name]})
+        how = {"args": args, "method": "qsft", "quant": "int3_g32", "dtype": dtype}
+        decoder, attachment = filled(groups.start("cpu"), {"tune": "quantized", "galore_rank": 4}, **how)
+        trained = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
+        assert {name.rpartition(".")[2] for name in trained} == {"scales", "zeros", "displacement"}
+        optimizer, found = torch.optim.AdamW(trained.values(), lr=2e-3), []
+        for _ in range(8):
+            optimizer.zero_grad()
+            _, loss, _ = step(decoder)
+            (loss / 48).backward()  # tokens
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+            found.append(loss.item() / 48)
+            optimizer.step()
+        losses[dtype] = torch.tensor(found)
+        assert found[-1] < found[0] - 0.03
+    torch.testing.assert_close(*losses.values(), rtol=0.02, atol=0.02)
