@@ -46,12 +46,12 @@ class Qsft(Method):
         """The share of a matrix's integers that may move at a time, at most one of a row."""
         move_every: int = Field(4, ge=1)
         """Optimizer steps from one proposal of moves to the next."""
-        lr_2bit: float = Field(0.05, ge=0)
+        lr_2bit: float = Field(1.0, ge=0)
         """The learning rate of displacements of 2-bit integers, in steps of the matrix's grid times `galore_scale`; the
         schedule of `--lr` applies."""
-        lr_3bit: float = Field(0.05, ge=0)
+        lr_3bit: float = Field(1.0, ge=0)
         """The same for 3 bits."""
-        lr_4bit: float = Field(0.05, ge=0)
+        lr_4bit: float = Field(1.0, ge=0)
         """The same for 4 bits."""
         lr_fp: float = Field(5e-6, ge=0)
         """The learning rate of embeddings, norms, biases and head, where `tune` is `all`."""

@@ -1,10 +1,11 @@
 """Whole numbers of packed weights move between optimizer steps: proposed, tried on new documents, kept or taken back.
 
 Each matrix keeps a displacement that the optimizer trains (`accessory.quant.moving_groups`). Every few steps, the best
-move of each row is proposed where rounding to the nearest asks for it and the loss's series says that it gains; of
-these at most a stated share of a matrix. All are made together and tried on the documents of a step that had no part in
-the proposal. If the loss is lower, they stay; else they are taken back, and the next proposal is smaller. Either way
-the displacement loses what was granted or refused.
+move of each row is found where rounding to the nearest asks for it and the loss's series says that it gains. Those that
+gain most are made together, at most a stated share of a matrix, and as many as the series can be trusted with: they
+are tried on the documents of a step that had no part in the proposal. If the loss falls by a good part of what was
+expected they stay, and more is dared the next time; else they are taken back, and less is dared (a trust region:
+Conn, Gould and Toint 2000). Either way the displacement loses what was granted or refused.
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ from accessory.parallel.tensor import WHOLE
 from accessory.quant.moves import Integers, Moves, best_moves, round_released
 from accessory.quant.moving_groups import BASIS, WISH, MovingIntegers, Sketch
 
-SMALLER, LARGER = 0.5, 1.25
-"""What the share that may move is multiplied by after moves that were taken back, and after moves that were kept."""
+TRUSTED, MOST_TRUSTED = 1e-3, 1e-2
+"""The share of the loss that the first moves may be expected to save, and any."""
+SMALLER, LARGER = 0.5, 2.0
+"""What that share is multiplied by after moves that were taken back, and after moves that were kept."""
+BORNE_OUT = 0.25
+"""The part of what was expected that moves must save to be kept."""
+NOISE = 0.25  # of the dtype's eps: any change of a weight changes the loss by about this share of it, by rounding alone
 WIDTHS = 5  # bits of a whole number are below
 ZEROS_EVERY = 5  # steps between the shifts of zeros in the released rule
 
@@ -72,7 +78,7 @@ class IntegerMoves:
     """Moves the whole numbers of a decoder's matrices, between the steps of `optimizer`."""
 
     def __init__(self, decoder: Decoder, rule: IntegerRule, layout: Layout) -> None:
-        self.rule, self.layout = rule, layout
+        self.rule, self.layout, self.noise = rule, layout, NOISE * torch.finfo(decoder.dtype).eps
         self.matrices = [
             Matrix.of(name, linear, layout)
             for name, linear in decoder.named_modules()
@@ -81,10 +87,10 @@ class IntegerMoves:
         self.numbers = dict.fromkeys(sorted({matrix.weight.bits for matrix in self.matrices}), 0)
         for matrix in self.matrices:
             self.numbers[matrix.weight.bits] += matrix.numbers
-        # The share that may move at present, the running mean (as Adam's) of what clipping multiplied gradients by,
-        # then moves proposed and moves kept, by width.
+        # The share of the loss that is trusted at present, the running mean (as Adam's) of what clipping multiplied
+        # gradients by, then moves proposed and moves kept, by width.
         self.counters = torch.zeros(2 + 2 * WIDTHS, dtype=torch.float64)
-        self.counters[0] = rule.most_moved
+        self.counters[0] = max(TRUSTED, 2 * self.noise)
         self.moves_now = False
         self._state: list[Tensor] = []
 
@@ -123,7 +129,8 @@ class IntegerMoves:
         """
         if not self.moves_now:
             return
-        proposals = self._chosen([self._best(matrix, optimizer, tokens) for matrix in self.matrices])
+        found = [self._best(matrix, optimizer, tokens) for matrix in self.matrices]
+        proposals, expected = self._chosen(found, self.counters[0].item() * loss)
         count = self._count(proposals)
         if not any(count.values()):
             return
@@ -131,14 +138,16 @@ class IntegerMoves:
             _make(proposal, proposal.moves.by)
         now = self._random_state()
         self._set_random_state(self._state)  # the same dropout as before
-        taken_back = bool(highest([int(not again() < loss)], self.layout.device)[0])
+        enough = max(BORNE_OUT * expected, self.noise * loss)
+        taken_back = bool(highest([int(not loss - again() > enough)], self.layout.device)[0])
         self._set_random_state(now)
         for proposal in proposals:
             if taken_back:
                 _make(proposal, -proposal.moves.by)
             _grant(proposal, proposal.moves.wished if taken_back else proposal.moves.size)
         self._record(count, 0 if taken_back else 1)
-        self.counters[0] = min(self.counters[0] * (SMALLER if taken_back else LARGER), self.rule.most_moved)
+        trusted = self.counters[0].item() * (SMALLER if taken_back else LARGER)
+        self.counters[0] = min(max(trusted, 2 * self.noise), MOST_TRUSTED)
 
     def clipped_by(self, factor: float) -> None:
         """The optimizer has stepped on gradients that clipping multiplied by `factor`."""
@@ -181,22 +190,29 @@ class IntegerMoves:
             (1 - BETAS[0]) / (1 + BETAS[0]),
         )
 
-    def _chosen(self, found: list[Moves]) -> list[Proposal]:
-        """Of each matrix the rows that gain most; of a row that is cut, the rank whose move gains most has it."""
-        gains = [moves.gain.new_zeros(matrix.rows) for matrix, moves in zip(self.matrices, found, strict=True)]
-        for gain, matrix, moves in zip(gains, self.matrices, found, strict=True):
+    def _chosen(self, found: list[Moves], trusted: float) -> tuple[list[Proposal], float]:
+        """The moves that gain most, over all matrices, as long as they are expected to save `trusted`; what they save.
+
+        Of a row that is cut, the rank whose move gains most has it.
+        """
+        sizes = [matrix.rows for matrix in self.matrices]
+        best = torch.cat([moves.gain.new_zeros(size) for moves, size in zip(found, sizes, strict=True)])
+        for gain, matrix, moves in zip(best.split(sizes), self.matrices, found, strict=True):
             gain[matrix.offset : matrix.offset + len(moves.gain)] = moves.gain
-        best = torch.cat(gains)
         dist.all_reduce(best, op=dist.ReduceOp.MAX, group=model_parallel_group())
+        kept = best.clone()
+        for gain, matrix in zip(kept.split(sizes), self.matrices, strict=True):
+            count = min(max(round(self.rule.most_moved * matrix.numbers), 1), matrix.rows)
+            gain[gain < gain.topk(count).values[-1]] = 0
+        ordered = kept.sort(descending=True).values
+        count = max(int((ordered.double().cumsum(0) <= trusted).sum()), 1)
+        kept[kept < ordered[count - 1]] = 0
         proposals = []
-        for matrix, moves, gain in zip(self.matrices, found, best.split([len(gain) for gain in gains]), strict=True):
-            count = min(max(round(self.counters[0].item() * matrix.numbers), 1), matrix.rows)
-            top = torch.zeros_like(gain, dtype=torch.bool)
-            top[gain.topk(count).indices] = True
-            own = slice(matrix.offset, matrix.offset + len(moves.gain))
-            rows = ((moves.gain > 0) & (moves.gain == gain[own]) & top[own]).nonzero()[:, 0]
+        for matrix, moves, gain in zip(self.matrices, found, kept.split(sizes), strict=True):
+            own = gain[matrix.offset : matrix.offset + len(moves.gain)]
+            rows = ((moves.gain > 0) & (moves.gain == own)).nonzero()[:, 0]
             proposals.append(Proposal(matrix, rows, Moves(*(part[rows] for part in moves))))
-        return proposals
+        return proposals, kept.double().sum().item()
 
     def _count(self, proposals: list[Proposal]) -> dict[int, int]:
         """Moves by width, over all ranks."""

@@ -133,7 +133,7 @@ def test_accumulated_is_the_same(tiny_base: Path, whole: Path, tmp_path: Path) -
     output = run(tiny_base, tmp_path / "eight", batch_size=1, accum_iter=8)
     torch.testing.assert_close(losses(output), losses(whole), rtol=1e-4, atol=0)
     ours, others = integers(output), integers(whole)
-    assert figures(whole)["moves_kept"] > 100 and all(torch.equal(ours[name], others[name]) for name in others)
+    assert figures(whole)["moves_kept"] > 20 and all(torch.equal(ours[name], others[name]) for name in others)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
@@ -199,7 +199,7 @@ def test_every_layout_moves_the_same(tiny_base: Path, whole: Path, ranks: int, t
         torch.testing.assert_close(losses(tmp_path / name), losses(whole), rtol=1e-4, atol=0)
         found = integers(tmp_path / name)
         assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted), name
-        assert figures(tmp_path / name)["moves_kept"] == figures(whole)["moves_kept"] > 100
+        assert figures(tmp_path / name)["moves_kept"] == figures(whole)["moves_kept"] > 20
 
 
 def test_refused(tiny_base: Path) -> None:
