@@ -123,7 +123,7 @@ class Visitor:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30) -> Any:
+    def wait(self, expression: str, seconds: float = 90) -> Any:
         """The first truthy value of an expression; fails after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (value := self.js(expression)):

@@ -128,7 +128,7 @@ def test_scheduler_variables(launcher: str, flags: list[str], tmp_path: Path, cl
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=240) for rank in ranks]
     done = subprocess.CompletedProcess([], max(r.returncode for r in ranks), *map("".join, zip(*outputs, strict=True)))
     check(done, tmp_path)
     assert "on 2 x cpu: model parallel 1, data parallel 2" in done.stdout

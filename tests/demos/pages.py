@@ -31,7 +31,7 @@ def served(
         yield page, Client(address_of(page), verbose=False)
     finally:
         page.terminate()
-        page.wait(timeout=30)
+        page.wait(timeout=120)
 
 
 def address_of(page: subprocess.Popen) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import re
@@ -22,7 +23,8 @@ class Pty:
 
     def __init__(self, arguments: list[Any], environment: dict[str, str]) -> None:
         self.end, theirs = pty.openpty()
-        self.said = ""
+        self.unread = ""
+        self._decoded = codecs.getincrementaldecoder("utf-8")("replace").decode  # a read may end within a character
         self.process = subprocess.Popen(
             [sys.executable, *map(str, arguments)], env=environment | {"TERM": "dumb"}, stdin=theirs, stdout=theirs,
             stderr=theirs, start_new_session=True, preexec_fn=_take_terminal, cwd=ROOT,
@@ -44,11 +46,12 @@ class Pty:
     def leave(self) -> None:
         """By Ctrl-D, with a status of 0."""
         self.type(CTRL_D)
-        assert self.process.wait(30) == 0
+        assert self.process.wait(120) == 0
 
     def begun(self) -> None:
         """Wait for anything to be shown."""
-        self.said += os.read(self.end, 1).decode(errors="replace")
+        while not self.unread:
+            self._read()
 
     def interrupt_prompt(self, ending: str) -> str:
         """Press Ctrl-C where a line is asked for, and wait for `ending`.
@@ -63,12 +66,16 @@ class Pty:
     def until(self, ending: str, timeout: float = 120) -> str:
         """All that is shown from now until `ending` is, the echo of what was typed included."""
         deadline = time.monotonic() + timeout
-        while not self.said.endswith(ending):
-            assert select.select([self.end], [], [], max(deadline - time.monotonic(), 0))[0], self.said
-            said = os.read(self.end, 4096).decode(errors="replace")
-            self.said += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said).replace("\r\n", "\n")
-        said, self.said = self.said.removesuffix(ending), ""
+        while ending not in self.unread:
+            assert select.select([self.end], [], [], max(deadline - time.monotonic(), 0))[0], self.unread
+            self._read()
+        said, _, self.unread = self.unread.partition(ending)
         return said
+
+    def _read(self) -> None:
+        """More of what is shown, without control sequences; however the terminal cuts it into pieces."""
+        shown = self.unread + self._decoded(os.read(self.end, 4096))
+        self.unread = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r\n", "\n")
 
 
 def as_shown(answer: str) -> str:

@@ -47,6 +47,7 @@ class Job:
     ranks: int = 2
     launcher: list[str] = field(default_factory=list)
     started: float = 0.0
+    seconds: float = 0.0
 
     def flags(self, *more: str) -> list[str]:
         """Of `main_finetune.py`; those given last win."""
@@ -73,10 +74,10 @@ class Job:
         )  # fmt: skip
 
     def run(self, *more: str, **given) -> subprocess.CompletedProcess:
-        """As `start`, to its end; `seconds` on the result says how long it took."""
+        """As `start`, to its end; `seconds`, here and on the result, says how long it took."""
         began = time.monotonic()
         done = finish(self.start(*more, **given))
-        done.seconds = time.monotonic() - began
+        self.seconds = done.seconds = time.monotonic() - began
         return done
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +143,8 @@ def test_25_numbers_that_yaml_takes_for_text(tmp_path: Path, tiny_base: Path) ->
 def test_25_bad_flags_and_settings_all_at_once(job: Job, tmp_path: Path, python) -> None:
     """With status 2, before any process is waited for or a weight read."""
     flags = ("--lr", "fast", "--batch_sise", "4", "--max_skipped", "2", "--save_minutes", "-1", "--not_finite", "igore")
-    began = time.monotonic()
     done = python(ROOT / "accessory" / "main_finetune.py", *job.flags(*flags), RANK="0", WORLD_SIZE="2")
-    assert done.returncode == 2 and time.monotonic() - began < 60
+    assert done.returncode == 2  # rank 1 would be waited for longer than `python` waits
     for words in ("--lr is 'fast'", "Did you mean '--batch_size'", "--max_skipped", "--save_minutes", "'igore'"):
         assert words in done.stderr, words
     bad, misspelt = tmp_path / "settings.json", {"lora_rank": "lora_rnak", "r": "side_haeds"}[SIZE]

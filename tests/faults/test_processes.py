@@ -41,16 +41,17 @@ def test_16_restarts_without_progress_end(job: Job) -> None:
 
 
 @pytest.mark.parametrize("way", ["stop", "sleep", "hold"])
-def test_17_a_hanging_rank_ends_all(job: Job, way: str) -> None:
+def test_17_a_hanging_rank_ends_all(job: Job, twin: Job, way: str) -> None:
     """SIGSTOP, a step that does not end, and an extension that never gives the interpreter back."""
-    process = job.start("--timeout", "5", faults=[{"do": way, "rank": 1, "step": 6}])
+    timeout = min(max(5, round(twin.seconds / 3)), 60)  # a busy machine keeps healthy ranks waiting, too
+    process = job.start("--timeout", str(timeout), faults=[{"do": way, "rank": 1, "step": 6}])
     wait_for(lambda: job.fired == [f"{way}-rank1-attempt0"])
     workers, began = workers_of(process.pid), time.monotonic()
     done = finish(process)
-    assert time.monotonic() - began < 30 * job.pace and FORCED not in done.stderr
+    assert time.monotonic() - began < 25 * job.pace + timeout and FORCED not in done.stderr
     assert len(workers) == 2 and not any(alive(worker) for worker in workers)
     assert f"LostRankError: rank 1 (process {workers[1]} on " in said(done)
-    assert "no longer answers: killed, or hanging (Timed out waiting 5000ms" in said(done)
+    assert f"no longer answers: killed, or hanging (Timed out waiting {timeout}000ms" in said(done)
     assert (job.status["state"], job.status["status"], job.status["step"]) == ("failed", 7, 4)
     assert verify(job.output / "epoch0-iter4") == 4
 

@@ -1,8 +1,6 @@
-"""One rank's error becomes everyone's (checks in worker.py)."""
+"""One rank's error becomes everyone's (on ranks: test_ranks.py)."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -24,9 +22,3 @@ from accessory.parallel.agree import differences
 )
 def test_what_differs_is_named_as_far_in_as_it_is(one: object, other: object, found: list) -> None:
     assert differences("x", one, other) == found
-
-
-def test_two_ranks(torchrun) -> None:
-    done = torchrun(2, Path(__file__).with_name("worker.py"), "agree")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("OK") == 2  # one a rank; their lines may run into each other

@@ -38,7 +38,7 @@ def test_an_orphan_dies_unless_it_is_saving(variables: dict, dies: bool, asked_t
     launcher.kill()
     launcher.wait()
     if dies and not asked_to_stop:
-        wait_for(lambda: not alive(process), seconds=2)
+        wait_for(lambda: not alive(process), seconds=30)
     else:
         with pytest.raises(AssertionError):
             wait_for(lambda: not alive(process), seconds=0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 PROGRAM = """
@@ -40,10 +39,9 @@ def test_ranks_are_started_with_the_same_command_line(python, tmp_path: Path) ->
 
 
 def test_all_end_when_one_fails(python, tmp_path: Path) -> None:
-    begun = time.monotonic()
+    """Rank 0 would wait for rank 1 for longer than `python` waits for it."""
     done = python(program(tmp_path), "fail", "0", "1")
     assert done.returncode == -15 and "rank 1 (process " in done.stderr and "ended with status 3" in done.stderr
-    assert time.monotonic() - begun < 60
 
 
 def test_refused_under_torchrun(torchrun, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Run under torchrun on two ranks with the name of a scenario: each rank asserts, and says OK at the end."""
+"""Run under torchrun on two ranks, which split a model, then the data: each asserts, and says OK at the end."""
 
 import sys
 from pathlib import Path
 
 import torch
+from fairscale.nn.model_parallel import destroy_model_parallel
 from torch import nn
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
@@ -133,14 +134,14 @@ def check_data_parallel(layout: groups.Layout) -> None:
     assert sum_over_data_parallel(torch.tensor(layout.rank + 1.0)).item() == 3.0
 
 
-scenario = sys.argv[1]
-layout = groups.start("cpu", model_parallel_size=1 if scenario == "data" else 2)
-expected = (0, 1, layout.rank, 2) if scenario == "data" else (layout.rank, 2, 0, 1)
-assert (layout.mp_rank, layout.mp_size, layout.dp_rank, layout.dp_size) == expected
-{
-    "agree": lambda: (check_together(layout.rank), check_alike_and_highest(layout.rank)),
-    "tensor": lambda: check_model_parallel(layout.rank),
-    "data": lambda: check_data_parallel(layout),
-}[scenario]()
+layout = groups.start("cpu", model_parallel_size=2)
+assert (layout.mp_rank, layout.mp_size, layout.dp_rank, layout.dp_size) == (layout.rank, 2, 0, 1)
+check_together(layout.rank)
+check_alike_and_highest(layout.rank)
+check_model_parallel(layout.rank)
+destroy_model_parallel()
+layout = groups.start("cpu", model_parallel_size=1)
+assert (layout.mp_rank, layout.mp_size, layout.dp_rank, layout.dp_size) == (0, 1, layout.rank, 2)
+check_data_parallel(layout)
 print(f"OK {layout.rank}", flush=True)
 groups.end_process()

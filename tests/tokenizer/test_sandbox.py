@@ -58,10 +58,10 @@ def test_it_renders_as_transformers_does(text):
     ],
 )
 def test_what_would_never_end_or_fill_the_memory_is_refused_in_time(text):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TokenizerError, match="its chat template"):
         ChatTemplate(text, "somewhere").render(messages=MESSAGES)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_one_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(trial, "_PATIENCE", 1)
     began = time.monotonic()
     assert run_in_subprocess("import time; time.sleep(100)", b"") == "is not done with it after 1 s"
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 90
 
 
 def test_a_panic_that_no_handler_of_exceptions_sees_is_an_error() -> None:

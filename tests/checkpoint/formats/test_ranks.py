@@ -25,5 +25,5 @@ def test_two_ranks_hold_slices_of_the_same_weights(written, tiny_base: Path, tmp
         torch.save(logits(path), path / "logits.pt")
     done = torchrun(2, Path(__file__).with_name("packed_worker.py"), *paths)
     assert done.returncode == 0, done.stderr[-3000:]
-    for path in paths:
-        assert done.stdout.count(f"{path.name}: matrices 14 equal, logits close\n") == 2, done.stdout
+    for path in paths:  # their lines may run into each other
+        assert done.stdout.count(f"{path.name}: matrices 14 equal, logits close") == 2, done.stdout
