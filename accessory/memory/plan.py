@@ -294,11 +294,11 @@ def _nbytes(parameters: dict[str, nn.Parameter]) -> int:
 
 
 def parameter_counts(decoder: Decoder, attachment: Attachment) -> tuple[int, int]:
-    """(trained, all) parameters of the whole model, over all model-parallel ranks."""
+    """(trained, all) parameters of the whole model, over all model-parallel ranks; of a packed matrix, its weights."""
     trained = total = 0
     for target in targets(decoder):
         count = torch.Size(target.whole_shape(decoder.ranks)).numel()
-        total += count
+        total += 0 if isinstance(target.owner, PackedWeight) else count
         trained += count if target.name in attachment.trainable else 0
     return trained, total
 

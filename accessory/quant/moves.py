@@ -13,6 +13,8 @@ from accessory.quant.groups import packed_codes
 
 PIECE = 1 << 18  # weights that are looked at together
 BYTES = 50  # of a weight that is looked at
+MOST_USUAL = 3.0
+"""Times the median of all columns that the squared gradients of one may amount to for its whole numbers to move."""
 STANDS_OUT = 4.0
 """Standard deviations of the noise that a mean gradient must have at least for a whole number to move."""
 
@@ -72,6 +74,7 @@ def best_moves(
     wished: tuple[Tensor, Tensor],
     gradient: tuple[Tensor, Tensor],
     variance: tuple[Tensor, Tensor],
+    usual: Tensor,
     tokens: float,
     noise: float,
 ) -> Moves:
@@ -80,9 +83,10 @@ def best_moves(
     wished: factors [N, R], [R, K] of the displacement that is wished for; gradient, variance: those of the gradients'
     mean over steps, and of the mean of their squares, each of a loss over so many `tokens`. The loss's second
     derivative by a weight is the mean over tokens of squared gradients (Fisher's information): that of steps times
-    `tokens`. noise: the variance of the mean gradient in units of a step's. A whole number may move if rounding to the
-    nearest would move it, if there is a next one, if the mean gradient stands out of its noise, and if the first two
-    terms of the loss's series then fall.
+    `tokens`. usual: bool [K], see `usual_columns`. noise: the variance of the mean gradient in units of a step's.
+
+    A whole number may move if rounding to the nearest would move it, if there is a next one, if its column is usual,
+    if the mean gradient stands out of its noise, and if the first two terms of the loss's series then fall.
     """
     best = [torch.zeros(len(integers.codes), dtype=kind, device=integers.codes.device)
             for kind in (torch.int64, torch.int8, torch.float32, torch.float32, torch.float32)]  # fmt: skip
@@ -94,6 +98,7 @@ def best_moves(
         spread = variance[0][rows] @ variance[1]
         gain = -slope * size - tokens * spread * size.square() / 2
         may = (wish.abs() >= size.abs() / 2) & (after >= 0) & (after < 1 << integers.bits) & (by != 0)
+        may &= usual
         may &= slope.square() >= STANDS_OUT**2 * noise * spread
         gain = torch.where(may, gain, 0).clamp_(min=0)
         found, column = gain.max(1)
@@ -102,6 +107,14 @@ def best_moves(
         for whole, part in zip(best, of_rows, strict=True):
             whole[rows] = part.to(whole.dtype)
     return Moves(*best)
+
+
+def usual_columns(energy: Tensor) -> Tensor:
+    """Which columns have gradients like others', bool [K]; energy: each column's sum of squared gradients.
+
+    What a channel of massive activations (Sun et al. 2024) does is beyond what two terms of a series can tell.
+    """
+    return energy <= MOST_USUAL * energy.median()
 
 
 def round_released(integers: Integers, wished: tuple[Tensor, Tensor]) -> Tensor:

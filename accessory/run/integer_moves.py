@@ -29,7 +29,7 @@ from accessory.parallel.data import as_shard, is_sharded, local, shard_like, sum
 from accessory.parallel.groups import Layout, model_parallel_group
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import WHOLE
-from accessory.quant.moves import Integers, Moves, best_moves, round_released
+from accessory.quant.moves import Integers, Moves, best_moves, round_released, usual_columns
 from accessory.quant.moving_groups import BASIS, WISH, MovingIntegers, Sketch
 
 TRUSTED, MOST_TRUSTED = 1e-3, 1e-2
@@ -59,6 +59,12 @@ class Matrix:
         rows, columns = linear.weight.slicing.whole_shape(tuple(linear.weight.shape), linear.ranks)
         own = linear.weight.shape[0]
         return Matrix(f"{name}.weight", linear.weight, rows, columns, layout.mp_rank * own if own < rows else 0)
+
+    def own_columns(self, layout: Layout) -> slice:
+        """Those of this rank."""
+        own = self.weight.shape[1]
+        start = layout.mp_rank * own if own < self.columns else 0
+        return slice(start, start + own)
 
     @property
     def numbers(self) -> int:
@@ -116,8 +122,7 @@ class IntegerMoves:
         wish, (rows, columns) = matrix.weight.wish, matrix.weight.shape
         start, size, total = matrix.offset, rows, matrix.rows
         if not wish.of_columns:
-            cuts = matrix.columns // columns
-            start, size, total = columns * self.layout.mp_rank * (cuts > 1), columns, matrix.columns
+            start, size, total = matrix.own_columns(self.layout).start, columns, matrix.columns
         drawn = torch.randn(total, wish.rank, generator=torch.Generator().manual_seed(total))
         return drawn[start : start + size].to(self.layout.device)
 
@@ -129,7 +134,8 @@ class IntegerMoves:
         """
         if not self.moves_now:
             return
-        found = [self._best(matrix, optimizer, tokens) for matrix in self.matrices]
+        usual = self._usual(optimizer)
+        found = [self._best(*of_matrix, optimizer, tokens) for of_matrix in zip(self.matrices, usual, strict=True)]
         proposals, expected = self._chosen(found, self.counters[0].item() * loss)
         count = self._count(proposals)
         if not any(count.values()):
@@ -174,11 +180,23 @@ class IntegerMoves:
         found = {f"moved_int{bits}": kept[bits].item() / numbers for bits, numbers in self.numbers.items()}
         return found | {"moves_proposed": proposed.sum().item(), "moves_kept": kept.sum().item()}
 
-    def _best(self, matrix: Matrix, optimizer: torch.optim.Optimizer, tokens: float) -> Moves:
+    def _usual(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Of each matrix, which of this rank's columns have gradients like others'."""
+        energies = []
+        for matrix in self.matrices:
+            _, square = _whole_moments(optimizer, matrix.weight.displacement)
+            rows, columns = _factors(matrix.weight, square, whole(matrix.weight.basis).square())
+            energies.append(torch.zeros(matrix.columns, device=self.layout.device))
+            energies[-1][matrix.own_columns(self.layout)] = rows.sum(0) @ columns
+        sizes = [len(energy) for energy in energies]
+        dist.all_reduce(energy := torch.cat(energies), group=model_parallel_group())
+        return [usual_columns(of_matrix)[matrix.own_columns(self.layout)]
+                for matrix, of_matrix in zip(self.matrices, energy.split(sizes), strict=True)]  # fmt: skip
+
+    def _best(self, matrix: Matrix, usual: Tensor, optimizer: torch.optim.Optimizer, tokens: float) -> Moves:
         weight, parameter = matrix.weight, matrix.weight.displacement
-        found, steps = moments(optimizer, parameter), int(optimizer.state[parameter]["step"])
-        clipped = self.counters[1].item() / (1 - BETAS[0] ** steps)
-        mean, square = (whole(as_shard(part, parameter)) if is_sharded(parameter) else part for part in found)
+        clipped = self.counters[1].item() / (1 - BETAS[0] ** int(optimizer.state[parameter]["step"]))
+        mean, square = _whole_moments(optimizer, parameter)
         basis = whole(weight.basis)
         per_weight = 1 / (weight.unit * clipped)  # from U's gradient, clipped, to the weights'
         return best_moves(
@@ -186,6 +204,7 @@ class IntegerMoves:
             _factors(weight, whole(parameter) * weight.unit, basis),
             _factors(weight, mean * per_weight, basis),
             _factors(weight, square * per_weight**2, basis.square()),
+            usual,
             tokens,
             (1 - BETAS[0]) / (1 + BETAS[0]),
         )
@@ -271,6 +290,14 @@ class IntegerMoves:
         torch.set_rng_state(state[0])
         for of_cuda in state[1:]:
             torch.cuda.set_rng_state(of_cuda, self.layout.device)
+
+
+def _whole_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """`moments`, of the whole parameter where data parallelism shards it."""
+    mean, square = moments(optimizer, parameter)
+    if is_sharded(parameter):
+        mean, square = (whole(as_shard(part, parameter)) for part in (mean, square))
+    return mean, square
 
 
 def _integers(weight: MovingIntegers) -> Integers:

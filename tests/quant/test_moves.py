@@ -8,7 +8,7 @@ from torch import Tensor
 
 from accessory.kernels.codes import whole_numbers
 from accessory.quant.groups import packed_codes
-from accessory.quant.moves import STANDS_OUT, Integers, best_moves, round_released
+from accessory.quant.moves import STANDS_OUT, Integers, best_moves, round_released, usual_columns
 
 ROWS, COLUMNS, GROUP = 9, 40, 16
 TOKENS, NOISE = 50.0, 0.05
@@ -38,7 +38,8 @@ def test_best_moves(integers: Integers) -> None:
     """The one of each row that gains most, of those that may be made."""
     wished, gradient, variance = factors(1.0), factors(3.0), tuple(part.abs() for part in factors(0.3))
     gradient[0][2] = 0  # nothing to gain in this row
-    found = best_moves(integers, wished, gradient, variance, TOKENS, NOISE)
+    usual = torch.arange(COLUMNS) % 7 > 0
+    found = best_moves(integers, wished, gradient, variance, usual, TOKENS, NOISE)
     wish, slope, spread = (a.double() @ b.double() for a, b in (wished, gradient, variance))
     numbers, made = numbers_of(integers), 0
     for row in range(ROWS):
@@ -48,7 +49,7 @@ def test_best_moves(integers: Integers) -> None:
             by = int(torch.sign(wanted) * torch.sign(scale))
             after, moved = numbers[row, column] + by, by * scale
             gain = -slope[row, column] * moved - TOKENS * spread[row, column] * moved**2 / 2
-            may = abs(wanted) >= abs(scale) / 2 and 0 <= after < 1 << integers.bits
+            may = usual[column] and abs(wanted) >= abs(scale) / 2 and 0 <= after < 1 << integers.bits
             if may and slope[row, column] ** 2 >= STANDS_OUT**2 * NOISE * spread[row, column] and gain > best[0]:
                 best = (gain, (column, by, wanted, moved))
         assert found.gain[row].item() == pytest.approx(float(best[0]), rel=1e-4, abs=1e-5)
@@ -85,3 +86,8 @@ def test_the_released_rule(integers: Integers) -> None:
     smallest = integers.scales.abs().min() * 0.49
     small = (torch.full((ROWS, 1), float(smallest)), torch.ones(1, COLUMNS))
     assert round_released(integers, small) == 0
+
+
+def test_usual_columns() -> None:
+    """Up to three times the median."""
+    assert usual_columns(torch.tensor([1.0, 2.0, 6.0, 6.1, 0.0])).tolist() == [True, True, True, False, True]

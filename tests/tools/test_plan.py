@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_CONFIG
+from tests.conftest import ROOT, TINY_CONFIG
 
 PLAN = "tools/plan.py"
 PARTS = ["weights", "trainable", "gradients", "optimizer", "activations", "logits", "buffers", "working", "total"]
@@ -168,6 +168,17 @@ def test_directories(called: Callable, params: Path, tmp_path: Path) -> None:
     blocks = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 2 * 128)
     count = blocks + 2 * 512 * 128 + 128
     assert f"trainable parameters: {count:,} of {count:,}" in done.stdout
+
+
+def test_integers_of_an_8b_model_are_trained_in_12_gb(called: Callable, tmp_path: Path) -> None:
+    """Llama 3's shape at mix2.2, displacements at rank 64, 512 tokens at once; what docs/low-bit.md says."""
+    args = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "hidden_dim": 14336}
+    (tmp_path / "params.json").write_text(json.dumps(args))
+    flags = ("--method", "qsft_quantized", "--quant_type", "mix2.2", "--seq", "512")
+    found = [numbers(called(PLAN, tmp_path / "params.json", *flags, *more).stdout)["total"]
+             for more in ((), ("--optim", "adamw8bit"), ("--optim", "adamw8bit", "--checkpointing"))]  # fmt: skip
+    said = (ROOT / "docs" / "low-bit.md").read_text()
+    assert found[0] < 12 and all(f"{total:.1f} GB" in said for total in found)
 
 
 def test_bare_checkpointing_is_all(called: Callable) -> None:
