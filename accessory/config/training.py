@@ -21,7 +21,7 @@ from accessory.optim import BETAS, LR_SCHEDULES, OPTIMIZERS
 from accessory.quant import QUANT_TYPES, STORAGES, storage
 
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
-_OF_TEACHER = frozenset(("teacher_weight", "teacher_temperature", "teacher_quant_type"))
+_OF_TEACHER = ("teacher_quant_type", "teacher_temperature", "teacher_weight")
 TRACKERS = ("tensorboard", "wandb", "none")
 """What `--report_to` takes."""
 _TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
@@ -239,7 +239,8 @@ class FinetuneConfig(BaseModel):
             found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
         found += self._evaluation_faults()
         found += [f"--{name} without --teacher changes nothing: give both, or neither."
-                  for name in sorted(_OF_TEACHER & self.model_fields_set) if not self.teacher]  # fmt: skip
+                  for name in _OF_TEACHER
+                  if not self.teacher and getattr(self, name) != type(self).model_fields[name].default]  # fmt: skip
         found += misplaced_files(
             pretrained_path=self.pretrained_path,
             llama_config=self.llama_config,
