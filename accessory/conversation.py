@@ -194,7 +194,7 @@ class Conversation:
             except GeneratorExit:
                 self._stopping = True
                 raise
-            except Exception:
+            except Exception:  # whatever it was, it goes on to the caller, and leaves no half turn behind
                 del self.history[place:]
                 raise
             finally:

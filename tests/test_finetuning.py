@@ -28,7 +28,8 @@ WORKER = Path(__file__).with_name("finetune_worker.py")
 STEPS = 4
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for all runs
 CUT_ANEW, CUT_ANEW_NOISE = ("nf4", "fp4", "int8"), 1e-3  # measured: 2.1e-4
-NOISE = 1e-2  # measured: 1e-5, and 3e-3 where a key's bias has a gradient of rounding errors, as long a step to AdamW
+NOISE = 1e-3  # measured: 2e-5
+OF_NOTHING, OF_NOTHING_NOISE = "attention.wk.bias", 1e-2  # measured: 3e-3; AdamW follows rounding errors there
 INPUTS_ROUNDED, INPUTS_ROUNDED_NOISE = ("llm_int8",), 3e-3  # measured: 1.4e-3
 
 
@@ -119,7 +120,7 @@ def test_every_layout_trains_as_one_process_or_is_refused(runs: Path, job: str, 
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             error = (actual[name] - value).norm() / value.norm().clamp_min(1e-3)
-            assert error < NOISE, (name, error)
+            assert error < (OF_NOTHING_NOISE if name.endswith(OF_NOTHING) else NOISE), (name, error)
     say(SUPPORT, job, f"`{layout}`", "tested")
 
 

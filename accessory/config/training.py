@@ -231,7 +231,7 @@ class FinetuneConfig(BaseModel):
         found += self._bits_faults()
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
-        if self.lr_schedule == "constant" and "min_lr" in self.model_fields_set:
+        if self.lr_schedule == "constant" and "min_lr" in self.model_fields_set and self.min_lr != self.lr / 10:
             found.append(f"--min_lr {self.min_lr} with --lr_schedule constant changes nothing: leave one out.")
         if self.offload_inputs and self.checkpointing in ("none", 0):
             found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")

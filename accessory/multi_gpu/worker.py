@@ -40,7 +40,7 @@ def serve(connection: Connection, ranks: int) -> None:
             answer = ["done", result]
         except AccessoryError as error:
             answer = ["failed", type(error).__name__, str(error)]
-        except Exception:
+        except Exception:  # whatever it was, the process that asked must hear of it, or it would wait for ever
             answer = ["failed", "LostRankError", traceback.format_exc()]
         connection.send_bytes(pack(answer))
 

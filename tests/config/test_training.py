@@ -74,6 +74,14 @@ def test_flags_that_would_do_nothing(paths: list[str]) -> None:
     ]
 
 
+@pytest.mark.parametrize("more", [["--lr_schedule", "constant"], ["--lr", "3e-4"], ["--teacher", "base", "--quant"]])
+def test_a_runs_own_arguments_can_be_given_back(paths: list[str], more: list[str]) -> None:
+    """As `run.json` has them, defaults and all."""
+    config = parse(FinetuneConfig, [*paths, "--only_save_trainable", *more])
+    again = FinetuneConfig(**plain(config))
+    assert again == config and again.faults() == config.faults()
+
+
 @pytest.mark.parametrize(("bits", "quant"), [("4", (True, None)), ("8", (True, "int8")), ("16", (False, None))])
 def test_bits(paths: list[str], bits: str, quant: tuple[bool, str | None]) -> None:
     """Another name of --quant, from Python too; what contradicts it is refused."""

@@ -26,6 +26,7 @@ from accessory.parallel.groups import Layout
 from accessory.quant.groups import group_storage
 from tests.conftest import DATA
 from tests.memory.small_models import SHAPES, SMALL, filled, step
+from tests.memory.small_models import TOKENS as COUNT
 from tests.test_blueprint import draw
 
 TOKENS = torch.arange(40) * 7 % 500
@@ -170,9 +171,9 @@ def test_other_families(name: str) -> None:
         for _ in range(8):
             optimizer.zero_grad()
             _, loss, _ = step(decoder)
-            (loss / 48).backward()  # tokens
+            (loss / COUNT).backward()
             assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-            found.append(loss.item() / 48)
+            found.append(loss.item() / COUNT)
             optimizer.step()
         losses[dtype] = torch.tensor(found)
         assert found[-1] < found[0] - 0.03

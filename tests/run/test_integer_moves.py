@@ -136,6 +136,20 @@ def test_accumulated_is_the_same(tiny_base: Path, whole: Path, tmp_path: Path) -
     assert figures(whole)["moves_kept"] > 20 and all(torch.equal(ours[name], others[name]) for name in others)
 
 
+def test_moves_are_tried_with_the_teacher(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the loss that is trained: computed again before anything has moved, it is the same."""
+    move, seen = IntegerMoves.move, []
+
+    def watched(moves: IntegerMoves, optimizer: Any, loss: float, tokens: float, again: Any) -> None:
+        seen.append((loss, again()))
+        move(moves, optimizer, loss, tokens, again)
+
+    monkeypatch.setattr(IntegerMoves, "move", watched)
+    output = run(tiny_base, tmp_path / "taught", teacher=[Path("base")], teacher_weight=0.5)
+    assert all(loss == again for loss, again in seen) and len(seen) == STEPS
+    assert figures(output)["moves_kept"] > 0 and figures(output)["divergence"] > 0
+
+
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
 def test_resumed_bit_for_bit(tiny_base: Path, optim: str, tmp_path: Path) -> None:
     """Five steps, between two bases and two proposals, and five more: all that is saved is that of ten."""

@@ -181,7 +181,7 @@ def _can_be_read(kind: Kind) -> bool:
         return True
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # how the package says so: it has no list of what it dequantizes
         return False
     return True
 
