@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory.errors import CheckpointError
 from accessory.quant.packed import PackedState, PackedWeight
 
 
@@ -84,6 +85,14 @@ class ComputedTensor(LazyTensor):
         return self.compute(dim, start, stop)
 
 
+class UnpackedTensor(ComputedTensor):
+    """A matrix [N, K] that its file holds packed, in a way that no storage here has: it is read as plain weights."""
+
+    def select(self, rows: Tensor) -> LazyTensor:
+        """Some of its rows are unpacked weights, too."""
+        return UnpackedTensor((len(rows), self.shape[1]), self.dtype, SelectedRows(self, rows).read)
+
+
 class SelectedRows(LazyTensor):
     """Some rows (int64) of another tensor, in any order."""
 
@@ -146,8 +155,9 @@ class PackedTensor(LazyTensor):
         return PackedTensor(parts, storage.stored_as(parts, shape, name), shape, name)
 
     def stored(self) -> PackedState:
-        """The parts of the matrix in the file, all rows."""
-        return {part: tensor.read() for part, tensor in self.parts.items()}
+        """The parts of the matrix in the file, all rows. Raises `CheckpointError` where one is infinite or NaN."""
+        found = {part: tensor.read() for part, tensor in self.parts.items()}
+        return {part: finite(value, f"{self.name}: its {part}") for part, value in found.items()}
 
     def read_packed(self, dim: int | None = None, start: int = 0, stop: int = 0) -> PackedState:
         """The parts of the matrix or of a range of it; codes are the file's, unchanged."""
@@ -174,6 +184,17 @@ class PackedTensor(LazyTensor):
         """The same matrix, with some of its rows."""
         chosen = rows if self.rows is None else self.rows[rows]
         return replace(self, rows=chosen, shape=(len(rows), self.shape[1]))
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    """The values themselves. Raises `CheckpointError`, by their `name`, where one is infinite or NaN."""
+    if values.is_floating_point() and not (usable := values.isfinite()).all():
+        found = values[~usable]
+        raise CheckpointError(
+            f"{name} holds {float(found[0])} in {len(found)} of {values.numel()} places; expected finite numbers. The "
+            "file is damaged, or what wrote it went wrong: take another copy."
+        )
+    return values
 
 
 def cut(whole: Tensor, dim: int | None, start: int, stop: int) -> Tensor:

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats.packed_groups import HALVES, INTEGERS, Files, by_rows, codes_of_numbers, computed
+from accessory.checkpoint.formats.stated_packing import Stated
 from accessory.checkpoint.lazy import LazyTensor, PackedTensor
 from accessory.errors import CheckpointError
 from accessory.quant.groups import group_storage
@@ -21,26 +21,29 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of eight outputs in a word, the place of each: a word holds outputs 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first."""
 
 
-def packed_by_awq(tensors: dict[str, LazyTensor], stated: dict[str, Any], path: Path) -> dict[str, LazyTensor]:
-    """Put each packed matrix and its statistics together, unchanged; `stated` is the quantization_config.
+def packed_by_awq(tensors: dict[str, LazyTensor], stated: Stated, path: Path) -> dict[str, LazyTensor]:
+    """Put each packed matrix and its statistics together, unchanged.
 
-    Raises `CheckpointError` for another version or width, and for a matrix whose parts are missing or strange.
+    Raises `CheckpointError` for another version or width, for a matrix whose parts are missing or strange, and where
+    `stated` contradicts them.
     """
-    version = stated.get("version", stated.get("checkpoint_format", stated.get("format", "gemm")))
-    bits = stated.get("bits", stated.get("w_bit", BITS))
+    config = stated.config
+    version = config.get("version", config.get("checkpoint_format", config.get("format", "gemm")))
+    bits = config.get("bits", config.get("w_bit", BITS))
     if str(version).lower() != "gemm" or bits != BITS:
         raise CheckpointError(
-            f"{path}: its quantization_config says version {version!r} and {bits} bits; expected gemm and {BITS}."
+            f"{stated.file}: its quantization_config says version {version!r} and {bits} bits; expected gemm and "
+            f"{BITS}, or the full-precision checkpoint and --quant."
         )
     files = Files(tensors, path)
     if not files.packed():
         raise CheckpointError(f"{path}: its quantization_config says awq; expected tensors called *.qweight.")
     for linear in files.packed():
-        files.tensors[f"{linear}.weight"] = _matrix(files, linear)
+        files.tensors[f"{linear}.weight"] = _matrix(files, linear, stated)
     return files.tensors
 
 
-def _matrix(files: Files, linear: str) -> PackedTensor:
+def _matrix(files: Files, linear: str, stated: Stated) -> PackedTensor:
     words = files.take(linear, "qweight", INTEGERS, 2)
     points = files.take(linear, "qzeros", INTEGERS, 2)
     scales = files.take(linear, "scales", HALVES, 2)
@@ -53,9 +56,17 @@ def _matrix(files: Files, linear: str) -> PackedTensor:
         raise files.error(linear, "qzeros", f"has shape {list(points.shape)}", f"[{groups}, {words.shape[1]}]")
     if groups == 0 or columns == 0 or columns % groups:
         raise files.error(linear, "scales", f"has {groups} groups", f"a number that divides {columns} channels")
+    stated.check(linear, BITS, columns // groups, columns)
+
+    def zero_points() -> Tensor:
+        """uint8 [N, G]."""
+        found = interleaved(points.read())
+        stated.check_points(linear, found, BITS)
+        return found
+
     parts = codes_of_numbers(lambda: interleaved(words.read()), (rows, columns), BITS)
     parts["scales"] = by_rows(scales, f"{files.path}: {linear}.scales")
-    parts["points"] = computed((rows, groups), "uint8", lambda: interleaved(points.read()))
+    parts["points"] = computed((rows, groups), "uint8", zero_points)
     kind = group_storage(BITS, columns // groups)
     return PackedTensor.of(parts, kind, (rows, columns), f"{files.path}: {linear}.weight")
 

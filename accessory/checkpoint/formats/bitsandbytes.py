@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats.packed_layout import PackedLayout
+from accessory.checkpoint.formats.stated_packing import Stated
 from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor
 from accessory.checkpoint.naming import Tensors
 from accessory.errors import CheckpointError
@@ -20,12 +21,12 @@ from accessory.quant.groups import GroupWeight
 _STATE = ".quant_state.bitsandbytes__"
 
 
-def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: dict[str, Any], path: Path) -> dict[str, LazyTensor]:
-    """Put each packed matrix and its statistics together, unchanged; `stated` is config.json's quantization_config.
+def packed_by_bitsandbytes(tensors: dict[str, LazyTensor], stated: Stated, path: Path) -> dict[str, LazyTensor]:
+    """Put each packed matrix and its statistics together, unchanged.
 
     Raises `CheckpointError` for 8 bits, and for a matrix whose parts are missing or strange.
     """
-    if not stated.get("load_in_4bit", stated.get("_load_in_4bit")):
+    if not stated.config.get("load_in_4bit", stated.config.get("_load_in_4bit")):
         raise CheckpointError(
             f"{path}: is quantized by 8 bits, which cannot be read; expected 4-bit bitsandbytes (nf4 or fp4), or the "
             "full-precision checkpoint and --quant."

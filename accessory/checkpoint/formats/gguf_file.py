@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from accessory.checkpoint.lazy import LazyTensor, cut
+from accessory.checkpoint.lazy import LazyTensor, cut, finite
 from accessory.checkpoint.naming import Tensors, ours_from_theirs
 from accessory.checkpoint.source import Source, settings_read_by
 from accessory.errors import CheckpointError
@@ -54,17 +54,21 @@ _LONGEST_CONTEXT = 2**31 - 1
 class GgufTensor(LazyTensor):
     """A tensor of a memory-mapped GGUF file, its bytes as [rows, bytes of a row] (uint8); `dtype` is GGUF's name of it.
 
-    Blocks come back as fp32; F32, F16 and BF16 as they are, sharing the file's memory.
+    Blocks come back as fp32; F32, F16 and BF16 as they are, sharing the file's memory. name: for errors.
     """
 
-    def __init__(self, data: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> None:
-        self.data, self.kind, self.shape, self.dtype = data, kind, shape, kind.name
+    def __init__(self, data: np.ndarray, kind: Kind, shape: tuple[int, ...], name: str) -> None:
+        self.data, self.kind, self.shape, self.name, self.dtype = data, kind, shape, name, kind.name
 
     def read(self, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """Dequantize the rows asked for; a range of columns needs the whole rows first."""
+        """Dequantize the rows asked for; a range of columns needs the whole rows first.
+
+        Raises `CheckpointError` for blocks whose scales are infinite or NaN.
+        """
         by_rows = dim == 0 and len(self.shape) > 1
         depth = math.prod(self.shape[1:-1])
         values = _values(self.data[start * depth : stop * depth] if by_rows else self.data, self.kind)
+        values = values if self.kind in PLAIN else finite(values, self.name)
         values = values.reshape(-1, *self.shape[1:])
         return values if by_rows else cut(values, dim, start, stop)
 
@@ -161,7 +165,9 @@ def _tensor(entry: _Entry, content: np.ndarray, path: Path) -> GgufTensor:
             f"{path}: found {what_is(path)}, cut short or damaged: {entry.name} takes {size:,} bytes "
             f"from {entry.start:,} on, but {len(content):,} bytes of tensors are there."
         )
-    return GgufTensor(content[entry.start : entry.start + size].reshape(-1, row), kind, entry.shape)
+    return GgufTensor(
+        content[entry.start : entry.start + size].reshape(-1, row), kind, entry.shape, f"{path}: {entry.name}"
+    )
 
 
 def _kind(entry: _Entry, path: Path) -> Kind:

@@ -29,7 +29,7 @@ from accessory.checkpoint.formats.packed_groups import (
     column_order,
     computed,
 )
-from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor, finite
 from accessory.checkpoint.source import STRATEGY_FILE
 from accessory.checkpoint.strategy import strategy_of
 from accessory.errors import CheckpointError
@@ -121,7 +121,8 @@ def _two_levels(files: Files, linear: str) -> PackedTensor:
         def read() -> Tensor:
             """In fp16, as GreenBit's loader computes it."""
             codes = (statistic.read() >> shift & 15).half()
-            offset, scale = (level[f"{of}_{part}"].read() for part in ("zeros", "scales"))
+            names = (f"{of}_{part}" for part in ("zeros", "scales"))
+            offset, scale = (finite(level[name].read(), f"{files.path}: {linear}.{name}") for name in names)
             return ((codes - offset) * scale).reshape(len(codes), -1).t().contiguous()
 
         return computed((math.prod(statistic.shape[1:]), statistic.shape[0]), "float16", read)
@@ -178,6 +179,7 @@ def _channels(files: Files, linear: str) -> tuple[Parts, int]:
     """(`order` and `channel_scale` where they change anything, number of channels)."""
     order = files.take(linear, "q_perm", _SHORTS, 1).read().long() & 0xFFFF  # written as unsigned numbers
     scale = files.take(linear, "channel_scale", HALVES, 3).read().flatten()
+    finite(scale, f"{files.path}: {linear}.channel_scale")
     columns = len(order)
     if scale.shape != (columns,):
         raise files.error(linear, "channel_scale", f"has {len(scale)} numbers", f"{columns}, as q_perm has")

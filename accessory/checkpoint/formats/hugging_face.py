@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accessory.checkpoint.formats.packed_elsewhere import with_packed
+from accessory.checkpoint.formats.packed_elsewhere import packed_by_hqq, with_packed
 from accessory.checkpoint.formats.torch_shards import load_torch_file
-from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor, unit_rows
+from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor, UnpackedTensor, unit_rows
 from accessory.checkpoint.merge import base_has_bias
 from accessory.checkpoint.naming import ours_from_theirs
 from accessory.checkpoint.source import Source, first_file, open_safetensors, present, read_json, settings_read_by
@@ -17,6 +17,8 @@ from accessory.model.families.architecture import Architecture, Config
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+HQQ = "qmodel.pt"
+"""Where HQQ's own library keeps a model, in the place of these."""
 
 
 def open_hugging_face(path: Path) -> Source:
@@ -52,6 +54,8 @@ def source_of(
     if architecture.unit_head_key in config and (head := tensors.get("output.weight")):
         tensors["output.weight"] = unit_rows(head)
         notes = ("the rows of its head are scaled to length 1 as they are read, and not again in training",)
+    if unpacked := sum(isinstance(tensor, UnpackedTensor) for tensor in theirs.values()):
+        notes += (f"{unpacked} matrices of 8 bits are read as plain weights; --quant packs them again",)
     settings, family = args.model_dump(), architecture.family
     return Source(path, "Hugging Face", files, tensors, settings=settings, llama_type=family, notes=notes)
 
@@ -62,7 +66,7 @@ def without_needless_biases(tensors: dict[str, LazyTensor], args: ModelArgs) -> 
     def needless(name: str) -> bool:
         """Whether the tensor is such a bias."""
         module, _, leaf = name.rpartition(".")
-        packed = leaf == "bias" and isinstance(tensors.get(f"{module}.weight"), PackedTensor)
+        packed = leaf == "bias" and isinstance(tensors.get(f"{module}.weight"), PackedTensor | UnpackedTensor)
         return packed and not base_has_bias(module, args) and not tensors[name].read().any()
 
     return {name: tensor for name, tensor in tensors.items() if not needless(name)}
@@ -71,6 +75,8 @@ def without_needless_biases(tensors: dict[str, LazyTensor], args: ModelArgs) -> 
 def _weight_files(path: Path) -> list[Path]:
     """A sharded checkpoint's files, in order, lie beside the index that names them, never elsewhere."""
     index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+    if index is None and (path / HQQ).is_file():
+        raise packed_by_hqq(path)
     if index is None:
         return [first_file(path, SINGLES)]
     weight_map = read_json(index).get("weight_map")

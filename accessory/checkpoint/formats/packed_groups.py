@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats.int_words import numbers_of
-from accessory.checkpoint.lazy import ComputedTensor, HeldTensor, LazyTensor, cut
+from accessory.checkpoint.lazy import ComputedTensor, HeldTensor, LazyTensor, cut, finite
 from accessory.errors import CheckpointError, nearest
 from accessory.quant.groups import BITS, packed_codes
 
@@ -55,10 +55,11 @@ INTEGERS, HALVES = ("I32", "int32"), ("F16", "float16", "BF16", "bfloat16", "F32
 """Types as safetensors and torch name them."""
 
 
-def checked_bits(files: Files, linear: str, bits: object) -> int:
-    """The bits of a linear's numbers. Raises `CheckpointError` for others than storages have."""
-    if bits not in BITS:
-        raise files.error(linear, "qweight", f"holds numbers of {bits} bits", f"{', '.join(map(str, BITS))} bits")
+def checked_bits(files: Files, linear: str, bits: float, *more: int) -> int:
+    """The bits of a linear's numbers. Raises `CheckpointError` for others than storages have, and `more`."""
+    if bits not in (*BITS, *more):
+        expected = f"{', '.join(map(str, (*BITS, *more)))} bits, or the full-precision checkpoint and --quant"
+        raise files.error(linear, "qweight", f"holds numbers of {bits:g} bits", expected)
     return int(bits)
 
 
@@ -85,11 +86,14 @@ def codes_of_numbers(numbers: Callable[[], Tensor], shape: tuple[int, int], bits
 
 
 def by_rows(tensor: LazyTensor, name: str) -> LazyTensor:
-    """Statistics [G, N] -> fp16 [N, G]. Reading raises `CheckpointError` for numbers that fp16 does not have."""
+    """Statistics [G, N] -> fp16 [N, G].
+
+    Reading raises `CheckpointError` for numbers that are not finite, and such that fp16 does not have.
+    """
 
     def read() -> Tensor:
         """All of them."""
-        stored = tensor.read()
+        stored = finite(tensor.read(), name)
         half = stored.half()
         if not torch.equal(half.to(stored.dtype), stored):
             raise CheckpointError(f"{name} holds {tensor.dtype} numbers that fp16 does not have; expected fp16.")

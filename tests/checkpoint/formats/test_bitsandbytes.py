@@ -173,6 +173,10 @@ def with_state(**changes) -> Callable[[dict[str, Tensor]], None]:
         (with_state(blocksize=128), "in blocks of 128 and 256"),
         (with_state(shape=[64, 999]), r"v_proj.weight of shape \(64, 999\) has 4096 codes; expected 31968"),
         (lambda stored: stored.update({KEY: stored[KEY][:-64].clone()}), "has 4032 codes; expected 4096"),
+        (
+            lambda stored: stored[f"{KEY}.nested_absmax"][:1].fill_(torch.nan),
+            "its nested_scales holds nan in 1 of 1 pl",
+        ),
     ],
 )
 def test_damage_is_named(packed, copy, change: Callable, message: str) -> None:
@@ -188,8 +192,8 @@ def test_other_quantizations_are_refused(tiny_base: Path, copy) -> None:
     for stated, said in (
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "quantized by 8 bits"),
         (
-            {"quant_method": "hqq", "bits": 4},
-            "quantized by 'hqq', which cannot be read; expected bitsandbytes, gptq, awq",
+            {"quant_method": "quanto", "bits": 4},
+            "quantized by 'quanto', which cannot be read; expected bitsandbytes, gptq, awq",
         ),
         ({"quant_method": "gptq", "bits": 4}, r"says gptq; expected tensors called \*.qweight"),
         ("awq", "quantized by 'awq'"),

@@ -74,9 +74,20 @@ def test_only_the_rows_asked_for_are_dequantized(monkeypatch: pytest.MonkeyPatch
     seen = []
     dequantize = gguf.dequantize
     monkeypatch.setattr(gguf, "dequantize", lambda rows, kind: (seen.append(len(rows)), dequantize(rows, kind))[1])
-    tensor = GgufTensor(blocks_of(Kind.Q4_K, 64, 256), Kind.Q4_K, (4, 16, 256))
+    tensor = GgufTensor(blocks_of(Kind.Q4_K, 64, 256), Kind.Q4_K, (4, 16, 256), "w")
     assert tensor.read(0, 1, 3).shape == (2, 16, 256)
     assert seen == [32]
+
+
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """One block's scale is NaN: file and tensor are named."""
+    data = blocks_of(Kind.Q4_0, 32, 256)
+    data[3, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    path = write_raw(tmp_path / "a.gguf", tensors={"token_embd.weight": (data, Kind.Q4_0)}, embedding_length=256)
+    tensor = open_gguf_file(path).tensors["tok_embeddings.weight"]
+    assert tensor.read(0, 0, 3).isfinite().all()
+    with pytest.raises(CheckpointError, match=r"a\.gguf: token_embd\.weight holds nan in 32 of 8192 places"):
+        tensor.read()
 
 
 def test_vectors_and_unaligned_bytes() -> None:
@@ -84,7 +95,7 @@ def test_vectors_and_unaligned_bytes() -> None:
     values = np.arange(8, dtype=np.float32)
     shifted = np.zeros(33, np.uint8)
     shifted[1:] = values.view(np.uint8)
-    tensor = GgufTensor(shifted[1:].reshape(1, -1), Kind.F32, (8,))
+    tensor = GgufTensor(shifted[1:].reshape(1, -1), Kind.F32, (8,), "w")
     assert tensor.read().data_ptr() % 4 == 0
     assert tensor.read().tolist() == values.tolist()
     assert tensor.read(0, 2, 5).tolist() == [2.0, 3.0, 4.0]

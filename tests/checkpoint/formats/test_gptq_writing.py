@@ -23,7 +23,8 @@ def test_mixed_widths_go_into_gptq_with_exceptions(written, tmp_path: Path) -> N
             del stored[key]
         stored |= {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(256, 128) for i in range(2)}
 
-    source = changed(written("gptq-2"), tmp_path / "mixed", mix)
+    said = {"-:.*up_proj": {}, "+:.*v_proj": {"bits": 4}}
+    source = changed(written("gptq-2"), tmp_path / "mixed", mix, dynamic=said)
     back = converted(source, tmp_path / "back", "gptq")
     stated = json.loads((back / "config.json").read_text())["quantization_config"]
     assert (stated["bits"], stated["group_size"]) == (2, 64)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.checkpoint.load import targets
@@ -19,7 +20,7 @@ from accessory.kernels.codes import whole_numbers
 from accessory.meta import MetaModel
 from accessory.quant import PackedWeight
 from tests.checkpoint.formats import low_bit_files as files
-from tests.checkpoint.formats.low_bit_models import OURS, TOKENS, WRITERS, changed, logits
+from tests.checkpoint.formats.low_bit_models import OURS, TOKENS, WRITERS, V, changed, converted, logits
 
 
 def their_linears(model: MetaModel) -> dict[str, PackedWeight]:
@@ -126,4 +127,47 @@ def test_a_quant_method_that_is_no_word_is_refused(written, tmp_path: Path) -> N
     """A list in its place."""
     path = changed(written("awq"), tmp_path / "list", lambda t: None, quant_method=["awq"])
     with pytest.raises(CheckpointError, match=r"quantized by \['awq'\], which cannot be read"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("gptq-4", "scales"), ("awq", "scales"), ("greenbit", "zeros"), ("greenbit", "channel_scale"),
+     ("greenbit-channel-mix", "scales"), ("greenbit-two-levels", "qscales_scales"),
+     ("greenbit-two-levels", "qzeros_zeros")],
+)  # fmt: skip
+def test_statistics_that_are_not_finite_are_refused(written, tmp_path: Path, name: str, part: str, value: str) -> None:
+    """File and tensor are named; one such number would make every logit NaN."""
+    path = changed(written(name), tmp_path / "damaged", lambda t: t[f"{V}.{part}"].view(-1)[3:4].fill_(float(value)))
+    with pytest.raises(CheckpointError, match=rf"damaged: {V}\.{part} holds {value} in 1 of \d+ places; expected fin"):
+        logits(path)
+
+
+def test_such_statistics_in_our_own_files(written, tmp_path: Path) -> None:
+    """As in others'; and a product of two levels that fp16 cannot hold."""
+    own = converted(written("greenbit-plain").path, tmp_path / "own", "accessory")
+    stored = load_file(own / "model.safetensors")
+    stored["layers.1.attention.wo.weight.zeros"][0, 0] = float("-inf")
+    save_file(stored, own / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"own: layers\.1\.attention\.wo\.weight: its zeros holds -inf in 1 of"):
+        logits(own)
+    path = changed(written("greenbit-two-levels"), tmp_path / "large", lambda t: t[f"{V}.qscales_scales"].fill_(6e4))
+    with pytest.raises(CheckpointError, match=rf"{V}\.weight: its scales holds -?inf"):
+        logits(path)
+
+
+@pytest.mark.parametrize("own_library", [True, False])
+def test_hqq_is_refused_with_what_to_do_instead(tiny_base: Path, tmp_path: Path, own_library: bool) -> None:
+    """As its own library and as transformers write it."""
+    path = Path(shutil.copytree(tiny_base, tmp_path / "hqq"))
+    if own_library:
+        (path / "model.safetensors").rename(path / "qmodel.pt")
+    else:
+        config = json.loads((path / "config.json").read_text())
+        stated = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
+    with pytest.raises(
+        CheckpointError, match=r"by HQQ, .* full-precision checkpoint instead, with --quant --quant_type"
+    ):
         open_source(path)
