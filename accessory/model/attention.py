@@ -18,7 +18,7 @@ from accessory.model.linear import Linear, project_columns
 from accessory.model.norm import RMSNorm
 from accessory.model.position import append_alibi, rotate
 from accessory.model.recomputable import Recomputable
-from accessory.model.sequences import Sequences
+from accessory.model.sequences import NextTokens, Sequences
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import Slicing, mark
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             seed = drawn_seed() + dist.get_rank(model_parallel_group())
             how = sequences.documents, self.window, scale, self.dropout, seed
             out = dropped_attention.attend(q, k, v, *how)
-        elif cache is None or not any(sequences.starts):
+        elif cache is None or not sequences.continued:
             kernel = kernels.of("document_attention", q, q.shape[-1])
             out = kernel.attend(q, k, v, sequences.documents, self.window, scale)
         else:
@@ -112,6 +112,9 @@ def attend_cached(
     Documents with equally many new tokens are computed in one call; each gets the result that it gets alone.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(sequences, NextTokens):
+        kernel = kernels.of("static_attention", q)
+        return kernel.attend(q, cache.keys, cache.values, sequences.mask(window, q.dtype), scale)
     lengths, ends = sequences.lengths, sequences.ends
     if len(set(lengths)) == 1:
         kernel = kernels.of("cached_attention", q, lengths[0])

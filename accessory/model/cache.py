@@ -19,11 +19,8 @@ class LayerCache:
 
     def store(self, keys: Tensor, values: Tensor, sequences: Sequences) -> None:
         """Append the new tokens' keys and values [T, K / ranks, E] to what each document has."""
-        begin = 0
-        for i, (start, length) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
-            self.keys[i, start : start + length] = keys[begin : begin + length]
-            self.values[i, start : start + length] = values[begin : begin + length]
-            begin += length
+        sequences.put(self.keys, keys)
+        sequences.put(self.values, values)
 
     def grow(self, longest: int, used: int) -> None:
         """Make room for documents of `longest` tokens, keeping the first `used` of each."""
@@ -46,8 +43,12 @@ class LayerCache:
 
     def keep(self, rows: list[int], longest: int) -> None:
         """Keep only the documents `rows` (ascending), of at most `longest` tokens, and move them to the front."""
+        self.move_to_front(rows, longest)
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
+    def move_to_front(self, rows: list[int], longest: int) -> None:
+        """Move the documents `rows` (ascending), of at most `longest` tokens, to the front, over those there."""
         for new, old in enumerate(rows):
             if new != old:
                 self.keys[new, :longest] = self.keys[old, :longest]
                 self.values[new, :longest] = self.values[old, :longest]
-        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]

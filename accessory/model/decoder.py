@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.dropout import dropped
 from accessory.model.norm import make_norm
-from accessory.model.position import ALIBI_WIDTH, alibi_channels, alibi_slopes, rotary_frequencies
+from accessory.model.position import ALIBI_WIDTH, alibi_channels, alibi_slopes_on, rotary_frequencies
 from accessory.model.projection import project
 from accessory.model.recomputable import Recomputable
-from accessory.model.sequences import Sequences
+from accessory.model.sequences import NextTokens, Sequences
 from accessory.parallel.data import is_sharded
 from accessory.parallel.tensor import (
     WHOLE,
@@ -118,6 +119,7 @@ class Decoder(nn.Module):
         self.output = None if args.tie_word_embeddings else Head(**vocabulary)
         self.register_buffer("frequencies", rotary_frequencies(args), persistent=False)
         self.embed_dropout = 0.0
+        self.answering: Any = None  # what generation keeps for the next answers
 
     def _make_entrance(self) -> None:
         """Make what comes between the embedding and the first block."""
@@ -151,12 +153,16 @@ class Decoder(nn.Module):
             )
         return self._with_alibi(made, self.args)
 
+    def next_tokens(self, positions: Tensor, span: int) -> NextTokens:
+        """One new token of each document, behind the cached ones: see `NextTokens`."""
+        return self._with_alibi(NextTokens.at(positions, self.frequencies, span), self.args)
+
     def _with_alibi(self, sequences: Sequences, args: ModelArgs) -> Sequences:
         """The same with ALiBi's channels, for blocks of `args` that use it."""
         if args.position != "alibi":
             return sequences
-        mine = slice(*slice_bounds(args.n_heads, self.rank, self.ranks))
-        slopes = alibi_slopes(args.n_heads)[mine].to(self.frequencies.device)
+        mine = slice_bounds(args.n_heads, self.rank, self.ranks)
+        slopes = alibi_slopes_on(self.frequencies.device, args.n_heads, *mine)
         return sequences.with_alibi(alibi_channels(slopes, sequences.positions, args.head_dim, self.dtype))
 
     def forward(self, inputs: Tensor, sequences: Sequences, cache: list[LayerCache] | None = None) -> Tensor:
@@ -211,6 +217,11 @@ class Decoder(nn.Module):
     def place(self, device: torch.device) -> None:
         """Move the buffers that no checkpoint holds to `device`."""
         self.frequencies = self.frequencies.to(device)
+
+    def train(self, mode: bool = True) -> Decoder:
+        """As every module's; training needs the memory that answers were given in."""
+        self.answering = None if mode else self.answering
+        return super().train(mode)
 
     def prepare_decoding(self) -> None:
         """Prepare the blocks for decoding, a few tokens at a time; `train` undoes it. Sharded ones stay as they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -88,6 +89,13 @@ def alibi_slopes(heads: int) -> Tensor:
     below = 1 << (heads.bit_length() - 1)
     exponents = torch.cat([torch.arange(1, below + 1) / below, torch.arange(1, 2 * below, 2) / (2 * below)])
     return torch.exp2(-8 * exponents[:heads].double())
+
+
+@lru_cache  # a copy to a device cannot be recorded
+@torch.inference_mode(False)  # training may read it, too
+def alibi_slopes_on(device: torch.device, heads: int, begin: int, end: int) -> Tensor:
+    """Those of heads `begin` to `end` of `heads`, on `device`."""
+    return alibi_slopes(heads)[begin:end].to(device)
 
 
 def alibi_channels(slopes: Tensor, positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

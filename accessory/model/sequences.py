@@ -64,3 +64,65 @@ class Sequences:
     def ends(self) -> tuple[int, ...]:
         """Tokens of each document in the cache, with the new ones."""
         return tuple(start + length for start, length in zip(self.starts, self.lengths, strict=True))
+
+    @property
+    def continued(self) -> bool:
+        """Whether a document has tokens in the cache already."""
+        return any(self.starts)
+
+    def put(self, cached: Tensor, new: Tensor) -> None:
+        """Write the new tokens' keys or values [T, ...] to `cached` [B, longest, ...], behind what documents have."""
+        begin = 0
+        for i, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            cached[i, start : start + length] = new[begin : begin + length]
+            begin += length
+
+
+@dataclass(frozen=True)
+class NextTokens(Sequences):
+    """One new token of each of B documents. Only the device knows how many tokens they have: `positions` [B].
+
+    So the same work, in the same shapes, is right for every token of an answer, and can be recorded and replayed.
+    span: how many tokens of the cache attention looks at; all positions are below it.
+    """
+
+    span: int = 0
+
+    @staticmethod
+    def at(positions: Tensor, frequencies: Tensor, span: int) -> NextTokens:
+        """The tokens at `positions` int64 [B]; frequencies as in `Sequences.build`."""
+        ones = (1,) * len(positions)
+        rotations, documents = rotations_at(frequencies, positions), Documents.build(ones, None, positions.device)
+        return NextTokens(ones, (0,) * len(ones), positions, rotations, documents, span=span)
+
+    @property
+    def continued(self) -> bool:
+        """Always taken to be so: what a document has is read from the cache."""
+        return True
+
+    def put(self, cached: Tensor, new: Tensor) -> None:
+        """See `Sequences`."""
+        cached.index_put_((self._rows, self.positions), new)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Added to the scores of the cache's first tokens [B, span]: 0 for those that the new token sees, else -inf.
+
+        window: how many tokens, up to its own, it sees; all if absent.
+        """
+        if window not in self._masks:
+            tokens = torch.arange(self.span, device=self.positions.device)
+            hidden = tokens > self.positions[:, None]
+            if window is not None:
+                hidden |= tokens <= self.positions[:, None] - window
+            self._masks[window] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )
+        return self._masks[window]
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.positions), device=self.positions.device)
+
+    @cached_property
+    def _masks(self) -> dict[int | None, Tensor]:
+        return {}  # every layer's are the same

@@ -40,6 +40,11 @@ def unpack_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -
     return piece.memory[begin : begin + numel].view(shape)
 
 
+def memory_in_use() -> list[Tensor]:
+    """The memory of all buffers: recorded work, which writes there, keeps it alive when larger ones are made."""
+    return [piece.memory for piece in _pieces.values()]
+
+
 def unpack_buffer_bytes(largest: int, device: torch.device) -> int:
     """Bytes of the buffer, if the largest matrix has `largest`."""
     if device.type != "cpu":

@@ -1,0 +1,44 @@
+"""The key/value cache of one document that goes on from one answer to the next."""
+
+from __future__ import annotations
+
+from accessory.generate.static_memory import StaticMemory
+from accessory.model.cache import LayerCache
+from accessory.model.decoder import Decoder
+
+_GROWTH = 256  # tokens by which a kept cache grows, at least
+
+
+class KeptCache:
+    """The keys and values of one document, kept from one answer to the next; `tokens` are those that they belong to."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.layers: list[LayerCache] = []
+        self._decoder: Decoder | None = None
+        self._static: StaticMemory | None = None
+
+    def begin(self, decoder: Decoder, ids: list[int], longest: int) -> int:
+        """Keep what `ids` begin with, and make room for `longest` tokens; returns how many of `ids` need no computing.
+
+        The last one always does, since its output is wanted. Of another decoder than before nothing is kept.
+        """
+        if decoder is not self._decoder:
+            self.tokens, self.layers, self._decoder, self._static = [], [], decoder, None
+        known = 0
+        while known < min(len(self.tokens), len(ids) - 1) and self.tokens[known] == ids[known]:
+            known += 1
+        del self.tokens[known:]
+        if not self.layers:
+            self.layers = decoder.new_cache(1, longest)
+        elif (room := self.layers[0].keys.shape[1]) < longest:
+            self._static = None
+            for layer in self.layers:
+                layer.grow(max(longest, room + _GROWTH), known)
+        return known
+
+    def static(self) -> StaticMemory:
+        """What steps in fixed places need beside the cache; made at first use, and again where the cache has grown."""
+        if self._static is None:
+            self._static = StaticMemory(self._decoder, self.layers)
+        return self._static

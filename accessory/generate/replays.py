@@ -1,0 +1,89 @@
+"""Work that is recorded once and replayed: CUDA graphs, where there are any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.quant.workspace import memory_in_use
+
+_LOG = logging.getLogger(__name__)
+
+
+class Recorded(NamedTuple):
+    """Work that `replay` does again, in the same places. result: what it fills. alive: memory that it uses."""
+
+    replay: Callable[[], None]
+    result: Tensor
+    alive: Any = None
+
+
+Recorder = Callable[[Callable[[], Tensor]], Recorded]
+"""Calls a function, whose work is not done but recorded."""
+
+
+class Replays:
+    """Work by a key, done at first, recorded at its second use, and replayed from then on.
+
+    The first time compiles kernels and makes buffers, which cannot be recorded. recorder: None: it is always done.
+    """
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._done: set[Hashable] = set()
+        self._recorded: dict[Hashable, Recorded] = {}
+
+    def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
+        """The result of `work`, which is always the same for a key; valid until the next call."""
+        if key not in self._recorded:
+            if key not in self._done or self._recorder is None:
+                self._done.add(key)
+                return work()
+            try:
+                self._recorded[key] = self._recorder(work)
+            except Exception as error:  # whatever a driver or a library may raise
+                _LOG.warning(
+                    "A token's kernels cannot be recorded as a CUDA graph and are launched one by one: %s: %s",
+                    type(error).__name__,
+                    str(error).strip().partition("\n")[0],
+                )
+                self._recorder = None
+                return work()
+        recorded = self._recorded[key]
+        recorded.replay()
+        return recorded.result
+
+    def forget(self) -> None:
+        """Drop what was recorded; weights or caches lie elsewhere now."""
+        self._done.clear()
+        self._recorded.clear()
+
+
+def recorder_for(device: torch.device, ranks: int) -> Recorder | None:
+    """That of a GPU, unless model-parallel ranks talk to each other within the work: one could fail alone."""
+    return CudaGraphs(device) if device.type == "cuda" and ranks == 1 else None
+
+
+class CudaGraphs:
+    """Records into one pool of memory: only one of the graphs is replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, None
+
+    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
+        """See `Recorder`. Raises what CUDA raises where something cannot be recorded."""
+        before = torch.cuda.memory_reserved(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of this process may use the GPU meanwhile.
+        with torch.cuda.device(self._device), torch.cuda.graph(
+            graph, pool=self._pool, capture_error_mode="thread_local"
+        ):  # fmt: skip
+            result = work()
+        self._pool = graph.pool()
+        taken = max(torch.cuda.memory_reserved(self._device) - before, 0)
+        _LOG.info("A CUDA graph of a token for %d documents was recorded; it takes %.1f MB.", len(result), taken / 1e6)
+        return Recorded(graph.replay, result, memory_in_use())

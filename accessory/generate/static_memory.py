@@ -1,0 +1,109 @@
+"""Decoding in fixed places: the same work in the same shapes for every token, recorded once and then replayed.
+
+A token of a small batch takes less time to compute than its hundreds of kernels take to launch. A GPU can replay
+recorded launches by itself, if all of them read and write where they did before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.generate.logits import next_token_logits
+from accessory.generate.replays import Replays, recorder_for
+from accessory.model.cache import LayerCache
+from accessory.model.decoder import Decoder
+from accessory.model.decoding import decoding
+from accessory.parallel.data import is_sharded
+
+SHORTEST = 256
+"""Tokens of the cache that attention looks at, at least; the next ones are its powers of two."""
+_SINGLE = 8  # documents up to which powers of two are computed together, and from which multiples
+
+
+class StaticMemory:
+    """The cache of up to `rows` documents, and what a step reads: a token for each, and its position."""
+
+    def __init__(self, decoder: Decoder, layers: list[LayerCache]) -> None:
+        self.decoder, self.layers = decoder, layers
+        self.rows, self.longest = layers[0].keys.shape[:2]
+        device = layers[0].keys.device
+        self.tokens, self.positions, self.steps = torch.zeros(3, self.rows, dtype=torch.int64, device=device).unbind()
+        self.replays = Replays(recorder_for(device, decoder.ranks))
+        self._weights: tuple[object, ...] = ()
+
+    def __deepcopy__(self, _memo: dict) -> None:
+        """A copied decoder makes its own: recorded work cannot be copied."""
+
+    @staticmethod
+    def of(decoder: Decoder, documents: int, longest: int) -> StaticMemory:
+        """Empty, for `documents` documents of up to `longest` tokens: the decoder's last one where that has room."""
+        last = decoder.answering
+        if last is not None and last.decoder is decoder and documents <= last.rows and longest <= last.longest:
+            for layer in last.layers:  # whatever is there, even what is not a number, is multiplied by zero
+                layer.keys.zero_()
+                layer.values.zero_()
+            return last
+        decoder.answering = None  # before the new one is made: there may not be room for both
+        rooms = documents_together(documents), -(-longest // SHORTEST) * SHORTEST
+        decoder.answering = StaticMemory(decoder, decoder.new_cache(*rooms))
+        return decoder.answering
+
+    def begin(self, lengths: list[int]) -> None:
+        """The cache's first rows hold documents of `lengths` tokens. What was recorded of other weights is dropped."""
+        weights = _places(self.decoder)
+        if weights != self._weights:
+            self._weights = weights
+            self.replays.forget()
+        self.place(lengths)
+
+    def place(self, lengths: list[int]) -> None:
+        """The first rows hold documents of `lengths` tokens; nothing of the others is asked."""
+        rest = [0] * (self.rows - len(lengths))
+        self.positions.copy_(torch.tensor([*lengths, *rest]))
+        self.steps.copy_(torch.tensor([1] * len(lengths) + rest))
+
+    def step(self, rows: int, span: int) -> Tensor:
+        """Compute the tokens of the first `rows` documents at their positions, which then move on; logits [rows, V].
+
+        span: how many tokens of the cache are looked at. The result is overwritten by the next step.
+        """
+        return self.replays.run((rows, span), lambda: self.forward(rows, span))
+
+    def forward(self, rows: int, span: int) -> Tensor:
+        """What is recorded: it reads nothing from the host."""
+        part = [layer.documents(0, rows) for layer in self.layers]
+        with decoding():
+            sequences = self.decoder.next_tokens(self.positions[:rows], span)
+            logits = next_token_logits(self.decoder, self.decoder(self.tokens[:rows], sequences, part))
+        self.positions.add_(self.steps)
+        return logits
+
+
+def is_static(decoder: Decoder) -> bool:
+    """Whether it answers in fixed places: on a GPU, unless it is trained, when memory is spoken for."""
+    asked = not any(parameter.requires_grad or is_sharded(parameter) for parameter in decoder.parameters())
+    return asked and launches_count(decoder.frequencies.device)
+
+
+def launches_count(device: torch.device) -> bool:
+    """Whether kernels wait for their launches there."""
+    return device.type == "cuda"
+
+
+def documents_together(documents: int) -> int:
+    """As how many documents so many are computed."""
+    if documents > _SINGLE:
+        return -(-documents // _SINGLE) * _SINGLE
+    return 1 << (documents - 1).bit_length()
+
+
+def span_of(tokens: int, longest: int) -> int:
+    """How many tokens of a cache of `longest` are looked at for documents of up to `tokens`."""
+    return min(max(SHORTEST, 1 << (tokens - 1).bit_length()), longest)
+
+
+def _places(decoder: Decoder) -> tuple[object, ...]:
+    """Where the weights lie: what is recorded reads them there. What a method prepares lies elsewhere every time."""
+    prepared = any(block.attention.addition is not None for _, block in decoder.blocks())
+    return *(parameter.data_ptr() for parameter in decoder.parameters()), object() if prepared else None

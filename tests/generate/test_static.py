@@ -1,0 +1,239 @@
+"""Decoding in fixed places, as a GPU does it, on the CPU: the same answers as in the documents' own shapes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.load import fill, targets
+from accessory.generate import KeptCache, generate_tokens, static_memory
+from accessory.generate.replays import CudaGraphs, Recorded, recorder_for
+from accessory.generate.static_memory import documents_together, span_of
+from accessory.method import METHODS, Attachment
+from accessory.model.args import ModelArgs
+from accessory.model.choice import Choice
+from accessory.model.decoder import Decoder
+from accessory.parallel import groups
+from accessory.parallel.data import DataParallel
+from accessory.quant import storage
+from tests.model.prefixes import Prefixes
+
+LLAMA = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 96}
+MODELS = {
+    "llama": {},
+    "windows": {"sliding_window": 5},
+    "qk_norm": {"qk_norm": True, "rotary_layout": "halves"},
+    "alibi": {"position": "alibi", "norm": "layer", "gated": False, "activation": "gelu_tanh", "embedding_norm": True,
+              "n_kv_heads": 4},
+    "learned": {"position": "learned", "position_offset": 2, "norm": "layer", "gated": False, "activation": "relu",
+                "qkv_bias": True, "out_bias": True, "mlp_bias": True, "embedding_dim": 32},
+    "neox": {"rotary_dim": 8, "parallel_residual": True, "norm": "layer", "gated": False, "activation": "gelu"},
+    "glm": {"norm_placement": "after"},
+}  # fmt: skip
+METHODS_BESIDE = {
+    "peft": {"lora_rank": 4, "bias_tuning": True},
+    "qst": {"side_layers": 1, "tail": 1, "r": 2, "side_heads": 2},
+}
+STORAGES = ("nf4", "int3_g32", "int8")
+PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
+LENGTH = 15
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layout() -> Iterator[groups.Layout]:
+    """This process alone, on the CPU."""
+    yield groups.start("cpu")
+    groups.stop()
+
+
+class Recording:
+    """Stands in for CUDA graphs: what is recorded is done again at each replay, its result in the same place."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
+        """See `Recorder`."""
+        self.recorded += 1
+        result = torch.empty(0)
+
+        def replay() -> None:
+            """Do the work."""
+            self.replayed += 1
+            result.set_(work())
+
+        return Recorded(replay, result)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """From here on answers are given in fixed places, and attention looks at 8, 16, ... tokens."""
+    made = Recording()
+    monkeypatch.setattr(static_memory, "launches_count", lambda device: True)
+    monkeypatch.setattr(static_memory, "recorder_for", lambda device, ranks: made)
+    monkeypatch.setattr(static_memory, "SHORTEST", 8)
+    return made
+
+
+def decoder_of(layout: groups.Layout, settings: dict, method: str = "", quant: str = "") -> Decoder:
+    """Filled at random in fp32, its biases and factors too."""
+    args, how = ModelArgs(**LLAMA | settings), {"dtype": torch.float32, "storage": storage(quant) if quant else None}
+    kinds = {**METHODS, "prefixes": Prefixes}
+    made = kinds[method or "peft"](kinds[method or "peft"].Settings(**METHODS_BESIDE.get(method, {})))
+    decoder = made.decoder(args, **how) if method else Decoder(args, **how)
+    attachment = made.attach(decoder) if method else Attachment()
+
+    def value(name: str, shape: tuple[int, ...]) -> Callable[[torch.Generator], Tensor]:
+        """Norms near one."""
+        return lambda generator: 0.2 * torch.randn(shape, generator=generator) + ("norm" in name and "bias" not in name)
+
+    initial = {t.name: value(t.name, t.whole_shape(1)) for t in targets(decoder)}
+    fill(decoder, {}, Attachment(attachment.trainable, initial), layout, DataParallel(layout, "sdp", False))
+    return decoder.requires_grad_(False).eval()
+
+
+def answers(decoder: Decoder, prompts: list[list[int]], **options) -> list[list[int]]:
+    """Of a batch."""
+    options = {"max_gen_len": LENGTH, "max_seq_len": 64, "stop_ids": set(), **options}
+    steps = list(generate_tokens(decoder, prompts, **options))
+    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
+
+
+def growing(decoder: Decoder, prompts: list[list[int]], **options) -> list[list[int]]:
+    """The same in the documents' own shapes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_memory, "launches_count", lambda device: False)
+        return answers(decoder, prompts, **options)
+
+
+CASES = [
+    *((model, "", "") for model in MODELS),
+    *(("llama", method, "nf4") for method in ("peft", "qst")),
+    ("llama", "prefixes", ""),
+    *(("llama", "peft", quant) for quant in STORAGES[1:]),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "quant"), CASES)
+def test_every_model_answers_the_same(
+    layout: groups.Layout, recording: Recording, model: str, method: str, quant: str
+) -> None:
+    """Token for token, in fp32, and nearly equal logits; several documents, over several spans of the cache."""
+    decoder, outputs = decoder_of(layout, MODELS[model], method, quant), []
+    decoder.register_forward_hook(lambda module, given, result: outputs.append(result.clone()))
+    wanted = growing(decoder, PROMPTS)
+    theirs, outputs[:] = outputs[1:], []  # the first is the prompts'
+    found = answers(decoder, PROMPTS)
+    assert found == wanted and len({token for answer in found for token in answer}) > 5
+    assert recording.recorded == 2 and recording.replayed == 11  # 16 and 32 tokens are looked at; the 8 once only
+    for one, other in zip(outputs[1:], theirs, strict=True):
+        torch.testing.assert_close(one[:3], other, rtol=1e-3, atol=1e-3)
+
+
+def test_documents_end_one_by_one(layout: groups.Layout, recording: Recording) -> None:
+    """At stop tokens and for want of room; the others go on, also after they have moved together."""
+    decoder = decoder_of(layout, {})
+    prompts = [[n * 7 % 96, n + 3] + [n] * (n % 4) for n in range(9)]
+    plain = growing(decoder, prompts)
+    stops = {answer[n % 5 + 2] for n, answer in enumerate(plain)}
+    for how in ({"stop_ids": stops}, {"max_seq_len": 9}, {"stop_ids": stops, "choice": Choice(repetition_penalty=1.7)}):
+        wanted = growing(decoder, prompts, **how)
+        assert len({len(answer) for answer in wanted}) > 2
+        assert answers(decoder, prompts, **how) == wanted, how
+
+
+def test_drawn_tokens(layout: groups.Layout, recording: Recording) -> None:
+    """With a seed for each document, some of which are stopped from outside."""
+    decoder, said = decoder_of(layout, {}), []
+
+    def how(answer: list) -> dict:
+        """A choice, and who is over: document 1 after four tokens of everybody's."""
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        answer.clear()
+        return {"choice": Choice(1.0, top_k=20), "generators": generators, "stopped": lambda: stopped(answer)}
+
+    def stopped(answer: list) -> set[int]:
+        answer.append(None)
+        return {1} if len(answer) == 4 else set()
+
+    wanted = growing(decoder, PROMPTS, **how(said))
+    assert len(wanted[1]) == 3
+    assert answers(decoder, PROMPTS, **how(said)) == wanted
+
+
+def test_memory_is_used_again(layout: groups.Layout, recording: Recording) -> None:
+    """By answers that fit, with what was recorded; not by others, nor beside other weights, nor after training."""
+    decoder = decoder_of(layout, {}, "peft", "nf4")
+    wanted = growing(decoder, PROMPTS)
+    answers(decoder, PROMPTS)
+    memory, count = decoder.answering, recording.recorded
+    with torch.inference_mode():
+        for layer in memory.layers:
+            layer.keys.fill_(torch.nan)
+            layer.values.fill_(torch.nan)
+    assert answers(decoder, PROMPTS) == wanted
+    assert decoder.answering is memory and recording.recorded == count + 1  # the second use of 8 tokens
+    factor = decoder.layers[0].attention.wq.lora_a
+    factor.weight = torch.nn.Parameter(-factor.weight, requires_grad=False)
+    changed = answers(decoder, PROMPTS)
+    assert decoder.answering is memory and recording.recorded == count + 3
+    assert changed == growing(decoder, PROMPTS) != wanted
+    assert copy.deepcopy(decoder).answering is None
+    answers(decoder, [[1] * 40], max_gen_len=20)
+    assert decoder.answering is not memory
+    decoder.train()
+    assert decoder.answering is None
+
+
+def test_a_kept_document(layout: groups.Layout, recording: Recording) -> None:
+    """It goes on in its own cache, which grows."""
+    decoder, kept = decoder_of(layout, {}), KeptCache()
+    first = answers(decoder, PROMPTS[:1], kept=kept)
+    assert first == growing(decoder, PROMPTS[:1])
+    assert kept.tokens == PROMPTS[0] + first[0][:-1]
+    longer, memory = PROMPTS[0] + first[0][:9] + [4, 70, 2], kept.static()
+    for length in (3, 30):
+        wanted = growing(decoder, [longer], max_gen_len=length)
+        assert answers(decoder, [longer], max_gen_len=length, kept=kept) == wanted
+        assert (kept.static() is memory) == (length == 3)
+    assert decoder.answering is None
+
+
+def test_trained_decoders_answer_in_their_own_shapes(layout: groups.Layout, recording: Recording) -> None:
+    """Their memory is spoken for."""
+    decoder = decoder_of(layout, {})
+    decoder.norm.weight.requires_grad_()
+    answers(decoder, PROMPTS)
+    assert decoder.answering is None
+
+
+def test_what_cannot_be_recorded_is_done(
+    layout: groups.Layout, recording: Recording, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And said once."""
+
+    def refuse(work: Callable[[], Tensor]) -> Recorded:
+        """As a driver may."""
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(static_memory, "recorder_for", lambda device, ranks: refuse)
+    decoder = decoder_of(layout, {})
+    assert answers(decoder, PROMPTS) == growing(decoder, PROMPTS)
+    (record,) = caplog.records
+    assert "RuntimeError: operation not permitted when stream is capturing" in record.getMessage()
+
+
+def test_ranks_are_not_recorded() -> None:
+    """One of them could fail alone; and a CPU has nothing to record with."""
+    assert recorder_for(torch.device("cpu"), 1) is None and recorder_for(torch.device("cuda"), 2) is None
+    assert isinstance(recorder_for(torch.device("cuda"), 1), CudaGraphs)
+
+
+def test_sizes() -> None:
+    """Few different ones."""
+    assert [documents_together(n) for n in (1, 2, 3, 5, 8, 9, 16, 17)] == [1, 2, 4, 8, 8, 16, 16, 24]
+    assert [span_of(n, 1536) for n in (1, 256, 257, 1024, 1025)] == [256, 256, 512, 1024, 1536]
