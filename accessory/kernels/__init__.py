@@ -9,6 +9,7 @@ their callers unpack the codes and multiply.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -45,16 +46,28 @@ def fast(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> 
 
 
 def computing(device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementations compute in `dtype` on `device`, where they have the kernel: triton, avx512 or plain."""
-    if triton.available(device, dtype):
-        return "triton"
-    return "avx512" if not triton.interpreted() and avx512.available(device, dtype) else "plain"
+    """Which implementations compute in `dtype` on `device`, where they have the kernel: triton, avx512 or plain.
+
+    Kernels that cannot be used there are named behind it.
+    """
+    package, working = _working(device, dtype)
+    lacking = [name for name in _KNOWN[package] if name not in working]
+    return f"{package} without {', '.join(lacking)}" if lacking else package
+
+
+def _working(device: torch.device, dtype: torch.dtype) -> tuple[str, Collection[str]]:
+    """A package, and those of its kernels that can be used."""
+    if working := triton.working(device, dtype):
+        return "triton", working
+    if not triton.interpreted() and avx512.available(device, dtype):
+        return "avx512", avx512.KERNELS
+    return "plain", ()
 
 
 @lru_cache  # while decoding, the questions take longer than some kernels
 def _fast(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    package = computing(device, dtype)
-    return _implementation(package, name) if name in _KNOWN[package] else None
+    package, working = _working(device, dtype)
+    return _implementation(package, name) if name in working else None
 
 
 @lru_cache

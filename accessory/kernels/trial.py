@@ -1,14 +1,19 @@
-"""A self-test: every kernel once, on a few numbers, compared with plain PyTorch, before a machine uses it."""
+"""A self-test: every kernel once, on a few numbers, compared with plain PyTorch in fp32, before a machine uses it.
+
+In the dtype that it will be used in: a compiler or a processor may lack one dtype, and have the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from accessory.kernels.addition import Addition
 from accessory.kernels.bitsandbytes_library import functional
@@ -19,7 +24,8 @@ from accessory.kernels.torch_compile import compile_fusible
 
 Randn = Callable[..., Tensor]
 """Normal random numbers of a shape, in the tested dtype: the same ones for both implementations."""
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative: many times the rounding, less than any real fault
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Relative: many times the rounding, less than any real fault."""
 
 
 def fault_of(package: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
@@ -27,22 +33,63 @@ def fault_of(package: str, names: tuple[str, ...], device: torch.device, dtype: 
     try:
         wrong = wrong_kernels(package, names, device, dtype)
     except Exception as error:  # whatever a compiler, a linker, a driver or a library may raise
-        return f"{type(error).__name__}: {str(error).strip()}"
+        return _described(error)
     return f"the results of {', '.join(wrong)} are wrong" if wrong else ""
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}"
+
+
+def faults_of(package: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What is wrong with each of the kernels `names`, tried one by one; those without a fault are left out."""
+    faults: dict[str, str] = {}
+    for name in names:
+        if fault := fault_of(package, (name,), device, dtype):
+            faults[name] = fault
+    return faults
 
 
 def wrong_kernels(package: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of those whose results differ from plain PyTorch's of the same numbers in fp32."""
+    with _undisturbed():
+        return [name for name in names if not _agree(package, name, device, dtype)]
+
+
+def attention_fault(attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """What is wrong with `attend` of whole documents, as `plain.document_attention.by_document`; empty: nothing.
+
+    It is tried with heads of `width` channels.
+    """
+    results = []
+    plain = import_module("accessory.kernels.plain.document_attention").by_document
+    try:
+        with _undisturbed():
+            for attention, wide in ((attend, dtype), (plain, torch.float32)):
+                randn = _numbers(device, dtype, wide)
+                results.append(
+                    [*_of_documents(attention, randn, width, None), *_of_documents(attention, randn, width, 17)]
+                )
+            agrees = _equal(*results, dtype)
+    except Exception as error:  # whatever a driver or a library may raise
+        return _described(error)
+    return "" if agrees else "its results are wrong"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Whatever the caller's contexts are: its hooks on saved tensors and its fake tensors shall not see the trial's."""
     compiles = compile_fusible(False)  # a compiler would take longer than the trial
-    default = torch.get_default_dtype()
+    default, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     try:
         torch.set_default_dtype(torch.float32)
-        # Whatever the caller's contexts are; hooks that it may have on saved tensors shall not see the trial's.
+        torch.set_float32_matmul_precision("highest")
         unseen = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), unseen:
-            return [name for name in names if not _agree(package, name, device, dtype)]
+        with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), unseen:
+            yield
     finally:
         torch.set_default_dtype(default)
+        torch.set_float32_matmul_precision(precision)
         compile_fusible(compiles)
 
 
@@ -50,17 +97,25 @@ def _agree(package: str, name: str, device: torch.device, dtype: torch.dtype) ->
     results = []
     plain = name.removesuffix("_gemv").removesuffix("_product")  # plain PyTorch multiplies with the unpacked matrix
     for module, wide in ((f"{package}.{name}", dtype), (f"plain.{plain}", torch.float32)):
-        generator = torch.Generator().manual_seed(0)
+        kernel = import_module(f"accessory.kernels.{module}")
+        results.append(_TRIALS[name](kernel, _numbers(device, dtype, wide)))
+    return _equal(*results, dtype)
 
-        def randn(*shape: int, generator: torch.Generator = generator, wide: torch.dtype = wide) -> Tensor:
-            """Normally distributed numbers [*shape] on the device under trial, in `wide`: the same for both kernels."""
-            return torch.randn(shape, generator=generator).to(dtype).to(device, wide)
 
-        results.append(_TRIALS[name](import_module(f"accessory.kernels.{module}"), randn))
-    return all(
-        (found.float() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
-        for found, wanted in zip(*results, strict=True)
-    )
+def _numbers(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Randn:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        """Normally distributed numbers of `dtype` [*shape], on the device under trial, in `wide`."""
+        return torch.randn(shape, generator=generator).to(dtype).to(device, wide)
+
+    return randn
+
+
+def _equal(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether all results of a kernel in `dtype` are those of the one in fp32, but for rounding."""
+    pairs = zip(found, wanted, strict=True)
+    return all((ours.float() - theirs).norm() <= TOLERANCE[dtype] * theirs.norm() for ours, theirs in pairs)
 
 
 def _cached_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
@@ -73,19 +128,34 @@ def _column_sums(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 
 def _cross_entropy(kernel: ModuleType, randn: Randn) -> list[Tensor]:
-    """The last 3 of 20 columns are padding. First with the likeliest labels, then with other ranks' labels."""
-    scores = [randn(5, 20), randn(5, 20)]
-    labels = scores[0][:, :17].argmax(1)
-    losses = kernel.losses_and_gradient(scores[0], labels, 17, None, kernel.workspace(scores[0]))
-    kernel.losses_and_gradient(scores[1], labels - 20, 17, None, kernel.workspace(scores[1]))
+    """The last 3 of 4,102 columns are padding. First with the likeliest labels, then with other ranks' labels."""
+    scores = [randn(5, 4102), randn(5, 4102)]
+    labels = scores[0][:, :4099].argmax(1)
+    losses = kernel.losses_and_gradient(scores[0], labels, 4099, None, kernel.workspace(scores[0]))
+    kernel.losses_and_gradient(scores[1], labels - 4102, 4099, None, kernel.workspace(scores[1]))
     return [losses, *scores]
 
 
 def _document_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """Documents of 40 and 25 tokens that share 3, two query heads, one key/value head."""
-    leaves, dout = [randn(62, heads, 16).requires_grad_() for heads in (2, 1, 1)], randn(62, 2, 16)
+    documents = Documents.build((40, 25), (0, 3))
+    return _attended(kernel.attend, randn, documents, 16, None)
+
+
+def _of_documents(attend: Callable[..., Tensor], randn: Randn, width: int, window: int | None) -> list[Tensor]:
+    """Documents of 150, 1 and 37 tokens."""
+    documents = Documents.build((150, 1, 37), None, randn(1).device)
+    return _attended(attend, randn, documents, width, window)
+
+
+def _attended(
+    attend: Callable[..., Tensor], randn: Randn, documents: Documents, width: int, window: int | None
+) -> list[Tensor]:
+    """Result and gradients of two query heads and one key/value head."""
+    leaves = [randn(documents.rows, heads, width).requires_grad_() for heads in (2, 1, 1)]
+    dout = randn(documents.rows, 2, width)
     with torch.enable_grad():
-        out = kernel.attend(*leaves, Documents.build((40, 25), (0, 3)), None, 0.25)
+        out = attend(*leaves, documents, window, 0.25)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -171,12 +241,12 @@ def _grouped(randn: Randn) -> list[GroupCodes]:
 
 
 def _gate(kernel: ModuleType, randn: Randn) -> list[Tensor]:
-    x, up, dy = randn(5, 20), randn(5, 20), randn(5, 20)
+    x, up, dy = randn(5, 411), randn(5, 411), randn(5, 411)
     return [kernel.forward(x, up, "silu"), *kernel.backward(dy, x, up, "silu")]
 
 
 def _rms_norm(kernel: ModuleType, randn: Randn) -> list[Tensor]:
-    x, dy, weight = randn(5, 20), randn(5, 20), randn(20).float()
+    x, dy, weight = randn(131, 20), randn(131, 20), randn(20).float()
     y, scale = kernel.forward(x, weight, 1e-5)
     recomputed = kernel.normalized(x, weight, 1e-5), kernel.recompute(x, weight, scale)
     return [y, *recomputed, *kernel.backward(dy, x, weight, scale)]

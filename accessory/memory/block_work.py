@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 
 from accessory import kernels
+from accessory.kernels import fused_attention
+from accessory.kernels.fused_attention import fused_on
 from accessory.kernels.plain import dropped_attention
 from accessory.memory.kept import KeptByBlock
 from accessory.model.block import Block
@@ -24,8 +26,8 @@ def normalizing_bytes(norm: Norm, tokens: int, dtype: torch.dtype, device: torch
 class BlockWork:
     """Of `block` for documents of `lengths` tokens, computed in `dtype` on `device`.
 
-    On CUDA in half precision one kernel computes the attention of all documents, which `KeptByBlock`, measured on a
-    CPU, does not know.
+    On CUDA a fused kernel computes the attention of all documents, which `KeptByBlock`, measured on a CPU, does not
+    know.
     """
 
     def __init__(self, block: Block, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -43,21 +45,21 @@ class BlockWork:
         self.head_dim = attention.head_dim + (ALIBI_WIDTH if self.position == "alibi" else 0)
         self.normalizing = normalizing_bytes(block.ffn_norm, self.tokens, dtype, device)
         self.drops = bool(attention.dropout)
-        self.has_kernel = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not self.drops
+        self.fused = None if self.drops else fused_on(device, dtype, self.head_dim)
 
     def kept(self, measured: KeptByBlock) -> KeptByBlock:
         """What is kept by the kernel in use, where another's was measured.
 
-        CUDA's attention is given k and v for every query head, and keeps its result and a 4-byte log-sum a head. Its
-        result is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
+        A fused one keeps its result, too. That is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
         """
-        if not (self.has_kernel and measured.goes_back):
+        if self.fused is None or not measured.goes_back:
             return measured
-        result = self.heads * self.head_dim
-        numbers = self._repeated() + result
-        if measured.keeps_attended and self.position != "alibi":
-            numbers -= result
-        return replace(measured, all=measured.all + self.tokens * (self.dtype.itemsize * numbers + 4 * self.heads))
+        sizes = self.heads, self.kv_heads, self.head_dim, self.dtype
+        more = fused_attention.kept_bytes(self.fused, self.lengths, *sizes)
+        read_by_wo = self.position != "alibi" and not self.fused.copies(self.head_dim, self.dtype)
+        if measured.keeps_attended and read_by_wo:
+            more -= self.tokens * self.heads * self.head_dim * self.dtype.itemsize
+        return replace(measured, all=measured.all + more)
 
     def forward(self, measured: KeptByBlock) -> int:
         """Peak of the forward of a block that keeps nothing, with what is held meanwhile.
@@ -89,25 +91,19 @@ class BlockWork:
         return self.tokens * self.dtype.itemsize * (self.channels * (1 + self.chosen) + inner * self.inner)
 
     def _attention_backward(self) -> int:
-        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
-
-        For CUDA's kernel the latter are the gradients of q, k and v, and an fp32 sum for q's.
-        """
-        result, width = self.heads * self.head_dim, self.dtype.itemsize
-        given = self.tokens * width * (self.channels + result)
-        if self.has_kernel:
-            return given + self.tokens * result * (3 * width + 4)
-        return given + self._kernel("backward_bytes")
+        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward."""
+        given = self.tokens * self.dtype.itemsize * (self.channels + self.heads * self.head_dim)
+        if self.fused is None:
+            return given + self._kernel("backward_bytes")
+        sizes = self.heads, self.kv_heads, self.device
+        return given + fused_attention.backward_bytes(self.fused, self.lengths, *sizes)
 
     def _attending(self) -> int:
         """Workspace of attention's forward."""
-        if self.has_kernel:
-            return self.tokens * (self.dtype.itemsize * self._repeated() + 4 * self.heads)
-        return self._kernel("forward_bytes")
-
-    def _repeated(self) -> int:
-        """Numbers a token in the copies of k and v that CUDA's attention is given."""
-        return 2 * self.head_dim * (self.heads - self.kv_heads)
+        if self.fused is None:
+            return self._kernel("forward_bytes")
+        sizes = self.heads, self.kv_heads, self.head_dim, self.dtype
+        return fused_attention.forward_bytes(self.fused, self.lengths, *sizes)
 
     def _kernel(self, name: str) -> int:
         kernel = kernels.on("document_attention", self.device, self.dtype, self.head_dim)

@@ -172,8 +172,9 @@ def test_a_tail_keeps_nothing_of_norms_and_gates_where_no_gradient_goes(layout: 
     assert kept_for(TOKENS) - kept_for(few) == 2 * (TOKENS - few) * (lows + of_a_token)
 
 
-def test_cuda_keeps_repeated_keys() -> None:
-    """Its kernel is given k and v for every query head, and keeps a number a head."""
-    decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1})
-    on_cpu, on_cuda = (planned(decoder, attachment, Layout(device=torch.device(d))) for d in ("cpu", "cuda"))
-    assert on_cuda.activations - on_cpu.activations == SMALL.n_layers * TOKENS * (2 * 2 * (64 - 32) + 4 * 4)
+def test_cuda_keeps_statistics() -> None:
+    """A number a head and token; in fp32 k and v for every query head, and the numbers of whole blocks of 32 tokens."""
+    for dtype, more in ((torch.bfloat16, 4 * 4 * TOKENS), (torch.float32, 2 * (64 - 32) * 4 * TOKENS + 4 * 4 * 64)):
+        decoder, attachment = built(SMALL, {"lora_rank": 8, "lora_dropout": 0.1}, dtype=dtype)
+        on_cpu, on_cuda = (planned(decoder, attachment, Layout(device=torch.device(d))) for d in ("cpu", "cuda"))
+        assert on_cuda.activations - on_cpu.activations == SMALL.n_layers * more

@@ -1,4 +1,4 @@
-"""Causal attention inside each document, by PyTorch's variable-length kernel on CUDA in half precision. Elsewhere:
+"""Causal attention inside each document: on CUDA by PyTorch's fused kernels. Elsewhere:
 
 Documents of about one length are computed together, and long ones some rows of scores at a time. On a CPU that takes
 less time than PyTorch's flash kernel, which needs a call for each document.
@@ -7,13 +7,15 @@ less time than PyTorch's flash kernel, which needs a call for each document.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from accessory.kernels import fused_attention
 from accessory.kernels.documents import Documents
+from accessory.kernels.fused_attention import fused_on
 from accessory.kernels.plain.document_grid import Group, cut_groups, grid_of, padded, rows_at_once
 
 MASKS = 8  # that are cached
@@ -25,26 +27,20 @@ def attend(
     """q [T, H, E], k and v [T, K, E] of packed documents -> [T, H, E], with gradients.
 
     window: how many keys up to its own a query sees; all when absent. scale: of the scores; 1 / sqrt(E) when absent.
-    On CUDA in half precision one variable-length flash kernel of PyTorch does all documents.
     """
-    kernel = _attend_varlen if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else _AttendByDocument.apply
+    fused = fused_on(q.device, q.dtype, q.shape[-1]) if documents.keys else None
+    kernel = by_document if fused is None else partial(fused_attention.attend, fused)
     prefixes = documents.prefixes
     if prefixes is None:
         return kernel(q, k, v, documents, window, scale)
     return prefixes.pack(kernel(*(prefixes.lay_out(t) for t in (q, k, v)), documents, window, scale))
 
 
-def _attend_varlen(
+def by_document(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only
-
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # the kernel's own grouping flag came after torch 2.11
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    offsets, longest = documents.offsets, documents.longest
-    before = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(before, 0))
+    """The same of whole documents, on any device and in any dtype."""
+    return _AttendByDocument.apply(q, k, v, documents, window, scale)
 
 
 class _AttendByDocument(torch.autograd.Function):

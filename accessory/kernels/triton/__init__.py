@@ -15,15 +15,19 @@ import torch
 
 from accessory.kernels.operands import DTYPES
 from accessory.kernels.switches import switched_on
-from accessory.kernels.trial import fault_of
+from accessory.kernels.trial import faults_of
 
 KERNELS = ("cross_entropy", "four_bit", "gate", "group_codes", "rms_norm", "rotary")
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute in `dtype` on `device`. Raises `ConfigError` for an invalid ACCESSORY_TRITON."""
+def working(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """Names of the kernels that compute in `dtype` on `device`.
+
+    Raises `ConfigError` for an invalid ACCESSORY_TRITON.
+    """
     here = device.type == "cuda" or (device.type == "cpu" and interpreted())
-    return here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels") and _works(device)
+    wanted = here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels")
+    return _tried(device, dtype) if wanted else frozenset()
 
 
 @lru_cache  # Triton asks once too
@@ -33,14 +37,20 @@ def interpreted() -> bool:
 
 
 @lru_cache
-def _works(device: torch.device) -> bool:
-    """Every kernel is tried once: Triton needs a C compiler, Python's headers and a recent GPU."""
+def _tried(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """Every kernel is tried once in each dtype: Triton needs a C compiler, Python's headers and a recent GPU.
+
+    Those that fail with the same error are told of in one line.
+    """
     if find_spec("triton") is None:
-        return False
-    fault = fault_of("triton", KERNELS, device, torch.float32)
-    if fault:
-        logging.getLogger(__name__).warning("Triton does not work on %s, plain PyTorch computes: %s", device, fault)
-    return not fault
+        return frozenset()
+    faults = faults_of("triton", KERNELS, device, dtype)
+    for fault in dict.fromkeys(faults.values()):
+        names = ", ".join(name for name, its in faults.items() if its == fault)
+        logging.getLogger(__name__).warning(
+            "Triton's %s cannot be used in %s on %s, plain PyTorch computes: %s", names, dtype, device, fault
+        )
+    return frozenset(KERNELS) - faults.keys()
 
 
-__all__ = ["KERNELS", "available", "interpreted"]
+__all__ = ["KERNELS", "interpreted", "working"]

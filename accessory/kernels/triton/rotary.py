@@ -78,7 +78,7 @@ def _rotate(
     REST: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    head = (tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS))[:, None]
     source = x + token * x_token + head * x_head
     target = out + token * out_token + head * out_head
     there = head < heads

@@ -83,6 +83,14 @@ def test_tokens_far_apart(layout: str, far: Callable[[Tensor], Tensor]) -> None:
     assert torch.equal(rotary.rotate(there, rotations, layout), wanted)
 
 
+@pytest.mark.parametrize("layout", ["pairs", "halves"])
+def test_heads_far_apart(layout: str, far: Callable[[Tensor], Tensor]) -> None:
+    """As in a cache of long documents, head by head."""
+    x, rotations = random(3, 2, 8, dtype=torch.bfloat16), unit_rotations(2, 3)
+    there, beside = far(x).transpose(0, 1), x.transpose(0, 1)
+    assert torch.equal(rotary.rotate(there, rotations, layout), rotary.rotate(beside, rotations, layout))
+
+
 def test_no_tokens() -> None:
     """Nothing in, nothing out."""
     assert rotary.rotate(random(0, 2, 8), unit_rotations(0, 4)).shape == (0, 2, 8)

@@ -6,21 +6,26 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accessory.kernels import triton
+from accessory.kernels.operands import DTYPES
 from accessory.kernels.trial import wrong_kernels
 
 CPU = torch.device("cpu")
 
 
-def found() -> list[str]:
+def found(dtype: torch.dtype = torch.float32) -> list[str]:
     """What the trial finds wrong."""
-    return wrong_kernels("triton", triton.KERNELS, CPU, torch.float32)
+    return wrong_kernels("triton", triton.KERNELS, CPU, dtype)
 
 
-def test_right_kernels_pass() -> None:
-    """Here, in the interpreter."""
-    assert found() == []
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_kernels_pass(dtype: torch.dtype) -> None:
+    """Here, in the interpreter; whatever the caller's modes are."""
+    assert found(dtype) == []
+    with FakeTensorMode():
+        assert found(dtype) == []
 
 
 @pytest.mark.parametrize(
