@@ -11,7 +11,7 @@ import torch
 
 from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.formats.gguf_writing import write_gguf
-from accessory.checkpoint.formats.hugging_face_writing import LAYOUTS, write_hugging_face
+from accessory.checkpoint.formats.hugging_face_writing import LAYOUTS, WHOLE, laid_out, write_hugging_face
 from accessory.checkpoint.formats.own import write_own
 from accessory.checkpoint.formats.peft_writing import write_adapter
 from accessory.checkpoint.formats.qst_writing import published_config, write_qst
@@ -32,12 +32,13 @@ from accessory.model.families import architecture_of
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout, data_parallel_group
 from accessory.quant import MIXES, STORAGES, storage
+from accessory.quant.groups import group_storage
 from accessory.quantizer.calibration import calibration_rows
 from accessory.quantizer.folder import Folder
 from accessory.quantizer.job import Quantization, identity_of
 from accessory.quantizer.own_text import own_rows
 from accessory.quantizer.settings import HELD, Settings
-from accessory.quantizer.strategy import strategy_document
+from accessory.quantizer.strategy import NARROW, WIDE, strategy_document, widths_of
 from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
 FORMATS = ("accessory", *LAYOUTS, "gguf", "meta", "upstream")
@@ -81,6 +82,25 @@ class Destination:
         """Raise `ConfigError` for a format that has no packed weights."""
         if self.to not in ("accessory", *LAYOUTS):
             raise ConfigError(f"--to {self.to}: packed weights are written as accessory, {', '.join(LAYOUTS)}.")
+
+    def check_calibrated(self, model: WholeModel, target: Path, quant_type: str) -> None:
+        """Raise `AccessoryError`s where `model` could not be written here once it is quantized by text.
+
+        Nothing is read; packing by text takes too long to be for nothing.
+        """
+        if self.to == "accessory":
+            return
+        if self.to not in WHOLE:
+            raise ConfigError(
+                f"--to {self.to}: with --calibrate it is accessory, {' or '.join(WHOLE)}; tools/convert.py writes other"
+                " formats of accessory's."
+            )
+        width = widths_of(quant_type)
+        for bits, group in (NARROW, WIDE) if width is None else (width,):
+            kind = group_storage(bits, group, ("points",))
+            storages = {name.removesuffix(".weight"): kind for name in model.tensors}
+            packed = replace(model, tensors=repacked(model.tensors, kind.name, storages=storages))
+            laid_out(packed, target, DTYPES[self.dtype], None, self.to)
 
     def write(self, model: WholeModel, target: Path) -> None:
         """Write `model` to `target`, which must not be there yet. Raises `CheckpointError`."""
@@ -178,18 +198,21 @@ def calibrated(
     target: Path,
     data: Path,
     settings: Settings,
-    dtype: str,
+    destination: Destination,
     layout: Layout,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write `model`, which `base` holds, with linears quantized by the text in `data`; returns all figures.
 
-    What is finished lies beside `target` until the whole is written, so that a run that was stopped goes on. dtype: of
-    embedding, head and norms. A collective. Raises `AccessoryError`s.
+    What is finished lies beside `target` until the whole is written, so that a run that was stopped goes on.
+    destination: accessory, or gptq or awq, for which zero points are whole. A collective. Raises `AccessoryError`s.
     """
     refuse_existing(target)
-    check_known("--dtype", dtype, DTYPES)
     settings.check(layout.dp_size)
+    destination.check_calibrated(model, target, settings.quant_type)
+    if destination.to in WHOLE:
+        settings = replace(settings, whole_points=True)
+        say(f"--to {destination.to}: zero points are whole, as its files have them; codes and scales are trained.")
     ids = calibration_rows(data, model.tokenizer, settings.row_tokens, settings.rows + HELD, settings.seed)
     folder = Folder(target.with_name(f".{target.name}.quantizing"), layout.rank, data_parallel_group())
     precision = torch.bfloat16
@@ -200,7 +223,11 @@ def calibrated(
         ids = torch.cat([ids[: settings.rows], own, ids[settings.rows :]])
     packed, widths, figures = Quantization(model, ids, settings, folder, dtype=precision, layout=layout, say=say).run()
     if layout.is_main:
-        write_own(packed, target, DTYPES[dtype], documents={STRATEGY_FILE: strategy_document(widths)})
+        if destination.to == "accessory":
+            documents = {STRATEGY_FILE: strategy_document(widths)}
+            write_own(packed, target, DTYPES[destination.dtype], documents=documents)
+        else:
+            destination.write(packed, target)
     folder.discard()
     return {"base": str(base), "target": str(target), "quant_type": settings.quant_type} | figures
 

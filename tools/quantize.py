@@ -3,6 +3,7 @@
 python tools/quantize.py BASE TARGET --quant_type nf4       or, for transformers + bitsandbytes:  ... --to hf
 python tools/quantize.py BASE TARGET --quant_type int4_g128 --to gptq    or awq, for transformers + gptqmodel
 python tools/quantize.py BASE TARGET --quant_type mix2.5 --calibrate alpaca.json    two to four bits, fitted to text
+(also with --to gptq or awq)
 """
 
 import json as json_module
@@ -55,7 +56,8 @@ def main(
         target: a new directory.
         quant_type: a format, as --quant_type of training; one that bitsandbytes has for --to hf; with --calibrate
             intB_gG (B of 2, 3, 4; G of 32, 64, 128), or mix2.2, mix2.5, mix3.0, which mix 2 and 4 bits.
-        to: accessory, or what transformers loads: hf (bitsandbytes' layout), gptq or awq; or greenbit.
+        to: accessory, or what transformers loads: hf (bitsandbytes' layout), gptq or awq; or greenbit. With --calibrate
+            accessory, or gptq or awq, whose zero points are whole, so that the model has such while it is fitted.
         dtype: of embedding, head and norms.
         calibrate: a data file (JSON, JSONL, text, ...) by whose texts the weights are fitted; absent: by no text.
         rows: how many pieces of it, drawn from all over the file.
@@ -80,16 +82,13 @@ def main(
         Destination(to, dtype, quant_type=quant_type).write(model, folder)
         print(f"{base} -> {target} ({quant_type}, {to})")
         return
-    if to != "accessory":
-        raise ConfigError(
-            f"--to {to}: with --calibrate it is accessory; tools/convert.py writes other formats of that."
-        )
+    destination = Destination(to, dtype)
     settings = Settings(quant_type, rows, own_rows, row_tokens, batch, epochs, distill_steps, distill_batch, seed)
     layout = groups.start(str(device))
     say = print if layout.is_main else _nothing
     measured = (perplexity, seq, windows) if perplexity else None
     before = _perplexity(source, layout, *measured) if measured else None
-    figures = calibrated(_full(source), source, folder, Path(str(calibrate)), settings, dtype, layout, say)
+    figures = calibrated(_full(source), source, folder, Path(str(calibrate)), settings, destination, layout, say)
     if measured:
         figures |= {
             "text": str(perplexity),

@@ -38,12 +38,12 @@ class TrainedStatistics(GroupWeight):
 
     def adopt(self, state: PackedState) -> None:
         """See `PackedWeight`; statistics may come in any float dtype, and zeros as `points`."""
-        state = dict(state)
-        if "points" in state:
+        state, trained = dict(state), type(self).trained
+        if "points" in state and "zeros" in trained:
             state["zeros"] = state.pop("points").float() * state["scales"].float()
         self.step_size = float(state["scales"].float().abs().mean())
-        super().adopt({name: part.float() if name in STATISTICS else part for name, part in state.items()})
-        for name in STATISTICS:
+        super().adopt({name: part.float() if name in trained else part for name, part in state.items()})
+        for name in trained:
             getattr(self, name).requires_grad_(True)
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class TrainedStatistics(GroupWeight):
         """Of scales, the sums over groups of dW * codes; of zeros, those of -dW. dW is made some rows at a time."""
         rows, columns = self.shape
         x = self.packed_input(x)
-        of_scales, of_zeros = torch.empty_like(self.scales), torch.empty_like(self.zeros)
+        of_scales, of_zeros = torch.empty_like(self.scales), torch.empty_like(self.scales)
         step = max(PIECE // max(columns, 1), 1)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
@@ -66,16 +66,36 @@ class TrainedStatistics(GroupWeight):
         return min(self.shape.numel(), PIECE) * (dtype.itemsize + 4 + 1)
 
 
+class TrainedScales(TrainedStatistics):
+    """Codes and whole zero points as they are, and `scales` [N, G] in fp32, trained: zeros are points times scales."""
+
+    @torch.no_grad()
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
+        """Of scales, which move the zeros, too."""
+        of_scales, of_zeros = super().gradients(x, dy)
+        return [of_scales.addcmul_(of_zeros, self.points.float())]
+
+
 @lru_cache
 def with_trained_statistics(kind: type[GroupWeight]) -> type[TrainedStatistics]:
     """The storage `kind` with its scales and zeros in fp32, marked trained; `points` become zeros."""
     if kind.has("points"):
         also = tuple(part for part in kind.OPTIONAL if kind.has(part) and part != "points")
         kind = group_storage(kind.bits, kind.group, also)
+    return _trained(kind, TrainedStatistics, STATISTICS)
+
+
+@lru_cache
+def with_trained_scales(kind: type[GroupWeight]) -> type[TrainedScales]:
+    """The storage `kind`, which has `points`, with its scales in fp32, marked trained."""
+    return _trained(kind, TrainedScales, ("scales",))
+
+
+def _trained(kind: type[GroupWeight], base: type[TrainedStatistics], names: tuple[str, ...]) -> type[TrainedStatistics]:
     parts = dict(kind.PARTS)
-    parts |= {name: parts[name]._replace(dtype=torch.float32, trained=True) for name in STATISTICS}
-    about = f"{kind.name} whose scales and zeros are trained."
-    made = type(f"{kind.__name__}Trained", (TrainedStatistics, kind), {"PARTS": parts, "__doc__": about})
+    parts |= {name: parts[name]._replace(dtype=torch.float32, trained=True) for name in names}
+    about = f"{kind.name} whose {' and '.join(names)} are trained."
+    made = type(f"{kind.__name__}Trained", (base, kind), {"PARTS": parts, "__doc__": about})
     made.filed = kind
     return made
 

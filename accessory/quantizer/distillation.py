@@ -18,7 +18,7 @@ from accessory.checkpoint.load import fill_module
 from accessory.model.decoder import Decoder
 from accessory.quant.groups import GroupWeight
 from accessory.quant.packed import PackedState
-from accessory.quant.trained_groups import STATISTICS, TrainedStatistics, with_trained_statistics
+from accessory.quant.trained_groups import TrainedStatistics, with_trained_scales, with_trained_statistics
 from accessory.quantizer.adam import ImmediateAdam
 from accessory.quantizer.blocks import Blocks, linears, replace_weight
 from accessory.quantizer.reconstruction import train
@@ -61,7 +61,7 @@ def divergence(hidden: Tensor, teacher: Tensor, head: Tensor, vocab_size: int) -
 
 
 def packed_decoder(blocks: Blocks, packed: list[dict[str, tuple[type[GroupWeight], PackedState]]]) -> Decoder:
-    """The whole model with packed linears, whose scales and zeros are trained.
+    """The whole model with packed linears, whose scales and zeros are trained; whole zero points stay.
 
     packed: (storage, parts) of each linear of each block, by its name in it.
     """
@@ -70,7 +70,8 @@ def packed_decoder(blocks: Blocks, packed: list[dict[str, tuple[type[GroupWeight
         block, name = decoder.layers[index], f"layers.{index}"
         fill_module(block, name, blocks.tensors, blocks.layout, there={f"{name}.{linear}.weight" for linear in parts})
         for linear, (kind, state) in parts.items():
-            weight = with_trained_statistics(kind)(tuple(linears(block)[linear].weight.shape))
+            trained = with_trained_scales(kind) if kind.has("points") else with_trained_statistics(kind)
+            weight = trained(tuple(linears(block)[linear].weight.shape))
             weight.adopt({part: value.to(blocks.layout.device) for part, value in state.items()})
             replace_weight(linears(block)[linear], weight)
         block.recompute = True
@@ -117,4 +118,4 @@ def _rates(decoder: nn.Module, rate: float) -> Iterator[tuple[nn.Parameter, floa
     for weight in decoder.modules():
         if isinstance(weight, TrainedStatistics):
             unit = float(weight.scales.detach().abs().mean())
-            yield from ((getattr(weight, name), rate * unit) for name in STATISTICS)
+            yield from ((getattr(weight, name), rate * unit) for name in weight.trained)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory.errors import CheckpointError
-from accessory.quantizer.grid import Grid, fit, pieces
+from accessory.quantizer.grid import Grid, fit, fit_whole, pieces
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: text has fewer directions than a matrix has columns."""
@@ -36,16 +36,16 @@ def curvature(hessian: Tensor) -> Curvature:
     return Curvature(torch.linalg.cholesky(columns, upper=True, out=columns), importance)
 
 
-def gptq(weight: Tensor, of_inputs: Curvature, bits: int, group: int) -> tuple[Grid, float]:
+def gptq(weight: Tensor, of_inputs: Curvature, bits: int, group: int, *, whole: bool = False) -> tuple[Grid, float]:
     """W [N, K] -> (codes, scales and zeros, the sum of squares of the outputs' errors); each row is by itself.
 
     The codes are what the columns were rounded from when their turn came, at most 0.49 beyond the range: reconstruction
     trains them from there, and moves those first that lay near another whole number.
 
     A group's scale and zero are fitted when its first column's turn comes, to the weights as errors before it have
-    changed them. group: a divisor or a multiple of 64.
+    changed them. group: a divisor or a multiple of 64. whole: zeros are whole multiples of the scales.
     """
-    factor, importance = of_inputs
+    (factor, importance), fitted = of_inputs, fit_whole if whole else fit
     (rows, columns), top, lost = weight.shape, 2**bits - 1, 0.0
     w = weight.float().t().contiguous()  # columns lie along memory
     codes = torch.empty_like(w)
@@ -56,7 +56,7 @@ def gptq(weight: Tensor, of_inputs: Curvature, bits: int, group: int) -> tuple[G
         for k in range(start, stop):
             if k % group == 0:
                 own = slice(k, min(k + group, columns))
-                statistics[:, k // group] = torch.stack(fit(w[own], importance[own], top))
+                statistics[:, k // group] = torch.stack(fitted(w[own], importance[own], top))
             scale, zero = statistics[:, k // group]
             torch.div(w[k] + zero, scale, out=codes[k]).clamp_(-_BEYOND, top + _BEYOND)
             error = errors[k - start]
@@ -65,8 +65,9 @@ def gptq(weight: Tensor, of_inputs: Curvature, bits: int, group: int) -> tuple[G
         w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
         lost += float(errors.square_().sum())
     del w
-    scales, zeros = statistics
-    return Grid(codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), bits, group), lost
+    scales, zeros = (statistic.t().contiguous() for statistic in statistics)
+    points = (zeros / scales).round_() if whole else None
+    return Grid(codes.t().contiguous(), scales, zeros, bits, group, points), lost
 
 
 def damp_(hessian: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 """Parts of a group's range, below its mean and above it, that are tried first, each with each."""
+STRETCHES = (0.9, 1.0, 1.1)
+"""What the scale is multiplied by at first for a whole zero point."""
 TURNS = 6
 """How often statistics and codes are taken in turn."""
 PIECE = 1 << 20
@@ -22,6 +24,7 @@ class Grid(NamedTuple):
     """W [N, K] is about codes * scales - zeros: codes [N, K], whole numbers or near them; scales, zeros [N, G], fp32.
 
     Column k belongs to group k // group; the last group may have fewer columns. Codes are from 0 to 2^bits - 1.
+    points [N, G]: whole numbers, fp32, if zeros are these times the scales, whatever scales become.
     """
 
     codes: Tensor
@@ -29,6 +32,7 @@ class Grid(NamedTuple):
     zeros: Tensor
     bits: int
     group: int
+    points: Tensor | None = None
 
     @property
     def top(self) -> int:
@@ -37,8 +41,9 @@ class Grid(NamedTuple):
 
     def rounded(self) -> Grid:
         """Codes rounded to whole numbers of the range, and statistics to what fp16 holds."""
-        codes = self.codes.round().clamp_(0, self.top)
-        return self._replace(codes=codes, scales=self.scales.half().float(), zeros=self.zeros.half().float())
+        codes, scales = self.codes.round().clamp_(0, self.top), self.scales.half().float()
+        zeros = self.zeros.half().float() if self.points is None else self.points * scales
+        return self._replace(codes=codes, scales=scales, zeros=zeros)
 
     def weights(self) -> Tensor:
         """The matrix [N, K], fp32, of codes as they are."""
@@ -75,7 +80,7 @@ def fit(w: Tensor, importance: Tensor, top: int) -> tuple[Tensor, Tensor]:
     best = (torch.full_like(mean, float("inf")), torch.ones_like(mean), torch.zeros_like(mean))
     for low, high in product(CLIPS, CLIPS):
         scale = ((above * high - below * low) / top).clamp_min(LEAST_SCALE)
-        best = _better(best, w, h, scale, -(mean + below * low), top)
+        best = _better(best, w, h, _as_half(scale), _as_half(-(mean + below * low)), top)
     for _ in range(TURNS):
         _, scale, zero = best
         codes = nearest(w, scale, zero, top)
@@ -83,7 +88,29 @@ def fit(w: Tensor, importance: Tensor, top: int) -> tuple[Tensor, Tensor]:
         apart = codes - of_codes
         steps = (apart * w * h).sum(0) / (apart.square() * h).sum(0).clamp_min(1e-12)
         scale = torch.where(steps > LEAST_SCALE, steps, scale)
-        best = _better(best, w, h, scale, scale * of_codes - of_weights, top)
+        best = _better(best, w, h, _as_half(scale), _as_half(scale * of_codes - of_weights), top)
+    return best[1], best[2]
+
+
+def fit_whole(w: Tensor, importance: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """As `fit`, with a zero that is a whole number from 0 to `top` times the scale, as fp16 holds that.
+
+    Rounding the zero of `fit` may be off by half a scale; so scale and codes are fitted again for both whole numbers
+    beside it, from a few scales each: with another zero, weights are left out at one end, or codes at the other.
+    """
+    h = importance[:, None] / importance.sum()
+    free, zero = fit(w, importance, top)
+    below = (zero / free).floor()
+    best = (torch.full_like(free, float("inf")), free, zero)
+    for point, stretch in product((below.clamp(0, top), (below + 1).clamp(0, top)), STRETCHES):
+        scale = free * stretch
+        for turn in range(TURNS):
+            if turn:
+                offsets = nearest(w, scale, point * scale, top) - point
+                steps = (offsets * w * h).sum(0) / (offsets.square() * h).sum(0).clamp_min(1e-12)
+                scale = torch.where(steps > LEAST_SCALE, steps, scale)
+            scale = _as_half(scale)
+            best = _better(best, w, h, scale, point * scale, top)
     return best[1], best[2]
 
 
@@ -95,8 +122,12 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 def _better(
     best: tuple[Tensor, Tensor, Tensor], w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, top: int
 ) -> tuple[Tensor, ...]:
-    """For each group the (error, scale, zero) of less error, of `best` and of the new ones as fp16 holds them."""
-    scale, zero = scale.half().float(), zero.half().float()
+    """For each group the (error, scale, zero) of less error, of `best` and of the new ones."""
     error = ((nearest(w, scale, zero, top) * scale - zero - w).square() * h).sum(0)
     less = error < best[0]
     return tuple(torch.where(less, new, old) for new, old in zip((error, scale, zero), best, strict=True))
+
+
+def _as_half(statistic: Tensor) -> Tensor:
+    """What fp16 holds of it, fp32."""
+    return statistic.half().float()

@@ -18,7 +18,7 @@ from accessory.parallel.groups import Layout, data_parallel_group
 from accessory.quant import MIXES
 from accessory.quant.groups import group_storage
 from accessory.quantizer.blocks import Blocks, batches, linears
-from accessory.quantizer.distillation import STATISTICS, distill, last_states, packed_decoder
+from accessory.quantizer.distillation import distill, last_states, packed_decoder
 from accessory.quantizer.folder import STATES, Folder
 from accessory.quantizer.one_block import FORWARD, Packed, Rows, quantize_block
 from accessory.quantizer.reconstruction import clock
@@ -142,8 +142,10 @@ class Quantization:
         steps = rows.steps(epochs, settings.distill_batch, last)[: settings.distill_steps]
         self.say(f"last pass: {len(steps)} steps over the whole model")
         found["divergences"] = distill(self.blocks, rows.ids, full, steps, settings.distill_rate, rows.group, self.say)
-        names = [f"{name}.weight.{part}" for name in widths for part in STATISTICS]
-        self.folder.write_tensors(_STATISTICS, {name: decoder.get_parameter(name).detach().half() for name in names})
+        weights = {f"{name}.weight": decoder.get_submodule(f"{name}.weight") for name in widths}
+        trained = {f"{name}.{part}": getattr(weight, part).detach().half()
+                   for name, weight in weights.items() for part in weight.trained}  # fmt: skip
+        self.folder.write_tensors(_STATISTICS, trained)
         with torch.no_grad():
             return found | {"perplexity": self._perplexity(last_states(self.blocks, rows.ids[rows.held]))}
 
@@ -163,7 +165,7 @@ class Quantization:
         found: Packed = {}
         for full, width in widths.items():
             if full.startswith(prefix):
-                kind = group_storage(*width)
+                kind = group_storage(*width, ("points",) if self.settings.whole_points else ())
                 found[full.removeprefix(prefix)] = kind, {part: tensors[f"{full}.weight.{part}"] for part in kind.PARTS}
         return found
 

@@ -24,7 +24,7 @@ from accessory.quantizer.sensitivity import watch
 from accessory.quantizer.settings import Settings
 from accessory.quantizer.states import States
 from accessory.quantizer.strategy import Width
-from accessory.quantizer.weights import LatentWeight, WatchedWeight
+from accessory.quantizer.weights import LatentWeight, WatchedWeight, latent_weight
 
 FORWARD = 4
 """Rows that are run together where nothing is trained."""
@@ -96,7 +96,7 @@ def quantize_block(
     summed((weight.moments.inputs for weight in watched.values() if weight.moments.inputs is not None), rows.group)
     errors: dict[str, float] = {}
     for names in sorted(by_input(block), key=lambda names: -watched[names[0]].shape[1]):  # the largest H goes first
-        errors |= _fit(block, {name: watched.pop(name) for name in names}, widths)
+        errors |= _fit(block, {name: watched.pop(name) for name in names}, widths, settings.whole_points)
     latent = {name: linear.weight for name, linear in linears(block).items()}
     give_back_freed_memory()
     steps = rows.steps(settings.epochs, settings.batch, index)
@@ -125,20 +125,20 @@ def block_outputs(
         yield block(inputs.read(part).to(blocks.layout.device), blocks.sequences(len(part), rows.length))
 
 
-def _fit(block: Block, watched: dict[str, WatchedWeight], widths: dict[str, Width]) -> dict[str, float]:
+def _fit(block: Block, watched: dict[str, WatchedWeight], widths: dict[str, Width], whole: bool) -> dict[str, float]:
     """Have linears that share their input multiply with their latent matrices, and forget the full ones.
 
-    watched: by name, with the first one's moments; these are used up. Returns by name the squared error of the
-    outputs, relative to these.
+    watched: by name, with the first one's moments; these are used up. whole: zero points are whole. Returns by name the
+    squared error of the outputs, relative to these.
     """
     moments = watched[next(iter(watched))].moments
     hessian, moments.inputs = damp_(moments.inputs), None
     of_outputs = {name: float(output_error(weight.codes.detach(), hessian).sum()) for name, weight in watched.items()}
     of_inputs, errors = curvature(hessian), {}
     for name in [*watched]:
-        grid, lost = gptq(watched.pop(name).codes.detach(), of_inputs, *widths[name])
+        grid, lost = gptq(watched.pop(name).codes.detach(), of_inputs, *widths[name], whole=whole)
         errors[name] = lost / of_outputs[name]
-        replace_weight(linears(block)[name], LatentWeight(grid))
+        replace_weight(linears(block)[name], latent_weight(grid))
     return errors
 
 
@@ -167,9 +167,10 @@ def _mean(values: list[float]) -> float:
 
 
 def _packed(grid: Grid) -> tuple[type[GroupWeight], PackedState]:
-    codes = packed_codes(grid.codes.to(torch.uint8), grid.bits)
-    statistics = {"scales": grid.scales.half(), "zeros": grid.zeros.half()}
-    return group_storage(grid.bits, grid.group), codes | statistics
+    state = packed_codes(grid.codes.to(torch.uint8), grid.bits) | {"scales": grid.scales.half()}
+    if grid.points is None:
+        return group_storage(grid.bits, grid.group), state | {"zeros": grid.zeros.half()}
+    return group_storage(grid.bits, grid.group, ("points",)), state | {"points": grid.points.to(torch.uint8)}
 
 
 def _adopt(linear: Linear, kind: type[GroupWeight], state: PackedState, device: torch.device) -> None:

@@ -49,8 +49,8 @@ def rates_of(weights: Iterable[LatentWeight], rates: Rates) -> Iterator[tuple[nn
     """Each trained parameter with its learning rate."""
     for weight in weights:
         unit = float(weight.scales.detach().abs().mean())
-        yield weight.codes, rates.codes
-        yield from ((statistic, rates.statistics * unit) for statistic in (weight.scales, weight.zeros))
+        for name in weight.trained:
+            yield getattr(weight, name), rates.codes if name == "codes" else rates.statistics * unit
 
 
 def train(

@@ -20,7 +20,8 @@ class Settings:
 
     batch: rows of an optimizer step. epochs: passes over the rows for each block; 0: GPTQ alone. distill_steps,
     distill_batch: steps of the last pass over the whole model, and rows of one; 0 steps: none. rates: of the blocks;
-    distill_rate: of the last pass.
+    distill_rate: of the last pass. whole_points: zeros are whole multiples of scales, as GPTQ's and AWQ's files have
+    them: points are chosen by error feedback, and zeros follow the scales from then on.
     """
 
     quant_type: str
@@ -34,6 +35,7 @@ class Settings:
     seed: int = 0
     rates: Rates = field(default_factory=Rates)
     distill_rate: float = distillation.RATE
+    whole_points: bool = False
 
     def check(self, ranks: int) -> None:
         """Raise `ConfigError` for what cannot be, for so many ranks."""

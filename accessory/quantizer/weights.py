@@ -91,8 +91,8 @@ class LatentWeight(PackedWeight):
     def __init__(self, grid: Grid) -> None:
         super().__init__(tuple(grid.codes.shape))
         self.width, self.group, self.top = grid.bits, grid.group, grid.top
-        for name in self.PARTS:
-            setattr(self, name, nn.Parameter(getattr(grid, name), requires_grad=True))
+        for name, part in self.PARTS.items():
+            setattr(self, name, nn.Parameter(getattr(grid, name), requires_grad=part.trained))
 
     def pack(self, weight: Tensor) -> None:
         """There is no grid to begin from."""
@@ -102,7 +102,7 @@ class LatentWeight(PackedWeight):
     def unpack_into(self, out: Tensor) -> Tensor:
         """See `PackedWeight`."""
         for part in pieces(*self.shape):
-            out[part] = on_grid(self._rounded(part), self.scales[part], self.zeros[part], self.group)
+            out[part] = on_grid(self._rounded(part), self.scales[part], self._zeros(part), self.group)
         return out
 
     @torch.no_grad()
@@ -119,7 +119,36 @@ class LatentWeight(PackedWeight):
 
     def as_grid(self) -> Grid:
         """What was trained, rounded."""
-        return Grid(*(getattr(self, name).detach() for name in self.PARTS), self.width, self.group).rounded()
+        points = self.points.detach() if "points" in self.PARTS else None
+        parts = (part.detach() for part in (self.codes, self.scales, self._zeros(slice(None))))
+        return Grid(*parts, self.width, self.group, points).rounded()
 
     def _rounded(self, rows: slice) -> Tensor:
         return self.codes.detach()[rows].round().clamp_(0, self.top)
+
+    def _zeros(self, rows: slice) -> Tensor:
+        return self.zeros[rows]
+
+
+class WholeLatentWeight(LatentWeight):
+    """W = (round(codes) - points) * scales: whole zero points stay as they are; codes and scales are trained."""
+
+    PARTS: ClassVar = {
+        "codes": Part(torch.float32, trained=True),
+        "scales": Part(torch.float32, trained=True),
+        "points": Part(torch.float32),
+    }
+
+    @torch.no_grad()
+    def gradients(self, x: Tensor, dy: Tensor) -> list[Tensor]:
+        """Of codes and scales, which move the zeros, too."""
+        of_codes, of_scales, of_zeros = super().gradients(x, dy)
+        return [of_codes, of_scales.addcmul_(of_zeros, self.points)]
+
+    def _zeros(self, rows: slice) -> Tensor:
+        return self.points[rows] * self.scales[rows]
+
+
+def latent_weight(grid: Grid) -> LatentWeight:
+    """A matrix that is trained from `grid` on, whose parts it takes."""
+    return LatentWeight(grid) if grid.points is None else WholeLatentWeight(grid)

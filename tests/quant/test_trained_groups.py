@@ -7,7 +7,7 @@ import torch
 
 from accessory.model.projection import project
 from accessory.quant.groups import group_storage
-from accessory.quant.trained_groups import with_trained_statistics
+from accessory.quant.trained_groups import with_trained_scales, with_trained_statistics
 
 
 @pytest.mark.parametrize(("bits", "group", "columns"), [(2, 64, 128), (3, 32, 80), (4, 128, 200)])
@@ -60,3 +60,28 @@ def test_gradients_of_reordered_channels() -> None:
             with torch.no_grad():
                 part[row, group] = here
             assert abs(part.grad[row, group].item() - slope) < 1e-3 * max(abs(slope), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_alone_are_trained_where_points_are_whole(dtype: torch.dtype) -> None:
+    """Gradients are autograd's of (codes - points) * scales, by every kernel; points stay whole numbers."""
+    generator = torch.Generator().manual_seed(0)
+    kind = group_storage(3, 32, ("points",))
+    plain = kind((7, 80))
+    plain.pack(torch.randn(7, 80, generator=generator))
+    weight = with_trained_scales(kind)((7, 80))
+    weight.adopt({name: part.detach() for name, part in plain.named_parameters()})
+    assert weight.trained == ("scales",) and weight.scales.dtype == torch.float32 and weight.filed is kind
+    assert torch.equal(weight.points, plain.points) and not weight.points.requires_grad
+    assert torch.equal(weight.unpack(torch.float32), plain.unpack(torch.float32))
+    x, dy = (torch.randn(9, size, generator=generator).to(dtype) for size in (80, 7))
+    (y,) = project(x.requires_grad_(True), [weight])
+    y.backward(dy)
+    scales, of_column = weight.scales.detach().double().requires_grad_(True), torch.arange(80) // 32
+    offsets = (plain.unpack(torch.float64) / scales.detach()[:, of_column]).round()
+    wide = x.detach().double().requires_grad_(True)
+    expected = wide @ (offsets * scales[:, of_column]).t()
+    expected.backward(dy.double())
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 0.2}
+    for found, wanted in ((y, expected), (x.grad, wide.grad), (weight.scales.grad, scales.grad)):
+        assert torch.allclose(found.double(), wanted, **close)

@@ -50,6 +50,17 @@ def test_is_optimal_brain_surgery(bits: int, group: int, columns: int) -> None:
     )
 
 
+def test_whole_points_cost_little() -> None:
+    """Zeros are whole multiples of the scales; the error of outputs is little above that of zeros of any value."""
+    weight, x, hessian = correlated(128, rows=16)
+    of_inputs = curvature(damp_(hessian.clone()))
+    grids = [gptq(weight, of_inputs, 3, 64, whole=whole)[0].rounded() for whole in (False, True)]
+    assert grids[0].points is None and torch.equal(grids[1].zeros, grids[1].points * grids[1].scales)
+    assert torch.equal(grids[1].points, grids[1].points.round().clamp(0, 7))
+    free, whole = (float(((grid.weights() - weight) @ x.t()).square().sum()) for grid in grids)
+    assert free < whole < 1.4 * free
+
+
 def test_outputs_suffer_less_than_by_rounding() -> None:
     """The error of outputs, counted on the inputs themselves, is well below that of rounding to such a grid."""
     weight, x, hessian = correlated(128)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from accessory.quantizer.grid import Grid, fit, nearest, on_grid
+from accessory.quantizer.grid import Grid, fit, fit_whole, nearest, on_grid
 
 
 def groups(count: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +58,23 @@ def test_equal_weights() -> None:
     assert torch.allclose(nearest(w, scale, zero, 3) * scale - zero, w, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_whole_points_near_the_best_there_are(bits: int) -> None:
+    """Zeros are whole multiples of scales, to the bit; a fine grid of scales for every point finds little better."""
+    top = 2**bits - 1
+    w, importance = groups(30, 48)
+    w[:, 0], w[:, 1], w[:, 2] = w[:, 0].abs() + 0.1, 0.25, -3.0
+    scale, zero = fit_whole(w, importance, top)
+    points = (zero / scale).round()
+    assert torch.equal(points * scale, zero) and torch.equal(scale, scale.half().float())
+    assert points.min() >= 0 and points.max() <= top
+    ours = cost(w, importance, scale, zero, top)
+    best = torch.full_like(ours, float("inf"))
+    for tried, point in product(torch.linspace(0.02, 3.2, 1000), range(top + 1)):
+        best = torch.minimum(best, cost(w, importance, tried.expand(30), (tried * point).expand(30), top))
+    assert (ours <= 1.3 * best + 1e-5).all() and ours.sum() < 1.05 * best.sum()
+
+
 def test_on_a_grid_with_a_short_last_group() -> None:
     """Column k takes the statistics of group k // 32."""
     codes = torch.arange(40.0).expand(2, 40) % 4
@@ -67,3 +84,5 @@ def test_on_a_grid_with_a_short_last_group() -> None:
     assert torch.equal(found, torch.tensor(expected))
     grid = Grid(codes + 0.3, scales, zeros, 2, 32)
     assert torch.equal(grid.rounded().weights(), found)
+    whole = Grid(codes + 0.3, scales / 3, zeros, 2, 32, torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+    assert torch.equal(whole.rounded().zeros, whole.points * (scales / 3).half().float())

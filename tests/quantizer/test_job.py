@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accessory.checkpoint.lazy import PackedTensor
+from accessory.checkpoint.lazy import HeldTensor, PackedTensor
 from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError, ConfigError
-from accessory.export import calibrated, open_base
+from accessory.export import Destination, calibrated, open_base
 from accessory.kernels.codes import whole_numbers
 from accessory.parallel import groups
 from accessory.quant.packed import frozen
@@ -38,7 +39,8 @@ def text(tmp_path_factory: pytest.TempPathFactory, strings: list[str]) -> Path:
 
 def run(base: Path, target: Path, text: Path, settings: Settings = SETTINGS, **more) -> dict:
     model, _ = open_base([base])
-    return calibrated(model, base, target, text, settings, "fp32", groups.start("cpu"), more.get("say", lambda _: None))
+    destination, say = Destination(more.get("to", "accessory"), "fp32"), more.get("say", lambda _: None)
+    return calibrated(model, base, target, text, settings, destination, groups.start("cpu"), say)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +161,61 @@ def test_a_target_that_is_there(tiny_base: Path, text: Path, tmp_path: Path) -> 
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="expected a new or empty directory"):
         run(tiny_base, tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("to", "quant_type", "bits"), [("gptq", "int3_g64", 3), ("awq", "mix2.5", 4), ("gptq", "mix2.5", 2)]
+)
+def test_whole_points_for_others_files(
+    tiny_base: Path, text: Path, tmp_path: Path, to: str, quant_type: str, bits: int
+) -> None:
+    """Integers and points of the files are those that were fitted, to the bit, also after a stop; scales are trained
+    on by the last pass. AWQ's files hold all in four bits.
+    """
+    settings, lines, kept = replace(SETTINGS, quant_type=quant_type), [], {}
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("last pass"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tiny_base, tmp_path / "out", text, settings, say=say, to=to)
+    assert lines[0].startswith(f"--to {to}: zero points are whole")
+    for path in (tmp_path / ".out.quantizing").glob("block-*"):
+        kept |= load_file(path)
+    figures = run(tiny_base, tmp_path / "out", text, settings, to=to)
+    assert figures["perplexity"] < 1.5 * figures["perplexity_full"]
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stated["quant_method"], stated["bits"]) == (to, bits)
+    assert ("dynamic" in stated) == (to == "gptq" and quant_type == "mix2.5")
+    packed = {name: tensor for name, tensor in open_source(tmp_path / "out").tensors.items()
+              if isinstance(tensor, PackedTensor)}  # fmt: skip
+    assert len(packed) == 14
+    for name, tensor in packed.items():
+        found, (codes, high, scales, points) = tensor.read_matrix().as_codes(), of_block(kept, name)
+        columns, narrower = tensor.shape[1], found.scales.shape[1] // scales.shape[1]  # groups of the file
+        numbers = whole_numbers(found.codes, found.high, found.bits, columns)
+        own_bits = 3 if high is not None else 8 * codes.shape[1] // columns
+        assert torch.equal(numbers, whole_numbers(codes, high, own_bits, columns)), name
+        assert torch.equal(found.points, points.repeat_interleave(narrower, 1)), name
+        scales = scales.repeat_interleave(narrower, 1)
+        assert not torch.equal(found.scales, scales)
+        torch.testing.assert_close(found.scales, scales, rtol=0.3, atol=1e-3)
+
+
+def of_block(kept: dict[str, torch.Tensor], name: str) -> list[torch.Tensor | None]:
+    """The parts of a matrix in a finished block's file."""
+    return [kept.get(f"{name}.{part}") for part in ("codes", "high", "scales", "points")]
+
+
+def test_a_format_that_cannot_hold_it_is_told_at_once(tiny_base: Path, text: Path, tmp_path: Path) -> None:
+    """Before anything is computed: words of GPTQ's files hold whole rows."""
+    model, _ = open_base([tiny_base])
+    name = "layers.1.feed_forward.w2.weight"
+    odd = replace(model, tensors=model.tensors | {name: HeldTensor(torch.zeros(127, 256))})
+    with pytest.raises(CheckpointError, match=r"mlp.down_proj.weight has shape \[127, 256\]; GPTQ's words expect mult"):
+        Destination("gptq").check_calibrated(odd, tmp_path / "out", "mix2.5")
+    with pytest.raises(ConfigError, match="--to greenbit: with --calibrate it is accessory, gptq or awq"):
+        run(tiny_base, tmp_path / "out", text, to="greenbit")
+    assert not list(tmp_path.iterdir())

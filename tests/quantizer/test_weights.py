@@ -7,7 +7,7 @@ import torch
 
 from accessory.model.projection import project
 from accessory.quantizer.grid import Grid
-from accessory.quantizer.weights import LatentWeight, Moments, WatchedWeight
+from accessory.quantizer.weights import LatentWeight, Moments, WatchedWeight, WholeLatentWeight, latent_weight
 
 
 class Straight(torch.autograd.Function):
@@ -46,6 +46,30 @@ def test_latent_gradients(bits: int, group: int, columns: int) -> None:
     undivided = wide[0].grad / wide[1].detach()[:, of_column]
     assert torch.allclose(weight.codes.grad.double(), undivided, rtol=1e-4, atol=1e-4)
     assert torch.equal(weight.as_grid().codes, codes.round().clamp(0, 2**bits - 1))
+
+
+@pytest.mark.parametrize(("bits", "group", "columns"), [(3, 64, 128), (2, 32, 80)])
+def test_whole_points_stay_and_zeros_follow_scales(bits: int, group: int, columns: int) -> None:
+    """Gradients of x and scales are autograd's of (round(codes) - points) * scales; codes' but for their scale."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.rand(6, columns, generator=generator) * (2**bits + 1) - 1
+    scales = torch.rand(6, -(-columns // group), generator=generator) + 0.5
+    points = torch.randint(0, 2**bits, scales.shape, generator=generator).float()
+    weight = latent_weight(Grid(codes, scales, points * scales, bits, group, points))
+    assert isinstance(weight, WholeLatentWeight) and weight.trained == ("codes", "scales")
+    x, dy = torch.randn(9, columns, generator=generator), torch.randn(9, 6, generator=generator)
+    (y,) = project(x.requires_grad_(True), [weight])
+    y.backward(dy)
+    wide = [each.detach().double().requires_grad_(True) for each in (codes, scales, x)]
+    of_column = torch.arange(columns) // group
+    offsets = Straight.apply(wide[0], 2**bits - 1) - points.double()[:, of_column]
+    (wide[2] @ (offsets * wide[1][:, of_column]).t()).backward(dy.double())
+    assert torch.allclose(x.grad.double(), wide[2].grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(weight.scales.grad.double(), wide[1].grad, rtol=1e-4, atol=1e-4)
+    undivided = wide[0].grad / wide[1].detach()[:, of_column]
+    assert torch.allclose(weight.codes.grad.double(), undivided, rtol=1e-4, atol=1e-4)
+    grid = weight.as_grid()
+    assert torch.equal(grid.points, points) and torch.equal(grid.zeros, points * scales.half().float())
 
 
 def test_moments() -> None:

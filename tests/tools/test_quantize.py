@@ -10,7 +10,7 @@ import torch
 
 from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.opening import open_source
-from accessory.export import calibrated, open_base
+from accessory.export import Destination, calibrated, open_base
 from accessory.kernels.codes import whole_numbers
 from accessory.meta import MetaModel
 from accessory.parallel import groups
@@ -96,7 +96,7 @@ def test_calibrated_by_two_processes(torchrun, tiny_base: Path, calibration: Pat
     assert figures["bits"] == pytest.approx(2.5) and figures["text_after"] > 1 and "before" in lines[-1]
     settings = Settings("int2_g64", rows=8, own_rows=8, row_tokens=32, distill_steps=2, distill_batch=4)
     model, layout = open_base([tiny_base])[0], groups.start("cpu")
-    alone = calibrated(model, tiny_base, tmp_path / "one", calibration, settings, "bf16", layout, lambda _: None)
+    alone = calibrated(model, tiny_base, tmp_path / "one", calibration, settings, Destination(), layout, lambda _: None)
     tensors = [open_source(tmp_path / name).tensors for name in ("out", "one")]
     for name in (name for name, tensor in tensors[0].items() if isinstance(tensor, PackedTensor)):
         codes = [whole_numbers(each[name].parts["codes"].read(), None, 2, each[name].shape[1]) for each in tensors]
@@ -110,7 +110,17 @@ def test_flags_that_need_calibration(called, tiny_base: Path, calibration: Path,
     """And a format that calibration cannot write."""
     done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--json")
     assert done.stderr == "ConfigError: --json goes with --calibrate DATA: give that too, or leave --json out.\n"
-    done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--calibrate", calibration, "--to", "hf")
-    assert done.stderr.startswith("ConfigError: --to hf: with --calibrate it is accessory; ")
+    done = called(
+        "tools/quantize.py",
+        tiny_base,
+        tmp_path / "out",
+        "--calibrate",
+        calibration,
+        "--to",
+        "hf",
+        "--quant_type",
+        "mix2.5",
+    )
+    assert done.stderr.startswith("ConfigError: --to hf: with --calibrate it is accessory, gptq or awq; ")
     done = called("tools/quantize.py", tiny_base, tmp_path / "out", "--calibrate", calibration)
     assert done.stderr.startswith("ConfigError: --quant_type 'nf4' cannot be calibrated; expected intB_gG")

@@ -42,6 +42,22 @@ def write_hugging_face(
     all. Raises `CheckpointError` where the model type cannot express the settings or lacks a place for a tensor.
     """
     refuse_existing(target)
+    theirs, packed, config = laid_out(model, target, dtype, quant_type, layout)
+    with fresh_directory(target) as directory:
+        _write_shards(directory, _written(theirs, dtype, packed, "packing" if quant_type else "writing"))
+        for name, content in {"config.json": config, **packed.files}.items():
+            write_json(directory / name, content)
+        save_for_transformers(model.tokenizer, directory)
+    packed.said()
+
+
+def laid_out(
+    model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None, layout: str
+) -> tuple[Tensors, PackedLayout, dict[str, Any]]:
+    """(tensors by their names, how packed ones lie in files, config.json) of `write_hugging_face`; raises as it does.
+
+    Plain weights are not read.
+    """
     architecture = architecture_of(model.args.architecture, str(target))
     model = model.in_layout(architecture.fixed.get("rotary_layout", "halves"))
     config = architecture.write(model.args) | _token_ids(model)
@@ -52,13 +68,7 @@ def write_hugging_face(
     if quant_type:
         theirs = repacked(theirs, quant_type, linears.__contains__, _fitted(linears, quant_type, layout))
     packed = LAYOUTS[layout](theirs, linears, target, dtype)
-    config |= packed.config
-    with fresh_directory(target) as directory:
-        _write_shards(directory, _written(theirs, dtype, packed, "packing" if quant_type else "writing"))
-        for name, content in {"config.json": config, **packed.files}.items():
-            write_json(directory / name, content)
-        save_for_transformers(model.tokenizer, directory)
-    packed.said()
+    return theirs, packed, config | packed.config
 
 
 def _fitted(linears: set[str], quant_type: str, layout: str) -> dict[str, type[PackedWeight]]:
