@@ -12,7 +12,10 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from accessory.checkpoint.formats import gguf_grids
+from accessory.checkpoint.lazy import HeldTensor, PackedTensor
 from accessory.export import Destination, open_whole
+from accessory.quant.groups import group_storage
 from tests.checkpoint.formats.low_bit_models import OURS, TOKENS, logits
 
 THEIRS = dict(zip(OURS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_down", "ffn_up"), strict=True))
@@ -59,6 +62,33 @@ def test_gguf_keeps_numbers_exactly_or_says_so(written, tmp_path: Path, capfd, n
         assert np.abs(unpacked - weight).max() <= close * np.abs(weight).max(), key
     expected = logits(made.path)
     assert (logits(target) - expected).abs().max() < (1e-2 if in_f16 or rounded else 2e-3) * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "also", "columns", "kind"),
+    [
+        (2, 64, (), 128, Kind.Q4_1),
+        (3, 32, ("points",), 96, Kind.Q4_0),  # numbers less points need no more than 4 bits
+        (4, 64, ("points",), 128, Kind.Q4_1),
+        (4, 16, (), 128, None),  # a block has one scale
+        (4, 128, (), 48, None),  # a row ends within a block
+        (4, 1024, (), 96, Kind.Q4_1),  # one group a row
+    ],
+)
+def test_the_type_that_holds_a_matrix(bits: int, group: int, also: tuple[str, ...], columns: int, kind) -> None:
+    """Blocks of 32 columns in each row, of one group each; the package unpacks the same weights."""
+    storage = group_storage(bits, group, also)
+    matrix = storage((6, columns))
+    matrix.pack(torch.randn(6, columns, generator=torch.Generator().manual_seed(0)) + 0.5)
+    parts = {name: HeldTensor(part.detach()) for name, part in matrix.named_parameters()}
+    if kind == Kind.Q4_1 and also:
+        parts["points"] = HeldTensor(torch.zeros_like(matrix.points.detach()))
+    tensor = PackedTensor.of(parts, storage, (6, columns), "w")
+    assert gguf_grids.kind_of(tensor) == kind and gguf_grids.kind_of(HeldTensor(torch.zeros(6, columns))) is None
+    if kind is not None:
+        assert gguf_grids.is_rounded(tensor, kind) == (kind == Kind.Q4_1 and bool(also))
+        unpacked = dequantize(gguf_grids.encoded(tensor, kind), kind)
+        assert np.abs(unpacked - tensor.read().numpy()).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", ["gptq-4-sym", "gptq-2", "gptq-4", "awq", "greenbit-plain", "gptq-4-act"])
