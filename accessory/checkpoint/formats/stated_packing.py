@@ -7,7 +7,6 @@ where it is wrong; so a config that contradicts its tensors is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,32 @@ _SPECIAL = frozenset("*+?^$()[]{}|\\")
 class Stated:
     """A quantization_config, `config`, and the file that it stands in.
 
-    gptqmodel has other words for some linears in `dynamic`, AutoRound in `extra_config`.
+    gptqmodel has other words for some linears in `dynamic`, AutoRound in `extra_config`. Raises `CheckpointError` for
+    such that cannot be read.
     """
 
     def __init__(self, config: dict[str, Any], file: Path) -> None:
         self.config, self.file = config, file
+        dynamic, self._named = (self._exceptions(key) for key in ("dynamic", "extra_config"))
+        self._from_start = [(self._pattern(re.sub("^[+-]:", "", name)), {} if name[:2] == "-:" else config | other)
+                            for name, other in dynamic.items()]  # fmt: skip
+        self._anywhere = [(self._pattern(name), config | other)
+                          for name, other in self._named.items() if not _SPECIAL.isdisjoint(name)]  # fmt: skip
+        self._of: dict[str, dict[str, Any]] = {}
 
     def of(self, linear: str) -> dict[str, Any]:
-        """What is said of one linear; nothing of one that is said to be plain.
+        """What is said of one linear; nothing of one that is said to be plain."""
+        if linear not in self._of:
+            self._of[linear] = self._found(linear)
+        return self._of[linear]
 
-        Raises `CheckpointError` for exceptions that cannot be read.
-        """
-        for pattern, other in self._exceptions("dynamic"):
-            if re.match(self._pattern(pattern.removeprefix("+:").removeprefix("-:")), linear):
-                return {} if pattern.startswith("-:") else self.config | other
-        extra = dict(self._exceptions("extra_config"))
-        if linear in extra:
-            return self.config | extra[linear]
-        patterns = (name for name in extra if not _SPECIAL.isdisjoint(name))
-        found = next((name for name in patterns if re.search(self._pattern(name), linear)), None)
-        return self.config if found is None else self.config | extra[found]
+    def _found(self, linear: str) -> dict[str, Any]:
+        said = next((said for pattern, said in self._from_start if pattern.match(linear)), None)
+        if said is None and linear in self._named:
+            said = self.config | self._named[linear]
+        if said is None:
+            said = next((said for pattern, said in self._anywhere if pattern.search(linear)), None)
+        return self.config if said is None else said
 
     def number(self, linear: str, key: str) -> Any:
         """The `bits` or `group_size` of a linear; None where nothing is said."""
@@ -81,11 +86,11 @@ class Stated:
             f"Expected {key} {expected!r}, or the tensors that belong to it."
         )
 
-    def _exceptions(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _exceptions(self, key: str) -> dict[str, dict[str, Any]]:
         found = self.config.get(key) or {}
         if not (isinstance(found, dict) and all(isinstance(other, dict) for other in found.values())):
             raise CheckpointError(f"{self.file}: its {key} is {str(found)[:80]}; expected an object of objects.")
-        return iter(found.items())
+        return found
 
     def _pattern(self, pattern: str) -> re.Pattern:
         try:
