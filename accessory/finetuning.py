@@ -34,6 +34,7 @@ from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from accessory.run.base_cache import check_can_cache, open_base_cache, plan_base_cache
+from accessory.run.determinism import algorithms_as_before, fix_order_of_sums, set_cublas_workspace
 from accessory.run.identity import Job, progress_at_start, shared_flags
 from accessory.run.integer_moves import IntegerMoves
 from accessory.run.lock import claim_directory
@@ -59,6 +60,9 @@ def finetune(config: FinetuneConfig) -> MetaModel:
     `prints` is true on the one rank that prints it.
     """
     with StopSignals() as signals, ExitStack() as held:
+        held.enter_context(algorithms_as_before())
+        if config.deterministic and config.device != "cpu":
+            set_cublas_workspace()
         layout = groups.start(config.device, config.model_parallel_size, config.dist_on_itp)
         output_dir = None if config.dry_run else config.output_dir
         on_main(claim_directory, output_dir, held)
@@ -79,6 +83,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     torch.manual_seed(config.seed + layout.dp_rank)  # ranks that share a model draw the same dropout
     compile_fusible(config.compile)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    _say(layout, *fix_order_of_sums(config.deterministic, layout.device))
     together(check_offload, config.offload_inputs, layout.device)
     start, notes = on_main(find_start, config)
     _say(layout, *notes)

@@ -183,6 +183,8 @@ class FinetuneConfig(BaseModel):
     """Seconds that a process waits for the others, once training has begun, before it ends the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the added parameters and dropout."""
+    deterministic: bool = False
+    """On CUDA: equal runs get equal bits, resumed ones too, in slower steps. A CPU does so anyway."""
     dry_run: bool = False
     """Check everything, print the memory plan, run one true step, write nothing."""
     num_workers: int = Field(default=2, ge=0)

@@ -97,6 +97,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "kernels": kernels.computing(self.layout.device, self.blueprint.dtype),
+            "deterministic": self.config.deterministic if self.layout.device.type == "cuda" else None,
             "cached_rows": self.config.cache_base_rows if self.config.cache_base else None,
             **{name: getattr(self.config, name) for name in _ROUNDING},
         }

@@ -224,7 +224,8 @@ class IntegerMoves:
             count = min(max(round(self.rule.most_moved * matrix.numbers), 1), matrix.rows)
             gain[gain < gain.topk(count).values[-1]] = 0
         ordered = kept.sort(descending=True).values
-        count = max(int((ordered.double().cumsum(0) <= trusted).sum()), 1)
+        # On the host, where it goes anyway: CUDA has no cumulative sum in a fixed order.
+        count = max(int((ordered.double().cpu().cumsum(0) <= trusted).sum()), 1)
         kept[kept < ordered[count - 1]] = 0
         proposals = []
         for matrix, moves, gain in zip(self.matrices, found, kept.split(sizes), strict=True):
