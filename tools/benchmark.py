@@ -119,7 +119,7 @@ def train(
         raise ConfigError(
             f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {training.batch_size}."
         )
-    result = _measure_training(engine, steps, layout)
+    result = measure_training(engine, steps, layout)
     if layout.is_main:
         _show({"system": "accessory", "method": method, "device": layout.device.type, "steps": steps, **result}, json)
     groups.stop()
@@ -128,7 +128,8 @@ def train(
 train.__doc__ = train.__doc__.replace("METHODS", ", ".join(METHODS))
 
 
-def _measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
+def measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
+    """Take `steps` steps and one more, and give what `train` prints of them."""
     engine.model.train()
     progress = Progress()
     reports = [engine.step(progress)[0] for _ in range(steps)]

@@ -56,6 +56,8 @@ class Worker:
             **os.environ,
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if self.tiny:
+            environment.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than such sizes take
         if self.interpreted:
             environment["TRITON_INTERPRET"] = "1"
         with self.log.open("ab") as log:

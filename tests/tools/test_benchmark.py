@@ -147,6 +147,15 @@ def test_two_ranks_communicate(torchrun) -> None:
     assert sum(result["shares"].values()) == pytest.approx(100, abs=0.1)
 
 
+def test_integers_that_move(called: Callable) -> None:
+    """A method that trains more than a checkpoint holds, and moves whole numbers between steps."""
+    result = trained(
+        called, "--model", "tiny", "--seq", "16", "--batch_size", "2", "--steps", "4", "--method", "qsft_quantized",
+        "--quant", "--quant_type", "int2_g64",
+    )  # fmt: skip
+    assert len(result["losses"]) == 4 and all(map(math.isfinite, result["losses"]))
+
+
 def test_params_json(called: Callable, tmp_path: Path) -> None:
     """A shape from a file, all of it trained: what an embedding and a head of 300 rows add."""
     (tmp_path / "params.json").write_text(

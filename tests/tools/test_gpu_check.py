@@ -12,12 +12,13 @@ import torch
 
 from accessory import kernels
 from accessory.kernels.plain import document_attention
+from accessory.parallel.groups import Layout
 from accessory.quant.four_bit import FourBitWeight
 from tools import gpu_check
 from tools.gpu_checks import attention, storages
 from tools.gpu_checks.check import Check, Findings, Ground
 
-CPU = Ground(torch.device("cpu"), tiny=True)
+CPU = Ground(Layout(), tiny=True)
 
 
 def lines(path: Path) -> list[dict]:

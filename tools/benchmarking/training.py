@@ -27,6 +27,7 @@ from accessory.optim import build_optimizer
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
+from accessory.run.integer_moves import IntegerMoves
 from accessory.run.report import Reporter
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
@@ -77,7 +78,8 @@ class Training:
         slicings = {target.name: target.slicing for target in targets(decoder)}
         model = MetaModel(decoder, blueprint.tokenizer, self.max_words)
         data_parallel.shard_root(model)
-        parameters = NamedParameters(dict(decoder.named_parameters()), slicings).only(attachment.trainable)
+        everything = NamedParameters(dict(decoder.named_parameters()), slicings | attachment.working)
+        parameters, rule = everything.only(attachment.trainable), blueprint.method.integer_rule
         order = GlobalOrder(
             self._corpus(blueprint, layout), batch_size=self.batch_size, accum_iter=1, dp_rank=layout.dp_rank,
             dp_size=layout.dp_size, shuffle=False,
@@ -96,6 +98,7 @@ class Training:
             saver=None,
             signals=StopSignals(),
             base_cache=model.base_cache,
+            moves=IntegerMoves(decoder, rule, layout) if rule else None,
         )
 
     def _base_cache(self, decoder: Decoder, order: GlobalOrder, layout: Layout) -> BaseCache | None:

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from accessory.parallel.groups import Layout
+
 T = TypeVar("T")
 Function = Callable[["Ground", "Findings"], None]
 
@@ -23,8 +25,13 @@ class Skipped(Exception):
 class Ground:
     """Where checks run. tiny: with sizes that take a CPU no time; a check of CUDA is then only rehearsed on the CPU."""
 
-    device: torch.device
+    layout: Layout
     tiny: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The first GPU, or the CPU."""
+        return self.layout.device
 
     @property
     def cuda(self) -> bool:

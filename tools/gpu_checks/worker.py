@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-ROOMS = ("environment", "kernels", "attention", "storages")
+ROOMS = ("environment", "kernels", "attention", "storages", "families", "launches", "speed")
 """The cheapest and the most informative first."""
 
 
@@ -57,7 +57,7 @@ def _prepared(device: str, tiny: bool) -> tuple:
 
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("highest")
-        return Ground(groups.start(device).device, tiny), {}
+        return Ground(groups.start(device), tiny), {}
     except Exception as error:
         return None, {"unusable": f"{type(error).__name__}: {error}"}
 
