@@ -116,14 +116,15 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
             end = inset.start + inset.rows
         return torch.cat([*parts, embedded[end:]])
 
-    def token_scores(self, batch: PackedBatch) -> TokenScores:
+    def token_scores(self, batch: PackedBatch, taught: bool = False) -> TokenScores:
         """log p of each supervised token, and whether it was the likeliest, in packed order; no gradient.
 
-        The batch lies on the model's device.
+        The batch lies on the model's device. taught: with the divergence from the teacher, if there is one.
         """
+        teaching = self.teacher.teach(batch) if taught and self.teacher else None
         with torch.no_grad():
             hidden = self.hidden(batch)
-        return token_scores(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size)
+        return token_scores(hidden, self.llma.head_weight, batch.labels, self.llma.args.vocab_size, teaching)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> list[Score]:
@@ -134,7 +135,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         batch = batch.to(self.llma.frequencies.device)
         own = torch.tensor([length - known for length, known in zip(batch.lengths, batch.shared, strict=True)])
         owner = torch.arange(len(own)).repeat_interleave(own)[(batch.labels >= 0).cpu()]
-        log_p, likeliest = self.token_scores(batch)
+        log_p, likeliest, _ = self.token_scores(batch)
         each = torch.stack([log_p.double(), ~likeliest, torch.ones_like(log_p)]).double().cpu()
         sums = torch.zeros(3, len(own), dtype=torch.float64).index_add_(1, owner, each)
         return [

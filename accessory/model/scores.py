@@ -14,20 +14,25 @@ from accessory import kernels
 from accessory.kernels.cross_entropy_steps import Reduce, over_all_ranks
 from accessory.kernels.single_precision import product
 from accessory.model.loss import CHUNK, reduce_over_ranks, rows_of_rank
+from accessory.model.teaching import Lesson, Teaching
 
 
 class TokenScores(NamedTuple):
     """Of n supervised tokens, in packed order. log_p: fp32 [n] (fp64 of fp64 states). likeliest: bool [n].
+    divergences: t^2 KL(teacher || student), in the dtype of log_p [n]; None without a teacher.
 
     Of several tokens that are equally likely, the one with the lowest id counts as the likeliest, as in decoding.
     """
 
     log_p: Tensor
     likeliest: Tensor
+    divergences: Tensor | None = None
 
 
 @torch.no_grad()
-def token_scores(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None) -> TokenScores:
+def token_scores(
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int | None = None, teaching: Teaching | None = None
+) -> TokenScores:
     """Score the labels that are not negative, equally on all model-parallel ranks, without a gradient.
 
     hidden [T, D]; head [V / ranks, D], this rank's rows; labels int64 [T], as in `cross_entropy_sum`, whose sum is that
@@ -38,12 +43,19 @@ def token_scores(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int |
     likeliest = torch.empty(len(rows), dtype=torch.bool, device=hidden.device)
     scores = hidden.new_empty(min(len(rows), CHUNK), len(head))  # allocated once, as the loss does
     before, width = rows_of_rank(len(head), vocab_size)
+    reduce, lesson, divergences = reduce_over_ranks(), None, None
+    if teaching is not None:
+        lesson = Lesson(teaching, scores, rows_of_rank(len(head), teaching.vocab_size)[1], reduce)
+        divergences = torch.empty_like(log_p)
     for at in range(0, len(rows), CHUNK):
         chunk = rows[at : at + CHUNK]
         logits = product(hidden[chunk], matrix.t(), out=scores[: len(chunk)])
-        found = _score(logits, labels[chunk], before, width, reduce_over_ranks())
+        if lesson is not None:
+            lesson.compare(chunk, logits)
+            divergences[at : at + CHUNK] = lesson.divergences
+        found = _score(logits, labels[chunk], before, width, reduce)
         log_p[at : at + CHUNK], likeliest[at : at + CHUNK] = found
-    return TokenScores(log_p, likeliest)
+    return TokenScores(log_p, likeliest, divergences)
 
 
 def _score(

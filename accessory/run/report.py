@@ -21,7 +21,6 @@ from accessory.run.trackers import Tracker
 LOG_FILE = "log.jsonl"
 CURVE_FILE = "loss.png"
 _SCALARS = ("loss", "cross_entropy", "divergence", "perplexity", "accuracy", "lr", "grad_norm", "epoch")
-_FIGURES = ("loss", "perplexity", "accuracy")
 
 
 class Distillation(NamedTuple):
@@ -70,21 +69,29 @@ class StepReport:
 
 
 class Figures(NamedTuple):
-    """Over supervised tokens: the mean of -log p, the share of those that were the likeliest, and their number."""
+    """Over supervised tokens: the mean of -log p, the share of those that were the likeliest, and their number.
+
+    divergence: as in `Distillation`; None without a teacher.
+    """
 
     loss: float
     accuracy: float
     supervised: int
+    divergence: float | None = None
 
     @property
     def perplexity(self) -> float:
         """e to the power of the loss."""
         return perplexity(self.loss)
 
+    def means(self) -> dict[str, float]:
+        """Each figure but the number of tokens by its name."""
+        found = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
+        return found if self.divergence is None else found | {"divergence": self.divergence}
+
     def as_json(self, prefix: str = "") -> dict[str, float | None]:
         """Each figure by its name after `prefix`; None if not finite."""
-        named = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
-        found = {f"{prefix}{name}": value if math.isfinite(value) else None for name, value in named.items()}
+        found = {f"{prefix}{name}": value if math.isfinite(value) else None for name, value in self.means().items()}
         return {**found, f"{prefix}supervised": self.supervised}
 
 
@@ -199,9 +206,9 @@ class Reporter:
         if not self.enabled:
             return
         self.say("\n".join(report.lines()))
-        scalars = {f"val/{name}": getattr(report.figures, name) for name in _FIGURES}
+        scalars = {f"val/{name}": value for name, value in report.figures.means().items()}
         for source, figures in report.sources.items():
-            scalars |= {f"val/{name}/{source}": getattr(figures, name) for name in _FIGURES}
+            scalars |= {f"val/{name}/{source}": value for name, value in figures.means().items()}
         for task in report.tasks:
             scalars |= {f"val/{name}": value for name, value in task.figures.items()}
         self._record(report.as_json(), scalars, report.samples)
@@ -258,7 +265,8 @@ class Reporter:
 
 
 def _shown(figures: Figures) -> str:
-    return f"loss {figures.loss:.4f} | perplexity {figures.perplexity:.4g} | accuracy {figures.accuracy:.1%}"
+    taught = "" if figures.divergence is None else f" | kl {figures.divergence:.4f}"
+    return f"loss {figures.loss:.4f}{taught} | perplexity {figures.perplexity:.4g} | accuracy {figures.accuracy:.1%}"
 
 
 def _indented(text: str) -> str:

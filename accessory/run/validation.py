@@ -38,10 +38,10 @@ class Outcome(NamedTuple):
 class Validation:
     """Evaluates `model` on all documents of `order`, which are dealt over the ranks as one step.
 
-    model: has `token_scores`, `question` and `generate` as `MetaModel` does. sources: a name for each entry of the
-    data. questions: answered at each evaluation, in at most `answer_tokens` tokens. patience: evaluations in a row
-    without a lower loss after which training is to end; None: never. tasks: given to the model at each evaluation, on
-    all ranks. memory_remedies: flags that make a step smaller, named in the error if memory runs out.
+    model: has `teacher`, `token_scores`, `question` and `generate` as `MetaModel` does. sources: a name for each entry
+    of the data. questions: answered at each evaluation, in at most `answer_tokens` tokens. patience: evaluations in a
+    row without a lower loss after which training is to end; None: never. tasks: given to the model at each evaluation,
+    on all ranks. memory_remedies: flags that make a step smaller, named in the error if memory runs out.
     """
 
     model: nn.Module
@@ -124,8 +124,8 @@ class Validation:
         return out_of_memory_as(said)
 
     def _sums(self, progress: Progress) -> tuple[Tensor, int]:
-        """(for each source the sums of -log p, of tokens predicted and of tokens, fp64 [sources, 3]; signal or 0)."""
-        sums = torch.zeros(len(self.sources), 3, dtype=torch.float64)
+        """(for each source the sums that `_figures` takes, fp64 [sources, 3 or 4]; signal or 0)."""
+        sums = torch.zeros(len(self.sources), 4 if self.model.teacher else 3, dtype=torch.float64)
         for batch in self.order.micro_batches(0, 0):
             if stop := highest([self.signals.received], self.device)[0]:
                 return sums, stop
@@ -137,14 +137,14 @@ class Validation:
         return sums.cpu(), 0
 
     def _add(self, batch: PackedBatch, sums: Tensor) -> None:
-        log_p, likeliest = self.model.token_scores(batch.to(self.device))
+        log_p, likeliest, divergences = self.model.token_scores(batch.to(self.device), taught=True)
         if not batch.sample_ids:
             return  # a rank that has no document takes part in what all compute
         of_document = torch.from_numpy(self.order.corpus.origins[list(batch.sample_ids), 0]).long()
         own = torch.tensor(batch.lengths) - torch.tensor(batch.shared)
         source = of_document.repeat_interleave(own)[batch.labels >= 0]
-        each = torch.stack([-log_p.double(), likeliest.double(), torch.ones_like(log_p).double()], 1)
-        sums.index_add_(0, source, each.cpu())
+        each = [-log_p, likeliest, torch.ones_like(log_p)] + ([] if divergences is None else [divergences])
+        sums.index_add_(0, source, torch.stack([one.double() for one in each], 1).cpu())
 
     def _samples(self) -> list[tuple[str, str]]:
         """The questions with the likeliest answers; equal on all ranks."""
@@ -156,8 +156,11 @@ class Validation:
 
 
 def _figures(sums: Tensor) -> Figures:
-    loss, likeliest, tokens = sums.tolist()
-    return Figures(loss / tokens, likeliest / tokens, round(tokens)) if tokens else Figures(math.nan, math.nan, 0)
+    """Sums of -log p, of tokens predicted, of tokens and, with a teacher, of divergences -> their means."""
+    loss, likeliest, tokens, *divergence = sums.tolist()
+    if not tokens:
+        return Figures(math.nan, math.nan, 0)
+    return Figures(loss / tokens, likeliest / tokens, round(tokens), *(each / tokens for each in divergence))
 
 
 @contextmanager

@@ -122,8 +122,8 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
     labels[1::3] = torch.tensor([0, 60, 70])[labels[1::3] % 3]
     above = hidden.detach().abs() * torch.tensor([1, 1, -1]).repeat(100)[:, None]  # of 0 and 60, or of 70
     mine = own_slice(head, Slicing(dim=0), layout.mp_rank, layout.mp_size)
-    log_p, likeliest = token_scores(above, mine, labels, 97)
-    found |= {"log p": log_p, "likeliest": likeliest}
+    log_p, likeliest, divergences = token_scores(above, mine, labels, 97, teaching)
+    found |= {"log p": log_p, "likeliest": likeliest, "divergences": divergences}
     wanted = torch.tensor([0, 0, 70]).repeat(100) == labels
     assert torch.equal(likeliest, wanted[labels >= 0])
     return found

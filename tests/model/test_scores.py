@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.model.loss import CHUNK, cross_entropy_sum
 from accessory.model.scores import token_scores
-from tests.model.test_loss import VOCABULARY, Largest, problem
+from tests.model.test_loss import VOCABULARY, Largest, lesson, problem
 
 
 def by_torch(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +62,23 @@ def test_padded_rows_take_no_part(dtype: torch.dtype) -> None:
     hidden, head, labels = likely_problem(40, dtype)
     padded = torch.cat([head, 100 * torch.ones(3, head.shape[1], dtype=dtype)])
     for one, other in zip(
-        token_scores(hidden, padded, labels, VOCABULARY), token_scores(hidden, head, labels), strict=True
+        token_scores(hidden, padded, labels, VOCABULARY)[:2], token_scores(hidden, head, labels)[:2], strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_the_divergence_from_a_teacher(dtype: torch.dtype, tolerance: float) -> None:
+    """Each token's over several chunks, by the formula in fp64, of the tokens that both have; log p is as ever."""
+    hidden, head, labels = likely_problem(2 * CHUNK + 99, dtype)
+    given, kept = lesson(len(labels), dtype, 0.3, 2.5, compared=47), labels >= 0
+    found, untaught = (token_scores(hidden, head, labels, teaching=each) for each in (given, None))
+    own, theirs = hidden.double() @ head.double().t(), given.hidden.double() @ given.head.double().t()
+    q, p = ((logits[kept, :47] / 2.5).log_softmax(1) for logits in (own, theirs))
+    torch.testing.assert_close(
+        found.divergences.double(), 2.5**2 * (p.exp() * (p - q)).sum(1), rtol=tolerance, atol=tolerance
+    )
+    assert all(map(torch.equal, found[:2], untaught[:2])) and untaught.divergences is None
 
 
 def test_the_first_of_equals_is_the_likeliest() -> None:

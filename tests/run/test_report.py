@@ -94,12 +94,17 @@ def test_parts_of_a_loss_with_a_teacher(tmp_path: Path, capsys: pytest.CaptureFi
     reporter = Reporter(tmp_path, 4, 1, enabled=True, trackers=trackers)
     report = replace(REPORT, loss=2.5, distillation=Distillation.of(2.5, cross_entropy=3.0, weight=0.25))
     reporter.step(report)
+    reporter.evaluation(replace(EVALUATION, step=3, figures=Figures(2.0, 0.25, 1200, divergence=0.75)))
     reporter.close()
-    assert "| loss   2.5000 | ce   3.0000 | kl   1.0000 | acc  25.0% |" in capsys.readouterr().out
-    (entry,) = (json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines())
+    out = capsys.readouterr().out
+    assert "validation after step 3: loss 2.0000 | kl 0.7500 | perplexity 7.389 |" in out
+    assert "| loss   2.5000 | ce   3.0000 | kl   1.0000 | acc  25.0% |" in out
+    entry, evaluated = (json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines())
     found = (entry["loss"], entry["cross_entropy"], entry["divergence"], entry["perplexity"])
     assert found == (2.5, 3.0, 1.0, math.exp(3.0))
+    assert (evaluated["val_loss"], evaluated["val_divergence"]) == (2.0, 0.75)
     assert scalars(tmp_path, "train/divergence") == {REPORT.step: 1.0}
+    assert scalars(tmp_path, "val/divergence") == {3: 0.75}
 
 
 def test_log_and_tensorboard(tmp_path: Path) -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from accessory.config import FinetuneConfig
+from accessory.data.corpus import Corpus
 from accessory.errors import AccessoryError
 from accessory.export import Destination, convert
 from accessory.finetuning import finetune
 from accessory.meta import MetaModel
 from tests.conftest import DATA, ROOT, TINY_CONFIG, VOCABULARY, write_model, write_tokenizer
+from tests.model.families.matrix import CASES, Reference
+from tests.model.families.matrix import VOCABULARY as ROWS
 
 WORKER = ROOT / "tests" / "finetune_worker.py"
 METHODS = {
@@ -25,6 +32,23 @@ METHODS = {
     "all": {"llama_type": "llama", "only_save_trainable": False},
     "side": {"llama_type": "llama_qst", "quant": True, "quant_type": "int8"},  # it draws half of a step's labels
     "statistics": {"llama_type": "llama_qsft", "quant": True, "quant_type": "int2_g64"},
+}
+
+
+class Student(NamedTuple):
+    """How a family is trained, and which one teaches it."""
+
+    suffix: str
+    teacher: str
+    settings: Mapping[str, Any] = MappingProxyType({})
+    quant: bool = False
+
+
+FAMILIES = {
+    "opt": Student("_peft", "opt", {"lora_rank": 4}, quant=True),
+    "bloom": Student("_qst", "neox", {"label_share": 1}),
+    "neox": Student("", "glm"),
+    "glm": Student("_peft", "opt"),
 }
 TEACHING = {"teacher_weight": 0.3, "teacher_temperature": 2.0}
 
@@ -52,18 +76,41 @@ def log(flags: dict[str, Any]) -> list[dict[str, float]]:
     return [json.loads(line) for line in (flags["output_dir"] / "log.jsonl").read_text().splitlines()]
 
 
-def by_hand(model: MetaModel, teacher: MetaModel, data: Path, prompts: float = 0.0) -> tuple[float, float]:
-    """(mean cross-entropy, mean t^2 KL) of all documents in fp64, with all logits; prompts: the weight of theirs."""
-    corpus, t, sums = model.corpus(data, max_words=128), TEACHING["teacher_temperature"], torch.zeros(3).double()
+Logits = Callable[[Tensor], Tensor]
+"""Of ids [S]: [S, V]."""
+
+
+def logits_of(model: MetaModel) -> Logits:
+    """What our own model computes."""
+    return lambda ids: model.logits(ids, (len(ids),))
+
+
+def of_transformers(model: nn.Module, ids: Tensor) -> Tensor:
+    """`Logits` of a model there."""
+    return model(ids[None]).logits[0]
+
+
+def loss_of(own: Logits, theirs: Logits, corpus: Corpus, prompts: float = 0.0, rows: int = VOCABULARY) -> Tensor:
+    """(mean cross-entropy, mean t^2 KL) of all documents in fp64, with all logits.
+
+    prompts: the weight of theirs. rows: of both heads.
+    """
+    t, sums = TEACHING["teacher_temperature"], torch.zeros(3).double()
     for index in range(len(corpus)):
         tokens, labels = (torch.from_numpy(part.astype("int64")) for part in corpus.document(index))
         weights = torch.where(labels >= 0, 1.0, prompts).double()[:-1]
-        own, theirs = (each.logits(tokens, (len(tokens),))[:-1].double() for each in (model, teacher))
-        entropy = -own.log_softmax(1).gather(1, tokens[1:, None])[:, 0]
-        p, q = ((logits / t).log_softmax(1) for logits in (theirs[:, :VOCABULARY], own[:, :VOCABULARY]))
+        mine, taught = (logits(tokens)[:-1].double() for logits in (own, theirs))
+        entropy = -mine.log_softmax(1).gather(1, tokens[1:, None])[:, 0]
+        p, q = ((logits / t).log_softmax(1) for logits in (taught[:, :rows], mine[:, :rows]))
         divergence = t * t * (p.exp() * (p - q)).sum(1)
-        sums += torch.stack([(weights * entropy).sum(), (weights * divergence).sum(), weights.sum()])
-    return tuple((sums[:2] / sums[2]).tolist())
+        sums = sums + torch.stack([(weights * entropy).sum(), (weights * divergence).sum(), weights.sum()])
+    return sums[:2] / sums[2]
+
+
+def by_hand(model: MetaModel, teacher: MetaModel, data: Path, prompts: float = 0.0) -> tuple[float, float]:
+    """`loss_of` our own models."""
+    corpus = model.corpus(data, max_words=128)
+    return tuple(loss_of(logits_of(model), logits_of(teacher), corpus, prompts).tolist())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,6 +129,45 @@ def test_the_loss_is_cross_entropy_and_divergence(given, tiny_base: Path, tmp_pa
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Reference]]:
+    """(directory with a tiny checkpoint of each of `FAMILIES`, its model in transformers, in fp64, by name)."""
+    root, references = tmp_path_factory.mktemp("families"), {}
+    for name in FAMILIES:
+        (root / name).mkdir()
+        references[name] = CASES[name].write(root / name)
+        references[name].model.double()
+        write_tokenizer(root / name)
+    return root, references
+
+
+@pytest.mark.parametrize("student", FAMILIES)
+def test_families_learn_from_each_other(given, families, tmp_path: Path, student: str) -> None:
+    """Loss and validation by the formula in fp64, of logits that transformers computes; and the gradient's norm."""
+    (root, references), case = families, FAMILIES[student]
+    (tmp_path / "method.json").write_text(json.dumps(dict(case.settings)))
+    flags = given(**TEACHING, pretrained_path=[root / student], llama_type=student + case.suffix, max_words=64,
+                  llama_config=[tmp_path / "method.json"], teacher="base" if case.teacher == student else
+                  root / case.teacher, quant=case.quant, only_save_trainable=case.suffix != "",
+                  clip_grad=0)  # fmt: skip
+    records = [{"prompt": record["instruction"][:40], "completion": record["output"][:40]}
+               for record in json.loads(DATA.read_text())[:8]]  # fmt: skip
+    flags["data_config"].write_text(json.dumps(records))
+    flags["val_data"] = flags["data_config"]
+    evaluated, step, _ = log(flags)
+    own = MetaModel.from_pretrained(root / student, dtype="fp32", quant=case.quant)
+    logits = {name: partial(of_transformers, reference.model) for name, reference in references.items()}
+    found = loss_of(logits_of(own) if case.quant else logits[student], logits[case.teacher],
+                    own.corpus(flags["data_config"], max_words=64), rows=ROWS)  # fmt: skip
+    assert (step["cross_entropy"], step["divergence"]) == pytest.approx(found.tolist(), rel=1e-4)
+    assert (evaluated["val_loss"], evaluated["val_divergence"]) == pytest.approx(found.tolist(), rel=1e-4)
+    if case.suffix == "":
+        everything = list(references[student].model.parameters())
+        gradients = torch.autograd.grad(0.7 * found[0] + 0.3 * found[1], everything)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        assert step["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
 def test_prompts_accumulation_and_recomputing(given, tiny_base: Path) -> None:
     """Prompts count in both parts by their weight; how a step is cut or recomputed changes nothing."""
     flags = given(**METHODS["LoRA on NF4"], **TEACHING, teacher="base", prompt_loss_weight=0.25, epochs=4)
@@ -95,7 +181,7 @@ def test_prompts_accumulation_and_recomputing(given, tiny_base: Path) -> None:
 
 
 def test_fp16_and_validation(given, tiny_base: Path) -> None:
-    """fp16's loss scale reaches both parts; validation is cross-entropy alone, as without a teacher."""
+    """fp16's loss scale reaches both parts; a validation's loss is that without a teacher, its divergence beside it."""
     flags = given(**METHODS["LoRA on NF4"], **TEACHING, batch_size=8, eval_steps=1)
     flags["val_data"] = flags["data_config"]
     narrow, wide = log(flags | {"teacher": "base", "precision": "fp16"}), log(flags | {"teacher": "base"})
@@ -105,9 +191,13 @@ def test_fp16_and_validation(given, tiny_base: Path) -> None:
     assert [s["grad_norm"] for s in narrow if "loss" in s] == pytest.approx(
         [s["grad_norm"] for s in wide if "loss" in s], rel=0.03
     )
+    assert wide[0]["val_divergence"] == pytest.approx(wide[1]["divergence"], rel=1e-4)
+    assert wide[2]["val_divergence"] != wide[0]["val_divergence"]
     for name in TEACHING:
         del flags[name]
-    assert wide[0]["val_loss"] == log(flags)[0]["val_loss"] == pytest.approx(wide[1]["cross_entropy"], rel=1e-4)
+    alone = log(flags)[0]
+    assert wide[0]["val_loss"] == alone["val_loss"] == pytest.approx(wide[1]["cross_entropy"], rel=1e-4)
+    assert "val_divergence" not in alone
 
 
 def test_resuming_is_exact(given) -> None:
@@ -164,7 +254,7 @@ def test_what_a_run_trained_teaches(given, tiny_base: Path) -> None:
 
 
 def test_layouts(given, tiny_base: Path, torchrun, tmp_path: Path) -> None:
-    """Two ranks train as one process does: beside a base that is shared, one that learns, and one that is packed."""
+    """Two ranks train and evaluate as one process: beside a base that is shared, one that learns, a packed one."""
     cases = "norms and biases", "all", "statistics"
     layouts = {
         "tp2": {"model_parallel_size": 2, "batch_size": 4},
@@ -173,8 +263,8 @@ def test_layouts(given, tiny_base: Path, torchrun, tmp_path: Path) -> None:
     }
     lists, wanted = [], {}
     for name in cases:
-        flags = given(**METHODS[name], **TEACHING, teacher="base")
-        wanted[name] = [step["loss"] for step in log(flags | {"output_dir": tmp_path / name / "one"})]
+        flags = given(**METHODS[name], **TEACHING, teacher="base", val_data=tmp_path / "data.json")
+        wanted[name] = figures(log(flags | {"output_dir": tmp_path / name / "one"}))
         lists += [words(flags | layout | {"output_dir": tmp_path / name / at}) for at, layout in layouts.items()]
     (tmp_path / "flags.json").write_text(json.dumps(lists))
     done = torchrun(2, WORKER, tmp_path / "flags.json")
@@ -182,7 +272,13 @@ def test_layouts(given, tiny_base: Path, torchrun, tmp_path: Path) -> None:
     for name in cases:
         for at in layouts:
             lines = (tmp_path / name / at / "log.jsonl").read_text().splitlines()
-            assert [json.loads(line)["loss"] for line in lines] == pytest.approx(wanted[name], rel=1e-4), (name, at)
+            found = figures([json.loads(line) for line in lines])
+            assert found == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), (name, at)
+
+
+def figures(log: list[dict[str, float]]) -> list[float]:
+    """Losses of steps, and divergences of evaluations."""
+    return [line["loss"] if "loss" in line else line["val_divergence"] for line in log]
 
 
 def words(flags: dict[str, Any]) -> list[str]:

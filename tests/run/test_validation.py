@@ -202,12 +202,14 @@ def losses(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
 def test_held_out_records_are_never_trained_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In no epoch; and they are what is evaluated on, before the first step, after each epoch."""
     trained, evaluated = set(), set()
-    forward, scores = MetaModel.forward, MetaModel.token_scores
+    forward, score = MetaModel.forward, MetaModel.token_scores
     monkeypatch.setattr(
         MetaModel, "forward", lambda model, batch, hits: trained.update(batch.sample_ids) or forward(model, batch, hits)
     )
     monkeypatch.setattr(
-        MetaModel, "token_scores", lambda model, batch: evaluated.update(batch.sample_ids) or scores(model, batch)
+        MetaModel,
+        "token_scores",
+        lambda *given, **more: evaluated.update(given[1].sample_ids) or score(*given, **more),
     )
     out = run()
     assert not trained & evaluated and trained | evaluated == set(range(40)) and 3 < len(evaluated) < 15
@@ -270,11 +272,11 @@ def test_a_signal_cuts_an_evaluation_short(run, monkeypatch: pytest.MonkeyPatch)
     """The step before is saved; what is resumed from there evaluates first, and ends as a run that was left alone."""
     strike, scores, modes = [0], MetaModel.token_scores, []
 
-    def token_scores(model, batch):
+    def token_scores(model, batch, **more):
         modes.append(model.training)
         if len(modes) == strike[0]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return scores(model, batch)
+        return scores(model, batch, **more)
 
     monkeypatch.setattr(MetaModel, "token_scores", token_scores)
     given = {"eval_steps": 2, "max_steps": 4, "max_tokens": 600}  # an evaluation has micro-batches of so many, too
