@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,27 @@ def printed(name: str) -> Callable[[str], str]:
     return table
 
 
+def counted(*command: str) -> Callable[[str], str]:
+    """What tools/launches.py prints, each cell with the earlier figures that stand there in parentheses."""
+
+    def table(now: str) -> str:
+        found = run_python(ROOT / "tools" / "launches.py", *command).stdout.strip().splitlines()
+        lines = zip_longest(found, now.splitlines()[: len(found)], fillvalue="")
+        return "\n".join("|".join(map(_beside_earlier, *_cells(new, old))) for new, old in lines)
+
+    return table
+
+
+def _cells(new: str, old: str) -> tuple[list[str], list[str]]:
+    cells = new.split("|")
+    return cells, (old.split("|") + [""] * len(cells))[: len(cells)]
+
+
+def _beside_earlier(cell: str, old: str) -> str:
+    earlier = re.search(r" \(.*\) ", old)
+    return cell.rstrip() + earlier[0] if earlier else cell
+
+
 def rows_and_columns(table: SupportTable) -> Callable[[str], str]:
     """Those of a support table; what its cells say is left to the tests that they stand for."""
     return lambda now: table.filled(table.states(now))
@@ -128,6 +150,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
     **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512")},
+    "launches of a block": counted("block"),
+    "launches of a step": counted("steps"),
+    "launches of a step without Triton": counted("steps", "--triton", "False"),
     **{f"names of {trainer}": names_table for trainer in ("LLaMA2-Accessory", "qlora", "peft", "Axolotl")},
 }
 """What stands between two markers -> what must stand there."""

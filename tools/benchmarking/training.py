@@ -20,7 +20,7 @@ from accessory.memory.base_cache import BaseCache, states_of
 from accessory.memory.recompute import choose_layers, recompute_layers
 from accessory.memory.row_file import RowFile
 from accessory.meta import MetaModel
-from accessory.method import Method, presets
+from accessory.method import Attachment, Method, presets
 from accessory.model.decoder import Decoder
 from accessory.model.families import architecture_of
 from accessory.optim import build_optimizer
@@ -71,9 +71,8 @@ class Training:
         blueprint, sources = self._blueprint(layout)
         decoder, attachment = blueprint.build(layout)
         layers, _ = choose_layers(self.checkpointing, sum(1 for _ in decoder.blocks()), lambda _: None, layout, "")
-        tensors = resolve(decoder, sources, attachment, initialize=True)
         data_parallel = DataParallel(layout, "sdp", blueprint.method.trains_base)
-        fill(decoder, tensors, attachment, layout, data_parallel)
+        self._fill(decoder, attachment, sources, layout, data_parallel)
         recompute_layers(decoder, layers, offload=False, device=layout.device)
         slicings = {target.name: target.slicing for target in targets(decoder)}
         model = MetaModel(decoder, blueprint.tokenizer, self.max_words)
@@ -100,6 +99,18 @@ class Training:
             base_cache=model.base_cache,
             moves=IntegerMoves(decoder, rule, layout) if rule else None,
         )
+
+    def _fill(
+        self,
+        decoder: Decoder,
+        attachment: Attachment,
+        sources: list[Source],
+        layout: Layout,
+        data_parallel: DataParallel,
+    ) -> None:
+        """Read every parameter into place."""
+        tensors = resolve(decoder, sources, attachment, initialize=True)
+        fill(decoder, tensors, attachment, layout, data_parallel)
 
     def _base_cache(self, decoder: Decoder, order: GlobalOrder, layout: Layout) -> BaseCache | None:
         """An empty one."""
