@@ -13,22 +13,28 @@ Reduce = Callable[[Tensor, Literal["max", "sum"]], None]
 
 
 def in_two_steps(
-    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    become_gradient: Callable[..., None],
-    scores: Tensor,
-    local: Tensor,
-    width: int | None,
-    reduce: Reduce | None,
-    likeliest: Tensor | None,
-) -> Tensor:
-    """`losses_and_gradient` of kernels that have the other two: first each row's statistics, then the gradient."""
-    highest, mass, target = statistics(scores, local, width)
-    if reduce is not None:
-        highest, mass, target = over_all_ranks(highest, mass, target, reduce)
-    become_gradient(scores, local, highest, mass, width)
-    if likeliest is not None:
-        torch.eq(target, highest, out=likeliest)
-    return mass.log() + highest - target
+    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]], become_gradient: Callable[..., None]
+) -> Callable[..., Tensor]:
+    """`losses_and_gradient` of a kernel that has the other two: first each row's statistics, then the gradient."""
+
+    def losses_and_gradient(
+        scores: Tensor,
+        local: Tensor,
+        width: int | None = None,
+        reduce: Reduce | None = None,
+        work: Tensor | None = None,
+        likeliest: Tensor | None = None,
+    ) -> Tensor:
+        """As `accessory.kernels.plain.cross_entropy`, which explains the arguments; `work` is not needed."""
+        highest, mass, target = statistics(scores, local, width)
+        if reduce is not None:
+            highest, mass, target = over_all_ranks(highest, mass, target, reduce)
+        become_gradient(scores, local, highest, mass, width)
+        if likeliest is not None:
+            torch.eq(target, highest, out=likeliest)
+        return mass.log() + highest - target
+
+    return losses_and_gradient
 
 
 def over_all_ranks(highest: Tensor, mass: Tensor, target: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,3 +36,12 @@ def over_slices(kernel: ModuleType, slices: list[Tensor], labels: Tensor, vocabu
     for part, local, width in shares:
         kernel.become_gradient(part, local, top, total, width)
     return total.log() + top - target.sum(0)
+
+
+def check_padding_alone(kernel: ModuleType, dtype: torch.dtype) -> None:
+    """A rank that has nothing else has no highest score and no mass, and its gradient is zero."""
+    scores, labels = problem(4, 10, dtype)
+    highest, mass, target = kernel.statistics(scores, labels - 20, 0)
+    assert (highest == -torch.inf).all() and not mass.any() and not target.any()
+    kernel.become_gradient(scores, labels - 20, torch.zeros(4), torch.ones(4), 0)
+    assert not scores.any()

@@ -6,24 +6,12 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.avx512.compiling import compiled
-from accessory.kernels.cross_entropy_steps import Reduce, in_two_steps
+from accessory.kernels.cross_entropy_steps import in_two_steps
 from accessory.kernels.operands import address, check_numbers, check_scores, made
 
 
 def workspace(scores: Tensor) -> Tensor | None:
     """Nothing: scores are widened where they are read."""
-
-
-def losses_and_gradient(
-    scores: Tensor,
-    local: Tensor,
-    width: int | None = None,
-    reduce: Reduce | None = None,
-    work: Tensor | None = None,
-    likeliest: Tensor | None = None,
-) -> Tensor:
-    """As `accessory.kernels.plain.cross_entropy`, which explains the arguments."""
-    return in_two_steps(statistics, become_gradient, scores, local, width, reduce, likeliest)
 
 
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +35,9 @@ def become_gradient(scores: Tensor, local: Tensor, highest: Tensor, mass: Tensor
     compiled("cross_entropy_gradient", "ppppnnnnn")(
         *map(address, (scores, local, highest, mass)), *_extent(scores), width, torch.get_num_threads()
     )
+
+
+losses_and_gradient = in_two_steps(statistics, become_gradient)
 
 
 def _extent(scores: Tensor) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.kernels.cross_entropy_steps import Reduce, in_two_steps
+from accessory.kernels.cross_entropy_steps import in_two_steps
 from accessory.kernels.operands import check_scores
 
 BLOCK = 4096  # scores a program reads at a time
@@ -19,18 +19,6 @@ BLOCK = 4096  # scores a program reads at a time
 
 def workspace(scores: Tensor) -> Tensor | None:
     """Nothing: scores are widened where they are read."""
-
-
-def losses_and_gradient(
-    scores: Tensor,
-    local: Tensor,
-    width: int | None = None,
-    reduce: Reduce | None = None,
-    work: Tensor | None = None,
-    likeliest: Tensor | None = None,
-) -> Tensor:
-    """As `accessory.kernels.plain.cross_entropy`, which explains the arguments."""
-    return in_two_steps(statistics, become_gradient, scores, local, width, reduce, likeliest)
 
 
 def statistics(scores: Tensor, local: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,6 +45,9 @@ def become_gradient(scores: Tensor, local: Tensor, highest: Tensor, mass: Tensor
         _gradient[grid](
             scores, local, highest, mass, scores.stride(0), scores.shape[1], width, BLOCK=BLOCK, num_warps=8
         )
+
+
+losses_and_gradient = in_two_steps(statistics, become_gradient)
 
 
 @triton.jit

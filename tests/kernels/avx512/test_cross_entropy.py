@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from accessory.kernels.avx512 import cross_entropy
 from accessory.kernels.avx512.cross_entropy import become_gradient, statistics
-from tests.kernels.scores import exact, over_slices, problem
+from tests.kernels.scores import check_padding_alone, exact, over_slices, problem
 
 HALF_STEP = 1.01 * 2**-8
 
@@ -73,14 +73,7 @@ def test_a_score_of_minus_infinity_has_no_probability() -> None:
 
 
 def test_a_rank_of_padding_alone() -> None:
-    """It has no highest score and no mass, and its gradient is zero."""
-    scores, labels = problem(4, 10, torch.bfloat16)
-    highest, mass, target = statistics(scores, labels - 20, 0)
-    assert (highest == -torch.inf).all()
-    assert not mass.any()
-    assert not target.any()
-    become_gradient(scores, labels - 20, torch.zeros(4), torch.ones(4), 0)
-    assert not scores.any()
+    check_padding_alone(cross_entropy, torch.bfloat16)
 
 
 def test_a_label_in_the_padding_shows() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.kernels.operands import DTYPES
 from accessory.kernels.triton import cross_entropy
 from accessory.kernels.triton.cross_entropy import become_gradient, statistics
-from tests.kernels.scores import exact, over_slices, problem
+from tests.kernels.scores import check_padding_alone, exact, over_slices, problem
 
 HALF_STEP = {torch.float32: 2e-7, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
 
@@ -35,14 +35,7 @@ def test_equals_float64(monkeypatch: pytest.MonkeyPatch, ranks: int, padding: in
 
 
 def test_a_rank_of_padding_alone() -> None:
-    """It has no highest score and no mass, and its gradient is zero."""
-    scores, labels = problem(4, 10)
-    highest, mass, target = statistics(scores, labels - 20, 0)
-    assert (highest == -torch.inf).all()
-    assert not mass.any()
-    assert not target.any()
-    become_gradient(scores, labels - 20, torch.zeros(4), torch.ones(4), 0)
-    assert not scores.any()
+    check_padding_alone(cross_entropy, torch.float32)
 
 
 def test_huge_scores_do_not_overflow_and_nan_shows() -> None:
