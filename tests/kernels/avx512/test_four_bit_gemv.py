@@ -100,20 +100,3 @@ def test_neither_threads_nor_other_rows_change_a_bit() -> None:
     for i in range(MOST_ROWS):
         for all_of_them, one in zip(together, matrices.multiply(x[i : i + 1], beside), strict=True):
             assert torch.equal(all_of_them[i : i + 1], one)
-
-
-def test_which_x() -> None:
-    """bf16 on a CPU, few rows; any strides."""
-    matrices = ready([packed((34, 64))])
-    x = random(MOST_ROWS, 80).bfloat16()[:, 8:72]
-    assert matrices.takes(x)
-    assert torch.equal(matrices.multiply(x)[0], matrices.multiply(x.contiguous())[0])
-    assert not matrices.takes(random(1, 64))
-    assert not matrices.takes(random(MOST_ROWS + 1, 64).bfloat16())
-    assert not matrices.takes(torch.empty(1, 64, dtype=torch.bfloat16, device="meta"))
-
-
-def test_no_rows() -> None:
-    """A rank without a document."""
-    (found,) = ready([packed((34, 64))]).multiply(random(0, 64).bfloat16())
-    assert found.shape == (0, 34)
