@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from accessory.method.full import Full
 from accessory.method.peft import Peft
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
+from tests.conftest import copy_tokenizer
 
 
 def draw(*paths: Path, **options) -> Blueprint:
@@ -55,8 +55,7 @@ def meta(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
         if keys:
             (directory / "params.json").write_text(json.dumps(keys))
         if tokenizer:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(tiny_base / name, directory)
+            copy_tokenizer(tiny_base, directory)
         return directory
 
     return write

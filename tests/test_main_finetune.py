@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from accessory.data.corpus import build_corpus
 from accessory.meta import MetaModel
 from accessory.parallel import groups
+from tests.conftest import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "accessory" / "main_finetune.py"
@@ -88,8 +89,7 @@ def test_documents_beyond_learned_positions_end_the_run_before_it_begins(
         max_position_embeddings=150, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     transformers.OPTForCausalLM(opt).save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_base / name, base / name)
+    copy_tokenizer(tiny_base, base)
     opt_flags = [*flags, "--pretrained_path", base, "--llama_type", "opt_peft", "--data_config", data]
     done = python(MAIN, *opt_flags, "--dry_run")
     assert done.returncode == 3, done.stderr[-2000:]

@@ -19,12 +19,10 @@ from accessory.optim import (
 )
 from accessory.parallel import groups
 from accessory.parallel.parameters import NamedParameters
-from accessory.parallel.tensor import Slicing
 from accessory.quant.moments import unpack_moment
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
-
-SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
+from tests.parallel.four_parameters import SLICINGS, four_parameters
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,11 +35,7 @@ def layout() -> Iterator[groups.Layout]:
 @pytest.fixture
 def parameters() -> dict[str, nn.Parameter]:
     """Four parameters with gradients."""
-    torch.manual_seed(0)
-    made = {name: nn.Parameter(torch.randn(4, 6)) for name in SLICINGS}
-    for parameter in made.values():
-        parameter.grad = torch.randn(4, 6)
-    return made
+    return four_parameters()
 
 
 def test_biases_and_norms_are_not_decayed() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accessory.parallel import groups
 from accessory.parallel.groups import Layout
+from tests.conftest import copy_tokenizer
 
 HEADS, KV_HEADS = 4, 2
 META_SETTINGS = {
@@ -89,12 +90,6 @@ def write_torch(tiny_base: Path) -> Callable[..., Path]:
         return directory
 
     return write
-
-
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """tokenizer.json and its settings."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, directory)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from accessory.export import (
 )
 from accessory.parallel import groups
 from tests.checkpoint.trained import write_trained
+from tests.conftest import copy_tokenizer
 from tests.model.families.matrix import GROUPED, OPT, SIZES, known
 
 VOCABULARY = {"vocab_size": 512}
@@ -42,8 +42,7 @@ def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
             BASES[name](made[name])
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(tiny_base / file, made[name])
+            copy_tokenizer(tiny_base, made[name])
         return made[name]
 
     return make

@@ -17,6 +17,7 @@ from accessory.export import (
     open_whole,
 )
 from accessory.meta import MetaModel
+from tests.conftest import copy_tokenizer
 from tests.model.families.matrix import Reference
 
 TOKENS = torch.arange(40) * 7 % 500
@@ -63,6 +64,5 @@ def saved_whole(part: Path, target: Path) -> Path:
 def written_by(write: Callable[[Path], Reference], tiny_base: Path, directory: Path) -> Reference:
     """What `write` makes in the new `directory`, with the tiny model's tokenizer beside it; returns its reference."""
     directory.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_base / file, directory)
+    copy_tokenizer(tiny_base, directory)
     return write(directory)

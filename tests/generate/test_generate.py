@@ -25,6 +25,7 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.quant import storage
 from accessory.quant.four_bit import FourBitWeight
+from tests.model.families.subject import read_decoder
 
 needs_kernel = pytest.mark.usefixtures("needs_cpu_kernels")
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
@@ -49,11 +50,7 @@ def pair(layout: groups.Layout, tmp_path_factory) -> tuple[transformers.LlamaFor
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(path)
-    source = open_source(path)
-    decoder = Decoder(model_args_of(source), dtype=torch.float32)
-    tensors = resolve(decoder, [source], Attachment(), initialize=False)
-    fill(decoder, tensors, Attachment(), layout, DataParallel(layout, "sdp", base_is_trained=False))
-    return model, decoder.eval()
+    return model, read_decoder(path, layout)[0]
 
 
 @pytest.fixture

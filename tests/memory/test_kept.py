@@ -7,8 +7,8 @@ import torch
 
 from accessory.data.batch import IGNORE
 from accessory.model.args import ModelArgs
+from accessory.model.decoder import Decoder
 from accessory.model.loss import cross_entropy_sum
-from accessory.model.sequences import Sequences
 from accessory.parallel.groups import Layout
 from accessory.quant.groups import group_storage
 from tests.memory.small_models import (
@@ -81,16 +81,22 @@ def test_several_documents(layout: Layout, settings: dict) -> None:
 def test_activations_with_checkpointing(layout: Layout, settings: dict, quant: str | None) -> None:
     """The blocks' inputs and the head's part, as saved, and beside them what one block run again keeps."""
     decoder, attachment = filled(layout, settings, quant=quant)
+    kept, again = kept_with_checkpointing(decoder)
+    assert planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations == kept + again
+    assert kept < planned(decoder, attachment, layout).activations / 4
+
+
+def kept_with_checkpointing(decoder: Decoder) -> tuple[int, int]:
+    """Bytes that a step keeps whose blocks are all run again, and those that one of them keeps then."""
     for block in decoder.layers:
         block.recompute = True
     kept, loss, outputs = step(decoder)
     loss.backward()
     decoder.layers[1].recompute = False
-    x = outputs[0].detach().requires_grad_()
+    sequences, x = decoder.sequences((TOKENS,)), outputs[0].detach().requires_grad_()
     with Kept(decoder, x) as again:
-        decoder.layers[1](x, Sequences.build((TOKENS,), decoder.frequencies))
-    assert planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations == kept.bytes + again.bytes
-    assert kept.bytes < planned(decoder, attachment, layout).activations / 4
+        decoder.layers[1](x, sequences)
+    return kept.bytes, again.bytes
 
 
 @pytest.mark.parametrize("recomputed", [1, 2])
@@ -123,16 +129,8 @@ def test_other_blocks_with_checkpointing(layout: Layout, name: str, settings: di
     """As `test_activations_with_checkpointing`."""
     args = ModelArgs(**{**SMALL.model_dump(), "rotary_dim": None, "embedding_dim": None, **SHAPES[name]})
     decoder, attachment = filled(layout, settings, args=args)
-    for block in decoder.layers:
-        block.recompute = True
-    kept, loss, outputs = step(decoder)
-    loss.backward()
-    decoder.layers[1].recompute = False
-    sequences, x = decoder.sequences((TOKENS,)), outputs[0].detach().requires_grad_()
-    with Kept(decoder, x) as again:
-        decoder.layers[1](x, sequences)
     found = planned(decoder, attachment, layout, checkpointing=SMALL.n_layers).activations
-    assert found == kept.bytes + again.bytes
+    assert found == sum(kept_with_checkpointing(decoder))
 
 
 @pytest.mark.parametrize("name", ["LLaMA", "OPT", "BLOOM"])

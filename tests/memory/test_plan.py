@@ -24,14 +24,7 @@ from accessory.quant.four_bit import FourBitWeight
 from accessory.run.integer_moves import IntegerMoves
 from tests.memory.allocated_peak import AllocatedPeak
 from tests.memory.small_models import LORA, NORM_BIAS, NORM_BIAS_LORA, SHAPES, SMALL, built, filled, planned, step
-
-LLAMA2 = {
-    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
-    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
-    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
-            "ffn_dim_multiplier": 1.3},
-}  # fmt: skip
-
+from tools.model_sizes import LLAMA_2
 
 P = {"7B": 6_476_005_376, "13B": 12_687_769_600, "70B": 68_451_041_280}  # weights of the blocks' linears
 EMBEDDING = {"7B": 131_072_000, "13B": 163_840_000, "70B": 262_144_000}  # and as many in the head
@@ -47,7 +40,7 @@ NORMS = {"7B": 266_240, "13B": 414_720, "70B": 1_318_912}
 )  # fmt: skip
 def test_frozen_weights_of_llama2(layout: Layout, size: str, quant: str, gigabytes: float) -> None:
     """Published totals have norms in bf16 and no offsets; here norms are fp32 and each nested matrix has an offset."""
-    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    args = ModelArgs(vocab_size=32000, **LLAMA_2[size])
     decoder, attachment = built(args, LORA, quant=quant)
     weights = planned(decoder, attachment, layout).weights
     linears = 7 * args.n_layers
@@ -65,7 +58,7 @@ def test_frozen_weights_of_llama2(layout: Layout, size: str, quant: str, gigabyt
 )
 def test_trained_part_of_llama2(layout: Layout, size: str, count: int, megabytes: int) -> None:
     """NormBias: fp32 weights, gradients and two moments, the norms counted here and not among the frozen."""
-    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    args = ModelArgs(vocab_size=32000, **LLAMA_2[size])
     plan = planned(*built(args, NORM_BIAS), layout)
     assert (plan.trainable, plan.gradients, plan.optimizer) == (4 * count, 4 * count, 8 * count)
     assert round((plan.trainable + plan.gradients + plan.optimizer) / 1e6) == megabytes
@@ -75,7 +68,7 @@ def test_trained_part_of_llama2(layout: Layout, size: str, count: int, megabytes
 @pytest.mark.parametrize(("size", "megabytes"), [("7B", 90), ("13B", 142), ("70B", 470)])
 def test_buffer_is_the_largest_unpacked_matrix(layout: Layout, size: str, megabytes: int) -> None:
     """In bf16; none where nothing is packed, and less where this CPU's kernel unpacks some columns at a time."""
-    args, gpu = ModelArgs(vocab_size=32000, **LLAMA2[size]), replace(layout, device=torch.device("cuda"))
+    args, gpu = ModelArgs(vocab_size=32000, **LLAMA_2[size]), replace(layout, device=torch.device("cuda"))
     assert round(planned(*built(args, NORM_BIAS), gpu).buffers / 1e6) == megabytes
     assert planned(*built(args, NORM_BIAS, quant=None), gpu).buffers == 0
     if kernels.computing(layout.device, torch.bfloat16) == "avx512":
@@ -397,10 +390,10 @@ STATISTICS = {"7B": 102_768_640, "13B": 201_344_000, "70B": 1_086_259_200}
 LORA_16 = {"7B": 39_976_960, "13B": 62_586_880, "70B": 207_093_760}
 
 
-@pytest.mark.parametrize("size", LLAMA2)
+@pytest.mark.parametrize("size", LLAMA_2)
 def test_bytes_of_llama2(layout: Layout, size: str) -> None:
     """Every part of the frozen weights, to the byte; an offset a matrix is all that no account has."""
-    decoder, attachment = built(ModelArgs(vocab_size=32000, **LLAMA2[size]), {**LORA, "lora_rank": 16})
+    decoder, attachment = built(ModelArgs(vocab_size=32000, **LLAMA_2[size]), {**LORA, "lora_rank": 16})
     matrices = [m for m in decoder.modules() if isinstance(m, FourBitWeight)]
     norms = [p for name, p in decoder.named_parameters() if name.endswith("norm.weight")]
     assert sum(m.shape.numel() for m in matrices) == P[size]

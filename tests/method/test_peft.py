@@ -26,6 +26,7 @@ from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
 from accessory.quant import storage
+from tools.model_sizes import LLAMA_2
 
 TINY = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
 LINEARS = {
@@ -35,13 +36,6 @@ LINEARS = {
 """Name -> (outputs, inputs) of TINY's linears."""
 NORMS = {"layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight"}
 BIASES = {f"layers.0.{name}.bias" for name in LINEARS}
-LLAMA2 = {
-    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
-    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
-    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
-            "ffn_dim_multiplier": 1.3},
-}  # fmt: skip
-
 OURS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "o_proj": "attention.wo",
         "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3", "down_proj": "feed_forward.w2"}  # fmt: skip
 """peft's linears -> ours."""
@@ -158,7 +152,7 @@ def test_slices_of_two_ranks() -> None:
 @pytest.mark.parametrize(("quant", "ranks"), [(None, 1), ("nf4", 8)])
 def test_counts_of_llama2(size: str, norm_bias: int, with_lora: int, quant: str | None, ranks: int) -> None:
     """Published trainable counts, whatever the storage and however many ranks share the model."""
-    args = ModelArgs(vocab_size=32000, **LLAMA2[size])
+    args = ModelArgs(vocab_size=32000, **LLAMA_2[size])
     totals = {"7B": 6_738_415_616, "13B": 13_015_864_320, "70B": 68_976_648_192}
     decoder, attachment = attached(args, ranks, quant)
     biases = norm_bias - (2 * args.n_layers + 1) * args.dim

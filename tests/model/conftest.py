@@ -10,9 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from accessory.checkpoint.load import fill, resolve, targets
-from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.source import model_args_of
+from accessory.checkpoint.load import fill, targets
 from accessory.method import Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
@@ -20,6 +18,7 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.quant import storage
+from tests.model.families.subject import read_decoder
 
 TINY = {
     "vocab_size": 96,
@@ -72,10 +71,6 @@ def pair(layout: Layout, tmp_path: Path) -> Callable[..., tuple[transformers.Lla
             if parameter.dim() == 1:  # norms start as ones and biases as zeros: make them count
                 torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
         model.save_pretrained(tmp_path)
-        source = open_source(tmp_path)
-        decoder = Decoder(model_args_of(source), dtype=torch.float32)
-        tensors = resolve(decoder, [source], Attachment(), initialize=False)
-        fill(decoder, tensors, Attachment(), layout, DataParallel(layout, "sdp", base_is_trained=False))
-        return model, decoder.eval()
+        return model, read_decoder(tmp_path, layout)[0]
 
     return make

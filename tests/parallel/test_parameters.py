@@ -11,8 +11,7 @@ from torch import nn
 from accessory.parallel import groups
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing
-
-SLICINGS = {"a.weight": Slicing(dim=0), "b.weight": Slicing(dim=1), "c.bias": Slicing(partial=True), "d": Slicing()}
+from tests.parallel.four_parameters import SLICINGS, four_parameters
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,11 +24,7 @@ def layout() -> Iterator[groups.Layout]:
 @pytest.fixture
 def parameters() -> NamedParameters:
     """Four parameters with gradients."""
-    torch.manual_seed(0)
-    made = {name: nn.Parameter(torch.randn(4, 6)) for name in SLICINGS}
-    for parameter in made.values():
-        parameter.grad = torch.randn(4, 6)
-    return NamedParameters(made, SLICINGS)
+    return NamedParameters(four_parameters(), SLICINGS)
 
 
 def test_a_part_of_them_is_in_the_same_order(parameters: NamedParameters) -> None:

@@ -4,6 +4,8 @@ import json
 
 import gguf
 
+from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+
 NORMAL, CONTROL = 1, 3
 
 
@@ -21,6 +23,16 @@ def write(path, kind, tokens, types, *, merges=(), scores=(), pre=None, **settin
         writer.add_tokenizer_pre(pre)
     for name, value in settings.items():
         getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def write_fields(path, tokenizer, rows):
+    """Write the vocabulary of one of our tokenizers, for `rows` rows of an embedding."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_fields(writer, vocabulary_fields(tokenizer, rows))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -4,7 +4,6 @@ import copy
 import io
 import json
 
-import gguf
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer
@@ -12,9 +11,10 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from accessory.errors import TokenizerError
 from accessory.tokenizer import Chat, open_tokenizer
 from accessory.tokenizer.gguf_differences import differences
-from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+from accessory.tokenizer.gguf_fields import vocabulary_fields
 from accessory.tokenizer.transformers_files import save_for_transformers
 from tests.texts import mixed_texts
+from tests.tokenizer.gguf_files import write_fields
 
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -60,20 +60,11 @@ def lay(directory, pipeline, **changes):
     return open_tokenizer(directory)
 
 
-def as_gguf(tokenizer, path, rows):
-    writer = gguf.GGUFWriter(path, "llama")
-    add_fields(writer, vocabulary_fields(tokenizer, rows))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_ids_are_the_same_everywhere(pipeline, llama_cpp, tmp_path, form):
     """In transformers, here, in llama.cpp, and here from GGUF; some forms differ on texts that begin with a blank."""
     ours = lay(tmp_path / "hf", pipeline, **FORMS[form])
-    path = as_gguf(ours, tmp_path / "v.gguf", 1510)
+    path = write_fields(tmp_path / "v.gguf", ours, 1510)
     texts = [text for text in TEXTS if form not in DIFFERENCES or not text.startswith((" ", "▁"))]
     ids = ours.encode_batch(texts)
     assert ids == AutoTokenizer.from_pretrained(tmp_path / "hf")(texts, add_special_tokens=False).input_ids
@@ -98,7 +89,7 @@ def test_runs_of_blanks_that_score_alike(pipeline, llama_cpp, tmp_path):
     assert len({"".join(merge) for merge in blank}) > 2 and len({left for left, _ in blank}) > 2
     ours = lay(tmp_path / "hf", made, **FORMS["Llama 2"])
     texts = [f"{' ' * size}{text}{' ' * (size % 7)}" for size, text in enumerate(TEXTS[:60])]
-    path = as_gguf(ours, tmp_path / "v.gguf", 1510)
+    path = write_fields(tmp_path / "v.gguf", ours, 1510)
     assert llama_cpp.ask(path, texts=texts)["texts"] == ours.encode_batch(texts)
 
 
@@ -107,7 +98,7 @@ def test_the_model_beside_is_what_merges_cannot_say(llama_cpp, spm_model, tmp_pa
     (tmp_path / "tokenizer.model").write_bytes(spm_model)
     save_for_transformers(open_tokenizer(tmp_path), tmp_path / "hf")
     ours = open_tokenizer(tmp_path / "hf")
-    path = as_gguf(ours, tmp_path / "v.gguf", 420)
+    path = write_fields(tmp_path / "v.gguf", ours, 420)
     assert llama_cpp.ask(path, texts=TEXTS)["texts"] == ours.encode_batch(TEXTS)
     assert differences(ours) == ["puts a blank before text that follows a control or added token"]
     (tmp_path / "hf" / "tokenizer.model").unlink()
@@ -125,7 +116,7 @@ def test_a_conversation_and_new_tokens(pipeline, spm_model, llama_cpp, tmp_path,
     template = "<s>{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "chat_template": template}))
     ours = open_tokenizer(tmp_path).with_added_tokens(["<|user|>", "<|end|>"])
-    path = as_gguf(ours, tmp_path / "v.gguf", 1510)
+    path = write_fields(tmp_path / "v.gguf", ours, 1510)
     again = open_tokenizer(path)
     asked = [[{"role": "user", "content": text}, {"role": "user", "content": "b"}] for text in TEXTS]
     ids = [Chat(ours).ids(messages) for messages in asked]
@@ -166,7 +157,7 @@ def test_user_defined_tokens_are_matched_before_blanks_are_replaced(llama_cpp, t
     added = {"420": {"content": "<a b>", "special": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     ours = open_tokenizer(tmp_path)
-    path = as_gguf(ours, tmp_path / "v.gguf", 421)
+    path = write_fields(tmp_path / "v.gguf", ours, 421)
     assert open_tokenizer(path).encode("the <a b>") == ours.encode("the <a b>")
     assert llama_cpp.ask(path, texts=["the <a b>"])["texts"] == [ours.encode("the <a b>")]
     assert 420 in ours.encode("the <a b>")

@@ -1,24 +1,15 @@
 import json
 
-import gguf
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from accessory.errors import TokenizerError
 from accessory.tokenizer import open_tokenizer
-from accessory.tokenizer.gguf_fields import add_fields, vocabulary_fields
+from accessory.tokenizer.gguf_fields import vocabulary_fields
 from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS, pre_tokenization_name
+from tests.tokenizer.gguf_files import write_fields
 
 CHATML = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ x }}"}
-
-
-def through_gguf(tokenizer, path, rows):
-    writer = gguf.GGUFWriter(path, "llama")
-    add_fields(writer, vocabulary_fields(tokenizer, rows))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return open_tokenizer(path)
 
 
 def lay(directory, pipeline, config):
@@ -57,7 +48,7 @@ def test_a_byte_level_vocabulary_comes_back(byte_level, tmp_path, pre, awkward, 
     assert (fields["tokenizer.ggml.pre"], fields["tokenizer.ggml.eot_token_id"]) == (pre, 401)
     assert fields["tokenizer.ggml.tokens"][400:404] == ["<tool>", "<｜end｜>", "[PAD402]", "[PAD403]"]
     assert fields["tokenizer.ggml.token_type"][399:403] == [1, 4, 3, 5]
-    again = through_gguf(ours, tmp_path / "v.gguf", 410)
+    again = open_tokenizer(write_fields(tmp_path / "v.gguf", ours, 410))
     alike(ours, again, [*awkward, *sentences, "a<tool>b", "cafe\u0301", "[PAD402] [PAD403]"])
     assert again.vocab_size == 410 and again.decode([405, 401]) == ""
 
@@ -70,7 +61,7 @@ def test_glm_is_told_from_llama3_by_what_opens_a_document(byte_level, tmp_path, 
     ours = lay(tmp_path, pipeline, {"eos_token": "<|endoftext|>"})
     assert ours.start_ids == (400, 401)
     assert vocabulary_fields(ours, 402)["tokenizer.ggml.pre"] == "glm4"
-    alike(ours, through_gguf(ours, tmp_path / "v.gguf", 402), sentences)
+    alike(ours, open_tokenizer(write_fields(tmp_path / "v.gguf", ours, 402)), sentences)
 
 
 def test_a_token_that_no_merges_lead_to_needs_the_same_way(byte_level):
@@ -124,7 +115,7 @@ def test_a_vocabulary_that_lacks_a_byte_comes_back(byte_level, tmp_path):
     del made["model"]["vocab"]["z"]
     made["model"]["merges"] = [merge for merge in made["model"]["merges"] if "z" not in "".join(merge)]
     ours = lay(tmp_path, Tokenizer.from_str(json.dumps(made)), CHATML)
-    alike(ours, through_gguf(ours, tmp_path / "lacking.gguf", 400), ["a zebra", "zz", "plain"])
+    alike(ours, open_tokenizer(write_fields(tmp_path / "lacking.gguf", ours, 400)), ["a zebra", "zz", "plain"])
 
 
 def test_pipelines_that_are_not_byte_level_are_refused(llama_like, tmp_path):
@@ -154,7 +145,7 @@ def test_a_sentencepiece_model_comes_back(train_sentencepiece, tmp_path, setting
     fields = vocabulary_fields(ours, 425)
     assert fields["tokenizer.ggml.tokens"][420:424] == ["[PAD]", "<tool>", "[PAD422]", "[PAD423]"]
     assert fields["tokenizer.ggml.token_type"][420:424] == [3, 4, 5, 5]
-    again = through_gguf(ours, tmp_path / "v.gguf", 425)
+    again = open_tokenizer(write_fields(tmp_path / "v.gguf", ours, 425))
     alike(ours, again, [*awkward, *sentences, "ﬁne　½", "a<tool>b[PAD]", "[PAD423]"])
     assert again.vocab_size == 425 and again.decode([420, 424]) == ""
 
@@ -163,7 +154,7 @@ def test_chatglm_opens_its_documents_after_gguf_too(spm_model, tmp_path, sentenc
     (tmp_path / "tokenizer.model").write_bytes(spm_model)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
     ours = open_tokenizer(tmp_path)
-    again = through_gguf(ours, tmp_path / "v.gguf", 440)
+    again = open_tokenizer(write_fields(tmp_path / "v.gguf", ours, 440))
     alike(ours, again, sentences)
     again.save(tmp_path / "saved")
     assert open_tokenizer(tmp_path / "saved").fingerprint == again.fingerprint

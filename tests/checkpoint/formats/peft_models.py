@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from accessory.errors import CheckpointError
 from accessory.meta import MetaModel
 from accessory.method.peft import Peft
 from accessory.model.decoder import Decoder
+from tests.conftest import copy_tokenizer
 
 VOCABULARY = 512
 TOLERANCE = 1e-5  # of the largest logit, fp32; measured: at most 1.2e-6
@@ -63,8 +63,7 @@ def write_base(name: str, directory: Path, tokenizer: Path) -> Path:
         if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
     model.save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / file, directory)
+    copy_tokenizer(tokenizer, directory)
     return directory
 
 

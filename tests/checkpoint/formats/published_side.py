@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from accessory.meta import MetaModel
+from tests.conftest import copy_tokenizer
 
 VOCABULARY, WIDTH, R, BOTTLENECK = 512, 64, 4, 6
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -81,8 +81,7 @@ def write_base(family: str, directory: Path, tokenizer: Path) -> Path:
     """A Hugging Face directory of the family, with the tokenizer of another."""
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).float().save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / file, directory)
+    copy_tokenizer(tokenizer, directory)
     return directory
 
 

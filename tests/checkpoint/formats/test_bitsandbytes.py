@@ -19,6 +19,7 @@ from accessory.errors import AccessoryError, CheckpointError, ConfigError
 from accessory.export import Destination, open_whole
 from accessory.meta import MetaModel
 from accessory.quant import PackedWeight
+from tests.conftest import copy_tokenizer
 
 TOKENS = torch.arange(40) * 7 % 500
 THEIRS = {
@@ -38,8 +39,7 @@ def pack(base: Path, target: Path, quant_type: str, nested: bool) -> transformer
         base, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
     )
     model.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, target)
+    copy_tokenizer(base, target)
     return model.train()  # in eval mode bitsandbytes repacks its weights on the CPU
 
 

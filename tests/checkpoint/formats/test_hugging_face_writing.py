@@ -22,7 +22,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.errors import CheckpointError
 from accessory.export import open_whole
 from accessory.tokenizer.pre_tokenization import PRE_TOKENIZATIONS
-from tests.conftest import small_sentencepiece
+from tests.conftest import copy_tokenizer, small_sentencepiece
 from tests.model.families.matrix import CASES, SIZES, known
 
 FAMILIES = ("llama3", "smollm", "qwen2", "baichuan_7b", "internlm2", "opt", "bloom", "neox", "glm", "chatglm")
@@ -48,8 +48,7 @@ def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
             CASES[name].write(made[name])
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(tiny_base / file, made[name])
+            copy_tokenizer(tiny_base, made[name])
             if name == "qwen2":  # transformers 5 cuts text as Qwen does, whatever the tokenizer.json of a qwen2 says
                 pipeline = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
                 pipeline.normalizer, pipeline.pre_tokenizer = (
@@ -67,8 +66,7 @@ def neox(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-NeoX with the tiny model's tokenizer."""
     directory = tmp_path_factory.mktemp("neox")
     known("gpt_neox", **SIZES | {"vocab_size": 512, "intermediate_size": 256})(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_base / file, directory)
+    copy_tokenizer(tiny_base, directory)
     return directory
 
 
