@@ -17,7 +17,7 @@ from accessory.model.backward_rows import backward_rows, spread
 from accessory.model.decoding import decodes
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
-from accessory.quant.products import Matrix, multiply, sum_of_products
+from accessory.quant.products import Matrix, multiply, scaled_product, sum_of_products
 
 
 def project(
@@ -109,7 +109,7 @@ class _Projection(torch.autograd.Function):
             *(kernels.of("column_sums", dy).column_sums(dy).to(added.bias.dtype) if needed else None
               for dy, added, needed in zip(gradients, additions, need_bias, strict=True)),
             *_gradients_of_a(x, dlows, additions, need_a),
-            *((dy.t() @ low).mul_(added.scale).to(added.b.dtype) if needed else None
+            *(scaled_product(dy.t(), low, added.scale).to(added.b.dtype) if needed else None
               for dy, low, added, needed in zip(gradients, lows, additions, need_b, strict=True)),
             *_gradients_of_weights(x, gradients, weights, ctx.need[3 * count :]),
         )  # fmt: skip
@@ -142,7 +142,7 @@ def _low_products(x: Tensor, additions: list[Addition]) -> list[Tensor | None]:
 def _low_gradients(gradients: tuple[Tensor, ...], additions: list[Addition]) -> list[Tensor | None]:
     """The gradient of x A^T [T, R] of each linear that has an A, from which those of x and A are made."""
     return [
-        None if addition.b is None else (dy @ addition.b.to(dy.dtype)).mul_(addition.scale)
+        None if addition.b is None else scaled_product(dy, addition.b.to(dy.dtype), addition.scale)
         for dy, addition in zip(gradients, additions, strict=True)
     ]
 

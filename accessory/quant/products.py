@@ -50,10 +50,7 @@ def sum_of_products(
     if low is not None:
         x, factor, scale = low
         factor = factor.to(x.dtype) if transposed else factor.to(x.dtype).t()
-        if y is not None:
-            y = torch.addmm(y, x, factor, alpha=scale)
-        else:
-            y = x @ factor if scale == 1 else (x @ factor).mul_(scale)
+        y = scaled_product(x, factor, scale) if y is None else torch.addmm(y, x, factor, alpha=scale)
     for a, matrix in zip(factors, matrices, strict=True):
         if isinstance(matrix, PackedWeight):
             y = plus_product(y, a, matrix.unpack_to_buffer(a.dtype)) if transposed else matrix.add_product(y, a)
@@ -61,6 +58,14 @@ def sum_of_products(
             w = matrix.to(a.dtype)
             y = plus_product(y, a, w if transposed else w.t())
     return y
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """a [T, K] times b [K, N] times scale -> [T, N], in their dtype."""
+    if a.is_cuda:  # before it is rounded, and without a pass of its own; a CPU's library would sum in another order
+        return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    found = a @ b
+    return found if scale == 1 else found.mul_(scale)
 
 
 def memory_to_multiply(

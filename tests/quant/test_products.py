@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accessory.kernels.addition import Addition
 from accessory.kernels.avx512 import packed_products
 from accessory.quant import storage, workspace
-from accessory.quant.products import Matrix, memory_to_multiply, multiply, sum_of_products
+from accessory.quant.products import Matrix, memory_to_multiply, multiply, scaled_product, sum_of_products
+from tests.kernels.operations import Operations
 
 KINDS = ["plain", "plain in fp32", "nf4", "nf4_single", "int8", "nf4, odd shape"]
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6}
@@ -146,3 +148,15 @@ def test_memory_of_a_product_that_has_no_backward() -> None:
         for backward in (False, True)
     )
     assert alone == packed_products._kept.memory.nbytes < both
+
+
+def test_on_cuda_a_scale_takes_no_pass() -> None:
+    """Neither over LoRA's part of the result nor over gradients: the product itself is scaled, and nothing added."""
+    sizes = (9, 8), (6, 8), (9, 2), (6, 2)
+    with FakeTensorMode(), torch.no_grad():
+        x, w, low, b = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in sizes)
+        with Operations() as seen:
+            sum_of_products([x], [w], transposed=False, low=(low, b, 2.0))
+    assert [name for name in seen.names if name != "new_empty"] == ["addmm", "addmm_"]
+    made, ignored = (random(9, 2), random(2, 6)), torch.full((), torch.nan)
+    torch.testing.assert_close(torch.addmm(ignored, *made, beta=0, alpha=0.3), scaled_product(*made, 0.3))

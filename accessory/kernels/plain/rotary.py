@@ -31,15 +31,19 @@ def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "p
 
 def _rotate_pairs(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.to(rotations.real.dtype).unflatten(-1, (-1, 2)).contiguous())
+    if x.is_cuda and rotations.is_conj():  # before a product a conjugate would be copied; of length 1, it need not be
+        return torch.view_as_real(pairs / rotations.conj()).flatten(-2)
     return torch.view_as_real(pairs * rotations).flatten(-2)
 
 
 def _rotate_halves(x: Tensor, rotations: Tensor) -> Tensor:
-    return _rotate_halves_by(x, rotations.real, rotations.imag.contiguous())
+    back = rotations.is_conj()
+    cosine, sine = torch.view_as_real(rotations.conj() if back else rotations).unbind(-1)
+    return _rotate_halves_by(x, cosine, sine, back)
 
 
 @fusible
-def _rotate_halves_by(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotate_halves_by(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     # Over whole heads: faster than over halves one by one, or complex numbers.
-    wide, sines = x.to(cosine.dtype), torch.cat([-sine, sine], -1)
+    wide, sines = x.to(cosine.dtype), torch.cat([sine, -sine] if back else [-sine, sine], -1)
     return (wide * torch.cat([cosine, cosine], -1)).addcmul_(wide.roll(x.shape[-1] // 2, -1), sines)
