@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from accessory.parallel import groups
 from tests import cpu_kernels
+from tests.here import run_here
 from tests.llama_cpp import LlamaCpp, find_library
 from tests.support import SupportTable
 
@@ -242,6 +243,20 @@ def shell() -> Callable:
         return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def called(capsys: pytest.CaptureFixture[str]) -> Callable:
+    """(script's path from the root, arguments) -> what a process that ran it would have ended with; in this one."""
+
+    def call(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        left = run_here(script, *arguments)
+        status, said = (1, f"{left}\n") if isinstance(left, str) else (left, "")
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess([script, *map(str, arguments)], status, out, err + said)
+
+    return call
 
 
 @pytest.fixture(scope="session")

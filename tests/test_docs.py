@@ -5,6 +5,7 @@ From the repository's root, `python -m tests.test_docs` writes the tables anew.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -27,6 +28,7 @@ from accessory.export import export_side
 from accessory.foreign_names import unknown
 from accessory.method.peft import Peft
 from accessory.method.side_settings import SideSettings
+from accessory.parallel import groups
 from demos.terminal import printable
 from tests.checkpoint.trained import write_trained_side
 from tests.conftest import DATA, ROOT, run_python
@@ -304,8 +306,11 @@ def train(workshop: Path, part: str = TRAINED) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS[2:], ids=lambda command: command[:60])
-def test_command(command: str, workshop: Path, shell) -> None:
-    """As written, but for the number of GPUs (two processes here) and nodes (one), and what takes a GPU or minutes."""
+def test_command(command: str, workshop: Path, shell, called, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, but for the number of GPUs (two processes here) and nodes (one), and what takes a GPU or minutes.
+
+    What `python` runs is run in this process.
+    """
     command = command.replace("--nproc-per-node=8", "--nproc-per-node=2").replace("--nnodes=2", "--nnodes=1")
     command = command.replace("HOST:29400", "localhost:0")
     few = "--rows 8 --own_rows 8 --row_tokens 32 --distill_steps 2"
@@ -318,7 +323,13 @@ def test_command(command: str, workshop: Path, shell) -> None:
     outputs = re.findall(r"--output_dir (output/\w+)", command)
     for output in outputs:  # each is another way to begin the same run
         shutil.rmtree(workshop / output, ignore_errors=True)
-    done = shell(command, cwd=workshop)
+    if command.startswith("python "):
+        monkeypatch.chdir(workshop)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+        done = called(*shlex.split(command)[1:])
+        groups.stop()
+    else:
+        done = shell(command, cwd=workshop)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     assert bool(outputs) == ("main_finetune" in command)
     for output in outputs:
