@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from accessory.memory.base_cache import BaseCache
 from accessory.memory.exhausted import out_of_memory_as
 from accessory.parallel.agree import highest
 from accessory.parallel.data import reduce_gradients, reshard, sum_over_data_parallel
+from accessory.parallel.groups import supervised, tick
 from accessory.parallel.parameters import NamedParameters
 from accessory.run import step_faults
 from accessory.run.integer_moves import IntegerMoves
@@ -88,7 +90,8 @@ class Engine:
         schedule, saved_at = self.schedule, progress.total_steps
         self._catch_up(progress)
         while not self._is_over(progress):
-            report, asked = self.step(progress)
+            with supervised():
+                report, asked = self.step(progress)
             self.reporter.step(report)
             last = schedule.is_over(progress)
             if last and progress.skipped == progress.total_steps:
@@ -146,17 +149,19 @@ class Engine:
         counts = torch.zeros(1 if taught is None else 2, dtype=torch.float64, device=self.parameters.device)
         losses = self._accumulate(progress, scale / weight, counts)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
-        self.parameters.sum_partial_gradients()
-        norm = self.parameters.gradient_norm().item() / scale
+        with self._memory_for_update(progress):
+            self.parameters.sum_partial_gradients()
+            norm = self.parameters.gradient_norm().item() / scale
         asked = self._agree(loss, norm)
         epoch = progress.epoch + (progress.step + 1) / self.schedule.steps_per_epoch
         lr = self.schedule.learning_rate(epoch)
         if asked.not_finite:
             self._skip(asked.not_finite == _OVERFLOWS, loss, norm, losses, progress)
         else:
-            if self.moves:
-                self.moves.move(self.optimizer, loss, weight, lambda: self._loss_again(progress, weight))
-            clipped = self._update(norm, lr, scale)
+            with self._memory_for_update(progress):
+                if self.moves:
+                    self.moves.move(self.optimizer, loss, weight, lambda: self._loss_again(progress, weight))
+                clipped = self._update(norm, lr, scale)
             if self.moves:
                 self.moves.clipped_by(clipped)
             if self.saver:
@@ -196,11 +201,16 @@ class Engine:
         for i, batch in enumerate(pending):
             reduce_gradients(self.model, last=i == len(pending) - 1)
             said = partial(step_faults.out_of_memory, i, len(pending), batch, progress, self.settings.memory_remedies)
+            tick()
             with out_of_memory_as(said):
                 loss = self._forward(batch, counts)
                 (loss * factor).backward()
             losses.append(loss.detach().double())
         return losses
+
+    def _memory_for_update(self, progress: Progress) -> AbstractContextManager[None]:
+        """A context in which memory that runs out is told as the update's."""
+        return out_of_memory_as(partial(step_faults.out_of_memory_in_update, progress, self.settings.memory_remedies))
 
     @torch.no_grad()
     def _loss_again(self, progress: Progress, weight: float) -> float:
@@ -227,7 +237,7 @@ class Engine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             not_finite = _OVERFLOWS if self.settings.scales_loss and math.isfinite(loss) else _NOT_FINITE
         late = self.saver is not None and self.saver.is_due(self.schedule.save_every_minutes)
-        return Asked(*highest([not_finite, int(late), self.signals.received], self.parameters.device))
+        return Asked(*highest([not_finite, int(late), self.signals.received]))
 
     def _skip(self, overflows: bool, loss: float, norm: float, losses: list[Tensor], progress: Progress) -> None:
         """Report that this step is skipped, with its documents. Raises `NotFiniteError` where it may not be."""

@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,8 @@ def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoR
     die_with_launcher()
     status = 0
     try:
-        main(parse(config_class, sys.argv[1:]))
+        with groups.when_lost(_report):
+            main(parse(config_class, sys.argv[1:]))
     except Exception as error:
         status = _report(groups.root_cause(error))
     except KeyboardInterrupt:
@@ -43,15 +45,17 @@ def run_entry(config_class: type[Config], main: Callable[[Config], None]) -> NoR
 
 
 def run_tool(main: Callable[[], object]) -> NoReturn:
-    """Run a command of `tools/`; an `AccessoryError` is printed in one line, and the status is 1.
+    """Run a command of `tools/`; an `AccessoryError` is printed in one line, by one rank, and the status is 1.
 
     Ctrl-C ends it with one line and status 130.
     """
     status = 0
     try:
         main()
-    except AccessoryError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        fault = groups.root_cause(error)
+        if fault.prints:
+            print(f"{type(fault).__name__}: {fault}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         status = _interrupted()
@@ -103,6 +107,7 @@ def _report(error: AccessoryError) -> int:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
     else:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE)
     return error.status

@@ -72,6 +72,16 @@ class Preempted(AccessoryError, status=75):  # EX_TEMPFAIL of sysexits.h: try ag
     """The run was asked to stop, and did, with everything saved: it goes on with --resume latest."""
 
 
+_FULL = ("out of memory", "allocate memory", "STATUS_ALLOC_FAILED", "Failed to CUDA calloc")
+"""Of CUDA, NCCL, Triton and pinned memory; of the CPU's allocator and the kernel; of CUDA's libraries; of NCCL."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU; few libraries have an error of its own for it."""
+    said = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _FULL)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate that `name` misspells or leaves a word off; else the empty string."""
     bare, names = name.lstrip("-"), {candidate.lstrip("-"): candidate for candidate in candidates}

@@ -67,6 +67,7 @@ def finetune(config: FinetuneConfig) -> MetaModel:
         output_dir = None if config.dry_run else config.output_dir
         on_main(claim_directory, output_dir, held)
         status = RunStatus(output_dir, layout.world_size, layout.is_main)
+        held.enter_context(groups.when_lost(status.end))
         try:
             model = _train(config, layout, signals, status)
         except Exception as error:
@@ -105,6 +106,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     slicings = {target.name: target.slicing for target in targets(decoder)}
     model = _fill(job, decoder, attachment)
     model.teacher = teacher and load_teacher(teacher, decoder, layout, config.data_parallel)
+    for block in decoder.layers if layout.world_size > 1 else ():
+        block.register_forward_pre_hook(groups.tick)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     everything = NamedParameters(dict(decoder.named_parameters()), slicings | attachment.working)
     parameters = everything.only(attachment.trainable)

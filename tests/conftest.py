@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -87,6 +89,22 @@ def this_process_goes_on() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "end_process", leave)
         yield
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the watch over hanging ranks is told, here where there is one rank only: in, tick, out."""
+    told: list[str] = []
+
+    @contextmanager
+    def supervised() -> Iterator[None]:
+        told.append("in")
+        yield
+        told.append("out")
+
+    watch = SimpleNamespace(supervised=supervised, tick=lambda: told.append("tick"), leave=lambda: None)
+    monkeypatch.setattr(groups, "_watch", watch)
+    return told
 
 
 @pytest.fixture(scope="session")

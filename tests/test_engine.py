@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from accessory.checkpoint.training_state import Progress
+from accessory.checkpoint.validation_state import ValidationState
 from accessory.data.batch import PackedBatch
 from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
@@ -28,6 +31,7 @@ from accessory.run.report import Reporter, StepReport
 from accessory.run.saving import Saver
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
+from accessory.run.validation import Validation
 
 
 class Saves(Saver):
@@ -172,6 +176,18 @@ def test_saves_each_epoch_and_in_between(engine: Engine) -> None:
     engine.train(Progress())
     saved = [made[:2] for made in engine.saver.made]
     assert saved == [("epoch0-iter1", 1), ("epoch0", 2), ("epoch1-iter1", 3), ("epoch1", 4)]
+
+
+def test_steps_and_evaluations_are_watched_over(engine: Engine, watched: list[str]) -> None:
+    """A rank that hangs in them is noticed; each micro-batch is progress."""
+    engine.train(Progress())
+    assert watched[:6] == ["in", "tick", "tick", "out", "in", "out"]  # a step, and its save
+    assert watched.count("in") == watched.count("out") == 8
+    watched.clear()
+    state, device = ValidationState("of these documents"), torch.device("cpu")
+    parts = engine.model, engine.order, ["data.json"], engine.schedule, state, engine.reporter, engine.signals, device
+    Validation(*parts).after(Progress(), last=True)
+    assert watched == ["in", "tick", "tick", "out"]
 
 
 def test_a_run_cut_by_max_steps_is_saved_once(engine: Engine) -> None:
@@ -416,5 +432,27 @@ def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> No
         f"{', '.join(map(str, second.lengths))}. What is saved is whole. Less memory is needed with --batch_size 1."
     )
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize("where", ["optimizer.step", "parameters.sum_partial_gradients"])
+def test_memory_that_runs_out_in_the_update_is_said(engine: Engine, monkeypatch, where: str) -> None:
+    """Moments are made in the first one; cuBLAS and NCCL have errors of their own."""
+    owner, name = where.split(".")
+    monkeypatch.setattr(getattr(engine, owner), name, raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")))
+    engine.settings = StepSettings(memory_remedies="--optim adamw8bit")
+    with pytest.raises(OutOfMemoryError, match=r"^Step 1: out of memory in the update of the weights.*--optim"):
+        engine.step(Progress())
+    monkeypatch.setattr(getattr(engine, owner), name, raising(RuntimeError("a shape")))
+    with pytest.raises(RuntimeError, match="a shape"):
+        engine.step(Progress())
+
+
+def raising(error: Exception) -> Callable:
+    """What raises it, whatever it is given."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
     with pytest.raises(RuntimeError, match=r"^a shape$"):
         engine.step(Progress())

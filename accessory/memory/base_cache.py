@@ -66,7 +66,7 @@ class BaseCache:
 
     def _has(self, batch: PackedBatch) -> bool:
         missing = not self.file.has(batch.sample_ids)
-        return not (highest([int(missing)], self.device)[0] if self.agrees else missing)
+        return not (highest([int(missing)])[0] if self.agrees else missing)
 
     def _read(self, decoder: SideDecoder, batch: PackedBatch) -> Iterator[tuple[int, Tensor]]:
         spans = [

@@ -44,7 +44,7 @@ def choose_layers(
     free = _share_of_free_memory(layout)
     chosen = together(_fewest_that_fit, n_layers, plan, free, remedies, limit)
     # The rank with the least memory decides: model-parallel ranks must recompute the same blocks together.
-    (most,) = highest([chosen], layout.device)
+    (most,) = highest([chosen])
     allowed = f", and into {limit / 1e9:.1f} GB" if limit else ""
     return most, f"fewest that fit into the {free / 1e9:.1f} GB free, {MARGIN:.0%} of them spared{allowed}"
 

@@ -19,7 +19,7 @@ from accessory.method.peft import Peft
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
 from accessory.parallel.groups import model_parallel_group
-from accessory.parallel.tensor import WHOLE, mark, slicing_of
+from accessory.parallel.tensor import WHOLE, mark, reduce_over_model_parallel, slicing_of
 from accessory.quant import PackedWeight, storage
 from accessory.quant.groups import GroupWeight
 from accessory.quant.moving_groups import BASIS, WISH, MovingIntegers, Wish, with_moving_integers
@@ -152,10 +152,10 @@ class Qsft(Method):
         """See `Method.rates`: statistics learn in steps of their matrix's grid."""
         weights = {f"{name}.weight": linear.weight for name, linear in _tuned(decoder, GroupWeight).items()}
         sizes = torch.tensor([weight.step_size for weight in weights.values()], dtype=torch.float64)
-        group = model_parallel_group()
-        dist.all_reduce(sizes := sizes.to(next(decoder.parameters()).device), group=group)
+        reduce_over_model_parallel(sizes)
+        ranks = dist.get_world_size(model_parallel_group())
         found = {}
-        for (name, weight), size in zip(weights.items(), (sizes / dist.get_world_size(group)).tolist(), strict=True):
+        for (name, weight), size in zip(weights.items(), (sizes / ranks).tolist(), strict=True):
             weight.step_size = size
             found |= dict.fromkeys((f"{name}.scales", f"{name}.zeros"), size)
             found[f"{name}.{WISH}"] = getattr(self.settings, f"lr_{weight.bits}bit") / lr

@@ -47,11 +47,11 @@ def on_main(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kw
     return found[0]
 
 
-def highest(values: list[int], device: torch.device) -> list[int]:
-    """The maximum of each value over all ranks. A collective."""
+def highest(values: list[int]) -> list[int]:
+    """The maximum of each value over all ranks. A collective, which waits for no GPU."""
     if dist.get_world_size() == 1:
         return values
-    tensor = torch.tensor(values, device=device)
+    tensor = torch.tensor(values)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 

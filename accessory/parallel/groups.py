@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -18,12 +19,20 @@ from torch.distributed.distributed_c10d import _set_pg_timeout  # it has no publ
 
 from accessory.errors import AccessoryError, ParallelError
 from accessory.parallel.allocator import forget_old_shapes, keep_freed_memory
+from accessory.parallel.device import CPU, check_own_device, choose_device
 from accessory.parallel.rendezvous import meet
 from accessory.parallel.root_cause import Witness
+from accessory.parallel.watch import Watch
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-CPU = torch.device("cpu")
+_NCCL_LATER = timedelta(minutes=2)  # by which its own watchdog, which aborts the process, comes after ours
+_NCCL_SETTINGS = {
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # the main thread has the same error, and tells it
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # its watchdog then waits a minute for dumps before it aborts
+}
 _witness: Witness | None = None
+_watch: Watch | None = None
+_tellers: list[Callable[[AccessoryError], object]] = []
 
 
 @dataclass(frozen=True)
@@ -68,25 +77,6 @@ def launch_environment(dist_on_itp: bool = False) -> tuple[int, int, int]:
     return int(env[names[0]]), int(env[names[1]]), int(env.get(names[2], "0"))
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` is CUDA where there is any, else the CPU. Raises `ParallelError` for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return CPU
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or not (number or "0").isdecimal():
-        raise ParallelError(f"--device {name!r} is not one of auto, cpu, cuda.")
-    if not torch.cuda.is_available():
-        raise ParallelError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
-    local_rank = int(number) if number else local_rank
-    if local_rank >= torch.cuda.device_count():
-        visible = torch.cuda.device_count()
-        raise ParallelError(f"Local rank {local_rank} has no GPU: {visible} visible. Start fewer processes per node.")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
 def start(
     device: str = "auto",
     model_parallel_size: int = 1,
@@ -111,11 +101,7 @@ def start(
         keep_freed_memory()
         forget_old_shapes()
     if not dist.is_initialized():
-        global _witness
-        store = meet(rank, world_size, timeout)
-        _witness = Witness(store, rank, world_size)
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        _join(where, rank, world_size, timeout)
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints from rank 0
             fairscale_groups.initialize_model_parallel(model_parallel_size)
@@ -131,16 +117,74 @@ def start(
     )
 
 
+def _join(device: torch.device, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Meet the other ranks, and watch over them.
+
+    Tensors of the host, and so all agreements and objects, go through gloo, and those of a GPU through NCCL. It makes a
+    communicator only for groups that use one: bound to a device (`device_id`), it would make one of hundreds of MB for
+    each group at once, groups of one rank included. It learns its device from the tensors.
+    """
+    global _witness, _watch
+    store = meet(rank, world_size, timeout)
+    check_own_device(device, store, rank, world_size)
+    _witness = Witness(store, rank, world_size)
+    if device.type == "cuda":
+        for name, value in _NCCL_SETTINGS.items():
+            os.environ.setdefault(name, value)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if world_size > 1:
+        _watch = Watch(_witness, os.environ["MASTER_ADDR"], _tellers)
+
+
 def limit_waiting(timeout: timedelta) -> None:
     """From now on a rank gives up after waiting `timeout` for others in any of its groups."""
-    for group in (None, model_parallel_group(), data_parallel_group()):
+    backends: list[dist.Backend] = []
+    for group in (dist.group.WORLD, model_parallel_group(), data_parallel_group()):
         _set_pg_timeout(timeout, group)
+        backends += [group._get_backend(device) for device in group._device_types]
+    for backend in backends:
+        if type(backend).__name__ == "ProcessGroupNCCL":  # which builds for CPUs do not have
+            backend._set_default_timeout(timeout + _NCCL_LATER)
+    if _watch:
+        _watch.timeout, _watch.backends = timeout.total_seconds(), backends
+
+
+@contextlib.contextmanager
+def supervised() -> Iterator[None]:
+    """Inside this context all ranks compute together: one that makes no progress for as long as ranks may wait hangs.
+
+    All ranks enter it alike. Progress is what `tick` is told.
+    """
+    with _watch.supervised() if _watch else contextlib.nullcontext():
+        yield
+
+
+def tick(*_: object) -> None:
+    """This rank makes progress. Takes anything, so that it can be a hook of a module."""
+    if _watch:
+        _watch.tick()
+
+
+@contextlib.contextmanager
+def when_lost(teller: Callable[[AccessoryError], object]) -> Iterator[None]:
+    """Inside this context `teller` is told the error if another rank is lost, and no exception reaches the main thread.
+
+    The process is then ended. The innermost teller is told first.
+    """
+    _tellers.append(teller)
+    try:
+        yield
+    finally:
+        _tellers.remove(teller)
 
 
 def root_cause(error: Exception) -> AccessoryError:
     """The error that all ranks report for `error` (see `Witness.root_cause`); `prints`: whether this rank prints it."""
     if isinstance(error, AccessoryError) and error.prints is not None:
         return error
+    if _watch:
+        _watch.claim()
     return (_witness or Witness(dist.HashStore(), _launched_rank(), 1)).root_cause(error)
 
 
@@ -151,7 +195,10 @@ def _launched_rank() -> int:
 
 
 def stop() -> None:
-    """Leave the groups; safe to call twice."""
+    """Leave the groups, as all ranks do; safe to call twice."""
+    if _watch:
+        _watch.leave()
+        _watch.backends = ()
     if fairscale_groups.model_parallel_is_initialized():
         fairscale_groups.destroy_model_parallel()
     if dist.is_initialized():
@@ -159,14 +206,19 @@ def stop() -> None:
 
 
 def end_process(status: int = 0) -> NoReturn:
-    """Leave the groups and end the process with `status`, skipping the interpreter's shutdown.
+    """End the process with `status`, skipping the interpreter's shutdown; if all went well, leave the groups before.
+
+    After a failure NCCL would wait in `stop` for ranks that are still in a collective, and all would keep their GPUs.
 
     Just after a collective, one of gloo's threads frees its tensors, for which it needs Python's lock. An interpreter
     that is shutting down ends such a thread, and C++ then aborts the process (Python 3.11, torch 2.13). `stop` joins
     only the threads of groups that nothing refers to, but sharded models, tracebacks and default arguments in
     `torch.distributed.nn` refer to them.
     """
-    stop()
+    if status == 0:
+        stop()
+    elif _watch:
+        _watch.claim()
     atexit._run_exitfuncs()  # it has no public name (Python 3.11)
     sys.stdout.flush()
     sys.stderr.flush()

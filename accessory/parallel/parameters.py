@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory.parallel.data import local, sum_over_data_parallel, whole
-from accessory.parallel.groups import model_parallel_group
-from accessory.parallel.tensor import Slicing, gather_slices
+from accessory.parallel.groups import model_parallel_group, tick
+from accessory.parallel.tensor import Slicing, gather_slices, reduce_over_model_parallel
 
 
 class NamedParameters(dict[str, nn.Parameter]):
@@ -36,6 +36,7 @@ class NamedParameters(dict[str, nn.Parameter]):
         """
         values = self if values is None else values
         for name in sorted(values):
+            tick()
             slicing = self.slicings[name]
             tensor = gather_slices(whole(values[name].detach()), slicing.dim)
             if slicing.whole is not None:  # the last slices were padded
@@ -60,7 +61,7 @@ class NamedParameters(dict[str, nn.Parameter]):
             if parameter.grad is not None:
                 (copied if self.slicings[name].dim is None else sliced).append(local(parameter.grad))
         squares = torch.stack([_sum_of_squares(sliced, self.device), _sum_of_squares(copied, self.device)])
-        dist.all_reduce(squares[:1], group=model_parallel_group())
+        reduce_over_model_parallel(squares[:1])
         return sum_over_data_parallel(squares.sum()).sqrt()
 
     def scale_gradients(self, factor: float) -> None:

@@ -14,24 +14,39 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from accessory import errors
-from accessory.errors import AccessoryError, LostRankError
+from accessory.errors import AccessoryError, LostRankError, OutOfMemoryError, is_out_of_memory
 
 GRACE = 3.0  # seconds for the other ranks to notice as well
+_PATIENCE = timedelta(seconds=10)  # with a store whose process may be stopped
 _POLL = 0.05  # seconds
 _CAUSE = "cause"
+_GONE = (RuntimeError, ValueError)  # what a store raises whose process is gone
+Alarm = Callable[[str, bool, list[Any] | None], None]
 
 
 class Witness:
-    """One rank's view of a run that may fail. `store` is this attempt's, of `meet`."""
+    """One rank's view of a run that may fail. `store` is this attempt's, of `meet`.
+
+    alarm: tells the other ranks, whose main threads may wait where they notice nothing, that this one gives up: why,
+    whether it waited too long, and what caused it, if that is known. known: the cause, once another rank has told it:
+    kind of error, message, rank.
+    """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        self.store, self.rank, self.world_size = store, rank, world_size
-        store.set(f"place-{rank}", json.dumps([os.getpid(), socket.gethostname()]))
+        # A connection of its own: on a shared one, a call waits for another thread's, which may wait for a key.
+        self.store, self.rank, self.world_size = store.clone(), rank, world_size
+        self.alarm: Alarm = lambda why, waited, cause: None
+        self.known: list[Any] | None = None
+        self.store.set(f"place-{rank}", json.dumps([os.getpid(), socket.gethostname()]))
 
     def root_cause(self, error: Exception) -> AccessoryError:
         """The error that all ranks report for `error`; its `prints` is true on the one rank that prints it.
@@ -41,55 +56,85 @@ class Witness:
         """
         if isinstance(error, AccessoryError):
             if not error.common:
-                return self._cause(error, str(error))
+                return self._own(error, str(error))
             error.prints = self.rank == 0
             return error
+        if is_out_of_memory(error):  # before collectives: NCCL's memory runs out, too
+            traceback.print_exception(error)
+            return self._own(OutOfMemoryError(), f"Memory ran out: {_short(error)}.")
         if self.world_size > 1 and _is_collective(error):
-            return self._lost(error)
+            said = _short(error)
+            self.alarm(said, "timed out" in said.lower(), None)
+            return self.lost(said)
         traceback.print_exception(error)  # not foreseen, so where it happened is what matters
-        return self._cause(error, f"{type(error).__name__}: {error}")
+        return self._own(error, f"{type(error).__name__}: {error}")
 
-    def _cause(self, error: Exception, message: str) -> AccessoryError:
-        """Leave this rank's own error for the others to find, unless another rank's is there already."""
-        kind = type(error) if isinstance(error, AccessoryError) else AccessoryError
-        where = f"[rank {self.rank}] " if self.world_size > 1 else ""
-        mine = json.dumps([kind.__name__, where + message])
-        try:
-            first = self.store.compare_set(_CAUSE, "", mine).decode() == mine
-        except (RuntimeError, ValueError):  # the process that held the store is gone
-            first = True
-        return kind(where + message, common=True, prints=first)
+    def answer(self) -> None:
+        """Say that this rank lives, and does not keep the others waiting."""
+        with suppress(*_GONE):
+            self.store.set(f"alive-{self.rank}", "")
 
-    def _lost(self, error: Exception) -> AccessoryError:
+    def lost(self, why: str, answers: bool = True) -> AccessoryError:
+        """What ends a run that waits in vain, as `why` says: another rank's error, or that ranks do not answer.
+
+        answers: whether this rank does; if it is itself what the others wait for, they are heard first.
+        """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher that cleans up; we are leaving anyway
-        deadline, silent = time.monotonic() + GRACE, set(range(self.world_size))
+        deadline, silent = time.monotonic() + (GRACE if answers else 2 * GRACE), set(range(self.world_size))
         try:
-            self.store.set(f"alive-{self.rank}", "")
+            self.store.set_timeout(_PATIENCE)
+            if answers:
+                self.answer()
             while silent and time.monotonic() < deadline:
-                if self.store.check([_CAUSE]):
-                    kind, message = json.loads(self.store.get(_CAUSE))
-                    return getattr(errors, kind)(message, common=True, prints=False)
+                if found := self._told():
+                    return found
                 silent -= {rank for rank in silent if self.store.check([f"alive-{rank}"])}
                 time.sleep(_POLL)
-            places = {rank: json.loads(self.store.get(f"place-{rank}")) for rank in silent}
-        except (RuntimeError, ValueError):
-            said = "the process that the others met at is gone: rank 0, or its torchrun"
-            return LostRankError(f"Lost contact: {said} ({_short(error)}).", common=True, prints=True)
-        prints = self.rank == min(set(range(self.world_size)) - silent)
+            said = self._silence(silent)
+        except _GONE:
+            if self.known:
+                return self._told()
+            said = "Lost contact: the process that the others met at is gone: rank 0, or its torchrun"
+        return self._first(LostRankError, f"{said} ({why}).")
+
+    def _told(self) -> AccessoryError | None:
+        """What another rank has reported."""
+        if self.known is None and self.store.check([_CAUSE]):
+            self.known = json.loads(self.store.get(_CAUSE))
+        return self.known and getattr(errors, self.known[0])(self.known[1], common=True, prints=False)
+
+    def _silence(self, silent: set[int]) -> str:
+        """What is said of ranks that do not answer; if our launcher started them, they are killed."""
         if not silent:
-            said = "Every rank still runs, but they wait for one another in vain"
-        else:
-            for process, host in places.values():
-                _end_sibling(process, host)
-            named = "; ".join("rank {} (process {} on {})".format(rank, *places[rank]) for rank in sorted(silent))
-            said = f"{named} no longer answers: killed, or hanging"
-        return LostRankError(f"{said} ({_short(error)}).", common=True, prints=prints)
+            return "Every rank still runs, but they wait for one another in vain"
+        places = {rank: json.loads(self.store.get(f"place-{rank}")) for rank in sorted(silent)}
+        for process, host in places.values():
+            _end_sibling(process, host)
+        named = "; ".join("rank {} (process {} on {})".format(rank, *place) for rank, place in places.items())
+        return f"{named} no longer answers: killed, or hanging"
+
+    def _own(self, error: Exception, message: str) -> AccessoryError:
+        kind = type(error) if isinstance(error, AccessoryError) else AccessoryError
+        return self._first(kind, f"[rank {self.rank}] {message}" if self.world_size > 1 else message)
+
+    def _first(self, kind: type[AccessoryError], message: str) -> AccessoryError:
+        """Leave this rank's error for the others to find, and return it; if there is another one already, that one."""
+        mine = json.dumps([kind.__name__, message, self.rank])
+        try:
+            first = self.store.compare_set(_CAUSE, "", mine).decode()
+        except _GONE:
+            first = mine
+        self.alarm(message, False, json.loads(first))
+        if first != mine:
+            self.known = json.loads(first)
+            return self._told()
+        return kind(message, common=True, prints=True)
 
 
 def _end_sibling(process: int, host: str) -> None:
     """Kill the hanging `process` if our launcher started it: torchrun would wait half a minute more for it."""
-    if host != socket.gethostname():
+    if host != socket.gethostname() or process == os.getpid():
         return
     try:
         parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])

@@ -112,6 +112,14 @@ def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
 gather_from_model_parallel_region = mappings.gather_from_model_parallel_region
 
 
+def reduce_over_model_parallel(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce a small tensor over the model-parallel ranks, in place. One rank alone starts no NCCL for it."""
+    group = model_parallel_group()
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, operation, group)
+    return tensor
+
+
 def gather_slices(tensor: Tensor, dim: int | None) -> Tensor:
     """The whole tensor from every rank's slice along `dim` (itself where `dim` is None). A collective; no gradient."""
     group = model_parallel_group()

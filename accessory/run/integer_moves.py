@@ -26,9 +26,9 @@ from accessory.model.linear import Linear
 from accessory.optim import BETAS, map_first_moment, moments
 from accessory.parallel.agree import highest
 from accessory.parallel.data import as_shard, is_sharded, local, shard_like, sum_over_data_parallel, whole
-from accessory.parallel.groups import Layout, model_parallel_group
+from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
-from accessory.parallel.tensor import WHOLE
+from accessory.parallel.tensor import WHOLE, reduce_over_model_parallel
 from accessory.quant.moves import Integers, Moves, best_moves, round_released, usual_columns
 from accessory.quant.moving_groups import BASIS, WISH, MovingIntegers, Sketch
 
@@ -145,7 +145,7 @@ class IntegerMoves:
         now = self._random_state()
         self._set_random_state(self._state)  # the same dropout as before
         enough = max(BORNE_OUT * expected, self.noise * loss)
-        taken_back = bool(highest([int(not loss - again() > enough)], self.layout.device)[0])
+        taken_back = bool(highest([int(not loss - again() > enough)])[0])
         self._set_random_state(now)
         for proposal in proposals:
             if taken_back:
@@ -189,7 +189,7 @@ class IntegerMoves:
             energies.append(torch.zeros(matrix.columns, device=self.layout.device))
             energies[-1][matrix.own_columns(self.layout)] = rows.sum(0) @ columns
         sizes = [len(energy) for energy in energies]
-        dist.all_reduce(energy := torch.cat(energies), group=model_parallel_group())
+        energy = reduce_over_model_parallel(torch.cat(energies))
         return [usual_columns(of_matrix)[matrix.own_columns(self.layout)]
                 for matrix, of_matrix in zip(self.matrices, energy.split(sizes), strict=True)]  # fmt: skip
 
@@ -218,7 +218,7 @@ class IntegerMoves:
         best = torch.cat([moves.gain.new_zeros(size) for moves, size in zip(found, sizes, strict=True)])
         for gain, matrix, moves in zip(best.split(sizes), self.matrices, found, strict=True):
             gain[matrix.offset : matrix.offset + len(moves.gain)] = moves.gain
-        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=model_parallel_group())
+        reduce_over_model_parallel(best, dist.ReduceOp.MAX)
         kept = best.clone()
         for gain, matrix in zip(kept.split(sizes), self.matrices, strict=True):
             count = min(max(round(self.rule.most_moved * matrix.numbers), 1), matrix.rows)
@@ -239,7 +239,7 @@ class IntegerMoves:
         count = torch.zeros(WIDTHS, dtype=torch.int64, device=self.layout.device)
         for proposal in proposals:
             count[proposal.matrix.weight.bits] += len(proposal.rows)
-        dist.all_reduce(count, group=model_parallel_group())
+        reduce_over_model_parallel(count)
         return {bits: int(count[bits]) for bits in self.numbers}
 
     def _record(self, count: dict[int, int], kept: int) -> None:
@@ -250,8 +250,7 @@ class IntegerMoves:
     def _renew_basis(self, matrix: Matrix, seen: Sketch, optimizer: torch.optim.Optimizer) -> None:
         """A basis of what the last step's dW spans; displacement and mean gradient are put into it."""
         weight = matrix.weight
-        sketch = sum_over_data_parallel(seen.total)
-        dist.all_reduce(sketch, group=model_parallel_group())
+        sketch = reduce_over_model_parallel(sum_over_data_parallel(seen.total))
         former, parameter = whole(weight.basis), weight.displacement
         basis, r = torch.linalg.qr(sketch.double())
         basis = (basis * torch.where(r.diagonal() < 0, -1, 1)).float()
@@ -280,7 +279,7 @@ class IntegerMoves:
             shift = _group_means(wished, integers.groups, weight.scales.shape[1])
             _write(weight.zeros, (whole(weight.zeros) - shift).to(weight.zeros.dtype))
         local(weight.displacement).zero_()
-        dist.all_reduce(changed, group=model_parallel_group())
+        reduce_over_model_parallel(changed)
         self._record({weight.bits: int(changed)}, 1)
 
     def _random_state(self) -> list[Tensor]:

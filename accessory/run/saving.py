@@ -19,7 +19,7 @@ from accessory.checkpoint.training_state import Progress, WorkingValues, collect
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.optim import state_bytes
 from accessory.parallel.agree import on_main
-from accessory.parallel.groups import Layout
+from accessory.parallel.groups import Layout, supervised
 from accessory.parallel.parameters import NamedParameters
 from accessory.run.report import Reporter
 from accessory.run.status import RunStatus
@@ -70,7 +70,8 @@ class Saver:
         only_best: nothing but the lowest validation loss asks for it, so that it goes once there is a better one.
         Raises `CheckpointError`, on all ranks, if it could not be written; earlier checkpoints are then intact.
         """
-        self.write(progress, sum(self.losses) / len(self.losses) if self.losses else None, only_best)
+        with supervised():
+            self.write(progress, sum(self.losses) / len(self.losses) if self.losses else None, only_best)
         self.losses, self.saved_at = [], time.monotonic()
 
     def write(self, progress: Progress, loss: float | None, only_best: bool) -> None:

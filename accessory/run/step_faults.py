@@ -21,6 +21,11 @@ def out_of_memory(number: int, count: int, batch: PackedBatch, progress: Progres
     return f"Step {progress.total_steps + 1}: {_too_large(where, remedies)}"
 
 
+def out_of_memory_in_update(progress: Progress, remedies: str) -> str:
+    """What is said of the update that ends a step."""
+    return f"Step {progress.total_steps + 1}: {_too_large('the update of the weights', remedies)}"
+
+
 def out_of_memory_in_evaluation(what: str | PackedBatch, progress: Progress, remedies: str) -> str:
     """What is said of an evaluation after the steps of `progress`; what: a micro-batch, or what else is computed."""
     when = f"after step {progress.total_steps}" if progress.total_steps else "before the first step"

@@ -21,6 +21,7 @@ from accessory.data.order import GlobalOrder
 from accessory.memory.exhausted import out_of_memory_as
 from accessory.parallel.agree import highest
 from accessory.parallel.data import sum_over_data_parallel
+from accessory.parallel.groups import supervised, tick
 from accessory.run.report import EvaluationReport, Figures, Reporter, Task
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
@@ -92,7 +93,7 @@ class Validation:
 
     def _evaluate(self, progress: Progress) -> Outcome:
         began = time.monotonic()
-        with _evaluating(self.model, self.device):
+        with _evaluating(self.model, self.device), supervised():
             sums, stop = self._sums(progress)
             if stop:
                 return Outcome(stop=stop)
@@ -127,14 +128,15 @@ class Validation:
         """(for each source the sums that `_figures` takes, fp64 [sources, 3 or 4]; signal or 0)."""
         sums = torch.zeros(len(self.sources), 4 if self.model.teacher else 3, dtype=torch.float64)
         for batch in self.order.micro_batches(0, 0):
-            if stop := highest([self.signals.received], self.device)[0]:
+            if stop := highest([self.signals.received])[0]:
                 return sums, stop
+            tick()
             with self._memory_for(batch, progress):
                 self._add(batch, sums)
-        sums = sum_over_data_parallel(sums.to(self.device))
+        sum_over_data_parallel(sums)
         if dist.get_world_size() > 1:
             dist.broadcast(sums, 0)  # what follows from them must be equal on all ranks, to the last bit
-        return sums.cpu(), 0
+        return sums, 0
 
     def _add(self, batch: PackedBatch, sums: Tensor) -> None:
         log_p, likeliest, divergences = self.model.token_scores(batch.to(self.device), taught=True)

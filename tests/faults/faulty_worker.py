@@ -28,7 +28,7 @@ from accessory.config import FinetuneConfig
 from accessory.engine import Engine
 from accessory.entry import run_entry
 from accessory.finetuning import finetune
-from accessory.parallel import parameters
+from accessory.parallel import groups, parameters
 from accessory.parallel.groups import data_parallel_group
 from accessory.run import saving
 
@@ -39,6 +39,17 @@ def hold_the_interpreter() -> None:
     """In a thread, as a C extension that never gives it back would."""
     threading.Thread(target=lambda: ctypes.PyDLL(None).sleep(1000)).start()
     time.sleep(0.1)
+
+
+def wait_as_nccl_does() -> None:
+    """In a call into C that neither returns nor is interrupted, whatever becomes of the other ranks.
+
+    As on a GPU, this rank's part of the computation is launched before that.
+    """
+    groups.tick()
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    lock(mutex)
 
 
 def limit_files() -> None:
@@ -81,6 +92,7 @@ ACTIONS = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hold": hold_the_interpreter,
     "sleep": lambda: time.sleep(1000),
+    "wait_as_nccl_does": wait_as_nccl_does,
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
     "end_launcher_in_save": end_launcher_in_save,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -54,6 +55,35 @@ def test_17_a_hanging_rank_ends_all(job: Job, twin: Job, way: str) -> None:
     assert f"no longer answers: killed, or hanging (Timed out waiting {timeout}000ms" in said(done)
     assert (job.status["state"], job.status["status"], job.status["step"]) == ("failed", 7, 4)
     assert verify(job.output / "epoch0-iter4") == 4
+
+
+SILENT = r"rank 1 \(process \d+ on .*\) no longer answers: killed, or hanging"
+
+
+@pytest.mark.parametrize(
+    ("way", "status", "message"),
+    [
+        pytest.param("kill", 7, rf"{SILENT} \(rank 1 closed its connection\)\.", id="kill"),
+        pytest.param("stop", 7, rf"{SILENT} \(no progress for \d+ s\)\.", id="stop"),
+        pytest.param("raise", 1, r"\[rank 1\] KeyError: 'a fault of the program'", id="raise"),
+    ],
+)
+def test_17_a_wait_that_nothing_interrupts_is_ended(job: Job, twin: Job, way: str, status: int, message: str) -> None:
+    """Rank 0's main thread waits as in NCCL, and would for ever: no exception reaches it, and no signal."""
+    timeout = min(max(5, round(twin.seconds / 3)), 60) if way == "stop" else 600
+    process = job.start(
+        *("--timeout", str(timeout)),
+        faults=[{"do": "wait_as_nccl_does", "rank": 0, "step": 6}, {"do": way, "rank": 1, "step": 6}],
+    )
+    wait_for(lambda: job.fired == [f"{way}-rank1-attempt0", "wait_as_nccl_does-rank0-attempt0"])
+    workers, began = workers_of(process.pid), time.monotonic()
+    done = finish(process)
+    seconds = time.monotonic() - began
+    assert seconds < (20 + timeout * (way == "stop")) * job.pace and FORCED not in done.stderr, seconds
+    assert not any(alive(worker) for worker in workers)
+    assert (job.status["state"], job.status["status"], job.status["step"]) == ("failed", status, 4)
+    assert re.fullmatch(message, job.status["message"])
+    assert done.stderr.split("ChildFailedError")[0].count(f"Error: {job.status['message']}\n") == 1
 
 
 def test_18_sigterm_to_the_launcher_during_a_save(job: Job, twin: Job) -> None:

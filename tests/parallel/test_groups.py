@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend "fake"
 
 from accessory.errors import ParallelError
 from accessory.parallel import groups
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+END_PROCESS = groups.end_process  # which raises SystemExit while tests run
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +53,6 @@ def test_slurm_finds_its_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert groups.launch_environment() == (5, 8, 1)
-    import os
-
     assert os.environ["MASTER_ADDR"] == "10.0.0.1"
     assert os.environ["MASTER_PORT"] == "20042"
 
@@ -64,14 +70,45 @@ def test_several_processes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> N
         groups.launch_environment()
 
 
-def test_devices() -> None:
-    assert groups.choose_device("cpu", 0) == torch.device("cpu")
-    with pytest.raises(ParallelError, match="not one of auto, cpu, cuda"):
-        groups.choose_device("tpu", 0)
-    if not torch.cuda.is_available():
-        assert groups.choose_device("auto", 0) == torch.device("cpu")
-        with pytest.raises(ParallelError, match="--device cpu"):
-            groups.choose_device("cuda", 0)
+def test_after_a_failure_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's groups are left by all ranks together, or not at all: others may still be in a collective."""
+    left = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("groups"))
+    monkeypatch.setattr(groups.fairscale_groups, "destroy_model_parallel", lambda: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(groups.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(groups.os, "_exit", sys.exit)
+    for status, expected in ((1, []), (75, []), (0, ["groups"])):
+        with pytest.raises(SystemExit) as ended:
+            END_PROCESS(status)
+        assert (ended.value.code, left) == (status, expected)
+
+
+def test_host_and_gpu_have_backends_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of two backends sends objects, barriers and tensors of the host through gloo."""
+    made = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.update(backend=backend))
+    monkeypatch.setattr(groups, "check_own_device", lambda *_: None)
+    groups._join(torch.device("cuda", 0), 0, 1, groups.COLLECTIVE_TIMEOUT)
+    assert made["backend"] == "cpu:gloo,cuda:nccl"
+    assert os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == "0"
+    monkeypatch.undo()
+    for name in groups._NCCL_SETTINGS:
+        os.environ.pop(name, None)
+
+    dist.init_process_group("cpu:gloo,cuda:fake", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        groups.start("cpu")
+        dist.barrier()
+        dist.barrier(groups.data_parallel_group())
+        for one in (None, groups.data_parallel_group(), groups.model_parallel_group()):
+            found = [None]
+            dist.all_gather_object(found, "word", one)
+            dist.broadcast_object_list(found, 0, one)
+            dist.all_reduce(torch.ones(1), group=one)
+            assert found == ["word"]
+    finally:
+        groups.stop()
 
 
 def test_one_process_lays_all_groups() -> None:

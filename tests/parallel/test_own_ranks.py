@@ -16,7 +16,7 @@ if sys.argv[1] == "fail" and os.environ["RANK"] == "1":
     sys.exit(3)
 rank, world, local = groups.launch_environment()
 layout = groups.start("cpu", world)
-found = highest([rank, local, os.getpgid(0) == os.getpgid(os.getppid())], layout.device)
+found = highest([rank, local, os.getpgid(0) == os.getpgid(os.getppid())])
 if layout.is_main:
     print(json.dumps([rank, world, local, *found]))
 groups.end_process()

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from accessory.errors import AccessoryError, DataError, LostRankError
+from accessory.errors import AccessoryError, DataError, LostRankError, OutOfMemoryError
 from accessory.parallel import root_cause
 from accessory.parallel.root_cause import Witness
 
@@ -60,6 +60,13 @@ def test_what_nobody_foresaw_comes_with_its_place(witnesses: list[Witness], caps
     assert 'raise KeyError("a")' in capsys.readouterr().err
 
 
+def test_memory_of_nccl_that_runs_out_is_no_lost_rank(witnesses: list[Witness]) -> None:
+    error = dist.DistBackendError("NCCL error: unhandled cuda error.\nCuda failure 2 'out of memory'")
+    found = settled(witnesses, {0: GLOO, 1: error})
+    assert speakers(found) == [1] and type(found[0]) is OutOfMemoryError
+    assert str(found[0]) == "[rank 1] Memory ran out: NCCL error: unhandled cuda error."
+
+
 def test_of_two_errors_the_first_is_told(witnesses: list[Witness]) -> None:
     found = settled(witnesses, {0: DataError("a"), 1: DataError("b"), 2: GLOO})
     assert len(speakers(found)) == 1
@@ -68,14 +75,14 @@ def test_of_two_errors_the_first_is_told(witnesses: list[Witness]) -> None:
 
 def test_ranks_that_do_not_answer_are_named(witnesses: list[Witness]) -> None:
     found = settled(witnesses, {1: GLOO, 2: GLOO})
-    assert speakers(found) == [1] and type(found[2]) is LostRankError
+    assert len(speakers(found)) == 1 and type(found[2]) is LostRankError
     assert str(found[2]).startswith("rank 0 (process ")
     assert str(found[2]).endswith(" no longer answers: killed, or hanging (Connection closed by peer [::1]:2).")
 
 
 def test_when_all_answer_they_wait_for_one_another(witnesses: list[Witness]) -> None:
     found = settled(witnesses, dict.fromkeys(range(3), GLOO))
-    assert speakers(found) == [0] and "Every rank still runs, but they wait for one another in vain" in str(found[1])
+    assert len(speakers(found)) == 1 and "Every rank still runs, but they wait for one another in vain" in str(found[1])
 
 
 def test_what_all_have_in_common_the_main_rank_says(witnesses: list[Witness]) -> None:

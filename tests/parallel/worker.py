@@ -60,7 +60,7 @@ def check_together(rank: int) -> None:
 
 def check_alike_and_highest(rank: int) -> None:
     """What one rank knows all know; what differs is named with both values, and only that."""
-    assert highest([rank, 5 - rank, 7], torch.device("cpu")) == [1, 5, 7]
+    assert highest([rank, 5 - rank, 7]) == [1, 5, 7]
     check_alike({"seed": 0, "base": ["a"]})
     try:
         check_alike({"seed": rank, "lr": 0.1, **({"extra": 1} if rank else {})})

@@ -62,6 +62,13 @@ def saver(layout: groups.Layout, tiny_base: Path, tmp_path: Path) -> Callable[..
     return make
 
 
+def test_a_save_is_watched_over(saver, watched: list[str]) -> None:
+    """A rank that hangs in it is noticed; each tensor that is gathered is progress."""
+    saver()(PROGRESS)
+    assert (watched[0], watched[-1], set(watched[1:-1])) == ("in", "out", {"tick"})
+    assert len(watched) == 2 + 3 + 2 * 2  # weights, and two moments of two of them
+
+
 def test_what_is_saved_can_be_gone_on_from(saver, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, moments, where the run stands, what it is; its size and time are told, its name kept in the status."""
     one = saver()
