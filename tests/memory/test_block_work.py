@@ -19,10 +19,11 @@ NOTHING = KeptByBlock(all=0, input=0, after_attention=0, keeps_input=False, keep
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.parametrize("inner", [64, 2048])
 @pytest.mark.parametrize("shape", [{}, *SHAPES.values()], ids=["LLaMA", *SHAPES])
-def test_forward_of_a_frozen_block(layout: Layout, shape: dict) -> None:
-    """In fp32, whose products need no memory to work in; what is held meanwhile comes on top."""
-    args = SMALL.model_copy(update={"dim": 256, "hidden_dim": 704, "head_dim": 64, "rotary_dim": 64, **shape})
+def test_forward_of_a_frozen_block(layout: Layout, shape: dict, inner: int) -> None:
+    """In fp32, whose products need no memory to work in: attention or feed-forward, and what is held."""
+    args = SMALL.model_copy(update={"dim": 256, "hidden_dim": inner, "head_dim": 64, "rotary_dim": 64, **shape})
     decoder, _ = filled(layout, {"bias_tuning": False}, quant=None, dtype=torch.float32, args=args)
     block, ids = decoder.layers[0], torch.arange(sum(LENGTHS)) % 96
     with torch.no_grad():

@@ -17,22 +17,26 @@ from accessory.parallel.groups import Layout
 NORM, QUERY = "layers.1.ffn_norm.weight", "layers.0.attention.wq."
 
 
-@pytest.mark.parametrize(("llama_type", "seed"), [("llama", None), ("llama", 3), ("llama_peft", 3)])
-def test_filled(tiny_base: Path, layout: Layout, llama_type: str, seed: int | None) -> None:
+NORMS, LORA = {"bias_tuning": False}, {"lora_rank": 4, "lora_targets": ["wq"]}
+
+
+@pytest.mark.parametrize(("settings", "seed"), [(None, None), (None, 3), (NORMS, None), (NORMS, 3), (LORA, 3)])
+def test_filled(tiny_base: Path, layout: Layout, settings: dict | None, seed: int | None) -> None:
     """The file's weights; for training with gradients, and what starts at random is the seed's; to ask frozen."""
     sources, tensors = [open_source(tiny_base)], load_file(tiny_base / "model.safetensors")
-    how = {"llama_type": llama_type, "precision": "fp32", "train": seed is not None}
-    settings = [{"lora_rank": 4, "lora_targets": ["wq"]}] if llama_type == "llama_peft" else []
-    blueprint = make_blueprint(sources, llama_config=settings, **how)
+    how = {"llama_type": "llama_peft" if settings else "llama", "precision": "fp32", "train": seed is not None}
+    blueprint = make_blueprint(sources, llama_config=[settings] if settings else [], **how)
     decoder, trained = filled(blueprint, sources, layout, seed=seed)
     parameters = dict(decoder.named_parameters())
     assert torch.equal(parameters["tok_embeddings.weight"], tensors["model.embed_tokens.weight"])
     assert torch.equal(parameters[NORM], tensors["model.layers.1.post_attention_layernorm.weight"])
-    wanted = parameters.keys() if llama_type == "llama" else {NORM, f"{QUERY}bias", f"{QUERY}lora_a.weight"}
-    assert trained >= wanted and (llama_type == "llama" or f"{QUERY}weight" not in trained)
+    wanted = parameters.keys() if settings is None else {name for name in parameters if "norm" in name}
+    if settings == LORA:
+        wanted |= {name for name in parameters if "lora" in name or name.endswith("bias")}
+    assert trained == wanted and NORM in trained
     asked = {name for name, parameter in parameters.items() if parameter.requires_grad}
     assert asked == (set() if seed is None else trained) and decoder.training == (seed is not None)
-    if llama_type == "llama_peft":
+    if settings == LORA:
         name = f"{QUERY}lora_a.weight"
         again, other = (filled(blueprint, sources, layout, seed=s)[0].get_parameter(name) for s in (seed, seed + 1))
         assert torch.equal(again, parameters[name]) and not torch.equal(other, parameters[name])
