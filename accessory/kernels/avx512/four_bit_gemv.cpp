@@ -21,6 +21,8 @@ void deinterleave(const bf16* x, bf16* out, int64_t n) {
 }
 
 struct FourBitOperands {
+    static constexpr int MOST = 8;
+
     const Packed* matrices;
     std::vector<bf16> x;  // deinterleaved
     std::vector<Lanes> codebooks;
@@ -32,10 +34,14 @@ struct FourBitOperands {
             codebooks[i].value = _mm512_broadcast_i64x4(narrow(_mm512_loadu_ps(matrices[i].codebook)));
     }
 
-    static constexpr int at_once(int rows) { return rows >= 4 ? 2 : 1; }  // as many as is fastest
+    template <int ROWS>
+    void multiply(int64_t matrix, int64_t n, int64_t there, int64_t row, __m512 (*sums)[16]) const {
+        constexpr int AT_ONCE = ROWS >= 4 ? 2 : 1;  // as many as is fastest
+        for (int64_t at = 0; at < there; at += AT_ONCE) multiply_rows<AT_ONCE, ROWS>(matrix, n + at, row, sums, at);
+    }
 
     template <int N, int ROWS>
-    void multiply(int64_t matrix, int64_t n, int64_t first_row, __m512 (*sums)[16], int64_t place) const {
+    void multiply_rows(int64_t matrix, int64_t n, int64_t first_row, __m512 (*sums)[16], int64_t place) const {
         const Packed w = matrices[matrix];  // a copy, which no store can change
         const auto codebook = codebooks[matrix].value;
         const bf16* rows = x.data() + first_row * w.k;

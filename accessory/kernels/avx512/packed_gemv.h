@@ -1,11 +1,11 @@
 // Products of a few rows with several packed matrices, and with their biases and LoRA.
 //
-// Codes are read where they are stored, once for every eight rows. Lanes are columns of the matrices.
+// Codes are read where they are stored, once for every four or eight rows. Lanes are columns of the matrices.
 //
 // How a format's matrices are multiplied with is up to its Operands, made of (matrices, count, x, rows, k):
-//   at_once(rows): so many rows of a matrix, 1, 2 or 4, are multiplied at once with so many rows of x,
-//   multiply<N, ROWS>(i, n, row, sums, place): sums[r][place + j] = lanes whose sum is that of row `row + r` of x with
-//   row n + j of matrix i. Of rows behind the last any number may be the sum.
+//   multiply<ROWS>(i, n, there, row, sums): sums[r][j] = lanes whose sum is that of row `row + r` of x with row n + j
+//   of matrix i, for j < there, 16 at most. The other sums may be anything.
+//   MOST: rows of x that share what is unpacked (see `for_each_group`).
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,13 @@ struct BiasAndLora {
 
 namespace {
 
-constexpr int64_t MOST = 8;  // rows that share what is unpacked
+
+// Calls use(ROWS, row) for each group of rows of x, from `row` on: MOST rows, and of those that are left halves of it.
+template <int MOST, class Use>
+void for_each_group(int64_t rows, Use use, int64_t row = 0) {
+    for (; rows - row >= MOST; row += MOST) use(std::integral_constant<int, MOST>(), row);
+    if constexpr (MOST > 1) for_each_group<MOST / 2>(rows, use, row);
+}
 
 // Aligned memory for a vector.
 struct Lanes {
@@ -68,10 +74,9 @@ struct Low {
 template <int ROWS, class Operands>
 void tile(const Operands& operands, int64_t i, int64_t height, const BiasAndLora* added, int64_t n, int64_t row,
           const float* low, int64_t low_step, bf16* out, int64_t step) {
-    constexpr int N = Operands::at_once(ROWS);
-    __m512 sums[ROWS][16] = {};
+    __m512 sums[ROWS][16];
     const int64_t there = std::min(LANES, height - n);
-    for (int64_t at = 0; at < there; at += N) operands.template multiply<N, ROWS>(i, n + at, row, sums, at);
+    operands.template multiply<ROWS>(i, n, there, row, sums);
     for (int r = 0; r < ROWS; r++) {
         for (int64_t j = 0; added && j < there; j++)
             for (int64_t q = 0; q < added->rank; q += LANES) {
@@ -106,16 +111,11 @@ void multiply_few_rows(const Matrix* matrices, const BiasAndLora* added, int64_t
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = 0, t = task, column = 0;
             for (; t >= tiles(i); i++) t -= tiles(i), column += matrices[i].n;
-            const auto some = [&](auto rows_here, int64_t row) {
+            for_each_group<Operands::MOST>(rows, [&](auto rows_here, int64_t row) {
                 const float* numbers = low.width ? low.numbers.data() + row * low.width + low.begin[i] : nullptr;
                 tile<rows_here>(operands, i, matrices[i].n, added ? added + i : nullptr, t * LANES, row, numbers,
                                 low.width, out + row * step + column + t * LANES, step);
-            };
-            int64_t row = 0;
-            for (; rows - row >= MOST; row += MOST) some(std::integral_constant<int, MOST>(), row);
-            if (rows - row >= 4) some(std::integral_constant<int, 4>(), row), row += 4;
-            if (rows - row >= 2) some(std::integral_constant<int, 2>(), row), row += 2;
-            if (rows - row >= 1) some(std::integral_constant<int, 1>(), row);
+            });
         }
     }
 }

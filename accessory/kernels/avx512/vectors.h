@@ -60,16 +60,28 @@ inline void transpose(__m512i (&a)[16]) {
     }
 }
 
-// The sum of each of 16 vectors, in its lane.
+// The sum of each of 16 vectors, in its lane. Each step adds halves of two vectors, side by side in the next.
 inline __m512 sum_each(const __m512 (&x)[16]) {
-    __m512i transposed[16];
-    for (int i = 0; i < 16; i++) transposed[i] = (__m512i)x[i];
-    transpose(transposed);
-    __m512 sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = (__m512)transposed[i];
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) sums[i] = _mm512_add_ps(sums[i], sums[i + half]);
-    return sums[0];
+    __m512 a[8], b[4], c[2];
+    const auto pd = [](__m512 v) { return _mm512_castps_pd(v); };
+    const auto ps = [](__m512d v) { return _mm512_castpd_ps(v); };
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        // As the next steps leave them, vectors are in order at the end.
+        const auto &v = x[i % 2 * 8 + i / 2], &w = x[i % 2 * 8 + 4 + i / 2];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v, w, 0x44), _mm512_shuffle_f32x4(v, w, 0xEE));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const auto v = a[2 * i], w = a[2 * i + 1];
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v, w, 0x88), _mm512_shuffle_f32x4(v, w, 0xDD));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const auto v = pd(b[2 * i]), w = pd(b[2 * i + 1]);
+        c[i] = _mm512_add_ps(ps(_mm512_unpacklo_pd(v, w)), ps(_mm512_unpackhi_pd(v, w)));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xDD));
 }
 
 // 2^x, to a unit or two in the last place.
