@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +15,12 @@ from accessory.config import FinetuneConfig
 from accessory.errors import ConfigError
 from accessory.kernels import fused_attention
 from accessory.kernels.fused_attention import Fused
-from accessory.model.loss import cross_entropy_sum
-from accessory.optim import build_optimizer
-from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from accessory.run.determinism import algorithms_as_before, fix_order_of_sums, set_cublas_workspace
 from accessory.run.identity import Job
 from tests.conftest import DATA
-from tests.kernels.operations import Operations
-from tests.memory.small_models import NORM_BIAS_LORA, SHAPES, SMALL, filled
 
+WORKER = Path(__file__).with_name("cuda_operations_worker.py")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 RAISE_ON_CUDA = {
     "_cumsum", "cumsum", "cumsum_", "bincount", "histc", "kthvalue", "median", "nanmedian", "put", "put_",
@@ -102,33 +98,15 @@ def test_a_run_resumed_with_another_value_is_told(tiny_base: Path, monkeypatch: 
     assert [condition(CPU, wanted) for wanted in (False, True)] == [None, None]
 
 
-@pytest.fixture(scope="module")
-def layout() -> Iterator[Layout]:
-    """This process alone, on the CPU."""
-    yield groups.start("cpu")
-    groups.stop()
-
-
-@pytest.mark.parametrize("method", ["peft", "full", "qst"])
-@pytest.mark.parametrize("shape", ["LLaMA", *SHAPES])
-def test_no_step_needs_an_operation_that_raises(layout: Layout, shape: str, method: str) -> None:
-    """Forward, backward and optimizer of every kind of block."""
-    args = SMALL.model_copy(update=SHAPES.get(shape, {}))
-    quant = None if method == "full" else "nf4"
-    settings = {"peft": NORM_BIAS_LORA | {"lora_dropout": 0.1}, "full": {}, "qst": {}}[method]
-    if method == "qst" and args.position != "rotary":
-        pytest.skip("the side network is rotary")
-    decoder, attachment = filled(layout, settings, args=args, method=method, quant=quant)
-    optimizer = build_optimizer(
-        "adamw", {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}, 1e-3, 0.01
-    )
-    ids = torch.randint(0, args.vocab_size, (48,), generator=torch.Generator().manual_seed(0))
-    with Operations() as seen:
-        hidden = decoder(ids, decoder.sequences((30, 18)))
-        cross_entropy_sum(hidden, decoder.head_weight, ids, args.vocab_size).backward()
-        optimizer.step()
-    assert not set(seen.names) & RAISE_ON_CUDA
-    assert "mm" in seen.names
+def test_no_step_needs_an_operation_that_raises(python) -> None:
+    """The engine's step, by family and method, on a pretended GPU, without Triton's kernels, which raise nothing."""
+    done = python(WORKER)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8 + 4 * 2
+    for step, operations in found.items():
+        assert not RAISE_ON_CUDA.intersection(operations), step
+        assert {"mm", "_flash_attention_forward"}.issubset(operations), step
 
 
 def test_flash_needs_more_memory_for_it() -> None:
