@@ -128,7 +128,7 @@ class Worker:
 
 @dataclass
 class Session:
-    """One call of this tool. lines: what was found before, or is now, by the name of the check."""
+    """One call of this tool. named: what --only names. lines: what was found before, or is now, by the check's name."""
 
     device: str
     tiny: bool
@@ -136,6 +136,7 @@ class Session:
     log: Path
     deadline: float
     script: Path = WORKER
+    named: tuple[str, ...] = ()
     lines: dict[str, Line] = field(default_factory=dict)
     worker: Worker | None = None
 
@@ -149,6 +150,9 @@ class Session:
         for one in sorted(checks, key=lambda one: not self.interprets(one["name"])):
             if self.lines.get(one["name"], {}).get("status") == "passed":
                 print(f"{'passed before':<14}{one['name']}", flush=True)
+            elif one.get("by_name") and self.device == "cpu" and one["name"] not in self.named:
+                words = "needs CUDA; takes long to rehearse, which --only with its name does"
+                self.note(one["name"], {"status": "skipped", "message": words}, 0.0)
             elif one["seconds"] > self.left:
                 self.note(one["name"], {"status": "left_out", "message": f"{self.left:.0f} s were left"}, 0.0)
             else:
@@ -212,6 +216,7 @@ def main(words: list[str]) -> int:
     with TemporaryDirectory() as aside:
         log = Path(f"{asked.out}.log") if asked.out else Path(aside, "log")
         session = Session(device, asked.tiny, asked.out, log, began + 60 * asked.minutes)
+        session.named = tuple(asked.only.split(","))
         return _run(session, asked, began)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.documents import Documents
+from accessory.kernels.fused_attention import HOPPER, fused_for, fused_on
 from accessory.kernels.plain import dropped_attention
 from accessory.model.position import alibi_channels, alibi_slopes, append_alibi
+from accessory.run.determinism import algorithms_as_before, fix_order_of_sums
 from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.rates import seconds_of
 
@@ -58,6 +60,18 @@ TINY = (
     Case("GQA", (4, 2), 20, (1, 9, 1, 5), window=4),
     Case("shared beginnings", (4, 1), 16, (9, 7), shared=(0, 5)),
 )
+
+
+@check(6, needs_cuda=True)
+def chosen(ground: Ground, found: Findings) -> None:
+    """PyTorch's fused kernels for this card: each passes its trial, and flash is taken wherever it can be."""
+    capability = torch.cuda.get_device_capability(ground.device) if ground.cuda else HOPPER
+    for width in (16, 20, 64, 80, 96, 128, 192, 200, 256, 264):
+        for dtype in DTYPES:
+            wanted = fused_for(capability, dtype, width)
+            there = fused_on(ground.device, dtype, width) if ground.cuda else wanted
+            found.expect(there == wanted, f"heads of {width} in {dtype}: {wanted} failed the trial; the log says why")
+            found.figures[f"{width} {str(dtype).removeprefix('torch.')}"] = wanted.kernel
 
 
 @check(25, needs_cuda=True)
@@ -143,9 +157,9 @@ def _operands(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 @check(4, needs_cuda=True)
 def repeated(ground: Ground, found: Findings) -> None:
-    """The same forward and backward ten times, of a long document: whether all bits are the same again.
+    """The same forward and backward ten times, of a long document: all bits are the same with `--deterministic`.
 
-    Flash attention sums dq in any order unless it is told not to; so a difference of dq is a figure, no fault.
+    Without it flash attention sums dq in any order: that this differs is a figure, no fault.
     """
     case = Case("repeated", ground.pick((32, 8), (2, 1)), ground.pick(128, 16), (ground.pick(4096, 40),))
     q, k, v, dout = _operands(case, torch.bfloat16, ground.device)
@@ -157,12 +171,20 @@ def repeated(ground: Ground, found: Findings) -> None:
         out = _attend(*leaves, documents, None, None)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
-    first, equal = once(), dict.fromkeys(("out", "dq", "dk", "dv"), True)
-    for _ in range(9):
-        for name, one, other in zip(equal, first, once(), strict=True):
-            equal[name] &= torch.equal(one, other)
-    found.figures |= {f"{name}_repeats": same for name, same in equal.items()}
-    found.expect(equal["out"], "the forward gives other bits when it is repeated")
+    def repeats() -> dict[str, bool]:
+        """Which of them are the same every time."""
+        first, equal = once(), dict.fromkeys(("out", "dq", "dk", "dv"), True)
+        for _ in range(9):
+            for name, one, other in zip(equal, first, once(), strict=True):
+                equal[name] &= torch.equal(one, other)
+        return equal
+
+    found.figures["equal"] = repeats()
+    found.expect(found.figures["equal"]["out"], "the forward gives other bits when it is repeated")
+    with algorithms_as_before():
+        fix_order_of_sums(True, ground.device)
+        found.figures["equal_deterministic"] = equal = repeats()
+    found.expect(all(equal.values()), f"with --deterministic, equal are only {equal}")
 
 
 @check(8, needs_cuda=True)
@@ -255,4 +277,4 @@ def rates(ground: Ground, found: Findings) -> None:
             }  # fmt: skip
 
 
-CHECKS = [gradients, alibi, repeated, cached, dropped, rates]
+CHECKS = [chosen, gradients, alibi, repeated, cached, dropped, rates]

@@ -87,11 +87,14 @@ class Findings:
 
 @dataclass(frozen=True)
 class Check:
-    """seconds: what it takes on an H200, about. needs_cuda: a run on the CPU is only a rehearsal of it."""
+    """seconds: what it takes on an H200, about. needs_cuda: a run on the CPU is only a rehearsal of it. by_name: which
+    takes long there, so that it must be asked for by its name.
+    """
 
     name: str
     seconds: float
     needs_cuda: bool
+    by_name: bool
     function: Function
 
     def run(self, ground: Ground, findings: Findings) -> None:
@@ -99,13 +102,13 @@ class Check:
         self.function(ground, findings)
 
 
-def check(seconds: float, *, needs_cuda: bool = False) -> Callable[[Function], Check]:
+def check(seconds: float, *, needs_cuda: bool = False, by_name: bool = False) -> Callable[[Function], Check]:
     """Make a function a check, called after its room and itself: kernels.rms_norm."""
 
     def made(function: Function) -> Check:
         """The check."""
         room = function.__module__.rpartition(".")[2]
-        return Check(f"{room}.{function.__name__}", seconds, needs_cuda, function)
+        return Check(f"{room}.{function.__name__}", seconds, needs_cuda, by_name, function)
 
     return made
 

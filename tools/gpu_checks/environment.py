@@ -48,7 +48,7 @@ def copies(ground: Ground, found: Findings) -> None:
     rate = copy_rate(ground)
     found.figures["copy_gb_per_s"] = round(rate / 1e9, 1)
     _compare(ground, found, rate, 0, "a copy")
-    numbers = torch.randint(0, 255, (ground.pick(1 << 30, 1 << 16),), dtype=torch.uint8)
+    numbers = torch.randint(0, 255, (ground.pick(1 << 28, 1 << 16),), dtype=torch.uint8)
     host = numbers.pin_memory() if ground.cuda else numbers
     there, back = torch.empty_like(host, device=ground.device), torch.empty_like(host)
     to = seconds_of(lambda: there.copy_(host, non_blocking=True), ground)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-ROOMS = ("environment", "kernels", "attention", "storages", "families", "launches", "speed")
+ROOMS = ("environment", "kernels", "attention", "storages", "decoding", "families", "launches", "runs", "speed")
 """The cheapest and the most informative first."""
 
 
@@ -36,7 +36,7 @@ def main(answers: int, device: str, tiny: bool) -> None:
                 checks |= {one.name: one for one in import_module(f"tools.gpu_checks.{room}").CHECKS}
             except Exception as error:  # a package that is missing shall not take the other rooms with it
                 broken[f"{room}.import"] = f"{type(error).__name__}: {error}"
-        told = [{"name": c.name, "seconds": c.seconds, "needs_cuda": c.needs_cuda} for c in checks.values()]
+        told = [{"name": c.name, "seconds": c.seconds, "by_name": c.by_name} for c in checks.values()]
         ready = _prepared(device, tiny)
         say(checks=told, broken=broken, **ready[1])
         for line in sys.stdin:

@@ -1,0 +1,81 @@
+"""Answers: the same tokens from recorded graphs as from kernels that are launched one by one, and as from the CPU."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+
+from accessory.generate import generate_tokens, static_memory
+from accessory.model.decoder import Decoder
+from accessory.parallel.groups import Layout
+from tools.gpu_checks.check import Findings, Ground, check
+from tools.gpu_checks.families import built
+
+CASES = (
+    ("llama", None), ("llama", "nf4"), ("llama", "fp4_single"), ("llama", "int8"), ("mistral", "int3_g64"),
+    ("baichuan", "nf4"), ("gpt_neox", "int2_g64"), ("qwen3", "nf4"), ("opt", "nf4"), ("glm4", "int4_g128"),
+)  # fmt: skip
+"""Families and storages."""
+ALIKE = 0.9
+"""Share of tokens that must be the CPU's: sums in another order may turn a choice between two likely tokens, and all
+that follows it."""
+
+
+@check(12, needs_cuda=True)
+def graphs(ground: Ground, found: Findings) -> None:
+    """Greedy answers of three prompts, one of which ends before the others and needs a second span of the cache."""
+    equal = count = recorded = 0
+    for family, kind in CASES[:: ground.pick(1, 4)]:
+        with found.case(name := f"{family} {kind}"):
+            decoder = _decoder(family, kind, ground.layout)
+            static, growing = (answers(decoder, ground, in_place=in_place) for in_place in (True, False))
+            found.expect(static == growing, f"{name}: {static} from fixed places, {growing} from growing ones")
+            recorded += len(decoder.answering.replays._recorded)
+            if ground.cuda:
+                found.expect(decoder.answering.replays._recorded, f"{name}: no graph was recorded")
+            others = answers(_decoder(family, kind, Layout()), ground, in_place=False)
+            pairs = [
+                pair for mine, theirs in zip(growing, others, strict=True) for pair in zip(mine, theirs, strict=False)
+            ]
+            equal, count = equal + sum(a == b for a, b in pairs), count + len(pairs)
+    found.figures |= {"graphs": recorded, "tokens": count, "as_on_the_cpu": equal}
+    found.expect(equal >= ALIKE * count, f"{equal} of {count} tokens are those of the CPU")
+
+
+@check(4, needs_cuda=True)
+def logits(ground: Ground, found: Findings) -> None:
+    """Of a token after a prompt, in every dtype: from fixed places, beside those of the whole document at once."""
+    for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)):
+        for kind in (None, "nf4", "int3_g64"):
+            with found.case(name := f"{kind} {dtype}"), torch.inference_mode():
+                decoder = _decoder("llama", kind, ground.layout, dtype)
+                tokens = torch.arange(9, device=ground.device)
+                whole = decoder(tokens, decoder.sequences((9,)))[-1:]
+                wanted = whole @ decoder.head_weight.to(dtype).t()
+                memory = static_memory.StaticMemory.of(decoder, 1, 64)
+                decoder(tokens[:8], decoder.sequences((8,)), [layer.documents(0, 1) for layer in memory.layers])
+                for again in range(3):  # done, recorded, replayed
+                    memory.begin([8])
+                    memory.tokens[:1].copy_(tokens[8:])
+                    found.close(f"{name}, time {again}", memory.step(1, 64)[:, : decoder.args.vocab_size],
+                                wanted[:, : decoder.args.vocab_size], allowed)  # fmt: skip
+
+
+def answers(decoder: Decoder, ground: Ground, *, in_place: bool) -> list[list[int]]:
+    """Tokens of each prompt. in_place: in fixed places, as on a GPU, or not."""
+    longest = ground.pick(252, 12)
+    prompts = [[(7 * i) % 500 for i in range(longest - 2)], [3, 1, 4], [9]]
+    with patch.object(static_memory, "launches_count", lambda _device: in_place):
+        steps = generate_tokens(decoder, prompts, max_gen_len=16, max_seq_len=longest + 6, stop_ids=set())
+        found = list(steps)
+    return [[step[i] for step in found if step[i] is not None] for i in range(len(prompts))]
+
+
+def _decoder(family: str, kind: str | None, layout: Layout, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A small model that is asked."""
+    decoder, _ = built((family, "lora", kind), dtype)
+    return decoder.to(layout.device).requires_grad_(False).eval()
+
+
+CHECKS = [graphs, logits]
