@@ -187,6 +187,7 @@ def steps(ground: Ground, found: Findings) -> None:
     for changes in runs[-7::3] if ground.tiny else runs:
         with found.case(str(changes)):
             engine = training(**{"lr": 1e-2} | changes).engine(ground.layout)
+            engine.settings = replace(engine.settings, pin_memory=ground.cuda)
             engine.model.train()
             progress = Progress()
             losses = []
