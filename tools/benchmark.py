@@ -119,7 +119,7 @@ def train(
         raise ConfigError(
             f"--steps {steps}: {data} is enough for {engine.schedule.steps_per_epoch} steps of {training.batch_size}."
         )
-    result = measure_training(engine, steps, layout)
+    result = _measure_training(engine, steps, layout)
     if layout.is_main:
         _show({"system": "accessory", "method": method, "device": layout.device.type, "steps": steps, **result}, json)
     groups.stop()
@@ -128,28 +128,40 @@ def train(
 train.__doc__ = train.__doc__.replace("METHODS", ", ".join(METHODS))
 
 
-def measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
-    """Take `steps` steps and one more, and give what `train` prints of them."""
+def _measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
+    reports = run_steps(engine, steps)
+    result = figures_of(engine, reports)
+    shares = time_shares.measure(lambda: engine.step(Progress(step=steps - 1)), engine)
+    result["shares"] = {category: round(share, 2) for category, share in shares.items()}
+    if engine.base_cache:
+        result |= _measure_cached(engine, steps)
+    return result | beside_ideal(engine, layout, reports)
+
+
+def run_steps(engine: Engine, steps: int) -> list[StepReport]:
+    """Take the first `steps` steps."""
     engine.model.train()
     progress = Progress()
-    reports = [engine.step(progress)[0] for _ in range(steps)]
+    return [engine.step(progress)[0] for _ in range(steps)]
+
+
+def figures_of(engine: Engine, reports: list[StepReport]) -> dict:
+    """What `train` prints first, of steps from the first on."""
     timed = reports[UNTIMED_STEPS:]
     seconds, tokens = sum(r.seconds for r in timed), sum(r.tokens for r in timed)
-    packed = [engine.order.packed_tokens(0, report.step - 1) for report in timed]
-    result = {
+    return {
         "tokens": tokens,
-        "computed_tokens": sum(packed),
+        "computed_tokens": sum(_packed_tokens(engine, timed)),
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
         "peak_bytes": reports[-1].peak_bytes,
         "trainable": sum(p.numel() for p in engine.parameters.values()),
         "losses": [round(r.loss, 4) for r in reports],
     }
-    shares = time_shares.measure(lambda: engine.step(Progress(step=steps - 1)), engine)
-    result["shares"] = {category: round(share, 2) for category, share in shares.items()}
-    if engine.base_cache:
-        result |= _measure_cached(engine, steps)
-    return result | _beside_ideal(engine, layout, timed, packed, seconds, tokens)
+
+
+def _packed_tokens(engine: Engine, reports: list[StepReport]) -> list[int]:
+    return [engine.order.packed_tokens(0, report.step - 1) for report in reports]
 
 
 def _measure_cached(engine: Engine, steps: int) -> dict:
@@ -161,16 +173,16 @@ def _measure_cached(engine: Engine, steps: int) -> dict:
     return {"cached_tokens_per_s": round(tokens / seconds, 1), "cached_bytes": engine.base_cache.file.total_bytes}
 
 
-def _beside_ideal(
-    engine: Engine, layout: Layout, timed: list[StepReport], packed: list[int], seconds: float, tokens: int
-) -> dict:
-    decoder, order = engine.model.llma, engine.order
-    work = ideal.Work()
+def beside_ideal(engine: Engine, layout: Layout, reports: list[StepReport]) -> dict:
+    """What `train` prints last: steps from the first on, beside what the device could do at best."""
+    decoder, order, timed = engine.model.llma, engine.order, reports[UNTIMED_STEPS:]
+    packed, work = _packed_tokens(engine, timed), ideal.Work()
     for report, computed in zip(timed, packed, strict=True):
         lengths = order.corpus.lengths[order.global_ids(0, report.step - 1)].tolist()
         work += ideal.step_work(decoder, lengths, computed, report.supervised, layout.dp_size)
     per_rank = max(sum(packed) // len(timed) // layout.dp_size, 1)
     rate, bandwidth = ideal.product_rate(decoder, per_rank, layout.device), ideal.copy_bandwidth(layout.device)
+    seconds, tokens = sum(r.seconds for r in timed), sum(r.tokens for r in timed)
     return ideal.compare(work, tokens, seconds, rate, bandwidth, layout.world_size)
 
 

@@ -15,7 +15,7 @@ from accessory.kernels.plain import document_attention
 from accessory.parallel.groups import Layout
 from accessory.quant.four_bit import FourBitWeight
 from tools import gpu_check
-from tools.gpu_checks import attention, storages
+from tools.gpu_checks import attention, storages, worker
 from tools.gpu_checks.check import Check, Findings, Ground
 
 CPU = Ground(Layout(), tiny=True)
@@ -31,14 +31,13 @@ def test_all_of_it_tiny(called: Callable, tmp_path: Path) -> None:
     done = called("tools/gpu_check.py", "--tiny", "--out", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stdout[-5000:]
     *found, last = lines(tmp_path / "out.jsonl")
-    listed = called("tools/gpu_check.py", "--tiny", "--list").stdout.splitlines()
-    assert sorted(line.split()[0] for line in listed) == sorted(line["check"] for line in found)
     for line in found:
         skipped = line["status"] == "skipped" and line["message"].startswith("needs ")
         assert skipped or line["status"] == "passed", line
     assert last["summary"]["passed"] + last["summary"]["skipped"] == len(found)
-    again = called("tools/gpu_check.py", "--tiny", "--out", tmp_path / "out.jsonl", "--only", "environment,storages")
-    assert again.stdout.count("passed before") == 1 + len(storages.CHECKS)
+    assert {line["check"].partition(".")[0] for line in found} == set(worker.ROOMS)
+    again = called("tools/gpu_check.py", "--tiny", "--out", tmp_path / "out.jsonl", "--only", "environment.versions")
+    assert again.stdout.startswith("passed before environment.versions\n1 passed in ")
 
 
 @pytest.fixture
@@ -99,10 +98,13 @@ def test_lines_of_another_kind_of_run_and_half_lines_do_not_count(session: Calla
     assert list(gpu_check._found_before(session(out=out))) == ["a"]
 
 
-def test_an_unknown_name_is_said(called: Callable) -> None:
-    done = called("tools/gpu_check.py", "--tiny", "--only", "atention")
-    assert done.returncode == 2
-    assert "--only atention: no room or check is called so. Did you mean attention?" in done.stderr
+def test_names_of_rooms_and_checks() -> None:
+    """In their own order; the nearest is said of one that is misspelled."""
+    checks = [{"name": name} for name in ("attention.gradients", "attention.rates", "runs.failure")]
+    assert gpu_check._chosen(checks, "") == checks
+    assert gpu_check._chosen(checks, "runs,attention.rates") == checks[1:]
+    wrong = gpu_check._chosen(checks, "runs,atention")
+    assert wrong == "--only atention: no room or check is called so. Did you mean attention? --list prints all."
 
 
 def test_without_a_card_it_says_so(called: Callable) -> None:

@@ -22,7 +22,7 @@ ALIKE = 0.9
 that follows it."""
 
 
-@check(12, needs_cuda=True)
+@check(8, needs_cuda=True)
 def graphs(ground: Ground, found: Findings) -> None:
     """Greedy answers of three prompts, one of which ends before the others and needs a second span of the cache."""
     equal = count = recorded = 0
@@ -43,7 +43,7 @@ def graphs(ground: Ground, found: Findings) -> None:
     found.expect(equal >= ALIKE * count, f"{equal} of {count} tokens are those of the CPU")
 
 
-@check(4, needs_cuda=True)
+@check(3, needs_cuda=True)
 def logits(ground: Ground, found: Findings) -> None:
     """Of a token after a prompt, in every dtype: from fixed places, beside those of the whole document at once."""
     for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)):

@@ -20,7 +20,7 @@ KNOWN = {"H200": (4.3e12, 790e12), "H100": (2.9e12, 650e12), "A100": (1.7e12, 25
 SHARE = 0.7  # of these, below which something slows the card down
 
 
-@check(5)
+@check(1)
 def versions(ground: Ground, found: Findings) -> None:
     """Versions, the card, and bitsandbytes' library for it."""
     found.figures |= {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
@@ -42,7 +42,7 @@ def versions(ground: Ground, found: Findings) -> None:
     found.expect(torch.cuda.is_bf16_supported(), "the card does not compute in bf16")
 
 
-@check(4, needs_cuda=True)
+@check(2, needs_cuda=True)
 def copies(ground: Ground, found: Findings) -> None:
     """Copies on the card, and between it and pinned memory of the host."""
     rate = copy_rate(ground)
@@ -60,7 +60,7 @@ def copies(ground: Ground, found: Findings) -> None:
     found.expect(torch.equal(back, numbers), "what came back from the device is not what went there")
 
 
-@check(4, needs_cuda=True)
+@check(1, needs_cuda=True)
 def products(ground: Ground, found: Findings) -> None:
     """A square product in bf16: its rate, and some rows of it against float64."""
     side = ground.pick(8192, 64)

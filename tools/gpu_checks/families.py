@@ -50,7 +50,7 @@ SHAPES: dict[str, dict] = {
     "chatglm": {"rotary_dim": 16, "qkv_bias": True, "activation": "gelu_tanh"},
 }  # fmt: skip
 """What a small model has to be for its blocks to be those of a family."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 8e-2}
 """Of all gradients of a model together; 8-bit states and activations are coarser."""
 COARSE = 0.15
 LENGTHS = (37, 1, 20)
@@ -100,7 +100,7 @@ def few_cells() -> list[Cell]:
     return [(family, method, _usual(method)) for family, method in zip(SHAPES, methods, strict=False)]
 
 
-@check(75)
+@check(50)
 def gradients(ground: Ground, found: Findings) -> None:
     """Loss and gradients of a step, in fp32 and in bf16, beside those of the same numbers in float64 on the CPU."""
     chosen = few_cells() if ground.tiny else cells()
@@ -178,7 +178,7 @@ def training(**changes: object) -> Training:
     return Training(**plain | changes)
 
 
-@check(12)
+@check(10)
 def steps(ground: Ground, found: Findings) -> None:
     """Six steps of the engine, of every method, optimizer and precision: losses are finite, and fall on one batch."""
     runs = [{"method": name, "quant_type": _usual(name)} for name in METHODS]
@@ -199,7 +199,7 @@ def steps(ground: Ground, found: Findings) -> None:
             found.expect(losses[-1] < losses[0], f"{changes}: on one batch, losses go from {losses[0]} to {losses[-1]}")
 
 
-@check(25, needs_cuda=True)
+@check(12, needs_cuda=True)
 def plan(ground: Ground, found: Findings) -> None:
     """A step's highest allocation beside the plan of it; a shape of 1.1B, 2,048 tokens."""
     shape, tokens = ground.pick("1.1B", "tiny"), ground.pick(2048, 64)

@@ -61,7 +61,7 @@ class Numbers:
         return there, numbers.double()
 
 
-@check(15, needs_cuda=True)
+@check(12, needs_cuda=True)
 def chosen(ground: Ground, found: Findings) -> None:
     """A card with Triton uses its kernels in every dtype, after the trial that each machine makes."""
     _kernel("gate", ground)
@@ -73,7 +73,7 @@ def chosen(ground: Ground, found: Findings) -> None:
             found.expect(".triton." in module, f"{name} in {dtype} is {module}")
 
 
-@check(20, needs_cuda=True)
+@check(12, needs_cuda=True)
 def rms_norm(ground: Ground, found: Findings) -> None:
     """Forward, the recomputed forward, and both gradients; rows apart too."""
     kernel, plain = _kernel("rms_norm", ground), _plain("rms_norm")
@@ -95,7 +95,7 @@ def rms_norm(ground: Ground, found: Findings) -> None:
                 found.close(f"{name}, {part}", mine, theirs, 2 * TOLERANCE[dtype if part == "dx" else torch.float32])
 
 
-@check(20, needs_cuda=True)
+@check(10, needs_cuda=True)
 def gate(ground: Ground, found: Findings) -> None:
     """Every activation, forward and backward, contiguous or in slices of wider rows."""
     kernel, plain = _kernel("gate", ground), _plain("gate")
@@ -110,7 +110,7 @@ def gate(ground: Ground, found: Findings) -> None:
                 found.close(f"{name}, {part}", one, other, TOLERANCE[dtype])
 
 
-@check(15, needs_cuda=True)
+@check(8, needs_cuda=True)
 def rotary(ground: Ground, found: Findings) -> None:
     """Both layouts, there and back, of whole heads and of their first channels."""
     kernel, plain = _kernel("rotary", ground), _plain("rotary")
@@ -129,7 +129,7 @@ def rotary(ground: Ground, found: Findings) -> None:
             found.close(name, mine, theirs, TOLERANCE[dtype])
 
 
-@check(15, needs_cuda=True)
+@check(4, needs_cuda=True)
 def cross_entropy(ground: Ground, found: Findings) -> None:
     """Losses and gradients of chunks of logits, with padding, with other ranks' labels, and the likeliest labels."""
     kernel, plain = _kernel("cross_entropy", ground), _plain("cross_entropy")
@@ -155,7 +155,7 @@ def cross_entropy(ground: Ground, found: Findings) -> None:
             )
 
 
-@check(15, needs_cuda=True)
+@check(4, needs_cuda=True)
 def four_bit(ground: Ground, found: Findings) -> None:
     """Unpacked NF4 and FP4, with scales of scales and without: the bits of bitsandbytes on the CPU."""
     kernel, plain = _kernel("four_bit", ground), _plain("four_bit")
@@ -170,7 +170,7 @@ def four_bit(ground: Ground, found: Findings) -> None:
             _close_in_bits(found, name, mine, wanted, ground)
 
 
-@check(15, needs_cuda=True)
+@check(4, needs_cuda=True)
 def group_codes(ground: Ground, found: Findings) -> None:
     """Unpacked integers of 2, 3 and 4 bits in groups: the bits of plain PyTorch."""
     kernel, plain = _kernel("group_codes", ground), _plain("group_codes")
@@ -192,7 +192,7 @@ def _close_in_bits(found: Findings, name: str, mine: Tensor, wanted: Tensor, gro
     found.close(name, mine, wanted.to(mine.dtype) if exact else wanted, 0 if exact else TOLERANCE[mine.dtype])
 
 
-@check(30, needs_cuda=True)
+@check(8, needs_cuda=True)
 def beyond_31_bits(ground: Ground, found: Findings) -> None:
     """Tensors of more than 2^31 numbers: their last rows, where a 32-bit offset would have turned negative."""
     numel = ground.pick((1 << 31) + (1 << 24), 1 << 12)
@@ -289,7 +289,7 @@ _FAR: dict[str, Callable[[Ground, Findings, int], None]] = {
 }  # fmt: skip
 
 
-@check(20, needs_cuda=True)
+@check(5, needs_cuda=True)
 def rates(ground: Ground, found: Findings) -> None:
     """At the shapes of a 7B step of 4,096 tokens in bf16: GB/s, as a share of a copy's, and beside plain PyTorch."""
     copied = copy_rate(ground)

@@ -30,7 +30,7 @@ OFF = 0.2
 """Share by which that may be wrong: libraries launch more than one kernel for some products."""
 
 
-@check(15, needs_cuda=True)
+@check(10, needs_cuda=True)
 def training_step(ground: Ground, found: Findings) -> None:
     """Kernels of a step of 7B's width, of 2 blocks and of 3: what one block takes; and how often the host waits."""
     with TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def _waits_of(step: Callable[[], None], ground: Ground) -> Counter:
     return Counter(f"{Path(one.filename).name}:{one.lineno}" for one in waits)
 
 
-@check(12, needs_cuda=True)
+@check(10, needs_cuda=True, by_name=True)
 def token(ground: Ground, found: Findings) -> None:
     """Kernels of a token of 7B's width with 2 blocks and 3, launched one by one; in a recorded graph there are none."""
     with TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -39,9 +40,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def begin_peak(device: torch.device) -> int:
-    """Forget the highest allocation; returns the bytes allocated now."""
+    """Free what nothing refers to and forget the highest allocation; returns the bytes allocated now."""
+    gc.collect()
     if device.type != "cuda":
         return 0
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)

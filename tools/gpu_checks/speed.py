@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from accessory.checkpoint.training_state import Progress
 from accessory.engine import Engine
 from accessory.run.determinism import algorithms_as_before, fix_order_of_sums
-from tools.benchmark import UNTIMED_STEPS, measure_training
+from tools.benchmark import UNTIMED_STEPS, beside_ideal, figures_of, run_steps
+from tools.benchmarking import time_shares
 from tools.benchmarking.decoding import Decoding
 from tools.benchmarking.training import Training
 from tools.gpu_checks.check import Findings, Ground, Skipped, check
@@ -49,24 +50,25 @@ def _train(ground: Ground, found: Findings, method: str, tokens: int, size: str 
     found.figures["made_in_s"] = round(time.perf_counter() - began, 1)
     found.figures["peak_while_made_gb"] = round((peak_bytes(ground.device) - before) / 1e9, 2)
     begin_peak(ground.device)
-    result = measure_training(engine, STEPS, ground.layout)
-    found.figures |= {
-        "tokens_per_s": result["tokens_per_s"],
-        "ideal_tokens_per_s": result["ideal_tokens_per_s"],
-        "ratio_to_ideal": result["ratio_to_ideal"],
-        "peak_gb": round((result["peak_bytes"] - before) / 1e9, 2) if ground.cuda else None,
-        "shares": result["shares"],
-    }
-    losses = result["losses"]
+    reports = run_steps(engine, STEPS)
+    figures = figures_of(engine, reports)
+    found.figures["tokens_per_s"] = figures["tokens_per_s"]
+    found.figures["peak_gb"] = round((figures["peak_bytes"] - before) / 1e9, 2) if ground.cuda else None
+    losses = figures["losses"]
     found.expect(all(loss == loss and loss < 20 for loss in losses), f"losses are {losses}")
     if ground.cuda and not ground.tiny and "H200" in torch.cuda.get_device_name(ground.device):
-        least = SLOWEST.get(f"{method}_{tokens}", 0.0)
-        rate = result["tokens_per_s"]
+        least, rate = SLOWEST.get(f"{method}_{tokens}", 0.0), figures["tokens_per_s"]
         found.expect(rate >= least, f"{rate:.0f} tokens/s; expected {least:.0f} at least, and twice that")
+    with found.case("the ideal"):
+        told = beside_ideal(engine, ground.layout, reports)
+        found.figures |= {name: told[name] for name in ("ideal_tokens_per_s", "ratio_to_ideal")}
+    with found.case("shares of the time"):
+        shares = time_shares.measure(lambda: engine.step(Progress(step=STEPS - 1)), engine)
+        found.figures["shares"] = {name: round(share, 1) for name, share in shares.items()}
     return engine
 
 
-@check(16, needs_cuda=True)
+@check(14, needs_cuda=True)
 def lora_4096(ground: Ground, found: Findings) -> None:
     """7B, LoRA of rank 16 on every linear, 4,096 tokens a step; then the same steps with `--deterministic`."""
     engine = _train(ground, found, "lora", 4096)
@@ -80,49 +82,49 @@ def lora_4096(ground: Ground, found: Findings) -> None:
     found.figures["deterministic_tokens_per_s"] = round(rate, 1)
 
 
-@check(12, needs_cuda=True, by_name=True)
+@check(9, needs_cuda=True, by_name=True)
 def lora_512(ground: Ground, found: Findings) -> None:
     """7B, LoRA, 512 tokens a step."""
     _train(ground, found, "lora", 512)
 
 
-@check(12, needs_cuda=True, by_name=True)
+@check(9, needs_cuda=True, by_name=True)
 def normbias_4096(ground: Ground, found: Findings) -> None:
     """7B, NormBias, 4,096 tokens a step."""
     _train(ground, found, "normbias", 4096)
 
 
-@check(12, needs_cuda=True, by_name=True)
+@check(9, needs_cuda=True, by_name=True)
 def normbias_512(ground: Ground, found: Findings) -> None:
     """7B, NormBias, 512 tokens a step."""
     _train(ground, found, "normbias", 512)
 
 
-@check(12, needs_cuda=True)
+@check(9, needs_cuda=True)
 def qst_4096(ground: Ground, found: Findings) -> None:
     """7B, side tuning as a run has it by default, 4,096 tokens a step."""
     _train(ground, found, "qst", 4096)
 
 
-@check(12, needs_cuda=True, by_name=True)
+@check(9, needs_cuda=True, by_name=True)
 def qst_512(ground: Ground, found: Findings) -> None:
     """7B, side tuning, 512 tokens a step."""
     _train(ground, found, "qst", 512)
 
 
-@check(14, needs_cuda=True, by_name=True)
+@check(10, needs_cuda=True, by_name=True)
 def recomputed_4096(ground: Ground, found: Findings) -> None:
     """7B, LoRA, 4,096 tokens a step, all layers recomputed."""
     _train(ground, found, "lora", 4096, checkpointing="all")
 
 
-@check(14, needs_cuda=True, by_name=True)
+@check(8, needs_cuda=True, by_name=True)
 def decoding_1(ground: Ground, found: Findings) -> None:
     """7B in NF4, one prompt of 128 tokens and 128 new ones."""
     _decode(ground, found, 1)
 
 
-@check(14, needs_cuda=True)
+@check(8, needs_cuda=True)
 def decoding_8(ground: Ground, found: Findings) -> None:
     """The same of eight prompts."""
     _decode(ground, found, 8)
@@ -146,7 +148,7 @@ def _decode(ground: Ground, found: Findings, prompts: int) -> None:
     found.expect(len(run.answers) == prompts and all(len(a) == count for a in run.answers), "answers are cut short")
 
 
-@check(25, needs_cuda=True)
+@check(15, needs_cuda=True)
 def peer_lora_4096(ground: Ground, found: Findings) -> None:
     """transformers, bitsandbytes and peft: 7B in NF4, LoRA of rank 16 on every linear, 4,096 tokens a step."""
     model = _peer(ground)
@@ -175,7 +177,7 @@ def peer_lora_4096(ground: Ground, found: Findings) -> None:
             found.figures[f"{tokens}_peak_above_model_gb"] = round((peak_bytes(ground.device) - before) / 1e9, 2)
 
 
-@check(25, needs_cuda=True)
+@check(15, needs_cuda=True)
 def peer_decoding(ground: Ground, found: Findings) -> None:
     """transformers and bitsandbytes: answers of one prompt and of eight."""
     model = _peer(ground).eval()
@@ -253,7 +255,7 @@ def _quantize(model: nn.Module, name: str, bitsandbytes: object, device: torch.d
     setattr(owner, leaf, new)
 
 
-@check(45, needs_cuda=True)
+@check(25, needs_cuda=True, by_name=True)
 def normbias_70b_512(ground: Ground, found: Findings) -> None:
     """70B, NormBias, 512 tokens a step, all layers recomputed: its peak shall stay below 40 GB."""
     _train(ground, found, "normbias", 512, "70B", checkpointing="all")
@@ -261,7 +263,7 @@ def normbias_70b_512(ground: Ground, found: Findings) -> None:
         found.expect(found.figures["peak_gb"] < MOST_70B / 1e9, f"the peak is {found.figures['peak_gb']} GB")
 
 
-@check(45, needs_cuda=True, by_name=True)
+@check(25, needs_cuda=True, by_name=True)
 def normbias_70b_512_kept(ground: Ground, found: Findings) -> None:
     """The same without recomputation, which is faster."""
     _train(ground, found, "normbias", 512, "70B")

@@ -6,7 +6,6 @@ given. What checks print goes wherever the parent sent it.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -76,8 +75,7 @@ def _run(check, ground) -> tuple[dict, bool]:
     except Exception as error:
         lost = is_device_lost(error)
         found.faults.append(brief(error))
-    gc.collect()
-    if ground.cuda and not lost:
+    if not lost:
         try:
             _forget(ground.device)
         except Exception as error:
@@ -92,13 +90,11 @@ def _run(check, ground) -> tuple[dict, bool]:
 
 def _forget(device) -> None:
     """Free what the last check left."""
-    import torch
-
     from accessory.quant import workspace
+    from tools.gpu_checks.rates import begin_peak
 
     workspace._pieces.clear()
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+    begin_peak(device)
 
 
 if __name__ == "__main__":
