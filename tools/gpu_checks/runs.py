@@ -215,7 +215,7 @@ MetaModel.forward = forward
 """
 
 
-@check(15, needs_cuda=True)
+@check(15, needs_cuda=True, by_name=True)
 def failure(ground: Ground, found: Findings) -> None:
     """A fault of the program in a step, with work on its way on the card: the process ends soon, and says why."""
     with _bench(ground) as bench:
