@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from accessory.kernels.documents import Documents
 from accessory.kernels.operands import processors
@@ -109,12 +110,37 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | 
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
-    offsets, longest = documents.offsets, documents.longest
-    sizes = offsets, offsets, longest, longest
-    saves = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return torch.ops.aten._efficient_attention_forward(
-        q[None], k[None], v[None], None, *sizes, 0.0, _CAUSAL, saves, scale=scale, window_size=window
-    )[0][0]  # fmt: skip
+    return _Efficient.apply(q, k, v, documents.offsets, documents.longest, window, scale)
+
+
+class _Efficient(torch.autograd.Function):
+    """PyTorch's own gradient of the operation does not know of the window."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, window: int | None, scale: float
+    ) -> Tensor:
+        """q, k and v [T, H, E] -> [T, H, E]; offsets: where documents begin and end, int32."""
+        sizes, saves = (offsets, offsets, longest, longest), any(ctx.needs_input_grad)
+        whole, *kept = torch.ops.aten._efficient_attention_forward(
+            q[None], k[None], v[None], None, *sizes, 0.0, _CAUSAL, saves, scale=scale, window_size=window
+        )[:4]  # fmt: skip
+        out = whole[0]
+        ctx.save_for_backward(q, k, v, offsets, out, *kept)
+        ctx.how = longest, window, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """dout [T, H, E] -> gradients of q, k and v, as they are."""
+        q, k, v, offsets, out, statistics, seed, offset = ctx.saved_tensors
+        longest, window, scale = ctx.how
+        found = torch.ops.aten._efficient_attention_backward(
+            dout[None], q[None], k[None], v[None], None, out[None], offsets, offsets, longest, longest, statistics, 0.0,
+            seed, offset, _CAUSAL, False, scale=scale, window_size=window,
+        )  # fmt: skip
+        return *(gradient[0] for gradient in found[:3]), None, None, None, None
 
 
 def forward_bytes(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accessory.kernels import fused_attention
 from accessory.kernels.documents import Documents
@@ -105,8 +106,23 @@ def efficient(
     assert len(q) == 1 and q.shape == k.shape == v.shape and q.shape[-1] % 8 == 0
     assert bias is None and starts is ends and starts.dtype == torch.int32 and (dropout, mask, saves) == (0.0, 1, True)
     assert most_queries == most_keys == int(starts.diff().max())
-    before = -1 if window_size is None else window_size - 1
-    return (softmax_of_one_matrix(q[0], k[0], v[0], starts, before, scale)[None],)
+    out = softmax_of_one_matrix(q[0], k[0], v[0], starts, -1 if window_size is None else window_size - 1, scale)
+    return out[None], *(torch.tensor(number) for number in (7, 8, 9)), most_queries, most_keys
+
+
+def efficient_backward(
+    dout, q, k, v, bias, out, starts, ends, most_queries, most_keys, statistics, dropout, seed, offset, mask,
+    bias_learns, *, scale, window_size,
+) -> tuple:  # fmt: skip
+    """The operation's own gradient, which is given the window anew."""
+    assert (bias, dropout, mask, bias_learns) == (None, 0.0, 1, False) and starts is ends and dout.shape == q.shape
+    assert list(map(int, (statistics, seed, offset))) == [7, 8, 9]
+    assert most_queries == most_keys == int(starts.diff().max())
+    given = [t[0].detach().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        found = softmax_of_one_matrix(*given, starts, -1 if window_size is None else window_size - 1, scale)
+    assert torch.equal(found, out[0])
+    return *(t[None] for t in torch.autograd.grad(found, given, dout[0])), None
 
 
 @pytest.fixture
@@ -116,6 +132,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]
     def put(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", partial(flash, capability))
         monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", partial(efficient, capability))
+        monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", efficient_backward)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
         monkeypatch.setattr(
             "accessory.kernels.plain.document_attention.fused_on",
@@ -211,3 +228,40 @@ def test_of_fake_tensors(fused: Fused, kv_heads: int) -> None:
     numbers = sum(t.nbytes for t in kept.values() if t.dim() > 2 or t.dtype == FP32)
     own = sum(t.nbytes for t in given)
     assert numbers == own + fused_attention.kept_bytes(fused, LENGTHS, 4, kv_heads, width, BF16)
+
+
+class Gradients(TorchDispatchMode):
+    """What attention's own gradient is given, by the names of its arguments; its results are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, object] = {}
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        """Remember it."""
+        if not func._schema.name.endswith("_attention_backward"):
+            return func(*args, **(kwargs or {}))
+        names = [argument.name for argument in func._schema.arguments]
+        self.given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        found = [torch.zeros_like(self.given[name]) for name in ("query", "key", "value")]
+        return (*found, None) if "efficient" in func._schema.name else tuple(found)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_gradient_knows_window_and_scale(kernel: str, window: int | None) -> None:
+    """Autograd passes on what the forward was given."""
+    with FakeTensorMode(), Gradients() as seen:
+        given = leaves(4, 4, 16, BF16)
+        documents = Documents.build(LENGTHS)
+        out = fused_attention.attend(Fused(kernel, BF16, 16), *given, documents, window, 0.3)
+        torch.autograd.grad(out, given, torch.ones_like(out))
+    assert seen.given["scale"] == 0.3
+    if kernel == "flash":
+        sizes = seen.given["window_size_left"], seen.given["window_size_right"]
+        assert (*sizes, seen.given["is_causal"]) == ((-1, 0, True) if window is None else (6, 0, False))
+    else:
+        assert (seen.given.get("window_size"), seen.given["custom_mask_type"]) == (window, 1)
+        assert seen.given["bias_requires_grad"] is False
+    counts = ("max_q", "max_k") if kernel == "flash" else ("max_seqlen_q", "max_seqlen_k")
+    assert [seen.given[name] for name in counts] == [30, 30]
