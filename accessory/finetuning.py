@@ -33,6 +33,7 @@ from accessory.parallel.agree import check_alike, on_main, together
 from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
+from accessory.quant.ahead import unpacking_ahead
 from accessory.run.base_cache import check_can_cache, open_base_cache, plan_base_cache
 from accessory.run.determinism import algorithms_as_before, fix_order_of_sums, set_cublas_workspace
 from accessory.run.identity import Job, progress_at_start, shared_flags
@@ -47,6 +48,7 @@ from accessory.run.signals import StopSignals
 from accessory.run.status import RunStatus
 from accessory.run.teacher import TeacherPlan, find_teacher, load_teacher, make_teacher
 from accessory.run.trackers import make_trackers
+from accessory.run.unpacking import chosen_ahead
 from accessory.run.validation import Validation
 from accessory.run.validation_set import divide
 
@@ -109,6 +111,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     for block in decoder.layers if layout.world_size > 1 else ():
         block.register_forward_pre_hook(groups.tick)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
+    ahead, notes = chosen_ahead(decoder, job.order.most_tokens)
+    _say(layout, *notes)
     everything = NamedParameters(dict(decoder.named_parameters()), slicings | attachment.working)
     parameters = everything.only(attachment.trainable)
     weights = NamedParameters(everything.only(everything.keys() - attachment.working.keys()), slicings)
@@ -123,7 +127,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     _say(layout, *schedule_notes(config, job.order, schedule, progress))
     together(status.begin, progress.total_steps)
     reporter = together(_reporter, config, layout, schedule.total_steps(progress), progress.total_steps)
-    with closing(reporter), ExitStack() as held:
+    with closing(reporter), unpacking_ahead(ahead), ExitStack() as held:
         if rows and not config.dry_run:
             model.base_cache = held.enter_context(open_base_cache(rows, job))
         changed = weights.only(attachment.trainable | attachment.moved)

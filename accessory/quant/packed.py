@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accessory.errors import CheckpointError
 from accessory.kernels.addition import Addition
 from accessory.kernels.single_precision import product
+from accessory.quant.ahead import active
 from accessory.quant.workspace import unpack_buffer
 
 Span = tuple[int | None, int, int]
@@ -160,6 +161,8 @@ class PackedWeight(nn.Module, ABC):
 
     def unpack_to_buffer(self, dtype: torch.dtype) -> Tensor:
         """The same bits in the buffer that all matrices share, for one product: later calls, of any, overwrite it."""
+        if (ahead := active()) is not None:
+            return ahead.unpack(self, dtype)
         return self.unpack_into(unpack_buffer(self.shape, dtype, self.codes.device))
 
     def add_product(self, y: Tensor | None, x: Tensor) -> Tensor:

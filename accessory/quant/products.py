@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.addition import NOTHING, Addition
+from accessory.quant.ahead import active
 from accessory.quant.packed import PackedWeight, plus_product
 from accessory.quant.workspace import unpack_buffer_bytes
 
@@ -54,6 +55,8 @@ def sum_of_products(
     for a, matrix in zip(factors, matrices, strict=True):
         if isinstance(matrix, PackedWeight):
             y = plus_product(y, a, matrix.unpack_to_buffer(a.dtype)) if transposed else matrix.add_product(y, a)
+            if (ahead := active()) is not None:
+                ahead.look_ahead()
         else:
             w = matrix.to(a.dtype)
             y = plus_product(y, a, w if transposed else w.t())

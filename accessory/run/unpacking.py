@@ -1,0 +1,81 @@
+"""Whether matrices are unpacked ahead: measured where the run is, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+
+from accessory.model.block import Block
+from accessory.model.decoder import Decoder
+from accessory.parallel.data import is_sharded
+from accessory.quant import PackedWeight
+from accessory.quant.ahead import Ahead, CudaLanes, unpacking_ahead
+from accessory.quant.products import sum_of_products
+
+_WORTH = 0.97  # of the time without it: less is noise
+_ROUNDS = 5
+
+
+def chosen_ahead(decoder: Decoder, tokens: int) -> tuple[Ahead | None, list[str]]:
+    """(what unpacks ahead in steps of `tokens` tokens, or None, and lines that say so).
+
+    Only on a GPU, and of matrices that lie there whole and that no step changes.
+    """
+    device, inputs = decoder.frequencies.device, _packed_by_input(next(block for _, block in decoder.blocks()))
+    if device.type != "cuda" or not inputs or not _stays(decoder):
+        return None, []
+    ahead, largest = Ahead(CudaLanes(device)), max(w.shape.numel() for w in chain(*inputs)) * decoder.dtype.itemsize
+    try:
+        without = _time(lambda: _products(inputs, tokens, decoder.dtype, device))
+        with unpacking_ahead(ahead):
+            beside = _time(lambda: _products(inputs, tokens, decoder.dtype, device))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, ["matrices are not unpacked ahead: there is no memory for a second buffer"]
+    return verdict(ahead, without, beside, largest)
+
+
+def verdict(ahead: Ahead, without: float, beside: float, largest: int) -> tuple[Ahead | None, list[str]]:
+    """The same of milliseconds that a block's products take; largest: bytes of the largest matrix, unpacked."""
+    times = (
+        f"a block's products take {beside:.2f} ms with the next matrix unpacked beside them, {without:.2f} ms without"
+    )
+    if beside > _WORTH * without:
+        return None, [f"{times}: it is not"]
+    return ahead, [f"{times}: it is, in {largest / 1e9:.2f} GB more than the plan says"]
+
+
+def _packed_by_input(block: Block) -> list[list[PackedWeight]]:
+    linears = (*block.attention.linears_by_input(), *block.feed_forward.linears_by_input())
+    found = [[linear.weight for linear in group if isinstance(linear.weight, PackedWeight)] for group in linears]
+    return [group for group in found if group]
+
+
+def _stays(decoder: Decoder) -> bool:
+    packed = [module for module in decoder.modules() if isinstance(module, PackedWeight)]
+    return not any(m.trained or m.moved for m in packed) and not any(is_sharded(p) for p in decoder.parameters())
+
+
+def _products(inputs: list[list[PackedWeight]], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Those of a block's forward and backward."""
+    for weights in inputs:
+        x = torch.ones(tokens, weights[0].shape[1], dtype=dtype, device=device)
+        made = [sum_of_products([x], [weight], transposed=False) for weight in weights]
+        del x
+        sum_of_products(made, weights, transposed=True)
+
+
+@torch.no_grad()
+def _time(work: Callable[[], None]) -> float:
+    """Milliseconds, the best of a few; the first two warm up, and show in which order matrices are used."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    found = []
+    for _ in range(_ROUNDS + 2):
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end))
+    return min(found[2:])
