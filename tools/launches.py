@@ -1,8 +1,9 @@
-"""What does a training step ask a GPU for?  Kernel launches, bytes and waits, counted without a GPU.
+"""What does a step, or a token of an answer, ask a GPU for?  Kernel launches, bytes and waits, counted without a GPU.
 
 python tools/launches.py block                        one block of LLaMA-2 7B, by method, as docs/speed.md shows it
 python tools/launches.py steps --triton False         a step of a tiny model, by family and method
 python tools/launches.py operations --method lora     each operation of such a block
+python tools/launches.py token                        a token of an answer of LLaMA-2 7B
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ load()
 from accessory.entry import from_command_line, run_tool
 from accessory.parallel import groups
 from tools.benchmarking.counted_steps import CONFIGS, counted_step, extra, tiny_args
+from tools.benchmarking.counted_token import token as token_of
 from tools.benchmarking.launches import Counts
 from tools.model_sizes import args_of
 
 BLOCKS = (("lora", "nf4"), ("normbias", "nf4"), ("qst", "nf4"), ("lora", "none"), ("full", "none"))
+TOKENS = (("lora", "nf4", 1), ("lora", "nf4", 8), ("normbias", "nf4", 1), ("qst", "nf4", 1), ("lora", "none", 1),
+          ("lora", "int4_g64", 1))  # fmt: skip
+"""(method, how the base is packed, documents)."""
 STEPS = {
     "full": ("full", None), "LoRA nf4": ("lora", "nf4"), "LoRA bf16": ("lora", None),
     "NormBias nf4": ("normbias", "nf4"), "NormBias bf16": ("normbias", None), "QST nf4": ("qst", "nf4"),
@@ -81,6 +86,22 @@ def steps(triton: bool = True) -> None:
         print(f"| {family} | {' | '.join(cells)} |")
 
 
+def token(model: str = "7B", context: int = 1024) -> None:
+    """What a token of an answer asks for where nothing is recorded; the likeliest is taken.
+
+    Args:
+        model: a size, or a file with a model's settings.
+        context: tokens of the cache that are looked at.
+    """
+    args = args_of(model)
+    print("| base and method | documents | with Triton | without |\n|---|---|---|---|")
+    for method, quant_type, documents in TOKENS:
+        packed = None if quant_type == "none" else quant_type
+        how = {"documents": documents, "context": context}
+        cells = [_large(token_of(args, method, packed, triton=triton, **how)) for triton in (True, False)]
+        print(f"| {method}, {quant_type.replace('none', 'bf16')} | {documents} | {' | '.join(cells)} |")
+
+
 def _extra(model: str, method: str, quant_type: str, seq: int, triton: bool) -> dict[tuple[str, str], Counts]:
     packed = None if quant_type == "none" else quant_type
     return extra(args_of(model), method, packed, triton=triton, documents=1, seq=seq)
@@ -96,7 +117,7 @@ def _large(counts: Counts) -> str:
 
 def _command() -> None:
     groups.start("cpu")
-    commands = {"block": block, "steps": steps, "operations": operations}
+    commands = {"block": block, "steps": steps, "operations": operations, "token": token}
     command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in commands else "block"
     from_command_line(commands[command])()
 

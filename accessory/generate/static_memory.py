@@ -11,9 +11,12 @@ from torch import Tensor
 
 from accessory.generate.logits import next_token_logits
 from accessory.generate.replays import Replays, recorder_for
+from accessory.kernels import decoding_kernels
+from accessory.kernels.decoding import MOST_ROWS
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
 from accessory.model.decoding import decoding
+from accessory.model.decoding_chain import Chain, why_not
 from accessory.parallel.data import is_sharded
 
 SHORTEST = 256
@@ -29,7 +32,7 @@ class StaticMemory:
         self.rows, self.longest = layers[0].keys.shape[:2]
         device = layers[0].keys.device
         self.tokens, self.positions, self.steps = torch.zeros(3, self.rows, dtype=torch.int64, device=device).unbind()
-        self.replays = Replays(recorder_for(device, decoder.ranks))
+        self.replays, self.chain = Replays(recorder_for(device, decoder.ranks)), None
         self._weights: tuple[object, ...] = ()
 
     def __deepcopy__(self, _memo: dict) -> None:
@@ -55,6 +58,7 @@ class StaticMemory:
         if weights != self._weights:
             self._weights = weights
             self.replays.forget()
+            self.chain = chain_for(self.decoder, self.longest)
         self.place(lengths)
 
     def place(self, lengths: list[int]) -> None:
@@ -73,9 +77,13 @@ class StaticMemory:
     def forward(self, rows: int, span: int) -> Tensor:
         """What is recorded: it reads nothing from the host."""
         part = [layer.documents(0, rows) for layer in self.layers]
+        tokens, positions = self.tokens[:rows], self.positions[:rows]
         with decoding():
-            sequences = self.decoder.next_tokens(self.positions[:rows], span)
-            logits = next_token_logits(self.decoder, self.decoder(self.tokens[:rows], sequences, part))
+            if self.chain is not None and rows <= MOST_ROWS:
+                hidden = self.chain.forward(tokens, positions, part, span)
+            else:
+                hidden = self.decoder(tokens, self.decoder.next_tokens(positions, span), part)
+            logits = next_token_logits(self.decoder, hidden)
         self.positions.add_(self.steps)
         return logits
 
@@ -91,6 +99,14 @@ def launches_count(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def chain_for(decoder: Decoder, longest: int) -> Chain | None:
+    """The decoder's blocks in few launches, where that can be; documents have `longest` tokens at most."""
+    if why_not(decoder):
+        return None
+    found = decoding_kernels(decoder.frequencies.device, decoder.dtype)
+    return None if found is None else Chain(decoder, longest, *found)
+
+
 def documents_together(documents: int) -> int:
     """As how many documents so many are computed."""
     if documents > _SINGLE:
@@ -104,6 +120,10 @@ def span_of(tokens: int, longest: int) -> int:
 
 
 def _places(decoder: Decoder) -> tuple[object, ...]:
-    """Where the weights lie: what is recorded reads them there. What a method prepares lies elsewhere every time."""
+    """Which weights they are, and where: what is recorded reads them there, and what is laid out is computed from them.
+
+    What a method prepares lies elsewhere every time.
+    """
     prepared = any(block.attention.addition is not None for _, block in decoder.blocks())
-    return *(parameter.data_ptr() for parameter in decoder.parameters()), object() if prepared else None
+    weights = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters())
+    return *weights, object() if prepared else None

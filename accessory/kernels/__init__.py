@@ -38,11 +38,24 @@ def on(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> Mo
 
 def fast(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> ModuleType | None:
     """The same if it is not plain PyTorch's, else None: for callers with another way of their own."""
-    # Triton launches on the current device and its stream, wherever the tensors are.
-    if device.type == "cuda" and not (torch.cuda.is_initialized() and device.index == torch.cuda.current_device()):
+    if device.type == "cuda" and not _is_current(device):
         return None
     found = _fast(name, device, dtype)
     return None if found is None or (case and not found.takes(*case)) else found
+
+
+def decoding_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType] | None:
+    """(products, attention) of decoding in few launches, in `dtype` on `device`; None where there are none."""
+    if device.type == "cuda" and not _is_current(device):
+        return None
+    if triton.working(device, dtype, triton.DECODING) < frozenset(triton.DECODING):
+        return None
+    return _implementation("triton", "decoding_products"), _implementation("triton", "decoding_attention")
+
+
+def _is_current(device: torch.device) -> bool:
+    # Triton launches on the current device and its stream, wherever the tensors are.
+    return torch.cuda.is_initialized() and device.index == torch.cuda.current_device()
 
 
 def computing(device: torch.device, dtype: torch.dtype) -> str:
@@ -75,4 +88,4 @@ def _implementation(package: str, name: str) -> ModuleType:
     return import_module(f"{__name__}.{package}.{name}")
 
 
-__all__ = ["computing", "fast", "of", "on"]
+__all__ = ["computing", "decoding_kernels", "fast", "of", "on"]

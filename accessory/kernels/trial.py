@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from accessory.kernels.addition import Addition
 from accessory.kernels.bitsandbytes_library import functional
 from accessory.kernels.codes import Codes, GroupCodes
+from accessory.kernels.decoding import Attending, Products
 from accessory.kernels.documents import Documents
 from accessory.kernels.plain import four_bit, group_codes
 from accessory.kernels.torch_compile import compile_fusible
@@ -134,6 +135,38 @@ def _cross_entropy(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     losses = kernel.losses_and_gradient(scores[0], labels, 4099, None, kernel.workspace(scores[0]))
     kernel.losses_and_gradient(scores[1], labels - 4102, 4099, None, kernel.workspace(scores[1]))
     return [losses, *scores]
+
+
+def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """Two query heads for one of keys', and one; a long document, which programs of a GPU share, and a short one."""
+    made: list[Tensor] = []
+    for heads, window in ((2, None), (1, 300)):
+        angles = randn(600, 8).float()
+        rotations = torch.polar(torch.ones_like(angles), angles)
+        how = Attending(heads, 1, 16, rotations, "halves", 0.25, window, randn(16, 16 * heads))
+        keys, values, projected = randn(2, 600, 1, 16), randn(2, 600, 1, 16), randn(2, 16 * (heads + 2))
+        scratch = kernel.Scratch(how, 2, 600, projected.device)
+        positions = torch.tensor([599, 5], device=projected.device)
+        for _ in range(2):  # the second time, what the first one left behind is found
+            out, low = kernel.attend(how, projected, keys, values, positions, 600, scratch)
+        made += [out, low.sum(1), keys, values]
+    return made
+
+
+def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """Of one row and of three: a norm and two matrices; a gate of two and what follows; one and a residual."""
+    one, other, norm, bias, made = _codes(randn), _codes(randn), randn(128).float(), randn(260).float(), []
+    other = other._replace(nested=(one.nested[0], *other.nested[1:]))  # there is one codebook of scales
+    for rows in (1, 3):
+        x = randn(rows, 128)
+        entrance = Products((one, other), norm, 1e-5, randn(260, 16), bias)
+        gated = Products((other, one), norm, 1e-5, activation="silu", following=randn(16, 130))
+        down = Products((one,), b=randn(130, 16), following=randn(32, 130))
+        made += kernel.multiply(entrance, x, randn(rows, 3, 32).float())[:1]
+        for products, lows, residual in ((gated, None, None), (down, randn(rows, 5, 16).float(), randn(rows, 130))):
+            result, low = kernel.multiply(products, x, lows, residual)
+            made += [result, low.sum(1)]
+    return made
 
 
 def _document_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
@@ -262,7 +295,8 @@ def _rotary(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 _TRIALS: dict[str, Callable[[ModuleType, Randn], list[Tensor]]] = {
     trial.__name__.removeprefix("_"): trial
     for trial in (
-        _cached_attention, _column_sums, _cross_entropy, _document_attention, _four_bit, _four_bit_gemv,
-        _four_bit_product, _gate, _group_codes, _group_codes_gemv, _group_codes_product, _rms_norm, _rotary,
+        _cached_attention, _column_sums, _cross_entropy, _decoding_attention, _decoding_products, _document_attention,
+        _four_bit, _four_bit_gemv, _four_bit_product, _gate, _group_codes, _group_codes_gemv, _group_codes_product,
+        _rms_norm, _rotary,
     )
 }  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.kernels.addition import Addition
 from accessory.kernels.avx512.packed_gemv import PackedMatrices
+from accessory.kernels.few_rows import JoinedMatrices
 from accessory.quant.packed import PackedState, PackedWeight
 
 
@@ -22,7 +23,7 @@ class FewRowsWeight(PackedWeight):
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(shape)
-        self.prepared: PackedMatrices | None = None
+        self.prepared: PackedMatrices | JoinedMatrices | None = None
         self.prepared_with: list[PackedWeight] = []
 
     @abstractmethod
@@ -30,7 +31,7 @@ class FewRowsWeight(PackedWeight):
         """What the kernel's `takes` is asked about this matrix."""
 
     def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
-        """See `PackedWeight`: one call of the AVX512 kernel."""
+        """See `PackedWeight`: one call of the AVX512 kernel, or one launch or a few."""
         if self.prepared is None or not self.prepared.takes(x) or self.prepared_with != others:
             return None
         # Empty additions are not passed: while decoding, converting them takes longer than the arithmetic.

@@ -20,6 +20,7 @@ from accessory.errors import CheckpointError
 from accessory.kernels.bitsandbytes_library import functional as bnb
 from accessory.kernels.bitsandbytes_library import plain_scales
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes
+from accessory.kernels.few_rows import JoinedMatrices
 from accessory.quant.few_rows import FewRowsWeight
 from accessory.quant.moments import levels
 from accessory.quant.packed import WHOLE, PackedState, PackedWeight, Part, Span, Stored, uncuttable
@@ -193,6 +194,17 @@ class FourBitWeight(FewRowsWeight):
         """The AVX512 kernel: each thread unpacks a few columns at a time and multiplies with them."""
         return kernels.fast("four_bit_product", device, dtype, *(weight.shape for weight in weights))
 
+    @torch.no_grad()
+    def prepare_decoding(self, others: list[PackedWeight]) -> None:
+        """See `PackedWeight`: on a GPU, what is prepared stays, since recorded work reads it."""
+        if not self.codes.is_cuda:
+            super().prepare_decoding(others)
+        elif self.prepared is None or self.prepared_with != others:
+            weights = [self, *others]
+            codes = [weight.as_codes() for weight in weights if isinstance(weight, FourBitWeight)]
+            if len(codes) == len(weights) and JoinedMatrices.can(codes):
+                self.prepared, self.prepared_with = JoinedMatrices(codes, _products_kernel), others
+
     def as_codes(self) -> Codes:
         """The matrix as kernels take it."""
         nested, device = None, self.codes.device
@@ -204,6 +216,11 @@ class FourBitWeight(FewRowsWeight):
     def kernel_case(self) -> tuple[int, int]:
         """See `FewRowsWeight`."""
         return self.shape
+
+
+def _products_kernel(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    found = kernels.decoding_kernels(device, dtype)
+    return None if found is None else found[0]
 
 
 class Nf4Single(FourBitWeight):

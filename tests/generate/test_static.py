@@ -13,6 +13,7 @@ from accessory.checkpoint.load import fill, targets
 from accessory.generate import KeptCache, generate_tokens, static_memory
 from accessory.generate.replays import CudaGraphs, Recorded, recorder_for
 from accessory.generate.static_memory import documents_together, span_of
+from accessory.kernels.plain import decoding_attention, decoding_products
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
 from accessory.model.choice import Choice
@@ -22,7 +23,7 @@ from accessory.parallel.data import DataParallel
 from accessory.quant import storage
 from tests.model.prefixes import Prefixes
 
-LLAMA = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 96}
+LLAMA = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 128, "vocab_size": 96}
 MODELS = {
     "llama": {},
     "windows": {"sliding_window": 5},
@@ -132,6 +133,28 @@ def test_every_model_answers_the_same(
     assert recording.recorded == 2 and recording.replayed == 11  # 16 and 32 tokens are looked at; the 8 once only
     for one, other in zip(outputs[1:], theirs, strict=True):
         torch.testing.assert_close(one[:3], other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_chain_answers_the_same(
+    layout: groups.Layout, recording: Recording, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Where its kernels can be used; here they are written out."""
+    monkeypatch.setattr(
+        static_memory, "decoding_kernels", lambda device, dtype: (decoding_products, decoding_attention)
+    )
+    decoder, before = decoder_of(layout, {}, "peft", "nf4"), []
+    decoder.register_forward_hook(lambda module, given, result: before.append(len(result)))
+    wanted = growing(decoder, PROMPTS[:count])
+    before.clear()
+    assert answers(decoder, PROMPTS[:count]) == wanted
+    assert before == [sum(map(len, PROMPTS[:count]))]  # the prompts alone
+    chain = decoder.answering.chain
+    factor = decoder.layers[0].attention.wq.lora_a.weight
+    with torch.no_grad():
+        factor.neg_()
+    assert answers(decoder, PROMPTS[:count]) == growing(decoder, PROMPTS[:count]) != wanted
+    assert decoder.answering.chain is not chain
 
 
 def test_documents_end_one_by_one(layout: groups.Layout, recording: Recording) -> None:

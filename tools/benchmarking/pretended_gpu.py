@@ -66,8 +66,8 @@ def pretended(triton: bool) -> Iterator[None]:
     with ExitStack() as held:
         for name, answer in answers.items():
             held.enter_context(patch.object(torch.cuda, name, answer))
-        works = frozenset(kernels.triton.KERNELS if triton else ())
-        held.enter_context(patch.object(kernels.triton, "_tried", lambda _device, _dtype: works))
+        works = lambda _device, _dtype, names: frozenset(names if triton else ())  # noqa: E731
+        held.enter_context(patch.object(kernels.triton, "_tried", works))
         fused = lambda _device, dtype, width: fused_attention.fused_for(CAPABILITY, dtype, width)  # noqa: E731
         held.enter_context(patch.object(fused_attention, "_tried", fused))
         kernels._fast.cache_clear()

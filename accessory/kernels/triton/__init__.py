@@ -18,16 +18,18 @@ from accessory.kernels.switches import switched_on
 from accessory.kernels.trial import faults_of
 
 KERNELS = ("cross_entropy", "four_bit", "gate", "group_codes", "rms_norm", "rotary")
+DECODING = ("decoding_attention", "decoding_products")
+"""Kernels that are tried when the first answer is asked for: a training run does not wait for their compiler."""
 
 
-def working(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
-    """Names of the kernels that compute in `dtype` on `device`.
+def working(device: torch.device, dtype: torch.dtype, names: tuple[str, ...] = KERNELS) -> frozenset[str]:
+    """Those of the kernels `names` that compute in `dtype` on `device`.
 
     Raises `ConfigError` for an invalid ACCESSORY_TRITON.
     """
     here = device.type == "cuda" or (device.type == "cpu" and interpreted())
     wanted = here and dtype in DTYPES and switched_on("ACCESSORY_TRITON", "Triton's kernels")
-    return _tried(device, dtype) if wanted else frozenset()
+    return _tried(device, dtype, names) if wanted else frozenset()
 
 
 @lru_cache  # Triton asks once too
@@ -37,20 +39,20 @@ def interpreted() -> bool:
 
 
 @lru_cache
-def _tried(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+def _tried(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> frozenset[str]:
     """Every kernel is tried once in each dtype: Triton needs a C compiler, Python's headers and a recent GPU.
 
     Those that fail with the same error are told of in one line.
     """
     if find_spec("triton") is None:
         return frozenset()
-    faults = faults_of("triton", KERNELS, device, dtype)
+    faults = faults_of("triton", names, device, dtype)
     for fault in dict.fromkeys(faults.values()):
-        names = ", ".join(name for name, its in faults.items() if its == fault)
+        faulty = ", ".join(name for name, its in faults.items() if its == fault)
         logging.getLogger(__name__).warning(
-            "Triton's %s cannot be used in %s on %s, plain PyTorch computes: %s", names, dtype, device, fault
+            "Triton's %s cannot be used in %s on %s, plain PyTorch computes: %s", faulty, dtype, device, fault
         )
-    return frozenset(KERNELS) - faults.keys()
+    return frozenset(names) - faults.keys()
 
 
-__all__ = ["KERNELS", "interpreted", "working"]
+__all__ = ["DECODING", "KERNELS", "interpreted", "working"]

@@ -17,7 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accessory.kernels.triton import cross_entropy, four_bit, gate, group_codes, rms_norm, rotary
+from accessory.kernels.triton import (
+    cross_entropy,
+    decoding_attention,
+    decoding_products,
+    four_bit,
+    gate,
+    group_codes,
+    rms_norm,
+    rotary,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FP32 = ("weight", "scale", "sums", "rotations", "highest", "mass", "target", "nested_scales", "offset")
@@ -74,4 +83,26 @@ for activation in gate.ACTIVATIONS:
     found[f"gate gradient {activation}"] = compiled(gate._backward, constants, 4)
 for kernel in (cross_entropy._statistics, cross_entropy._gradient):
     found[f"cross_entropy {kernel.fn.__name__}"] = compiled(kernel, {"BLOCK": cross_entropy.BLOCK}, 8)
+TYPES |= dict.fromkeys(("residual", "b", "following", "projected", "keys", "values"), "*bf16")
+TYPES |= dict.fromkeys(("norm", "bias", "lows", "partials", "statistics"), "*fp32")
+TYPES |= {"positions": "*i64", "finished": "*i32", "eps": "fp32", "scale": "fp32"}
+for number in ("", "_1", "_2"):
+    parts = {"codes": "*i32", "scales": "*u8", "nested_scales": "*fp32", "offset": "*fp32"}
+    TYPES |= {f"{part}{number}": kind for part, kind in parts.items()}
+plain = {"NORM": False, "RESIDUAL": False, "BIAS": False, "AHEAD": 0, "ACTIVATION": "", "RANK": 16}
+links = {
+    "entrance": {"MATRICES": 3, "NORM": True, "BIAS": True},
+    "out": {"MATRICES": 1, "RESIDUAL": True, "AHEAD": 32},
+    "gated": {"MATRICES": 2, "NORM": True, "AHEAD": 16, "ACTIVATION": "silu"},
+}
+for (name, link), rows in product(links.items(), decoding_products.COLUMNS):
+    block, warps = decoding_products.MANY if "AHEAD" in link else decoding_products.FEW
+    constants = {"NESTED": True, "NESTED_BLOCK": 256, "COLUMNS": decoding_products.COLUMNS[rows], "BLOCK": block}
+    constants |= {**plain, **link, "ROWS": rows}
+    found[f"decoding {name} {rows}"] = compiled(decoding_products._multiply, constants, warps)
+for group, splits in ((1, 8), (4, 1)):
+    constants = {"KV_HEADS": 8, "GROUP": group, "PADDED": 1 if group == 1 else 16, "WIDTH": 128, "HALF": 64}
+    constants |= {"NEIGHBOURS": True, "SPLITS": splits, "SPLITS_PADDED": splits, "AHEAD": 16}
+    constants["TOKENS"] = decoding_attention.TOKENS
+    found[f"decoding attention {group} {splits}"] = compiled(decoding_attention._attend, constants, 4)
 print(json.dumps(found))

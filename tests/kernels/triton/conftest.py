@@ -36,6 +36,19 @@ if INTERPRETED and find_spec("triton") is not None:
         return convert_otherwise(values, source, target, mode)
 
     interpreter._convert_float = convert
+    dot_otherwise = interpreter.InterpreterBuilder.create_dot
+
+    def dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
+        """It multiplies the bits of bf16 as whole numbers. Here they are fp32 first."""
+        wide = [
+            interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), language.float32)
+            if t.dtype.scalar == language.bfloat16
+            else t
+            for t in (a, b)
+        ]
+        return dot_otherwise(self, *wide, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 @pytest.fixture

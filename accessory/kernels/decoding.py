@@ -1,0 +1,99 @@
+"""What the kernels of decoding take: products of a few rows, each with all that comes before and after it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from accessory.kernels.codes import BLOCK, Codes
+
+MOST_ROWS = 16
+"""Documents that are computed together."""
+LEAST_RANK = 16
+"""LoRA's ranks are filled up with zeros to this, or to a power of two above."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Products(NamedTuple):
+    """One to three W [n, k] that multiply the same x [rows, k], one after the other; N is the sum of their n.
+
+    norm: fp32 [k]; x is first divided by its root mean square and multiplied by this. eps: added to the mean square.
+    b: LoRA's second factors [N, R] in x's dtype, scaled; what they multiply, x A^T, is given in parts (see `multiply`).
+    bias: fp32 [N]. activation: the two matrices are a gate and its other factor: the result is act(first) * second.
+    following: A of the linears that read the result [R', n] in x's dtype, times the weight of a norm between them.
+    """
+
+    matrices: tuple[Codes, ...]
+    norm: Tensor | None = None
+    eps: float = 0.0
+    b: Tensor | None = None
+    bias: Tensor | None = None
+    activation: str | None = None
+    following: Tensor | None = None
+
+    @property
+    def widths(self) -> list[int]:
+        """n of each."""
+        return [matrix.shape[0] for matrix in self.matrices]
+
+    @property
+    def columns(self) -> int:
+        """k."""
+        return self.matrices[0].shape[1]
+
+    @property
+    def made(self) -> int:
+        """Columns of the result."""
+        return self.widths[0] if self.activation else sum(self.widths)
+
+    def check(self) -> None:
+        """Raises `AssertionError` for what does not fit together."""
+        first, device = self.matrices[0], self.matrices[0].codes.device
+        for matrix in self.matrices:
+            matrix.check(device)
+            if matrix.shape[1] != first.shape[1] or matrix.shape[1] % BLOCK:
+                raise AssertionError(
+                    f"matrices of {[tuple(m.shape) for m in self.matrices]}; expected as many whole blocks"
+                )
+            if (matrix.nested is None) != (first.nested is None) or (
+                first.nested and matrix.nested[0] is not first.nested[0]
+            ):  # fmt: skip
+                raise AssertionError("scales in other codebooks than the first matrix's")
+        if self.activation and (self.activation not in ACTIVATIONS or len(set(self.widths)) > 1):
+            raise AssertionError(f"{self.activation} of {self.widths}")
+        total, rank = sum(self.widths), 0 if self.b is None else self.b.shape[1]
+        expected = {"norm": (self.columns,), "bias": (total,), "b": (total, rank)}
+        for name, shape in expected.items():
+            part = getattr(self, name)
+            if part is not None and (part.shape != shape or not part.is_contiguous() or part.device != device):
+                raise AssertionError(f"{name} is {list(part.shape)} on {part.device}; expected {list(shape)}")
+        for name, size in (("b", rank), ("following", 0 if self.following is None else len(self.following))):
+            if size and (size < LEAST_RANK or size & (size - 1)):
+                raise AssertionError(f"{name} of rank {size}; expected a power of two from {LEAST_RANK} on")
+
+
+class Attending(NamedTuple):
+    """Attention of a new token to its document's cache.
+
+    rotations: of all positions, complex64 [longest, half]. layout: of rotated channels, pairs or halves. window: how
+    many tokens, up to its own, a token sees; all if absent. following: A of `wo` [R', H E] in q's dtype, if there is
+    one.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    rotations: Tensor
+    layout: str
+    scale: float
+    window: int | None = None
+    following: Tensor | None = None
+
+
+def filled_up(rank: int) -> int:
+    """The rank that kernels compute with for a LoRA of `rank`, or for several together."""
+    return max(LEAST_RANK, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+__all__ = ["ACTIVATIONS", "LEAST_RANK", "MOST_ROWS", "Attending", "Products", "filled_up"]

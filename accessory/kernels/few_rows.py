@@ -1,0 +1,122 @@
+"""Products of a few rows with 4-bit matrices that lie on a GPU, for decoders whose blocks are no chain.
+
+By Triton's kernel, all matrices of an input in one launch, or by bitsandbytes', each in one. Neither unpacks a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.addition import Addition
+from accessory.kernels.bitsandbytes_library import functional as _loads_operations  # noqa: F401
+from accessory.kernels.codes import BLOCK, Codes
+from accessory.kernels.decoding import MOST_ROWS, Products, filled_up
+from accessory.kernels.operands import DTYPES
+
+ALWAYS_FUSED = 4  # rows up to which bitsandbytes multiplies without unpacking on every GPU
+
+
+class _Added(NamedTuple):
+    """Of linears that share x: A [R a linear, K] and B [N, R], scaled, in x's dtype, and biases fp32 [N], or None."""
+
+    a: Tensor | None
+    b: Tensor | None
+    bias: Tensor | None
+
+
+class JoinedMatrices:
+    """Several W [n, k] that multiply the same x [T, k]: as `accessory.kernels.avx512.packed_gemv.PackedMatrices`.
+
+    find: gives Triton's `decoding_products` for a device and dtype, or None: bitsandbytes' operation computes.
+    """
+
+    def __init__(self, matrices: list[Codes], find: Callable[[torch.device, torch.dtype], ModuleType | None]) -> None:
+        self._matrices, self._find = tuple(matrices), find
+        self._widths = [matrix.shape[0] for matrix in matrices]
+        self._known: tuple[torch.dtype, list[tuple[Tensor | None, int]]] | None = None
+        self._added = _Added(None, None, None)
+
+    @staticmethod
+    def can(matrices: list[Codes]) -> bool:
+        """Whether the matrices' rows are whole blocks, and their scales of one kind."""
+        whole = not any(matrix.shape[1] % BLOCK for matrix in matrices)
+        return whole and len({(matrix.nested is None, matrix.quant_type) for matrix in matrices}) == 1
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has few rows, and lies with the matrices."""
+        if not (0 < len(x) <= MOST_ROWS and x.device == self._matrices[0].codes.device and x.is_contiguous()):
+            return False
+        if self._find(x.device, x.dtype) is not None:
+            return True
+        return len(x) <= ALWAYS_FUSED and x.dtype in DTYPES and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+    def multiply(self, x: Tensor, added: list[Addition] | None = None) -> tuple[Tensor, ...]:
+        """x [T, k] -> [T, n] of each, with bias and LoRA, no dropout."""
+        a, b, bias = self._laid_out(added, x.dtype)
+        low = None if a is None else x @ a.t()
+        kernel = self._find(x.device, x.dtype)
+        if kernel is None:
+            return self._one_by_one(x, low, b, bias)
+        products = Products(self._matrices, b=b, bias=bias)
+        y, _ = kernel.multiply(products, x, None if low is None else low.float()[:, None])
+        return y.split(self._widths, 1)
+
+    def _one_by_one(self, x: Tensor, low: Tensor | None, b: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        absent = [None] * len(self._widths)
+        lows = absent if low is None else low.chunk(len(self._widths), 1)
+        factors = absent if b is None else b.split(self._widths)
+        biases = absent if bias is None else bias.to(x.dtype).split(self._widths)
+        return tuple(map(_product, [x] * len(self._widths), self._matrices, lows, factors, biases))
+
+    def _laid_out(self, added: list[Addition] | None, dtype: torch.dtype) -> _Added:
+        """Joined once for each state of the weights; they keep their place for what is recorded."""
+        state = [(part, _version(part)) for one in added or [] for part in one[:3]]
+        known = self._known is not None and self._known[0] == dtype and len(self._known[1]) == len(state)
+        if not known or any(
+            part is not held or version != at for (part, version), (held, at) in zip(state, self._known[1], strict=True)
+        ):  # fmt: skip
+            self._known, self._added = (dtype, state), self._joined(added or [], dtype)
+        return self._added
+
+    def _joined(self, added: list[Addition], dtype: torch.dtype) -> _Added:
+        device, columns = self._matrices[0].codes.device, self._matrices[0].shape[1]
+        rank = filled_up(max((len(one.a) for one in added if one.a is not None), default=0))
+        a = b = bias = None
+        if rank:
+            a = torch.zeros(len(added) * rank, columns, dtype=dtype, device=device)
+            b = torch.zeros(sum(self._widths), rank, dtype=dtype, device=device)
+            for i, (one, rows) in enumerate(zip(added, b.split(self._widths), strict=True)):
+                if one.a is not None:
+                    a[i * rank : i * rank + len(one.a)] = one.a
+                    rows[:, : len(one.a)] = one.b * one.scale
+        if any(one.bias is not None for one in added):
+            bias = torch.zeros(sum(self._widths), device=device)
+            for one, rows in zip(added, bias.split(self._widths), strict=True):
+                if one.bias is not None:
+                    rows.copy_(one.bias)
+        return _Added(a, b, bias)
+
+
+def _product(x: Tensor, w: Codes, low: Tensor | None, b: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A single row's LoRA is a bias to bitsandbytes' kernel, which rounds once."""
+    more = None
+    if low is not None and len(x) == 1:
+        more = (low @ b.t() if bias is None else torch.addmm(bias, low, b.t()))[0]
+    elif low is None:
+        more = bias
+    nested = (None, None, None) if w.nested is None else (w.scales, w.nested[0], w.nested[2].view(()))
+    scales = w.scales if w.nested is None else w.nested[1]
+    y = torch.ops.bitsandbytes.gemm_4bit(x, w.codes.view(-1, 1), w.shape, scales, BLOCK, w.quant_type, more, *nested)
+    if low is not None and len(x) > 1:
+        y.addmm_(low, b.t())
+        return y if bias is None else y.add_(bias)
+    return y
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

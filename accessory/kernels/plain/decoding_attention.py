@@ -1,0 +1,36 @@
+"""Attention of one new token a document to the cache, from the linears' result to the input of `wo`, step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.decoding import Attending
+from accessory.kernels.plain.rotary import rotate
+
+
+class Scratch:
+    """Nothing."""
+
+    def __init__(self, how: Attending, rows: int, longest: int, device: torch.device) -> None:
+        pass
+
+
+def attend(
+    how: Attending, projected: Tensor, keys: Tensor, values: Tensor, positions: Tensor, span: int, scratch: Scratch
+) -> tuple[Tensor, Tensor | None]:
+    """As `accessory.kernels.triton.decoding_attention.attend`; low products in a single part."""
+    rows, (heads, kv_heads, width) = len(projected), how[:3]
+    q, k, v = projected.view(rows, -1, width).split([heads, kv_heads, kv_heads], 1)
+    q, k = (rotate(x, how.rotations[positions][:, None], how.layout) for x in (q, k))
+    each = torch.arange(rows, device=q.device)
+    keys[each, positions], values[each, positions] = k, v
+    tokens = torch.arange(span, device=q.device)
+    seen = tokens <= positions[:, None]
+    if how.window is not None:
+        seen &= tokens > positions[:, None] - how.window
+    rows_of_q = q.float().view(rows, kv_heads, -1, width)
+    score = torch.einsum("bkge,btke->bkgt", rows_of_q, keys[:rows, :span].float()) * how.scale
+    weight = score.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    out = torch.einsum("bkgt,btke->bkge", weight, values[:rows, :span].float()).reshape(rows, -1).to(q.dtype)
+    return out, None if how.following is None else (out.float() @ how.following.float().t())[:, None]

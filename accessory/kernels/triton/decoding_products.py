@@ -1,0 +1,334 @@
+"""Products of a few rows with 4-bit matrices, with all that comes before and after them, in one launch.
+
+While decoding, a launch takes longer than the work between two products. So a launch has: the norm of its input, up to
+three matrices, LoRA's second factors, biases, the gate or the residual, and what the next linears' LoRA needs, which is
+summed by those who read it: a sum over programs, in a fixed order, without a launch of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accessory.kernels.codes import NESTED_BLOCK
+from accessory.kernels.decoding import MOST_ROWS, Products
+from accessory.kernels.operands import check_device, check_floats, check_shape
+from accessory.kernels.triton.gate import _activated
+
+COLUMNS = {1: 512, MOST_ROWS: 256}
+"""Of a row that a program reads at once, by rows of x that it is compiled for."""
+FEW, MANY = (16, 4), (32, 8)
+"""(columns of the result, warps) of a program: where its part of low products must be summed, programs are few."""
+
+
+def multiply(
+    products: Products, x: Tensor, lows: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x [rows, k] -> (result [rows, N] in x's dtype, low products of what follows fp32 [rows, P, R'], in P parts).
+
+    lows: x A^T of each matrix's LoRA, fp32 [rows, P, R a matrix, or more], in parts to be summed; x before its division
+    by the root mean square. residual: added to the result [rows, n]. Everything is summed in fp32 and rounded once.
+    Raises `AssertionError` for what does not fit together.
+    """
+    rows, k = x.shape
+    compiled = 1 if rows == 1 else MOST_ROWS
+    _check(products, x, lows, residual)
+    made, (block, warps) = products.made, FEW if products.following is None else MANY
+    y = torch.empty((rows, made), dtype=x.dtype, device=x.device)
+    count, following = triton.cdiv(made, block), products.following
+    ahead = 0 if following is None else len(following)
+    partials = torch.empty((rows, count, ahead), dtype=torch.float32, device=x.device) if ahead else None
+    first = products.matrices[0]
+    given = [
+        (
+            matrix.codes.view(torch.int32),
+            matrix.scales,
+            *(matrix.nested or (first.codebook, matrix.scales, matrix.scales)),
+        )
+        for matrix in products.matrices
+    ]
+    programs = count if products.activation else sum(triton.cdiv(width, block) for width in products.widths)
+    _multiply[(programs,)](
+        x,
+        first.codebook if products.norm is None else products.norm,
+        x if residual is None else residual,
+        x if products.b is None else products.b,
+        first.codebook if products.bias is None else products.bias,
+        first.codebook if lows is None else lows,
+        x if following is None else following,
+        y,
+        first.codebook if partials is None else partials,
+        first.codebook,
+        given[0][2],
+        *(part for parts in (given + 2 * given[:1])[:3] for part in (*parts[:2], *parts[3:])),
+        *[*products.widths, 0, 0][:3],
+        k,
+        made,
+        rows,
+        *((0, 0) if lows is None else lows.shape[1:]),
+        products.eps,
+        MATRICES=len(products.matrices),
+        NORM=products.norm is not None,
+        RESIDUAL=residual is not None,
+        BIAS=products.bias is not None,
+        RANK=0 if products.b is None else products.b.shape[1],
+        AHEAD=ahead,
+        ACTIVATION=products.activation or "",
+        NESTED=first.nested is not None,
+        NESTED_BLOCK=NESTED_BLOCK,
+        ROWS=compiled,
+        BLOCK=block,
+        COLUMNS=COLUMNS[compiled],
+        num_warps=warps,
+    )
+    return y, partials
+
+
+def _check(products: Products, x: Tensor, lows: Tensor | None, residual: Tensor | None) -> None:
+    check_floats(x=x)
+    products.check()
+    check_device(x.device, codes=products.matrices[0].codes)
+    check_shape(x, (len(x), products.columns), "x")
+    if not (x.is_contiguous() and 0 < len(x) <= MOST_ROWS):
+        raise AssertionError(f"x is {list(x.shape)}; expected 1 to {MOST_ROWS} contiguous rows")
+    for matrix in products.matrices:
+        if matrix.codes.storage_offset() % 4:
+            raise AssertionError("codes at an address that is no multiple of 4")
+    if (lows is None) != (products.b is None):
+        raise AssertionError("LoRA needs its low products, and they need LoRA")
+    if lows is not None:
+        check_shape(lows, (len(x), *lows.shape[1:]), "lows")
+        if lows.dim() != 3 or lows.shape[2] < products.b.shape[1] * len(products.matrices):
+            raise AssertionError(
+                f"lows are {list(lows.shape)} for {len(products.matrices)} of rank {products.b.shape[1]}"
+            )
+        if lows.dtype != torch.float32 or not lows.is_contiguous():
+            raise AssertionError(f"lows are {lows.dtype}; expected fp32, contiguous")
+    if residual is not None:
+        check_shape(residual, (len(x), products.made), "residual")
+        check_floats(x=x, residual=residual)
+        if not residual.is_contiguous():
+            raise AssertionError("residual's rows lie apart")
+
+
+def takes(rows: int) -> bool:
+    """Whether so many rows are computed together."""
+    return 0 < rows <= MOST_ROWS
+
+
+@triton.jit
+def _product(
+    x,
+    norm,
+    codes,
+    scales,
+    nested_scales,
+    offset,
+    nested_codebook,
+    codebook,
+    first,
+    n,
+    k,
+    rows,
+    eps,
+    NORM: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows `first` and on of W times every row of x [BLOCK, ROWS], and 1 / rms of x [1, ROWS], fp32."""
+    GROUPS: tl.constexpr = COLUMNS // 64
+    row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+    group, word, place = tl.arange(0, GROUPS), tl.arange(0, 8), tl.arange(0, 8)
+    table = tl.load(codebook + tl.arange(0, 16))
+    per_row = k // 64
+    if NESTED:
+        mean = tl.load(offset)
+    if ROWS == 1:
+        total = tl.zeros([BLOCK, GROUPS, 8], tl.float32)
+        squares = tl.zeros([GROUPS, 8, 8], tl.float32)
+    else:
+        total = tl.zeros([BLOCK, ROWS], tl.float32)
+        squares = tl.zeros([ROWS], tl.float32)
+    for start in range(0, per_row, GROUPS):
+        at = start + group
+        inside = (row < n)[:, None] & (at < per_row)[None, :]
+        block = row[:, None] * per_row + at[None, :]
+        packed = tl.load(codes + block[:, :, None] * 8 + word[None, None, :], inside[:, :, None], other=0)
+        scale = tl.load(scales + block, inside, other=0)
+        if NESTED:
+            share = tl.load(nested_scales + block // NESTED_BLOCK, inside, other=0)
+            scale = tl.load(nested_codebook + scale.to(tl.int32)) * share + mean
+        # Low byte first, high nibble first: nibbles 1, 0, 3, 2, ... of a little-endian word.
+        code = (packed[:, :, :, None] >> ((place ^ 1) * 4)[None, None, None, :]) & 15
+        value = tl.gather(table, code.reshape(BLOCK * COLUMNS), 0).reshape(BLOCK, GROUPS, 8, 8)
+        if ROWS == 1:
+            column = (at * 64)[:, None, None] + (word * 8)[None, :, None] + place[None, None, :]
+            there = (at < per_row)[:, None, None]
+            given = tl.load(x + column, there, other=0).to(tl.float32)
+            if NORM:
+                squares += given * given
+                given *= tl.load(norm + column, there, other=0)
+            total += tl.sum(value * given[None], 3) * scale[:, :, None]
+        else:
+            column = start * 64 + tl.arange(0, COLUMNS)
+            there = (tl.arange(0, ROWS) < rows)[:, None] & (column < k)[None, :]
+            given = tl.load(x + tl.arange(0, ROWS)[:, None] * k + column[None, :], there, other=0)
+            if NORM:
+                wide = given.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)
+                given = (wide * tl.load(norm + column, column < k, other=0)[None, :]).to(given.dtype)
+            weight = (value * scale[:, :, None, None]).reshape(BLOCK, COLUMNS).to(given.dtype)
+            total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
+    if ROWS == 1:
+        result = tl.sum(tl.sum(total, 2), 1)[:, None]
+        mean_square = tl.sum(tl.sum(tl.sum(squares, 2), 1), 0) / k + tl.zeros([1, 1], tl.float32)
+    else:
+        result = total
+        mean_square = (squares / k)[None, :]
+    inverse = tl.rsqrt(mean_square + eps) if NORM else tl.full([1, ROWS], 1.0, tl.float32)
+    return result, inverse
+
+
+@triton.jit
+def _times(one, other, ROWS: tl.constexpr):
+    """one [N, R] times other [ROWS, R] -> [N, ROWS], fp32; a single row without tensor cores."""
+    if ROWS == 1:
+        result = tl.sum(one.to(tl.float32) * other, 1)[:, None]
+    else:
+        result = tl.dot(one, tl.trans(other.to(one.dtype)), input_precision="ieee")
+    return result
+
+
+@triton.jit
+def _low(lows, parts, width, first, rows, RANK: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of the parts, columns `first` and on [ROWS, RANK]."""
+    PARTS: tl.constexpr = 64 if ROWS == 1 else 8
+    rank = first + tl.arange(0, RANK)
+    if ROWS == 1:
+        total = tl.zeros([PARTS, RANK], tl.float32)
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            total += tl.load(lows + part[:, None] * width + rank[None, :], (part < parts)[:, None], other=0)
+        low = tl.sum(total, 0)[None, :]
+    else:
+        low = tl.zeros([ROWS, RANK], tl.float32)
+        row = tl.arange(0, ROWS)
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            inside = (row < rows)[:, None] & (part < parts)[None, :]
+            at = (row[:, None] * parts + part[None, :]) * width
+            low += tl.sum(tl.load(lows + at[:, :, None] + rank[None, None, :], inside[:, :, None], other=0), 1)
+    return low
+
+
+@triton.jit
+def _multiply(
+    x,
+    norm,
+    residual,
+    b,
+    bias,
+    lows,
+    following,
+    y,
+    partials,
+    codebook,
+    nested_codebook,
+    codes,
+    scales,
+    nested_scales,
+    offset,
+    codes_1,
+    scales_1,
+    nested_scales_1,
+    offset_1,
+    codes_2,
+    scales_2,
+    nested_scales_2,
+    offset_2,
+    n,
+    n_1,
+    n_2,
+    k,
+    made,
+    rows,
+    parts,
+    width,
+    eps,
+    MATRICES: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    which = 0
+    before = 0  # columns of the matrices before this program's
+    if ACTIVATION == "" and MATRICES > 1:
+        blocks, blocks_1 = tl.cdiv(n, BLOCK), tl.cdiv(n_1, BLOCK)
+        if program >= blocks + blocks_1:
+            which, before = 2, n + n_1
+            program -= blocks + blocks_1
+        elif program >= blocks:
+            which, before = 1, n
+            program -= blocks
+        codes = tl.where(which == 0, codes, tl.where(which == 1, codes_1, codes_2))
+        scales = tl.where(which == 0, scales, tl.where(which == 1, scales_1, scales_2))
+        nested_scales = tl.where(which == 0, nested_scales, tl.where(which == 1, nested_scales_1, nested_scales_2))
+        offset = tl.where(which == 0, offset, tl.where(which == 1, offset_1, offset_2))
+        n = tl.where(which == 0, n, tl.where(which == 1, n_1, n_2))
+    first = program * BLOCK
+    result, inverse = _product(
+        x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows, eps,
+        NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+    )  # fmt: skip
+    column = first + tl.arange(0, BLOCK)
+    inside = column < n
+    rank = tl.arange(0, RANK if RANK else 1)
+    if RANK:
+        low = _low(lows, parts, width, which * RANK, rows, RANK, ROWS)
+        factor = tl.load(b + (before + column).to(tl.int64)[:, None] * RANK + rank[None, :], inside[:, None], other=0)
+        result += _times(factor, low, ROWS)
+    result *= inverse
+    if BIAS:
+        result += tl.load(bias + before + column, inside, other=0)[:, None]
+    if ACTIVATION != "":
+        other, _same = _product(
+            x, norm, codes_1, scales_1, nested_scales_1, offset_1, nested_codebook, codebook, first, n, k, rows, eps,
+            NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+        )  # fmt: skip
+        if RANK:
+            low = _low(lows, parts, width, RANK, rows, RANK, ROWS)
+            factor = tl.load(b + (n + column).to(tl.int64)[:, None] * RANK + rank[None, :], inside[:, None], other=0)
+            other += _times(factor, low, ROWS)
+        other *= inverse
+        if BIAS:
+            other += tl.load(bias + n + column, inside, other=0)[:, None]
+        value, _slope = _activated(result, ACTIVATION)
+        result = value * other
+    row = tl.arange(0, ROWS)
+    at = row[None, :] * made + (before + column)[:, None]
+    there = inside[:, None] & (row < rows)[None, :]
+    if RESIDUAL:
+        result += tl.load(residual + at, there, other=0).to(tl.float32)
+    rounded = result.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, there)
+    if AHEAD:
+        ahead = tl.arange(0, AHEAD)
+        factor = tl.load(following + ahead[:, None] * made + column[None, :], inside[None, :], other=0)
+        # The columns beyond the last are 0 in both.
+        shares = _times(factor, tl.trans(tl.where(there, rounded.to(tl.float32), 0.0)), ROWS)
+        place = (row[None, :] * tl.num_programs(0) + tl.program_id(0)) * AHEAD + ahead[:, None]
+        tl.store(partials + place, shares, (row < rows)[None, :] & (ahead < AHEAD)[:, None])
