@@ -8,8 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from accessory.kernels.bitsandbytes_library import AVAILABLE
+from accessory.parallel.agree import highest
+from accessory.parallel.groups import data_parallel_group, model_parallel_group
 from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.rates import copy_rate, seconds_of
 
@@ -60,6 +63,18 @@ def copies(ground: Ground, found: Findings) -> None:
     found.expect(torch.equal(back, numbers), "what came back from the device is not what went there")
 
 
+@check(2)
+def collectives(ground: Ground, found: Findings) -> None:
+    """Tensors of the card go through NCCL, those of the host through gloo, also where there is one rank."""
+    for device in {ground.device, torch.device("cpu")}:
+        for group in (None, model_parallel_group(), data_parallel_group()):
+            numbers = torch.arange(5.0, device=device)
+            dist.all_reduce(numbers, group=group)
+            found.expect(numbers.tolist() == [0, 1, 2, 3, 4], f"a sum over one rank on {device} is {numbers.tolist()}")
+    found.expect(highest([3, 1]) == [3, 1], "ranks cannot agree")
+    found.figures["backend"] = dist.get_backend_config()
+
+
 @check(1, needs_cuda=True)
 def products(ground: Ground, found: Findings) -> None:
     """A square product in bf16: its rate, and some rows of it against float64."""
@@ -95,4 +110,4 @@ def _driver() -> str | None:
     return file.read_text().splitlines()[0] if file.is_file() else None
 
 
-CHECKS = [versions, copies, products]
+CHECKS = [versions, copies, products, collectives]

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from accessory.errors import OutOfMemoryError
+import torch
+
+from accessory.errors import LostRankError, OutOfMemoryError
 from accessory.run.status import read_status
 from tools import random_checkpoint
 from tools.gpu_checks.check import Findings, Ground, check
@@ -39,8 +41,8 @@ class Bench:
         (folder / "lora.json").write_text('{"lora_rank": 4}')
         self.started: list[subprocess.Popen] = []
 
-    def start(self, name: str, *flags: str, script: str = "") -> subprocess.Popen:
-        """Train into the folder `name` for `--max_steps`. script: Python to be run before the entry."""
+    def start(self, name: str, *flags: str, script: str = "", ranks: int = 1) -> subprocess.Popen:
+        """Train into the folder `name`, on so many ranks. script: Python to be run before the entry."""
         entry = ROOT / "accessory" / "main_finetune.py"
         if script:
             ours = self.folder / f"{name}.py"
@@ -54,7 +56,7 @@ class Bench:
             *("--quant", "--only_save_trainable", "--batch_size", "4", "--epochs", "60", "--lr", "0.01"),
             *("--device", device, "--report_to", "none", "--output_dir", self.folder / name, *flags),
         ]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, *launcher, str(entry), *map(str, words)], cwd=ROOT, env=_environment(),
@@ -187,8 +189,6 @@ def out_of_memory(ground: Ground, found: Findings) -> None:
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
     script = _NO_MEMORY
     if ground.cuda:
-        import torch
-
         total = torch.cuda.mem_get_info(ground.device)[1]
         script = _LITTLE_MEMORY.format(share=400e6 / total)
     with _bench(ground, SHAPE | wide if ground.cuda else SHAPE) as bench:
@@ -208,6 +208,9 @@ right, calls = MetaModel.forward, []
 def forward(*given):
     calls.append(1)
     if len(calls) > 2:
+        if {cuda}:
+            import torch
+            torch.cuda._sleep(60_000_000_000)  # half a minute of work on the card, for which nobody waits
         open({mark!r}, "w").close()
         raise KeyError("a fault of the program")
     return right(*given)
@@ -220,7 +223,7 @@ def failure(ground: Ground, found: Findings) -> None:
     """A fault of the program in a step, with work on its way on the card: the process ends soon, and says why."""
     with _bench(ground) as bench:
         mark = bench.folder / "failed"
-        process = bench.start("failing", "--max_steps", "4", script=_FAILS.format(mark=str(mark)))
+        process = bench.start("failing", "--max_steps", "4", script=_FAILS.format(mark=str(mark), cuda=ground.cuda))
         left = bench.finish("failing", process)
         status, words = bench.status("failing"), bench.words("failing")
         found.expect(left and status.get("state") == "failed", f"{left}, {status}: {words[-1500:]}")
@@ -230,4 +233,36 @@ def failure(ground: Ground, found: Findings) -> None:
             found.expect(found.figures["ended_in_s"] < ENDS_IN, "it took too long to end")
 
 
-CHECKS = [stopped_and_resumed, recomputed_and_offloaded, out_of_memory, failure]
+_DIES = """
+import os
+from accessory.meta import MetaModel
+right, calls = MetaModel.forward, []
+def forward(*given):
+    calls.append(1)
+    if len(calls) > 2 and os.environ["RANK"] == "1":
+        open({mark!r}, "w").close()
+        os.kill(os.getpid(), 9)
+    return right(*given)
+MetaModel.forward = forward
+"""
+
+
+@check(20, needs_cuda=True, by_name=True)
+def two_ranks(ground: Ground, found: Findings) -> None:
+    """One that dies is told by the other, which ends soon, though NCCL waits for ever; on one card two are refused."""
+    with _bench(ground) as bench:
+        mark = bench.folder / "died"
+        process = bench.start("two", "--max_steps", "40", script=_DIES.format(mark=str(mark)), ranks=2)
+        left = bench.finish("two", process)
+        status, words = bench.status("two"), bench.words("two")
+        if ground.cuda and torch.cuda.device_count() == 1:
+            found.expect(left and "Ranks 0 and 1 have the same GPU" in words, f"{left}: {words[-1500:]}")
+            return
+        lost = (status.get("state"), status.get("status")) == ("failed", LostRankError.status)
+        found.expect(left and lost, f"{left}, {status}: {words[-1500:]}")
+        if mark.is_file():
+            found.figures["ended_in_s"] = round(time.time() - mark.stat().st_mtime, 1)
+            found.expect(found.figures["ended_in_s"] < 2 * ENDS_IN, "it took too long to end")
+
+
+CHECKS = [stopped_and_resumed, recomputed_and_offloaded, out_of_memory, failure, two_ranks]
