@@ -111,15 +111,15 @@ class _HostCopy:
         """like: of the longest copy's shape, dtype and device."""
         self._cuda = like.is_cuda
         self._memory = torch.empty(like.shape, dtype=like.dtype, pin_memory=self._cuda)
-        self._copied = torch.cuda.Event() if self._cuda else None
+        self._copied: torch.cuda.Event | None = None
         self._count = 0
 
     def begin(self, tensor: Tensor) -> None:
         """Copy a tensor [n]."""
         self._count = len(tensor)
         self._memory[: self._count].copy_(tensor, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        if self._cuda:
+            self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def numbers(self) -> list[int]:
         """Wait for it."""

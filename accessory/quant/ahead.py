@@ -98,6 +98,7 @@ class Ahead:
         self._buffers: list[Tensor | None] = [None, None]
         self._before: deque[Unpackable] = deque(maxlen=_REMEMBERED)
         self._next: dict[tuple[int, ...], Unpackable] = {}
+        self._used: dict[int, tuple[object, ...]] = {}  # of what parts a matrix was when it was used last
         self._unpacked: _Unpacked | None = None
         self._place, self._mark, self._dtype = 0, None, torch.float32
         self.hits = self.misses = 0
@@ -108,8 +109,9 @@ class Ahead:
         found, self._unpacked = self._unpacked, None
         self._next[tuple(map(id, self._before))] = matrix
         self._before.append(matrix)
-        self._dtype = dtype
-        if found is not None and (found.matrix is matrix, found.dtype, found.parts) == (True, dtype, _parts(matrix)):
+        self._dtype, parts = dtype, _parts(matrix)
+        self._used[id(matrix)] = parts
+        if found is not None and (found.matrix is matrix, found.dtype, found.parts) == (True, dtype, parts):
             self.hits += 1
             self._place = found.place
             self._lanes.wait(found.ready)
@@ -122,6 +124,8 @@ class Ahead:
         """After the product: unpack what is likely to come next, beside it."""
         following = self._next.get(tuple(map(id, self._before)))
         if following is None or self._mark is None or self._unpacked is not None:
+            return
+        if _parts(following) != self._used[id(following)]:  # a sharded one is not whole until it is used
             return
         place, held = 1 - self._place, self._buffers[1 - self._place]
         buffer = self._buffer(place, following, self._dtype)

@@ -18,13 +18,10 @@ from accessory.quant.products import sum_of_products
 
 
 class Streams:
-    """Two streams whose work is done as late as it may be: what is asked for beside waits for whoever needs it.
-
-    So a buffer that is read before it is filled, or filled while it is read, gives wrong numbers. `log` has the order.
-    """
+    """Two streams that only count: marks of the caller's, marks of the other, and which waited for which."""
 
     def __init__(self) -> None:
-        self.main = self.side = 0  # what has been asked for
+        self.main = self.side = 0
         self.waited: list[tuple[int, int]] = []
         self.side_after: list[int] = []
         self.given_up: list[Tensor] = []
@@ -103,7 +100,6 @@ def test_no_buffer_is_overwritten_while_it_is_read(monkeypatch: pytest.MonkeyPat
     weights, streams = matrices(6), Streams()
     ahead, reads, inside = Ahead(streams), {}, []
     ours, looking = Ahead.unpack, Ahead.look_ahead
-    into = PackedWeight.__subclasses__
 
     def unpack(self: Ahead, matrix: PackedWeight, dtype: torch.dtype) -> Tensor:
         """Whoever is given a buffer reads it in the caller's order, behind the mark that is made first."""
@@ -120,7 +116,6 @@ def test_no_buffer_is_overwritten_while_it_is_read(monkeypatch: pytest.MonkeyPat
             inside.append((reads.get(place, 0), streams.side_after[-1]))
             assert place != self._buffers[self._place].data_ptr()
 
-    assert into
     monkeypatch.setattr(Ahead, "unpack", unpack)
     monkeypatch.setattr(Ahead, "look_ahead", look)
     with unpacking_ahead(ahead):
@@ -141,17 +136,29 @@ def test_wrong_guesses_change_nothing() -> None:
                     x = torch.ones(2, weight.shape[1], dtype=dtype)
                     found = sum_of_products([x], [weight], transposed=False)
                     assert torch.equal(found, x @ weight.unpack(dtype).t())
-        first, second = weights[0], weights[1]
-        for _ in range(3):
+
+
+def test_changed_matrices_are_unpacked_again() -> None:
+    """What was unpacked ahead is not used; and one whose parts are others now, as of a sharded one, is left."""
+    (first, second), ahead = (matrices(1)[0], matrices(1)[0]), Ahead(Streams())
+    x = torch.ones(1, 64)
+    with unpacking_ahead(ahead):
+        for _ in range(12):
             for weight in (first, second):
-                sum_of_products([torch.ones(1, weight.shape[1])], [weight], transposed=False)
-        second.adopt({name: part.detach().clone() for name, part in matrices(2)[0].named_parameters()} | {})
-        second.shape = first.shape
+                sum_of_products([x], [weight], transposed=False)
+        assert ahead._unpacked.matrix is first
+        with torch.no_grad():
+            first.nested_scales.mul_(2)
         hits = ahead.hits
-        x = torch.ones(1, 64)
+        found = sum_of_products([x], [first], transposed=False)
+        assert ahead.hits == hits and torch.equal(found, x @ first.unpack(torch.float32).t())
+        held = second.codes
+        sum_of_products([x], [second], transposed=False)
+        second.codes = torch.nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         sum_of_products([x], [first], transposed=False)
+        assert ahead._unpacked is None
+        second.codes = held
         assert torch.equal(sum_of_products([x], [second], transposed=False), x @ second.unpack(torch.float32).t())
-        assert ahead.hits <= hits + 1
 
 
 def test_larger_matrices_get_new_buffers() -> None:
