@@ -148,6 +148,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, use: Callable[[Client], None]) -> N
     monkeypatch.setattr(Blocks, "block_thread", visit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_demo_asks_as_in_training(
     name: str, parts: dict[str, Part], tokenizer: Tokenizer, asked, monkeypatch, tmp_path: Path, capsys

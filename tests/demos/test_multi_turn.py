@@ -190,6 +190,7 @@ def test_a_tab_that_is_closed_in_the_middle_of_an_answer(
     assert "Traceback" not in words, words[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 def test_a_page_of_a_short_model(
     tiny_base: Path, with_template: Path, model: MetaModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

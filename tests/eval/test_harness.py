@@ -13,6 +13,8 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 from accessory.eval.report import task_object
 from tests.eval.beside_hf import SIX, compare
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("task", [*SIX.split(","), "mmlu_anatomy"])
 def test_predictions_are_those_of_the_harness(both, task: str) -> None:

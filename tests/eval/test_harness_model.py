@@ -14,6 +14,8 @@ from lm_eval.api.instance import Instance
 
 from accessory.eval.harness_model import HarnessModel, sampling
 
+pytestmark = pytest.mark.slow
+
 
 def test_text_and_answers_are_those_of_the_harness(both) -> None:
     """Whole texts in windows, with a document longer than the model; greedy answers up to a text that ends them."""

@@ -41,6 +41,7 @@ from accessory.tokenizer import open_tokenizer
 from tests.conftest import small_sentencepiece
 from tests.faults.job import Job
 
+pytestmark = pytest.mark.slow
 CHAOS = bool(os.environ.get("CHAOS"))
 SECONDS, FEW = 75, 60
 """How long each of the readers is tried in the chaos run, and with how many inputs otherwise."""

@@ -64,6 +64,7 @@ def build(data: Path, base: Path, **more: object) -> Corpus:
     return build_corpus(data, open_tokenizer(base), max_words=160, **more)
 
 
+@pytest.mark.slow
 def test_24_bad_records_are_skipped_and_named(bad_lines: Path, tiny_base: Path) -> None:
     """One cause, one line with file and line number; what is left has something to learn in every document."""
     with bad_lines.open("ab") as file:

@@ -25,6 +25,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+@pytest.mark.slow
 def test_plain_unless_wanted(compiling: None) -> None:
     """The function itself runs, then its compiled form, in which Python's side effects are gone."""
     calls = []

@@ -31,6 +31,7 @@ EMBEDDING = {"7B": 131_072_000, "13B": 163_840_000, "70B": 262_144_000}  # and a
 NORMS = {"7B": 266_240, "13B": 414_720, "70B": 1_318_912}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "quant", "gigabytes"),
     [
@@ -53,6 +54,7 @@ def test_frozen_weights_of_llama2(layout: Layout, size: str, quant: str, gigabyt
     assert (weights - extra) / 1e9 == pytest.approx(gigabytes, abs=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "count", "megabytes"), [("7B", 1_626_112, 26), ("13B", 2_544_640, 41), ("70B", 8_036_352, 129)]
 )
@@ -65,6 +67,7 @@ def test_trained_part_of_llama2(layout: Layout, size: str, count: int, megabytes
     assert planned(*built(args, LORA), layout).weights - plan.weights == 4 * NORMS[size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "megabytes"), [("7B", 90), ("13B", 142), ("70B", 470)])
 def test_buffer_is_the_largest_unpacked_matrix(layout: Layout, size: str, megabytes: int) -> None:
     """In bf16; none where nothing is packed, and less where this CPU's kernel unpacks some columns at a time."""
@@ -212,6 +215,7 @@ def test_total_of_unequal_documents(layout: Layout, lengths: tuple[int, ...]) ->
     assert 0.99 * measured < planned_total < 1.1 * measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -234,6 +238,7 @@ def test_total_where_the_embedding_is_last(layout: Layout) -> None:
     assert planned_total == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [0, 6])
 @pytest.mark.parametrize("name", ["OPT", "BLOOM", "GPT-NeoX", "GLM-4", "Qwen 3", "Mistral"])
 def test_total_of_other_blocks(layout: Layout, name: str, recomputed: int) -> None:
@@ -243,6 +248,7 @@ def test_total_of_other_blocks(layout: Layout, name: str, recomputed: int) -> No
     assert planned_total == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", ["none", "all"])
 @pytest.mark.parametrize("tail", [0, 1])
 @pytest.mark.parametrize(
@@ -276,6 +282,7 @@ SIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES)
 def test_total_of_other_sides(layout: Layout, case: dict) -> None:
     """As `test_total_of_side_tuning`."""

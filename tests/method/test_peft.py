@@ -145,6 +145,7 @@ def test_slices_of_two_ranks() -> None:
     assert slicing_of(row.bias) == WHOLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "norm_bias", "with_lora"),
     [("7B", 1_626_112, 41_603_072), ("13B", 2_544_640, 65_131_520), ("70B", 8_036_352, 215_130_112)],

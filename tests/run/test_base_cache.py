@@ -78,6 +78,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("qst", "base_blocks"),
     [({}, 2), ({"downsample": "avgpool"}, 2), ({"side_layers": 2, "downsample": "maxpool"}, 2), ({"tail": 1}, 1),
@@ -97,6 +98,7 @@ def test_losses_are_those_without_it(run, calls: list[int], qst: dict, base_bloc
     assert calls.count(128) == wide - frozen * (EPOCHS - 1) // EPOCHS
 
 
+@pytest.mark.slow
 def test_a_whole_cache_serves_other_batches(run, calls: list[int]) -> None:
     """Of another size, in another order; the base is not run once. Other side networks may use it too."""
     for name, more in (("eights", {"batch_size": 8, "accum_iter": 1}), ("threes", {"batch_size": 3, "seed": 5})):
@@ -118,6 +120,7 @@ def test_rows_in_eight_bits(run) -> None:
     assert (run.root / "eight" / ROWS_FILE).stat().st_size == TOKENS * (128 + 2 * 128 // 64 + 2 * 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["exact", "int8"])
 def test_cut_in_the_second_epoch_it_goes_on_bit_for_bit(run, rows: str) -> None:
     flags = {"cache_base_rows": rows, "save_steps": 1}
@@ -209,6 +212,7 @@ def test_a_full_disk(run, monkeypatch: pytest.MonkeyPatch) -> None:
         run("filling", cache_base=run.root / "filled")
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_writes(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until all documents are there; then several may read."""
     monkeypatch.setattr(run_lock, "_PATIENCE", 0.1)

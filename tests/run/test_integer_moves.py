@@ -120,6 +120,7 @@ def test_every_width_moves(tiny_base: Path, storage: str, tmp_path: Path) -> Non
     assert 0 < differ / count <= said < 0.01 and said == figures(output)["moves_kept"] / count
 
 
+@pytest.mark.slow
 def test_the_released_rule_moves_nothing(tiny_base: Path, tmp_path: Path) -> None:
     """At the rates that were published with it; at 10^5 times these it does."""
     diode = {"rule": "diode", "galore_scale": 0.25}
@@ -128,6 +129,7 @@ def test_the_released_rule_moves_nothing(tiny_base: Path, tmp_path: Path) -> Non
     assert figures(run(tiny_base, tmp_path / "large", diode | dict.fromkeys(RATES, 5.0)))["moves_kept"] > 0
 
 
+@pytest.mark.slow
 def test_accumulated_is_the_same(tiny_base: Path, whole: Path, tmp_path: Path) -> None:
     """Eight micro-batches of one record are one of eight, with the norm clipped."""
     output = run(tiny_base, tmp_path / "eight", batch_size=1, accum_iter=8)
@@ -150,6 +152,7 @@ def test_moves_are_tried_with_the_teacher(tiny_base: Path, tmp_path: Path, monke
     assert figures(output)["moves_kept"] > 0 and figures(output)["divergence"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
 def test_resumed_bit_for_bit(tiny_base: Path, optim: str, tmp_path: Path) -> None:
     """Five steps, between two bases and two proposals, and five more: all that is saved is that of ten."""
@@ -165,6 +168,7 @@ def test_resumed_bit_for_bit(tiny_base: Path, optim: str, tmp_path: Path) -> Non
     assert any(name.endswith(".basis") for name in found[0][1]) and not any("basis" in name for name in found[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["integers", "all"])
 def test_what_is_trained_is_loaded_and_merged(tiny_base: Path, tune: str, tmp_path: Path) -> None:
     """As it was trained; `integers` leaves statistics alone, `all` takes everything that is not packed along."""

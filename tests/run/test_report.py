@@ -202,6 +202,7 @@ def test_a_loss_beyond_bounds_has_no_perplexity() -> None:
     assert Figures(math.nan, math.nan, 0).as_json()["loss"] is None
 
 
+@pytest.mark.slow
 def test_wandb_gets_it_all_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into its own directory in --output_dir, as wandb reads it back."""
     wandb = pytest.importorskip("wandb")

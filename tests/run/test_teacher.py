@@ -141,6 +141,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return root, references
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", FAMILIES)
 def test_families_learn_from_each_other(given, families, tmp_path: Path, student: str) -> None:
     """Loss and validation by the formula in fp64, of logits that transformers computes; and the gradient's norm."""
@@ -168,6 +169,7 @@ def test_families_learn_from_each_other(given, families, tmp_path: Path, student
         assert step["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_prompts_accumulation_and_recomputing(given, tiny_base: Path) -> None:
     """Prompts count in both parts by their weight; how a step is cut or recomputed changes nothing."""
     flags = given(**METHODS["LoRA on NF4"], **TEACHING, teacher="base", prompt_loss_weight=0.25, epochs=4)
@@ -200,6 +202,7 @@ def test_fp16_and_validation(given, tiny_base: Path) -> None:
     assert "val_divergence" not in alone
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(given) -> None:
     """The same losses with ==; with another weight it is another run, unless that is allowed."""
     flags = given(**METHODS["LoRA on NF4"], **TEACHING, teacher="base", epochs=2)
@@ -225,6 +228,7 @@ def larger(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_another_model_teaches(given, tiny_base: Path, larger: Path) -> None:
     """Packed too; rows that belong to no token are left out of the comparison, on either side."""
     flags = given(**METHODS["LoRA on NF4"], **TEACHING, teacher=larger, batch_size=8)
@@ -240,6 +244,7 @@ def test_another_model_teaches(given, tiny_base: Path, larger: Path) -> None:
     assert (wide["cross_entropy"], wide["divergence"]) == pytest.approx((entropy, divergence), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_run_trained_teaches(given, tiny_base: Path) -> None:
     """A trained part alone, which knows its base and how it was packed; a student that is the same has no distance."""
     flags = given(**METHODS["LoRA on NF4"], batch_size=8)

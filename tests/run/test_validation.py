@@ -238,6 +238,7 @@ def test_without_improvement_it_says_so(run, monkeypatch: pytest.MonkeyPatch, ca
     assert "before the first step it was lower, 1.0000: nothing was learned for these" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_patience_ends_the_run_and_a_resumed_one(run, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Three evaluations in a row without a lower loss, counted over both halves; more patience goes on."""
     losses(monkeypatch, 9.0, 3.0, 2.0, 2.5, 2.0, 2.5)
@@ -268,6 +269,7 @@ def test_other_documents_are_another_validation(run, tmp_path: Path, capsys) -> 
     assert [line["step"] for line in evaluations(out)] == [0, 2, 4, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_signal_cuts_an_evaluation_short(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step before is saved; what is resumed from there evaluates first, and ends as a run that was left alone."""
     strike, scores, modes = [0], MetaModel.token_scores, []

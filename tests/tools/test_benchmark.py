@@ -25,6 +25,7 @@ from tools.benchmarking import ideal, time_shares
 from tools.benchmarking.decoding import Run
 from tools.benchmarking.training import Training
 
+pytestmark = pytest.mark.slow
 aten = torch.ops.aten
 DATA = Path(__file__).resolve().parents[2] / "data_example" / "accessory_qa.json"
 

@@ -50,6 +50,7 @@ def test_perplexity_is_the_same_on_ranks(called, torchrun, tiny_base: Path, tmp_
     assert packed["value"] != pytest.approx(one["value"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_mmlu_and_texts(called, tiny_base: Path, tmp_path: Path) -> None:
     """Both from files; texts need no model."""
     questions, texts = tmp_path / "mmlu.json", tmp_path / "predictions.jsonl"

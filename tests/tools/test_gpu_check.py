@@ -18,6 +18,7 @@ from tools import gpu_check
 from tools.gpu_checks import attention, runs, storages, worker
 from tools.gpu_checks.check import Check, Findings, Ground
 
+pytestmark = pytest.mark.slow
 CPU = Ground(Layout(), tiny=True)
 
 

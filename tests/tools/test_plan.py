@@ -29,6 +29,7 @@ def params(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "trained", "whole"),
     [
@@ -84,6 +85,7 @@ def test_a_teacher(called: Callable, params: Path) -> None:
     assert done.returncode and "--teacher_quant_type without --teacher" in done.stderr
 
 
+@pytest.mark.slow
 def test_it_fits(called: Callable) -> None:
     """A tenth of the memory is spared, as with --checkpointing auto; the total is compared to the given size."""
     total = numbers(called(PLAN, "7B").stdout)["total"]
@@ -91,6 +93,7 @@ def test_it_fits(called: Callable) -> None:
     assert "\nIt does not fit into " in called(PLAN, "7B", "--device_memory", f"{total / 0.91:.3f}").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -116,6 +119,7 @@ def test_named_flags_are_enough(called: Callable, params: Path, flags: list[str]
             assert "\nIt does not fit into" in fewer.stdout
 
 
+@pytest.mark.slow
 def test_together_where_none_is_enough_alone(called: Callable, params: Path) -> None:
     """As few as do it: without any one of them it does not fit."""
     flags = ["--method", "lora", "--seq", "4096", "--device", "cuda", "--device_memory", "0.15"]
@@ -170,6 +174,7 @@ def test_directories(called: Callable, params: Path, tmp_path: Path) -> None:
     assert f"trainable parameters: {count:,} of {count:,}" in done.stdout
 
 
+@pytest.mark.slow
 def test_integers_of_an_8b_model_are_trained_in_12_gb(called: Callable, tmp_path: Path) -> None:
     """Llama 3's shape at mix2.2, displacements at rank 64, 512 tokens at once; what docs/low-bit.md says."""
     args = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "hidden_dim": 14336}
