@@ -30,6 +30,10 @@ class FewRowsWeight(PackedWeight):
     def kernel_case(self) -> Any:
         """What the kernel's `takes` is asked about this matrix."""
 
+    def decoded_codes(self) -> Any:
+        """The matrix as the kernel gets it."""
+        return self.as_codes()
+
     def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
         """See `PackedWeight`: one call of the AVX512 kernel, or one launch or a few."""
         if self.prepared is None or not self.prepared.takes(x) or self.prepared_with != others:
@@ -46,7 +50,7 @@ class FewRowsWeight(PackedWeight):
             return
         cases = (weight.kernel_case() for weight in weights)
         if kernel := kernels.fast(self.FEW_ROWS, self.codes.device, torch.bfloat16, *cases):
-            self.prepared, self.prepared_with = kernel.Matrices([w.as_codes() for w in weights]), others
+            self.prepared, self.prepared_with = kernel.Matrices([w.decoded_codes() for w in weights]), others
 
     def adopt(self, state: PackedState) -> None:
         """See `PackedWeight`; addresses of the former parts are forgotten."""

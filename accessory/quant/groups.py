@@ -18,6 +18,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.errors import CheckpointError
+from accessory.kernels.addition import Addition
 from accessory.kernels.codes import GroupCodes, whole_numbers
 from accessory.kernels.plain.group_codes import workspace_bytes
 from accessory.quant.few_rows import FewRowsWeight
@@ -71,6 +72,8 @@ class GroupWeight(FewRowsWeight):
     whole: ClassVar[type[GroupWeight]]
     """The storage of the matrix that this one is a range of columns of: itself, or one of larger groups."""
     FEW_ROWS = "group_codes_gemv"
+    apart = False
+    """Whether it is decoded for itself, and so are those that share its input."""
     OPTIONAL = ("points", "order", "channel_scale", "groups")
 
     @classmethod
@@ -166,6 +169,10 @@ class GroupWeight(FewRowsWeight):
             raise AssertionError(f"parts {', '.join(state)} for {self.name} with {', '.join(self.PARTS)}")
         super().adopt(state)
 
+    def has_own_input(self) -> bool:
+        """Whether `packed_input` changes x."""
+        return self.has("order") or self.has("channel_scale")
+
     def packed_input(self, x: Tensor) -> Tensor:
         """x [T, K], the input of a product with the matrix, as its packed columns are multiplied with it."""
         if self.has("channel_scale"):
@@ -188,7 +195,32 @@ class GroupWeight(FewRowsWeight):
 
     def kernel_case(self) -> GroupCodes:
         """See `FewRowsWeight`."""
-        return self.as_codes()
+        return self.decoded_codes()
+
+    def decoded_codes(self) -> GroupCodes:
+        """See `FewRowsWeight`: for an x that is `packed_input` already."""
+        return self.as_codes()._replace(order=None, channel_scale=None)
+
+    def prepare_decoding(self, others: list[PackedWeight]) -> None:
+        """See `PackedWeight`. Where one has its own order or scale of channels, each is multiplied with its own x."""
+        weights = [self, *others]
+        self.apart = any(isinstance(w, GroupWeight) and w.has_own_input() for w in weights)
+        if not self.apart:
+            super().prepare_decoding(others)
+        elif all(isinstance(w, GroupWeight) for w in weights):
+            for weight in weights:
+                FewRowsWeight.prepare_decoding(weight, [])
+
+    def decode_products(self, x: Tensor, others: list[PackedWeight], additions: list[Addition]) -> tuple | None:
+        """See `PackedWeight`. LoRA is not computed with a changed x."""
+        if not self.apart:
+            return super().decode_products(x, others, additions)
+        weights = [self, *others]
+        lora = any(addition.a is not None for addition in additions)
+        if lora or not all(isinstance(w, GroupWeight) and w.prepared and w.prepared.takes(x) for w in weights):
+            return None
+        beside = [None if addition.bias is None else [addition] for addition in additions]
+        return tuple(w.prepared.multiply(w.packed_input(x), more)[0] for w, more in zip(weights, beside, strict=True))
 
     @staticmethod
     def product_kernel(weights: list[GroupWeight], dtype: torch.dtype, device: torch.device) -> ModuleType | None:

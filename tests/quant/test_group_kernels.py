@@ -90,3 +90,23 @@ def test_what_the_kernel_does_not_take_is_unpacked() -> None:
     small.prepare_decoding([nf4])
     nf4.prepare_decoding([packed("int2_g64", (34, 192))])
     assert small.prepared is nf4.prepared is None
+
+
+@pytest.mark.parametrize("also", [("order",), ("channel_scale",), ("order", "channel_scale")])
+def test_matrices_with_their_own_order_are_decoded_one_by_one(also: tuple[str, ...]) -> None:
+    """Beside one without; with LoRA they are not, since its A has the channels of x."""
+    plain = packed("int2_g64")
+    own = group_storage(2, 64, also)(plain.shape)
+    parts = {
+        "order": torch.randperm(190, generator=torch.Generator().manual_seed(0)).int(),
+        "channel_scale": torch.linspace(0.5, 2, 190).half(),
+    }
+    own.adopt({name: part.detach() for name, part in plain.named_parameters()} | {name: parts[name] for name in also})
+    x, bias = random(3, 190).bfloat16(), random(1, 34)[0]
+    for first, other in ((own, plain), (plain, own)):
+        first.prepare_decoding([other])
+        found = first.decode_products(x, [other], [Addition(), Addition(bias)])
+        for y, weight, added in zip(found, (first, other), (0, bias), strict=True):
+            assert close(y, x.double() @ weight.unpack(torch.float64).t() + added)
+        lora = Addition(a=random(4, 190), b=random(34, 4))
+        assert first.decode_products(x, [other], [lora, Addition()]) is None
