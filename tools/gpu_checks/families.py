@@ -5,10 +5,13 @@ And the memory that a step takes beside the plan of it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from accessory.quant import STORAGES, storage
 from tools.benchmarking.training import Training
 from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.rates import begin_peak, peak_bytes, synchronize
+from tools.model_sizes import SIZES
 from tools.plan import Setting, planned
 
 SIZE = {"dim": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 515}
@@ -73,7 +77,7 @@ Cell = tuple[str, str, str | None]
 
 
 def cells() -> list[Cell]:
-    """Every family with every method, every method with every storage, and every family with some storages."""
+    """Every family with every method and with some storages, and methods of each kind with every storage."""
     found: dict[Cell, None] = {}
     kinds = cycle(kind for kind in STORAGES if not METHODS["lora"].storage_fault(kind))
     for family in SHAPES:
@@ -81,7 +85,7 @@ def cells() -> list[Cell]:
             found[family, method, _usual(method)] = None
         for kind in islice(kinds, 3):
             found[family, "lora", kind] = None
-    for method in METHODS:
+    for method in ("lora", "normbiaslora", "qst_side", "qsft"):
         for kind in STORAGES:
             if not METHODS[method].storage_fault(kind):
                 found["llama", method, kind] = None
@@ -183,9 +187,12 @@ def steps(ground: Ground, found: Findings) -> None:
     """Six steps of the engine, of every method, optimizer and precision: losses are finite, and fall on one batch."""
     runs = [{"method": name, "quant_type": _usual(name)} for name in METHODS]
     runs += [{"optim": "adamw8bit"}, {"optim": "paged_adamw"}, {"precision": "fp16"}, {"precision": "fp32"}]
-    runs += [{"checkpointing": "all"}, {"quant_type": "llm_int8"}]
+    runs += [{"checkpointing": "all"}, {"quant_type": "llm_int8"}, {"method": "full", "quant_type": None}]
     for changes in runs[-7::3] if ground.tiny else runs:
-        with found.case(str(changes)):
+        with found.case(str(changes)), TemporaryDirectory() as folder:
+            odd = Path(folder, "odd.json")  # a vocabulary that no kernel likes
+            odd.write_text(json.dumps(SIZES["tiny"] | {"vocab_size": 515}))
+            changes = {"model": str(odd)} | changes
             engine = training(**{"lr": 1e-2} | changes).engine(ground.layout)
             engine.settings = replace(engine.settings, pin_memory=ground.cuda)
             engine.model.train()

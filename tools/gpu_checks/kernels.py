@@ -16,6 +16,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes, GroupCodes
+from accessory.kernels.trial import faults_of
 from accessory.kernels.triton import KERNELS, working
 from accessory.quant import storage
 from accessory.quant.four_bit import codebook_of
@@ -66,8 +67,9 @@ def chosen(ground: Ground, found: Findings) -> None:
     """A card with Triton uses its kernels in every dtype, after the trial that each machine makes."""
     _kernel("gate", ground)
     for dtype in DTYPES:
-        missing = sorted(set(KERNELS) - working(ground.device, dtype))
-        found.expect(not missing, f"{', '.join(missing)} in {dtype} failed the trial; the log says why")
+        missing = tuple(sorted(set(KERNELS) - working(ground.device, dtype)))
+        for name, fault in faults_of("triton", missing, ground.device, dtype).items():
+            found.faults.append(f"{name} in {dtype} fails its trial: {fault}")
         for name in KERNELS:
             module = kernels.on(name, ground.device, dtype).__name__
             found.expect(".triton." in module, f"{name} in {dtype} is {module}")

@@ -94,8 +94,8 @@ def kernels_of(call: Callable[[], object], ground: Ground) -> Counter:
         call()
         synchronize(ground.device)
     wanted = torch.autograd.DeviceType.CUDA if ground.cuda else torch.autograd.DeviceType.CPU
-    names = (event.name for event in profiled.events() if event.device_type == wanted)
-    return Counter(name[:60] for name in names if not name.startswith("Memset"))
+    events = (event for event in profiled.events() if event.device_type == wanted and not event.is_user_annotation)
+    return Counter(event.name[:60] for event in events if not event.name.startswith("Memset"))
 
 
 def _waits_of(step: Callable[[], None], ground: Ground) -> Counter:
