@@ -18,6 +18,7 @@ from accessory.errors import ParallelError
 
 CPU = torch.device("cpu")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the name, and what it was until torch 2.9
+_VIRTUAL_MEMORY = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of cuda.h
 _DRIVER = Path("/proc/driver/nvidia/version")
 _DEVICES = Path("/dev")
 _LEAST_DRIVER = {11: "450.80", 12: "525.60", 13: "580.65"}
@@ -123,7 +124,17 @@ def _driver_cuda() -> tuple[int, int] | None:
 def _let_segments_grow() -> None:
     """Have CUDA's memory extended in place, so that tensors of ever other sizes leave no gaps; before CUDA starts.
 
-    A setting of the user's is kept.
+    A setting of the user's is kept. Some virtual GPUs cannot do it.
     """
-    if not any(name in os.environ for name in _ALLOCATOR):
+    if torch.version.cuda and not any(name in os.environ for name in _ALLOCATOR) and _maps_memory():
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def _maps_memory() -> bool:
+    """Whether the first GPU has virtual memory management, as the driver's library says."""
+    found = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        cuda = ctypes.CDLL("libcuda.so.1")
+        if cuda.cuInit(0) == 0:
+            cuda.cuDeviceGetAttribute(ctypes.byref(found), _VIRTUAL_MEMORY, 0)
+    return found.value == 1

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout  # it has no publ
 from accessory.errors import AccessoryError, ParallelError
 from accessory.parallel.allocator import forget_old_shapes, keep_freed_memory
 from accessory.parallel.device import CPU, check_own_device, choose_device
-from accessory.parallel.rendezvous import meet
+from accessory.parallel.rendezvous import interface_towards, meet
 from accessory.parallel.root_cause import Witness
 from accessory.parallel.watch import Watch
 
@@ -128,6 +128,8 @@ def _join(device: torch.device, rank: int, world_size: int, timeout: timedelta) 
     store = meet(rank, world_size, timeout)
     check_own_device(device, store, rank, world_size)
     _witness = Witness(store, rank, world_size)
+    if world_size > 1 and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if device.type == "cuda":
         for name, value in _NCCL_SETTINGS.items():
             os.environ.setdefault(name, value)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import socket
+import struct
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -12,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from accessory.errors import ParallelError
 
 _POLL = 0.01  # seconds
+_ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR of linux/sockios.h
 
 
 def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -26,6 +31,23 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     deadline = time.monotonic() + timeout.total_seconds()
     name = _name_attempt(store, world_size, deadline) if rank == 0 else _ask_for_name(store, rank, deadline)
     return dist.PrefixStore(name, store)
+
+
+def interface_towards(host: str) -> str | None:
+    """The name of the network interface on the way to `host`, a name or IPv4 address; None on the same machine's own.
+
+    Gloo takes what this machine's own name stands for, which other machines cannot reach where that is a loopback
+    address, as on Debian.
+    """
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect((host, 9))  # nothing is sent: it is only looked up how it would be
+        own = sender.getsockname()[0]
+        for _, name in socket.if_nameindex() if not own.startswith("127.") else ():
+            with suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(sender, _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == own:
+                    return name
+    return None
 
 
 def _name_attempt(store: dist.Store, world_size: int, deadline: float) -> str:

@@ -152,7 +152,7 @@ class Watch:
         self.witness, self.tellers, self.timeout = witness, tellers, math.inf
         self.backends: Sequence[dist.Backend] = ()
         self._section, self._ticks, self._inside, self._begun = 0, 0, False, 0
-        self._progress, self._since = (0, 0), time.monotonic()
+        self._progress, self._since, self._looked = (0, 0), time.monotonic(), time.monotonic()
         self._owner: str | None = None
         self._owning, self._leaving = threading.Lock(), threading.Event()
         self._why, self._due, self._suspect = "", math.inf, False
@@ -229,10 +229,12 @@ class Watch:
 
     def _still(self) -> float:
         """Seconds since the main thread was last seen to make progress: a tick, or another collective begun."""
-        progress = (self._section, self._ticks + self._collectives() - self._begun)
-        if progress != self._progress or not self._inside:
-            self._progress, self._since = progress, time.monotonic()
-        return time.monotonic() - self._since
+        progress, now = (self._section, self._ticks + self._collectives() - self._begun), time.monotonic()
+        stopped = now - self._looked > 5 * _BEAT  # this whole process was, by Ctrl-Z say
+        if progress != self._progress or not self._inside or stopped:
+            self._progress, self._since = progress, now
+        self._looked = now
+        return now - self._since
 
     def _collectives(self) -> int:
         return sum(backend._get_sequence_number_for_group() for backend in self.backends)

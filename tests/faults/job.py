@@ -26,7 +26,7 @@ SIZE = "r" if LLAMA_TYPE.endswith("_qst") else "lora_rank"
 STEPS = 12
 PATIENCE = 200  # seconds until a job is taken to hang
 START = 8.0  # seconds on two idle cores from a job's start to its first steps
-FORCED = "forcefully exiting via SIGKILL"
+FORCED = "forcefully exiting via"
 """Torchrun says so where a rank has not left half a minute after SIGTERM."""
 
 

@@ -23,7 +23,7 @@ OPEN_MODULE = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Rele
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Makes one: how many GPUs PyTorch sees, driver, device files, CUDA's versions, of PyTorch and of the driver."""
 
-    def make(gpus=0, driver=None, files=0, built="13.0", runs=None, warned=None, module=KERNEL_MODULE):
+    def make(gpus=0, driver=None, files=0, built="13.0", runs=None, warned=None, module=KERNEL_MODULE, maps=True):
         (tmp_path / "version").unlink(missing_ok=True)
         if driver:
             (tmp_path / "version").write_text(module.format(driver))
@@ -39,6 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.setattr(device, "_DRIVER", tmp_path / "version")
         monkeypatch.setattr(device, "_DEVICES", tmp_path)
         monkeypatch.setattr(device, "_driver_cuda", lambda: runs)
+        monkeypatch.setattr(device, "_maps_memory", lambda: maps)
         monkeypatch.setattr(torch.version, "cuda", built)
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -125,6 +126,11 @@ def test_a_machine_without_gpus_and_one_that_hides_them_are_left_alone(machine, 
 
 
 def test_segments_grow_unless_the_user_has_settings(machine, monkeypatch) -> None:
+    """Or they cannot: on a virtual GPU, or without CUDA."""
+    for cannot in ({"maps": False}, {"built": None}):
+        machine(gpus=1, **cannot)
+        choose_device("cuda", 0)
+        assert "PYTORCH_ALLOC_CONF" not in os.environ
     machine(gpus=1)
     choose_device("cpu", 0)
     assert "PYTORCH_ALLOC_CONF" not in os.environ

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from datetime import timedelta
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from accessory.errors import ParallelError
 from accessory.parallel import rendezvous
-from accessory.parallel.rendezvous import meet
+from accessory.parallel.rendezvous import interface_towards, meet
 
 
 @pytest.fixture
@@ -54,6 +56,14 @@ def test_each_attempt_finds_only_its_own(store: dist.Store) -> None:
 
 def test_without_rank_0_nobody_waits_for_ever(store: dist.Store) -> None:
     assert "rank 0 has not come" in str(together(range(1, 3), 3, seconds=0.3)[1])
+
+
+def test_the_interface_that_reaches_other_machines() -> None:
+    """Of every address of this machine; a loopback address reaches nobody else."""
+    addresses = os.popen("hostname -I").read().split()
+    names = [interface_towards(address) for address in addresses if ":" not in address]
+    assert {*names} <= {name for _, name in socket.if_nameindex()} - {"lo"} and len({*names}) == len(names)
+    assert interface_towards("127.0.0.1") is None and interface_towards("no.such.host.invalid") is None
 
 
 def test_alone_there_is_nothing_to_wait_for() -> None:

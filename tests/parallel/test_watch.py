@@ -109,6 +109,17 @@ def test_who_is_busy_is_not_lost(ranks: Ranks) -> None:
     assert not ranks.told
 
 
+def test_a_process_that_was_stopped_and_goes_on_is_not_lost(ranks: Ranks) -> None:
+    """Nobody could see its progress in that time."""
+    with ExitStack() as inside:
+        for one in ranks.watches:
+            one.timeout = 5.0
+            inside.enter_context(one.supervised())
+            one._since = one._looked = time.monotonic() - 60
+        time.sleep(0.8)
+        assert not ranks.told
+
+
 def test_a_stranger_changes_nothing(ranks: Ranks) -> None:
     """Who knows the port but not the token is sent away."""
     for said in (json.dumps({"token": "x", "rank": 1}).encode(), b"GET / HTTP/1.1", b"[1]"):
