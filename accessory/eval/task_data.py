@@ -15,6 +15,7 @@ from accessory.errors import DataError
 
 Row = dict[str, Any]
 SPLITS = {"train": "train", "dev": "validation", "val": "validation", "valid": "validation", "test": "test"}
+_QUOTED = {"true": 1, "false": 0}  # as OpenCompass's copies of SuperGLUE have them
 OPTIONAL = ("train", "dev")
 """Splits of which tasks take examples only: without their files, a task of no examples runs all the same."""
 
@@ -39,7 +40,8 @@ def _question(record: Row, asked: str) -> Row:
 
 
 def _labelled(record: Row, key: str = "label") -> Row:
-    return {**{name: value for name, value in record.items() if name != key}, "label": int(record[key])}
+    label = _QUOTED.get(record[key], record[key])
+    return {**{name: value for name, value in record.items() if name != key}, "label": int(label)}
 
 
 def _winogrande(record: Row) -> Row:

@@ -42,6 +42,13 @@ def test_the_original_boolq_answers_otherwise(tmp_path: Path) -> None:
     assert TaskData(tmp_path).load("aps/super_glue", "boolq")["validation"][0]["label"] == 1
 
 
+@pytest.mark.parametrize(("answer", "label"), [("true", 1), ("false", 0)])
+def test_answers_may_be_in_quotes(tmp_path: Path, answer: str, label: int) -> None:
+    """As in OpenCompass's copies of SuperGLUE."""
+    (tmp_path / "val.jsonl").write_text(f'{{"question": "is it", "passage": "P", "idx": 0, "label": "{answer}"}}\n')
+    assert TaskData(tmp_path).load("aps/super_glue", "boolq")["validation"][0]["label"] == label
+
+
 def test_examples_may_be_missing_questions_not(data: TaskData) -> None:
     """A task asks for its training file even where it shows no examples."""
     assert len(data.load("baber/piqa")["train"]) == 0
