@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
 
-from accessory.generate import generate_tokens, static_memory
+from accessory.generate import generate_tokens, next_token_logits, read_prompts, static_memory
+from accessory.kernels import decoding_kernels
+from accessory.kernels.trial import faults_of
+from accessory.kernels.triton import DECODING, working
 from accessory.model.decoder import Decoder
+from accessory.model.decoding import decoding
+from accessory.model.decoding_chain import why_not
 from accessory.parallel.groups import Layout
 from tools.gpu_checks.check import Findings, Ground, check
-from tools.gpu_checks.families import built
+from tools.gpu_checks.families import built, training
+from tools.model_sizes import SIZES
 
 CASES = (
     ("llama", None), ("llama", "nf4"), ("llama", "fp4_single"), ("llama", "int8"), ("mistral", "int3_g64"),
@@ -62,6 +71,61 @@ def logits(ground: Ground, found: Findings) -> None:
                                 wanted[:, : decoder.args.vocab_size], allowed)  # fmt: skip
 
 
+@check(4, needs_cuda=True)
+def chosen(ground: Ground, found: Findings) -> None:
+    """Triton's kernels for few rows pass their trial in every dtype."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if ground.cuda else ():
+        missing = tuple(sorted(set(DECODING) - working(ground.device, dtype, DECODING)))
+        for name, fault in faults_of("triton", missing, ground.device, dtype).items():
+            found.faults.append(f"{name} in {dtype} fails its trial: {fault}")
+        found.expect(missing or decoding_kernels(ground.device, dtype), f"they are not used in {dtype}")
+
+
+@check(10, needs_cuda=True)
+def wide(ground: Ground, found: Findings) -> None:
+    """Blocks as wide as 7B's and 70B's, with LoRA: a token of 1, 3 and 8 documents in fixed places and in growing ones.
+
+    It is computed three times in fixed places: done, recorded, replayed.
+    """
+    for size, blocks, longest in (("7B", 2, 700), ("70B", 1, 1100)):
+        with found.case(size), TemporaryDirectory() as folder:
+            file = Path(folder, "shape.json")
+            file.write_text(json.dumps(SIZES[ground.pick(size, "tiny")] | {"n_layers": blocks, "vocab_size": 32000}))
+            decoder = training(model=str(file)).engine(ground.layout).model.llma.eval()
+            for name, parameter in decoder.named_parameters():
+                if "lora_b" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+            decoder.requires_grad_(False).prepare_decoding()
+            for count in (1, 3, 8):
+                lengths = [max(ground.pick(longest, 9) - 91 * i, 2) for i in range(count)]
+                _compare(found, f"{size}, {count} documents", decoder, lengths)
+            chain = decoder.answering.chain
+            found.figures[size] = why_not(decoder) or ("in few launches" if chain else "kernels fell back")
+            found.expect(chain or not ground.cuda, f"{size}: {found.figures[size]}")
+            del decoder
+
+
+@torch.inference_mode()
+def _compare(found: Findings, name: str, decoder: Decoder, lengths: list[int]) -> None:
+    """The logits of a token after prompts of `lengths` random tokens."""
+    device, count, longest = decoder.frequencies.device, len(lengths), max(lengths) + 1
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(decoder.args.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    token = torch.arange(count, device=device)
+    cache = decoder.new_cache(count, longest)
+    read_prompts(decoder, prompts, cache)
+    with decoding():
+        hidden = decoder(token, decoder.sequences((1,) * count, tuple(lengths)), cache)
+    wanted = next_token_logits(decoder, hidden)
+    memory = static_memory.StaticMemory.of(decoder, count, longest)
+    read_prompts(decoder, prompts, [layer.documents(0, count) for layer in memory.layers])
+    for time in range(3):
+        memory.begin(lengths)
+        memory.tokens[:count].copy_(token)
+        rows, span = static_memory.documents_together(count), static_memory.span_of(longest, memory.longest)
+        found.close(f"{name}, time {time}", memory.step(rows, span)[:count], wanted, 3e-2)
+
+
 def answers(decoder: Decoder, ground: Ground, *, in_place: bool) -> list[list[int]]:
     """Tokens of each prompt. in_place: in fixed places, as on a GPU, or not."""
     longest = ground.pick(252, 12)
@@ -78,4 +142,4 @@ def _decoder(family: str, kind: str | None, layout: Layout, dtype: torch.dtype =
     return decoder.to(layout.device).requires_grad_(False).eval()
 
 
-CHECKS = [graphs, logits]
+CHECKS = [chosen, graphs, logits, wide]
