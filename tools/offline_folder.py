@@ -1,4 +1,5 @@
-"""Make a folder of the packages that a GPU machine without a network lacks beside PyTorch, Triton and NumPy:
+"""Make a folder of the packages that a GPU machine without a network lacks, which has PyTorch, Triton, NumPy,
+TensorBoard and Matplotlib:
 
     python tools/offline_folder.py site --python 3.12
     PYTHONPATH=site python tools/gpu_check.py --out gpu.jsonl        (there)
@@ -45,8 +46,8 @@ def main(target: str, python: str = "3.12", cuda: str = "13.0") -> None:
         python: the release of Python there, such as 3.12.
         cuda: the release of CUDA that PyTorch was built for there, such as 13.0.
     """
-    if not re.fullmatch(r"3\.\d+", str(python)) or not re.fullmatch(r"\d+\.\d+", str(cuda)):
-        raise ConfigError(f"--python {python} --cuda {cuda}: expected two releases, such as 3.12 and 13.0.")
+    if not re.fullmatch(r"3\.1[1-9]", str(python)) or not re.fullmatch(r"\d+\.\d", str(cuda)):
+        raise ConfigError(f"--python {python} --cuda {cuda}: expected releases such as 3.12 (3.11 at least) and 13.0.")
     folder = Path(str(target))
     refuse_existing(folder)
     with TemporaryDirectory() as aside:
@@ -54,7 +55,7 @@ def main(target: str, python: str = "3.12", cuda: str = "13.0") -> None:
         made = Path(aside, "site")
         made.mkdir()
         for wheel in wheels:
-            _unpack(wheel, made, str(cuda).replace(".", ""))
+            _unpack(wheel, made, str(cuda))
         size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
         if size > MOST:
             raise ConfigError(f"The folder would have {size / 1e6:.1f} MB; expected {MOST / 1e6:.0f} at most.")
@@ -93,9 +94,10 @@ def _unpack(wheel: Path, folder: Path, cuda: str) -> None:
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
         libraries = {found[1]: name for name in names if (found := _LIBRARY.fullmatch(name))}
-        if libraries and f"cuda{cuda}" not in libraries:
+        kept = f"cuda{cuda.replace('.', '')}"
+        if libraries and kept not in libraries:
             raise ConfigError(f"--cuda {cuda}: {wheel.name} has libraries for {', '.join(sorted(libraries))}.")
-        needless = {name for kind, name in libraries.items() if kind not in (f"cuda{cuda}", "cpu")}
+        needless = {name for kind, name in libraries.items() if kind not in (kept, "cpu")}
         packed.extractall(folder, [name for name in names if name not in needless])
 
 
