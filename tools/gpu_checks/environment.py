@@ -43,6 +43,9 @@ def versions(ground: Ground, found: Findings) -> None:
         "driver": _driver(),
     }
     found.expect(torch.cuda.is_bf16_supported(), "the card does not compute in bf16")
+    some = torch.ones(1 << 20, device=ground.device)
+    grows = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+    found.figures |= {"expandable_segments": grows, "uuid": str(properties.uuid), "sum": int(some.sum())}
 
 
 @check(2, needs_cuda=True)
