@@ -76,6 +76,15 @@ def _suits_8_bits(name: str, parameter: nn.Parameter) -> bool:
     return parameter.numel() >= MIN_8BIT and not name.startswith(_EMBEDDINGS)
 
 
+def moment_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+    """Where a restored moment of `parameter` waits for the next step: on the host, if it is paged from there.
+
+    A sharded one must be on the parameter's device.
+    """
+    paged = isinstance(optimizer, KernelAdamW) and optimizer.paged and local(parameter) is parameter
+    return torch.device("cpu") if paged else parameter.device
+
+
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Running means of gradients of this rank's shard of a `parameter`, and of their squares: unbiased, fp32."""
     state, found = optimizer.state[parameter], []
@@ -148,7 +157,7 @@ class KernelAdamW(torch.optim.Optimizer):
             if self.paged and shard.numel() >= MIN_PAGED and not getattr(values, "is_paged", False):
                 paged = kernels.get_paged(*shard.shape, dtype=torch.float32, device=shard.device)
                 values = paged.copy_(values)  # PyTorch takes it for host memory
-            state[moment] = values
+            state[moment] = values if getattr(values, "is_paged", False) else values.to(shard.device)
         return state
 
     def _update(self, parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:

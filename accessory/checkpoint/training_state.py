@@ -20,9 +20,10 @@ from accessory.checkpoint.save import STATE_STEM
 from accessory.checkpoint.source import open_safetensors, read_json
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.errors import CheckpointError
+from accessory.optim import moment_device
 from accessory.parallel.agree import differences
 from accessory.parallel.data import as_shard, is_sharded, local, shard_like
-from accessory.parallel.groups import Layout
+from accessory.parallel.groups import Layout, model_parallel_group
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, own_slice
 from accessory.quant.moments import unpack_moment, zero_code
@@ -101,10 +102,10 @@ def collect_training_state(
         tensors |= {f"value.{name}": value for name, value in working.parameters.gathered()}
         tensors["counters"] = working.counters.clone()
     for moment in _MOMENTS:
-        states = {
-            name: _as_sharded(optimizer.state[p][moment], p) for name, p in parameters.items() if p in optimizer.state
-        }
-        tensors |= {f"{moment}.{name}": value for name, value in parameters.gathered(states)}
+        for name in sorted(parameters):  # one after the other: all of them may not fit beside the model
+            if (state := optimizer.state.get(parameters[name])) is not None:
+                sharded = _as_sharded(state[moment], parameters[name], parameters.slicings[name])
+                ((_, tensors[f"{moment}.{name}"]),) = parameters.gathered({name: sharded})
     if counts := [optimizer.state[p]["step"] for p in parameters.values() if p in optimizer.state]:
         tensors["step"] = counts[0].detach().cpu()  # fewer than the run's steps where fp16 skipped some
     own: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
@@ -218,13 +219,13 @@ def restore_training_state(
             values, slicing = tensors[f"{moment}.{name}"], parameters.slicings[name]
             scales = {rank: tensors.get(f"{moment}_scales.{name}.{rank}") for rank in range(found.ranks)}
             if values.dtype != torch.uint8:
-                state[moment] = _place(values, parameter, slicing, layout)
+                state[moment] = _place(values, parameter, slicing, layout, moment_device(optimizer, parameter))
             elif found.has_layout(layout):
                 state[moment] = _place_codes(values, _SIGNED[moment], parameter, slicing, layout)
                 state[f"{moment}_scales"] = scales[layout.rank].to(parameter.device)
             else:
                 whole = _unpacked(values, scales, _SIGNED[moment], slicing, found.mp_size)
-                state[moment] = _place(whole, parameter, slicing, layout)
+                state[moment] = _place(whole, parameter, slicing, layout, moment_device(optimizer, parameter))
         optimizer.state[parameter] = state
     if found.has_layout(layout):
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
@@ -264,10 +265,17 @@ def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]
     return Progress(**progress), identity, conditions, ValidationState.of(saved.get("validation"), str(record))
 
 
-def _as_sharded(moment: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A moment of this rank's shard as a sharded tensor, if its parameter is one."""
-    moment = moment.to(parameter.device)
-    return moment if is_sharded(moment) or not is_sharded(parameter) else as_shard(moment, parameter)
+def _as_sharded(moment: Tensor, parameter: nn.Parameter, slicing: Slicing) -> Tensor:
+    """A moment of this rank's shard as a sharded tensor, if its parameter is one.
+
+    Where ranks have parts of it, it is put together on their device; a whole one that lies on the host stays there.
+    """
+    if is_sharded(moment):
+        return moment
+    if is_sharded(parameter):
+        return as_shard(moment.to(parameter.device), parameter)
+    cut = slicing.dim is not None and dist.get_world_size(model_parallel_group()) > 1
+    return moment.to(parameter.device) if cut else moment
 
 
 def _scales(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
@@ -295,9 +303,11 @@ def _read(file: Path, parameters: NamedParameters, ranks: int) -> dict[str, Tens
     return tensors
 
 
-def _place(value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:
+def _place(
+    value: Tensor, parameter: nn.Parameter, slicing: Slicing, layout: Layout, device: torch.device | None = None
+) -> Tensor:
     value = own_slice(value, slicing, layout.mp_rank, layout.mp_size).contiguous()
-    return shard_like(value.to(parameter.device), parameter)
+    return shard_like(value.to(device or parameter.device), parameter)
 
 
 def _place_codes(codes: Tensor, signed: bool, parameter: nn.Parameter, slicing: Slicing, layout: Layout) -> Tensor:

@@ -65,7 +65,8 @@ class PackedBatch:
     there, so that `lengths` minus `shared` sum to T. insets: of all documents, their `start` counted in the batch's T
     tokens. weights: fp32 [T], by which the loss of each label is multiplied, the sum of those of all documents that
     share the token; None: all are 1. answers: fp32 [T], in how many of these documents the label belongs to an answer,
-    which accuracy is measured on; there only where weights are.
+    which accuracy is measured on; there only where weights are. rows: int64 [L], the tokens that have a label, where
+    the host has found them: in a batch that went to a GPU, where finding them would make the host wait for it.
     """
 
     tokens: Tensor
@@ -76,6 +77,7 @@ class PackedBatch:
     insets: tuple[Inset, ...] = ()
     weights: Tensor | None = None
     answers: Tensor | None = None
+    rows: Tensor | None = None
 
     @staticmethod
     def pack(documents: Sequence[Document], share: bool = True) -> PackedBatch:
@@ -108,6 +110,11 @@ class PackedBatch:
         """Number of supervised tokens."""
         return int((self.labels >= 0).sum())
 
+    @property
+    def labelled(self) -> Tensor:
+        """The tokens that have a label, int64 [L]."""
+        return (self.labels >= 0).nonzero()[:, 0] if self.rows is None else self.rows
+
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory."""
         tensors = {name: tensor.pin_memory() for name, tensor in self._tensors()}
@@ -123,6 +130,7 @@ class PackedBatch:
         for name in ("tokens", "labels", "weights", "answers"):
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
+        yield "rows", self.labelled
 
 
 def _packed(parts: Sequence[np.ndarray], shared: tuple[int, ...]) -> Tensor:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accessory.kernels.sending import send
+
 
 class Copies(NamedTuple):
     """Packed tokens that are each in G documents: rows int64 [n], and copies int64 [n * G], their places there."""
@@ -50,8 +52,8 @@ class SharedPrefixes(NamedTuple):
         for count in counts[counts > 1].unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
             copies = places[(begins[rows, None] + torch.arange(count)).flatten()]
-            repeated.append(Copies(rows.to(device), copies.to(device)))
-        return SharedPrefixes(whole.to(device), places[begins].to(device), tuple(repeated))
+            repeated.append(Copies(send(rows, device), send(copies, device)))
+        return SharedPrefixes(send(whole, device), send(places[begins], device), tuple(repeated))
 
     def lay_out(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [W, ...]. In the backward, the gradients of a token's copies are summed."""
@@ -127,7 +129,7 @@ class Documents:
     def offsets(self) -> Tensor:
         """Where each document begins and the last one ends, int32 [B + 1], for variable-length attention kernels."""
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(self.device)
+        return send(ends, self.device)
 
     @cached_property
     def table(self) -> Tensor:

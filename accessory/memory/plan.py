@@ -21,7 +21,7 @@ from accessory.memory.teacher import TeacherMemory
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
-from accessory.model.loss import CHUNK, chunk_bytes
+from accessory.model.loss import chunk_bytes, chunk_rows
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
 from accessory.quant import PackedWeight
@@ -192,7 +192,11 @@ class StepMemory:
 
     def _at_loss(self, recomputed: int) -> int:
         """What is alive beside a chunk's logits: all kept, hidden states and two chunks of them, a head's gradient."""
-        hidden = self.width * self.decoder.args.embedding_dim * (self.tokens + 2 * min(self.tokens, CHUNK))
+        hidden = (
+            self.width
+            * self.decoder.args.embedding_dim
+            * (self.tokens + 2 * min(self.tokens, chunk_rows(self.layout.device)))
+        )
         taught = self.taught + (self.teacher.chunk if self.teacher else 0)
         return self._activations(recomputed, again=False) + hidden + self.trained_head * (self.width + 4) + taught
 

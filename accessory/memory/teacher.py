@@ -9,7 +9,7 @@ from accessory.memory.block_work import BlockWork, normalizing_bytes
 from accessory.memory.kept import measure_kept
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
-from accessory.model.loss import CHUNK
+from accessory.model.loss import chunk_rows
 from accessory.parallel.groups import Layout
 from accessory.quant.products import memory_to_multiply
 
@@ -28,7 +28,7 @@ class TeacherMemory:
         tokens, dtype, device = sum(lengths), decoder.dtype, layout.device
         self.weights = _weights(decoder, layout, data_parallel, shared)
         width = decoder.args.embedding_dim * dtype.itemsize
-        self.hidden, self.chunk = tokens * width, min(tokens, CHUNK) * width
+        self.hidden, self.chunk = tokens * width, min(tokens, chunk_rows(device)) * width
         kept, blocks = measure_kept(decoder, Attachment(), tokens), [block for _, block in decoder.blocks()]
         pairs = zip(blocks, kept.blocks, strict=True)
         work = (BlockWork(block, lengths, dtype, device).forward(measured) for block, measured in pairs)

@@ -91,13 +91,14 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         labels, weights = self.llma.learned(batch.labels, batch.weights)
         # Where some labels are drawn, those of answers count for as many more as their losses do.
         counted = None if batch.answers is None else batch.answers * (weights / batch.weights)
-        batch = replace(batch, labels=labels, weights=weights)
+        rows = (batch if labels is batch.labels else replace(batch, labels=labels, rows=None)).labelled
+        batch = replace(batch, labels=labels, weights=weights, rows=rows)
         if self.base_cache:
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))
         else:
             hidden = self.hidden(batch)
         head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
-        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted, teaching)
+        return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted, teaching, rows)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
@@ -105,7 +106,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         return self.llma(inputs, self._sequences(batch))
 
     def _sequences(self, batch: PackedBatch) -> Sequences:
-        return self.llma.sequences(batch.lengths, shared=batch.shared).with_labels(batch.labels)
+        return self.llma.sequences(batch.lengths, shared=batch.shared).with_labelled(batch.labelled)
 
     def _with_insets(self, batch: PackedBatch) -> Tensor:
         """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""

@@ -123,8 +123,10 @@ class SideDecoder(Decoder):
 
     def learned(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """While training, the device's generator draws a share of them; as weights rise, the mean gradient stays."""
+        if not self.training or self.settings.label_share == 1:
+            return labels, weights
         rows = (labels >= 0).nonzero()[:, 0]
-        count = math.ceil(len(rows) * self.settings.label_share) if self.training else len(rows)
+        count = math.ceil(len(rows) * self.settings.label_share)
         if count == len(rows):
             return labels, weights
         drawn = rows[torch.randperm(len(rows), device=rows.device)[:count]]

@@ -18,6 +18,8 @@ from accessory.model.teaching import Lesson, Teaching, lesson_bytes
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
+GPU_CHUNK = 1024  # of fewer, a product would leave some of a GPU's processors idle
+ALIGNED = 64  # numbers that a GPU's rows of logits begin at a multiple of; odd rows cannot use its fastest products
 
 
 def cross_entropy_sum(
@@ -29,16 +31,33 @@ def cross_entropy_sum(
     hits: Tensor | None = None,
     counted: Tensor | None = None,
     teaching: Teaching | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Sum over supervised tokens of -log p(label), fp32 scalar; with `teaching`, of what that makes of it.
 
     hidden [T, D]; head [V / ranks, D], this rank's rows; labels [T], negative where not supervised. The whole
     head's rows from `vocab_size` on are padding and take no part; None: there are none. weights: fp32 [T], by which
     each summand is multiplied; None: all are 1. hits: fp64 [], to which `counted` [T] (None: the weights) is added of
-    the labels that no other token is likelier than.
+    the labels that no other token is likelier than. rows: the supervised tokens, int64 [L]; None: they are looked for.
     """
     counted = weights if counted is None else counted
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits, counted, teaching)
+    rows = (labels >= 0).nonzero()[:, 0] if rows is None else rows
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, vocab_size, weights, hits, counted, teaching, rows)
+
+
+def chunk_rows(device: torch.device) -> int:
+    """How many supervised tokens' logits are alive at once."""
+    return GPU_CHUNK if device.type == "cuda" else CHUNK
+
+
+def new_logits(hidden: Tensor, tokens: int, rows: int) -> Tensor:
+    """Uninitialized logits [tokens, rows of a head], where hidden states lie and in their dtype."""
+    return hidden.new_empty(tokens, _row_numbers(rows, hidden.device))[:, :rows]
+
+
+def _row_numbers(rows: int, device: torch.device) -> int:
+    """Numbers from one row of logits to the next."""
+    return -(-rows // ALIGNED) * ALIGNED if device.type == "cuda" else rows
 
 
 def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype, taught: bool = False) -> int:
@@ -46,10 +65,11 @@ def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype
 
     taught: with those of a teacher.
     """
-    scores = torch.empty(min(tokens, CHUNK), rows, dtype=dtype, device="meta")
+    scores = torch.empty(min(tokens, chunk_rows(device)), rows, dtype=dtype, device="meta")
     work = kernels.on("cross_entropy", device, dtype).workspace(scores)
     beside = lesson_bytes(len(scores), rows, device, dtype) if taught else 0
-    return scores.nbytes + (0 if work is None else work.nbytes) + beside
+    own = len(scores) * _row_numbers(rows, device) * dtype.itemsize
+    return own + (0 if work is None else work.nbytes) + beside
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,9 +84,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hits: Tensor | None,
         counted: Tensor | None,
         teaching: Teaching | None,
+        rows: Tensor,
     ) -> Tensor:
         """As `cross_entropy_sum`, whose arguments these are; the gradients are made here, while logits are at hand."""
-        rows = (labels >= 0).nonzero()[:, 0]
+        most = chunk_rows(hidden.device)
         want_hidden, want_head = ctx.needs_input_grad[:2]
         matrix = head.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -74,8 +95,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden = hidden.new_empty(len(rows), hidden.shape[1]) if want_hidden else None
         dhead = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        most = min(len(rows), CHUNK), len(head)
-        scores = hidden.new_empty(most)  # allocated once: for each chunk, that would cost more than the arithmetic
+        # Allocated once: for each chunk, that would cost more than the arithmetic.
+        scores = new_logits(hidden, min(len(rows), most), len(head))
         kernel = kernels.of("cross_entropy", hidden)
         work = kernel.workspace(scores)
         all_reduce = reduce_over_ranks()
@@ -83,8 +104,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         lesson = None
         if teaching is not None:
             lesson = Lesson(teaching, scores, rows_of_rank(len(head), teaching.vocab_size)[1], all_reduce)
-        for begin in range(0, len(rows), CHUNK):
-            chunk = rows[begin : begin + CHUNK]
+        for begin in range(0, len(rows), most):
+            chunk = rows[begin : begin + most]
             x, scores = hidden[chunk], scores[: len(chunk)]
             torch.mm(x, matrix.t(), out=scores)
             if lesson is not None:
@@ -97,7 +118,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hits += likeliest.sum() if counted is None else likeliest.double() @ counted[chunk].double()
             total += losses.sum(dtype=torch.float64) if weights is None else losses.double() @ weights[chunk].double()
             if dhidden is not None:
-                torch.mm(scores, matrix, out=dhidden[begin : begin + CHUNK])
+                torch.mm(scores, matrix, out=dhidden[begin : begin + most])
             if dhead is not None:
                 dhead += scores.t() @ (x if weights is None else _scaled(x, weights[chunk]))
         if dhidden is not None and len(rows) and all_reduce:
@@ -107,16 +128,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         """dloss, a scalar -> gradients of hidden [T, D] and head [V, D] in their dtypes, those that are wanted."""
         rows, dhidden, dhead, weights = ctx.saved_tensors
+        most = chunk_rows(rows.device)
         if dhidden is not None:
             full = dhidden.new_zeros(ctx.shape)
             # In dloss's own dtype: 1 / (supervised tokens) loses digits in bf16, and fp16's loss scale overflows.
-            for at, part in zip(rows.split(CHUNK), dhidden.split(CHUNK), strict=True):
+            for at, part in zip(rows.split(most), dhidden.split(most), strict=True):
                 full[at] = _scaled(part, dloss if weights is None else dloss * weights[at])
             dhidden = full
-        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, *(None,) * 6
+        return dhidden, (dhead * dloss).to(ctx.head_dtype) if dhead is not None else None, *(None,) * 7
 
 
 def _scaled(rows: Tensor, factors: Tensor) -> Tensor:

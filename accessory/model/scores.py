@@ -13,7 +13,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.kernels.cross_entropy_steps import Reduce, over_all_ranks
 from accessory.kernels.single_precision import product
-from accessory.model.loss import CHUNK, reduce_over_ranks, rows_of_rank
+from accessory.model.loss import chunk_rows, new_logits, reduce_over_ranks, rows_of_rank
 from accessory.model.teaching import Lesson, Teaching
 
 
@@ -41,20 +41,21 @@ def token_scores(
     rows, matrix = (labels >= 0).nonzero()[:, 0], head.to(hidden.dtype)
     log_p = torch.empty(len(rows), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     likeliest = torch.empty(len(rows), dtype=torch.bool, device=hidden.device)
-    scores = hidden.new_empty(min(len(rows), CHUNK), len(head))  # allocated once, as the loss does
+    most = chunk_rows(hidden.device)
+    scores = new_logits(hidden, min(len(rows), most), len(head))  # once, as the loss does
     before, width = rows_of_rank(len(head), vocab_size)
     reduce, lesson, divergences = reduce_over_ranks(), None, None
     if teaching is not None:
         lesson = Lesson(teaching, scores, rows_of_rank(len(head), teaching.vocab_size)[1], reduce)
         divergences = torch.empty_like(log_p)
-    for at in range(0, len(rows), CHUNK):
-        chunk = rows[at : at + CHUNK]
+    for at in range(0, len(rows), most):
+        chunk = rows[at : at + most]
         logits = product(hidden[chunk], matrix.t(), out=scores[: len(chunk)])
         if lesson is not None:
             lesson.compare(chunk, logits)
-            divergences[at : at + CHUNK] = lesson.divergences
+            divergences[at : at + most] = lesson.divergences
         found = _score(logits, labels[chunk], before, width, reduce)
-        log_p[at : at + CHUNK], likeliest[at : at + CHUNK] = found
+        log_p[at : at + most], likeliest[at : at + most] = found
     return TokenScores(log_p, likeliest, divergences)
 
 

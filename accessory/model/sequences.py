@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.documents import Documents
+from accessory.kernels.sending import send
 from accessory.model.position import rotations_at
 
 
@@ -47,13 +48,16 @@ class Sequences:
             raise AssertionError(f"documents of {starts} cached tokens cannot share beginnings ({shared})")
         spans = zip(starts, shared, lengths, strict=True)
         positions = torch.cat([torch.arange(start + known, start + n) for start, known, n in spans])
-        positions = positions.to(frequencies.device)
+        positions = send(positions, frequencies.device)
         documents = Documents.build(lengths, shared, positions.device)
         return Sequences(lengths, starts, positions, rotations_at(frequencies, positions), documents)
 
     def with_labels(self, labels: Tensor) -> Sequences:
         """The same with `labels` [T], negative where there is none."""
-        rows = (labels >= 0).nonzero()[:, 0]
+        return self.with_labelled((labels >= 0).nonzero()[:, 0])
+
+    def with_labelled(self, rows: Tensor) -> Sequences:
+        """The same where the tokens `rows`, int64 [L], have labels."""
         return replace(self, labelled=rows if len(rows) else None)
 
     def with_alibi(self, channels: tuple[Tensor, Tensor]) -> Sequences:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accessory.model.loss import CHUNK, chunk_bytes, cross_entropy_sum
+from accessory.model import loss
+from accessory.model.loss import CHUNK, GPU_CHUNK, _row_numbers, chunk_bytes, chunk_rows, cross_entropy_sum
 from accessory.model.teaching import Teaching
 
 WIDTH, VOCABULARY = 16, 50
@@ -207,7 +208,8 @@ def test_bytes_of_logits_are_known_before(
         with Logits() as logits:
             cross_entropy_sum(*problem(tokens, dtype, ignore_every=0))
         assert chunk_bytes(tokens, VOCABULARY, torch.device("cpu"), dtype) == logits.bytes > 0
-    assert chunk_bytes(700, 50, torch.device("cuda"), dtype) == CHUNK * 50 * (6 if dtype == torch.bfloat16 else 4)
+    wide = 50 * 4 if dtype == torch.bfloat16 else 0
+    assert chunk_bytes(2000, 50, torch.device("cuda"), dtype) == GPU_CHUNK * (64 * dtype.itemsize + wide)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 0.01)])
@@ -266,3 +268,25 @@ def test_a_teachers_logits_are_never_all_alive(dtype: torch.dtype) -> None:
     assert largest.numel == 3 * CHUNK * VOCABULARY < len(labels) * VOCABULARY
     bytes_of = [chunk_bytes(1500, VOCABULARY, torch.device("cpu"), dtype, taught) for taught in (False, True)]
     assert bytes_of[1] - bytes_of[0] == CHUNK * VOCABULARY * (dtype.itemsize + 3 * 4)
+
+
+def test_logits_of_a_gpu_begin_at_aligned_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are wider than the head has rows change no digit of loss and gradients."""
+    found = []
+    for numbers in (VOCABULARY, VOCABULARY + 64):
+        monkeypatch.setattr(loss, "_row_numbers", lambda _rows, _device, numbers=numbers: numbers)
+        hidden, head, labels = (t.requires_grad_(t.is_floating_point()) for t in problem(CHUNK + 9, torch.float32))
+        total = cross_entropy_sum(hidden, head, labels)
+        total.backward()
+        found.append((total.detach(), hidden.grad, head.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert [_row_numbers(rows, torch.device("cuda")) for rows in (1, 64, 50_257)] == [64, 64, 50_304]
+    assert _row_numbers(50_257, torch.device("cpu")) == 50_257 and chunk_rows(torch.device("cuda")) >= 1024
+
+
+def test_tokens_that_are_known_to_have_labels() -> None:
+    hidden, head, labels = problem(50, torch.float32)
+    rows = (labels >= 0).nonzero()[:, 0]
+    found = [cross_entropy_sum(hidden, head, labels, rows=known) for known in (None, rows, rows[:3])]
+    assert found[0] == found[1] != found[2]

@@ -13,11 +13,13 @@ from torch import nn
 
 from accessory.checkpoint.training_state import (
     Progress,
+    collect_training_state,
     state_record,
 )
 from accessory.errors import CheckpointError
-from accessory.optim import build_optimizer
+from accessory.optim import KernelAdamW, build_optimizer, moment_device
 from accessory.parallel.groups import Layout
+from accessory.parallel.parameters import NamedParameters
 from tests.checkpoint.training_state.states import (
     IDENTITY,
     PROGRESS,
@@ -172,3 +174,19 @@ def test_records_of_another_kind(change: dict, trained, tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=r"training_state\.json: expected|is no training state"):
         load(tmp_path, *trained)
+
+
+def test_moments_on_the_host_are_saved_from_there() -> None:
+    """Paged ones do not fit on the device together. The meta device stands for it."""
+    parameters, kept = new_parameters(), {}
+    for name, parameter in parameters.items():
+        parameters[name] = nn.Parameter(parameter.detach().to("meta"))
+    optimizer = KernelAdamW([{"params": list(parameters.values())}], 0.1, paged=True)
+    for name, parameter in parameters.items():
+        kept[name] = {moment: torch.randn(parameter.shape) for moment in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **kept[name]}
+        assert moment_device(optimizer, parameter) == torch.device("cpu")
+    tensors = collect_training_state(optimizer, NamedParameters(parameters, SLICINGS))
+    for name, moments in kept.items():
+        for moment, values in moments.items():
+            torch.testing.assert_close(tensors[f"{moment}.{name}"], values, rtol=0, atol=0)
