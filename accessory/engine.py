@@ -147,7 +147,8 @@ class Engine:
             self.moves.begin(progress.total_steps)
         taught = self.settings.teacher_weight
         counts = torch.zeros(1 if taught is None else 2, dtype=torch.float64, device=self.parameters.device)
-        losses = self._accumulate(progress, scale / weight, counts)
+        with self.model.constant():
+            losses = self._accumulate(progress, scale / weight, counts)
         loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
         with self._memory_for_update(progress):
             self.parameters.sum_partial_gradients()

@@ -21,6 +21,7 @@ from accessory.memory.teacher import TeacherMemory
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
+from accessory.model.lora_factors import factor_bytes
 from accessory.model.loss import chunk_bytes, chunk_rows
 from accessory.optim import state_bytes
 from accessory.parallel.groups import Layout
@@ -279,14 +280,16 @@ class StepMemory:
         return max(4 * p.numel() * (5 if narrow[name] else 3) for name, p in self.trained.items())
 
     def _buffers(self) -> int:
-        """Workspaces of kernels for packed matrices, and the buffer that other packed ones are unpacked into."""
+        """Workspaces of kernels for packed matrices, the buffer that others are unpacked into, LoRA's cast factors."""
         dtype, device = self.decoder.dtype, self.layout.device
         found = []
         for linears, backward in self._linears_by_input():
             weights, ranks = [m.weight for m in linears], [_rank(m) for m in linears]
             found.append(memory_to_multiply(weights, ranks, self.tokens, dtype, device, backward=backward))
         found += [(self.teacher.workspace, self.teacher.buffer)] if self.teacher else []
-        return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found)
+        lora = (p.numel() for name, p in self.trained.items() if ".lora_" in name)
+        factors = factor_bytes(sum(lora), dtype, device)
+        return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found) + factors
 
 
 def _rank(linear: Linear) -> int:

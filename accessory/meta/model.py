@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from accessory.meta.examples import Examples
 from accessory.meta.loading import Loaded, exchanged, filled, trained_prompts
 from accessory.meta.own_loop import OwnLoop
 from accessory.model.decoder import Decoder
+from accessory.model.linear import lora_additions
+from accessory.model.lora_factors import constant_factors
 from accessory.model.loss import cross_entropy_sum
 from accessory.model.scores import TokenScores, token_scores
 from accessory.model.sequences import Sequences
@@ -99,6 +102,11 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
             hidden = self.hidden(batch)
         head, vocabulary = self.llma.head_weight, self.llma.args.vocab_size
         return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted, teaching, rows)
+
+    def constant(self) -> AbstractContextManager[None]:
+        """A context in which no parameter changes, so that what products read of them is made once."""
+        groups = (linears for _, block in self.llma.blocks() for linears in block.linears_by_input())
+        return constant_factors(map(lora_additions, groups), self.llma.dtype)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""

@@ -12,7 +12,7 @@ from accessory.model.attention import Attention
 from accessory.model.backward_rows import backward_only
 from accessory.model.cache import LayerCache
 from accessory.model.feed_forward import FeedForward
-from accessory.model.linear import prepare_decoding
+from accessory.model.linear import Linear, prepare_decoding
 from accessory.model.norm import make_norm
 from accessory.model.offload import InputOffload
 from accessory.model.recomputable import Recomputation
@@ -51,9 +51,13 @@ class Block(nn.Module):
                 return checkpoint(self._forward, x, sequences, use_reentrant=False, context_fn=_contexts)
         return self._forward(x, sequences, cache)
 
+    def linears_by_input(self) -> list[list[Linear]]:
+        """The linears, those that share an input together."""
+        return [*self.attention.linears_by_input(), *self.feed_forward.linears_by_input()]
+
     def prepare_decoding(self) -> None:
         """See `Decoder.prepare_decoding`."""
-        for linears in (*self.attention.linears_by_input(), *self.feed_forward.linears_by_input()):
+        for linears in self.linears_by_input():
             prepare_decoding(linears)
         if self.attention.addition is not None:
             self.attention.addition.prepare_decoding(self.attention)

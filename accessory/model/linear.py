@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory import kernels
-from accessory.kernels.addition import Addition
+from accessory.kernels.addition import NOTHING, Addition
 from accessory.model.projection import project
 from accessory.model.recomputable import Recomputable, recomputing
+from accessory.parallel.data import is_sharded
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import (
     WHOLE,
@@ -140,6 +141,18 @@ def project_columns(x: Tensor | Recomputable, linears: list[Linear]) -> tuple[Te
         source = Recomputable.of(x)
         x = source._replace(value=copy_to_model_parallel_region(source.value))
     return project(x, [linear.weight for linear in linears], [linear.addition(linear.bias) for linear in linears])
+
+
+def lora_additions(linears: list[Linear]) -> list[Addition]:
+    """What LoRA adds to each, without the seed of a dropout mask; empty where there is none, or only a shard of it."""
+    found = []
+    for linear in linears:
+        factors = () if linear.lora_a is None else (linear.lora_a.weight, linear.lora_b.weight)
+        if not factors or any(map(is_sharded, factors)):
+            found.append(NOTHING)
+        else:
+            found.append(Addition(None, *factors, dropout=linear.lora_dropout if linear.training else 0.0))
+    return found
 
 
 def prepare_decoding(linears: list[Linear]) -> None:

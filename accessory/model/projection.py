@@ -15,9 +15,10 @@ from accessory import kernels
 from accessory.kernels.addition import NOTHING, Addition
 from accessory.model.backward_rows import backward_rows, spread
 from accessory.model.decoding import decodes
+from accessory.model.lora_factors import Factors, factors_of, without_dropout
 from accessory.model.recomputable import Recomputable
 from accessory.quant import PackedWeight
-from accessory.quant.products import Matrix, multiply, scaled_product, sum_of_products
+from accessory.quant.products import Matrix, gradient_product, multiply, scaled_product, sum_of_products
 
 
 def project(
@@ -42,8 +43,8 @@ def _decoded(x: Tensor, weights: list[Matrix], additions: list[Addition]) -> tup
         decoded = first.decode_products(x, others, additions)
         if decoded is not None:
             return decoded
-    lows = _low_products(x, additions)
-    return tuple(map(multiply, [x] * len(weights), weights, additions, lows))
+    factors = factors_of(additions, x.dtype)
+    return _products(x, weights, additions, factors, _low_products(x, additions, factors))
 
 
 def _columns(additions: list[Addition]) -> list[Tensor | None]:
@@ -72,19 +73,21 @@ class _Projection(torch.autograd.Function):
         """flat: the tensors of additions and weights again, where autograd sees them: n biases, n A, n B, and the
         trainable ones of each weight.
         """
-        count, lows, rows = len(weights), _low_products(x, additions), backward_rows()
+        count, rows, factors = len(weights), backward_rows(), factors_of(additions, x.dtype)
+        lows = _low_products(x, additions, factors)
         need = ctx.needs_input_grad[5:]
         keeps_x = any(need[count : 2 * count]) or any(need[3 * count :])
         ctx.packed = [weight if isinstance(weight, PackedWeight) else None for weight in weights]
         ctx.settings, ctx.need, ctx.make = [addition[3:] for addition in additions], need, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
         ctx.rows, ctx.length, ctx.chosen = rows, len(x), source.chosen
+        ctx.factors = factors if x.is_cuda else None  # a CPU's are made again: kept, they would take memory
         plain = (weight for weight in weights if isinstance(weight, Tensor))
         kept = lows if rows is None else _chosen(lows, rows)
         ctx.save_for_backward(*source.inputs[: ctx.inputs], *kept, *flat[: 3 * count], *plain)
         if skip_output:
             return tuple(x.new_empty(len(x), weight.shape[0]) for weight in weights)
-        return tuple(map(multiply, [x] * count, weights, additions, lows))
+        return _products(x, weights, additions, factors, lows)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,8 +102,10 @@ class _Projection(torch.autograd.Function):
         if ctx.rows is not None:
             gradients = _chosen(gradients, ctx.rows)
             x = x if ctx.chosen or x is None else x[ctx.rows]
-        dlows = _low_gradients(gradients, additions)
-        dx = _input_gradient(gradients, dlows, weights, additions) if ctx.needs_input_grad[0] else None
+        factors = ctx.factors or factors_of(additions, gradients[0].dtype)
+        dlows = _low_gradients(gradients, additions, factors)
+        dlow = _joined([dlows[i] for i in without_dropout(additions)])
+        dx = _input_gradient(gradients, dlow, dlows, weights, additions, factors) if ctx.needs_input_grad[0] else None
         if dx is not None and ctx.rows is not None:
             dx = spread(dx, ctx.rows, ctx.length)
         need_bias, need_a, need_b = (ctx.need[i : i + count] for i in range(0, 3 * count, count))
@@ -108,8 +113,8 @@ class _Projection(torch.autograd.Function):
             *(dx, None, None, None, None),
             *(kernels.of("column_sums", dy).column_sums(dy).to(added.bias.dtype) if needed else None
               for dy, added, needed in zip(gradients, additions, need_bias, strict=True)),
-            *_gradients_of_a(x, dlows, additions, need_a),
-            *(scaled_product(dy.t(), low, added.scale).to(added.b.dtype) if needed else None
+            *_gradients_of_a(x, dlow, dlows, additions, need_a),
+            *(gradient_product(dy.t(), low, added.scale).to(added.b.dtype) if needed else None
               for dy, low, added, needed in zip(gradients, lows, additions, need_b, strict=True)),
             *_gradients_of_weights(x, gradients, weights, ctx.need[3 * count :]),
         )  # fmt: skip
@@ -120,18 +125,25 @@ def _chosen(tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | Non
     return [None if tensor is None else tensor[rows] for tensor in tensors]
 
 
-def _without_dropout(additions: list[Addition]) -> list[int]:
-    """Indices of the additions whose A are stacked into one product: those that read x without dropout."""
-    return [i for i, addition in enumerate(additions) if addition.a is not None and not addition.dropout]
+def _products(
+    x: Tensor, weights: list[Matrix], additions: list[Addition], factors: Factors, lows: list[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """x W^T and its addition [T, N], for each of the weights."""
+    used = [addition._replace(b=b) for addition, b in zip(additions, factors.b, strict=True)]
+    return tuple(map(multiply, [x] * len(weights), weights, used, lows))
 
 
-def _low_products(x: Tensor, additions: list[Addition]) -> list[Tensor | None]:
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """Those [T, R] side by side."""
+    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _low_products(x: Tensor, additions: list[Addition], factors: Factors) -> list[Tensor | None]:
     """x A^T [T, R] of each linear that has an A."""
     lows: list[Tensor | None] = [None] * len(additions)
-    if shared := _without_dropout(additions):
-        stacked = [additions[i].a for i in shared]
-        low = x @ torch.cat(stacked).to(x.dtype).t()
-        for i, piece in zip(shared, low.split(list(map(len, stacked)), 1), strict=True):
+    if shared := without_dropout(additions):
+        low = x @ factors.a.to(x.dtype).t()
+        for i, piece in zip(shared, low.split([len(additions[i].a) for i in shared], 1), strict=True):
             lows[i] = piece
     for i, addition in enumerate(additions):
         if addition.dropout:
@@ -139,20 +151,24 @@ def _low_products(x: Tensor, additions: list[Addition]) -> list[Tensor | None]:
     return lows
 
 
-def _low_gradients(gradients: tuple[Tensor, ...], additions: list[Addition]) -> list[Tensor | None]:
+def _low_gradients(gradients: tuple[Tensor, ...], additions: list[Addition], factors: Factors) -> list[Tensor | None]:
     """The gradient of x A^T [T, R] of each linear that has an A, from which those of x and A are made."""
     return [
-        None if addition.b is None else scaled_product(dy, addition.b.to(dy.dtype), addition.scale)
-        for dy, addition in zip(gradients, additions, strict=True)
+        None if b is None else scaled_product(dy, b.to(dy.dtype), addition.scale)
+        for dy, addition, b in zip(gradients, additions, factors.b, strict=True)
     ]
 
 
 def _input_gradient(
-    gradients: tuple[Tensor, ...], dlows: list[Tensor | None], weights: list[Matrix], additions: list[Addition]
+    gradients: tuple[Tensor, ...],
+    dlow: Tensor | None,
+    dlows: list[Tensor | None],
+    weights: list[Matrix],
+    additions: list[Addition],
+    factors: Factors,
 ) -> Tensor:
-    low = None
-    if shared := _without_dropout(additions):
-        low = torch.cat([dlows[i] for i in shared], 1), torch.cat([additions[i].a for i in shared]), 1.0
+    """dlow: those of `dlows` that no dropout is between, side by side."""
+    low = None if dlow is None else (dlow, factors.a, 1.0)
     dx = sum_of_products(list(gradients), weights, transposed=True, low=low)
     for dlow, addition in zip(dlows, additions, strict=True):
         if addition.dropout:
@@ -161,12 +177,18 @@ def _input_gradient(
 
 
 def _gradients_of_a(
-    x: Tensor | None, dlows: list[Tensor | None], additions: list[Addition], wanted: tuple[bool, ...]
+    x: Tensor | None,
+    dlow: Tensor | None,
+    dlows: list[Tensor | None],
+    additions: list[Addition],
+    wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """(gradient of x A^T)^T x [R, K] of each A that is trained."""
+    """(gradient of x A^T)^T x [R, K] of each A that is trained. dlow: as of `_input_gradient`."""
     found: list[Tensor | None] = [None] * len(additions)
-    if shared := [i for i in _without_dropout(additions) if wanted[i]]:
-        together = torch.cat([dlows[i] for i in shared], 1).t() @ x
+    every = without_dropout(additions)
+    if shared := [i for i in every if wanted[i]]:
+        dlow = dlow if shared == every else _joined([dlows[i] for i in shared])
+        together = gradient_product(dlow.t(), x)
         for i, piece in zip(shared, together.split([len(additions[i].a) for i in shared]), strict=True):
             found[i] = piece.to(additions[i].a.dtype)
     for i, addition in enumerate(additions):

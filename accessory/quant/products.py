@@ -71,6 +71,14 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return found if scale == 1 else found.mul_(scale)
 
 
+def gradient_product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """The same of a trained fp32 factor's gradient: on a GPU it is not rounded to the factors' narrow dtype first."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        found = torch.mm(a, b, out_dtype=torch.float32)
+        return found if scale == 1 else found.mul_(scale)
+    return scaled_product(a, b, scale)
+
+
 def memory_to_multiply(
     matrices: list[Matrix], ranks: list[int], rows: int, dtype: torch.dtype, device: torch.device, *, backward: bool
 ) -> tuple[int, int]:

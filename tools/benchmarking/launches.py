@@ -32,7 +32,7 @@ _FREE_NAMESPACES = ("prim", "profiler")
 _COPIES = ("aten::_to_copy", "aten::copy_")
 _OVERWRITE = {
     f"aten::{name}_" for name in ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential")
-}
+} | {"aten::_foreach_copy_"}
 """In-place operations that do not read what they overwrite."""
 _GATHER = {"aten::embedding", "aten::index_select", "aten::index", "aten::gather"}
 """Of the first tensor only what the result holds is read."""
