@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ from accessory.data.batch import PackedBatch
 from accessory.data.order import GlobalOrder
 from accessory.memory.base_cache import BaseCache
 from accessory.memory.exhausted import out_of_memory_as
+from accessory.optim import can_be_guarded, guarded_step
 from accessory.parallel.agree import highest
 from accessory.parallel.data import reduce_gradients, reshard, sum_over_data_parallel
 from accessory.parallel.groups import supervised, tick
+from accessory.parallel.later import Later
 from accessory.parallel.parameters import NamedParameters
 from accessory.run import step_faults
 from accessory.run.integer_moves import IntegerMoves
@@ -60,6 +62,28 @@ class StepSettings:
 
 
 @dataclass
+class _Step:
+    """A step whose gradients are computed, or will be: a GPU may still be at it.
+
+    at: the progress before it. weight: what the sum of losses is divided by. scale: by which gradients are too large.
+    losses: of each micro-batch, fp64 []. loss fp64 [] and norm []: of the whole step, on the device. numbers: these
+    two, the rightly predicted tokens, and the sum of cross-entropies if there is a teacher.
+    """
+
+    at: Progress
+    began: float
+    weight: float
+    scale: float
+    epoch: float
+    losses: list[Tensor]
+    loss: Tensor
+    norm: Tensor
+    numbers: Later
+    updated: bool = False
+    """Whether the optimizer has stepped."""
+
+
+@dataclass
 class Engine:
     """Trains `model`, whose trained parameters are `parameters`. saver: None for a run that writes nothing.
 
@@ -79,6 +103,8 @@ class Engine:
     base_cache: BaseCache | None = None
     validation: Validation | None = None
     moves: IntegerMoves | None = None
+    _waiting: _Step | None = None  # the step before, whose numbers are not read yet
+    _ended: float = 0.0  # when the last report was made
 
     def train(self, progress: Progress) -> None:
         """Run from `progress` to the end of the schedule, saving on the way and at the end.
@@ -91,8 +117,9 @@ class Engine:
         self._catch_up(progress)
         while not self._is_over(progress):
             with supervised():
-                report, asked = self.step(progress)
-            self.reporter.step(report)
+                asked = self._go_on(progress)
+            if asked is None:
+                continue
             last = schedule.is_over(progress)
             if last and progress.skipped == progress.total_steps:
                 raise step_faults.nothing_learned(progress, self.settings.scales_loss)
@@ -113,6 +140,47 @@ class Engine:
             self.reporter.say(f"{skipped} of the run's {progress.total_steps} steps were skipped{last}.")
         if self.validation and (words := self.validation.closing_words()):
             self.reporter.say(words)
+
+    def _go_on(self, progress: Progress) -> Asked | None:
+        """Make a step and report it; returns what is asked for after it. None: its numbers are not read yet."""
+        step = self._begin(progress)
+        earlier = self._finish_waiting(progress)
+        if self.reads_later:
+            step.at.skipped = progress.skipped  # known only now
+            self._update_unread(step, progress)
+            if not (earlier.save or earlier.stop or self._must_read(progress)):
+                self._waiting = step
+                if progress.step == 0:
+                    self._settle()
+                return None
+        report, asked = self._finish(step, progress)
+        self.reporter.step(report)
+        return asked._replace(save=max(asked.save, earlier.save), stop=max(asked.stop, earlier.stop))
+
+    @cached_property
+    def reads_later(self) -> bool:
+        """Whether a step's numbers are read after the next one's gradients are asked for, so that a GPU never idles.
+
+        What depends on them there, whether the optimizer steps at all, is decided on the device. fp16's loss scale and
+        moves of integers need them before.
+        """
+        needed = self.settings.scales_loss or self.moves is not None
+        return self.parameters.device.type == "cuda" and not needed and can_be_guarded(self.optimizer)
+
+    def _must_read(self, progress: Progress) -> bool:
+        """Whether something comes after this step that needs its numbers, or must not come if they are not finite."""
+        evaluates = self.validation is not None and self.schedule.evaluates_after(progress)
+        saves = self.saver is not None and self.schedule.saves_after(progress)
+        return evaluates or saves or self.schedule.is_over(progress)
+
+    def _finish_waiting(self, progress: Progress) -> Asked:
+        """Report the step before, if its numbers are not read yet; returns what was asked for after it."""
+        if self._waiting is None:
+            return Asked(0, 0, 0)
+        step, self._waiting = self._waiting, None
+        report, asked = self._finish(step, progress)
+        self.reporter.step(report)
+        return asked
 
     def _is_over(self, progress: Progress) -> bool:
         return self.schedule.is_over(progress) or (self.validation is not None and self.validation.is_over)
@@ -140,6 +208,10 @@ class Engine:
 
     def step(self, progress: Progress) -> tuple[StepReport, Asked]:
         """One optimizer step on one global batch; moves `progress` on by it."""
+        return self._finish(self._begin(progress), progress)
+
+    def _begin(self, progress: Progress) -> _Step:
+        """Compute a step's gradients."""
         began, at, scales = time.monotonic(), (progress.epoch, progress.step), self.settings.scales_loss
         weight = self.order.loss_weight(*at)
         scale = progress.loss_scale if scales else 1.0
@@ -149,45 +221,76 @@ class Engine:
         counts = torch.zeros(1 if taught is None else 2, dtype=torch.float64, device=self.parameters.device)
         with self.model.constant():
             losses = self._accumulate(progress, scale / weight, counts)
-        loss = (sum_over_data_parallel(torch.stack(losses).sum()) / weight).item()
+        loss = sum_over_data_parallel(torch.stack(losses).sum()) / weight
         with self._memory_for_update(progress):
             self.parameters.sum_partial_gradients()
-            norm = self.parameters.gradient_norm().item() / scale
-        asked = self._agree(loss, norm)
+            norm = self.parameters.gradient_norm()
+        numbers = Later(torch.cat([torch.stack([loss, norm.double()]), sum_over_data_parallel(counts)]))
         epoch = progress.epoch + (progress.step + 1) / self.schedule.steps_per_epoch
-        lr = self.schedule.learning_rate(epoch)
-        if asked.not_finite:
-            self._skip(asked.not_finite == _OVERFLOWS, loss, norm, losses, progress)
-        else:
-            with self._memory_for_update(progress):
-                if self.moves:
-                    self.moves.move(self.optimizer, loss, weight, lambda: self._loss_again(progress, weight))
-                clipped = self._update(norm, lr, scale)
-            if self.moves:
-                self.moves.clipped_by(clipped)
-            if self.saver:
-                self.saver.losses.append(loss)
+        return _Step(replace(progress), began, weight, scale, epoch, losses, loss, norm, numbers)
+
+    def _update_unread(self, step: _Step, progress: Progress) -> None:
+        """Step the optimizer before the host knows the step's numbers; the device skips it if they are not finite."""
+        self._set_learning_rate(self.schedule.learning_rate(step.epoch))
+        bound = self.schedule.clip_grad
+        with self._memory_for_update(progress):
+            divisor = ((step.norm + 1e-6) / bound).clamp(min=1.0) if bound > 0 else torch.ones_like(step.norm)
+            skip = (step.loss + step.norm).mul(0.0) != 0  # NaN where one is NaN or infinite
+            guarded_step(self.optimizer, divisor, skip)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.moves:
-            self.moves.end(self.optimizer, progress.total_steps, skipped=bool(asked.not_finite))
-        if scales and asked.not_finite != _NOT_FINITE:
-            progress.rescale(finite=not asked.not_finite)
-        progress.advance(self.schedule.steps_per_epoch, skipped=bool(asked.not_finite))
-        hits, *entropy = sum_over_data_parallel(counts).tolist()
+        progress.advance(self.schedule.steps_per_epoch, skipped=False)
+        step.updated = True
+
+    def _finish(self, step: _Step, progress: Progress) -> tuple[StepReport, Asked]:
+        """Read the step's numbers, and step the optimizer if that was not done before.
+
+        `progress` is moved on by the step; if it was before, it is corrected where the step turns out to be skipped.
+        """
+        loss, norm, hits, *entropy = step.numbers.read()
+        norm, at = norm / step.scale, (step.at.epoch, step.at.step)
+        asked = self._agree(loss, norm)
+        if asked.not_finite:
+            self._skip(asked.not_finite == _OVERFLOWS, loss, norm, step.losses, step.at)
+        elif self.saver:
+            self.saver.losses.append(loss)
+        if not step.updated:
+            self._update_read(step, loss, norm, asked.not_finite, progress)
+        elif asked.not_finite:
+            progress.skipped = step.at.skipped + 1
+        taught = self.settings.teacher_weight
+        began, self._ended = max(step.began, self._ended), time.monotonic()
         return StepReport(
-            step=progress.total_steps,
-            epoch=epoch,
+            step=step.at.total_steps + 1,
+            epoch=step.epoch,
             loss=loss,
             accuracy=hits / self.order.supervised_tokens(*at),
-            lr=lr,
+            lr=self.schedule.learning_rate(step.epoch),
             grad_norm=norm,
             tokens=self.order.tokens(*at),
             supervised=self.order.supervised_tokens(*at),
-            seconds=time.monotonic() - began,
+            seconds=self._ended - began,
             peak_bytes=peak_memory(self.parameters.device),
             figures=self.moves.figures() if self.moves else {},
-            distillation=None if taught is None else Distillation.of(loss, entropy[0] / weight, taught),
+            distillation=None if taught is None else Distillation.of(loss, entropy[0] / step.weight, taught),
         ), asked
+
+    def _update_read(self, step: _Step, loss: float, norm: float, not_finite: int, progress: Progress) -> None:
+        """Step the optimizer, unless the step is skipped."""
+        scales = self.settings.scales_loss
+        if not not_finite:
+            with self._memory_for_update(progress):
+                if self.moves:
+                    again = partial(self._loss_again, progress, step.weight)
+                    self.moves.move(self.optimizer, loss, step.weight, again)
+                clipped = self._update(norm, self.schedule.learning_rate(step.epoch), step.scale)
+            if self.moves:
+                self.moves.clipped_by(clipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.moves:
+            self.moves.end(self.optimizer, progress.total_steps, skipped=bool(not_finite))
+        if scales and not_finite != _NOT_FINITE:
+            progress.rescale(finite=not not_finite)
+        progress.advance(self.schedule.steps_per_epoch, skipped=bool(not_finite))
 
     def _accumulate(self, progress: Progress, factor: float, counts: Tensor) -> list[Tensor]:
         """Accumulate gradients of `factor` times the summed loss; returns each micro-batch's sum of losses, fp64 [].
@@ -260,7 +363,10 @@ class Engine:
         """
         clipped = min(1.0, self.schedule.clip_grad / (norm + 1e-6)) if self.schedule.clip_grad > 0 else 1.0
         self.parameters.scale_gradients(1.0 / scale * clipped)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("rate", 1.0)
+        self._set_learning_rate(lr)
         self.optimizer.step()
         return clipped
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("rate", 1.0)

@@ -85,6 +85,24 @@ def moment_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     return torch.device("cpu") if paged else parameter.device
 
 
+def can_be_guarded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `guarded_step` can step it: PyTorch's fused AdamW, over parameters that are whole here."""
+    whole = all(local(p) is p for group in optimizer.param_groups for p in group["params"])
+    return isinstance(optimizer, torch.optim.AdamW) and whole
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, skip: Tensor) -> None:
+    """Step with every gradient divided by `divisor`, fp32 []; nothing changes where `skip`, bool [], holds.
+
+    Both are on the device, and the host learns neither: it is what torch's own gradient scaler does.
+    """
+    optimizer.grad_scale, optimizer.found_inf = divisor, skip.to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Running means of gradients of this rank's shard of a `parameter`, and of their squares: unbiased, fp32."""
     state, found = optimizer.state[parameter], []

@@ -83,8 +83,10 @@ class _RMSNorm(torch.autograd.Function):
         return y, scale
 
     @staticmethod
-    def backward(ctx, dy: Tensor, _dscale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, dy: Tensor | None, _dscale: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """dy [..., D] -> gradients of x and weight in their dtypes, those that are wanted."""
+        if dy is None:  # nothing read y
+            return (None,) * 5
         saved, rows, length = ctx.saved_tensors, ctx.rows, len(dy)
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         dy = dy if rows is None else dy[rows]

@@ -19,6 +19,7 @@ from accessory.model.decoder import Decoder
 from accessory.model.families import architecture_of
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import slicing_of
+from accessory.run.report import Reporter, StepReport
 from tools.benchmarking.launches import Counts, LaunchCounter
 from tools.benchmarking.pretended_gpu import pretended
 from tools.benchmarking.training import METHODS, Training
@@ -92,24 +93,39 @@ def counted_step(
     optim: str = "adamw",
     checkpointing: int | str = 0,
 ) -> LaunchCounter:
-    """What the second step of a run asks a GPU for; all tokens are learned. It needs `groups.start`.
+    """What a run's step asks a GPU for; all tokens are learned. It needs `groups.start`.
 
-    The first one also allocates the optimizer's state, and fills caches.
+    Counted is what happens between the reports of two steps: not the first one, which also allocates the optimizer's
+    state and fills caches, nor the last one, whose numbers are read at once.
     """
     training = PretendedTraining(
-        model="", data=None, steps=2, batch_size=documents, seq=(seq,), supervised=1.0, max_words=seq, method=method,
+        model="", data=None, steps=3, batch_size=documents, seq=(seq,), supervised=1.0, max_words=seq, method=method,
         rank=None, adapter=None, quant_type=quant_type, precision="bf16", lr=1e-4, optim=optim,
         checkpointing=checkpointing, share_prefixes=False, args=args,
     )  # fmt: skip
     with pretended(triton):
         engine = training.engine(Layout(device=GPU))
-        engine.model.train()
-        progress, counter = Progress(), LaunchCounter()
+        counter = LaunchCounter()
+        engine.reporter = Between(counter)
         with counter, counter.watch(engine.model):
-            engine.step(progress)
-            counter.clear()
-            engine.step(progress)
+            engine.train(Progress())
+    counter.found = engine.reporter.found
     return counter
+
+
+class Between(Reporter):
+    """Keeps what was counted between the reports of the first two steps."""
+
+    def __init__(self, counter: LaunchCounter) -> None:
+        super().__init__(None, 0, 0, enabled=False)
+        self.counter, self.found = counter, {}
+
+    def step(self, report: StepReport) -> None:
+        """Begin to count, or end."""
+        if report.step == 1:
+            self.counter.clear()
+        elif report.step == 2:
+            self.found = dict(self.counter.found)
 
 
 def extra(args: ModelArgs, method: str, quant_type: str | None, **how: Any) -> dict[tuple[str, str], Counts]:

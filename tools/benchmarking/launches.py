@@ -132,6 +132,14 @@ class LaunchCounter(TorchDispatchMode):
                     return self._launch(run, kernel, given, named)
 
                 held.enter_context(patch.object(JITFunction, "run", launch))
+            wait = torch.cuda.Event.synchronize
+
+            def waits(event: Any) -> None:
+                """As `torch.cuda.Event.synchronize`."""
+                self._add("event", 0, 0, 1)
+                wait(event)
+
+            held.enter_context(patch.object(torch.cuda.Event, "synchronize", waits))
             synchronize = torch.cuda.synchronize
             held.enter_context(patch.object(torch.cuda, "synchronize", lambda *given: self._wait(synchronize, given)))
             super().__enter__()

@@ -55,6 +55,15 @@ def pretended(triton: bool) -> Iterator[None]:
     from accessory import kernels
     from accessory.kernels import fused_attention
 
+    class Event:
+        """What it waits for has happened."""
+
+        def record(self, stream: object = None) -> None:
+            """Nothing is to be remembered."""
+
+        def synchronize(self) -> None:
+            """At once."""
+
     properties = SimpleNamespace(multi_processor_count=PROCESSORS, major=CAPABILITY[0], minor=CAPABILITY[1])
     answers = {
         "is_initialized": lambda: True,
@@ -64,6 +73,7 @@ def pretended(triton: bool) -> Iterator[None]:
         "max_memory_allocated": lambda _device=None: 0,
     }
     with ExitStack() as held:
+        held.enter_context(patch.object(torch.cuda, "Event", Event))
         for name, answer in answers.items():
             held.enter_context(patch.object(torch.cuda, name, answer))
         works = lambda _device, _dtype, names: frozenset(names if triton else ())  # noqa: E731
