@@ -69,7 +69,7 @@ def test_loss_is_the_sum_over_supervised_tokens(checkpoint, tmp_path: Path) -> N
 def test_scores_of_choices(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 over transformers' whole logits, document by document; choices share a context."""
     theirs, ours = checkpoint().double(), MetaModel.from_pretrained(tmp_path, dtype="fp32")
-    monkeypatch.setattr("accessory.model.scores.CHUNK", 4)
+    monkeypatch.setattr("accessory.model.loss.CHUNK", 4)
     context, choices = random_ids(20).tolist(), [random_ids(n).tolist() for n in (3, 1, 7)]
     for _ in range(3):  # what is likeliest after the context
         likely = context + (choices[3] if len(choices) > 3 else [])
