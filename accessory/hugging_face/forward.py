@@ -76,9 +76,9 @@ class CausalForward:
             if following is None:
                 return CausalOutput(None, decoder(tokens, sequences), rows, decoder)
             check_ids("labels", following, -100, vocabulary)
-            learned, weights = decoder.learned(following, None)
-            hidden = decoder(tokens, sequences.with_labels(learned))
-            total = cross_entropy_sum(hidden, decoder.head_weight, learned, vocabulary, weights)
+            learned, weights, places = decoder.learned(following, None, (following >= 0).nonzero()[:, 0])
+            hidden = decoder(tokens, sequences.with_labelled(places))
+            total = cross_entropy_sum(hidden, decoder.head_weight, learned, vocabulary, weights, rows=places)
         count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalOutput(total / count, hidden, rows, decoder)
 

@@ -141,7 +141,7 @@ class _Run(nn.Module):
     def forward(self, tokens: int) -> None:
         """Run zeros as token ids, all of them labelled: how much is kept does not depend on what they are."""
         ids = torch.zeros(tokens, dtype=torch.int64)
-        labels, _ = self.decoder.learned(ids, None)
+        labels, *_ = self.decoder.learned(ids, None, torch.arange(tokens))
         sequences = self.decoder.sequences((tokens,)).with_labels(labels)
         with torch.enable_grad(), saved_tensors_hooks(self._note, lambda tensor: tensor):
             self.decoder(ids, sequences)

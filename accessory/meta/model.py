@@ -91,10 +91,9 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         """
         # It goes first: nothing of the student's is alive yet.
         teaching = self.teacher.teach(batch, entropy) if self.teacher else None
-        labels, weights = self.llma.learned(batch.labels, batch.weights)
+        labels, weights, rows = self.llma.learned(batch.labels, batch.weights, batch.labelled)
         # Where some labels are drawn, those of answers count for as many more as their losses do.
         counted = None if batch.answers is None else batch.answers * (weights / batch.weights)
-        rows = (batch if labels is batch.labels else replace(batch, labels=labels, rows=None)).labelled
         batch = replace(batch, labels=labels, weights=weights, rows=rows)
         if self.base_cache:
             hidden = self.base_cache.hidden(self.llma, batch, self._sequences(batch))

@@ -121,18 +121,15 @@ class SideDecoder(Decoder):
             x = block(x, sequences, cache[i] if cache else None)
         return self.leave(x)
 
-    def learned(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def learned(self, labels: Tensor, weights: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """While training, the device's generator draws a share of them; as weights rise, the mean gradient stays."""
-        if not self.training or self.settings.label_share == 1:
-            return labels, weights
-        rows = (labels >= 0).nonzero()[:, 0]
-        count = math.ceil(len(rows) * self.settings.label_share)
+        count = math.ceil(len(rows) * self.settings.label_share) if self.training else len(rows)
         if count == len(rows):
-            return labels, weights
+            return labels, weights, rows
         drawn = rows[torch.randperm(len(rows), device=rows.device)[:count]]
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         chosen = torch.full_like(labels, IGNORE).index_copy(0, drawn, labels[drawn])
-        return chosen, weights * (len(rows) / count)
+        return chosen, weights * (len(rows) / count), drawn.sort().values
 
     def reader(self, place: int) -> int | None:
         """Number of the side block that reads the output of the base's block `place`; None where none does.

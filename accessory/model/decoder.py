@@ -170,12 +170,13 @@ class Decoder(nn.Module):
         (last,) = deque(self.states(self.enter(inputs, sequences), sequences, cache), maxlen=1)
         return self.leave(last)
 
-    def learned(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The labels [T] that this step learns from, negative elsewhere, and the weights [T] of their losses.
+    def learned(self, labels: Tensor, weights: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The labels [T] that this step learns from, negative elsewhere, the weights [T] of their losses, their rows.
 
-        weights: fp32; None: all are 1. By default both stay as they are.
+        weights: fp32; None: all are 1. rows: int64 [L], the tokens with a label, in order. By default all stay as they
+        are.
         """
-        return labels, weights
+        return labels, weights, rows
 
     def enter(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Token ids [T] or their embeddings [T, embedding_dim] -> the first block's input [T, D]."""

@@ -97,7 +97,8 @@ def test_logits_are_one_chunk(layout: Layout) -> None:
     assert planned(decoder, attachment, layout, tokens=10 * CHUNK).logits == CHUNK * 96 * each
     assert planned(decoder, attachment, layout, tokens=10).logits == 10 * 96 * each
     gpu = replace(layout, device=torch.device("cuda"))
-    assert planned(decoder, attachment, gpu, tokens=10).logits == 10 * (128 * 2 + 96 * 4)  # rows begin at multiples of 64
+    aligned = 128  # numbers from one row to the next
+    assert planned(decoder, attachment, gpu, tokens=10).logits == 10 * (aligned * 2 + 96 * 4)
     full = built(SMALL, {}, method="full", quant=None)
     assert planned(*full, layout, tokens=10).logits == 10 * 96 * each + 96 * 64 * 2
 

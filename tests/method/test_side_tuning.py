@@ -93,7 +93,7 @@ def test_numbers_are_those_of_the_formulas(family: dict, settings: dict, layout:
     """Logits and every gradient, of documents packed end to end, beside float64 one document at a time."""
     decoder, attachment = made(family, layout, **{"r": 4, "label_share": 1, **settings})
     ids, labels = drawn()
-    learned, weights = decoder.learned(labels, None)
+    learned, weights, _ = decoder.learned(labels, None, (labels >= 0).nonzero()[:, 0])
     hidden = decoder(ids, decoder.sequences(LENGTHS).with_labels(learned))
     loss = cross_entropy_sum(hidden, decoder.head_weight, learned, weights=weights)
     loss.backward()
@@ -321,21 +321,23 @@ def test_a_share_of_the_labels_is_drawn(layout: Layout) -> None:
     decoder, _ = made(LLAMA, layout, tail=1, label_share=0.3)
     _, labels = drawn()
     given, labelled = torch.rand(len(labels)), int((labels >= 0).sum())
+    places = (labels >= 0).nonzero()[:, 0]
     state = torch.get_rng_state()
-    draws = [decoder.learned(labels, None) for _ in range(400)]
+    draws = [decoder.learned(labels, None, places) for _ in range(400)]
     torch.set_rng_state(state)
-    again, weights = decoder.learned(labels, given)
+    again, weights, _ = decoder.learned(labels, given, places)
     count = math.ceil(0.3 * labelled)
     assert torch.equal(again, draws[0][0]) and torch.equal(weights, given * (labelled / count))
-    for learned, weights in draws:
+    for learned, weights, drawn_places in draws:
         rows = learned >= 0
+        assert torch.equal(drawn_places, rows.nonzero()[:, 0])
         assert rows.sum() == count and torch.equal(learned[rows], labels[rows])
         assert (weights == torch.tensor(labelled / count)).all()
-    often = sum((learned >= 0).double() for learned, _ in draws)[labels >= 0] / len(draws)
+    often = sum((learned >= 0).double() for learned, *_ in draws)[labels >= 0] / len(draws)
     assert (often - count / labelled).abs().max() < 0.12  # 5 standard deviations
-    assert decoder.eval().learned(labels, None)[0] is labels
+    assert decoder.eval().learned(labels, None, places)[0] is labels
     unlabelled = torch.full_like(labels, IGNORE)
-    assert torch.equal(decoder.train().learned(unlabelled, None)[0], unlabelled)
+    assert torch.equal(decoder.train().learned(unlabelled, None, places[:0])[0], unlabelled)
 
 
 def test_widths_that_cannot_be() -> None:
