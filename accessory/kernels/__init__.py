@@ -46,11 +46,15 @@ def fast(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> 
 
 def decoding_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType] | None:
     """(products, attention) of decoding in few launches, in `dtype` on `device`; None where there are none."""
+    products, attention = (decoding_kernel(name, device, dtype) for name in ("decoding_products", "decoding_attention"))
+    return None if products is None or attention is None else (products, attention)
+
+
+def decoding_kernel(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """One of Triton's kernels that only decoding uses, if it computes in `dtype` on `device`."""
     if device.type == "cuda" and not _is_current(device):
         return None
-    if triton.working(device, dtype, triton.DECODING) < frozenset(triton.DECODING):
-        return None
-    return _implementation("triton", "decoding_products"), _implementation("triton", "decoding_attention")
+    return _implementation("triton", name) if name in triton.working(device, dtype, triton.DECODING) else None
 
 
 def _is_current(device: torch.device) -> bool:
@@ -88,4 +92,4 @@ def _implementation(package: str, name: str) -> ModuleType:
     return import_module(f"{__name__}.{package}.{name}")
 
 
-__all__ = ["computing", "decoding_kernels", "fast", "of", "on"]
+__all__ = ["computing", "decoding_kernel", "decoding_kernels", "fast", "of", "on"]

@@ -1,6 +1,7 @@
-"""Products of a few rows with 4-bit matrices that lie on a GPU, for decoders whose blocks are no chain.
+"""Products of a few rows with packed matrices that lie on a GPU, for decoders whose blocks are no chain.
 
-By Triton's kernel, all matrices of an input in one launch, or by bitsandbytes', each in one. Neither unpacks a matrix.
+NF4 and FP4 by Triton's kernel, all matrices of an input in one launch, or by bitsandbytes', each in one; whole numbers
+in groups by Triton's. None of them unpacks a matrix.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from accessory.kernels.addition import Addition
 from accessory.kernels.bitsandbytes_library import functional as _loads_operations  # noqa: F401
-from accessory.kernels.codes import BLOCK, Codes
+from accessory.kernels.codes import BLOCK, Codes, GroupCodes
 from accessory.kernels.decoding import MOST_ROWS, Products, filled_up
 from accessory.kernels.operands import DTYPES
 
 ALWAYS_FUSED = 4  # rows up to which bitsandbytes multiplies without unpacking on every GPU
+
+
+Find = Callable[[torch.device, torch.dtype], ModuleType | None]
+"""Gives the kernel for a device and a dtype, if there is one."""
 
 
 class _Added(NamedTuple):
@@ -29,17 +34,80 @@ class _Added(NamedTuple):
     bias: Tensor | None
 
 
+class _LaidOut:
+    """Biases and LoRA of linears of `widths` that share x [T, columns], joined once for each state of the weights.
+
+    They keep their place for what is recorded.
+    """
+
+    def __init__(self, widths: list[int], columns: int, device: torch.device) -> None:
+        self._widths, self._columns, self._device = widths, columns, device
+        self._known: tuple[torch.dtype, list[tuple[Tensor | None, int]]] | None = None
+        self._added = _Added(None, None, None)
+
+    def of(self, added: list[Addition] | None, dtype: torch.dtype) -> _Added:
+        """As products with x of `dtype` take them."""
+        state = [(part, _version(part)) for one in added or [] for part in one[:3]]
+        known = self._known is not None and self._known[0] == dtype and len(self._known[1]) == len(state)
+        if not known or any(
+            part is not held or version != at for (part, version), (held, at) in zip(state, self._known[1], strict=True)
+        ):  # fmt: skip
+            self._known, self._added = (dtype, state), self._joined(added or [], dtype)
+        return self._added
+
+    def _joined(self, added: list[Addition], dtype: torch.dtype) -> _Added:
+        rank = filled_up(max((len(one.a) for one in added if one.a is not None), default=0))
+        a = b = bias = None
+        if rank:
+            a = torch.zeros(len(added) * rank, self._columns, dtype=dtype, device=self._device)
+            b = torch.zeros(sum(self._widths), rank, dtype=dtype, device=self._device)
+            for i, (one, rows) in enumerate(zip(added, b.split(self._widths), strict=True)):
+                if one.a is not None:
+                    a[i * rank : i * rank + len(one.a)] = one.a
+                    rows[:, : len(one.a)] = one.b * one.scale
+        if any(one.bias is not None for one in added):
+            bias = torch.zeros(sum(self._widths), device=self._device)
+            for one, rows in zip(added, bias.split(self._widths), strict=True):
+                if one.bias is not None:
+                    rows.copy_(one.bias)
+        return _Added(a, b, bias)
+
+
+class JoinedGroups:
+    """As `JoinedMatrices`, of whole numbers in groups, by Triton's kernel alone, a launch a matrix.
+
+    find: gives Triton's `decoding_groups` for a device and dtype, or None: nothing is taken.
+    """
+
+    def __init__(
+        self, matrices: list[GroupCodes], find: Callable[[torch.device, torch.dtype], ModuleType | None]
+    ) -> None:
+        self._matrices, self._find, first = matrices, find, matrices[0]
+        self._laid_out = _LaidOut([matrix.shape[0] for matrix in matrices], first.shape[1], first.codes.device)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has few rows, and lies with the matrices; and these have their columns in whole groups of eight."""
+        few = 0 < len(x) <= MOST_ROWS and x.device == self._matrices[0].codes.device and x.is_contiguous()
+        kernel = self._find(x.device, x.dtype) if few else None
+        return kernel is not None and all(map(kernel.takes, self._matrices))
+
+    def multiply(self, x: Tensor, added: list[Addition] | None = None) -> tuple[Tensor, ...]:
+        """x [T, k] -> [T, n] of each, with bias and LoRA, no dropout."""
+        a, b, bias = self._laid_out.of(added, x.dtype)
+        low = None if a is None else (x @ a.t()).float()
+        return self._find(x.device, x.dtype).multiply(self._matrices, x, low, b, bias)
+
+
 class JoinedMatrices:
     """Several W [n, k] that multiply the same x [T, k]: as `accessory.kernels.avx512.packed_gemv.PackedMatrices`.
 
     find: gives Triton's `decoding_products` for a device and dtype, or None: bitsandbytes' operation computes.
     """
 
-    def __init__(self, matrices: list[Codes], find: Callable[[torch.device, torch.dtype], ModuleType | None]) -> None:
+    def __init__(self, matrices: list[Codes], find: Find) -> None:
         self._matrices, self._find = tuple(matrices), find
         self._widths = [matrix.shape[0] for matrix in matrices]
-        self._known: tuple[torch.dtype, list[tuple[Tensor | None, int]]] | None = None
-        self._added = _Added(None, None, None)
+        self._laid_out = _LaidOut(self._widths, matrices[0].shape[1], matrices[0].codes.device)
 
     @staticmethod
     def can(matrices: list[Codes]) -> bool:
@@ -57,7 +125,7 @@ class JoinedMatrices:
 
     def multiply(self, x: Tensor, added: list[Addition] | None = None) -> tuple[Tensor, ...]:
         """x [T, k] -> [T, n] of each, with bias and LoRA, no dropout."""
-        a, b, bias = self._laid_out(added, x.dtype)
+        a, b, bias = self._laid_out.of(added, x.dtype)
         low = None if a is None else x @ a.t()
         kernel = self._find(x.device, x.dtype)
         if kernel is None:
@@ -72,34 +140,6 @@ class JoinedMatrices:
         factors = absent if b is None else b.split(self._widths)
         biases = absent if bias is None else bias.to(x.dtype).split(self._widths)
         return tuple(map(_product, [x] * len(self._widths), self._matrices, lows, factors, biases))
-
-    def _laid_out(self, added: list[Addition] | None, dtype: torch.dtype) -> _Added:
-        """Joined once for each state of the weights; they keep their place for what is recorded."""
-        state = [(part, _version(part)) for one in added or [] for part in one[:3]]
-        known = self._known is not None and self._known[0] == dtype and len(self._known[1]) == len(state)
-        if not known or any(
-            part is not held or version != at for (part, version), (held, at) in zip(state, self._known[1], strict=True)
-        ):  # fmt: skip
-            self._known, self._added = (dtype, state), self._joined(added or [], dtype)
-        return self._added
-
-    def _joined(self, added: list[Addition], dtype: torch.dtype) -> _Added:
-        device, columns = self._matrices[0].codes.device, self._matrices[0].shape[1]
-        rank = filled_up(max((len(one.a) for one in added if one.a is not None), default=0))
-        a = b = bias = None
-        if rank:
-            a = torch.zeros(len(added) * rank, columns, dtype=dtype, device=device)
-            b = torch.zeros(sum(self._widths), rank, dtype=dtype, device=device)
-            for i, (one, rows) in enumerate(zip(added, b.split(self._widths), strict=True)):
-                if one.a is not None:
-                    a[i * rank : i * rank + len(one.a)] = one.a
-                    rows[:, : len(one.a)] = one.b * one.scale
-        if any(one.bias is not None for one in added):
-            bias = torch.zeros(sum(self._widths), device=device)
-            for one, rows in zip(added, bias.split(self._widths), strict=True):
-                if one.bias is not None:
-                    rows.copy_(one.bias)
-        return _Added(a, b, bias)
 
 
 def _product(x: Tensor, w: Codes, low: Tensor | None, b: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -153,6 +153,16 @@ def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     return made
 
 
+def _decoding_groups(kernel: ModuleType, randn: Randn) -> list[Tensor]:
+    """Of one row and of three; of every width, with LoRA and biases, and without."""
+    codes, made = _grouped(randn, 296), []
+    for rows in (1, 3):
+        x, low = randn(rows, 296), randn(rows, 64).float()
+        made += kernel.multiply(codes, x, low, randn(105, 16), randn(105).float())
+        made += kernel.multiply(codes[1:2], x)
+    return made
+
+
 def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """Of one row and of three: a norm and two matrices; a gate of two and what follows; one and a residual."""
     one, other, norm, bias, made = _codes(randn), _codes(randn), randn(128).float(), randn(260).float(), []
@@ -255,8 +265,8 @@ def _group_codes_product(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     return [y, kernel.sum_of_products([dy] * 3, codes, transposed=True, low=(low, a, 0.5))]
 
 
-def _grouped(randn: Randn) -> list[GroupCodes]:
-    """W [35, 300] of 2, 3 and 4 bits in groups of 64, 32 and 128."""
+def _grouped(randn: Randn, k: int = 300) -> list[GroupCodes]:
+    """W [35, k] of 2, 3 and 4 bits in groups of 64, 32 and 128."""
 
     def uint8(*shape: int) -> Tensor:
         """Bytes, about a normal distribution around 128."""
@@ -267,9 +277,9 @@ def _grouped(randn: Randn) -> list[GroupCodes]:
         return randn(*shape).half()
 
     return [
-        GroupCodes((35, 300), 2, 64, uint8(35, 75), None, half(35, 5), half(35, 5)),
-        GroupCodes((35, 300), 3, 32, uint8(35, 75), uint8(35, 38), half(35, 10), half(35, 10)),
-        GroupCodes((35, 300), 4, 128, uint8(35, 150), None, half(35, 3), None, uint8(35, 3) % 16),
+        GroupCodes((35, k), 2, 64, uint8(35, -(-k // 4)), None, half(35, 5), half(35, 5)),
+        GroupCodes((35, k), 3, 32, uint8(35, -(-k // 4)), uint8(35, -(-k // 8)), half(35, 10), half(35, 10)),
+        GroupCodes((35, k), 4, 128, uint8(35, -(-k // 2)), None, half(35, 3), None, uint8(35, 3) % 16),
     ]
 
 
@@ -295,8 +305,8 @@ def _rotary(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 _TRIALS: dict[str, Callable[[ModuleType, Randn], list[Tensor]]] = {
     trial.__name__.removeprefix("_"): trial
     for trial in (
-        _cached_attention, _column_sums, _cross_entropy, _decoding_attention, _decoding_products, _document_attention,
-        _four_bit, _four_bit_gemv, _four_bit_product, _gate, _group_codes, _group_codes_gemv, _group_codes_product,
-        _rms_norm, _rotary,
+        _cached_attention, _column_sums, _cross_entropy, _decoding_attention, _decoding_groups, _decoding_products,
+        _document_attention, _four_bit, _four_bit_gemv, _four_bit_product, _gate, _group_codes, _group_codes_gemv,
+        _group_codes_product, _rms_norm, _rotary,
     )
 }  # fmt: skip

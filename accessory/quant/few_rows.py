@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory import kernels
 from accessory.kernels.addition import Addition
 from accessory.kernels.avx512.packed_gemv import PackedMatrices
-from accessory.kernels.few_rows import JoinedMatrices
+from accessory.kernels.few_rows import JoinedGroups, JoinedMatrices
 from accessory.quant.packed import PackedState, PackedWeight
 
 
@@ -23,12 +23,17 @@ class FewRowsWeight(PackedWeight):
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(shape)
-        self.prepared: PackedMatrices | JoinedMatrices | None = None
+        self.prepared: PackedMatrices | JoinedMatrices | JoinedGroups | None = None
         self.prepared_with: list[PackedWeight] = []
 
     @abstractmethod
     def kernel_case(self) -> Any:
         """What the kernel's `takes` is asked about this matrix."""
+
+    @staticmethod
+    @abstractmethod
+    def joined(weights: list[FewRowsWeight]) -> JoinedMatrices | JoinedGroups | None:
+        """On a GPU, products with matrices of the same kernel; None: they are unpacked."""
 
     def decoded_codes(self) -> Any:
         """The matrix as the kernel gets it."""
@@ -44,9 +49,16 @@ class FewRowsWeight(PackedWeight):
 
     @torch.no_grad()
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """See `PackedWeight`: keep all addresses, if the AVX512 kernel can be used."""
+        """See `PackedWeight`: keep all addresses, if the AVX512 kernel can be used, or what a GPU's kernels take.
+
+        On a GPU, what is prepared stays where it is: recorded work reads it.
+        """
         weights = [self, *others]
         if not all(isinstance(w, FewRowsWeight) and w.FEW_ROWS == self.FEW_ROWS for w in weights):
+            return
+        if self.codes.is_cuda:
+            if self.prepared is None or self.prepared_with != others:
+                self.prepared, self.prepared_with = self.joined(weights), others
             return
         cases = (weight.kernel_case() for weight in weights)
         if kernel := kernels.fast(self.FEW_ROWS, self.codes.device, torch.bfloat16, *cases):

@@ -7,7 +7,7 @@ operations; the packed tensors are ours, because its modules repack and re-cast 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from types import ModuleType
 from typing import Any, ClassVar
@@ -194,16 +194,15 @@ class FourBitWeight(FewRowsWeight):
         """The AVX512 kernel: each thread unpacks a few columns at a time and multiplies with them."""
         return kernels.fast("four_bit_product", device, dtype, *(weight.shape for weight in weights))
 
-    @torch.no_grad()
-    def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """See `PackedWeight`: on a GPU, what is prepared stays, since recorded work reads it."""
-        if not self.codes.is_cuda:
-            super().prepare_decoding(others)
-        elif self.prepared is None or self.prepared_with != others:
-            weights = [self, *others]
-            codes = [weight.as_codes() for weight in weights if isinstance(weight, FourBitWeight)]
-            if len(codes) == len(weights) and JoinedMatrices.can(codes):
-                self.prepared, self.prepared_with = JoinedMatrices(codes, _products_kernel), others
+    @staticmethod
+    def joined(weights: list[FewRowsWeight]) -> JoinedMatrices | None:
+        """See `FewRowsWeight`."""
+        codes = [weight.as_codes() for weight in weights]
+        return (
+            JoinedMatrices(codes, partial(kernels.decoding_kernel, "decoding_products"))
+            if JoinedMatrices.can(codes)
+            else None
+        )
 
     def as_codes(self) -> Codes:
         """The matrix as kernels take it."""
@@ -216,11 +215,6 @@ class FourBitWeight(FewRowsWeight):
     def kernel_case(self) -> tuple[int, int]:
         """See `FewRowsWeight`."""
         return self.shape
-
-
-def _products_kernel(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    found = kernels.decoding_kernels(device, dtype)
-    return None if found is None else found[0]
 
 
 class Nf4Single(FourBitWeight):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import gcd
 from types import ModuleType
 from typing import ClassVar
@@ -20,6 +20,7 @@ from accessory import kernels
 from accessory.errors import CheckpointError
 from accessory.kernels.addition import Addition
 from accessory.kernels.codes import GroupCodes, whole_numbers
+from accessory.kernels.few_rows import JoinedGroups
 from accessory.kernels.plain.group_codes import workspace_bytes
 from accessory.quant.few_rows import FewRowsWeight
 from accessory.quant.group_fit import fit
@@ -200,6 +201,12 @@ class GroupWeight(FewRowsWeight):
     def decoded_codes(self) -> GroupCodes:
         """See `FewRowsWeight`: for an x that is `packed_input` already."""
         return self.as_codes()._replace(order=None, channel_scale=None)
+
+    @staticmethod
+    def joined(weights: list[FewRowsWeight]) -> JoinedGroups:
+        """See `FewRowsWeight`."""
+        codes = [weight.decoded_codes() for weight in weights]
+        return JoinedGroups(codes, partial(kernels.decoding_kernel, "decoding_groups"))
 
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
         """See `PackedWeight`. Where one has its own order or scale of channels, each is multiplied with its own x."""

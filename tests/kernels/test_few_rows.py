@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from accessory.kernels.addition import Addition
 from accessory.kernels.codes import Codes
-from accessory.kernels.few_rows import ALWAYS_FUSED, JoinedMatrices
-from accessory.kernels.plain import decoding_products
+from accessory.kernels.few_rows import ALWAYS_FUSED, JoinedGroups, JoinedMatrices
+from accessory.kernels.plain import decoding_groups, decoding_products, group_codes
 from accessory.kernels.plain.four_bit import dequantize
+from accessory.quant.groups import group_storage
 
 WAYS = {"bitsandbytes": lambda device, dtype: None, "a kernel": lambda device, dtype: decoding_products}
 LEVELS = bnb.create_dynamic_map()  # of nested scales: one for all matrices
@@ -60,9 +63,28 @@ def test_equals_the_unpacked(rows: int, way: str, nested: bool) -> None:
             wanted = wanted if one.bias is None else wanted + one.bias
             wanted = wanted if one.a is None else wanted + one.scale * (x @ one.a.t()) @ one.b.t()
             torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
-        before = joined._added
+        before = joined._laid_out._added
         joined.multiply(x, None if name == "bare" else added)
-        assert joined._added is before
+        assert joined._laid_out._added is before
+
+
+def test_whole_numbers_in_groups() -> None:
+    """In their own order by a kernel; others, and where there is no kernel, not."""
+    storage, (x, added) = group_storage(4, 32), (randn(2, 192), [Addition(randn(40), **lora(40, 3)), Addition()])
+    matrices = []
+    for rows in (40, 16):
+        weight = storage((rows, 192))
+        weight.pack(randn(rows, 192))
+        matrices.append(weight.as_codes())
+    kernel = SimpleNamespace(multiply=decoding_groups.multiply, takes=lambda w: w.order is None)
+    joined = JoinedGroups(matrices, lambda device, dtype: kernel)
+    assert joined.takes(x) and not joined.takes(randn(17, 192))
+    assert not JoinedGroups(matrices, lambda device, dtype: None).takes(x)
+    assert not JoinedGroups([matrices[0]._replace(order=torch.arange(192))], lambda device, dtype: kernel).takes(x)
+    for y, w, one in zip(joined.multiply(x, added), matrices, added, strict=True):
+        wanted = x @ group_codes.dequantize(w, torch.empty(w.shape)).t()
+        wanted = wanted if one.a is None else wanted + one.bias + one.scale * (x @ one.a.t()) @ one.b.t()
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_changed_factors_are_laid_out_again() -> None:

@@ -18,7 +18,7 @@ from accessory.kernels.switches import switched_on
 from accessory.kernels.trial import faults_of
 
 KERNELS = ("cross_entropy", "four_bit", "gate", "group_codes", "rms_norm", "rotary")
-DECODING = ("decoding_attention", "decoding_products")
+DECODING = ("decoding_attention", "decoding_groups", "decoding_products")
 """Kernels that are tried when the first answer is asked for: a training run does not wait for their compiler."""
 
 

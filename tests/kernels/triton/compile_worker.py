@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from accessory.kernels.triton import (
     cross_entropy,
     decoding_attention,
+    decoding_groups,
     decoding_products,
     four_bit,
     gate,
@@ -105,4 +106,10 @@ for group, splits in ((1, 8), (4, 1)):
     constants |= {"NEIGHBOURS": True, "SPLITS": splits, "SPLITS_PADDED": splits, "AHEAD": 16}
     constants["TOKENS"] = decoding_attention.TOKENS
     found[f"decoding attention {group} {splits}"] = compiled(decoding_attention._attend, constants, 4)
+TYPES |= {"scales": "*fp16", "zeros": "*fp16", "b": "*bf16"}
+for bits, rows in product((2, 3, 4), decoding_groups.UNITS):
+    TYPES["codes"] = "*i32" if bits == 4 else "*i16"
+    constants = {"BITS": bits, "GROUP": 64, "POINTS": False, "BIAS": True, "RANK": 16, "ROWS": rows}
+    constants |= {"BLOCK": decoding_groups.BLOCK, "UNITS": decoding_groups.UNITS[rows]}
+    found[f"decoding groups {bits} {rows}"] = compiled(decoding_groups._multiply, constants, decoding_groups.WARPS)
 print(json.dumps(found))

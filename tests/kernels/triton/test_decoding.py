@@ -1,4 +1,4 @@
-"""The two kernels of decoding in few launches against the same work step by step."""
+"""The kernels of decoding in few launches against the same work step by step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels.codes import Codes
+from accessory.kernels.codes import Codes, GroupCodes
 from accessory.kernels.decoding import Attending, Products
 from accessory.kernels.plain import decoding_attention as attention_written_out
+from accessory.kernels.plain import decoding_groups as groups_written_out
 from accessory.kernels.plain import decoding_products as products_written_out
-from accessory.kernels.triton import decoding_attention, decoding_products
+from accessory.kernels.triton import decoding_attention, decoding_groups, decoding_products
+from accessory.quant.groups import packed_codes
 
 COLUMNS = 704  # eleven blocks of 64: the last ones that a program reads together are not all there
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -106,6 +108,47 @@ def test_what_does_not_fit_is_refused(randn: Randn) -> None:
     for message, given in cases.items():
         with pytest.raises(AssertionError, match=message):
             decoding_products.multiply(*given)
+
+
+def grouped(randn: Randn, n: int, bits: int, group: int, *, points: bool = False) -> GroupCodes:
+    """A random matrix [n, COLUMNS]; a group's last may be shorter."""
+    numbers = torch.randint(0, 1 << bits, (n, COLUMNS), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+    statistics, kind = (n, -(-COLUMNS // group)), {"zeros": None, "points": None}
+    if points:
+        kind["points"] = torch.randint(0, 1 << bits, statistics, generator=torch.Generator().manual_seed(1)).to(
+            torch.uint8
+        )
+    else:
+        kind["zeros"] = randn(*statistics).half()
+    parts = packed_codes(numbers, bits)
+    return GroupCodes(
+        (n, COLUMNS), bits, group, parts["codes"], parts.get("high"), randn(*statistics).abs().half(), **kind
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_groups(randn: Randn, rows: int, dtype: torch.dtype) -> None:
+    """Of every width, with LoRA and biases, and alone."""
+    three = [grouped(randn, 40, 4, 128), grouped(randn, 9, 3, 32, points=True), grouped(randn, 20, 2, 64)]
+    x = randn(rows, COLUMNS).to(dtype)
+    added = randn(rows, 48), randn(69, 16).to(dtype), randn(69)
+    for matrices, more in ((three, added), (three[1:2], ())):
+        found = decoding_groups.multiply(matrices, x, *more)
+        wanted = groups_written_out.multiply(matrices, x, *more)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.dtype == dtype and (one - other).float().norm() <= ROUNDING[dtype] * other.float().norm()
+
+
+def test_other_groups_are_left(randn: Randn) -> None:
+    """Of few columns, or in another order."""
+    one = grouped(randn, 40, 4, 128)
+    assert decoding_groups.takes(one)
+    assert not decoding_groups.takes(one._replace(group=4))
+    assert not decoding_groups.takes(one._replace(order=torch.arange(COLUMNS, dtype=torch.int32)))
+    assert not decoding_groups.takes(one._replace(shape=(40, COLUMNS - 2)))
+    with pytest.raises(AssertionError, match="LoRA needs"):
+        decoding_groups.multiply([one], randn(1, COLUMNS), randn(1, 16))
 
 
 CASES = [

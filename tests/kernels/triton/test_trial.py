@@ -37,7 +37,8 @@ def test_right_kernels_of_decoding_pass() -> None:
     ("kernel", "function"),
     [("rms_norm", "forward"), ("rms_norm", "backward"), ("gate", "forward"), ("gate", "backward"),
      ("rotary", "rotate"), ("four_bit", "dequantize"), ("group_codes", "dequantize"),
-     ("cross_entropy", "losses_and_gradient"), ("decoding_attention", "attend"), ("decoding_products", "multiply")],
+     ("cross_entropy", "losses_and_gradient"), ("decoding_attention", "attend"), ("decoding_groups", "multiply"),
+     ("decoding_products", "multiply")],
 )  # fmt: skip
 def test_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch, kernel: str, function: str) -> None:
     """One that is off by a hundredth."""
