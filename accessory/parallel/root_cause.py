@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import threading
@@ -16,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from accessory import errors
 from accessory.errors import AccessoryError, LostRankError, OutOfMemoryError, is_out_of_memory
 
 GRACE = 3.0  # seconds for the other ranks to notice as well
-_PATIENCE = timedelta(seconds=10)  # with a store whose process may be stopped
+_PATIENCE = 5.0  # seconds for the store to answer
 _POLL = 0.05  # seconds
 _CAUSE = "cause"
 _GONE = (RuntimeError, ValueError)  # what a store raises whose process is gone
@@ -81,22 +81,27 @@ class Witness:
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher that cleans up; we are leaving anyway
-        deadline, silent = time.monotonic() + (GRACE if answers else 2 * GRACE), set(range(self.world_size))
+        seconds = GRACE if answers else 2 * GRACE
         try:
-            self.store.set_timeout(_PATIENCE)
-            if answers:
-                self.answer()
-            while silent and time.monotonic() < deadline:
-                if found := self._told():
-                    return found
-                silent -= {rank for rank in silent if self.store.check([f"alive-{rank}"])}
-                time.sleep(_POLL)
-            said = self._silence(silent)
+            found = _within(seconds + _PATIENCE, self._found_out, answers, seconds)
         except _GONE:
-            if self.known:
-                return self._told()
-            said = "Lost contact: the process that the others met at is gone: rank 0, or its torchrun"
-        return self._first(LostRankError, f"{said} ({why}).")
+            said = "the process that the others met at is gone, or stopped: rank 0, or its torchrun"
+            found = self._told() if self.known else LostRankError(f"Lost contact: {said} ({why}).", prints=True)
+            found.common = True
+            return found
+        return found if isinstance(found, AccessoryError) else self._first(LostRankError, f"{found} ({why}).")
+
+    def _found_out(self, answers: bool, seconds: float) -> AccessoryError | str:
+        """Another rank's error, or what is said of the ranks that have not answered after so many seconds."""
+        deadline, silent = time.monotonic() + seconds, set(range(self.world_size))
+        if answers:
+            self.answer()
+        while silent and time.monotonic() < deadline:
+            if found := self._told():
+                return found
+            silent -= {rank for rank in silent if self.store.check([f"alive-{rank}"])}
+            time.sleep(_POLL)
+        return self._silence(silent)
 
     def _told(self) -> AccessoryError | None:
         """What another rank has reported."""
@@ -122,7 +127,7 @@ class Witness:
         """Leave this rank's error for the others to find, and return it; if there is another one already, that one."""
         mine = json.dumps([kind.__name__, message, self.rank])
         try:
-            first = self.store.compare_set(_CAUSE, "", mine).decode()
+            first = _within(_PATIENCE, self.store.compare_set, _CAUSE, "", mine).decode()
         except _GONE:
             first = mine
         self.alarm(message, False, json.loads(first))
@@ -130,6 +135,30 @@ class Witness:
             self.known = json.loads(first)
             return self._told()
         return kind(message, common=True, prints=True)
+
+
+def _within(seconds: float, work: Callable[..., Any], *given: Any) -> Any:
+    """What `work`, with the store, returns or raises; `RuntimeError` after so many seconds.
+
+    While the store's process is stopped, a call waits for it however long, whatever timeout the store has.
+    """
+    done: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        """In a thread that is left behind if it does not return."""
+        try:
+            done.put((work(*given), None))
+        except Exception as error:  # which the caller raises
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError("the store does not answer") from None
+    if error:
+        raise error
+    return result
 
 
 def _end_sibling(process: int, host: str) -> None:

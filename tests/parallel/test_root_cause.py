@@ -93,6 +93,22 @@ def test_what_all_have_in_common_the_main_rank_says(witnesses: list[Witness]) ->
     assert speakers(found) == [0] and str(found[1]) == "all"
 
 
+def test_a_store_that_is_stopped(witnesses: list[Witness], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 that hosts it may be what hangs. It is not waited for, neither with another's error nor with one's own."""
+    monkeypatch.setattr(root_cause, "_PATIENCE", 0.2)
+
+    class Stopped:
+        def __getattr__(self, name: str):
+            return lambda *_: threading.Event().wait()
+
+    for rank in (1, 2):
+        witnesses[rank].store = Stopped()
+    monkeypatch.setattr(Witness, "answer", lambda self: None)  # which does not wait for a reply
+    found = settled(witnesses, {1: GLOO, 2: DataError("line 3")})
+    assert type(found[1]) is LostRankError and "is gone, or stopped" in str(found[1]) and found[1].prints
+    assert str(found[2]) == "[rank 2] line 3" and found[2].prints
+
+
 def test_a_store_that_is_gone(witnesses: list[Witness], monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         def __getattr__(self, name: str):
