@@ -197,7 +197,8 @@ def _launched_rank() -> int:
 
 
 def stop() -> None:
-    """Leave the groups, as all ranks do; safe to call twice."""
+    """Leave the groups, as all ranks do; safe to call twice. Whatever fails afterwards is this process's own."""
+    global _witness
     if _watch:
         _watch.leave()
         _watch.backends = ()
@@ -205,6 +206,7 @@ def stop() -> None:
         fairscale_groups.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _witness = None
 
 
 def end_process(status: int = 0) -> NoReturn:

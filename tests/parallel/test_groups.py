@@ -116,3 +116,12 @@ def test_one_process_lays_all_groups() -> None:
     assert (layout.world_size, layout.mp_size, layout.dp_size, layout.is_main) == (1, 1, 1, True)
     groups.stop()
     groups.stop()
+
+
+def test_faults_after_the_groups_were_left_are_each_ones_own() -> None:
+    """Not an echo of the first one that the ranks agreed on."""
+    groups.start("cpu")
+    assert groups.root_cause(ParallelError("first")).prints
+    groups.stop()
+    found = [groups.root_cause(ParallelError(words)) for words in ("second", "third")]
+    assert [(str(fault), fault.prints) for fault in found] == [("second", True), ("third", True)]
