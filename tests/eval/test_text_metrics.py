@@ -26,6 +26,7 @@ def overlap(one: list[str], other: list[str], n: int) -> float:
     return 2 * common / max(grams[0].total() + grams[1].total(), 1)
 
 
+@pytest.mark.slow
 def test_rouge_of_english() -> None:
     """Lower-case words without punctuation; means over documents with their errors."""
     words = [

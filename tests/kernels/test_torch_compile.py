@@ -41,6 +41,7 @@ def test_plain_unless_wanted(compiling: None) -> None:
     assert calls == [True, False]
 
 
+@pytest.mark.slow
 def test_compiled_equal_plain(compiling: None) -> None:
     """Norm and gate, forward and backward, for two lengths: within two roundings of bf16."""
     for rows in (5, 9):

@@ -43,6 +43,7 @@ def test_activations_on_the_meta_device(layout: Layout, settings: dict) -> None:
     assert planned(*built(SMALL, settings), layout) == planned(*filled(layout, settings), layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_activations_of_full_training(layout: Layout, tied: bool) -> None:
     """Inputs of all linears, the embedding's rows and the head's gradient come on top."""

@@ -202,6 +202,7 @@ STEPS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
 def test_total_is_what_a_step_allocates(layout: Layout, case: dict) -> None:
     """Forward, backward and optimizer of a second step, with all that is held: within 5 %."""
@@ -398,6 +399,7 @@ STATISTICS = {"7B": 102_768_640, "13B": 201_344_000, "70B": 1_086_259_200}
 LORA_16 = {"7B": 39_976_960, "13B": 62_586_880, "70B": 207_093_760}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", LLAMA_2)
 def test_bytes_of_llama2(layout: Layout, size: str) -> None:
     """Every part of the frozen weights, to the byte; an offset a matrix is all that no account has."""

@@ -113,6 +113,7 @@ def normal(shape: tuple[int, ...]) -> Callable[[torch.Generator], torch.Tensor]:
     return lambda generator: 0.1 * torch.randn(shape, generator=generator)
 
 
+@pytest.mark.slow
 def test_every_recomputed_layer_spares_memory(layout: Layout) -> None:
     """From the first on, and each as much, up to the last, whose activations are made again while the inputs stand."""
     peaks = []

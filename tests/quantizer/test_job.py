@@ -75,6 +75,7 @@ def test_every_linear_is_near_its_own(finished: tuple[Path, dict], tiny_base: Pa
             assert lost < (0.3 if tensor.storage.bits == 2 else 0.03), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["own text", "sensitivity of block   1", "block   1", "last pass"])
 def test_stopped_and_started_again(
     stop_at: str, finished: tuple[Path, dict], tiny_base: Path, text: Path, tmp_path: Path
@@ -163,6 +164,7 @@ def test_a_target_that_is_there(tiny_base: Path, text: Path, tmp_path: Path) -> 
         run(tiny_base, tmp_path, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "quant_type", "bits"), [("gptq", "int3_g64", 3), ("awq", "mix2.5", 4), ("gptq", "mix2.5", 2)]
 )

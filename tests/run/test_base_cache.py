@@ -110,6 +110,7 @@ def test_a_whole_cache_serves_other_batches(run, calls: list[int]) -> None:
     run("r8", {"r": 2, "gate": "scalar"}, cache_base=run.root / "whole-cache", epochs=1)
 
 
+@pytest.mark.slow
 def test_rows_in_eight_bits(run) -> None:
     """Half the bytes of all states but the last, which stays exact as the base does; losses within 0.5 %."""
     plain = torch.tensor(run("plain-for-8", {"downsample": "linear"}))

@@ -70,6 +70,7 @@ def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tiny_base, tmp_path_factory.mktemp("moves") / "whole")
 
 
+@pytest.mark.slow
 def test_kept_moves_lower_the_loss(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the documents they are tried on; others are taken back to the bit. Every second proposal is turned around."""
     seen: list[tuple[float, float, int]] = []
@@ -138,6 +139,7 @@ def test_accumulated_is_the_same(tiny_base: Path, whole: Path, tmp_path: Path) -
     assert figures(whole)["moves_kept"] > 20 and all(torch.equal(ours[name], others[name]) for name in others)
 
 
+@pytest.mark.slow
 def test_moves_are_tried_with_the_teacher(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the loss that is trained: computed again before anything has moved, it is the same."""
     move, seen = IntegerMoves.move, []

@@ -51,6 +51,7 @@ def changes(config: transformers.PretrainedConfig) -> Iterator[dict[str, Any]]:
         yield {"rope_parameters": {"rope_theta": 500.0, **rope}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting(name: str, layout: Layout, tmp_path: Path) -> None:
     computed, refused = 0, set()
