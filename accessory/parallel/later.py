@@ -11,7 +11,7 @@ class Later:
 
     def __init__(self, values: Tensor) -> None:
         self._there = None
-        self._values = values.to("cpu", non_blocking=True) if values.is_cuda else values
+        self._values = values.to("cpu", non_blocking=True) if values.is_cuda else values.clone()
         if values.is_cuda:
             self._there = torch.cuda.Event()
             self._there.record()

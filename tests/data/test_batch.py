@@ -34,7 +34,9 @@ def test_idle_is_one_token_with_nothing_to_learn():
 
 def test_moving_keeps_everything(batch):
     moved = batch.to("meta", non_blocking=True)
-    assert moved.tokens.device.type == moved.labels.device.type == "meta"
+    assert moved.tokens.device.type == moved.labels.device.type == moved.rows.device.type == "meta"
+    assert moved.labelled is moved.rows and len(moved.rows) == batch.supervised
+    assert batch.rows is None and torch.equal(batch.labelled, (batch.labels >= 0).nonzero()[:, 0])
     assert (moved.lengths, moved.sample_ids) == (batch.lengths, batch.sample_ids)
 
 
