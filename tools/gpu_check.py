@@ -53,6 +53,7 @@ class Worker:
         reader, writer = os.pipe()
         environment = {
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS reads it once, and some checks fix the order of sums
             **os.environ,
             "TOKENIZERS_PARALLELISM": "false",
         }

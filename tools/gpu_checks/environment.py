@@ -56,7 +56,7 @@ def copies(ground: Ground, found: Findings) -> None:
     _compare(ground, found, rate, 0, "a copy")
     numbers = torch.randint(0, 255, (ground.pick(1 << 28, 1 << 16),), dtype=torch.uint8)
     host = numbers.pin_memory() if ground.cuda else numbers
-    there, back = torch.empty_like(host, device=ground.device), torch.empty_like(host)
+    there, back = torch.empty_like(host, device=ground.device), torch.empty_like(host, pin_memory=ground.cuda)
     to = seconds_of(lambda: there.copy_(host, non_blocking=True), ground)
     away = seconds_of(lambda: back.copy_(there, non_blocking=True), ground)
     found.figures |= {

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.codes import BLOCK, NESTED_BLOCK, Codes, GroupCodes
+from accessory.kernels.decoding import Attending
 from accessory.kernels.trial import faults_of
 from accessory.kernels.triton import KERNELS, working
 from accessory.quant import storage
 from accessory.quant.four_bit import codebook_of
 from accessory.quant.moments import levels
 from tools.gpu_checks.check import Findings, Ground, Skipped, check
-from tools.gpu_checks.rates import copy_rate, seconds_of
+from tools.gpu_checks.rates import copy_rate, replayed, seconds_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
@@ -194,6 +195,33 @@ def _close_in_bits(found: Findings, name: str, mine: Tensor, wanted: Tensor, gro
     found.close(name, mine, wanted.to(mine.dtype) if exact else wanted, 0 if exact else TOLERANCE[mine.dtype])
 
 
+@check(4, needs_cuda=True)
+def split_attention(ground: Ground, found: Findings) -> None:
+    """Programs share a document's cache, and the last one to finish sums up: every time to the same bits."""
+    kernel, longest, width = _kernel("decoding_attention", ground), ground.pick(4096, 600), ground.pick(128, 16)
+    heads, kv_heads = ground.pick((32, 8), (2, 1))
+    for rows in (1, 8):
+        with found.case(name := f"{rows} documents"):
+            numbers = Numbers(ground, torch.bfloat16)
+            _, angles = numbers(longest, width // 2, dtype=torch.float32)
+            rotations = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(ground.device)
+            following, _ = numbers(16, heads * width)
+            how = Attending(heads, kv_heads, width, rotations, "halves", width**-0.5, None, following)
+            (keys, _), (values, _) = (numbers(rows, longest, kv_heads, width) for _ in range(2))
+            projected, _ = numbers(rows, (heads + 2 * kv_heads) * width)
+            positions = torch.full((rows,), longest - 1, device=ground.device)
+            scratch = kernel.Scratch(how, rows, longest, ground.device)
+            splits = kernel.splits_of(longest, rows * kv_heads, ground.device)
+            found.figures[f"{rows}_documents_programs"] = splits
+            found.expect(splits > 1 or rows > 1, f"{name}: one program has the whole cache")
+            first, low = kernel.attend(how, projected, keys, values, positions, longest, scratch)
+            other = torch.zeros((), dtype=torch.int64, device=ground.device)
+            for _ in range(ground.pick(1000, 2)):
+                out, parts = kernel.attend(how, projected, keys, values, positions, longest, scratch)
+                other += (out != first).any() | (parts != low).any()
+            found.expect(first.isfinite().all() and not other, f"{name}: {int(other)} times to other bits")
+
+
 @check(8, needs_cuda=True)
 def beyond_31_bits(ground: Ground, found: Findings) -> None:
     """Tensors of more than 2^31 numbers: their last rows, where a 32-bit offset would have turned negative."""
@@ -298,11 +326,11 @@ def rates(ground: Ground, found: Findings) -> None:
     found.figures["copy_gb_per_s"] = round(copied / 1e9, 1)
     for name, (moved, fast, plain) in _movers(ground).items():
         with found.case(name):
-            seconds, others = seconds_of(fast, ground), seconds_of(plain, ground)
+            seconds, launched, others = (seconds_of(call, ground) for call in (replayed(fast, ground), fast, plain))
             share = moved / seconds / copied
             found.figures[name] = {
                 "us": round(1e6 * seconds, 1), "gb_per_s": round(moved / seconds / 1e9, 1),
-                "of_copy": round(share, 2), "plain_us": round(1e6 * others, 1),
+                "of_copy": round(share, 2), "launched_us": round(1e6 * launched, 1), "plain_us": round(1e6 * others, 1),
             }  # fmt: skip
             if ground.cuda and not ground.tiny:
                 found.expect(share > SLOWEST, f"{name}: {share:.2f} of a copy's rate; expected {SLOWEST} at least")
@@ -405,5 +433,5 @@ def _bytes(ground: Ground, count: int) -> Tensor:
 
 
 CHECKS = [
-    chosen, rms_norm, gate, rotary, cross_entropy, four_bit, group_codes, beyond_31_bits, rates,
+    chosen, rms_norm, gate, rotary, cross_entropy, four_bit, group_codes, split_attention, beyond_31_bits, rates,
 ]  # fmt: skip

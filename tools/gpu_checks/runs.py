@@ -104,8 +104,9 @@ def _bench(ground: Ground, shape: dict = SHAPE) -> Iterator[Bench]:
 
 
 def _environment() -> dict[str, str]:
-    """Without the variables of a process group that this process is in."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
+    """Without the variables of a process group that this process is in, and those that a run sets itself."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET",
+            "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")  # fmt: skip
     return {name: value for name, value in os.environ.items() if name not in ours} | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
         "OMP_NUM_THREADS": "1",
@@ -123,7 +124,7 @@ def stopped_and_resumed(ground: Ground, found: Findings) -> None:
 
     With `--deterministic`, to the last digit.
     """
-    steps = ground.pick(80, 40)
+    steps = ground.pick(240, 40)  # more than there is time for until the signal has come
     flags = ("--max_steps", str(steps), "--save_steps", str(steps), *(("--deterministic",) if ground.cuda else ()))
     with _bench(ground) as bench:
         stopped, whole = bench.start("stopped", *flags), bench.start("whole", *flags)

@@ -12,7 +12,7 @@ from accessory.quant.four_bit import FourBitWeight
 from accessory.quant.groups import GroupWeight
 from accessory.quant.llm_int8 import LlmInt8
 from accessory.quant.moments import levels, pack_moment, unpack_moment
-from accessory.quant.products import multiply, sum_of_products
+from accessory.quant.products import gradient_product, multiply, sum_of_products
 from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.rates import copy_rate, seconds_of
 
@@ -98,6 +98,19 @@ def _products(
     found.close(f"{what}, of gradients", summed, 2 * dy64 @ w + 0.5 * low64 @ a64, TOLERANCE[dtype])
 
 
+@check(1)
+def gradients_of_factors(ground: Ground, found: Findings) -> None:
+    """Of LoRA's, from operands in 16 bits: on a card in fp32, which no rounding to 16 bits comes before."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows, tokens, columns in ((16, 300, 1536), (4, 77, 260), (8, 1, 128)):
+            with found.case(what := f"{dtype} {rows} x {tokens} x {columns}"):
+                generator = torch.Generator().manual_seed(0)
+                a, b = (torch.randn(tokens, n, generator=generator).to(dtype) for n in (rows, columns))
+                made = gradient_product(a.to(ground.device).t(), b.to(ground.device), 0.5)
+                found.expect(not ground.cuda or made.dtype == torch.float32, f"{what}: is {made.dtype}")
+                found.close(what, made, 0.5 * a.t().double() @ b.double(), 1e-5 if ground.cuda else TOLERANCE[dtype])
+
+
 @check(4)
 def gemm_4bit(ground: Ground, found: Findings) -> None:
     """bitsandbytes' fused product with our nested statistics, of 1, 4 and 64 rows: against float64, and its rate."""
@@ -129,7 +142,7 @@ def _for_gemm(matrix: FourBitWeight, x: Tensor) -> tuple:
         return *given, matrix.scales, 64, matrix.quant_type
     # The 8-bit scales stand beside the scales of those.
     table = levels(True, x.device)
-    return *given, matrix.nested_scales, 64, matrix.quant_type, None, matrix.scales, table, matrix.offset
+    return *given, matrix.nested_scales, 64, matrix.quant_type, None, matrix.scales, table, matrix.offset[0]
 
 
 @check(2)
@@ -207,4 +220,4 @@ def _both(kind: type[PackedWeight], shape: tuple[int, int], ground: Ground) -> t
     return here, there
 
 
-CHECKS = [packing, unpacking, products, gemm_4bit, moments, optimizers]
+CHECKS = [packing, unpacking, products, gradients_of_factors, gemm_4bit, moments, optimizers]

@@ -14,7 +14,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-ROOMS = ("environment", "kernels", "attention", "storages", "decoding", "families", "launches", "runs", "speed")
+ROOMS = (
+    "environment", "kernels", "attention", "storages", "decoding", "families", "engine", "launches", "runs", "speed",
+)  # fmt: skip
 """The cheapest and the most informative first."""
 
 
