@@ -31,7 +31,7 @@ ALIKE = 0.9
 that follows it."""
 
 
-@check(8, needs_cuda=True)
+@check(16, needs_cuda=True)
 def graphs(ground: Ground, found: Findings) -> None:
     """Greedy answers of three prompts, one of which ends before the others and needs a second span of the cache."""
     equal = count = recorded = 0
@@ -52,7 +52,7 @@ def graphs(ground: Ground, found: Findings) -> None:
     found.expect(equal >= ALIKE * count, f"{equal} of {count} tokens are those of the CPU")
 
 
-@check(3, needs_cuda=True)
+@check(8, needs_cuda=True)
 def logits(ground: Ground, found: Findings) -> None:
     """Of a token after a prompt, in every dtype: from fixed places, beside those of the whole document at once."""
     for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)):
@@ -71,7 +71,7 @@ def logits(ground: Ground, found: Findings) -> None:
                                 wanted[:, : decoder.args.vocab_size], allowed)  # fmt: skip
 
 
-@check(4, needs_cuda=True)
+@check(28, needs_cuda=True)
 def chosen(ground: Ground, found: Findings) -> None:
     """Triton's kernels for few rows pass their trial in every dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32) if ground.cuda else ():

@@ -55,8 +55,8 @@ SHAPES: dict[str, dict] = {
 }  # fmt: skip
 """What a small model has to be for its blocks to be those of a family."""
 TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 8e-2}
-"""Of all gradients of a model together; 8-bit states and activations are coarser."""
-COARSE = 0.15
+"""Of all gradients of a model together; 8-bit states and activations are coarser, and so is a small side network."""
+COARSE, COARSEST = 0.15, 0.3
 LENGTHS = (37, 1, 20)
 
 
@@ -117,6 +117,8 @@ def gradients(ground: Ground, found: Findings) -> None:
                 mine, own_loss = gradients_of(cell, dtype, ground.layout)
                 coarse = cell[1] == "qst_8bit" or cell[2] == "llm_int8"
                 allowed = max(allowed, COARSE) if coarse else allowed
+                if cell[1] == "qst_released" and dtype == torch.bfloat16:  # heads of two channels
+                    allowed = COARSEST
                 near = abs(own_loss - loss) <= allowed * abs(loss)
                 found.expect(near, f"{what}: the loss is {own_loss}, not {loss}")
                 found.expect(mine.keys() == reference.keys(), f"{what}: other parameters have a gradient")

@@ -76,7 +76,7 @@ def chosen(ground: Ground, found: Findings) -> None:
             found.expect(".triton." in module, f"{name} in {dtype} is {module}")
 
 
-@check(12, needs_cuda=True)
+@check(18, needs_cuda=True)
 def rms_norm(ground: Ground, found: Findings) -> None:
     """Forward, the recomputed forward, and both gradients; rows apart too."""
     kernel, plain = _kernel("rms_norm", ground), _plain("rms_norm")
@@ -98,7 +98,7 @@ def rms_norm(ground: Ground, found: Findings) -> None:
                 found.close(f"{name}, {part}", mine, theirs, 2 * TOLERANCE[dtype if part == "dx" else torch.float32])
 
 
-@check(10, needs_cuda=True)
+@check(25, needs_cuda=True)
 def gate(ground: Ground, found: Findings) -> None:
     """Every activation, forward and backward, contiguous or in slices of wider rows."""
     kernel, plain = _kernel("gate", ground), _plain("gate")
@@ -113,7 +113,7 @@ def gate(ground: Ground, found: Findings) -> None:
                 found.close(f"{name}, {part}", one, other, TOLERANCE[dtype])
 
 
-@check(8, needs_cuda=True)
+@check(14, needs_cuda=True)
 def rotary(ground: Ground, found: Findings) -> None:
     """Both layouts, there and back, of whole heads and of their first channels."""
     kernel, plain = _kernel("rotary", ground), _plain("rotary")
