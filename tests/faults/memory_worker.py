@@ -16,9 +16,9 @@ from accessory.parallel.allocator import start_without_thread_caches
 start_without_thread_caches()  # as main_finetune.py is
 
 from accessory.config import FinetuneConfig, parse
-from accessory.engine import Engine
 from accessory.finetuning import finetune
 from accessory.parallel import groups
+from accessory.run.report import Reporter
 
 PAGE = 4096
 
@@ -32,17 +32,16 @@ class Heap(ctypes.Structure):
 
 mallinfo2 = ctypes.CDLL(None).mallinfo2
 mallinfo2.restype = Heap
-step, memory = Engine.step, []
+report, memory = Reporter.step, []
 
 
-def step_and_look(self, progress):
-    result, heap = step(self, progress), mallinfo2()
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+def report_and_look(self, step):
+    report(self, step)
+    heap, resident = mallinfo2(), int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
     memory.append((resident, heap.uordblks + heap.hblkhd))
-    return result
 
 
-Engine.step = step_and_look
+Reporter.step = report_and_look
 finetune(parse(FinetuneConfig, sys.argv[2:]))
 Path(sys.argv[1]).write_text(json.dumps(memory))
 groups.end_process()
