@@ -110,6 +110,7 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     model.teacher = teacher and load_teacher(teacher, decoder, layout, config.data_parallel)
     for block in decoder.layers if layout.world_size > 1 else ():
         block.register_forward_pre_hook(groups.tick)
+        block.register_forward_hook(groups.tick_in_backward)
     recompute_layers(decoder, recomputed, offload=config.offload_inputs, device=layout.device)
     ahead, notes = chosen_ahead(decoder, job.order.most_tokens)
     _say(layout, *notes)

@@ -168,6 +168,12 @@ def tick(*_: object) -> None:
         _watch.tick()
 
 
+def tick_in_backward(_module: object, _given: object, result: torch.Tensor) -> None:
+    """A module's forward hook: this rank makes progress when the backward reaches what the module made."""
+    if result.requires_grad:
+        result.register_hook(tick)
+
+
 @contextlib.contextmanager
 def when_lost(teller: Callable[[AccessoryError], object]) -> Iterator[None]:
     """Inside this context `teller` is told the error if another rank is lost, and no exception reaches the main thread.

@@ -33,6 +33,7 @@ from accessory.parallel.root_cause import Witness
 
 GRACE = 5.0  # seconds in which the main thread may notice by itself, as gloo lets it
 LATER = 2.0  # seconds by which a hang is noticed after gloo's own limit
+SILENCE = 60  # seconds without a word of its kernel after which a machine is taken to be lost
 _BEAT = 1.0  # seconds
 _PLACE = "watch"
 _LONGEST_LINE = 1 << 16
@@ -47,8 +48,9 @@ class Channel:
         self._rest, self._sending = b"", threading.Lock()
         connection.settimeout(_BEAT)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that loses its power closes no connection; its kernel's silence is noticed after some 15 s.
-        for name, value in {"KEEPIDLE": 5, "KEEPINTVL": 5, "KEEPCNT": 3, "USER_TIMEOUT": 15000}.items():
+        # A machine that loses its power closes no connection; its kernel's silence is noticed. Not sooner: a network
+        # that fails for some seconds, or a machine that is moved, delays collectives, and ends no run.
+        for name, value in {"KEEPIDLE": 15, "KEEPINTVL": 15, "KEEPCNT": 3, "USER_TIMEOUT": 1000 * SILENCE}.items():
             if (option := getattr(socket, f"TCP_{name}", None)) is not None:
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
@@ -132,7 +134,8 @@ class Hub(threading.Thread):
 
     def _behind(self) -> list[int]:
         """Ranks that have come least far, or have no life in them, and have not given up waiting themselves."""
-        there = {rank: channel for rank, channel in self.members.items() if not channel.left}
+        members = list(self.members.items())  # at once: the hub's thread may drop one meanwhile
+        there = {rank: channel for rank, channel in members if not channel.left}
         far, now = sorted(channel.progress for channel in there.values()), time.monotonic()
         return [
             rank

@@ -47,7 +47,7 @@ class Lanes(Protocol):
         """What the caller asks for from here on is done once `until`, a mark of the other order, has been reached."""
 
     def used_beside(self, tensor: Tensor) -> None:
-        """The other order may use a tensor that is given up: its memory is not to be used again before that is over."""
+        """The other order uses a tensor: once it is given up, its memory is not used again before that is over."""
 
 
 class CudaLanes:
@@ -117,7 +117,9 @@ class Ahead:
             self._lanes.wait(found.ready)
             return self._buffer(found.place, matrix, dtype)
         self.misses += 1
-        self._place = 1 - (self._place if found is None else found.place)  # the guess may still be written
+        self._place = 1 - (self._place if found is None else found.place)
+        if found is not None:  # a wrong guess, whose buffer may be the next that is written in the caller's order
+            self._lanes.wait(found.ready)
         return matrix.unpack_into(self._buffer(self._place, matrix, dtype))
 
     def look_ahead(self) -> None:
@@ -139,10 +141,9 @@ class Ahead:
     def _buffer(self, place: int, matrix: Unpackable, dtype: torch.dtype) -> Tensor:
         held, size = self._buffers[place], matrix.shape.numel() * dtype.itemsize
         if held is None or held.numel() < size:
-            if held is not None:
-                self._lanes.used_beside(held)
             with torch.inference_mode(False):  # training may not write into tensors of inference mode
                 held = self._buffers[place] = torch.empty(size, dtype=torch.uint8, device=matrix.codes.device)
+            self._lanes.used_beside(held)
         return held[:size].view(dtype).view(matrix.shape)
 
 

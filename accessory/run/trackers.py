@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+_LOST = 10  # seconds of TensorBoard's figures that are lost at most where a process is killed; by default 120
 _PROJECT = "accessory"  # of Weights & Biases, where WANDB_PROJECT names none
 
 
@@ -33,7 +34,8 @@ class TensorBoard:
 
     def __init__(self, directory: Path, first_step: int) -> None:
         _leave_second_of_older_events(directory)
-        self.name, self.writer = f"{directory}/events.*", SummaryWriter(str(directory), purge_step=first_step)
+        self.name = f"{directory}/events.*"
+        self.writer = SummaryWriter(str(directory), purge_step=first_step, flush_secs=_LOST)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Record figures."""

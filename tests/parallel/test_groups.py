@@ -125,3 +125,15 @@ def test_faults_after_the_groups_were_left_are_each_ones_own() -> None:
     groups.stop()
     found = [groups.root_cause(ParallelError(words)) for words in ("second", "third")]
     assert [(str(fault), fault.prints) for fault in found] == [("second", True), ("third", True)]
+
+
+def test_a_backward_is_progress(watched: list[str]) -> None:
+    """Of each module that it comes to; where nothing learns, it comes to none."""
+    blocks = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    blocks[0].requires_grad_(False)
+    for block in blocks:
+        block.register_forward_hook(groups.tick_in_backward)
+    y = blocks(torch.ones(1, 2))
+    assert not watched
+    y.sum().backward()
+    assert watched == ["tick", "tick"] and blocks[1].weight.grad is not None

@@ -96,6 +96,15 @@ def test_a_rank_that_stays_behind_is_what_the_others_wait_for(ranks: Ranks, hang
     assert all(message.startswith(f"rank {hanging} (process ") and "no progress for" in message for message in found)
 
 
+def test_a_short_failure_of_the_network_ends_no_run(ranks: Ranks) -> None:
+    """Its kernel gives a connection up only after a minute; what hides that would be a machine without power."""
+    for one in ranks.watches:
+        options = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        connection = one._channel.connection
+        found = [connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, option)) for option in options]
+        assert found[0] + found[1] * found[2] == found[3] // 1000 == 60
+
+
 def test_who_is_busy_is_not_lost(ranks: Ranks) -> None:
     """Outside a supervised section for whatever long, inside as long as there is progress; one has left before."""
     for one in ranks.watches:

@@ -13,6 +13,7 @@ from accessory.kernels.addition import Addition
 from accessory.model.projection import project
 from accessory.quant import storage
 from accessory.quant.ahead import Ahead, unpacking_ahead
+from accessory.quant.four_bit import FourBitWeight
 from accessory.quant.packed import PackedWeight
 from accessory.quant.products import sum_of_products
 
@@ -24,7 +25,8 @@ class Streams:
         self.main = self.side = 0
         self.waited: list[tuple[int, int]] = []
         self.side_after: list[int] = []
-        self.given_up: list[Tensor] = []
+        self.used: list[Tensor] = []
+        self.inside = False
 
     def mark(self) -> int:
         """See `Lanes`."""
@@ -35,7 +37,9 @@ class Streams:
     def beside(self, after: int) -> Iterator[None]:
         """See `Lanes`."""
         self.side_after.append(after)
+        self.inside = True
         yield
+        self.inside = False
 
     def mark_beside(self) -> int:
         """See `Lanes`."""
@@ -48,7 +52,7 @@ class Streams:
 
     def used_beside(self, tensor: Tensor) -> None:
         """See `Lanes`."""
-        self.given_up.append(tensor)
+        self.used.append(tensor)
 
 
 def matrices(count: int, quant: str = "nf4") -> list[PackedWeight]:
@@ -138,6 +142,26 @@ def test_wrong_guesses_change_nothing() -> None:
                     assert torch.equal(found, x @ weight.unpack(dtype).t())
 
 
+def test_a_wrong_guess_is_over_before_its_buffer_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the caller, who has not foreseen what comes next either: it would be overwritten by the late guess."""
+    weights, streams, guesses, checked = matrices(16)[::2], Streams(), {}, []  # all of one size
+    ours = FourBitWeight.unpack_into
+
+    def unpack_into(self: FourBitWeight, out: Tensor) -> Tensor:
+        """Into a buffer that nothing beside still writes to."""
+        if streams.inside:
+            guesses[out.data_ptr()] = streams.side + 1
+        elif guess := guesses.get(out.data_ptr()):
+            checked.append(guess <= max((until for _, until in streams.waited), default=0))
+        return ours(self, out)
+
+    monkeypatch.setattr(FourBitWeight, "unpack_into", unpack_into)
+    with unpacking_ahead(Ahead(streams)):
+        for weight in (*weights[:4] * 6, *weights[4:] * 2):
+            sum_of_products([torch.ones(1, weight.shape[1])], [weight], transposed=False)
+    assert len(checked) > 2 and all(checked)
+
+
 def test_changed_matrices_are_unpacked_again() -> None:
     """What was unpacked ahead is not used; and one whose parts are others now, as of a sharded one, is left."""
     (first, second), ahead = (matrices(1)[0], matrices(1)[0]), Ahead(Streams())
@@ -168,7 +192,7 @@ def test_larger_matrices_get_new_buffers() -> None:
     with unpacking_ahead(Ahead(streams)):
         for weight in (small, small, small, large, large, large):
             sum_of_products([torch.ones(1, weight.shape[1])], [weight], transposed=False)
-    assert len(streams.given_up) == 2
+    assert len(streams.used) == 4  # two of each size
 
 
 def test_gradients_through_a_projection() -> None:

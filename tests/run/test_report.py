@@ -56,6 +56,13 @@ def scalars(directory: Path, tag: str = "train/loss") -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
+def test_a_killed_run_loses_seconds_of_its_curves(tmp_path: Path) -> None:
+    """TensorBoard's writer keeps figures for two minutes by default."""
+    (tracker,) = make_trackers(["tensorboard"], tmp_path, 0, {})
+    assert tracker.writer.flush_secs <= 10
+    tracker.close()
+
+
 def test_line_has_a_fixed_width() -> None:
     """From the first step to the last, for small and large values of everything."""
     reporter = Reporter(None, 100_000, 0, enabled=True)
