@@ -81,7 +81,7 @@ def chosen(ground: Ground, found: Findings) -> None:
         found.expect(missing or decoding_kernels(ground.device, dtype), f"they are not used in {dtype}")
 
 
-@check(10, needs_cuda=True)
+@check(18, needs_cuda=True)
 def wide(ground: Ground, found: Findings) -> None:
     """Blocks as wide as 7B's and 70B's, with LoRA: a token of 1, 3 and 8 documents in fixed places and in growing ones.
 
