@@ -55,6 +55,11 @@ class _LaidOut:
             self._known, self._added = (dtype, state), self._joined(added or [], dtype)
         return self._added
 
+    def forget_trained(self) -> None:
+        """What an optimizer may have changed since: PyTorch's fused ones do so without a new version of the tensor."""
+        if self._known is not None and any(part is not None and part.requires_grad for part, _ in self._known[1]):
+            self._known = None
+
     def _joined(self, added: list[Addition], dtype: torch.dtype) -> _Added:
         rank = filled_up(max((len(one.a) for one in added if one.a is not None), default=0))
         a = b = bias = None
@@ -85,6 +90,10 @@ class JoinedGroups:
         self._matrices, self._find, first = matrices, find, matrices[0]
         self._laid_out = _LaidOut([matrix.shape[0] for matrix in matrices], first.shape[1], first.codes.device)
 
+    def forget_trained(self) -> None:
+        """Before an answer: see `_LaidOut`."""
+        self._laid_out.forget_trained()
+
     def takes(self, x: Tensor) -> bool:
         """Whether x has few rows, and lies with the matrices; and these have their columns in whole groups of eight."""
         few = 0 < len(x) <= MOST_ROWS and x.device == self._matrices[0].codes.device and x.is_contiguous()
@@ -114,6 +123,10 @@ class JoinedMatrices:
         """Whether the matrices' rows are whole blocks, and their scales of one kind."""
         whole = not any(matrix.shape[1] % BLOCK for matrix in matrices)
         return whole and len({(matrix.nested is None, matrix.quant_type) for matrix in matrices}) == 1
+
+    def forget_trained(self) -> None:
+        """Before an answer: see `_LaidOut`."""
+        self._laid_out.forget_trained()
 
     def takes(self, x: Tensor) -> bool:
         """Whether x has few rows, and lies with the matrices."""

@@ -59,6 +59,8 @@ class FewRowsWeight(PackedWeight):
         if self.codes.is_cuda:
             if self.prepared is None or self.prepared_with != others:
                 self.prepared, self.prepared_with = self.joined(weights), others
+            else:
+                self.prepared.forget_trained()
             return
         cases = (weight.kernel_case() for weight in weights)
         if kernel := kernels.fast(self.FEW_ROWS, self.codes.device, torch.bfloat16, *cases):

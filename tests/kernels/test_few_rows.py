@@ -13,6 +13,7 @@ from accessory.kernels.codes import Codes
 from accessory.kernels.few_rows import ALWAYS_FUSED, JoinedGroups, JoinedMatrices
 from accessory.kernels.plain import decoding_groups, decoding_products, group_codes
 from accessory.kernels.plain.four_bit import dequantize
+from accessory.quant.four_bit import Nf4
 from accessory.quant.groups import group_storage
 
 WAYS = {"bitsandbytes": lambda device, dtype: None, "a kernel": lambda device, dtype: decoding_products}
@@ -95,6 +96,25 @@ def test_changed_factors_are_laid_out_again() -> None:
     (after,) = joined.multiply(x, [one])
     (bare,) = joined.multiply(x)
     torch.testing.assert_close(before + after, 2 * bare, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_fused_optimizer_changed_is_laid_out_for_the_next_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes no tensor's version, and a model may be asked between steps without being told of them."""
+    one, x = Addition(**lora(40, 4)), randn(1, 192)
+    factors = [factor.requires_grad_() for factor in (one.a, one.b)]
+    weight, matrix = Nf4((40, 192)), codes(40)
+    weight.prepared = JoinedMatrices([matrix], WAYS["a kernel"])
+    monkeypatch.setattr(Nf4, "codes", SimpleNamespace(is_cuda=True), raising=False)
+    optimizer = torch.optim.AdamW(factors, lr=0.1, fused=True)
+    for _ in range(2):
+        weight.prepare_decoding([])
+        with torch.no_grad():
+            (found,) = weight.prepared.multiply(x, [one])
+            wanted = x @ dequantize(matrix, torch.empty(40, 192)).t() + 0.5 * (x @ one.a.t()) @ one.b.t()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for factor in factors:
+            factor.grad = torch.ones_like(factor)
+        optimizer.step()
 
 
 def test_what_is_taken() -> None:
