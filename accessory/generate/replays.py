@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -72,18 +73,31 @@ class CudaGraphs:
     """Records into one pool of memory: only one of the graphs is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, None
+        self._device = device
+        self._last: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
 
     def __call__(self, work: Callable[[], Tensor]) -> Recorded:
         """See `Recorder`. Raises what CUDA raises where something cannot be recorded."""
-        before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may use the GPU meanwhile.
-        with torch.cuda.device(self._device), torch.cuda.graph(
-            graph, pool=self._pool, capture_error_mode="thread_local"
-        ):  # fmt: skip
-            result = work()
-        self._pool = graph.pool()
+        before, last = torch.cuda.memory_reserved(self._device), self._last()
+        pool = None if last is None else last.pool()  # a pool ends with the last of its graphs
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # Other threads of this process may use the GPU meanwhile.
+            with torch.cuda.device(self._device), torch.cuda.graph(
+                graph, pool=pool, capture_error_mode="thread_local"
+            ):  # fmt: skip
+                result = work()
+        except Exception:
+            _leave_recording(stream)
+            raise
+        self._last = weakref.ref(graph)
         taken = max(torch.cuda.memory_reserved(self._device) - before, 0)
         _LOG.info("A CUDA graph of a token for %d documents was recorded; it takes %.1f MB.", len(result), taken / 1e6)
         return Recorded(graph.replay, result, memory_in_use())
+
+
+def _leave_recording(stream: torch.cuda.Stream) -> None:
+    """Go on in `stream`: after a failure PyTorch stays in the recording's, and its random numbers wait for the end."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -6,6 +6,9 @@ recorded launches by itself, if all of them read and write where they did before
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,11 +16,14 @@ from accessory.generate.logits import next_token_logits
 from accessory.generate.replays import Replays, recorder_for
 from accessory.kernels import decoding_kernels
 from accessory.kernels.decoding import MOST_ROWS
+from accessory.kernels.few_rows import JoinedGroups, JoinedMatrices
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
 from accessory.model.decoding import decoding
 from accessory.model.decoding_chain import Chain, why_not
 from accessory.parallel.data import is_sharded
+from accessory.quant import PackedWeight
+from accessory.quant.few_rows import FewRowsWeight
 
 SHORTEST = 256
 """Tokens of the cache that attention looks at, at least; the next ones are its powers of two."""
@@ -34,6 +40,7 @@ class StaticMemory:
         self.tokens, self.positions, self.steps = torch.zeros(3, self.rows, dtype=torch.int64, device=device).unbind()
         self.replays, self.chain = Replays(recorder_for(device, decoder.ranks)), None
         self._weights: tuple[object, ...] = ()
+        self._user: Callable[[], object] = lambda: None
 
     def __deepcopy__(self, _memo: dict) -> None:
         """A copied decoder makes its own: recorded work cannot be copied."""
@@ -42,7 +49,7 @@ class StaticMemory:
     def of(decoder: Decoder, documents: int, longest: int) -> StaticMemory:
         """Empty, for `documents` documents of up to `longest` tokens: the decoder's last one where that has room."""
         last = decoder.answering
-        if last is not None and last.decoder is decoder and documents <= last.rows and longest <= last.longest:
+        if last is not None and last._has_room(decoder, documents, longest):
             for layer in last.layers:  # whatever is there, even what is not a number, is multiplied by zero
                 layer.keys.zero_()
                 layer.values.zero_()
@@ -52,8 +59,16 @@ class StaticMemory:
         decoder.answering = StaticMemory(decoder, decoder.new_cache(*rooms))
         return decoder.answering
 
-    def begin(self, lengths: list[int]) -> None:
-        """The cache's first rows hold documents of `lengths` tokens. What was recorded of other weights is dropped."""
+    def _has_room(self, decoder: Decoder, documents: int, longest: int) -> bool:
+        idle = self._user() is None and self.decoder is decoder
+        return idle and documents <= self.rows and longest <= self.longest
+
+    def begin(self, lengths: list[int], user: object = None) -> None:
+        """The cache's first rows hold documents of `lengths` tokens. What was recorded of other weights is dropped.
+
+        user: whose they are, as long as it is alive: answers may be asked for while others are being given.
+        """
+        self._user = (lambda: None) if user is None else weakref.ref(user)
         weights = _places(self.decoder)
         if weights != self._weights:
             self._weights = weights
@@ -61,11 +76,20 @@ class StaticMemory:
             self.chain = chain_for(self.decoder, self.longest)
         self.place(lengths)
 
-    def place(self, lengths: list[int]) -> None:
-        """The first rows hold documents of `lengths` tokens; nothing of the others is asked."""
-        rest = [0] * (self.rows - len(lengths))
-        self.positions.copy_(torch.tensor([*lengths, *rest]))
-        self.steps.copy_(torch.tensor([1] * len(lengths) + rest))
+    def place(self, lengths: list[int], rows: list[int] | None = None) -> None:
+        """These rows, by default the first ones, hold documents of `lengths` tokens.
+
+        Nothing of the others is asked: they stay at their first token, since the cache need not have room for more.
+        What the first rows held behind, which may be no numbers and is multiplied by zero, is dropped.
+        """
+        for layer in self.layers if rows is None else ():
+            layer.keys[: len(lengths), max(lengths) :] = 0
+            layer.values[: len(lengths), max(lengths) :] = 0
+        positions, steps = torch.zeros(2, self.rows, dtype=torch.int64)
+        at = torch.arange(len(lengths)) if rows is None else torch.tensor(rows)
+        positions[at], steps[at] = torch.tensor(lengths), 1
+        self.positions.copy_(positions)
+        self.steps.copy_(steps)
 
     def step(self, rows: int, span: int) -> Tensor:
         """Compute the tokens of the first `rows` documents at their positions, which then move on; logits [rows, V].
@@ -89,9 +113,13 @@ class StaticMemory:
 
 
 def is_static(decoder: Decoder) -> bool:
-    """Whether it answers in fixed places: on a GPU, unless it is trained, when memory is spoken for."""
+    """Whether it answers in fixed places: on a GPU, unless it is trained, when memory is spoken for.
+
+    Nor where products wait for the GPU: an attempt to record them would leave PyTorch's allocator in disorder.
+    """
     asked = not any(parameter.requires_grad or is_sharded(parameter) for parameter in decoder.parameters())
-    return asked and launches_count(decoder.frequencies.device)
+    waits = any(isinstance(module, PackedWeight) and module.waits for module in decoder.modules())
+    return asked and not waits and launches_count(decoder.frequencies.device)
 
 
 def launches_count(device: torch.device) -> bool:
@@ -122,8 +150,11 @@ def span_of(tokens: int, longest: int) -> int:
 def _places(decoder: Decoder) -> tuple[object, ...]:
     """Which weights they are, and where: what is recorded reads them there, and what is laid out is computed from them.
 
-    What a method prepares lies elsewhere every time.
+    What a method prepares lies elsewhere every time; what products lay out, after `train`, and not before this is
+    dropped.
     """
-    prepared = any(block.attention.addition is not None for _, block in decoder.blocks())
     weights = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters())
-    return *weights, object() if prepared else None
+    packed = (module for module in decoder.modules() if isinstance(module, FewRowsWeight))
+    laid_out = (weight.prepared for weight in packed if isinstance(weight.prepared, JoinedMatrices | JoinedGroups))
+    prepared = any(block.attention.addition is not None for _, block in decoder.blocks())
+    return *weights, *laid_out, object() if prepared else None

@@ -65,7 +65,7 @@ class StaticSteps:
         self._index: Tensor | None = None  # the same on the device, where they are not the first ones
         self._host = _HostCopy(memory.tokens)
         self._next: Tensor | None = None
-        memory.begin(lengths)
+        memory.begin(lengths, self)
 
     def ids(self, tokens: Tensor, more: bool) -> list[int]:
         """See `Steps`."""
@@ -91,6 +91,7 @@ class StaticSteps:
             self._move_together()
         else:
             self._index = torch.tensor(self._rows, device=device)
+            self._memory.place(self._lengths, self._rows)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See `Steps`: they are on their way."""

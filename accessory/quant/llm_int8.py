@@ -25,7 +25,7 @@ class LlmInt8(Int8Weight):
     The gradient of x goes through W as it is stored, as if x had not been rounded.
     """
 
-    name = "llm_int8"
+    name, waits = "llm_int8", True
 
     def add_product(self, y: Tensor | None, x: Tensor) -> Tensor:
         """See `PackedWeight`; in fp32 (float64 for such an x) up to the outliers, which are added last."""

@@ -66,6 +66,8 @@ class PackedWeight(nn.Module, ABC):
     """The storage in which files have the matrix: this one, unless it is a form of another for training."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Parts that variants of the same name have."""
+    waits: ClassVar[bool] = False
+    """Whether a product waits for a GPU, for what decides how it goes on."""
     IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
     """Part -> suffix of the weight's name in bitsandbytes' files; empty if bitsandbytes has no such format."""
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
 from accessory.checkpoint.load import fill, targets
-from accessory.generate import KeptCache, generate_tokens, static_memory
+from accessory.generate import KeptCache, generate_tokens, replays, static_memory
 from accessory.generate.replays import CudaGraphs, Recorded, recorder_for
 from accessory.generate.static_memory import documents_together, span_of
+from accessory.kernels.few_rows import JoinedMatrices
 from accessory.kernels.plain import decoding_attention, decoding_products
 from accessory.method import METHODS, Attachment
 from accessory.model.args import ModelArgs
@@ -169,6 +172,40 @@ def test_documents_end_one_by_one(layout: groups.Layout, recording: Recording) -
         assert answers(decoder, prompts, **how) == wanted, how
 
 
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_cache_has_room_for_documents_that_have_ended(
+    layout: groups.Layout, recording: Recording, monkeypatch: pytest.MonkeyPatch, chained: bool
+) -> None:
+    """They are computed on beside those that go on, which have more room."""
+    if chained:
+        monkeypatch.setattr(static_memory, "decoding_kernels", lambda *_: (decoding_products, decoding_attention))
+    decoder, prompts = decoder_of(layout, {}, "", "nf4"), [[7] * 12, [9], [4, 3], [5]]
+    wanted = growing(decoder, prompts, max_seq_len=16)
+    assert [len(answer) for answer in wanted] == [4, 15, 14, 15]
+    assert answers(decoder, prompts, max_seq_len=16) == wanted
+    assert decoder.answering.longest == 16 and (decoder.answering.chain is not None) == chained
+
+
+def test_answers_beside_one_another(layout: groups.Layout, recording: Recording) -> None:
+    """Two that are asked for in turn do not share their places; the next one uses the last one's again."""
+    decoder = decoder_of(layout, {})
+    how = {"max_gen_len": LENGTH, "max_seq_len": 64, "stop_ids": set()}
+    both = zip(*(generate_tokens(decoder, [prompt], **how) for prompt in PROMPTS[:2]), strict=True)
+    found = [[token for (token,) in steps] for steps in zip(*both, strict=True)]
+    assert found == [growing(decoder, [prompt])[0] for prompt in PROMPTS[:2]]
+    del both
+    memory = decoder.answering
+    answers(decoder, PROMPTS[1:2])
+    assert decoder.answering is memory
+
+
+def test_products_that_wait_are_not_recorded(layout: groups.Layout, recording: Recording) -> None:
+    """A GPU cannot record what the host decides."""
+    decoder = decoder_of(layout, {}, "", "llm_int8")
+    assert answers(decoder, PROMPTS) == growing(decoder, PROMPTS)
+    assert decoder.answering is None and not recording.recorded
+
+
 def test_drawn_tokens(layout: groups.Layout, recording: Recording) -> None:
     """With a seed for each document, some of which are stopped from outside."""
     decoder, said = decoder_of(layout, {}), []
@@ -212,6 +249,39 @@ def test_memory_is_used_again(layout: groups.Layout, recording: Recording) -> No
     assert decoder.answering is None
 
 
+def test_a_document_does_not_spoil_those_that_take_its_place(layout: groups.Layout, recording: Recording) -> None:
+    """Its keys may be no numbers; here those of the first one, which ends first and is the longest."""
+    decoder, prompts = decoder_of(layout, {}), [[7] * 12, [9], [4, 3]]
+    wanted, found = growing(decoder, prompts), [[], [], []]
+    how = {"max_gen_len": LENGTH, "max_seq_len": 64, "stop_ids": set(), "stopped": lambda: {0} if found[0] else ()}
+    for step in generate_tokens(decoder, prompts, **how):
+        for answer, token in zip(found, step, strict=True):
+            answer += [] if token is None else [token]
+        if len(found[1]) == 1:
+            with torch.inference_mode():
+                for layer in decoder.answering.layers:
+                    layer.keys[0], layer.values[0] = torch.nan, torch.nan
+    assert found == [wanted[0][:1], *wanted[1:]]
+
+
+def test_what_products_lay_out_outlives_its_recording(layout: groups.Layout, recording: Recording) -> None:
+    """`train` lets go of it, though no weight has changed; a kept document's memory is still there."""
+    decoder, kept = decoder_of(layout, {}, "peft", "nf4"), KeptCache()
+    answers(decoder, PROMPTS[:1], kept=kept)
+    weight, memory = decoder.layers[0].attention.wq.weight, kept.static()
+    weight.prepared = laid_out = JoinedMatrices([weight.as_codes()], lambda *_: None)
+    with torch.inference_mode():
+        memory.begin([1])
+    memory.replays.run("key", lambda: torch.zeros(1))
+    laid_out, places = weakref.ref(laid_out), memory._weights
+    decoder.train().eval()
+    assert laid_out() is not None
+    del places
+    with torch.inference_mode():
+        memory.begin([1])
+    assert laid_out() is None and not memory.replays._done
+
+
 def test_a_kept_document(layout: groups.Layout, recording: Recording) -> None:
     """It goes on in its own cache, which grows."""
     decoder, kept = decoder_of(layout, {}), KeptCache()
@@ -248,6 +318,57 @@ def test_what_cannot_be_recorded_is_done(
     assert answers(decoder, PROMPTS) == growing(decoder, PROMPTS)
     (record,) = caplog.records
     assert "RuntimeError: operation not permitted when stream is capturing" in record.getMessage()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Stands in for torch.cuda; each graph has a pool of its own name."""
+    made = MagicMock()
+
+    class Graph:
+        """Replays nothing."""
+
+        def __init__(self) -> None:
+            self.number = len(made.pools)
+
+        def pool(self) -> int:
+            """Its name."""
+            return self.number
+
+        def replay(self) -> None:
+            """Nothing."""
+
+    def graph(_graph: Graph, *, pool: int | None, capture_error_mode: str) -> MagicMock:
+        """Notes the pool; the graph is not kept."""
+        made.pools.append(pool)
+        return made.recording
+
+    made.CUDAGraph, made.graph, made.pools, made.memory_reserved.return_value = Graph, graph, [], 0
+    made.recording.__exit__.return_value = False
+    monkeypatch.setattr(replays.torch, "cuda", made)
+    return made
+
+
+def test_graphs_share_a_pool_while_one_is_left(cuda: MagicMock) -> None:
+    """PyTorch refuses to record into a pool that no graph uses any more, if anything of it is still alive."""
+    record, kept = CudaGraphs(torch.device("cuda")), []
+    for _ in range(2):
+        kept.append(record(lambda: torch.zeros(1)))
+    kept.clear()
+    record(lambda: torch.zeros(1))
+    assert cuda.pools == [None, 0, None]
+
+
+def test_a_failed_recording_is_left(cuda: MagicMock) -> None:
+    """PyTorch's current stream and its random numbers are afterwards what they were."""
+    cuda.default_generators = MagicMock()
+    cuda.recording.__exit__.side_effect = RuntimeError("invalidated")
+    with pytest.raises(RuntimeError, match="invalidated"):
+        CudaGraphs(torch.device("cuda"))(lambda: torch.zeros(1))
+    stream = cuda.current_stream.return_value
+    cuda.set_stream.assert_called_once_with(stream)
+    generator = cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
 
 
 def test_ranks_are_not_recorded() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from accessory.kernels.decoding import MOST_ROWS, Attending
 from accessory.kernels.operands import check_device, check_floats, check_shape, processors
 
-TOKENS = 64  # of the cache that a program looks at together
+TOKENS = 64  # of the cache that a program looks at together, at most
+TILE = 1 << 14  # bytes of their keys, at most: tensor cores take keys and values from shared memory, two of each
 LEAST = 256  # of the cache to a program: with fewer, putting together takes longer
 
 
@@ -73,7 +74,7 @@ def attend(
         NEIGHBOURS=how.layout == "pairs",
         SPLITS=splits,
         SPLITS_PADDED=triton.next_power_of_2(splits),
-        TOKENS=TOKENS,
+        TOKENS=tokens_together(how.width, keys.dtype),
         AHEAD=ahead,
         num_warps=4,
     )
@@ -83,6 +84,11 @@ def attend(
 def splits_of(span: int, programs: int, device: torch.device) -> int:
     """Programs that share a document's cache: enough for two on each multiprocessor, where there are tokens enough."""
     return max(min(triton.cdiv(2 * processors(device), programs), span // LEAST), 1)
+
+
+def tokens_together(width: int, dtype: torch.dtype) -> int:
+    """Of the cache that a program looks at together: a power of two, and as many as tensor cores take at least."""
+    return max(16, min(TOKENS, TILE // (width * dtype.itemsize)))
 
 
 def _padded(how: Attending) -> int:

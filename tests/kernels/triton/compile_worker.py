@@ -1,6 +1,7 @@
 """Run alone, without the interpreter: compiles every kernel for an H100 or H200, which needs no GPU, to machine code.
 
-Prints a JSON object: for each kernel, how many loads and stores of 16 bytes it has, and bytes of registers spilled.
+Prints a JSON object: for each kernel, how many loads and stores of 16 bytes it has, bytes of registers spilled, and
+bytes of shared memory.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -53,7 +55,7 @@ def compiled(kernel: triton.JITFunction, constants: dict, warps: int, **options)
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         )
     wide = {kind: len(re.findall(rf"{kind}\.global\.v4\.b32", made.asm["ptx"])) for kind in ("ld", "st")}
-    return {**wide, "spilled": int(re.search(r"STACK:(\d+)", told.stdout)[1])}
+    return {**wide, "spilled": int(re.search(r"STACK:(\d+)", told.stdout)[1]), "shared": made.metadata.shared}
 
 
 found = {}
@@ -101,11 +103,16 @@ for (name, link), rows in product(links.items(), decoding_products.COLUMNS):
     constants = {"NESTED": True, "NESTED_BLOCK": 256, "COLUMNS": decoding_products.COLUMNS[rows], "BLOCK": block}
     constants |= {**plain, **link, "ROWS": rows}
     found[f"decoding {name} {rows}"] = compiled(decoding_products._multiply, constants, warps)
-for group, splits in ((1, 8), (4, 1)):
-    constants = {"KV_HEADS": 8, "GROUP": group, "PADDED": 1 if group == 1 else 16, "WIDTH": 128, "HALF": 64}
+for group, splits, width, dtype in (
+    (1, 8, 128, torch.bfloat16), (4, 1, 128, torch.bfloat16), (4, 1, 256, torch.bfloat16), (4, 1, 256, torch.float32)
+):  # fmt: skip
+    constants = {"KV_HEADS": 8, "GROUP": group, "PADDED": 1 if group == 1 else 16, "WIDTH": width, "HALF": width // 2}
     constants |= {"NEIGHBOURS": True, "SPLITS": splits, "SPLITS_PADDED": splits, "AHEAD": 16}
-    constants["TOKENS"] = decoding_attention.TOKENS
-    found[f"decoding attention {group} {splits}"] = compiled(decoding_attention._attend, constants, 4)
+    constants["TOKENS"] = decoding_attention.tokens_together(width, dtype)
+    read = "*fp32" if dtype == torch.float32 else "*bf16"
+    TYPES |= dict.fromkeys(("projected", "keys", "values", "out", "following"), read)
+    found[f"decoding attention {group} {splits} {width} {read}"] = compiled(decoding_attention._attend, constants, 4)
+TYPES["following"] = TYPES["out"] = "*bf16"
 TYPES |= {"scales": "*fp16", "zeros": "*fp16", "b": "*bf16"}
 for bits, rows in product((2, 3, 4), decoding_groups.UNITS):
     TYPES["codes"] = "*i32" if bits == 4 else "*i16"
