@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from accessory.blueprint import DTYPES, Blueprint, make_blueprint
 from accessory.checkpoint.formats.gguf_writing import write_gguf
@@ -30,6 +32,7 @@ from accessory.meta import MetaModel
 from accessory.method.side_tuning import SideTuning
 from accessory.model.families import architecture_of
 from accessory.parallel import groups
+from accessory.parallel.agree import on_main
 from accessory.parallel.groups import Layout, data_parallel_group
 from accessory.quant import MIXES, STORAGES, storage
 from accessory.quant.groups import group_storage
@@ -38,7 +41,8 @@ from accessory.quantizer.folder import Folder
 from accessory.quantizer.job import Quantization, identity_of
 from accessory.quantizer.own_text import own_rows
 from accessory.quantizer.settings import HELD, Settings
-from accessory.quantizer.strategy import NARROW, WIDE, strategy_document, widths_of
+from accessory.quantizer.strategy import NARROW, WIDE, Width, strategy_document, widths_of
+from accessory.run.lock import claim_directory
 from accessory.tokenizer.opening import holds_tokenizer, open_tokenizer
 
 FORMATS = ("accessory", *LAYOUTS, "gguf", "meta", "upstream")
@@ -205,7 +209,8 @@ def calibrated(
     """Write `model`, which `base` holds, with linears quantized by the text in `data`; returns all figures.
 
     What is finished lies beside `target` until the whole is written, so that a run that was stopped goes on.
-    destination: accessory, or gptq or awq, for which zero points are whole. A collective. Raises `AccessoryError`s.
+    destination: accessory, or gptq or awq, for which zero points are whole. A collective. Raises `AccessoryError`s, of
+    another quantization that is at work for `target`, too.
     """
     refuse_existing(target)
     settings.check(layout.dp_size)
@@ -215,21 +220,36 @@ def calibrated(
         say(f"--to {destination.to}: zero points are whole, as its files have them; codes and scales are trained.")
     ids = calibration_rows(data, model.tokenizer, settings.row_tokens, settings.rows + HELD, settings.seed)
     folder = Folder(target.with_name(f".{target.name}.quantizing"), layout.rank, data_parallel_group())
+    with ExitStack() as held:
+        on_main(claim_directory, folder.path, held, "TARGET")
+        packed, widths, figures = _fitted(model, base, ids, settings, folder, layout, say)
+        if layout.is_main:
+            if destination.to == "accessory":
+                documents = {STRATEGY_FILE: strategy_document(widths)}
+                write_own(packed, target, DTYPES[destination.dtype], documents=documents)
+            else:
+                destination.write(packed, target)
+        folder.discard()
+    return {"base": str(base), "target": str(target), "quant_type": settings.quant_type} | figures
+
+
+def _fitted(
+    model: WholeModel,
+    base: Path,
+    ids: Tensor,
+    settings: Settings,
+    folder: Folder,
+    layout: Layout,
+    say: Callable[[str], None],
+) -> tuple[WholeModel, dict[str, Width], dict[str, Any]]:
+    """`model` with linears quantized by `ids` [R, S] and text of its own: see `Quantization.run`."""
     precision = torch.bfloat16
     folder.open(identity_of(settings, ids, open_source(base).fingerprint(), precision, layout.dp_size))
     if settings.own_rows:
         many = settings.own_rows, settings.row_tokens, settings.seed
         own = own_rows(model, *many, folder, dtype=precision, layout=layout, say=say)
         ids = torch.cat([ids[: settings.rows], own, ids[settings.rows :]])
-    packed, widths, figures = Quantization(model, ids, settings, folder, dtype=precision, layout=layout, say=say).run()
-    if layout.is_main:
-        if destination.to == "accessory":
-            documents = {STRATEGY_FILE: strategy_document(widths)}
-            write_own(packed, target, DTYPES[destination.dtype], documents=documents)
-        else:
-            destination.write(packed, target)
-    folder.discard()
-    return {"base": str(base), "target": str(target), "quant_type": settings.quant_type} | figures
+    return Quantization(model, ids, settings, folder, dtype=precision, layout=layout, say=say).run()
 
 
 def merge(

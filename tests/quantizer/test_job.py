@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,20 @@ def test_another_quantization_in_the_folder(tiny_base: Path, text: Path, tmp_pat
         run(tiny_base, tmp_path / "out", text, say=say)
     with pytest.raises(CheckpointError, match=r"holds a quantization with other epochs 1, now 2\. Give the same flags"):
         run(tiny_base, tmp_path / "out", text, replace(SETTINGS, epochs=2))
+
+
+def test_two_at_work_for_one_target(tiny_base: Path, text: Path, tmp_path: Path) -> None:
+    """The second is refused with who is at work there; the first goes on."""
+
+    def say(line: str) -> None:
+        if line.startswith("block   1"):
+            with pytest.raises(
+                ConfigError, match=rf"TARGET .*quantizing: a run is at work there: process {os.getpid()} "
+            ):
+                run(tiny_base, tmp_path / "out", text)
+
+    run(tiny_base, tmp_path / "out", text, say=say)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
