@@ -63,11 +63,11 @@ class StepSettings:
 
 @dataclass
 class _Step:
-    """A step whose gradients are computed, or will be: a GPU may still be at it.
+    """A step whose gradients have been asked for; a GPU may still be computing them.
 
-    at: the progress before it. weight: what the sum of losses is divided by. scale: by which gradients are too large.
-    losses: of each micro-batch, fp64 []. loss fp64 [] and norm []: of the whole step, on the device. numbers: these
-    two, the rightly predicted tokens, and the sum of cross-entropies if there is a teacher.
+    at: the progress before it. weight: the divisor of the sum of losses. scale: the loss scale that gradients contain.
+    losses: of each micro-batch, fp64 []. loss fp64 [] and norm []: of the whole step, on the device. numbers: loss,
+    norm, the number of tokens predicted rightly, and the sum of cross-entropies if there is a teacher.
     """
 
     at: Progress
@@ -103,7 +103,7 @@ class Engine:
     base_cache: BaseCache | None = None
     validation: Validation | None = None
     moves: IntegerMoves | None = None
-    _waiting: _Step | None = None  # the step before, whose numbers are not read yet
+    _waiting: _Step | None = None  # the previous step, while its numbers are not read yet
     _ended: float = 0.0  # when the last report was made
 
     def train(self, progress: Progress) -> None:
@@ -142,7 +142,7 @@ class Engine:
             self.reporter.say(words)
 
     def _go_on(self, progress: Progress) -> Asked | None:
-        """Make a step and report it; returns what is asked for after it. None: its numbers are not read yet."""
+        """Make a step and report it; returns what ranks ask for after it, or None if its numbers are not read yet."""
         step = self._begin(progress)
         earlier = self._finish_waiting(progress)
         if self.reads_later:
@@ -161,20 +161,20 @@ class Engine:
     def reads_later(self) -> bool:
         """Whether a step's numbers are read after the next one's gradients are asked for, so that a GPU never idles.
 
-        What depends on them there, whether the optimizer steps at all, is decided on the device. fp16's loss scale and
-        moves of integers need them before.
+        The device itself then decides by them whether the optimizer steps. fp16's loss scale and moves of integers need
+        the numbers on the host before the next step, so they rule this out.
         """
         needed = self.settings.scales_loss or self.moves is not None
         return self.parameters.device.type == "cuda" and not needed and can_be_guarded(self.optimizer)
 
     def _must_read(self, progress: Progress) -> bool:
-        """Whether something comes after this step that needs its numbers, or must not come if they are not finite."""
+        """Whether a save, an evaluation or the end follows this step: they need its numbers, or need them finite."""
         evaluates = self.validation is not None and self.schedule.evaluates_after(progress)
         saves = self.saver is not None and self.schedule.saves_after(progress)
         return evaluates or saves or self.schedule.is_over(progress)
 
     def _finish_waiting(self, progress: Progress) -> Asked:
-        """Report the step before, if its numbers are not read yet; returns what was asked for after it."""
+        """Report the previous step, if its numbers are not read yet; returns what ranks asked for after it."""
         if self._waiting is None:
             return Asked(0, 0, 0)
         step, self._waiting = self._waiting, None
@@ -235,7 +235,7 @@ class Engine:
         bound = self.schedule.clip_grad
         with self._memory_for_update(progress):
             divisor = ((step.norm + 1e-6) / bound).clamp(min=1.0) if bound > 0 else torch.ones_like(step.norm)
-            skip = (step.loss + step.norm).mul(0.0) != 0  # NaN where one is NaN or infinite
+            skip = (step.loss + step.norm).mul(0.0) != 0  # times 0, a NaN or infinity becomes NaN, which is not 0
             guarded_step(self.optimizer, divisor, skip)
         self.optimizer.zero_grad(set_to_none=True)
         progress.advance(self.schedule.steps_per_epoch, skipped=False)
@@ -244,7 +244,7 @@ class Engine:
     def _finish(self, step: _Step, progress: Progress) -> tuple[StepReport, Asked]:
         """Read the step's numbers, and step the optimizer if that was not done before.
 
-        `progress` is moved on by the step; if it was before, it is corrected where the step turns out to be skipped.
+        `progress` advances by the step. If it has advanced already, a step that turns out to be skipped corrects it.
         """
         loss, norm, hits, *entropy = step.numbers.read()
         norm, at = norm / step.scale, (step.at.epoch, step.at.step)
@@ -313,7 +313,7 @@ class Engine:
         return losses
 
     def _memory_for_update(self, progress: Progress) -> AbstractContextManager[None]:
-        """A context in which memory that runs out is told as the update's."""
+        """A context whose out-of-memory errors say that the update, not a micro-batch, ran out."""
         return out_of_memory_as(partial(step_faults.out_of_memory_in_update, progress, self.settings.memory_remedies))
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ _FULL = ("out of memory", "allocate memory", "STATUS_ALLOC_FAILED", "Failed to C
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU; few libraries have an error of its own for it."""
+    """Whether memory ran out, on a GPU or on the CPU; few libraries have a type of error of their own for it."""
     said = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _FULL)
     return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 

@@ -90,7 +90,7 @@ class Destination:
     def check_calibrated(self, model: WholeModel, target: Path, quant_type: str) -> None:
         """Raise `AccessoryError`s where `model` could not be written here once it is quantized by text.
 
-        Nothing is read; packing by text takes too long to be for nothing.
+        No weight is read. The check comes first because quantizing by text takes long.
         """
         if self.to == "accessory":
             return
@@ -208,7 +208,7 @@ def calibrated(
 ) -> dict[str, Any]:
     """Write `model`, which `base` holds, with linears quantized by the text in `data`; returns all figures.
 
-    What is finished lies beside `target` until the whole is written, so that a run that was stopped goes on.
+    Finished parts lie beside `target` until the whole is written, so that a stopped run can go on from them.
     destination: accessory, or gptq or awq, for which zero points are whole. A collective. Raises `AccessoryError`s, of
     another quantization that is at work for `target`, too.
     """

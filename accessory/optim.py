@@ -77,16 +77,16 @@ def _suits_8_bits(name: str, parameter: nn.Parameter) -> bool:
 
 
 def moment_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
-    """Where a restored moment of `parameter` waits for the next step: on the host, if it is paged from there.
+    """The device of a restored moment of `parameter` until the next step: the host, if the optimizer pages it.
 
-    A sharded one must be on the parameter's device.
+    A sharded moment must be on the parameter's device.
     """
     paged = isinstance(optimizer, KernelAdamW) and optimizer.paged and local(parameter) is parameter
     return torch.device("cpu") if paged else parameter.device
 
 
 def can_be_guarded(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `guarded_step` can step it: PyTorch's fused AdamW, over parameters that are whole here."""
+    """Whether `guarded_step` can step `optimizer`: it must be PyTorch's fused AdamW, over unsharded parameters."""
     whole = all(local(p) is p for group in optimizer.param_groups for p in group["params"])
     return isinstance(optimizer, torch.optim.AdamW) and whole
 
@@ -94,7 +94,7 @@ def can_be_guarded(optimizer: torch.optim.Optimizer) -> bool:
 def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, skip: Tensor) -> None:
     """Step with every gradient divided by `divisor`, fp32 []; nothing changes where `skip`, bool [], holds.
 
-    Both are on the device, and the host learns neither: it is what torch's own gradient scaler does.
+    Both stay on the device, so the host need not wait for them, as in PyTorch's own gradient scaler.
     """
     optimizer.grad_scale, optimizer.found_inf = divisor, skip.to(torch.float32)
     try:

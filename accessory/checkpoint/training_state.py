@@ -102,7 +102,7 @@ def collect_training_state(
         tensors |= {f"value.{name}": value for name, value in working.parameters.gathered()}
         tensors["counters"] = working.counters.clone()
     for moment in _MOMENTS:
-        for name in sorted(parameters):  # one after the other: all of them may not fit beside the model
+        for name in sorted(parameters):  # one at a time: all of them together may not fit beside the model
             if (state := optimizer.state.get(parameters[name])) is not None:
                 sharded = _as_sharded(state[moment], parameters[name], parameters.slicings[name])
                 ((_, tensors[f"{moment}.{name}"]),) = parameters.gathered({name: sharded})
@@ -268,7 +268,7 @@ def _read_record(record: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]
 def _as_sharded(moment: Tensor, parameter: nn.Parameter, slicing: Slicing) -> Tensor:
     """A moment of this rank's shard as a sharded tensor, if its parameter is one.
 
-    Where ranks have parts of it, it is put together on their device; a whole one that lies on the host stays there.
+    If ranks hold parts of it, the parts are joined on the ranks' device; a whole moment on the host stays there.
     """
     if is_sharded(moment):
         return moment

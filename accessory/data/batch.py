@@ -65,8 +65,8 @@ class PackedBatch:
     there, so that `lengths` minus `shared` sum to T. insets: of all documents, their `start` counted in the batch's T
     tokens. weights: fp32 [T], by which the loss of each label is multiplied, the sum of those of all documents that
     share the token; None: all are 1. answers: fp32 [T], in how many of these documents the label belongs to an answer,
-    which accuracy is measured on; there only where weights are. rows: int64 [L], the tokens that have a label, where
-    the host has found them: in a batch that went to a GPU, where finding them would make the host wait for it.
+    which accuracy is measured on; there only where weights are. rows: int64 [L], the tokens that have a label. The
+    host finds them before a batch goes to a GPU, since finding them there would make the host wait; else None.
     """
 
     tokens: Tensor

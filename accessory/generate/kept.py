@@ -10,7 +10,7 @@ _GROWTH = 256  # tokens by which a kept cache grows, at least
 
 
 class KeptCache:
-    """The keys and values of one document, kept from one answer to the next; `tokens` are those that they belong to."""
+    """The keys and values of one document, kept from one answer to the next; `tokens` are the tokens they belong to."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -19,9 +19,9 @@ class KeptCache:
         self._static: StaticMemory | None = None
 
     def begin(self, decoder: Decoder, ids: list[int], longest: int) -> int:
-        """Keep what `ids` begin with, and make room for `longest` tokens; returns how many of `ids` need no computing.
+        """Keep the tokens that `ids` begin with, and make room for `longest`; returns how many of `ids` are cached.
 
-        The last one always does, since its output is wanted. Of another decoder than before nothing is kept.
+        The last one never counts, since its output is wanted. If the decoder is another one, nothing is kept.
         """
         if decoder is not self._decoder:
             self.tokens, self.layers, self._decoder, self._static = [], [], decoder, None
@@ -38,7 +38,7 @@ class KeptCache:
         return known
 
     def static(self) -> StaticMemory:
-        """What steps in fixed places need beside the cache; made at first use, and again where the cache has grown."""
+        """What steps in fixed places need beside the cache; made at first use, and again when the cache has grown."""
         if self._static is None:
             self._static = StaticMemory(self._decoder, self.layers)
         return self._static

@@ -16,7 +16,7 @@ def read_prompts(decoder: Decoder, prompts: list[list[int]], cache: list[LayerCa
     each prompt's last token [B, embedding_dim].
 
     On a CPU, prompts are read in groups that the kernel for few rows can take: kernels round differently, and an answer
-    should not depend on the other prompts of the batch. A prompt that is asked several times is read once.
+    should not depend on the other prompts of the batch. A prompt that occurs several times is read once.
     """
     if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
         last = read_prompts(decoder, prompts[:1], [layer.documents(0, 1) for layer in cache], known)

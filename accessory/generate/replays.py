@@ -1,4 +1,4 @@
-"""Work that is recorded once and replayed: CUDA graphs, where there are any."""
+"""Work that is recorded once and then replayed, as a CUDA graph where there is a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Recorded(NamedTuple):
-    """Work that `replay` does again, in the same places. result: what it fills. alive: memory that it uses."""
+    """Recorded work. replay: does it again, in the same memory. result: what it fills. alive: memory to keep for it."""
 
     replay: Callable[[], None]
     result: Tensor
@@ -24,13 +24,13 @@ class Recorded(NamedTuple):
 
 
 Recorder = Callable[[Callable[[], Tensor]], Recorded]
-"""Calls a function, whose work is not done but recorded."""
+"""Calls a function and records its work instead of doing it."""
 
 
 class Replays:
-    """Work by a key, done at first, recorded at its second use, and replayed from then on.
+    """Runs work by its key: the first use does it, the second records it, and later ones replay it.
 
-    The first time compiles kernels and makes buffers, which cannot be recorded. recorder: None: it is always done.
+    The first use compiles kernels and makes buffers, which cannot be recorded. recorder: None: nothing is recorded.
     """
 
     def __init__(self, recorder: Recorder | None) -> None:
@@ -39,14 +39,14 @@ class Replays:
         self._recorded: dict[Hashable, Recorded] = {}
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """The result of `work`, which is always the same for a key; valid until the next call."""
+        """The result of `work`, valid until the next call. A key must always come with the same work."""
         if key not in self._recorded:
             if key not in self._done or self._recorder is None:
                 self._done.add(key)
                 return work()
             try:
                 self._recorded[key] = self._recorder(work)
-            except Exception as error:  # whatever a driver or a library may raise
+            except Exception as error:  # drivers and libraries raise errors of any type
                 _LOG.warning(
                     "A token's kernels cannot be recorded as a CUDA graph and are launched one by one: %s: %s",
                     type(error).__name__,
@@ -59,13 +59,13 @@ class Replays:
         return recorded.result
 
     def forget(self) -> None:
-        """Drop what was recorded; weights or caches lie elsewhere now."""
+        """Drop what was recorded, because weights or caches lie elsewhere now."""
         self._done.clear()
         self._recorded.clear()
 
 
 def recorder_for(device: torch.device, ranks: int) -> Recorder | None:
-    """That of a GPU, unless model-parallel ranks talk to each other within the work: one could fail alone."""
+    """A GPU's recorder; None if the work includes collectives of model-parallel ranks: one rank alone could fail."""
     return CudaGraphs(device) if device.type == "cuda" and ranks == 1 else None
 
 
@@ -79,10 +79,10 @@ class CudaGraphs:
     def __call__(self, work: Callable[[], Tensor]) -> Recorded:
         """See `Recorder`. Raises what CUDA raises where something cannot be recorded."""
         before, last = torch.cuda.memory_reserved(self._device), self._last()
-        pool = None if last is None else last.pool()  # a pool ends with the last of its graphs
+        pool = None if last is None else last.pool()  # a pool is freed with the last of its graphs
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
-            # Other threads of this process may use the GPU meanwhile.
+            # thread_local: other threads of this process may use the GPU meanwhile.
             with torch.cuda.device(self._device), torch.cuda.graph(
                 graph, pool=pool, capture_error_mode="thread_local"
             ):  # fmt: skip
@@ -97,7 +97,7 @@ class CudaGraphs:
 
 
 def _leave_recording(stream: torch.cuda.Stream) -> None:
-    """Go on in `stream`: after a failure PyTorch stays in the recording's, and its random numbers wait for the end."""
+    """Return to `stream`: after a failure PyTorch stays in the recording's stream, and its generator in that mode."""
     torch.cuda.set_stream(stream)
     generator = torch.cuda.default_generators[stream.device_index]
     generator.graphsafe_set_state(generator.clone_state())

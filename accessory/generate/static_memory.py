@@ -26,8 +26,8 @@ from accessory.quant import PackedWeight
 from accessory.quant.few_rows import FewRowsWeight
 
 SHORTEST = 256
-"""Tokens of the cache that attention looks at, at least; the next ones are its powers of two."""
-_SINGLE = 8  # documents up to which powers of two are computed together, and from which multiples
+"""The fewest tokens of the cache that attention looks at; longer spans are the powers of two above."""
+_SINGLE = 8  # up to so many documents, their number is rounded up to a power of two; above, to a multiple of this
 
 
 class StaticMemory:
@@ -43,14 +43,14 @@ class StaticMemory:
         self._user: Callable[[], object] = lambda: None
 
     def __deepcopy__(self, _memo: dict) -> None:
-        """A copied decoder makes its own: recorded work cannot be copied."""
+        """None: recorded work cannot be copied, so a copied decoder makes its own memory."""
 
     @staticmethod
     def of(decoder: Decoder, documents: int, longest: int) -> StaticMemory:
-        """Empty, for `documents` documents of up to `longest` tokens: the decoder's last one where that has room."""
+        """An empty memory for `documents` documents of up to `longest` tokens; the decoder's last one if that fits."""
         last = decoder.answering
         if last is not None and last._has_room(decoder, documents, longest):
-            for layer in last.layers:  # whatever is there, even what is not a number, is multiplied by zero
+            for layer in last.layers:  # attention multiplies unused places by zero, which leaves a NaN a NaN
                 layer.keys.zero_()
                 layer.values.zero_()
             return last
@@ -66,7 +66,7 @@ class StaticMemory:
     def begin(self, lengths: list[int], user: object = None) -> None:
         """The cache's first rows hold documents of `lengths` tokens. What was recorded of other weights is dropped.
 
-        user: whose they are, as long as it is alive: answers may be asked for while others are being given.
+        user: owns the memory while it is alive, so that an answer asked for meanwhile does not take it.
         """
         self._user = (lambda: None) if user is None else weakref.ref(user)
         weights = _places(self.decoder)
@@ -79,8 +79,8 @@ class StaticMemory:
     def place(self, lengths: list[int], rows: list[int] | None = None) -> None:
         """These rows, by default the first ones, hold documents of `lengths` tokens.
 
-        Nothing of the others is asked: they stay at their first token, since the cache need not have room for more.
-        What the first rows held behind, which may be no numbers and is multiplied by zero, is dropped.
+        The results of other rows are not used: these rows stay at their first token, as the cache may have no room for
+        more. If `rows` are given, the first rows' caches behind these lengths are cleared: they may hold NaN.
         """
         for layer in self.layers if rows is None else ():
             layer.keys[: len(lengths), max(lengths) :] = 0
@@ -99,7 +99,7 @@ class StaticMemory:
         return self.replays.run((rows, span), lambda: self.forward(rows, span))
 
     def forward(self, rows: int, span: int) -> Tensor:
-        """What is recorded: it reads nothing from the host."""
+        """The work that is recorded; it must read nothing from the host."""
         part = [layer.documents(0, rows) for layer in self.layers]
         tokens, positions = self.tokens[:rows], self.positions[:rows]
         with decoding():
@@ -113,9 +113,9 @@ class StaticMemory:
 
 
 def is_static(decoder: Decoder) -> bool:
-    """Whether it answers in fixed places: on a GPU, unless it is trained, when memory is spoken for.
+    """Whether `decoder` answers in fixed places: on a GPU, unless it is being trained, which needs the memory.
 
-    Nor where products wait for the GPU: an attempt to record them would leave PyTorch's allocator in disorder.
+    Not if products wait for the GPU, either: trying to record them would leave PyTorch's allocator in disorder.
     """
     asked = not any(parameter.requires_grad or is_sharded(parameter) for parameter in decoder.parameters())
     waits = any(isinstance(module, PackedWeight) and module.waits for module in decoder.modules())
@@ -123,12 +123,12 @@ def is_static(decoder: Decoder) -> bool:
 
 
 def launches_count(device: torch.device) -> bool:
-    """Whether kernels wait for their launches there."""
+    """Whether launches cost time on `device`: a GPU's kernels wait for them."""
     return device.type == "cuda"
 
 
 def chain_for(decoder: Decoder, longest: int) -> Chain | None:
-    """The decoder's blocks in few launches, where that can be; documents have `longest` tokens at most."""
+    """The decoder's blocks in few launches, or None if it has none; documents have `longest` tokens at most."""
     if why_not(decoder):
         return None
     found = decoding_kernels(decoder.frequencies.device, decoder.dtype)
@@ -136,7 +136,7 @@ def chain_for(decoder: Decoder, longest: int) -> Chain | None:
 
 
 def documents_together(documents: int) -> int:
-    """As how many documents so many are computed."""
+    """The number of rows that `documents` documents are computed as; rounded up, so that few sizes are recorded."""
     if documents > _SINGLE:
         return -(-documents // _SINGLE) * _SINGLE
     return 1 << (documents - 1).bit_length()
@@ -148,10 +148,10 @@ def span_of(tokens: int, longest: int) -> int:
 
 
 def _places(decoder: Decoder) -> tuple[object, ...]:
-    """Which weights they are, and where: what is recorded reads them there, and what is laid out is computed from them.
+    """A value that changes when weights change or move: recorded work reads them in place, or copies made from them.
 
-    What a method prepares lies elsewhere every time; what products lay out, after `train`, and not before this is
-    dropped.
+    What a method prepares lies elsewhere at every answer. What products lay out moves only after `train`, and is held
+    here, so that its address is not used again.
     """
     weights = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters())
     packed = (module for module in decoder.modules() if isinstance(module, FewRowsWeight))

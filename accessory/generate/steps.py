@@ -1,4 +1,4 @@
-"""One token after the other: its id for the host, and the logits of the one that follows."""
+"""Steps of decoding: each gives the host the ids of chosen tokens, and computes the logits of the next ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from accessory.model.decoding import decoding
 
 
 class Steps(Protocol):
-    """Of B documents, which become fewer."""
+    """The steps of a batch of B documents; B falls as documents end."""
 
     def ids(self, tokens: Tensor, more: bool) -> list[int]:
-        """The chosen tokens [B] as numbers. more: whether one of the documents may go on."""
+        """The chosen tokens [B] as numbers. more: whether any of the documents may go on."""
 
     def keep(self, rows: list[int]) -> None:
         """Only these documents go on."""
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of what follows `tokens` [B], those of the documents that go on: fp32 [B, V]. Once after each `ids`."""
+        """Logits fp32 [B, V] of what follows `tokens` [B], for documents that go on. Called once after each `ids`."""
 
 
 class GrowingSteps:
-    """Each step in the documents' own shapes."""
+    """Steps whose shapes follow the documents: their number and the length of their cache."""
 
     def __init__(self, decoder: Decoder, cache: list[LayerCache], lengths: list[int]) -> None:
         self._decoder, self._cache, self._lengths = decoder, cache, lengths
@@ -38,7 +38,7 @@ class GrowingSteps:
         return tokens.tolist()
 
     def keep(self, rows: list[int]) -> None:
-        """See `Steps`: the others' cache is not read any more."""
+        """See `Steps`: the cache of the other documents is not read any more."""
         for layer in self._cache:
             layer.keep(rows, max(self._lengths))
         self._lengths = [self._lengths[row] for row in rows]
@@ -53,16 +53,16 @@ class GrowingSteps:
 
 
 class StaticSteps:
-    """All steps in the same places; the next one is launched before the host waits for the last one's tokens.
+    """Steps in fixed memory; each is launched before the host waits for the tokens of the one before.
 
-    Documents that ended are computed on, until half of them have: then the others move together.
+    Documents that have ended are still computed, until so few go on that a smaller batch holds them.
     """
 
     def __init__(self, memory: StaticMemory, lengths: list[int]) -> None:
         self._memory, self._lengths = memory, lengths
         self._together = documents_together(len(lengths))
-        self._rows = list(range(len(lengths)))  # of the documents that go on
-        self._index: Tensor | None = None  # the same on the device, where they are not the first ones
+        self._rows = list(range(len(lengths)))  # where the documents that go on lie
+        self._index: Tensor | None = None  # the same on the device; None: they are the first rows
         self._host = _HostCopy(memory.tokens)
         self._next: Tensor | None = None
         memory.begin(lengths, self)
@@ -94,7 +94,7 @@ class StaticSteps:
             self._memory.place(self._lengths, self._rows)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """See `Steps`: they are on their way."""
+        """See `Steps`: `ids` has launched them already."""
         return self._next
 
     def _move_together(self) -> None:
@@ -106,24 +106,24 @@ class StaticSteps:
 
 
 class _HostCopy:
-    """Numbers on their way to the host, while the device goes on."""
+    """Copies numbers to the host while the device goes on."""
 
     def __init__(self, like: Tensor) -> None:
-        """like: of the longest copy's shape, dtype and device."""
+        """like: a tensor of the shape, dtype and device of the longest copy."""
         self._cuda = like.is_cuda
         self._memory = torch.empty(like.shape, dtype=like.dtype, pin_memory=self._cuda)
         self._copied: torch.cuda.Event | None = None
         self._count = 0
 
     def begin(self, tensor: Tensor) -> None:
-        """Copy a tensor [n]."""
+        """Begin to copy a tensor [n]."""
         self._count = len(tensor)
         self._memory[: self._count].copy_(tensor, non_blocking=True)
         if self._cuda:
             self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def numbers(self) -> list[int]:
-        """Wait for it."""
+        """Wait for the copy, and return its numbers."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._memory[: self._count].tolist()

@@ -1,4 +1,4 @@
-"""The loop over tokens: choosing one, telling it, and going on from it."""
+"""The loop over tokens: choose one, yield it, and go on from it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def generate_tokens(
     as many as the model has positions for).
     All model-parallel ranks must call with the same arguments; they get the same tokens.
     generators: one to draw the whole batch by, or one for each prompt, so that its answer does not depend on others.
-    kept: of a single prompt, what was computed for the ones before it. stopped: asked before each token which prompts
-    end without it; what it says on the first rank counts on all.
+    kept: for a single prompt, the cache of the prompts before it. stopped: called before each token, says which prompts
+    end without it; the first rank's answer counts on all.
     Raises `ConfigError` for a prompt that is empty or leaves no room.
     """
     max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)

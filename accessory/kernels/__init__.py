@@ -45,7 +45,7 @@ def fast(name: str, device: torch.device, dtype: torch.dtype, *case: object) -> 
 
 
 def decoding_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, ModuleType] | None:
-    """(products, attention) of decoding in few launches, in `dtype` on `device`; None where there are none."""
+    """(products, attention): the kernels that decode in few launches, in `dtype` on `device`; None: there are none."""
     products, attention = (decoding_kernel(name, device, dtype) for name in ("decoding_products", "decoding_attention"))
     return None if products is None or attention is None else (products, attention)
 
@@ -65,7 +65,7 @@ def _is_current(device: torch.device) -> bool:
 def computing(device: torch.device, dtype: torch.dtype) -> str:
     """Which implementations compute in `dtype` on `device`, where they have the kernel: triton, avx512 or plain.
 
-    Kernels that cannot be used there are named behind it.
+    Behind it stand the names of its kernels that cannot be used there.
     """
     package, working = _working(device, dtype)
     lacking = [name for name in _KNOWN[package] if name not in working]

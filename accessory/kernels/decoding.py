@@ -1,4 +1,4 @@
-"""What the kernels of decoding take: products of a few rows, each with all that comes before and after it."""
+"""Arguments of the decoding kernels: products of a few rows, each with what comes before and after it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from accessory.kernels.codes import BLOCK, Codes
 
 MOST_ROWS = 16
-"""Documents that are computed together."""
+"""The most documents that are computed together."""
 LEAST_RANK = 16
-"""LoRA's ranks are filled up with zeros to this, or to a power of two above."""
+"""A smaller LoRA rank is padded with zeros to this, a larger one to a power of two."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -34,12 +34,12 @@ class Products(NamedTuple):
 
     @property
     def widths(self) -> list[int]:
-        """n of each."""
+        """n of each matrix."""
         return [matrix.shape[0] for matrix in self.matrices]
 
     @property
     def columns(self) -> int:
-        """k."""
+        """k, the columns of each matrix."""
         return self.matrices[0].shape[1]
 
     @property

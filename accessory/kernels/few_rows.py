@@ -1,7 +1,7 @@
-"""Products of a few rows with packed matrices that lie on a GPU, for decoders whose blocks are no chain.
+"""Products of a few rows with packed matrices on a GPU, for decoders that `model/decoding_chain.py` cannot compute.
 
-NF4 and FP4 by Triton's kernel, all matrices of an input in one launch, or by bitsandbytes', each in one; whole numbers
-in groups by Triton's. None of them unpacks a matrix.
+NF4 and FP4 are multiplied by Triton's kernel (one launch for all matrices of an input) or by bitsandbytes' (a launch a
+matrix), whole numbers in groups by Triton's. No kernel unpacks a matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Find = Callable[[torch.device, torch.dtype], ModuleType | None]
 
 
 class _Added(NamedTuple):
-    """Of linears that share x: A [R a linear, K] and B [N, R], scaled, in x's dtype, and biases fp32 [N], or None."""
+    """What linears that share x add: A [R a linear, K], B [N, R], scaled, both in x's dtype; bias fp32 [N]; or None."""
 
     a: Tensor | None
     b: Tensor | None
@@ -37,7 +37,7 @@ class _Added(NamedTuple):
 class _LaidOut:
     """Biases and LoRA of linears of `widths` that share x [T, columns], joined once for each state of the weights.
 
-    They keep their place for what is recorded.
+    They stay in place, because recorded work reads them there.
     """
 
     def __init__(self, widths: list[int], columns: int, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class _LaidOut:
         self._added = _Added(None, None, None)
 
     def of(self, added: list[Addition] | None, dtype: torch.dtype) -> _Added:
-        """As products with x of `dtype` take them."""
+        """What is added, as products with x of `dtype` take it."""
         state = [(part, _version(part)) for one in added or [] for part in one[:3]]
         known = self._known is not None and self._known[0] == dtype and len(self._known[1]) == len(state)
         if not known or any(
@@ -56,7 +56,7 @@ class _LaidOut:
         return self._added
 
     def forget_trained(self) -> None:
-        """What an optimizer may have changed since: PyTorch's fused ones do so without a new version of the tensor."""
+        """Drop what an optimizer may have changed: PyTorch's fused ones do so without raising the tensor's version."""
         if self._known is not None and any(part is not None and part.requires_grad for part, _ in self._known[1]):
             self._known = None
 
@@ -79,9 +79,9 @@ class _LaidOut:
 
 
 class JoinedGroups:
-    """As `JoinedMatrices`, of whole numbers in groups, by Triton's kernel alone, a launch a matrix.
+    """As `JoinedMatrices`, for whole numbers in groups: only by Triton's kernel, a launch a matrix.
 
-    find: gives Triton's `decoding_groups` for a device and dtype, or None: nothing is taken.
+    find: gives Triton's `decoding_groups` for a device and dtype, or None: no product is taken.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class JoinedGroups:
         self._laid_out.forget_trained()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether x has few rows, and lies with the matrices; and these have their columns in whole groups of eight."""
+        """Whether x has few rows on the matrices' device, and the matrices' columns are whole groups of eight."""
         few = 0 < len(x) <= MOST_ROWS and x.device == self._matrices[0].codes.device and x.is_contiguous()
         kernel = self._find(x.device, x.dtype) if few else None
         return kernel is not None and all(map(kernel.takes, self._matrices))
@@ -110,7 +110,7 @@ class JoinedGroups:
 class JoinedMatrices:
     """Several W [n, k] that multiply the same x [T, k]: as `accessory.kernels.avx512.packed_gemv.PackedMatrices`.
 
-    find: gives Triton's `decoding_products` for a device and dtype, or None: bitsandbytes' operation computes.
+    find: gives Triton's `decoding_products` for a device and dtype, or None: bitsandbytes' operation is used.
     """
 
     def __init__(self, matrices: list[Codes], find: Find) -> None:
@@ -129,7 +129,7 @@ class JoinedMatrices:
         self._laid_out.forget_trained()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether x has few rows, and lies with the matrices."""
+        """Whether x has few rows on the matrices' device."""
         if not (0 < len(x) <= MOST_ROWS and x.device == self._matrices[0].codes.device and x.is_contiguous()):
             return False
         if self._find(x.device, x.dtype) is not None:
@@ -156,7 +156,7 @@ class JoinedMatrices:
 
 
 def _product(x: Tensor, w: Codes, low: Tensor | None, b: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A single row's LoRA is a bias to bitsandbytes' kernel, which rounds once."""
+    """One product by bitsandbytes. LoRA of a single row goes in as a bias, so that the sum is rounded once."""
     more = None
     if low is not None and len(x) == 1:
         more = (low @ b.t() if bias is None else torch.addmm(bias, low, b.t()))[0]

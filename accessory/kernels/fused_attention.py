@@ -28,10 +28,10 @@ from accessory.kernels.trial import attention_fault
 HOPPER = 9, 0
 _AMPERE = 8, 0
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
-"""Capabilities whose gradients of 200 to 224 channels flash lacks; it has those of 256."""
+"""Compute capabilities where flash has no gradient for heads of 200 to 224 channels, but has one for 256."""
 _FLASH_WIDEST = 256
 _EIGHT, _LSE_ROWS, _FLASH_PADDING = 8, 32, 128
-_CAUSAL = 1  # the efficient kernel's name for the mask that a document's first query begins at its first key
+_CAUSAL = 1  # the efficient kernel's number for a causal mask in which first query and first key are aligned
 
 
 class Fused(NamedTuple):
@@ -42,7 +42,7 @@ class Fused(NamedTuple):
     width: int
 
     def key_heads(self, heads: int, kv_heads: int) -> int:
-        """How many key/value heads it is given."""
+        """How many key/value heads the kernel is given."""
         return kv_heads if self.kernel == "flash" else heads
 
     def copies(self, head_dim: int, dtype: torch.dtype) -> bool:
@@ -66,9 +66,9 @@ def fused_for(capability: tuple[int, int], dtype: torch.dtype, width: int) -> Fu
 
 
 def fused_on(device: torch.device, dtype: torch.dtype, width: int) -> Fused | None:
-    """The same for `device`, tried once where there is one; without a GPU, as in plans for one, Hopper's.
+    """The kernel for `device`, tried once; without a GPU, as in plans for one, the kernel for Hopper.
 
-    A kernel that fails or computes wrongly is logged with its error, and there is none.
+    A kernel that fails or computes wrongly is logged with its error, and None is returned.
     """
     if device.type != "cuda":
         return None
@@ -90,7 +90,7 @@ def _tried(device: torch.device, dtype: torch.dtype, width: int) -> Fused | None
 def attend(
     fused: Fused, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float | None
 ) -> Tensor:
-    """As `document_attention.attend`, of whole documents, of which there must be tokens."""
+    """As `document_attention.attend`, for whole documents; there must be at least one token."""
     width, dtype = q.shape[-1], q.dtype
     scale = width**-0.5 if scale is None else scale
     if fused.kernel == "efficient" and (groups := q.shape[1] // k.shape[1]) > 1:
@@ -114,7 +114,7 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: in
 
 
 class _Efficient(torch.autograd.Function):
-    """PyTorch's own gradient of the operation does not know of the window."""
+    """Attention with a gradient of ours: PyTorch's own for this operation ignores the window."""
 
     @staticmethod
     def forward(
@@ -133,7 +133,7 @@ class _Efficient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """dout [T, H, E] -> gradients of q, k and v, as they are."""
+        """dout [T, H, E] -> gradients of q, k and v, in their shapes and dtype."""
         q, k, v, offsets, out, statistics, seed, offset = ctx.saved_tensors
         longest, window, scale = ctx.how
         found = torch.ops.aten._efficient_attention_backward(
@@ -157,7 +157,7 @@ def kept_bytes(
 ) -> int:
     """Bytes that are saved for the backward beside q, k and v themselves: result, statistics, and copies of the three.
 
-    Copies take the place of those that were copied, which are freed.
+    A copied q, k or v counts once: the original is freed.
     """
     copied, result = _copied(fused, heads, kv_heads, head_dim, dtype), heads * fused.width * fused.dtype.itemsize
     before = head_dim * dtype.itemsize
@@ -187,7 +187,7 @@ def backward_bytes(fused: Fused, lengths: tuple[int, ...], heads: int, kv_heads:
 
 
 def _processors(device: torch.device) -> int:
-    """Of `device`; without a GPU those of an H100 or H200."""
+    """How many multiprocessors `device` has; without a GPU, as many as an H100 or H200."""
     return processors(device) if torch.cuda.is_initialized() else 132
 
 

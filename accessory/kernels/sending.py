@@ -1,4 +1,4 @@
-"""From the host to the device."""
+"""Copies from the host to the device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`. To a GPU it goes through page-locked memory, so that the host need not wait.
+    """Copy a host tensor to `device`. Page-locked memory is used for a GPU, so that the host need not wait.
 
-    From any other memory, the host would wait until the GPU has done all that was asked of it before.
+    With any other memory, the host would wait until the GPU has done all earlier work.
     """
     if tensor.is_cpu and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""A self-test: every kernel once, on a few numbers, compared with plain PyTorch in fp32, before a machine uses it.
+"""A self-test: before a machine uses a kernel, it is run once on a few numbers and compared with plain PyTorch in fp32.
 
-In the dtype that it will be used in: a compiler or a processor may lack one dtype, and have the others.
+The test uses the dtype that the kernel will be used in: a compiler or a processor may lack only one dtype.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def attention_fault(attend: Callable[..., Tensor], device: torch.device, dtype: 
                     [*_of_documents(attention, randn, width, None), *_of_documents(attention, randn, width, 17)]
                 )
             agrees = _equal(*results, dtype)
-    except Exception as error:  # whatever a driver or a library may raise
+    except Exception as error:  # drivers and libraries raise errors of any type
         return _described(error)
     return "" if agrees else "its results are wrong"
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Whatever the caller's contexts are: its hooks on saved tensors and its fake tensors shall not see the trial's."""
+    """Leave the caller's contexts: its hooks on saved tensors and its fake tensors must not see the trial's tensors."""
     compiles = compile_fusible(False)  # a compiler would take longer than the trial
     default, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     try:
@@ -138,7 +138,7 @@ def _cross_entropy(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 
 def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
-    """Two query heads for one of keys', and one; a long document, which programs of a GPU share, and a short one."""
+    """Two query heads a key head, and one; a long document, which several GPU programs share, and a short one."""
     made: list[Tensor] = []
     for heads, window in ((2, None), (1, 300)):
         angles = randn(600, 8).float()
@@ -147,7 +147,7 @@ def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
         keys, values, projected = randn(2, 600, 1, 16), randn(2, 600, 1, 16), randn(2, 16 * (heads + 2))
         scratch = kernel.Scratch(how, 2, 600, projected.device)
         positions = torch.tensor([599, 5], device=projected.device)
-        for _ in range(2):  # the second time, what the first one left behind is found
+        for _ in range(2):  # the second run starts from the scratch memory that the first one left
             out, low = kernel.attend(how, projected, keys, values, positions, 600, scratch)
         made += [out, low.sum(1), keys, values]
     return made
@@ -166,7 +166,7 @@ def _decoding_groups(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """Of one row and of three: a norm and two matrices; a gate of two and what follows; one and a residual."""
     one, other, norm, bias, made = _codes(randn), _codes(randn), randn(128).float(), randn(260).float(), []
-    other = other._replace(nested=(one.nested[0], *other.nested[1:]))  # there is one codebook of scales
+    other = other._replace(nested=(one.nested[0], *other.nested[1:]))  # both matrices must share the codebook of scales
     for rows in (1, 3):
         x = randn(rows, 128)
         entrance = Products((one, other), norm, 1e-5, randn(260, 16), bias)

@@ -26,8 +26,8 @@ def normalizing_bytes(norm: Norm, tokens: int, dtype: torch.dtype, device: torch
 class BlockWork:
     """Of `block` for documents of `lengths` tokens, computed in `dtype` on `device`.
 
-    On CUDA a fused kernel computes the attention of all documents, which `KeptByBlock`, measured on a CPU, does not
-    know.
+    On CUDA a fused kernel computes the attention of all documents; `KeptByBlock`, which is measured on a CPU, does
+    not contain it.
     """
 
     def __init__(self, block: Block, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

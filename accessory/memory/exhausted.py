@@ -1,4 +1,4 @@
-"""Memory that runs out, told with what was computed."""
+"""Out-of-memory errors that name what was being computed."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         return cross_entropy_sum(hidden, head, labels, vocabulary, weights, hits, counted, teaching, rows)
 
     def constant(self) -> AbstractContextManager[None]:
-        """A context in which no parameter changes, so that what products read of them is made once."""
+        """A context in which no parameter changes, so that what products derive from them is computed once."""
         groups = (linears for _, block in self.llma.blocks() for linears in block.linears_by_input())
         return constant_factors(map(lora_additions, groups), self.llma.dtype)
 

@@ -52,7 +52,7 @@ class Block(nn.Module):
         return self._forward(x, sequences, cache)
 
     def linears_by_input(self) -> list[list[Linear]]:
-        """The linears, those that share an input together."""
+        """The linears, grouped by the input that they share."""
         return [*self.attention.linears_by_input(), *self.feed_forward.linears_by_input()]
 
     def prepare_decoding(self) -> None:

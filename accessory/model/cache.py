@@ -47,7 +47,7 @@ class LayerCache:
         self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
     def move_to_front(self, rows: list[int], longest: int) -> None:
-        """Move the documents `rows` (ascending), of at most `longest` tokens, to the front, over those there."""
+        """Move the documents `rows` (ascending), of at most `longest` tokens, to the front, overwriting those there."""
         for new, old in enumerate(rows):
             if new != old:
                 self.keys[new, :longest] = self.keys[old, :longest]

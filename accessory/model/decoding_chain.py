@@ -1,7 +1,7 @@
 """A token's way through the decoder in five launches a block, where the blocks and the base's storage allow it.
 
-Each launch does what lies between two products with the weights, and LoRA's first factors too: see
-`accessory.kernels.decoding`. What it reads is laid out here, once for each state of the weights.
+Each launch also computes what lies between two products with the weights, and the products with LoRA's first factors:
+see `accessory.kernels.decoding`. Their arguments are prepared here, once for each state of the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accessory.quant.four_bit import FourBitWeight
 
 
 class _Links(NamedTuple):
-    """Of a block: [q, k, v], [wo], [gate, up] and [down], and how attention lies between the first two."""
+    """The launches of a block: [q, k, v], attention, [wo], [gate, up] and [down]."""
 
     entrance: Products
     attending: Attending
@@ -55,7 +55,7 @@ class Chain:
 
     @property
     def nbytes(self) -> int:
-        """Of LoRA's factors as they are laid out here."""
+        """Bytes of LoRA's factors as they are laid out here."""
         tensors = [self._first]
         for link in self._links:
             for products in (link.entrance, link.out, link.gated, link.down):
@@ -89,7 +89,7 @@ class Chain:
 
 
 def why_not(decoder: Decoder) -> str:
-    """What of a decoder the chain does not compute; empty: nothing."""
+    """What the decoder has that the chain cannot compute; empty: the chain fits."""
     args = decoder.args
     wanted = {
         "side network": type(decoder) is Decoder,
@@ -134,7 +134,7 @@ def _factors(block: Block, dtype: torch.dtype) -> dict[str, tuple[Tensor | None,
 def _joined(linears: list[Linear], norm: RMSNorm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """LoRA of linears that share an input: (B [N, R], scaled, A [R a linear, K] times the norm's weight), or nothing.
 
-    All have the same R: smaller ones, and linears without LoRA, are filled up with zeros, and A to a power of two.
+    All get the same R: smaller ranks, and linears without LoRA, are padded with zeros, and A's rows to a power of two.
     """
     rank = filled_up(max((len(linear.lora_a.weight) for linear in linears if linear.lora_a is not None), default=0))
     if not rank:
@@ -164,7 +164,7 @@ def _links(
     heads, kv_heads = (linear.weight.shape[0] // attention.head_dim for linear in (attention.wq, attention.wk))
 
     def products(name: str, linears: list[Linear], norm: RMSNorm | None = None, **rest: object) -> Products:
-        """Of linears that share an input."""
+        """The product of linears that share an input."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight.detach().float().contiguous(), norm.eps)
         codes = tuple(linear.weight.as_codes() for linear in linears)
         return Products(codes, weight, eps, factors[name][0], _bias(linears), **rest)

@@ -144,7 +144,7 @@ def project_columns(x: Tensor | Recomputable, linears: list[Linear]) -> tuple[Te
 
 
 def lora_additions(linears: list[Linear]) -> list[Addition]:
-    """What LoRA adds to each, without the seed of a dropout mask; empty where there is none, or only a shard of it."""
+    """What LoRA adds to each, without the seed of a dropout mask; empty without LoRA, or if it is sharded."""
     found = []
     for linear in linears:
         factors = () if linear.lora_a is None else (linear.lora_a.weight, linear.lora_b.weight)

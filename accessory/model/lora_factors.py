@@ -1,7 +1,7 @@
-"""LoRA's factors as products read them; on a GPU cast and joined once a step, all of a model's together.
+"""LoRA's factors as products read them. On a GPU, all of a model's factors are cast and joined once a step.
 
-One by one these are as many launches as the products of a block. On a CPU, whose kernels read fp32 factors, they are
-made for each use.
+Casting them one by one would take as many launches as a block's products. A CPU's kernels read fp32 factors, which are
+joined at each use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from accessory.kernels.addition import Addition
 
 
 class Factors(NamedTuple):
-    """Of linears that share an input. a [sum of R, K]: all A of those without dropout, one under the other, or None.
+    """Factors of linears that share an input. a [sum of R, K]: the A of those without dropout, stacked, or None.
     b: each B [N, R], or None.
     """
 
@@ -25,15 +25,15 @@ class Factors(NamedTuple):
     b: list[Tensor | None]
 
 
-_made: dict[tuple, tuple[Factors, list[Addition]]] = {}  # with what they are of, whose addresses are the keys
+_made: dict[tuple, tuple[Factors, list[Addition]]] = {}  # the additions are held, because their addresses are the keys
 
 
 @contextmanager
 def constant_factors(groups: Iterable[list[Addition]], dtype: torch.dtype) -> Iterator[None]:
-    """Inside this context the factors of these do not change: what products in `dtype` read of them is kept.
+    """Inside this context the factors of `groups` do not change, so their casts to `dtype` are kept.
 
-    groups: additions to linears that share an input; those on a CPU are left out. It holds for all threads: a GPU's
-    backward runs in one of PyTorch's.
+    groups: additions to linears that share an input; those on a CPU are left out. It holds for all threads,
+    because a GPU's backward runs in a thread of PyTorch's.
     """
     groups = [additions for additions in groups if _on_gpu(additions)]
     try:
@@ -45,7 +45,7 @@ def constant_factors(groups: Iterable[list[Addition]], dtype: torch.dtype) -> It
 
 
 def factors_of(additions: list[Addition], dtype: torch.dtype) -> Factors:
-    """What products in `dtype` take; on a CPU in the factors' own dtype."""
+    """The factors for products in `dtype`; on a CPU they keep their own dtype."""
     if _on_gpu(additions):
         kept = _made.get(_key(additions, dtype))
         return kept[0] if kept else _cast([additions], dtype)[0]
@@ -59,7 +59,7 @@ def without_dropout(additions: list[Addition]) -> list[int]:
 
 
 def factor_bytes(numbers: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a step keeps of factors with so many numbers in all: for the memory plan."""
+    """Bytes that a step keeps for casts of factors of `numbers` numbers in all: for the memory plan."""
     return numbers * dtype.itemsize if device.type == "cuda" else 0
 
 
@@ -72,7 +72,7 @@ def _key(additions: list[Addition], dtype: torch.dtype) -> tuple:
 
 
 def _cast(groups: list[list[Addition]], dtype: torch.dtype) -> list[Factors]:
-    """A few launches for all of them together."""
+    """Cast all groups in a few launches."""
     found, places, sources = [], [], []
     for additions in groups:
         joined = [additions[i].a for i in without_dropout(additions)]

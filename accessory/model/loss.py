@@ -18,8 +18,8 @@ from accessory.model.teaching import Lesson, Teaching, lesson_bytes
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
-GPU_CHUNK = 1024  # of fewer, a product would leave some of a GPU's processors idle
-ALIGNED = 64  # numbers that a GPU's rows of logits begin at a multiple of; odd rows cannot use its fastest products
+GPU_CHUNK = 1024  # tokens: with fewer, a product would leave some of a GPU's processors idle
+ALIGNED = 64  # a GPU's rows of logits begin at multiples of so many numbers: its fastest products need aligned rows
 
 
 def cross_entropy_sum(
@@ -46,7 +46,7 @@ def cross_entropy_sum(
 
 
 def chunk_rows(device: torch.device) -> int:
-    """How many supervised tokens' logits are alive at once."""
+    """For how many supervised tokens logits exist at once."""
     return GPU_CHUNK if device.type == "cuda" else CHUNK
 
 

@@ -79,7 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(kept, weight, scale)
         ctx.rows = rows
         ctx.mark_non_differentiable(scale)
-        ctx.set_materialize_grads(False)  # zeros for the scale's gradient would be a launch
+        ctx.set_materialize_grads(False)  # making zeros for the scale's gradient would cost a launch
         return y, scale
 
     @staticmethod

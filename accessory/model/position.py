@@ -91,10 +91,10 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.exp2(-8 * exponents[:heads].double())
 
 
-@lru_cache  # a copy to a device cannot be recorded
-@torch.inference_mode(False)  # training may read it, too
+@lru_cache  # cached: a copy to a device cannot be recorded in a CUDA graph
+@torch.inference_mode(False)  # the cached tensor may be used in training, too
 def alibi_slopes_on(device: torch.device, heads: int, begin: int, end: int) -> Tensor:
-    """Those of heads `begin` to `end` of `heads`, on `device`."""
+    """The slopes of heads `begin` to `end` of `heads`, on `device`."""
     return alibi_slopes(heads)[begin:end].to(device)
 
 

@@ -81,7 +81,7 @@ class _Projection(torch.autograd.Function):
         ctx.settings, ctx.need, ctx.make = [addition[3:] for addition in additions], need, source.make
         ctx.inputs = len(source.inputs) if keeps_x else 0
         ctx.rows, ctx.length, ctx.chosen = rows, len(x), source.chosen
-        ctx.factors = factors if x.is_cuda else None  # a CPU's are made again: kept, they would take memory
+        ctx.factors = factors if x.is_cuda else None  # on a CPU they are made again, because keeping them takes memory
         plain = (weight for weight in weights if isinstance(weight, Tensor))
         kept = lows if rows is None else _chosen(lows, rows)
         ctx.save_for_backward(*source.inputs[: ctx.inputs], *kept, *flat[: 3 * count], *plain)
@@ -134,7 +134,7 @@ def _products(
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
-    """Those [T, R] side by side."""
+    """The given tensors [T, R] side by side."""
     return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

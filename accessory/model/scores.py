@@ -42,7 +42,7 @@ def token_scores(
     log_p = torch.empty(len(rows), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     likeliest = torch.empty(len(rows), dtype=torch.bool, device=hidden.device)
     most = chunk_rows(hidden.device)
-    scores = new_logits(hidden, min(len(rows), most), len(head))  # once, as the loss does
+    scores = new_logits(hidden, min(len(rows), most), len(head))  # allocated once, as in the loss
     before, width = rows_of_rank(len(head), vocab_size)
     reduce, lesson, divergences = reduce_over_ranks(), None, None
     if teaching is not None:

@@ -86,7 +86,7 @@ class Sequences:
 class NextTokens(Sequences):
     """One new token of each of B documents. Only the device knows how many tokens they have: `positions` [B].
 
-    So the same work, in the same shapes, is right for every token of an answer, and can be recorded and replayed.
+    So every token of an answer takes the same work in the same shapes, which can be recorded and replayed.
     span: how many tokens of the cache attention looks at; all positions are below it.
     """
 
@@ -101,7 +101,7 @@ class NextTokens(Sequences):
 
     @property
     def continued(self) -> bool:
-        """Always taken to be so: what a document has is read from the cache."""
+        """Always true: all that a document has is read from the cache."""
         return True
 
     def put(self, cached: Tensor, new: Tensor) -> None:

@@ -48,7 +48,7 @@ def on_main(work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kw
 
 
 def highest(values: list[int]) -> list[int]:
-    """The maximum of each value over all ranks. A collective, which waits for no GPU."""
+    """The maximum of each value over all ranks. A collective on the host, which waits for no GPU."""
     if dist.get_world_size() == 1:
         return values
     tensor = torch.tensor(values)

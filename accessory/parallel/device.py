@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accessory.errors import ParallelError
 
 CPU = torch.device("cpu")
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the name, and what it was until torch 2.9
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the name now, and the name until torch 2.9
 _VIRTUAL_MEMORY = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of cuda.h
 _DRIVER = Path("/proc/driver/nvidia/version")
 _DEVICES = Path("/dev")
@@ -26,7 +26,7 @@ _LEAST_DRIVER = {11: "450.80", 12: "525.60", 13: "580.65"}
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` is CUDA where there is any, else the CPU; stderr then says why, if the machine has an NVIDIA driver.
+    """`auto` is CUDA if PyTorch sees a GPU, else the CPU; stderr then says why, if the machine has an NVIDIA driver.
 
     A process that is shown one GPU takes it: `srun --gpus-per-task=1` shows each task its own. Raises `ParallelError`
     for a device that is not there.
@@ -37,7 +37,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if kind == "cpu":
         return CPU
     _let_segments_grow()
-    with warnings.catch_warnings(record=True) as caught:  # `why_no_gpu` says the same, and what to do
+    with warnings.catch_warnings(record=True) as caught:  # hidden, because `why_no_gpu` says the same, and what to do
         warnings.simplefilter("always")
         there = torch.cuda.is_available()
     if not there:
@@ -76,7 +76,7 @@ def check_own_device(device: torch.device, store: dist.Store, rank: int, world_s
 def why_no_gpu(warned: str = "") -> str | None:
     """Why PyTorch sees no GPU though this machine has an NVIDIA driver; None where it has none.
 
-    warned: what PyTorch said itself, which is told where nothing better is known.
+    warned: PyTorch's own warning, which is reported if no better reason is known.
     """
     driver, files = _driver_version(), list(_DEVICES.glob("nvidia[0-9]*"))
     if driver is None and not files:
@@ -122,9 +122,9 @@ def _driver_cuda() -> tuple[int, int] | None:
 
 
 def _let_segments_grow() -> None:
-    """Have CUDA's memory extended in place, so that tensors of ever other sizes leave no gaps; before CUDA starts.
+    """Let CUDA's memory grow in place, so that tensors of changing sizes leave no gaps. Call it before CUDA starts.
 
-    A setting of the user's is kept. Some virtual GPUs cannot do it.
+    A user's setting is kept. Some virtual GPUs cannot let memory grow in place.
     """
     if torch.version.cuda and not any(name in os.environ for name in _ALLOCATOR) and _maps_memory():
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"

@@ -25,10 +25,10 @@ from accessory.parallel.root_cause import Witness
 from accessory.parallel.watch import Watch
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-_NCCL_LATER = timedelta(minutes=2)  # by which its own watchdog, which aborts the process, comes after ours
+_NCCL_LATER = timedelta(minutes=2)  # NCCL's own watchdog, which aborts the process, acts so much later than ours
 _NCCL_SETTINGS = {
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # the main thread has the same error, and tells it
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # its watchdog then waits a minute for dumps before it aborts
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # the main thread gets the same error, and reports it
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # with a dump, NCCL's watchdog waits a minute before it aborts: time for ours
 }
 _witness: Witness | None = None
 _watch: Watch | None = None
@@ -120,9 +120,9 @@ def start(
 def _join(device: torch.device, rank: int, world_size: int, timeout: timedelta) -> None:
     """Meet the other ranks, and watch over them.
 
-    Tensors of the host, and so all agreements and objects, go through gloo, and those of a GPU through NCCL. It makes a
-    communicator only for groups that use one: bound to a device (`device_id`), it would make one of hundreds of MB for
-    each group at once, groups of one rank included. It learns its device from the tensors.
+    Tensors of the host, and so all agreements and objects, go through gloo, and those of a GPU through NCCL. NCCL
+    learns its device from the tensors and makes a communicator only for groups that use one. Bound to a device
+    (`device_id`), it would make one of hundreds of MB for each group at once, groups of one rank included.
     """
     global _witness, _watch
     store = meet(rank, world_size, timeout)
@@ -146,7 +146,7 @@ def limit_waiting(timeout: timedelta) -> None:
         _set_pg_timeout(timeout, group)
         backends += [group._get_backend(device) for device in group._device_types]
     for backend in backends:
-        if type(backend).__name__ == "ProcessGroupNCCL":  # which builds for CPUs do not have
+        if type(backend).__name__ == "ProcessGroupNCCL":  # compared by name: PyTorch for CPUs lacks the class
             backend._set_default_timeout(timeout + _NCCL_LATER)
     if _watch:
         _watch.timeout, _watch.backends = timeout.total_seconds(), backends
@@ -154,9 +154,9 @@ def limit_waiting(timeout: timedelta) -> None:
 
 @contextlib.contextmanager
 def supervised() -> Iterator[None]:
-    """Inside this context all ranks compute together: one that makes no progress for as long as ranks may wait hangs.
+    """Inside this context all ranks compute together; a rank without progress for the time limit is taken to hang.
 
-    All ranks enter it alike. Progress is what `tick` is told.
+    All ranks enter it alike. Each call of `tick` is progress.
     """
     with _watch.supervised() if _watch else contextlib.nullcontext():
         yield
@@ -176,9 +176,9 @@ def tick_in_backward(_module: object, _given: object, result: torch.Tensor) -> N
 
 @contextlib.contextmanager
 def when_lost(teller: Callable[[AccessoryError], object]) -> Iterator[None]:
-    """Inside this context `teller` is told the error if another rank is lost, and no exception reaches the main thread.
+    """Inside this context `teller` gets the error if another rank is lost and no exception reaches the main thread.
 
-    The process is then ended. The innermost teller is told first.
+    The process is then ended. The innermost teller is called first.
     """
     _tellers.append(teller)
     try:
@@ -203,7 +203,7 @@ def _launched_rank() -> int:
 
 
 def stop() -> None:
-    """Leave the groups, as all ranks do; safe to call twice. Whatever fails afterwards is this process's own."""
+    """Leave the groups, as all ranks do; safe to call twice. A later failure concerns this process only."""
     global _witness
     if _watch:
         _watch.leave()

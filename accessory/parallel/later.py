@@ -1,4 +1,4 @@
-"""Numbers of the device that the host reads when it needs them, without waiting for what was asked of it meanwhile."""
+"""Numbers that the host reads from the device when it needs them, without waiting for later work there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Later:
-    """The numbers of a tensor [n] as they are now; a GPU's are on their way to page-locked memory from now on."""
+    """The numbers of a tensor [n] as they are now; from a GPU, a copy to page-locked memory begins at once."""
 
     def __init__(self, values: Tensor) -> None:
         self._there = None
@@ -17,7 +17,7 @@ class Later:
             self._there.record()
 
     def read(self) -> list[float]:
-        """Wait until they are there."""
+        """Wait for the copy, and return the numbers."""
         if self._there is not None:
             self._there.synchronize()
         return self._values.tolist()

@@ -34,13 +34,13 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def interface_towards(host: str) -> str | None:
-    """The name of the network interface on the way to `host`, a name or IPv4 address; None on the same machine's own.
+    """The network interface that leads to `host` (a name or IPv4 address); None if `host` is this machine.
 
-    Gloo takes what this machine's own name stands for, which other machines cannot reach where that is a loopback
+    Gloo by default takes the address of this machine's own name. Other machines cannot reach it if it is a loopback
     address, as on Debian.
     """
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        sender.connect((host, 9))  # nothing is sent: it is only looked up how it would be
+        sender.connect((host, 9))  # sends nothing (UDP), but chooses the interface
         own = sender.getsockname()[0]
         for _, name in socket.if_nameindex() if not own.startswith("127.") else ():
             with suppress(OSError):  # an interface without an address

@@ -29,20 +29,20 @@ GRACE = 3.0  # seconds for the other ranks to notice as well
 _PATIENCE = 5.0  # seconds for the store to answer
 _POLL = 0.05  # seconds
 _CAUSE = "cause"
-_GONE = (RuntimeError, ValueError)  # what a store raises whose process is gone
+_GONE = (RuntimeError, ValueError)  # what a store raises after its process is gone
 Alarm = Callable[[str, bool, list[Any] | None], None]
 
 
 class Witness:
     """One rank's view of a run that may fail. `store` is this attempt's, of `meet`.
 
-    alarm: tells the other ranks, whose main threads may wait where they notice nothing, that this one gives up: why,
-    whether it waited too long, and what caused it, if that is known. known: the cause, once another rank has told it:
+    alarm: tells the other ranks that this one gives up, since their main threads may wait and notice nothing. It takes
+    the reason, whether this rank waited too long, and the cause, if known. known: the cause that another rank told:
     kind of error, message, rank.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        # A connection of its own: on a shared one, a call waits for another thread's, which may wait for a key.
+        # The witness has its own connection: on a shared one, a call waits while another thread waits for a key.
         self.store, self.rank, self.world_size = store.clone(), rank, world_size
         self.alarm: Alarm = lambda why, waited, cause: None
         self.known: list[Any] | None = None
@@ -59,7 +59,7 @@ class Witness:
                 return self._own(error, str(error))
             error.prints = self.rank == 0
             return error
-        if is_out_of_memory(error):  # before collectives: NCCL's memory runs out, too
+        if is_out_of_memory(error):  # checked first: NCCL, too, may raise it in a collective
             traceback.print_exception(error)
             return self._own(OutOfMemoryError(), f"Memory ran out: {_short(error)}.")
         if self.world_size > 1 and _is_collective(error):
@@ -75,9 +75,9 @@ class Witness:
             self.store.set(f"alive-{self.rank}", "")
 
     def lost(self, why: str, answers: bool = True) -> AccessoryError:
-        """What ends a run that waits in vain, as `why` says: another rank's error, or that ranks do not answer.
+        """The error after a wait in vain, for the reason `why`: another rank's error, or that ranks do not answer.
 
-        answers: whether this rank does; if it is itself what the others wait for, they are heard first.
+        answers: whether this rank says that it lives; not if the others wait for it, since they then report first.
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher that cleans up; we are leaving anyway
@@ -92,7 +92,7 @@ class Witness:
         return found if isinstance(found, AccessoryError) else self._first(LostRankError, f"{found} ({why}).")
 
     def _found_out(self, answers: bool, seconds: float) -> AccessoryError | str:
-        """Another rank's error, or what is said of the ranks that have not answered after so many seconds."""
+        """Another rank's error; or, after so many seconds, a message that names the ranks without an answer."""
         deadline, silent = time.monotonic() + seconds, set(range(self.world_size))
         if answers:
             self.answer()
@@ -104,13 +104,13 @@ class Witness:
         return self._silence(silent)
 
     def _told(self) -> AccessoryError | None:
-        """What another rank has reported."""
+        """The error that another rank has reported."""
         if self.known is None and self.store.check([_CAUSE]):
             self.known = json.loads(self.store.get(_CAUSE))
         return self.known and getattr(errors, self.known[0])(self.known[1], common=True, prints=False)
 
     def _silence(self, silent: set[int]) -> str:
-        """What is said of ranks that do not answer; if our launcher started them, they are killed."""
+        """The message for ranks that do not answer; those that our launcher started are killed."""
         if not silent:
             return "Every rank still runs, but they wait for one another in vain"
         places = {rank: json.loads(self.store.get(f"place-{rank}")) for rank in sorted(silent)}
@@ -124,7 +124,7 @@ class Witness:
         return self._first(kind, f"[rank {self.rank}] {message}" if self.world_size > 1 else message)
 
     def _first(self, kind: type[AccessoryError], message: str) -> AccessoryError:
-        """Leave this rank's error for the others to find, and return it; if there is another one already, that one."""
+        """Leave this rank's error for the others to find; returns the error left first, by whichever rank."""
         mine = json.dumps([kind.__name__, message, self.rank])
         try:
             first = _within(_PATIENCE, self.store.compare_set, _CAUSE, "", mine).decode()
@@ -138,17 +138,17 @@ class Witness:
 
 
 def _within(seconds: float, work: Callable[..., Any], *given: Any) -> Any:
-    """What `work`, with the store, returns or raises; `RuntimeError` after so many seconds.
+    """Run `work`, which uses the store, and return or raise what it does; `RuntimeError` after so many seconds.
 
-    While the store's process is stopped, a call waits for it however long, whatever timeout the store has.
+    A time limit of our own is needed: if the store's process is stopped, calls ignore the store's timeout.
     """
     done: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
-        """In a thread that is left behind if it does not return."""
+        """Runs in a thread that is left behind if it does not return."""
         try:
             done.put((work(*given), None))
-        except Exception as error:  # which the caller raises
+        except Exception as error:  # the caller raises it
             done.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()

@@ -113,7 +113,7 @@ gather_from_model_parallel_region = mappings.gather_from_model_parallel_region
 
 
 def reduce_over_model_parallel(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce a small tensor over the model-parallel ranks, in place. One rank alone starts no NCCL for it."""
+    """Reduce a small tensor over the model-parallel ranks, in place. One rank alone starts no NCCL."""
     group = model_parallel_group()
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, operation, group)

@@ -1,12 +1,12 @@
 """Ends a process whose main thread waits, in a call that nothing interrupts, for a rank that died, failed or hangs.
 
-NCCL raises nothing when a peer is gone: its kernels wait, and with them the main thread, until its own watchdog aborts
-the process without a word. So each rank has a thread here that holds a TCP connection to rank 0. When a process dies,
-the kernel closes its connection, and all learn of it at once; a process that is only busy keeps it, though it may hold
-the interpreter's lock for minutes. A thread that only looked for a sign of life could not tell them apart.
+NCCL raises nothing when a peer is gone: its kernels wait, and the main thread with them, until NCCL's watchdog aborts
+the process without a message. So each rank has a thread here that holds a TCP connection to rank 0. When a process
+dies, the kernel closes its connection, and all ranks learn of it at once. A busy process keeps its connection, even
+while it holds the interpreter's lock for minutes. Heartbeats alone could not tell a dead process from a busy one.
 
-A rank hangs if its main thread makes no progress for as long as ranks may wait for one another, inside a section that
-is `supervised`: where all ranks compute together, and long work of one of them is no excuse.
+A rank hangs if its main thread makes no progress for `timeout` seconds inside a `supervised` section, where all ranks
+compute together. Outside of such sections, one rank may work for long while the others wait.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ import torch.distributed as dist
 from accessory.errors import AccessoryError, ParallelError
 from accessory.parallel.root_cause import Witness
 
-GRACE = 5.0  # seconds in which the main thread may notice by itself, as gloo lets it
-LATER = 2.0  # seconds by which a hang is noticed after gloo's own limit
-SILENCE = 60  # seconds without a word of its kernel after which a machine is taken to be lost
-_BEAT = 1.0  # seconds
+GRACE = 5.0  # seconds for the main thread to notice by itself, as it does with gloo
+LATER = 2.0  # seconds after gloo's own time limit at which we report a hang
+SILENCE = 60  # seconds without a reply from its kernel after which a machine counts as lost
+_BEAT = 1.0  # seconds between reports of progress
 _PLACE = "watch"
 _LONGEST_LINE = 1 << 16
 
 
 class Channel:
-    """JSON objects over a TCP connection, one a line. `rank`: whose it is, once that is known."""
+    """JSON objects over a TCP connection, one a line. `rank`: who is at the other end; -1 until it says so."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.rank, self.left, self.waits = connection, -1, False, False
@@ -48,19 +48,19 @@ class Channel:
         self._rest, self._sending = b"", threading.Lock()
         connection.settimeout(_BEAT)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that loses its power closes no connection; its kernel's silence is noticed. Not sooner: a network
-        # that fails for some seconds, or a machine that is moved, delays collectives, and ends no run.
+        # A machine that loses its power closes no connection, but its kernel stops answering. The limit is long, so
+        # that a network failure of some seconds, or a machine that is being moved, ends no run.
         for name, value in {"KEEPIDLE": 15, "KEEPINTVL": 15, "KEEPCNT": 3, "USER_TIMEOUT": 1000 * SILENCE}.items():
             if (option := getattr(socket, f"TCP_{name}", None)) is not None:
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, **message: Any) -> None:
-        """To an end that is gone nothing is sent; `receive` says that it is."""
+        """Send a message. If the other end is gone, nothing happens here: `receive` reports it."""
         with self._sending, suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What comes within a second; None once the other end is gone, or sends what is none of ours."""
+        """The messages that come within a second; None if the other end is gone, or sends anything but our messages."""
         try:
             data = self.connection.recv(_LONGEST_LINE)
             *lines, self._rest = (self._rest + data).split(b"\n")
@@ -74,7 +74,7 @@ class Channel:
 
 
 class Hub(threading.Thread):
-    """The thread of rank 0 to which all ranks are connected: it passes on who is gone, and who gave up."""
+    """The thread of rank 0 to which all ranks are connected: it tells all who is gone, and who gave up."""
 
     def __init__(self) -> None:
         super().__init__(name="watch-hub", daemon=True)
@@ -84,7 +84,7 @@ class Hub(threading.Thread):
         self._selector.register(self.server, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Until the process ends."""
+        """Serve the ranks until the process ends."""
         while True:
             for key, _ in self._selector.select():
                 if key.data is None:
@@ -93,12 +93,12 @@ class Hub(threading.Thread):
                     self._drop(key.data)
 
     def tell(self, **message: Any) -> None:
-        """To all ranks."""
+        """Send a message to all ranks."""
         for channel in list(self.members.values()):
             channel.send(**message)
 
     def alarm(self, rank: int, why: str, waited: bool, by_main: bool, cause: list[Any] | None) -> None:
-        """Pass on that `rank` gave up; for waiting too long, with those that it seems to have waited for."""
+        """Tell all that `rank` gave up; if it waited too long, also which ranks it seems to have waited for."""
         if by_main and rank in self.members:
             self.members[rank].waits = True
         self.tell(alarm=why, silent=self._behind() if waited else [], cause=cause)
@@ -109,7 +109,7 @@ class Hub(threading.Thread):
             self._selector.register(channel.connection, selectors.EVENT_READ, channel)
 
     def _hear(self, channel: Channel) -> bool:
-        """Take what a rank says; False once it is gone. A stranger, who does not know the token, is sent away."""
+        """Handle a rank's messages; False once it is gone, and for a stranger, who does not know the token."""
         messages = channel.receive()
         for message in messages or ():
             channel.heard = time.monotonic()
@@ -133,8 +133,8 @@ class Hub(threading.Thread):
             self.tell(alarm=f"rank {channel.rank} closed its connection", silent=[channel.rank], cause=None)
 
     def _behind(self) -> list[int]:
-        """Ranks that have come least far, or have no life in them, and have not given up waiting themselves."""
-        members = list(self.members.items())  # at once: the hub's thread may drop one meanwhile
+        """Ranks that are furthest behind or silent, unless they are waiting for others themselves."""
+        members = list(self.members.items())  # a copy: the hub's thread may drop a member meanwhile
         there = {rank: channel for rank, channel in members if not channel.left}
         far, now = sorted(channel.progress for channel in there.values()), time.monotonic()
         return [
@@ -145,10 +145,10 @@ class Hub(threading.Thread):
 
 
 class Watch:
-    """One rank's end. `host` is where rank 0 is reached; raises `ParallelError` where it is not.
+    """One rank's connection to the hub. `host`: rank 0's address; raises `ParallelError` if it cannot be reached.
 
-    tellers: are told the error before the process is ended for it, the last one first. timeout: seconds without
-    progress in a supervised section after which a rank is taken to hang. backends: whose collectives are progress.
+    tellers: called with the error before it ends the process, the last one first. timeout: seconds without progress
+    in a supervised section after which a rank is taken to hang. backends: each collective of theirs is progress.
     """
 
     def __init__(self, witness: Witness, host: str, tellers: list[Callable[[AccessoryError], object]]) -> None:
@@ -172,7 +172,7 @@ class Watch:
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def tick(self) -> None:
-        """The main thread makes progress."""
+        """Note that the main thread makes progress."""
         self._ticks += 1
 
     @contextmanager
@@ -186,12 +186,12 @@ class Watch:
             self._inside = False
 
     def claim(self) -> None:
-        """The main thread has an error of its own to tell, and ends the process; not if that is happening already."""
+        """The main thread has an error of its own and ends the process; if the watch already does, wait for the end."""
         if not self._claimed_by("main"):
-            threading.Event().wait()  # for the end, which the other thread brings
+            threading.Event().wait()  # for ever: the other thread ends the process
 
     def leave(self) -> None:
-        """This rank goes, and all is well."""
+        """Tell the others that this rank ends without an error."""
         self._leaving.set()
         if self._channel:
             self._channel.send(left=True)
@@ -199,8 +199,8 @@ class Watch:
             self.hub.tell(left=True)
 
     def _leave_if_well(self) -> None:
-        """At the end of a program that does not say so itself."""
-        if self._owner is None and not hasattr(sys, "last_value"):  # of an exception that nothing caught
+        """Leave at the end of a program that did not call `leave`, unless it failed."""
+        if self._owner is None and not hasattr(sys, "last_value"):  # `last_value`: an exception that nothing caught
             self.leave()
 
     def _claimed_by(self, who: str) -> bool:
@@ -209,7 +209,7 @@ class Watch:
             return self._owner == who
 
     def _raise_alarm(self, why: str, waited: bool, cause: list[Any] | None, by_main: bool = True) -> None:
-        if self.hub:  # itself: this process may end before the thread has passed it on
+        if self.hub:  # called directly: this process may end before the hub's thread would send it
             self.hub.alarm(0, why, waited, by_main, cause)
         elif channel := self._channel:
             channel.send(alarm={"why": why, "waited": waited, "by_main": by_main, "cause": cause})
@@ -233,7 +233,7 @@ class Watch:
     def _still(self) -> float:
         """Seconds since the main thread was last seen to make progress: a tick, or another collective begun."""
         progress, now = (self._section, self._ticks + self._collectives() - self._begun), time.monotonic()
-        stopped = now - self._looked > 5 * _BEAT  # this whole process was, by Ctrl-Z say
+        stopped = now - self._looked > 5 * _BEAT  # the whole process was stopped, by Ctrl-Z say
         if progress != self._progress or not self._inside or stopped:
             self._progress, self._since = progress, now
         self._looked = now
@@ -264,14 +264,14 @@ class Watch:
             self.witness.answer()
 
     def _end(self) -> None:
-        """End the process in the main thread's place, unless that is about to do so itself."""
+        """End the process in the main thread's place, unless the main thread is doing so itself."""
         if not self._claimed_by("watch"):
             return
         error = self.witness.lost(self._why, answers=not self._suspect)
         for teller in reversed(self.tellers):
             try:
                 teller(error)
-            except Exception:  # whatever it is: this process must end all the same
+            except Exception:  # whatever a teller raises, this process must end
                 traceback.print_exc()
         if not self.tellers and error.prints:
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
@@ -282,9 +282,9 @@ class Watch:
 
 
 def _listening() -> socket.socket:
-    """On a free port of all addresses: other ranks may be on other machines."""
+    """A server on a free port of all addresses, because other ranks may be on other machines."""
     if socket.has_dualstack_ipv6():
-        with suppress(OSError):  # IPv6 may be there and switched off
+        with suppress(OSError):  # the machine may have IPv6, but switched off
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
     return socket.create_server(("", 0), backlog=4096)
 

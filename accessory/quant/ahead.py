@@ -1,8 +1,8 @@
-"""Unpacking the next matrix beside the product before it: two buffers, and a second stream of a GPU.
+"""Unpacks the next matrix while the product before it runs, in two buffers and on a second stream of a GPU.
 
-Unpacking is bound by memory and products by arithmetic, so that a GPU may do both at once. Which matrix is next is what
-came next the last time after the same ones: a step uses its matrices in an order that repeats. The numbers are the
-same; where the guess was wrong, the matrix is unpacked as without this.
+Unpacking is bound by memory and products by arithmetic, so a GPU may do both at once. A step uses its matrices in an
+order that repeats, so the next matrix is guessed: the one that followed the same matrices last time. After a wrong
+guess, the right matrix is unpacked in the usual way; results are the same either way.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_REMEMBERED = 8  # matrices before the next: more than a block's, so that its three passes are told apart
+_REMEMBERED = 8  # matrices that a guess looks at: more than a block has, to tell apart its three passes
 
 
 class Unpackable(Protocol):
-    """What is asked of a `PackedWeight`."""
+    """The part of `PackedWeight` that is used here."""
 
     shape: torch.Size
     codes: Tensor
@@ -28,30 +28,30 @@ class Unpackable(Protocol):
         """See `PackedWeight`."""
 
     def parameters(self) -> Iterator[Tensor]:
-        """Its parts."""
+        """The tensors that it is made of."""
 
 
 class Lanes(Protocol):
-    """Two orders of work on a device: the caller's, and one beside it."""
+    """Two queues of work on a device: the caller's, and one beside it."""
 
     def mark(self) -> Any:
-        """Of what has been asked for in the caller's order up to here."""
+        """A mark in the caller's queue: it is reached once all work queued so far is done."""
 
     def beside(self, after: Any) -> AbstractContextManager[None]:
-        """What is asked for inside is done in the other order, once `after`, a mark, has been reached."""
+        """Inside this context work goes to the other queue, and starts once the mark `after` is reached."""
 
     def mark_beside(self) -> Any:
-        """As `mark`, of the other order."""
+        """As `mark`, in the other queue."""
 
     def wait(self, until: Any) -> None:
-        """What the caller asks for from here on is done once `until`, a mark of the other order, has been reached."""
+        """The caller's later work starts once `until`, a mark of the other queue, is reached."""
 
     def used_beside(self, tensor: Tensor) -> None:
-        """The other order uses a tensor: once it is given up, its memory is not used again before that is over."""
+        """Say that the other queue uses `tensor`: its memory, once freed, is reused only after that queue's work."""
 
 
 class CudaLanes:
-    """The current stream, and one of its own."""
+    """The current CUDA stream, and a second one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._side = device, torch.cuda.Stream(device)
@@ -81,7 +81,7 @@ class CudaLanes:
 
 
 class _Unpacked(NamedTuple):
-    """A matrix that is being unpacked into the buffer `place`, as its parts are; it is there at the mark `ready`."""
+    """A matrix that is being unpacked into buffer `place`, from `parts`; it is complete at the mark `ready`."""
 
     matrix: Unpackable
     dtype: torch.dtype
@@ -98,14 +98,14 @@ class Ahead:
         self._buffers: list[Tensor | None] = [None, None]
         self._before: deque[Unpackable] = deque(maxlen=_REMEMBERED)
         self._next: dict[tuple[int, ...], Unpackable] = {}
-        self._used: dict[int, tuple[object, ...]] = {}  # of what parts a matrix was when it was used last
+        self._used: dict[int, tuple[object, ...]] = {}  # a matrix's id -> its parts at its last use
         self._unpacked: _Unpacked | None = None
         self._place, self._mark, self._dtype = 0, None, torch.float32
         self.hits = self.misses = 0
 
     def unpack(self, matrix: Unpackable, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K] in a buffer, for one product: it is overwritten after the next call."""
-        self._mark = self._lanes.mark()  # all that reads the other buffer was asked for before
+        """The matrix [N, K] in a buffer, for one product; the buffer is overwritten after the next call."""
+        self._mark = self._lanes.mark()  # everything that reads the other buffer is queued before this
         found, self._unpacked = self._unpacked, None
         self._next[tuple(map(id, self._before))] = matrix
         self._before.append(matrix)
@@ -118,20 +118,20 @@ class Ahead:
             return self._buffer(found.place, matrix, dtype)
         self.misses += 1
         self._place = 1 - (self._place if found is None else found.place)
-        if found is not None:  # a wrong guess, whose buffer may be the next that is written in the caller's order
+        if found is not None:  # a wrong guess: the caller's queue may write its buffer next
             self._lanes.wait(found.ready)
         return matrix.unpack_into(self._buffer(self._place, matrix, dtype))
 
     def look_ahead(self) -> None:
-        """After the product: unpack what is likely to come next, beside it."""
+        """Call it after queueing a product: unpacks the likely next matrix while the product runs."""
         following = self._next.get(tuple(map(id, self._before)))
         if following is None or self._mark is None or self._unpacked is not None:
             return
-        if _parts(following) != self._used[id(following)]:  # a sharded one is not whole until it is used
+        if _parts(following) != self._used[id(following)]:  # changed, or sharded and not whole yet
             return
         place, held = 1 - self._place, self._buffers[1 - self._place]
         buffer = self._buffer(place, following, self._dtype)
-        if self._buffers[place] is not held:  # new memory, whose last user may have been asked for since
+        if self._buffers[place] is not held:  # new memory: its last user may be queued after the mark
             self._mark = self._lanes.mark()
         with self._lanes.beside(self._mark):
             following.unpack_into(buffer)
@@ -148,7 +148,7 @@ class Ahead:
 
 
 def _parts(matrix: Unpackable) -> tuple[object, ...]:
-    """Which tensors they are, and how often they have been changed."""
+    """A matrix's tensors, and how often each has been changed."""
     return tuple((id(part), 0 if part.is_inference() else part._version) for part in matrix.parameters())
 
 
@@ -156,13 +156,13 @@ _active: Ahead | None = None
 
 
 def active() -> Ahead | None:
-    """What unpacks ahead in this process, if anything does."""
+    """The `Ahead` of this process, if there is one."""
     return _active
 
 
 @contextmanager
 def unpacking_ahead(ahead: Ahead | None) -> Iterator[None]:
-    """Inside this context matrices are unpacked by `ahead`; None: as they are without."""
+    """Inside this context `ahead` unpacks matrices; None: each is unpacked when it is used."""
     global _active
     before, _active = _active, ahead
     try:

@@ -33,7 +33,7 @@ class FewRowsWeight(PackedWeight):
     @staticmethod
     @abstractmethod
     def joined(weights: list[FewRowsWeight]) -> JoinedMatrices | JoinedGroups | None:
-        """On a GPU, products with matrices of the same kernel; None: they are unpacked."""
+        """On a GPU, the products of matrices that one kernel takes; None: they are unpacked."""
 
     def decoded_codes(self) -> Any:
         """The matrix as the kernel gets it."""
@@ -51,7 +51,7 @@ class FewRowsWeight(PackedWeight):
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
         """See `PackedWeight`: keep all addresses, if the AVX512 kernel can be used, or what a GPU's kernels take.
 
-        On a GPU, what is prepared stays where it is: recorded work reads it.
+        On a GPU, what is prepared stays in place, because recorded work reads it there.
         """
         weights = [self, *others]
         if not all(isinstance(w, FewRowsWeight) and w.FEW_ROWS == self.FEW_ROWS for w in weights):

@@ -74,7 +74,7 @@ class GroupWeight(FewRowsWeight):
     """The storage of the matrix that this one is a range of columns of: itself, or one of larger groups."""
     FEW_ROWS = "group_codes_gemv"
     apart = False
-    """Whether it is decoded for itself, and so are those that share its input."""
+    """Whether this matrix, and each that shares its input, is multiplied in a call of its own while decoding."""
     OPTIONAL = ("points", "order", "channel_scale", "groups")
 
     @classmethod
@@ -209,7 +209,7 @@ class GroupWeight(FewRowsWeight):
         return JoinedGroups(codes, partial(kernels.decoding_kernel, "decoding_groups"))
 
     def prepare_decoding(self, others: list[PackedWeight]) -> None:
-        """See `PackedWeight`. Where one has its own order or scale of channels, each is multiplied with its own x."""
+        """See `PackedWeight`. If any matrix has its own order or scale of channels, each is multiplied by its own x."""
         weights = [self, *others]
         self.apart = any(isinstance(w, GroupWeight) and w.has_own_input() for w in weights)
         if not self.apart:

@@ -67,7 +67,7 @@ class PackedWeight(nn.Module, ABC):
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Parts that variants of the same name have."""
     waits: ClassVar[bool] = False
-    """Whether a product waits for a GPU, for what decides how it goes on."""
+    """Whether a product makes the host wait for a number from the GPU."""
     IN_BITSANDBYTES: ClassVar[dict[str, str]] = {}
     """Part -> suffix of the weight's name in bitsandbytes' files; empty if bitsandbytes has no such format."""
 

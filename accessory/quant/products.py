@@ -65,7 +65,7 @@ def sum_of_products(
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """a [T, K] times b [K, N] times scale -> [T, N], in their dtype."""
-    if a.is_cuda:  # before it is rounded, and without a pass of its own; a CPU's library would sum in another order
+    if a.is_cuda:  # a GPU scales before it rounds, in the same pass; a CPU's library would sum in another order
         return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
     found = a @ b
     return found if scale == 1 else found.mul_(scale)

@@ -41,7 +41,7 @@ def unpack_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -
 
 
 def memory_in_use() -> list[Tensor]:
-    """The memory of all buffers: recorded work, which writes there, keeps it alive when larger ones are made."""
+    """The memory of all buffers. Recorded work writes there, so it holds this when larger buffers replace them."""
     return [piece.memory for piece in _pieces.values()]
 
 

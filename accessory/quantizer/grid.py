@@ -24,7 +24,7 @@ class Grid(NamedTuple):
     """W [N, K] is about codes * scales - zeros: codes [N, K], whole numbers or near them; scales, zeros [N, G], fp32.
 
     Column k belongs to group k // group; the last group may have fewer columns. Codes are from 0 to 2^bits - 1.
-    points [N, G]: whole numbers, fp32, if zeros are these times the scales, whatever scales become.
+    points [N, G]: whole numbers, fp32, if zeros are to stay these times the scales; else None.
     """
 
     codes: Tensor
@@ -122,12 +122,12 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 def _better(
     best: tuple[Tensor, Tensor, Tensor], w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, top: int
 ) -> tuple[Tensor, ...]:
-    """For each group the (error, scale, zero) of less error, of `best` and of the new ones."""
+    """For each group the (error, scale, zero) with less error: `best`'s or the new one."""
     error = ((nearest(w, scale, zero, top) * scale - zero - w).square() * h).sum(0)
     less = error < best[0]
     return tuple(torch.where(less, new, old) for new, old in zip((error, scale, zero), best, strict=True))
 
 
 def _as_half(statistic: Tensor) -> Tensor:
-    """What fp16 holds of it, fp32."""
+    """The values rounded to fp16, as fp32."""
     return statistic.half().float()

@@ -20,7 +20,7 @@ class Settings:
 
     batch: rows of an optimizer step. epochs: passes over the rows for each block; 0: GPTQ alone. distill_steps,
     distill_batch: steps of the last pass over the whole model, and rows of one; 0 steps: none. rates: of the blocks;
-    distill_rate: of the last pass. whole_points: zeros are whole multiples of scales, as GPTQ's and AWQ's files have
+    distill_rate: the last pass's. whole_points: zeros are whole multiples of scales, as GPTQ's and AWQ's files have
     them: points are chosen by error feedback, and zeros follow the scales from then on.
     """
 

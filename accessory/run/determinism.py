@@ -1,7 +1,7 @@
 """`--deterministic`: on CUDA, equal runs get equal bits, and so does a run that is stopped and resumed.
 
-Without it, attention's gradient is summed in the order in which the GPU's processors end, and so are the sums of a few
-operations of PyTorch. A CPU sums in one order anyway.
+Without it, attention's gradient, and the results of a few operations of PyTorch, are summed in the order in which the
+GPU's processors finish. A CPU sums in one order anyway.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch.utils.deterministic
 from accessory.errors import ConfigError
 
 _CUBLAS, _IN_ORDER = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-"""cuBLAS's environment variable, and its values with which products are summed in one order on every stream."""
+"""cuBLAS's environment variable, and the values that fix the order of sums in products on every stream."""
 
 
 def set_cublas_workspace() -> None:
-    """Before CUDA starts: cuBLAS reads it once. Raises `ConfigError` for another value of the user's."""
+    """Call it before CUDA starts: cuBLAS reads the variable once. Raises `ConfigError` for another value."""
     found = os.environ.setdefault(_CUBLAS, _IN_ORDER[0])
     if found not in _IN_ORDER:
         raise ConfigError(
@@ -31,7 +31,7 @@ def set_cublas_workspace() -> None:
 
 @contextmanager
 def algorithms_as_before() -> Iterator[None]:
-    """At the end of this context PyTorch chooses its algorithms as it did at its beginning: some may raise if fixed."""
+    """Restore PyTorch's choice of algorithms at the end: left on, it could make later code raise."""
     before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -49,5 +49,5 @@ def fix_order_of_sums(wanted: bool, device: torch.device) -> list[str]:
     if not wanted:
         return ["equal runs may differ in their last digits here, and so may a resumed one: see --deterministic"]
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # all of ours is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # our code writes such memory before it reads it
     return ["--deterministic: equal runs get equal bits on this GPU, with this torch; steps take longer"]

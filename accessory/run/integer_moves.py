@@ -224,7 +224,7 @@ class IntegerMoves:
             count = min(max(round(self.rule.most_moved * matrix.numbers), 1), matrix.rows)
             gain[gain < gain.topk(count).values[-1]] = 0
         ordered = kept.sort(descending=True).values
-        # On the host, where it goes anyway: CUDA has no cumulative sum in a fixed order.
+        # On the host, which needs the result anyway: CUDA's cumulative sum has no fixed order.
         count = max(int((ordered.double().cpu().cumsum(0) <= trusted).sum()), 1)
         kept[kept < ordered[count - 1]] = 0
         proposals = []

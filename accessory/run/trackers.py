@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-_LOST = 10  # seconds of TensorBoard's figures that are lost at most where a process is killed; by default 120
+_LOST = 10  # at most so many seconds of TensorBoard's figures are lost if a process is killed; its default is 120
 _PROJECT = "accessory"  # of Weights & Biases, where WANDB_PROJECT names none
 
 

@@ -1,4 +1,4 @@
-"""Whether matrices are unpacked ahead: measured where the run is, before its first step."""
+"""Decides whether to unpack matrices ahead, by measuring both ways before a run's first step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from accessory.quant import PackedWeight
 from accessory.quant.ahead import Ahead, CudaLanes, unpacking_ahead
 from accessory.quant.products import sum_of_products
 
-_WORTH = 0.97  # of the time without it: less is noise
+_WORTH = 0.97  # unpacking ahead must take less than this share of the time without it; the rest is noise
 _ROUNDS = 5
 
 
 def chosen_ahead(decoder: Decoder, tokens: int) -> tuple[Ahead | None, list[str]]:
     """(what unpacks ahead in steps of `tokens` tokens, or None, and lines that say so).
 
-    Only on a GPU, and of matrices that lie there whole and that no step changes.
+    Only matrices that lie whole on a GPU, and that no step changes, are unpacked ahead.
     """
     device, inputs = decoder.frequencies.device, _packed_by_input(next(block for _, block in decoder.blocks()))
     if device.type != "cuda" or not inputs or not _stays(decoder):
@@ -38,7 +38,7 @@ def chosen_ahead(decoder: Decoder, tokens: int) -> tuple[Ahead | None, list[str]
 
 
 def verdict(ahead: Ahead, without: float, beside: float, largest: int) -> tuple[Ahead | None, list[str]]:
-    """The same of milliseconds that a block's products take; largest: bytes of the largest matrix, unpacked."""
+    """As `chosen_ahead`, from milliseconds of a block's products. largest: bytes of the largest unpacked matrix."""
     times = (
         f"a block's products take {beside:.2f} ms with the next matrix unpacked beside them, {without:.2f} ms without"
     )
@@ -59,7 +59,7 @@ def _stays(decoder: Decoder) -> bool:
 
 
 def _products(inputs: list[list[PackedWeight]], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Those of a block's forward and backward."""
+    """The products of a block's forward and backward."""
     for weights in inputs:
         x = torch.ones(tokens, weights[0].shape[1], dtype=dtype, device=device)
         made = [sum_of_products([x], [weight], transposed=False) for weight in weights]
@@ -69,7 +69,7 @@ def _products(inputs: list[list[PackedWeight]], tokens: int, dtype: torch.dtype,
 
 @torch.no_grad()
 def _time(work: Callable[[], None]) -> float:
-    """Milliseconds, the best of a few; the first two warm up, and show in which order matrices are used."""
+    """Milliseconds, the best of a few runs. Two runs before warm up, and show the order in which matrices are used."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     found = []
     for _ in range(_ROUNDS + 2):

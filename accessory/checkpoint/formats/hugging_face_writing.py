@@ -54,7 +54,7 @@ def write_hugging_face(
 def laid_out(
     model: WholeModel, target: Path, dtype: torch.dtype, quant_type: str | None, layout: str
 ) -> tuple[Tensors, PackedLayout, dict[str, Any]]:
-    """(tensors by their names, how packed ones lie in files, config.json) of `write_hugging_face`; raises as it does.
+    """What `write_hugging_face` writes: (tensors by name, how files hold packed ones, config.json); raises as it does.
 
     Plain weights are not read.
     """

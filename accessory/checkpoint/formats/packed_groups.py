@@ -56,7 +56,7 @@ INTEGERS, HALVES = ("I32", "int32"), ("F16", "float16", "BF16", "bfloat16", "F32
 
 
 def checked_bits(files: Files, linear: str, bits: float, *more: int) -> int:
-    """The bits of a linear's numbers. Raises `CheckpointError` for others than storages have, and `more`."""
+    """The bits of a linear's numbers. Raises `CheckpointError` unless a storage has them or they are in `more`."""
     if bits not in (*BITS, *more):
         expected = f"{', '.join(map(str, (*BITS, *more)))} bits, or the full-precision checkpoint and --quant"
         raise files.error(linear, "qweight", f"holds numbers of {bits:g} bits", expected)
@@ -88,7 +88,7 @@ def codes_of_numbers(numbers: Callable[[], Tensor], shape: tuple[int, int], bits
 def by_rows(tensor: LazyTensor, name: str) -> LazyTensor:
     """Statistics [G, N] -> fp16 [N, G].
 
-    Reading raises `CheckpointError` for numbers that are not finite, and such that fp16 does not have.
+    Reading raises `CheckpointError` for numbers that are not finite, or that fp16 cannot hold exactly.
     """
 
     def read() -> Tensor:

@@ -1,7 +1,7 @@
-"""What a quantization_config says of packed linears, held against what their tensors say.
+"""Compares what a quantization_config says of packed linears with what their tensors say.
 
-Tensors alone tell how a matrix is to be read. Other programs take the config's word for it, and compute something else
-where it is wrong; so a config that contradicts its tensors is refused.
+We read a matrix by its tensors alone. Other programs trust the config, and would compute something else where it is
+wrong; so a config that contradicts its tensors is refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SYMMETRIC = {"sym": True, "zero_point": False}
 """Key -> the value that says that every zero point is in the middle of the range."""
 
 _SPECIAL = frozenset("*+?^$()[]{}|\\")
-"""What tells a pattern in AutoRound's `extra_config` from a name."""
+"""Characters that only a pattern in AutoRound's `extra_config` has; a plain name has none of them."""
 
 
 class Stated:
     """A quantization_config, `config`, and the file that it stands in.
 
-    gptqmodel has other words for some linears in `dynamic`, AutoRound in `extra_config`. Raises `CheckpointError` for
-    such that cannot be read.
+    gptqmodel's `dynamic` and AutoRound's `extra_config` hold exceptions for some linears. Raises `CheckpointError` for
+    exceptions that cannot be read.
     """
 
     def __init__(self, config: dict[str, Any], file: Path) -> None:
@@ -40,7 +40,7 @@ class Stated:
         self._of: dict[str, dict[str, Any]] = {}
 
     def of(self, linear: str) -> dict[str, Any]:
-        """What is said of one linear; nothing of one that is said to be plain."""
+        """What the config says of one linear; empty for one that it calls plain."""
         if linear not in self._of:
             self._of[linear] = self._found(linear)
         return self._of[linear]
@@ -54,14 +54,14 @@ class Stated:
         return self.config if said is None else said
 
     def number(self, linear: str, key: str) -> Any:
-        """The `bits` or `group_size` of a linear; None where nothing is said."""
+        """The `bits` or `group_size` of a linear; None where the config does not say."""
         said = self.of(linear)
         return next((said[name] for name in _NAMES[key] if said.get(name) is not None), None)
 
     def check(self, linear: str, bits: int, group: int, columns: int, *, ordered: bool = False) -> None:
         """Compare with a linear whose tensors have numbers of `bits` bits, in groups of `group` of its `columns`.
 
-        ordered: whether its channels lie in groups in another order than their own. Raises `CheckpointError`.
+        ordered: whether its groups take the channels in an order of their own. Raises `CheckpointError`.
         """
         said = self.number(linear, "bits")
         if said is not None and said != bits:
@@ -102,5 +102,5 @@ class Stated:
 
 
 def _channels(size: object, columns: int) -> object:
-    """Channels of a full group, for a `group_size` as configs say it: -1 is a whole row."""
+    """Channels of a full group, for the `group_size` of a config, where -1 means a whole row."""
     return (min(size, columns) if size > 0 else columns if size == -1 else size) if isinstance(size, int) else size

@@ -331,7 +331,7 @@ struct Product {
         }
     }
 
-    // Inlined before the compiler can find that it changes nothing, and drop it.
+    // Inlined early: otherwise the compiler finds that it changes nothing, and drops it.
     [[gnu::always_inline]] static void ask(const void* from, int64_t ahead) {
         _mm_prefetch(static_cast<const char*>(from) + ahead, _MM_HINT_T0);
     }

@@ -10,7 +10,7 @@ from accessory.kernels.plain.rotary import rotate
 
 
 class Scratch:
-    """Nothing."""
+    """Needs nothing: plain PyTorch allocates as it goes."""
 
     def __init__(self, how: Attending, rows: int, longest: int, device: torch.device) -> None:
         pass

@@ -31,7 +31,7 @@ def rotate(x: Tensor, rotations: Tensor, layout: Literal["pairs", "halves"] = "p
 
 def _rotate_pairs(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.to(rotations.real.dtype).unflatten(-1, (-1, 2)).contiguous())
-    if x.is_cuda and rotations.is_conj():  # before a product a conjugate would be copied; of length 1, it need not be
+    if x.is_cuda and rotations.is_conj():  # a product would copy it; dividing by numbers of length 1 need not
         return torch.view_as_real(pairs / rotations.conj()).flatten(-2)
     return torch.view_as_real(pairs * rotations).flatten(-2)
 

@@ -1,4 +1,4 @@
-"""Attention of one new token a document to a key/value cache, in shapes that do not follow the documents."""
+"""Attention of one new token a document to a key/value cache, in shapes that do not depend on the documents."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def interpreted() -> bool:
 def _tried(device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> frozenset[str]:
     """Every kernel is tried once in each dtype: Triton needs a C compiler, Python's headers and a recent GPU.
 
-    Those that fail with the same error are told of in one line.
+    Kernels that fail with the same error are logged in one line.
     """
     if find_spec("triton") is None:
         return frozenset()

@@ -1,7 +1,7 @@
 """Attention of one new token a document to the cache, from the linears' result to the input of `wo`, in one launch.
 
-Queries and the new key are rotated here, and the new key and value written to the cache. Programs share the tokens of
-the cache; the last one to finish puts their results together, in a fixed order.
+The launch also rotates queries and the new key, and writes the new key and value to the cache. Programs share the
+tokens of the cache; the last one to finish combines their results, in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 from accessory.kernels.decoding import MOST_ROWS, Attending
 from accessory.kernels.operands import check_device, check_floats, check_shape, processors
 
-TOKENS = 64  # of the cache that a program looks at together, at most
+TOKENS = 64  # the most tokens of the cache that a program reads at once
 TILE = 1 << 14  # bytes of their keys, at most: tensor cores take keys and values from shared memory, two of each
-LEAST = 256  # of the cache to a program: with fewer, putting together takes longer
+LEAST = 256  # the fewest tokens of the cache for a program: with fewer, combining results takes longer
 
 
 def takes(rows: int, width: int) -> bool:
-    """Whether heads of `width` channels are computed, of so many documents."""
+    """Whether the kernel can compute heads of `width` channels for so many documents."""
     return 0 < rows <= MOST_ROWS and width in (16, 32, 64, 128, 256)
 
 
 class Scratch:
-    """Where programs leave their results to each other: of `rows` documents, whose cache has `longest` tokens."""
+    """Memory where programs leave their results for the last one: `rows` documents, a cache of `longest` tokens."""
 
     def __init__(self, how: Attending, rows: int, longest: int, device: torch.device) -> None:
         most = splits_of(longest, rows * how.kv_heads, device)
@@ -87,12 +87,12 @@ def splits_of(span: int, programs: int, device: torch.device) -> int:
 
 
 def tokens_together(width: int, dtype: torch.dtype) -> int:
-    """Of the cache that a program looks at together: a power of two, and as many as tensor cores take at least."""
+    """Tokens of the cache that a program reads at once: a power of two, and no fewer than tensor cores take."""
     return max(16, min(TOKENS, TILE // (width * dtype.itemsize)))
 
 
 def _padded(how: Attending) -> int:
-    """Rows of queries that a program computes; of more than one, tensor cores want sixteen."""
+    """Rows of queries that a program computes; if there is more than one, tensor cores need sixteen."""
     group = how.heads // how.kv_heads
     return 1 if group == 1 else max(16, triton.next_power_of_2(group))
 
@@ -120,7 +120,7 @@ def _check(how: Attending, projected: Tensor, keys: Tensor, values: Tensor, posi
 
 @triton.jit
 def _rotated(x, heads, channel, angles, WIDTH: tl.constexpr, HALF: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """Heads [N] of x, rotated [N, WIDTH]: each channel with its partner, by its token's angles."""
+    """The heads [N] of x, rotated by their token's angles [N, WIDTH]: each channel with its partner."""
     if NEIGHBOURS:
         partner, angle, first = channel ^ 1, channel // 2, channel % 2 == 0
     else:
@@ -171,7 +171,7 @@ def _attend(
     position = tl.load(positions + row)
     own = projected + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * WIDTH)
     angles = rotations + position * (2 * HALF)
-    # Queries beyond the group's are copies of its last one.
+    # Rows beyond the group's queries repeat its last one.
     heads = head * GROUP + tl.minimum(query, GROUP - 1)
     q = _rotated(own, heads, channel, angles, WIDTH, HALF, NEIGHBOURS)
     cached = row.to(tl.int64) * document + head * WIDTH

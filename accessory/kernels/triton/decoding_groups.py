@@ -14,7 +14,7 @@ from accessory.kernels.triton.decoding_products import _low, _times
 
 BLOCK, WARPS = 16, 4  # rows of a matrix that a program computes
 UNITS = {1: 64, MOST_ROWS: 32}
-"""Eight columns each that a program reads at once, by rows of x that it is compiled for."""
+"""Rows of x that a program is compiled for -> how many times eight columns it reads at once."""
 
 
 def multiply(

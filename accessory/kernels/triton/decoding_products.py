@@ -1,8 +1,8 @@
 """Products of a few rows with 4-bit matrices, with all that comes before and after them, in one launch.
 
-While decoding, a launch takes longer than the work between two products. So a launch has: the norm of its input, up to
-three matrices, LoRA's second factors, biases, the gate or the residual, and what the next linears' LoRA needs, which is
-summed by those who read it: a sum over programs, in a fixed order, without a launch of its own.
+While decoding, a launch takes longer than the work between two products. So one launch computes: the norm of its input,
+up to three matrices, LoRA's second factors, biases, the gate or the residual, and the low products that the next
+linears' LoRA needs. Each program writes its part of these; the next launch sums the parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from accessory.kernels.operands import check_device, check_floats, check_shape
 from accessory.kernels.triton.gate import _activated
 
 COLUMNS = {1: 512, MOST_ROWS: 256}
-"""Of a row that a program reads at once, by rows of x that it is compiled for."""
+"""Rows of x that a program is compiled for -> the columns of a row of W that it reads at once."""
 FEW, MANY = (16, 4), (32, 8)
-"""(columns of the result, warps) of a program: where its part of low products must be summed, programs are few."""
+"""(columns of the result, warps) of a program: few programs where parts of low products must be summed."""
 
 
 def multiply(
@@ -114,7 +114,7 @@ def _check(products: Products, x: Tensor, lows: Tensor | None, residual: Tensor 
 
 
 def takes(rows: int) -> bool:
-    """Whether so many rows are computed together."""
+    """Whether the kernel computes so many rows together."""
     return 0 < rows <= MOST_ROWS
 
 
