@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tools" / "gpu_checks" / "worker.py"
 STARTED_IN = 120.0  # seconds within which a worker must have started
-SLACK, TIMES = 20.0, 4.0  # a check may take so many seconds, and so many times as long as it should
+SLACK, TIMES = 20.0, 4.0  # a check may take TIMES times as long as it should, and SLACK seconds more
 KERNELS = "kernels."
 """Checks of Triton's kernels, which run on a CPU in Triton's interpreter, in a worker of their own."""
 Line = dict[str, Any]
@@ -38,7 +38,7 @@ Line = dict[str, Any]
 
 @dataclass
 class Worker:
-    """The process of `tools/gpu_checks/worker.py`. log: where its output goes. interpreted: Triton's kernels are."""
+    """The process of `tools/gpu_checks/worker.py`. log: of its output. interpreted: whether Triton's kernels are."""
 
     device: str
     tiny: bool
@@ -58,7 +58,7 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
         }
         if self.tiny:
-            environment.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than such sizes take
+            environment.setdefault("OMP_NUM_THREADS", "1")  # with such small sizes, threads cost more than they save
         if self.interpreted:
             environment["TRITON_INTERPRET"] = "1"
         with self.log.open("ab") as log:

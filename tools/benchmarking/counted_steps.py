@@ -38,7 +38,7 @@ CONFIGS = {
 
 
 class _RealShapes(Blueprint):
-    """Its decoder is made on the real meta device, whose parameters can be cast in place."""
+    """A blueprint that builds its decoder on the real meta device, where parameters can be cast in place."""
 
     def build(self, layout: Layout, data_parallel: str = "sdp") -> tuple[Decoder, Attachment]:
         """See `Blueprint.build`."""
@@ -48,12 +48,12 @@ class _RealShapes(Blueprint):
 
 @dataclass(frozen=True)
 class PretendedTraining(Training):
-    """A training whose weights are fake, of a model with the settings `args`."""
+    """A training run of a model with the settings `args`, whose weights are fake tensors."""
 
     args: ModelArgs | None = None
 
     def engine(self, layout: Layout) -> Engine:
-        """As a run on a GPU makes it: micro-batches come from pinned memory."""
+        """The engine of a run on a GPU, whose micro-batches come from pinned memory."""
         made = super().engine(layout)
         made.settings = replace(made.settings, pin_memory=True)
         return made
@@ -95,8 +95,8 @@ def counted_step(
 ) -> LaunchCounter:
     """What a run's step asks a GPU for; all tokens are learned. It needs `groups.start`.
 
-    Counted is what happens between the reports of two steps: not the first one, which also allocates the optimizer's
-    state and fills caches, nor the last one, whose numbers are read at once.
+    It counts what happens between the reports of two steps. The first step is left out, because it allocates the
+    optimizer's state and fills caches, and the last one, because its numbers are read at once.
     """
     training = PretendedTraining(
         model="", data=None, steps=3, batch_size=documents, seq=(seq,), supervised=1.0, max_words=seq, method=method,
@@ -121,7 +121,7 @@ class Between(Reporter):
         self.counter, self.found = counter, {}
 
     def step(self, report: StepReport) -> None:
-        """Begin to count, or end."""
+        """Begin to count at the first report, and end at the second."""
         if report.step == 1:
             self.counter.clear()
         elif report.step == 2:

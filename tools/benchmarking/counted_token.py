@@ -1,4 +1,4 @@
-"""One token of an answer on a pretended GPU, and what it asks for: the documents' tokens, and back to their logits."""
+"""One token of an answer on a pretended GPU, and what it asks for: from the documents' token ids to their logits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def counted_token(
         decoder.prepare_decoding()
         memory, counter = StaticMemory(decoder, decoder.new_cache(documents, context)), LaunchCounter()
         memory.chain = chain_for(decoder, context)
-        for _ in range(2):  # the first one lays out what is read
+        for _ in range(2):  # the first run prepares what later ones read
             counter.clear()
             with counter:
                 logits = memory.forward(documents, context) if static else _growing(decoder, memory, documents, context)

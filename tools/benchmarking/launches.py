@@ -35,12 +35,12 @@ _OVERWRITE = {
 } | {"aten::_foreach_copy_"}
 """In-place operations that do not read what they overwrite."""
 _GATHER = {"aten::embedding", "aten::index_select", "aten::index", "aten::gather"}
-"""Of the first tensor only what the result holds is read."""
+"""Operations that read of their first tensor only as much as the result holds."""
 _SCATTER = {
     f"aten::{name}_": adds
     for name, adds in {"index_copy": 0, "index_put": 0, "scatter": 0, "index_add": 1, "scatter_add": 1}.items()
 }
-"""Of the first tensor only as much is written, or read and written, as the last one holds."""
+"""Operations that write, or read and write, of their first tensor only as much as the last one holds."""
 _LAUNCHES = {
     "aten::nonzero": 2,  # counts, then writes; the host waits for the count in between
     "aten::_flash_attention_backward": 3,  # dout x out, the gradients, dq rounded
@@ -94,7 +94,7 @@ class LaunchCounter(TorchDispatchMode):
         return "forward" if self._inside else "rest"
 
     def total(self, phase: str | None = None) -> Counts:
-        """Of a phase, or of all."""
+        """The counts of a phase, or of all."""
         return sum((counts for (when, _), counts in self.found.items() if phase in (None, when)), Counts())
 
     def clear(self) -> None:
@@ -178,7 +178,7 @@ class LaunchCounter(TorchDispatchMode):
     def _transfer(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> int | None:
         """How often the host waits for a copy to or from a GPU; None if it is none.
 
-        A copy from the GPU that need not wait is made into pinned memory by PyTorch itself.
+        PyTorch itself allocates pinned memory for a copy from the GPU that need not wait.
         """
         into, source = (result, args[0]) if name == "aten::_to_copy" else (args[0], args[1])
         if {into.device.type, source.device.type} != {self.device_type, "cpu"} or self.device_type == "cpu":
@@ -218,7 +218,7 @@ def _by_condition(indices: Iterable[Tensor | None]) -> bool:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Of what lies in memory: expanded dimensions are there once."""
+    """The bytes that lie in memory, where expanded dimensions count once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return prod(sizes) * tensor.element_size() if tensor.numel() else 0
 
@@ -243,7 +243,7 @@ def _cost(func: Any, name: str, args: tuple, kwargs: dict, result: Any, here: An
     if name in _SCATTER and read:
         source = read[-1]
         moved += (1 + _SCATTER[name]) * _nbytes(source) - 2 * _nbytes(first)
-    if name == "aten::addmm" and named["self"].dim() == 2:  # it is copied into the result first
+    if name == "aten::addmm" and named["self"].dim() == 2:  # the first tensor is copied into the result first
         moved += 2 * _nbytes(made[0]) if made else 0
     return _launches(name, named, read, here), moved
 

@@ -56,13 +56,13 @@ def pretended(triton: bool) -> Iterator[None]:
     from accessory.kernels import fused_attention
 
     class Event:
-        """What it waits for has happened."""
+        """A CUDA event whose work is always done already."""
 
         def record(self, stream: object = None) -> None:
-            """Nothing is to be remembered."""
+            """Do nothing: there is no work to mark."""
 
         def synchronize(self) -> None:
-            """At once."""
+            """Return at once: there is no work to wait for."""
 
     properties = SimpleNamespace(multi_processor_count=PROCESSORS, major=CAPABILITY[0], minor=CAPABILITY[1])
     answers = {
@@ -87,7 +87,7 @@ def pretended(triton: bool) -> Iterator[None]:
         yield
 
 
-@cache  # one a process: modules keep its tensors
+@cache  # one for the process, because modules keep its tensors
 def _fake_tensors() -> AbstractContextManager:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -106,7 +106,7 @@ def _answers() -> AbstractContextManager:
     class Answers(TorchDispatchMode):
         """What the function says."""
 
-        pinned: ClassVar[dict[int, torch.UntypedStorage]] = {}  # held, so that no address is used twice
+        pinned: ClassVar[dict[int, torch.UntypedStorage]] = {}  # held, so that no address is reused
 
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             kwargs, name = kwargs or {}, func._schema.name
@@ -124,8 +124,8 @@ def _answers() -> AbstractContextManager:
             if name == "aten::nonzero":
                 return given.new_empty((given.numel(), given.dim()), dtype=torch.int64)
             if name.startswith("bitsandbytes::") and func._overloadname == "out":
-                return None  # bitsandbytes 0.50's own pretending takes a list for another shape
-            if name.startswith("c10d::"):  # one process: its tensors stay as they are
+                return None  # bitsandbytes 0.50's own fake operation misreads a shape given as a list
+            if name.startswith("c10d::"):  # with one process a collective changes nothing
                 with unset_fake_temporarily():
                     done = func(*tree_map_only(Tensor, lambda _: torch.zeros(1), args), **kwargs)
                 return (args[0], *done[1:]) if isinstance(done, tuple) else done

@@ -19,10 +19,10 @@ from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.rates import seconds_of
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-4}
-"""Of the result; gradients may be off by twice as much."""
+"""Tolerance of results; gradients may be off by twice as much."""
 DTYPES = tuple(TOLERANCE)
 MIXED = (1, 130, 1, 1, 517, 64, 3, 1)
-"""Tokens of documents, single ones among them."""
+"""Lengths of documents, some of a single token."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _compare(
     mine = torch.autograd.grad(out, leaves, dout)
     theirs = torch.autograd.grad(wanted, wide, dout.cpu().double())
     for part, one, other in zip("qkv", mine, theirs, strict=True):
-        if not other.norm() < 1e-9 * theirs[2].norm():  # single tokens: scores have no gradient
+        if not other.norm() < 1e-9 * theirs[2].norm():  # in documents of single tokens, scores have no gradient
             found.close(f"{name}, d{part}", one, other, 2 * tolerance)
 
 

@@ -23,7 +23,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Ground:
-    """Where checks run. tiny: with sizes that take a CPU no time; a check of CUDA is then only rehearsed on the CPU."""
+    """Where checks run. tiny: sizes are small enough for a CPU, where a check of CUDA is only rehearsed."""
 
     layout: Layout
     tiny: bool
@@ -51,21 +51,21 @@ class Findings:
     faults: list[str] = field(default_factory=list)
 
     def expect(self, holds: object, words: str) -> None:
-        """Note the fault `words` unless something `holds`."""
+        """Record the fault `words` unless `holds` is true."""
         if not holds:
             self.faults.append(words)
 
     def close(self, name: str, found: Tensor, wanted: Tensor, tolerance: float) -> float:
         """Compare by the norm of the difference, relative to that of `wanted`, in float64; returns it.
 
-        The largest of a check becomes its figure `worst`. 0 as tolerance: equal in every bit but that of a zero's sign.
+        The largest of a check becomes its figure `worst`. Tolerance 0: all bits are equal but a zero's sign.
         """
         found, wanted = (t.detach().to("cpu", torch.float64) for t in (found, wanted))
         if found.shape != wanted.shape:
             self.faults.append(f"{name}: has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
             return float("inf")
         error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30)) if found.numel() else 0.0
-        if not error <= tolerance:  # also where it is no number
+        if not error <= tolerance:  # written so that NaN is a fault, too
             self.faults.append(f"{name}: off by {error:.2e}, {tolerance:.0e} is allowed")
         worst = self.figures.get("worst", {"error": -1.0})
         if not error <= worst["error"]:
@@ -74,7 +74,7 @@ class Findings:
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """Note what is raised inside as a fault of `name` and go on, unless the device is lost by it."""
+        """Record an error raised inside as a fault of `name` and go on, unless the error has lost the device."""
         try:
             yield
         except Skipped:
@@ -87,8 +87,8 @@ class Findings:
 
 @dataclass(frozen=True)
 class Check:
-    """seconds: what it takes on an H200, about. needs_cuda: a run on the CPU is only a rehearsal of it. by_name: which
-    takes long there, so that it must be asked for by its name.
+    """seconds: about what the check takes on an H200. needs_cuda: a run on the CPU is only a rehearsal. by_name: it
+    takes long on the CPU, so it runs there only if its name is given.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Check:
 
 
 def check(seconds: float, *, needs_cuda: bool = False, by_name: bool = False) -> Callable[[Function], Check]:
-    """Make a function a check, called after its room and itself: kernels.rms_norm."""
+    """Make a function a check, named after its room (its file) and itself: kernels.rms_norm."""
 
     def made(function: Function) -> Check:
         """The check."""

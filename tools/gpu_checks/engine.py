@@ -35,7 +35,7 @@ STEPS = 4
 PAGED = {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 512, "vocab_size": 1024}
 """A shape with matrices of 100,000 numbers and more, whose moments are paged."""
 ODD_COSTS = 1.15
-"""Times that a head of odd rows may take as long as one of aligned rows."""
+"""How many times as long a head of odd rows may take as one of aligned rows."""
 
 
 @check(4, needs_cuda=True)

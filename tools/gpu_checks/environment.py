@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "numpy", "bitsandbytes", "fairscale", "pydantic",
             "tokenizers", "sentencepiece", "transformers", "peft")  # fmt: skip
 KNOWN = {"H200": (4.3e12, 790e12), "H100": (2.9e12, 650e12), "A100": (1.7e12, 250e12)}
 """Part of a GPU's name -> bytes/s of a copy and FLOP/s of a bf16 product, as measured on such cards."""
-SHARE = 0.7  # of these, below which something slows the card down
+SHARE = 0.7  # share of these rates; below it, something slows the GPU down
 
 
 @check(1)
@@ -101,7 +101,7 @@ def _compare(ground: Ground, found: Findings, rate: float, which: int, what: str
 
 
 def _version(package: str) -> str | None:
-    """As installed; unpacked folders without metadata are only found."""
+    """The installed version; a folder without metadata is only known to be there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -27,7 +27,7 @@ MOST_WAITS = 8
 MOST_OF_A_BLOCK = 170
 """Kernels of a block, forward and backward; 150 with LoRA by `tools/launches.py`."""
 OFF = 0.2
-"""Share by which that may be wrong: libraries launch more than one kernel for some products."""
+"""Share by which the count may be wrong: libraries launch more than one kernel for some products."""
 
 
 @check(10, needs_cuda=True)

@@ -11,7 +11,7 @@ import torch
 from tools.benchmarking.ideal import copy_bandwidth
 from tools.gpu_checks.check import Ground
 
-_LEAST = 0.01  # seconds that are measured at once
+_LEAST = 0.01  # the shortest time, in seconds, that is measured at once
 
 
 def seconds_of(call: Callable[[], object], ground: Ground, repeats: int = 3) -> float:
@@ -25,10 +25,10 @@ def seconds_of(call: Callable[[], object], ground: Ground, repeats: int = 3) -> 
 
 
 def replayed(call: Callable[[], object], ground: Ground) -> Callable[[], object]:
-    """`call` as a GPU does it by itself, recorded, without the host's part; on a CPU as it is."""
+    """`call` recorded as a CUDA graph, so that the host's time does not count; on a CPU `call` itself."""
     if not ground.cuda:
         return call
-    call()  # compiles
+    call()  # the first call compiles kernels, which cannot be recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

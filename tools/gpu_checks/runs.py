@@ -86,7 +86,7 @@ class Bench:
         file = self.folder / name / "log.jsonl"
         if not file.is_file():
             return {}
-        lines = [line for line in file.read_text().split("\n")[:-1] if line]  # the last may be half written
+        lines = [line for line in file.read_text().split("\n")[:-1] if line]  # the last line may be half written
         return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
 
 
@@ -124,7 +124,7 @@ def stopped_and_resumed(ground: Ground, found: Findings) -> None:
 
     With `--deterministic`, to the last digit.
     """
-    steps = ground.pick(240, 40)  # more than there is time for until the signal has come
+    steps = ground.pick(240, 40)  # more steps than can be taken before the signal arrives
     flags = ("--max_steps", str(steps), "--save_steps", str(steps), *(("--deterministic",) if ground.cuda else ()))
     with _bench(ground) as bench:
         stopped, whole = bench.start("stopped", *flags), bench.start("whole", *flags)

@@ -18,7 +18,7 @@ from tools.gpu_checks.rates import copy_rate, seconds_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
-"""Of products: a rounding of the result, and of what is added to it."""
+"""Tolerance of products: a rounding of the result, and one of what is added to it."""
 OTHER_CODES = 1e-4
 """Share of codes that may differ between packing here and on a CPU: of weights that lie between two codes, and of
 scales beside a mean that was summed in another order."""
@@ -169,7 +169,7 @@ def optimizers(ground: Ground, found: Findings) -> None:
             for name, value in mine.items():
                 start = _numbers(ground, name, 0)
                 moved = theirs[name] - start.double()
-                small = value.numel() < 4096  # which stay in 32 bits
+                small = value.numel() < 4096  # bitsandbytes keeps small moments in 32 bits
                 # bitsandbytes' kernels decay a weight after its step.
                 allowed = 3e-2 if narrow and not small else 1e-4 if kind == "adamw" else 3e-3
                 found.close(f"{kind}, what {name} moved by", value.cpu().double() - start.double(), moved, allowed)

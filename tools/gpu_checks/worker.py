@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 ROOMS = (
     "environment", "kernels", "attention", "storages", "decoding", "families", "engine", "launches", "runs", "speed",
 )  # fmt: skip
-"""The cheapest and the most informative first."""
+"""Files of checks, the cheapest and most informative first."""
 
 
 def main(answers: int, device: str, tiny: bool) -> None:
@@ -35,7 +35,7 @@ def main(answers: int, device: str, tiny: bool) -> None:
         for room in ROOMS:
             try:
                 checks |= {one.name: one for one in import_module(f"tools.gpu_checks.{room}").CHECKS}
-            except Exception as error:  # a package that is missing shall not take the other rooms with it
+            except Exception as error:  # a missing package must not prevent the other rooms' checks
                 broken[f"{room}.import"] = f"{type(error).__name__}: {error}"
         told = [{"name": c.name, "seconds": c.seconds, "by_name": c.by_name} for c in checks.values()]
         ready = _prepared(device, tiny)
