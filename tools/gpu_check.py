@@ -38,7 +38,7 @@ Line = dict[str, Any]
 
 @dataclass
 class Worker:
-    """The process of `tools/gpu_checks/worker.py`. log: of its output. interpreted: whether Triton's kernels are."""
+    """The process of `tools/gpu_checks/worker.py`. log: its output file. interpreted: whether Triton's kernels are."""
 
     device: str
     tiny: bool

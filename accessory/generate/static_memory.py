@@ -80,7 +80,8 @@ class StaticMemory:
         """These rows, by default the first ones, hold documents of `lengths` tokens.
 
         The results of other rows are not used: these rows stay at their first token, as the cache may have no room for
-        more. If `rows` are given, the first rows' caches behind these lengths are cleared: they may hold NaN.
+        more. Without `rows`, the caches behind the longest length are cleared: attention multiplies what lies there by
+        zero, which leaves a NaN a NaN.
         """
         for layer in self.layers if rows is None else ():
             layer.keys[: len(lengths), max(lengths) :] = 0

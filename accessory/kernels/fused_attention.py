@@ -157,7 +157,7 @@ def kept_bytes(
 ) -> int:
     """Bytes that are saved for the backward beside q, k and v themselves: result, statistics, and copies of the three.
 
-    A copied q, k or v counts once: the original is freed.
+    A copy takes the place of its original, which is freed: only the difference in size counts.
     """
     copied, result = _copied(fused, heads, kv_heads, head_dim, dtype), heads * fused.width * fused.dtype.itemsize
     before = head_dim * dtype.itemsize
