@@ -87,7 +87,7 @@ class CudaGraphs:
                 graph, pool=pool, capture_error_mode="thread_local"
             ):  # fmt: skip
                 result = work()
-        except Exception:
+        except Exception:  # whatever ended the recording: the stream is set back, and the error goes on
             _leave_recording(stream)
             raise
         self._last = weakref.ref(graph)

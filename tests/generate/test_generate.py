@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,13 +30,6 @@ from tests.model.families.subject import read_decoder
 needs_kernel = pytest.mark.usefixtures("needs_cpu_kernels")
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
 LENGTH = 15
-
-
-@pytest.fixture(scope="module", autouse=True)
-def layout() -> Iterator[groups.Layout]:
-    """This process alone, on the CPU."""
-    yield groups.start("cpu")
-    groups.stop()
 
 
 @pytest.fixture(scope="module")

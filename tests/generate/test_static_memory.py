@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest.mock import MagicMock
 
 import pytest
@@ -45,13 +45,6 @@ METHODS_BESIDE = {
 STORAGES = ("nf4", "int3_g32", "int8")
 PROMPTS = [[5, 17, 33, 2, 60, 41, 8], [9], [77, 3, 50]]
 LENGTH = 15
-
-
-@pytest.fixture(scope="module", autouse=True)
-def layout() -> Iterator[groups.Layout]:
-    """This process alone, on the CPU."""
-    yield groups.start("cpu")
-    groups.stop()
 
 
 class Recording:
