@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.errors import ConfigError
 from accessory.generate.kept import KeptCache
 from accessory.generate.logits import next_token_logits
-from accessory.generate.prompts import read_prompts
+from accessory.generate.prompts import Embed, read_prompts
 from accessory.generate.static_memory import StaticMemory, is_static
 from accessory.generate.steps import GrowingSteps, StaticSteps
 from accessory.model.choice import Choice, Seen, choose
@@ -34,6 +34,7 @@ def generate_tokens(
     generators: Sequence[torch.Generator | None] = (None,),
     kept: KeptCache | None = None,
     stopped: Callable[[], Collection[int]] | None = None,
+    embed: Embed | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, a step at a time, the next token id of each prompt; None once a prompt has ended.
 
@@ -42,7 +43,7 @@ def generate_tokens(
     All model-parallel ranks must call with the same arguments; they get the same tokens.
     generators: one to draw the whole batch by, or one for each prompt, so that its answer does not depend on others.
     kept: for a single prompt, the cache of the prompts before it. stopped: called before each token, says which prompts
-    end without it; the first rank's answer counts on all.
+    end without it; the first rank's answer counts on all. embed: for prompts with insets, as in `read_prompts`.
     Raises `ConfigError` for a prompt that is empty or leaves no room.
     """
     max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)
@@ -65,7 +66,7 @@ def generate_tokens(
         cache = [layer.documents(0, len(alive)) for layer in memory.layers]
     else:
         cache = decoder.new_cache(len(alive), longest)
-    hidden = read_prompts(decoder, waiting, cache, known)
+    hidden = read_prompts(decoder, waiting, cache, known, embed)
     if kept is not None:
         kept.tokens += prompt[known:]
     lengths = list(map(len, waiting))

@@ -223,6 +223,50 @@ def test_kept_keys_and_values(decoder: Decoder, greedy: list[list[int]]) -> None
         handle.remove()
 
 
+@torch.no_grad()
+def test_insets_in_prompts_equal_transformers(pair, decoder: Decoder) -> None:
+    """In front, behind the first token, at the end, twice, and none; of kept ones only what is not cached is asked for;
+    the penalty knows only tokens.
+    """
+    table, generator = pair[0].get_input_embeddings().weight, torch.Generator().manual_seed(3)
+    insets = {key: torch.randn(rows, 64, generator=generator) * table.std() for key, rows in ((-7, 3), (-8, 20))}
+    prompts = [
+        [5] + [-7] * 3 + [33, 2],
+        [-8] * 20 + [5, 9, 33],
+        [1] + [-7] * 3,
+        [5] + [-7] * 6 + [-8] * 20 + [4],
+        [5, 6],
+    ]
+    asked: list[list[int]] = []
+
+    def embed(keys: list[int]) -> list[torch.Tensor]:
+        asked.append(keys)
+        return [insets[key] for key in keys]
+
+    def theirs(prompt: list[int], penalty: float) -> list[int]:
+        """Token for token."""
+        places = {key: iter(insets[key].repeat(2, 1)) for key in insets}
+        x = torch.stack([next(places[token]) if token < 0 else table[token] for token in prompt])
+        found: list[int] = []
+        while len(found) < LENGTH:
+            logits = pair[0](inputs_embeds=x[None]).logits[0, -1]
+            held = torch.tensor([token for token in {*prompt, *found} if token >= 0])
+            logits[held] = torch.where(logits[held] > 0, logits[held] / penalty, logits[held] * penalty)
+            found.append(int(logits.argmax()))
+            x = torch.cat([x, table[found[-1]][None]])
+        return found
+
+    for penalty in (1.0, 1.7):
+        how = {"choice": Choice(repetition_penalty=penalty), "embed": embed}
+        wanted = [theirs(prompt, penalty) for prompt in prompts]
+        assert collect(decoder, prompts, **how) == wanted and asked.pop() == [-7, -8] and not asked
+        assert collect(decoder, prompts[2:3] * 3, **how) == wanted[2:3] * 3 and asked.pop() == [-7]
+    kept, wanted = KeptCache(), [theirs(prompt, 1.0) for prompt in prompts]
+    for number, keys in ((0, [-7]), (0, None), (3, [-7, -8]), (2, [-7]), (2, [-7]), (4, None)):
+        assert collect(decoder, [prompts[number]], kept=kept, embed=embed) == wanted[number : number + 1], number
+        assert (asked.pop() if asked else None) == keys, number
+
+
 def test_a_tiny_nucleus_is_greedy(decoder: Decoder, greedy: list[list[int]]) -> None:
     """top_p 0 leaves only the likeliest token, at any temperature."""
     assert collect(decoder, PROMPTS, choice=Choice(5.0, top_p=0.0)) == greedy
