@@ -41,6 +41,8 @@ _UNRECORDED = {
 """Of the identity: what runs of earlier versions did without recording it."""
 _FOLLOWED = ("tail", "side_heads")
 """Of the identity's settings: what earlier versions recorded as null where it followed from the base."""
+_UNRECORDED_SETTINGS = {"vision_tuning": False}
+"""Of the identity's settings: what runs of earlier versions did without recording it."""
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
 """The loss scale of an fp16 run at its start, and the smallest."""
 LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
@@ -189,6 +191,7 @@ def _spelled_out(was: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any
     settings, now = was.get("settings"), identity.get("settings")
     if not (isinstance(settings, dict) and isinstance(now, dict)):
         return was
+    settings = {key: value for key, value in _UNRECORDED_SETTINGS.items() if key in now} | settings
     absent = [key for key in _FOLLOWED if key in now and settings.get(key, 0) is None]
     return was | {"settings": settings | {key: now[key] for key in absent}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +50,8 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
     """`llma` is the decoder, as upstream calls it; calling the model gives the summed loss of a packed batch.
 
     prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. system: the
-    system's words that stood before most conversations; None: the layout's own. encoder: a module that makes the
-    embeddings [rows, embedding_dim] of an inset of its name; None where nobody put one there.
+    system's words that stood before most conversations; None: the layout's own. encoder: makes the embeddings
+    [rows, embedding_dim] of each of several contents of insets; None where nobody put one there.
     base_cache: what training takes the base's states from, if anything; only for documents of the corpus it is of.
     teacher: from whom it learns beside the labels, if from anyone.
     """
@@ -64,7 +65,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         system: str | None = None,
     ) -> None:
         super().__init__()
-        self.encoder: nn.Module | None = None
+        self.encoder: Callable[[list[Any]], list[Tensor]] | None = None
         self.base_cache: BaseCache | None = None
         self.teacher: Teacher | None = None
         self._loaded: Loaded | None = None
@@ -118,8 +119,10 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
     def _with_insets(self, batch: PackedBatch) -> Tensor:
         """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""
         embedded, parts, end = self.llma.tok_embeddings(batch.tokens), [], 0
+        named = [inset.content for inset in batch.insets if not isinstance(inset.content, Tensor)]
+        encoded = iter(self.encoder(named) if named else ())
         for inset in batch.insets:
-            rows = inset.content if isinstance(inset.content, Tensor) else self.encoder(inset.content)
+            rows = inset.content if isinstance(inset.content, Tensor) else next(encoded)
             parts += [embedded[end : inset.start], rows.to(embedded.dtype)]
             end = inset.start + inset.rows
         return torch.cat([*parts, embedded[end:]])

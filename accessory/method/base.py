@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
@@ -72,6 +72,8 @@ class Method(ABC):
     """Why what it trained cannot be merged into the base's matrices, biases and norms; None: it can."""
     adapter_fault: ClassVar[str | None] = None
     """Why what it trained cannot be written as a PEFT adapter; None: it can."""
+    vision_fault: ClassVar[str | None] = None
+    """Why it cannot train a model that sees images; None: it can."""
 
     @classmethod
     def storage_fault(cls, quant_type: str) -> str | None:
@@ -148,6 +150,10 @@ class Method(ABC):
 
     def prepare_training(self, decoder: Decoder, attachment: Attachment) -> None:  # noqa: B027 (most need nothing)
         """Add to a decoder it is attached to (on the meta device) what only training needs, and to `attachment`."""
+
+    def trains_of_vision(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether it trains this parameter of those between an image encoder, which is frozen, and the embeddings."""
+        return self.trains_base
 
     def rates(self, decoder: Decoder, lr: float) -> dict[str, float]:
         """Name -> what the learning rate `lr` is multiplied by for it, where that is not 1. A collective.

@@ -56,6 +56,8 @@ class Peft(Method):
         """Blocks whose linears get it, such as "0-7,20" or [0, 1, 20]; absent: all."""
         vocabulary_tuning: bool = False
         """Train embedding and head whole, as tokens added to the vocabulary need."""
+        vision_tuning: bool = False
+        """Train all that lies between an image encoder and the embeddings, not only its biases and norms."""
 
         @field_validator("lora_targets", mode="before")
         @classmethod
@@ -70,7 +72,7 @@ class Peft(Method):
 
         @model_validator(mode="after")
         def _trains_something(self) -> Peft.Settings:
-            others = self.norm_tuning or self.bias_tuning or self.vocabulary_tuning
+            others = self.norm_tuning or self.bias_tuning or self.vocabulary_tuning or self.vision_tuning
             if not (others or (self.lora_rank > 0 and self.lora_targets)):
                 raise ValueError("nothing would be trained: set norm_tuning, bias_tuning, or lora_rank above 0")
             return self
@@ -134,6 +136,11 @@ class Peft(Method):
                 f"--llama_config: 'lora_layers' names {', '.join(map(str, absent[:_SHOWN]))}; the base has "
                 f"{args.n_layers} blocks, 0 to {args.n_layers - 1}."
             )
+
+    def trains_of_vision(self, name: str, parameter: nn.Parameter) -> bool:
+        """Biases, as upstream; norms' weights, which have one dimension, as the settings say; all if they say that."""
+        norm = parameter.dim() == 1 and name.endswith(".weight")
+        return self.settings.vision_tuning or name.endswith(".bias") or (norm and self.settings.norm_tuning)
 
     def attach(self, decoder: Decoder) -> Attachment:
         """Add biases and LoRA factors; train these, norms and the storage's trained parts, as the settings say."""

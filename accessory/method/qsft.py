@@ -68,6 +68,7 @@ class Qsft(Method):
     suffix: ClassVar[str] = "_qsft"
     summary: ClassVar[str] = "the quantized weights themselves, packed as int2_g64, int3_g64, mix2.5 and the like"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"qsft": {}, "qsft_quantized": {"tune": "quantized"}}
+    vision_fault: ClassVar[str] = "it trains matrices of the blocks, and what turns images into rows would stay"
     adapter_fault: ClassVar[str] = "the base's quantized weights were trained, for which PEFT has no place"
 
     @classmethod

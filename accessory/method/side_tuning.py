@@ -62,6 +62,7 @@ class SideTuning(Method):
         return "a side network stands beside the base and changes none of its matrices, so nothing can be added to them"
 
     adapter_fault = merge_fault
+    vision_fault = "no gradient goes through its base, and so none to what turns images into rows"
 
     @property
     def mergeable(self) -> Peft.Settings:

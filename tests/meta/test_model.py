@@ -98,10 +98,12 @@ class Stretched(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+        self.calls: list[int] = []
 
-    def forward(self, name: str) -> torch.Tensor:
-        """[3, D]."""
-        return self.weight * float(name)
+    def forward(self, names: list[str]) -> list[torch.Tensor]:
+        """[3, D] for each name."""
+        self.calls.append(len(names))
+        return [self.weight * float(name) for name in names]
 
 
 def test_insets_stand_in_place_of_their_tokens(checkpoint, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_insets_stand_in_place_of_their_tokens(checkpoint, tmp_path: Path) -> No
         wanted = 0
         for tokens, labels, number, _ in named:
             rows = theirs.get_input_embeddings()(torch.from_numpy(tokens).long())
-            rows = torch.cat([rows[:1], ours.encoder("-2" if number == 2 else "1"), rows[4:]])
+            rows = torch.cat([rows[:1], *ours.encoder(["-2" if number == 2 else "1"]), rows[4:]])
             logits = theirs(inputs_embeds=rows[None]).logits[0]
             wanted = wanted + F.cross_entropy(logits.double(), torch.from_numpy(labels), reduction="sum")
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -131,7 +133,9 @@ def test_insets_stand_in_place_of_their_tokens(checkpoint, tmp_path: Path) -> No
     alone = sum(ours(PackedBatch.pack([document])) for document in documents)
     together = PackedBatch.pack([(*d[:3], (Inset(1, 3, "1" if d[2] < 2 else "-2"),)) for d in documents])
     assert sorted(together.shared) == [0, 1, 6] and len(together.insets) == 2
+    ours.encoder.calls.clear()
     assert ours(together).item() == pytest.approx(alone.item(), rel=1e-5)
+    assert ours.encoder.calls == [2]  # once for the whole batch
 
 
 def test_quantized_model_is_near_the_plain_one(checkpoint, tmp_path: Path) -> None:
