@@ -18,6 +18,7 @@ TIERS = (
     ("blueprint", "config", "generate", "memory", "quantizer"),
     ("checkpoint",),
     ("method",),
+    ("vision",),
     ("model", "optim"),
     ("data", "quant"),
     ("kernels", "tokenizer", "parallel"),

@@ -29,6 +29,13 @@ class LazyTensor(ABC):
         """The tensor whose i-th row is this one's row `rows[i]` (int64)."""
         return SelectedRows(self, rows)
 
+    def transposed(self) -> LazyTensor:
+        """The transpose of a matrix."""
+        return ComputedTensor(self.shape[::-1], self.dtype, self._read_transposed)
+
+    def _read_transposed(self, dim: int | None, start: int, stop: int) -> Tensor:
+        return self.read(None if dim is None else 1 - dim, start, stop).t().contiguous()
+
 
 class HeldTensor(LazyTensor):
     """A tensor `value` that is in memory, or mapped there."""
