@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accessory.data.pictures import Picture
+
 IGNORE = -100
 """Label of a position whose next token is not to be learned."""
 WORTH_SHARING = 10
@@ -21,20 +23,25 @@ copies for the backward: with fewer, these would take more memory than sharing s
 
 @dataclass(frozen=True, eq=False)
 class Inset:
-    """`rows` embeddings in place of as many placeholder tokens without labels, from `start` on of a document or batch.
+    """`rows` embeddings in place of as many placeholder tokens, which are not predicted, from `start` on of a document
+    or batch.
 
-    content: the embeddings [rows, embedding_dim], or the name of what `MetaModel.encoder` makes them of.
+    content: the embeddings [rows, embedding_dim], or the picture, or the name, of what `MetaModel.encoder` makes them.
+    With 0 rows the content belongs to the document, and enters the model otherwise.
     """
 
     start: int
     rows: int
-    content: Tensor | str
+    content: Tensor | Picture | str
 
     @cached_property
     def key(self) -> int:
         """A negative number, equal for two insets only if their contents are."""
         held = self.content
-        data = held.encode() if isinstance(held, str) else held.detach().cpu().contiguous().view(torch.uint8).numpy()
+        if isinstance(held, Tensor):
+            data = held.detach().cpu().contiguous().view(torch.uint8).numpy()
+        else:
+            data = held.encode() if isinstance(held, str) else held.digest
         digest = hashlib.blake2b(data, digest_size=7, salt=self.rows.to_bytes(8)).digest()
         return -1 - int.from_bytes(digest)
 

@@ -20,6 +20,7 @@ from accessory.data.finding import DATA_DIR
 from accessory.data.layouts import DocumentReader, Layouts, Trained
 from accessory.data.meta_config import DataEntry, load_data_config
 from accessory.data.omissions import Omissions, Origin
+from accessory.data.pictures import CROPPED, PicturePlace
 from accessory.data.reading import identity_of
 from accessory.data.records import some
 from accessory.data.shapes import known_shapes
@@ -164,6 +165,8 @@ def build_corpus(
     max_skipped: float = 1.0,
     clock: datetime | None = None,
     trained: Trained | None = None,
+    pictures: PicturePlace | None = None,
+    image_transform: str = CROPPED,
 ) -> Corpus:
     """Read, template and tokenize everything `data_config` names, documents cut at `max_words` tokens.
 
@@ -172,6 +175,7 @@ def build_corpus(
     mask_history: learn only the last answer of a conversation. train_on_source: learn questions, too.
     Chat templates that print the time print `clock` (absent: now), which is then part of the fingerprint.
     trained: what a model was trained on that is to be asked; questions are then laid out as in its training.
+    pictures: where the model takes the image of a record; None: it sees none, and records with images are skipped.
     With `cache_dir` the result is kept there under its fingerprint and mapped by later calls, from any process.
     Raises `DataError` if a file is broken, not one record can be used, or more than the share `max_skipped` cannot;
     `TokenizerError` if an entry asks for a chat template and the tokenizer has none that can be learned from.

@@ -1,0 +1,175 @@
+"""Opens image files that anybody may have made: JPEG, PNG, WebP and GIF, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from accessory.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+_MOST_BYTES, _MOST_SIDE, _MOST_PIXELS = 1 << 27, 65_535, 50_000_000  # of a file, and of its image
+_LARGE = 10_000_000  # pixels from which images are decoded one at a time, however many threads there are
+_one_large = Lock()
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+_ORIENTATION = 0x0112  # in EXIF
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+"""EXIF's orientation -> what makes the image upright."""
+
+
+class ImageFault(Exception):
+    """Why an image cannot be used, equal for images of the same fault; it ends a sentence that begins "its image"."""
+
+
+@cache
+def image_library() -> ModuleType:
+    """`PIL.Image`. Raises `ConfigError` where Pillow is missing."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("images are read by Pillow, which is missing: pip install -e '.[vision]'.") from error
+    # It would warn of images that are larger than what is read here anyway.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    return Image
+
+
+def check_image(file: Path | bytes) -> None:
+    """Raise `ImageFault` for what is no image, or none that is read here. Raises `ConfigError` without Pillow.
+
+    The header is read, and the last bytes. Pixels are only read where the file does not end as its format does, which
+    tells one whose copying broke off.
+    """
+    with _opened(file) as (image, stream), _naming_faults():
+        if image.format != "PNG":  # of a PNG this would read the pixels
+            _orientation(image)
+        if not _ends_well(image.format, stream):
+            image.load()
+
+
+def read_image(file: Path | bytes) -> Image:
+    """The upright image in RGB. What is transparent becomes opaque, in the colour it has in the file.
+
+    Raises `ImageFault`; `ConfigError` without Pillow.
+    """
+    with _opened(file) as (image, _), _naming_faults(), _turn_of(image):
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        image = _rgb(image)
+        return image.transpose(image_library().Transpose[turn]) if turn else image
+
+
+def _turn_of(image: Image) -> AbstractContextManager[object]:
+    return _one_large if image.width * image.height > _LARGE else nullcontext()
+
+
+@contextmanager
+def _opened(file: Path | bytes) -> Iterator[tuple[Image, BinaryIO]]:
+    """The image, of which only the header is read, and its stream."""
+    library = image_library()
+    with _stream(file) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        if size == 0:
+            raise ImageFault("is an empty file")
+        if size > _MOST_BYTES:
+            raise ImageFault(f"is a file of more than {_MOST_BYTES >> 20} MiB")
+        try:
+            with _naming_faults():
+                image = library.open(stream, formats=_FORMATS)
+        except (library.UnidentifiedImageError, library.DecompressionBombError) as error:
+            known = isinstance(error, library.DecompressionBombError)
+            raise ImageFault(_TOO_LARGE if known else "is no JPEG, PNG, WebP or GIF") from error
+        _check_size(image)
+        yield image, stream
+
+
+_TOO_LARGE = f"has more than {_MOST_PIXELS // 1_000_000} million pixels"
+
+
+def _check_size(image: Image) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageFault("has no pixels")
+    if max(width, height) > _MOST_SIDE:
+        raise ImageFault(f"is longer than {_MOST_SIDE:,} pixels")
+    if width * height > _MOST_PIXELS:
+        raise ImageFault(_TOO_LARGE)
+    with _naming_faults():
+        # A camera's JPEG may hold previews behind its image, which Pillow calls frames.
+        if image.format not in ("JPEG", "MPO") and getattr(image, "is_animated", False):
+            raise ImageFault("is animated, expected one picture")
+
+
+def _stream(file: Path | bytes) -> BinaryIO:
+    """The bytes of a regular file, or of what is in memory already; never waits for a pipe."""
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ImageFault("is a directory" if file.is_dir() else "is no regular file")
+        return open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except FileNotFoundError as error:
+        raise ImageFault("is not there") from error
+    except OSError as error:
+        raise ImageFault(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a zero byte, or half a surrogate pair, in its name
+        raise ImageFault("has a name that no file can have") from error
+
+
+@contextmanager
+def _naming_faults() -> Iterator[None]:
+    """Turns whatever Pillow raises for a damaged file into an `ImageFault`."""
+    try:
+        yield
+    except (ImageFault, MemoryError):
+        raise
+    except Exception as error:  # its readers raise OSError, SyntaxError, struct.error, IndexError, KeyError, ...
+        library = image_library()
+        if isinstance(error, library.UnidentifiedImageError | library.DecompressionBombError):
+            raise
+        # Without numbers, so that images of the same fault are counted together.
+        said = " ".join(re.sub(r"\(.*|\d+", "", str(error)).split()) or type(error).__name__
+        raise ImageFault("breaks off" if "truncated" in said else f"is damaged ({said[:60]})") from error
+
+
+def _ends_well(kind: str, stream: BinaryIO) -> bool:
+    """Whether a file's last bytes are those of its format."""
+    place = stream.tell()
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0 if kind == "WEBP" else max(size - len(_ENDS[kind]), 0))
+    found = stream.read(12)
+    stream.seek(place)
+    if kind == "WEBP":  # a RIFF, which begins with its length
+        return int.from_bytes(found[4:8], "little") + 8 <= size
+    return found == _ENDS[kind]
+
+
+def _orientation(image: Image) -> int:
+    return image.getexif().get(_ORIENTATION, 1)
+
+
+def _rgb(image: Image) -> Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut at 255 instead of scaling them
+        grey = np.asarray(image).astype(np.int64).clip(0, 65_535) >> 8
+        image = image_library().fromarray(grey.astype(np.uint8))
+    if image.mode == "P":  # a palette with transparency is warned of unless it goes by RGBA
+        image = image.convert("RGBA")
+    return image.convert("RGB")
