@@ -3,7 +3,7 @@
 # documents a step of up to 512 + 512 tokens, 1,875 steps (about 3 epochs), of which the warm-up takes 3 %.
 # One process on one GPU; on N GPUs that share the model: NPROC=N and --model_parallel_size N.
 USAGE="usage: bash qst-70b.sh BASE [PARAMS_JSON|- [TOKENIZER|-]] [further flags of main_finetune.py]"
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/finetune/finetune.sh"
 METHOD_CONFIG="$ROOT/configs/model/finetune/sg/llamaQst.json"
 NPROC="${NPROC:-1}"
 finetune "qst-70b" \

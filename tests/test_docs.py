@@ -33,6 +33,7 @@ from demos.terminal import printable
 from tests.checkpoint.trained import write_trained_side
 from tests.conftest import DATA, ROOT, run_python
 from tests.eval.published import write_published
+from tests.exps.upstream import differences_table
 from tests.flags_table import flags_table, settings_table
 from tests.model.families.matrix import FAMILIES_TABLE
 from tests.runs import SUPPORT
@@ -149,6 +150,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "side-settings": lambda _: settings_table(SideSettings),
     "published": published_table,
     "shapes": shapes_table,
+    "scripts": lambda _: differences_table(),
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
     **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512")},

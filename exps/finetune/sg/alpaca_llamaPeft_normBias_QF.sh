@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# NormBias fine-tuning of a 4-bit (NF4) LLaMA on Alpaca: 4 epochs, 8 processes x 4 documents x 2 micro-batches = 64 documents a step.
+# NormBias fine-tuning of a 4-bit (NF4) LLaMA on Alpaca.
+# 4 epochs, 8 processes x 4 documents x 2 micro-batches = 64 documents a step.
 USAGE="usage: bash alpaca_llamaPeft_normBias_QF.sh BASE [PARAMS_JSON|- [TOKENIZER|-]] [further flags of main_finetune.py]"
-source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 finetune "finetune/sg/alpaca_llamaPeft_normBias_QF" \
     --llama_type llama_peft --data_config "$ROOT/configs/data/finetune/sg/alpaca.yaml" \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Full fine-tuning of a LLaMA on ShareGPT's conversations: 3 epochs, 8 processes x 4 documents x 8 micro-batches = 256 documents a step.
+# Full fine-tuning of a LLaMA on ShareGPT's conversations.
+# 3 epochs, 8 processes x 4 documents x 8 micro-batches = 256 documents a step.
 USAGE="usage: bash dialog_sharegpt.sh BASE [PARAMS_JSON|- [TOKENIZER|-]] [further flags of main_finetune.py]"
-source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 finetune "finetune/sg/dialog_sharegpt" \
     --llama_type llama --data_config "$ROOT/configs/data/finetune/sg/dialog_sharegpt.yaml" --dialog \

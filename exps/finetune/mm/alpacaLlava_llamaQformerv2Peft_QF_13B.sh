@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# NormBiasLoRA fine-tuning of a 4-bit (NF4) 13B LLaMA with a Q-Former on GPT-4's Alpaca and LLaVA's questions.
+# 3 epochs, 8 processes x 16 documents = 128 documents a step.
+USAGE="usage: bash alpacaLlava_llamaQformerv2Peft_QF_13B.sh BASE [PARAMS_JSON|- [TOKENIZER|-]] [further flags of main_finetune.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
+METHOD_CONFIG="$ROOT/configs/model/finetune/sg/llamaPeft_normBiasLora.json"
+finetune "finetune/mm/alpacaLlava_llamaQformerv2Peft_QF_13B" \
+    --llama_type llama_qformerv2_peft --data_config "$ROOT/configs/data/finetune/mm/alpaca_llava.yaml" \
+    --epochs 3 --warmup_epochs 0.2 --batch_size 16 --accum_iter 1 --num_workers 16 --max_words 512 \
+    --lr 0.00005 --min_lr 0.000005 --clip_grad 2 --weight_decay 0.02 \
+    --data_parallel sdp --model_parallel_size 1 --checkpointing --quant --only_save_trainable \
+    "${FLAGS[@]}"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Full fine-tuning of a 34B Code LLaMA, cut over 4 processes, on evolved instructions for code.
+# 3 epochs, 2 groups of 4 x 2 documents x 64 micro-batches = 256 documents a step for each 8 GPUs.
+USAGE="usage: bash dialog_wizardCode_34B.sh BASE [PARAMS_JSON|- [TOKENIZER|-]] [further flags of main_finetune.py]"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
+
+finetune "finetune/sg/dialog_wizardCode_34B" \
+    --llama_type llama --data_config "$ROOT/configs/data/finetune/sg/dialog_wizardCode.yaml" --dialog \
+    --epochs 3 --warmup_epochs 0.04 --batch_size 2 --accum_iter 64 --num_workers 4 --max_words 4096 \
+    --lr 0.00002 --min_lr 0 --clip_grad 2 --weight_decay 0 \
+    --data_parallel sdp --model_parallel_size 4 --checkpointing --no_visual \
+    "${FLAGS[@]}"
