@@ -12,14 +12,17 @@ import weakref
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
+from accessory.data.pictures import Picture
 from accessory.data.templates import CHAT, DIALOG, PROMPT_LAYOUTS, conversation_prompt
 from accessory.errors import ConfigError, check_known
 from accessory.generate import KeptCache
 from accessory.meta import MetaModel, Prompt, Sampling
+from accessory.meta.images import TRANSFORM, Image
 
 _FREE = 4  # a history that is too long is cut until one part in so many is free, so that the next turns need no cut
 _NUMBERS = itertools.count()
@@ -44,17 +47,21 @@ class Turn:
 
 
 class Request(NamedTuple):
-    """What all ranks need to compute an answer. conversation: number of the one it belongs to; gone: of those over."""
+    """What all ranks need to compute an answer. conversation: number of the one it belongs to; gone: of those over.
+
+    picture: whose rows stand in `ids`.
+    """
 
     conversation: int
     ids: list[int]
     stop_ids: frozenset[int]
     how: Sampling
     gone: tuple[int, ...]
+    picture: Picture | None = None
 
 
 class Conversation:
-    """Questions to one model that remember what was said before.
+    """Questions to one model that remember what was said before, perhaps about an image.
 
     The layout of the prompt is the one that the model was trained on; of a base, its chat template, or the layout
     `dialog` where it has none. In `chat` and `dialog` the model sees earlier turns. All other layouts are of single
@@ -64,17 +71,29 @@ class Conversation:
     was computed before is computed, whatever undo, retry, other system words or the template have changed. Answers are
     those that the same turns give from scratch.
 
-    history: the turns, oldest first; may be replaced by turns of an earlier conversation. prompt_layout: how questions
-    are laid out. note: what the user should know of the last question, such as turns that were left out; else empty.
+    An image stands where the prompt of a single question has it: before all turns, whichever of them are left out.
+
+    picture: what all turns are about, see `look_at`. image_file: the path it was given as, if any. history: the turns,
+    oldest first; may be replaced by turns of an earlier conversation. prompt_layout: how questions are laid out. note:
+    what the user should know of the last question, such as turns that were left out; else empty.
 
     One answer at a time: a model that several conversations share must not be asked by two threads at once.
     """
 
-    def __init__(self, model: MetaModel, system: str | None = None, *, prompt_layout: str | None = None) -> None:
+    def __init__(
+        self,
+        model: MetaModel,
+        system: str | None = None,
+        *,
+        prompt_layout: str | None = None,
+        image: Image | None = None,
+        image_transform: str = TRANSFORM,
+    ) -> None:
         """system: words before the first turn; absent: as in training. prompt_layout: one of `PROMPT_LAYOUTS`.
 
-        Raises `ConfigError` for a layout we do not have, and for system words where it has no place for them;
-        `TokenizerError` for `chat` without a chat template, or with one that leaves out system words.
+        image, image_transform: as in `look_at`, which says what they raise. Raises `ConfigError` for a layout we do not
+        have, and for system words where it has no place for them; `TokenizerError` for `chat` without a chat template,
+        or with one that leaves out system words.
         """
         trained = model.prompt_layouts[0] if model.prompt_layouts else None
         own = CHAT if model.tokenizer.chat_template is not None else DIALOG
@@ -82,10 +101,8 @@ class Conversation:
         check_known("prompt layout", self.prompt_layout, PROMPT_LAYOUTS)
         if self.prompt_layout == CHAT:
             _ = model.chat  # says what is missing before anybody asks
-        self.history: list[Turn] = []
-        self.note = ""
         self._model, self._answering, self._stopping = model, threading.Lock(), False
-        self._begin_anew()
+        self.look_at(image, image_transform)
         self.system = model.system if system is None and self.remembers else system
 
     @property
@@ -118,14 +135,26 @@ class Conversation:
         return self._said(self.history)
 
     @property
-    def records(self) -> list[dict[str, list[dict[str, str]]]]:
+    def records(self) -> list[dict[str, Any]]:
         """The same as records to train on: one, or one of each turn where questions are asked alone.
 
-        Questions without an answer are left out.
+        Questions without an answer are left out. `image` is the path of the picture, if it was given as one.
         """
         turns = [turn for turn in self.history if turn.answer.strip()]
         together = [turns] if self.remembers else [[turn] for turn in turns]
-        return [{"messages": self._said(part)} for part in together if part]
+        image = {} if self.image_file is None else {"image": str(self.image_file)}
+        return [image | {"messages": self._said(part)} for part in together if part]
+
+    def look_at(self, image: Image | None, image_transform: str = TRANSFORM) -> None:
+        """Begin a new conversation, about this image, or about none.
+
+        image, image_transform: as `MetaModel.picture` takes them, and what it raises: what was said then stays.
+        """
+        self._check_idle()
+        picture = self._model.picture(image, image_transform)
+        self.image_file = Path(image) if isinstance(image, str | Path) else None
+        self.history, self.note, self.picture = [], "", picture
+        self._begin_anew()
 
     def ask(self, question: str, **sampling: Any) -> Generator[str, None, None]:
         """The answer so far, each time it grows; the turn is in `history` from the first step on.
@@ -155,7 +184,7 @@ class Conversation:
         return question
 
     def clear(self) -> None:
-        """Forget all turns, and what was computed of them; the system's words stay."""
+        """Forget all turns, and what was computed of them; the system's words and the picture stay."""
         self._check_idle()
         self.history, self.note = [], ""
         self._begin_anew()
@@ -183,7 +212,7 @@ class Conversation:
         how = how.model_copy(update={"seed": how.seed + turn.attempt})
         prompt, ids = self._fitting(turn, self.history[:place], how)
         gone = tuple(_GONE.pop() for _ in range(len(_GONE)))  # others may be added meanwhile
-        request = Request(self._number, ids, self._model.stop_ids([prompt]), how, gone)
+        request = Request(self._number, ids, self._model.stop_ids([prompt]), how, gone, self.picture)
         with self._answering:
             _send(request)
             self.history[place:] = [turn]
@@ -239,7 +268,7 @@ class Conversation:
         if self.remembers:
             seen = [(old.question, old.answer) for old in earlier[turn.first :]]
             asked = conversation_prompt(seen, turn.question, self.prompt_layout, self.system)
-        return asked, self._model.whole_prompt_tokens(asked)
+        return asked, self._model.whole_prompt_tokens(asked, self.picture)
 
     def _said(self, turns: list[Turn]) -> list[dict[str, str]]:
         said = [] if self.system is None else [("system", self.system)]
@@ -284,7 +313,8 @@ def dismiss() -> None:
 def _steps(
     model: MetaModel, request: Request, kept: KeptCache, stopped: Callable[[], Collection[int]] | None = None
 ) -> Iterator[list[int | None]]:
-    return model.steps([request.ids], request.stop_ids, request.how, kept=kept, stopped=stopped)
+    pictures = [request.picture]
+    return model.steps([request.ids], request.stop_ids, request.how, kept=kept, stopped=stopped, pictures=pictures)
 
 
 def _send(request: Request | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -83,6 +84,12 @@ class Picture:
         square = torch.from_numpy(self._square.result() if self._square else self._read())
         values = square.permute(2, 0, 1).to(torch.float32).div(255)
         return values.sub(torch.tensor(MEAN)[:, None, None]).div(torch.tensor(STD)[:, None, None])
+
+    def reduced(self) -> Picture:
+        """A picture of the same pixels, held as a PNG of them: small, and read once. Raises as `pixels` does."""
+        held = io.BytesIO()
+        image_library().fromarray(self._square.result() if self._square else self._read()).save(held, "PNG")
+        return Picture(held.getvalue(), "padded_resize", self.size, where=self.where)
 
     def _read(self) -> np.ndarray:
         """The square as uint8 [size, size, 3]."""

@@ -81,9 +81,3 @@ def precision_of(dtype: str | torch.dtype) -> str:
     if name is None:
         raise ConfigError(f"dtype {dtype!r} is unknown.{nearest(spelled, DTYPES)} Known: {', '.join(DTYPES)}.")
     return name
-
-
-def no_images(images: object) -> None:
-    """Raise `ConfigError` for images."""
-    if images is not None:
-        raise ConfigError(f"images is {images!r:.80}: there is no vision part yet; leave it out.")

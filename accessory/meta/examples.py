@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from accessory.data.batch import IGNORE, Document, Inset, PackedBatch
+from accessory.data.pictures import Picture
 from accessory.errors import DataError
-from accessory.meta.arguments import no_images
+from accessory.generate import next_token_logits
+from accessory.meta.images import TRANSFORM, Image
 
 Example = str | Sequence[int] | Tensor
 """A text, or the ids of its tokens."""
@@ -20,29 +24,55 @@ class Examples:
 
     @torch.no_grad()
     def compute_logits(
-        self, examples: Example | Sequence[Example], images: None = None, *, bos: bool = True, eos: bool = False
+        self,
+        examples: Example | Sequence[Example],
+        images: Image | Sequence[Image | None] | None = None,
+        *,
+        image_transform: str = TRANSFORM,
+        bos: bool = True,
+        eos: bool = False,
     ) -> Tensor | list[Tensor]:
         """Logits [S, V] of an example, or those of a list of them, fp32 on the model's device.
 
-        images: there is no vision part yet; only None is taken. bos, eos: whether a text gets the tokenizer's start ids
-        and its end; a list of ids is taken as it is. Raises `DataError` for an example without tokens, or with ids
-        beyond the vocabulary, and `ConfigError` for images.
+        images, image_transform: as in `generate`; S counts tokens only, and each row is what the token behind it is
+        predicted from. bos, eos: whether a text gets the tokenizer's start ids and its end; a list of ids is taken as
+        it is. Raises `DataError` for an example without tokens, or with ids beyond the vocabulary, and what `picture`
+        raises.
         """
-        no_images(images)
         many = examples if _is_list_of_examples(examples) else [examples]
+        pictures = self._pictures(images, len(many), image_transform)
         ids = [self._example_ids(example, place, bos, eos) for place, example in enumerate(many)]
-        lengths, device = tuple(map(len, ids)), self.llma.frequencies.device
-        tokens = torch.tensor([token for part in ids for token in part], device=device)
-        logits = list(self.logits(tokens, lengths).split(lengths)) if ids else []
+        if any(picture is not None for picture in pictures):
+            logits = self._logits_with_pictures(ids, pictures)
+        else:
+            lengths, device = tuple(map(len, ids)), self.llma.frequencies.device
+            tokens = torch.tensor([token for part in ids for token in part], device=device)
+            logits = list(self.logits(tokens, lengths).split(lengths)) if ids else []
         return logits if many is examples else logits[0]
+
+    def _logits_with_pictures(self, ids: list[list[int]], pictures: list[Picture | None]) -> list[Tensor]:
+        place, documents, kept, begin = self.vision.place, [], [], 0
+        for number, (tokens, picture) in enumerate(zip(ids, pictures, strict=True)):
+            start, rows = (0, 0) if picture is None else (place.start(tokens, self.tokenizer.start_ids), place.rows)
+            whole = np.array([*tokens[:start], *[0] * rows, *tokens[start:]], dtype=np.int64)
+            insets = () if picture is None else (Inset(start, rows, picture),)
+            documents.append(Document(whole, np.full(len(whole), IGNORE), number, insets))
+            # The token behind the image is predicted from the image's last row.
+            before = [at - 1 + rows * (at >= start) for at in range(1, len(tokens))]
+            kept.append(torch.tensor([*before, len(whole) - 1]) + begin)
+            begin += len(whole)
+        device = self.llma.frequencies.device
+        hidden = self.hidden(PackedBatch.pack(documents, share=False).to(device))
+        return list(next_token_logits(self.llma, hidden[torch.cat(kept).to(device)]).split(list(map(len, ids))))
 
     @torch.no_grad()
     def evaluate_examples(
         self,
         examples: Example | Sequence[Example],
         contexts: Example | Sequence[Example] | None = None,
-        images: None = None,
+        images: Image | Sequence[Image | None] | None = None,
         *,
+        image_transform: str = TRANSFORM,
         bos: bool = True,
         eos: bool = False,
     ) -> dict[str, Any]:
@@ -50,17 +80,17 @@ class Examples:
 
         log_likelihood: sum of log p. ppl: perplexity. max_equal: whether each token was the likeliest. Each counts the
         tokens behind the context, or all but the first. non_context_logits: what these were predicted from [S, V].
-        images, bos, eos: as in `compute_logits`. Raises `DataError` where an example does not begin with the tokens of
-        its context, or nothing follows them.
+        images, image_transform, bos, eos: as in `compute_logits`. Raises `DataError` where an example does not begin
+        with the tokens of its context, or nothing follows them.
         """
-        no_images(images)
+        how = {"image_transform": image_transform, "bos": bos, "eos": eos}
         if not _is_list_of_examples(examples):
-            alone = self.evaluate_examples([examples], contexts if contexts is None else [contexts], bos=bos, eos=eos)
+            alone = self.evaluate_examples([examples], contexts if contexts is None else [contexts], images, **how)
             return {name: values[0] for name, values in alone.items()}
         if contexts is not None and (not _is_list_of_examples(contexts) or len(contexts) != len(examples)):
             raise DataError(f"contexts is {contexts!r:.80}; expected one for each of the {len(examples)} examples.")
         found: dict[str, list[Any]] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
-        for place, logits in enumerate(self.compute_logits(examples, bos=bos, eos=eos)):
+        for place, logits in enumerate(self.compute_logits(examples, images, **how)):
             ids = self._example_ids(examples[place], place, bos, eos)
             known = 1
             if contexts is not None:

@@ -10,8 +10,8 @@ from accessory.errors import ConfigError
 from accessory.meta.arguments import checked, keyword_hint
 
 _UPSTREAM_SAMPLING = {
-    "images": ": there is no vision part yet; leave it out.",
-    "image": ": there is no vision part yet; leave it out.",
+    "images": ": a conversation is given one image, as Conversation(..., image=).",
+    "image": ": a conversation is given one image, as Conversation(..., image=).",
     "return_logits": ": compute_logits(prompt)[-1] gives them.",
 }
 """What LLaMA2-Accessory's `generate` and `stream_generate` take beside ours, and what to write instead."""

@@ -16,13 +16,13 @@ from accessory.errors import ConfigError
 
 TOKENIZER = "tokenizer"
 """The request for the tokenizer's files."""
-_TENSOR, _DIALOG = "//tensor", "//dialog"
-"""Keys of the objects that stand for a tensor, and for a prompt in the dialog layout."""
+_TENSOR, _BYTES, _DIALOG = "//tensor", "//bytes", "//dialog"
+"""Keys of the objects that stand for a tensor, for bytes, and for a prompt in the dialog layout."""
 _LENGTH_BYTES = 8
 
 
 def pack(value: Any) -> bytes:
-    """Texts, numbers, None, lists and mappings of such, tensors and prompts; paths, dtypes and devices become texts.
+    """Texts, numbers, None, lists and mappings of them, tensors, bytes and prompts; paths, dtypes, devices become text.
 
     Raises `ConfigError` for any other value.
     """
@@ -37,9 +37,11 @@ def unpack(message: bytes) -> Any:
     tensors = load(message[end:])
 
     def made(entry: dict[str, Any]) -> Any:
-        """The tensor or prompt that a JSON object stands for; another object as it is."""
+        """The tensor, bytes or prompt that a JSON object stands for; another object as it is."""
         if _TENSOR in entry:
             return tensors[entry[_TENSOR]]
+        if _BYTES in entry:
+            return tensors[entry[_BYTES]].numpy().tobytes()
         return DialogPrompt(tuple(entry[_DIALOG])) if _DIALOG in entry else entry
 
     return json.loads(message[_LENGTH_BYTES:end], object_hook=made)
@@ -51,6 +53,9 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach().cpu().contiguous()
         return {_TENSOR: str(len(tensors) - 1)}
+    if isinstance(value, bytes):
+        tensors[str(len(tensors))] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        return {_BYTES: str(len(tensors) - 1)}
     if isinstance(value, DialogPrompt):
         return {_DIALOG: list(value.pieces)}
     if isinstance(value, Path | torch.dtype | torch.device):
@@ -61,5 +66,5 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_plain(part, tensors) for part in value]
     raise ConfigError(
         f"{value!r:.80} cannot be handed to the processes of a MultiGpuWrapper; expected texts, numbers, "
-        "lists, mappings or tensors."
+        "bytes, lists, mappings or tensors."
     )

@@ -16,13 +16,14 @@ from typing import Any
 from accessory import errors
 from accessory.errors import AccessoryError, ConfigError, LostRankError
 from accessory.meta import Prompt
-from accessory.meta.arguments import no_images
+from accessory.meta.images import Image, encoded
 from accessory.multi_gpu.messages import TOKENIZER, pack, unpack
 from accessory.tokenizer import Tokenizer, open_tokenizer
 
 _HOST = "127.0.0.1"
 _GRACE = 10.0  # seconds that a process may take to end, or to fail as another one did
 _STREAM_IS_OPEN = "A stream of stream_generate() is open: read it to its end, or close() it, before anything is asked."
+Images = Image | Sequence[Image | None] | None
 
 
 class MultiGpuWrapper:
@@ -73,21 +74,19 @@ class MultiGpuWrapper:
             self.close()
             raise
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], images: None = None, **sampling: Any) -> str | list[str]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], images: Images = None, **how: Any) -> str | list[str]:
         """See `MetaModel.generate`."""
-        no_images(images)
-        return self._call("generate", prompts, **sampling)
+        return self._call("generate", prompts, _sent(images), **how)
 
-    def answers(self, prompt: Prompt, count: int, **sampling: Any) -> list[str]:
+    def answers(self, prompt: Prompt, count: int, image: Image | None = None, **how: Any) -> list[str]:
         """See `MetaModel.answers`."""
-        return self._call("answers", prompt, count, **sampling)
+        return self._call("answers", prompt, count, _sent(image), **how)
 
-    def stream_generate(self, prompt: Prompt, image: None = None, **sampling: Any) -> Generator[str, None, None]:
+    def stream_generate(self, prompt: Prompt, image: Image | None = None, **how: Any) -> Generator[str, None, None]:
         """See `MetaModel.stream_generate`. Until the stream is read to its end or closed, nothing else can be asked."""
-        no_images(image)
         if self._streaming:
             raise ConfigError(_STREAM_IS_OPEN)
-        kind, piece = self._ask(pack(["stream_generate", [prompt], sampling]))
+        kind, piece = self._ask(pack(["stream_generate", [prompt, _sent(image)], how]))
         self._streaming = True
         try:
             while kind == "part":
@@ -100,17 +99,15 @@ class MultiGpuWrapper:
         finally:
             self._streaming = False
 
-    def compute_logits(self, examples: Any, images: None = None, **options: Any) -> Any:
+    def compute_logits(self, examples: Any, images: Images = None, **options: Any) -> Any:
         """See `MetaModel.compute_logits`."""
-        no_images(images)
-        return self._call("compute_logits", examples, **options)
+        return self._call("compute_logits", examples, _sent(images), **options)
 
     def evaluate_examples(
-        self, examples: Any, contexts: Any = None, images: None = None, **options: Any
+        self, examples: Any, contexts: Any = None, images: Images = None, **options: Any
     ) -> dict[str, Any]:
         """See `MetaModel.evaluate_examples`."""
-        no_images(images)
-        return self._call("evaluate_examples", examples, contexts, **options)
+        return self._call("evaluate_examples", examples, contexts, _sent(images), **options)
 
     def question(self, question: str, context: str = "", **how: Any) -> Prompt:
         """See `MetaModel.question`."""
@@ -208,6 +205,13 @@ class MultiGpuWrapper:
         for process in self._processes:
             process.kill()
         self.close()
+
+
+def _sent(images: Images) -> Path | bytes | list | None:
+    """Images as they are handed to the processes. Raises `ConfigError` for what is none."""
+    if isinstance(images, list | tuple):
+        return [_sent(image) for image in images]
+    return None if images is None else encoded(images)
 
 
 def _places(gpus: int | None, gpu_ids: Sequence[int] | None) -> list[int]:
