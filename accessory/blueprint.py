@@ -16,6 +16,7 @@ from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import STRATEGY_FILE, Source, read_json, settings_read_by
 from accessory.checkpoint.strategy import storages_of_mix
+from accessory.checkpoint.vision_part import vision_among
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.foreign_names import unknown
 from accessory.method import METHODS, QUANT_TARGETS, Attachment, Method, setting_names
@@ -26,6 +27,7 @@ from accessory.model.linear import Linear
 from accessory.parallel.groups import Layout
 from accessory.quant import MIXES, STORAGES, PackedWeight, storage
 from accessory.tokenizer import StatedTokenizer, Tokenizer, holds_tokenizer, open_tokenizer
+from accessory.vision import VISIONS, Vision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _FAMILY_OF = (
@@ -42,6 +44,13 @@ _THEIR_KEYS = {
     for their in theirs.split("|")
 }
 """Key of Hugging Face's config.json -> ours."""
+_SEEING = ("llama",)
+"""Families whose models may see images."""
+_UNNAMED = "clip"
+"""The image encoder of models whose --llama_type names none."""
+_OF_ENCODERS = {name: storage(name) for name in ("nf4", "nf4_single", "fp4", "fp4_single", "int8")}
+"""Storages that an image encoder has, too, where the blocks have them. With others it has nf4: codes in groups are
+chosen by data or trained, and whole numbers of activations are rounded, which its wide ones do not stand."""
 SLACK_ROWS = 1024  # embedding rows beyond the tokenizer's, or tokens beyond the embedding's, that may belong together
 
 
@@ -51,7 +60,7 @@ class Blueprint:
 
     plain: linears that stay plain in a base which is packed already; storages: linear -> how it is packed, of those for
     which `quant_type` does not say so. notes: lines for the log. quant_targets: as the flag; empty: all linears of the
-    blocks are packed.
+    blocks are packed. vision: what turns images into rows; None: it reads tokens alone.
     """
 
     llama_type: str
@@ -65,6 +74,7 @@ class Blueprint:
     storages: Mapping[str, type[PackedWeight]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     quant_targets: tuple[str, ...] = ()
+    vision: Vision | None = None
 
     def build(self, layout: Layout, data_parallel: str = "sdp") -> tuple[Decoder, Attachment]:
         """The decoder on the meta device, this rank's share of it, with the method attached.
@@ -87,9 +97,21 @@ class Blueprint:
         # A fully trained model that is only asked needs no fp32 masters: it is a base like any other.
         attach = self.train or not self.method.trains_base
         attachment = self.method.attach(decoder) if attach else Attachment()
+        if self.vision:
+            self._attach_vision(self.vision, decoder, attachment, attach)
         if self.train:
             self.method.prepare_training(decoder, attachment)
         return decoder, attachment
+
+    def _attach_vision(self, vision: Vision, decoder: Decoder, attachment: Attachment, trains: bool) -> None:
+        """Add the encoder, frozen, and what is behind it, of which the method trains some, in fp32."""
+        kind = _OF_ENCODERS.get(self.quant_type, storage("nf4")) if self.quant_type else None
+        for name, start in vision.attach(decoder, self.dtype, kind).items():
+            parameter = decoder.get_parameter(name)
+            if trains and self.method.trains_of_vision(name, parameter):
+                parameter.data = parameter.data.float()
+                attachment.trainable.add(name)
+                attachment.initial[name] = start
 
     def _untargeted(self, decoder: Decoder) -> set[str]:
         """Names of the linears that `quant_targets` leaves plain. Raises `ConfigError` where it leaves all so."""
@@ -115,7 +137,8 @@ class Blueprint:
 
     def settings(self) -> dict[str, Any]:
         """Model and method settings in one, as a checkpoint's `config.json` holds them."""
-        return {**self.args.model_dump(), **self.method.settings.model_dump()}
+        vision = {self.vision.key: self.vision.settings.model_dump()} if self.vision else {}
+        return {**self.args.model_dump(), **self.method.settings.model_dump(), **vision}
 
 
 def make_blueprint(
@@ -130,6 +153,7 @@ def make_blueprint(
     quant: bool = False,
     quant_targets: Sequence[str] = (),
     new_tokens: Sequence[str] = (),
+    no_visual: bool = False,
     flag_settings: Mapping[str, tuple[str, Any]] = MappingProxyType({}),
     opener: Callable[[Path], StatedTokenizer] = open_tokenizer,
 ) -> Blueprint:
@@ -137,14 +161,15 @@ def make_blueprint(
 
     llama_config: files of settings, or settings themselves. quant: keep the base packed; quant_type: in which format,
     nf4 where neither it nor a packed base says; quant_targets: of which linears, as the flag, or as a run recorded it.
-    new_tokens: tokens to add to the vocabulary. flag_settings: the method's settings that flags state, key -> (flag,
-    value). opener: reads the tokenizer at a path.
+    new_tokens: tokens to add to the vocabulary. no_visual: whether an image encoder is left out. flag_settings: the
+    method's settings that flags state, key -> (flag, value). opener: reads the tokenizer at a path.
 
     Raises `ConfigError` for unknown types, unknown keys, and combinations that cannot work, `TokenizerError` for a
     missing or foreign tokenizer.
     """
     llama_type = llama_type or next((s.llama_type for s in reversed(sources) if s.llama_type), "llama")
-    family, method_class = _named(llama_type)
+    family, named, method_class = _named(llama_type)
+    vision = None if no_visual else _vision(sources, llama_type, family, named, method_class)
     packed = packed_linears(sources, quant_type)
     quant_type = _storage(sources, quant, quant_type, packed, method_class)
     if quant_type and train and (fault := method_class.storage_fault(quant_type)):
@@ -164,7 +189,7 @@ def make_blueprint(
     packed = packed or (storages_of_mix(sources, quant_type) if quant_type in MIXES else {})
     aimed = _quant_targets(sources, quant_targets)
     return Blueprint(
-        llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, packed, note, aimed
+        llama_type, args, method, quant_type, DTYPES[precision], tokenizer, train, plain, packed, note, aimed, vision
     )
 
 
@@ -250,13 +275,42 @@ def plain_linears(sources: list[Source]) -> frozenset[str]:
     return frozenset(name.removesuffix(".weight") for name, t in matrices.items() if not isinstance(t, PackedTensor))
 
 
-def _named(llama_type: str) -> tuple[str, type[Method]]:
-    """The family and method that a value of `--llama_type` names. Raises `ConfigError` for an unknown one."""
-    known = {family + method.suffix: (family, method) for family in FAMILIES for method in METHODS.values()}
+def _named(llama_type: str) -> tuple[str, str, type[Method]]:
+    """The family, the image encoder or nothing, and the method that a value of `--llama_type` names.
+
+    Raises `ConfigError` for an unknown one.
+    """
+    known = {family + method.suffix: (family, "", method) for family in FAMILIES for method in METHODS.values()}
+    encoders = [name for name in VISIONS if name != _UNNAMED]
+    known |= {f"{family}_{name}{method.suffix}": (family, name, method)
+              for family in _SEEING for name in encoders for method in _seeing_methods()}  # fmt: skip
     if llama_type not in known:
         hint = _family_hint(llama_type) or nearest(llama_type, known)
         raise ConfigError(f"--llama_type {llama_type!r} is not supported.{hint} Known: {', '.join(known)}.")
     return known[llama_type]
+
+
+def _seeing_methods() -> list[type[Method]]:
+    """Those that train models which see images."""
+    return [method for method in METHODS.values() if not isinstance(method.vision_fault, str)]
+
+
+def _vision(sources: list[Source], llama_type: str, family: str, named: str, method: type[Method]) -> Vision | None:
+    """The image encoder that the sources have, which may need `named` in --llama_type. Raises `AccessoryError`s."""
+    vision = vision_among(sources, named, llama_type)
+    if vision is None:
+        return None
+    found, encoder = f"--llama_type {llama_type} with an image encoder", "" if vision.name == _UNNAMED else vision.name
+    if fault := method.vision_fault:
+        raise ConfigError(f"{found}: {fault}; leave it out with --no_visual.")
+    if family not in _SEEING:
+        raise ConfigError(f"{found}: models of {', '.join(_SEEING)} alone see images; leave it out with --no_visual.")
+    if named != encoder:
+        fitting = f"{family}_{encoder}{method.suffix}" if encoder else f"{family}{method.suffix}"
+        raise ConfigError(
+            f"{found}, which is {vision.name}: give --llama_type {fitting}, or leave it out with --no_visual."
+        )
+    return vision
 
 
 def _family_hint(llama_type: str) -> str:
@@ -269,7 +323,12 @@ def _family_hint(llama_type: str) -> str:
         return ""
     name = max(beginnings, key=len)
     rest = model.removeprefix(name).lstrip("0123456789._b")
-    if rest and name in FAMILIES:  # such as llama_adapter, llama_qformerv2_peft
+    if rest == _UNNAMED:
+        return " CLIP is not named there: give its directory with --vision_path."
+    if seeing := [f"{seen}_{encoder}{known.suffix}" for encoder in VISIONS if encoder in rest
+                  for seen in _SEEING for known in _seeing_methods()]:  # fmt: skip
+        return f" Images go with {', '.join(seeing)}."
+    if rest and name in FAMILIES:  # such as llama_ens_peft
         there_is = "; ".join(f"{known.summary} ({name}{known.suffix})" for known in METHODS.values())
         return f" There is no {rest!r} yet, only {there_is}."
     family = _FAMILY_OF[name]
@@ -362,13 +421,15 @@ def _unknown_key(key: str, known: set[str]) -> str:
 def _unread(source: Source) -> tuple[str, ...]:
     """A note on the keys of a checkpoint's own settings that are unknown here; empty if there are none."""
     known = set(ModelArgs.model_fields) | setting_names()
+    known |= {vision.key for vision in VISIONS.values()}
     unread = sorted((source.settings or {}).keys() - known)
     return (f"not used of its settings, as unknown here: {', '.join(unread)}",) if unread else ()
 
 
 def tokenizer_place(sources: list[Source]) -> Path | None:
     """Where the tokenizer of a model lies: with the last source that has one; None where none has."""
-    return next((s.path for s in reversed(sources) if s.format == "GGUF" or holds_tokenizer(s.path)), None)
+    places = (source for source in reversed(sources) if not source.is_vision)
+    return next((s.path for s in places if s.format == "GGUF" or holds_tokenizer(s.path)), None)
 
 
 def _tokenizer(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from accessory.blueprint import Blueprint, make_blueprint
 from accessory.checkpoint.load import fill, resolve, targets
@@ -234,6 +235,7 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
         precision=config.precision,
         train=True,
         new_tokens=config.new_tokens,
+        no_visual=config.no_visual,
         flag_settings=config.flag_settings,
     )
     if blueprint.quant_type and not config.only_save_trainable:
@@ -241,6 +243,13 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
             f"The base is packed as {blueprint.quant_type}, which is never written with the trained part: give "
             "--only_save_trainable."
         )
+    if blueprint.vision and config.teacher:
+        raise ConfigError(
+            "--teacher with an image encoder: a teacher is given tokens alone, and would not see the images. Leave out "
+            "--teacher, or the images with --no_visual."
+        )
+    if config.cache_features and blueprint.vision is None:
+        raise ConfigError(f"--cache_features {config.cache_features}: the model has no image encoder; leave it out.")
     if config.drops_out and blueprint.method.keeps_base:
         raise ConfigError(
             "--embed_dropout and --attn_dropout drop what a base computes; with --llama_type "
@@ -258,8 +267,14 @@ def _fill(job: Job, decoder: Decoder, attachment: Attachment) -> MetaModel:
     together(fill, decoder, tensors, attachment, layout, data_parallel, config.seed)
     layouts = tuple(job.corpus.documents_by_prompt_layout())
     model = MetaModel(decoder, blueprint.tokenizer, config.max_words, layouts, job.corpus.told.system)
-    data_parallel.shard_root(model, also=("token_scores", "generate"))
+    model.see(blueprint.vision, divides=layout.mp_size > 1, threads=config.num_workers)
+    data_parallel.shard_root(model, also=("token_scores", "generate"), whole=_encoder_parameters(blueprint, decoder))
     return model
+
+
+def _encoder_parameters(blueprint: Blueprint, decoder: Decoder) -> set[nn.Parameter]:
+    """Of an image encoder, which is frozen: it lies whole on each rank, and not all may have a picture at a time."""
+    return set(getattr(decoder, blueprint.vision.encoder).parameters()) if blueprint.vision else set()
 
 
 def _reporter(config: FinetuneConfig, layout: Layout, total_steps: int, first_step: int) -> Reporter:

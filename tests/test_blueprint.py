@@ -198,7 +198,7 @@ def test_unknown_type(tiny_base: Path) -> None:
     assert str(caught.value) == (
         "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, llama_qst, "
         "llama_qsft, opt, opt_peft, opt_qst, opt_qsft, bloom, bloom_peft, bloom_qst, bloom_qsft, neox, neox_peft, "
-        "neox_qst, neox_qsft, glm, glm_peft, glm_qst, glm_qsft."
+        "neox_qst, neox_qsft, glm, glm_peft, glm_qst, glm_qsft, llama_qformerv2, llama_qformerv2_peft."
     )
 
 
@@ -207,7 +207,10 @@ def test_unknown_type(tiny_base: Path) -> None:
     ("Qwen2.5-7B_lora", "Use --llama_type llama_peft: qwen2 is of the family llama."),
     ("gpt_neox", "Use --llama_type neox: gpt_neox is of the family neox."),
     ("chatglm_qlora", "Use --llama_type glm_peft: chatglm is of the family glm."),
-    ("llama_qformerv2_peft", "There is no 'qformerv2' yet, only all weights (llama); norms, biases and LoRA"),
+    ("llama_ens_peft", "There is no 'ens' yet, only all weights (llama); norms, biases and LoRA"),
+    ("opt_qformerv2_peft", "Images go with llama_qformerv2, llama_qformerv2_peft."),
+    ("llama_qformerv2_qst", "Images go with llama_qformerv2, llama_qformerv2_peft."),
+    ("llama_clip_peft", "CLIP is not named there: give its directory with --vision_path."),
     ("falcon_peft", "is not supported. Known: llama, "),
 ])  # fmt: skip
 def test_type_of_another_name(tiny_base: Path, asked: str, said: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from accessory.checkpoint.formats import gguf_file, hugging_face, llama2c, own, peft_adapter, qst, torch_shards
 from accessory.checkpoint.run_checkpoints import checkpoints_in
 from accessory.checkpoint.source import Source, present, read_json
+from accessory.checkpoint.vision_part import is_vision_type, with_vision
 from accessory.errors import CheckpointError, hub_hint, is_there
 from accessory.tokenizer.sniff import what_is
 
@@ -25,7 +26,10 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
     base: the one before it, which says what names and shapes of other software's trained parts mean. Raises
     `CheckpointError` saying what was found and what is known.
     """
-    path = Path(path)
+    return with_vision(_open(Path(path), base))
+
+
+def _open(path: Path, base: Source | None) -> Source:
     if not is_there(path):
         raise CheckpointError(f"{path}: no such checkpoint.{hub_hint(path)} Expected {KNOWN_FORMATS}.")
     if path.is_file():
@@ -34,7 +38,10 @@ def open_source(path: str | Path, base: Source | None = None) -> Source:
         return opened
     if (path / peft_adapter.CONFIG_FILE).is_file():
         return peft_adapter.open_adapter(path, base)
-    if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
+    model_type = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
+    if is_vision_type(model_type):
+        return hugging_face.open_encoder(path)
+    if model_type is not None:
         return hugging_face.open_hugging_face(path)
     if opened := own.open_own(path):
         return opened

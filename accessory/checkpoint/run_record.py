@@ -11,6 +11,7 @@ from typing import Any
 
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
+from accessory.checkpoint.vision_part import VISION_FORMAT, encoder_in, set_encoder, without_vision
 from accessory.errors import CheckpointError, is_there
 
 RUN_FILE = "run.json"
@@ -54,17 +55,32 @@ def began_at(resumed: Source) -> datetime:
         raise CheckpointError(f"{resumed.path / RUN_FILE}: 'started' is {started!r}; expected an ISO time.") from error
 
 
-def with_base(paths: list[str | Path]) -> list[Source]:
+def with_base(paths: list[str | Path], vision_path: str | Path | None = None, no_visual: bool = False) -> list[Source]:
     """Open `paths`; where they hold only a trained part, put the base it was trained on in front, from its run.json.
 
+    vision_path: a directory of an image encoder, in the place of that which the run had; no_visual: leave out any.
     Raises `CheckpointError` if the base is unknown, gone, or no longer the one the part was trained on, or if one of
     `paths` would replace a part before it that it was not trained on.
     """
+    sources = _with_base(paths)
+    if no_visual:
+        return without_vision(sources)
+    if vision_path:
+        return set_encoder(sources, _encoder(Path(vision_path)))
+    return _with_recorded_encoder(sources)
+
+
+def _with_base(paths: list[str | Path]) -> list[Source]:
     sources: list[Source] = []
     for path in paths:
         sources.append(open_source(path, sources[0] if sources else None))
     _check_order(sources)
     first = sources[0]
+    if first.is_vision:
+        raise CheckpointError(
+            f"{first.path}: holds an image encoder alone; give it with --vision_path, and the model with "
+            "--pretrained_path."
+        )
     if not first.is_delta:
         return sources
     if first.base:
@@ -78,6 +94,24 @@ def with_base(paths: list[str | Path]) -> list[Source]:
     for entry in first.run["base"]:
         recorded.append(_recorded_base(first.path, entry, recorded[0] if recorded else None))
     return recorded + sources
+
+
+def _encoder(path: Path) -> Source:
+    source = open_source(path)
+    if not source.is_vision:
+        raise CheckpointError(
+            f"--vision_path {path}: found {source.format}; expected a Hugging Face directory of BLIP-2 or CLIP."
+        )
+    return source
+
+
+def _with_recorded_encoder(sources: list[Source]) -> list[Source]:
+    """`sources`, with the image encoder that the last part was trained beside where none of them holds one."""
+    part = next((source for source in reversed(sources) if source.run), None)
+    if part is None or any(map(encoder_in, sources)):
+        return sources
+    recorded = next((entry for entry in part.run["base"] if entry["format"] == VISION_FORMAT), None)
+    return set_encoder(sources, _recorded_base(part.path, recorded, None)) if recorded else sources
 
 
 def beside(base: list[Source], paths: list[Path]) -> list[Source]:

@@ -20,6 +20,7 @@ from accessory.model.args import ModelArgs
 from accessory.quant import PackedWeight
 from accessory.tokenizer.sniff import what_is
 from accessory.tokenizer.special import read_object
+from accessory.vision import Vision
 
 STRATEGY_FILE = "quant_strategy.json"
 """In a directory: how many bits each linear of a mix has (see `accessory.checkpoint.strategy`)."""
@@ -34,7 +35,8 @@ class Source:
     llama_type: family and method, where its files say so. is_delta: whether it is only the trained part of a model.
     is_difference: whether its tensors are added to those before them. run: its run.json. prompt_layouts, system: how
     questions were laid out in training, and the system's words before most of them, as its files say. base: the base
-    that its files name, where they have no run.json.
+    that its files name, where they have no run.json. vision: the image encoder that its files describe. is_vision:
+    whether it is that alone, which is a part.
     """
 
     path: Path
@@ -50,6 +52,8 @@ class Source:
     system: str | None = None
     base: Path | None = None
     notes: tuple[str, ...] = ()
+    vision: Vision | None = None
+    is_vision: bool = False
 
     @property
     def rotary_layout(self) -> str:

@@ -36,7 +36,7 @@ CHANGEABLE = frozenset((
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
 _UNRECORDED = {
     "lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0, "group_by_length": False,
-    "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0, "teacher": None,
+    "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0, "teacher": None, "images": None,
 }  # fmt: skip
 """Of the identity: what runs of earlier versions did without recording it."""
 _FOLLOWED = ("tail", "side_heads")

@@ -199,10 +199,14 @@ class FinetuneConfig(BaseModel):
     """Copy batches to the GPU from pinned memory."""
     dist_on_itp: bool = False
     """Take rank and world size from OpenMPI's variables."""
+    vision_path: Path | None = None
+    """A Hugging Face directory of BLIP-2 or CLIP, for the image encoder; absent: the checkpoint's own, if any."""
     no_visual: bool = False
-    """Needless: there is no vision part yet. Accepted for upstream's scripts."""
+    """Leave out the image encoder that the checkpoint has, and the images of records."""
     image_transform: Literal["random_resized_crop", "resized_center_crop", "padded_resize"] = "random_resized_crop"
-    """Needless: there is no vision part yet. Accepted for upstream's scripts."""
+    """How an image becomes a square: a random part of it, another in each epoch, its centre, or all of it."""
+    cache_features: Path | None = None
+    """Keep what the image encoder makes of each image in this directory, for later epochs and runs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -240,6 +244,7 @@ class FinetuneConfig(BaseModel):
         if self.cache_base and self.cache_base == self.output_dir:
             found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
         found += self._evaluation_faults()
+        found += self._vision_faults()
         found += [f"--{name} without --teacher changes nothing: give both, or neither."
                   for name in _OF_TEACHER
                   if not self.teacher and getattr(self, name) != type(self).model_fields[name].default]  # fmt: skip
@@ -249,6 +254,7 @@ class FinetuneConfig(BaseModel):
             tokenizer_path=[self.tokenizer_path],
             teacher=[] if self.teaches_base else self.teacher,
             resume=[None if self.resumes_latest else self.resume],
+            vision_path=[self.vision_path],
         )
         for flag, given in (("data_config", self.data_config), ("val_data", self.val_data)):
             found += missing_data(flag, given, self.data_dir)
@@ -265,6 +271,19 @@ class FinetuneConfig(BaseModel):
         if self.bits and self.quant_type and storage(self.quant_type).bits not in packed:
             return [f"--bits {self.bits} contradicts --quant_type {self.quant_type}: leave one out."]
         return []
+
+    def _vision_faults(self) -> list[str]:
+        found = [f"--{name} {value} contradicts --no_visual: leave one out."
+                 for name in ("vision_path", "cache_features")
+                 if self.no_visual and (value := getattr(self, name))]  # fmt: skip
+        if self.cache_features and self.image_transform == "random_resized_crop":
+            found.append(
+                f"--cache_features {self.cache_features} with --image_transform random_resized_crop: each epoch has "
+                "other crops, so nothing would be used again. Give resized_center_crop or padded_resize."
+            )
+        if self.cache_features and self.cache_features in (self.output_dir, self.cache_base):
+            found.append(f"--cache_features {self.cache_features} is another flag's, too: give a directory of its own.")
+        return found
 
     @property
     def drops_out(self) -> bool:

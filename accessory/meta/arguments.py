@@ -19,7 +19,6 @@ Settings = Paths | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
 """Of `llama_config`: files, settings themselves, or both, of which the last one that states a key counts."""
 _UPSTREAMS = {
     "mp_group": ": layout=groups.start(model_parallel_size=N), of accessory.parallel, cuts the model over ranks.",
-    "with_visual": ": there is no vision part yet; leave it out.",
 }
 """What LLaMA2-Accessory's `from_pretrained` takes beside ours, and what to write instead."""
 _Arguments = TypeVar("_Arguments", bound=BaseModel)

@@ -12,6 +12,7 @@ from accessory.checkpoint.exchange import hand_on
 from accessory.checkpoint.load import fill, resolve
 from accessory.checkpoint.run_record import beside, trained_prompt_layouts, trained_system
 from accessory.checkpoint.source import Source
+from accessory.checkpoint.vision_part import without_vision
 from accessory.errors import ConfigError
 from accessory.model.decoder import Decoder
 from accessory.parallel.agree import together
@@ -70,9 +71,11 @@ def exchanged(
     loaded: how `decoder` was. The new one takes over the base's weights, which are not read again. All model-parallel
     ranks must call it. Raises `AccessoryError`s for what does not belong to the base; `decoder` is then what it was.
     """
-    sources = base = [source for source in loaded.sources if not (source.is_delta or source.is_difference)]
+    wholes = (source for source in loaded.sources if not (source.is_delta or source.is_difference))
+    sources = base = [*wholes, *(source for source in loaded.sources if source.is_vision)]
     if paths:
         sources = together(beside, base, paths)
+        sources = without_vision(sources) if loaded.how["no_visual"] else sources
     together(_check_storage, sources, loaded)
     named = {"llama_type": llama_type, "llama_config": llama_config}
     kept = {"quant_type": loaded.blueprint.quant_type, "opener": partial(_reopened, loaded), **loaded.how}

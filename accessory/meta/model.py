@@ -35,6 +35,8 @@ from accessory.parallel import groups
 from accessory.parallel.agree import together
 from accessory.parallel.groups import Layout
 from accessory.tokenizer import Tokenizer
+from accessory.vision import Vision
+from accessory.vision.encoder import PictureEncoder
 
 
 class Score(NamedTuple):
@@ -51,7 +53,8 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
 
     prompt_layouts: those that training data was in, the one with most documents first; empty where unknown. system: the
     system's words that stood before most conversations; None: the layout's own. encoder: makes the embeddings
-    [rows, embedding_dim] of each of several contents of insets; None where nobody put one there.
+    [rows, embedding_dim] of each of several contents of insets; None where nobody put one there. vision: the part that
+    sees pictures, if the model has one (`see`).
     base_cache: what training takes the base's states from, if anything; only for documents of the corpus it is of.
     teacher: from whom it learns beside the labels, if from anyone.
     """
@@ -66,6 +69,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
     ) -> None:
         super().__init__()
         self.encoder: Callable[[list[Any]], list[Tensor]] | None = None
+        self.vision: Vision | None = None
         self.base_cache: BaseCache | None = None
         self.teacher: Teacher | None = None
         self._loaded: Loaded | None = None
@@ -82,6 +86,16 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         self.llma, self.tokenizer, self.prompt_layouts, self.system = llma, tokenizer, prompt_layouts, system
         self.max_seq_len = min(max_seq_len, llma.args.longest_document or max_seq_len)
         self.__dict__.pop("chat", None)  # that of another tokenizer
+
+    def see(self, vision: Vision | None, **how: Any) -> None:
+        """Have batches' pictures turned into rows by `vision`, which is on the decoder, in place; None: by nobody.
+
+        how: as for `PictureEncoder`.
+        """
+        self.vision = vision
+        self.encoder = PictureEncoder(vision, self.llma, **how) if vision else None
+        if vision:
+            vision.place_buffers(self.llma, self.llma.frequencies.device)
 
     def forward(self, batch: PackedBatch, hits: Tensor | None = None, entropy: Tensor | None = None) -> Tensor:
         """Sum over the batch's supervised tokens of -log p(label), fp32 scalar; estimated where a method draws some.
@@ -110,7 +124,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's output for each packed token [T, embedding_dim], which the head multiplies."""
-        inputs = self._with_insets(batch) if batch.insets else batch.tokens
+        inputs = self._with_insets(batch) if batch.insets or self.vision else batch.tokens
         return self.llma(inputs, self._sequences(batch))
 
     def _sequences(self, batch: PackedBatch) -> Sequences:
@@ -119,13 +133,16 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
     def _with_insets(self, batch: PackedBatch) -> Tensor:
         """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""
         embedded, parts, end = self.llma.tok_embeddings(batch.tokens), [], 0
-        named = [inset.content for inset in batch.insets if not isinstance(inset.content, Tensor)]
+        insets = [inset for inset in batch.insets if inset.rows]  # others enter elsewhere
+        named = [inset.content for inset in insets if not isinstance(inset.content, Tensor)]
         encoded = iter(self.encoder(named) if named else ())
-        for inset in batch.insets:
+        for inset in insets:
             rows = inset.content if isinstance(inset.content, Tensor) else next(encoded)
             parts += [embedded[end : inset.start], rows.to(embedded.dtype)]
             end = inset.start + inset.rows
-        return torch.cat([*parts, embedded[end:]])
+        # Where no document has a picture, what is trained behind the encoder takes part all the same.
+        absent = self.encoder.no_rows() if self.vision and not named else []
+        return torch.cat([*parts, embedded[end:], *absent])
 
     def token_scores(self, batch: PackedBatch, taught: bool = False) -> TokenScores:
         """log p of each supervised token, and whether it was the likeliest, in packed order; no gradient.
@@ -172,6 +189,8 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
         dtype: str | torch.dtype = "bf16",
+        vision_path: str | Path | None = None,
+        with_visual: bool | None = None,
         quant: bool | None = None,
         quant_type: str | None = None,
         device: str | torch.device = "auto",
@@ -186,7 +205,8 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         one. llama_config: files, or settings such as {"lora_rank": 16}. quant: None follows the training run. device:
         auto (CUDA where there is any), cpu, cuda or cuda:N. layout: from `groups.start`, with its device; absent, one
         process is assumed. train: load it for training instead, for a loop of one's own; what llama_type trains and no
-        checkpoint holds, such as LoRA, starts as `seed` says. others: with_visual and mp_group of upstream, unset.
+        checkpoint holds, such as LoRA, starts as `seed` says. vision_path: a directory of the image encoder, where the
+        checkpoints do not hold it or say where it is; with_visual: False leaves it out. others: mp_group of upstream.
         Raises `AccessoryError`s.
         """
         refuse(others, inspect.signature(MetaModel.from_pretrained).parameters)
@@ -205,10 +225,11 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         layout = layout or groups.start(str(device))
         if train and layout.mp_size > 1:
             raise ParallelError("train=True takes a model whole on its rank; finetune() trains one that is cut.")
-        sources = together(with_base, paths)
+        sources = together(with_base, paths, vision_path, with_visual is False)
         recorded = next((s.run["quantization"] for s in reversed(sources) if s.run), None)
         packed = bool(recorded or quant_type) if quant is None else quant
         how = {"tokenizer_path": given.tokenizer_path, "quant": packed, "precision": precision, "train": train}
+        how |= {"no_visual": with_visual is False}
         wanted = (quant_type or recorded) if packed else None
         named = {"llama_type": llama_type, "llama_config": as_settings(llama_config)}
         blueprint = together(make_blueprint, sources, quant_type=wanted, **named, **how)
@@ -219,6 +240,7 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
             )
         decoder, trained = filled(blueprint, sources, layout, seed=seed if train else None)
         model = MetaModel(decoder, blueprint.tokenizer, given.max_seq_len, *trained_prompts(sources)).train(train)
+        model.see(blueprint.vision, divides=layout.mp_size > 1)
         stated = quant is not None or quant_type is not None
         model._loaded = Loaded(sources, blueprint, layout, given.max_seq_len, how, stated, trained)
         return model
@@ -240,9 +262,12 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         decoder, self._loaded = exchanged(loaded, self.llma, paths, llama_type, as_settings(llama_config))
         sources, blueprint = self._loaded.sources, self._loaded.blueprint
         self._hold(decoder, blueprint.tokenizer, loaded.max_seq_len, *trained_prompts(sources))
+        self.see(blueprint.vision, divides=loaded.layout.mp_size > 1)
 
 
 def load_for_inference(blueprint: Blueprint, sources: list[Source], layout: Layout, max_seq_len: int) -> MetaModel:
     """Build and fill a model without gradients."""
     decoder, _ = filled(blueprint, sources, layout)
-    return MetaModel(decoder, blueprint.tokenizer, max_seq_len, *trained_prompts(sources)).eval()
+    model = MetaModel(decoder, blueprint.tokenizer, max_seq_len, *trained_prompts(sources)).eval()
+    model.see(blueprint.vision, divides=layout.mp_size > 1)
+    return model

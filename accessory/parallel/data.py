@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Set
 
 import torch
 import torch.distributed as dist
@@ -32,16 +33,17 @@ class DataParallel:
         if self.active and self.per_block:
             self._shard(block)
 
-    def shard_root(self, model: nn.Module, also: tuple[str, ...] = ()) -> None:
+    def shard_root(self, model: nn.Module, also: tuple[str, ...] = (), whole: Set[nn.Parameter] = frozenset()) -> None:
         """Shard what lies outside the blocks, and set how gradients are reduced: summed, never averaged.
 
-        also: methods beside `forward` that may be called on the sharded model, by all ranks.
+        also: methods beside `forward` that may be called on the sharded model, by all ranks. whole: frozen parameters
+        that are not sharded.
         """
         if not self.active:
             return
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-        self._shard(model)
+        self._shard(model, whole)
         for name in also:
             register_fsdp_forward_method(model, name)
         for module in model.modules():
@@ -49,12 +51,14 @@ class DataParallel:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def _shard(self, module: nn.Module) -> None:
+    def _shard(self, module: nn.Module, whole: Set[nn.Parameter] = frozenset()) -> None:
         from torch.distributed.fsdp import fully_shard  # takes half a second, for which a single process has no use
 
-        frozen = {p for p in module.parameters() if not p.requires_grad} if self.mode == "sdp" else None
+        frozen = {p for p in module.parameters() if not p.requires_grad} if self.mode == "sdp" else set(whole) or None
         try:
-            fully_shard(module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen)
+            fully_shard(
+                module, mesh=self.mesh, reshard_after_forward=self.mode == "fsdp", ignored_params=frozen or None
+            )
         except RuntimeError as error:
             if "floating point dtype can require gradients" not in str(error):
                 raise

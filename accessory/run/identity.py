@@ -32,7 +32,7 @@ _FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
 """Flag -> the flag from which its value follows if it is not given."""
 _PLACES = (
     "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
-    "cache_base", "teacher",
+    "cache_base", "teacher", "vision_path", "cache_features",
 )  # fmt: skip
 """Flags that may differ from node to node: what lies there is compared instead."""
 _ORDER = frozenset(("data", "val_split", "seed", "global_batch", "group_by_length"))
@@ -84,6 +84,7 @@ class Job:
             "quantization": self.blueprint.quant_type,
             "optim": self.config.optim,
             "teacher": self.teacher and self.teacher.identity,
+            "images": self.config.image_transform if self.blueprint.vision else None,
             **{name: getattr(self.config, name) for name in _SCHEDULE},
         }
 

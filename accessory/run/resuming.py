@@ -10,6 +10,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.run_checkpoints import checkpoints_in, latest_checkpoint, remove
 from accessory.checkpoint.run_record import began_at, with_base
 from accessory.checkpoint.source import Source
+from accessory.checkpoint.vision_part import without_vision
 from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.launcher import restart_count
@@ -43,7 +44,9 @@ def find_start(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
 
 def open_sources(config: FinetuneConfig) -> list[Source]:
     """What `--pretrained_path` names, behind its base, then what is resumed. Raises `CheckpointError`."""
-    return with_base(list(config.pretrained_path)) + ([open_source(config.resume)] if config.resume else [])
+    base = with_base(list(config.pretrained_path), config.vision_path, config.no_visual)
+    resumed = [open_source(config.resume)] if config.resume else []
+    return base + (without_vision(resumed) if config.no_visual else resumed)
 
 
 def run_began(config: FinetuneConfig, sources: list[Source]) -> datetime:

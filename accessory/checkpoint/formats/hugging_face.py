@@ -10,6 +10,7 @@ from accessory.checkpoint.lazy import HeldTensor, LazyTensor, PackedTensor, Unpa
 from accessory.checkpoint.merge import base_has_bias
 from accessory.checkpoint.naming import ours_from_theirs
 from accessory.checkpoint.source import Source, first_file, open_safetensors, present, read_json, settings_read_by
+from accessory.checkpoint.vision_part import vision_source
 from accessory.errors import CheckpointError, is_file
 from accessory.model.args import ModelArgs
 from accessory.model.families import architecture_of
@@ -28,6 +29,12 @@ def open_hugging_face(path: Path) -> Source:
     described = read_config(config, file)
     files = _weight_files(path)
     return source_of(path, config, described, open_weight_files(files), files)
+
+
+def open_encoder(path: Path) -> Source:
+    """Open a directory whose config.json names the model type of an image encoder. Raises `CheckpointError`."""
+    files = _weight_files(path)
+    return vision_source(path, read_json(path / "config.json"), open_weight_files(files), files)
 
 
 def read_config(config: Config, file: Path) -> tuple[Architecture, ModelArgs]:

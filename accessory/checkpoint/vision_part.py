@@ -1,0 +1,87 @@
+"""The image encoder among checkpoints: a Hugging Face directory of one alone, or part of a whole model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accessory.checkpoint.lazy import LazyTensor
+from accessory.checkpoint.source import Source
+from accessory.errors import CheckpointError
+from accessory.vision import VISIONS, Vision, vision_of_directory
+
+VISION_FORMAT = "Hugging Face (image encoder)"
+"""The format of an opened directory that holds an encoder alone."""
+
+
+def is_vision_type(model_type: object) -> bool:
+    """Whether Hugging Face directories of this `model_type` are opened as an image encoder."""
+    return any(model_type in kind.model_types for kind in VISIONS.values())
+
+
+def vision_source(path: Path, config: Mapping[str, Any], theirs: dict[str, LazyTensor], files: list[Path]) -> Source:
+    """The encoder in a Hugging Face directory, from its config.json and its tensors. Raises `CheckpointError`."""
+    vision = vision_of_directory(config, str(path / "config.json"))
+    tensors = vision.from_directory(theirs)
+    return Source(path, VISION_FORMAT, files, tensors, is_delta=True, is_vision=True, vision=vision)
+
+
+def with_vision(source: Source) -> Source:
+    """`source` with what it holds of an image encoder by our names, and the architecture that its settings state.
+
+    Raises `CheckpointError` for settings that cannot be.
+    """
+    held = next((kind for kind in VISIONS.values() if any(map(kind.owns, source.tensors))), None)
+    stated = next((kind for kind in VISIONS.values() if kind.key in (source.settings or {})), None)
+    if source.is_vision or not (held or stated):
+        return source
+    vision, tensors = None, source.tensors
+    if held:
+        rest = {name: tensor for name, tensor in tensors.items() if not held.owns(name)}
+        tensors = rest | held.from_checkpoint(tensors)
+    if stated:
+        vision = stated.of_settings(source.settings[stated.key], str(source.path / "config.json"))
+    return replace(source, tensors=tensors, vision=vision)
+
+
+def encoder_in(source: Source) -> type[Vision] | None:
+    """The kind of image encoder whose weights it holds; None: it holds none."""
+    for kind in VISIONS.values():
+        if any(name.startswith(f"{kind.encoder}.") for name in source.tensors):
+            return kind
+    return None
+
+
+def without_vision(sources: list[Source]) -> list[Source]:
+    """The same without image encoders, and without what was trained of what is behind them."""
+    kinds = VISIONS.values()
+    return [
+        replace(source, vision=None, tensors={
+            name: tensor for name, tensor in source.tensors.items() if not any(kind.owns(name) for kind in kinds)
+        }) for source in sources if not source.is_vision
+    ]  # fmt: skip
+
+
+def vision_among(sources: list[Source], name: str, llama_type: str) -> Vision | None:
+    """The image encoder that `sources` have, as the last one states that does, or as shapes tell; None: there is none.
+
+    name: the encoder's that `--llama_type` names, or empty. Raises `CheckpointError` where that is absent.
+    """
+    stated = next((source.vision for source in reversed(sources) if source.vision), None)
+    holder = next((source for source in reversed(sources) if encoder_in(source)), None)
+    if name and holder is None:
+        where = " + ".join(str(source.path) for source in sources)
+        raise CheckpointError(
+            f"--llama_type {llama_type}: {where} holds no image encoder; give its Hugging Face directory with "
+            "--vision_path."
+        )
+    return stated or (encoder_in(holder).of_tensors(holder.tensors, str(holder.path)) if holder else None)
+
+
+def set_encoder(sources: list[Source], encoder: Source) -> list[Source]:
+    """`sources` with `encoder` behind the base, in the place of any other directory of one."""
+    rest = [source for source in sources if not source.is_vision]
+    place = next((place for place, source in enumerate(rest) if source.is_delta), len(rest))
+    return [*rest[:place], encoder, *rest[place:]]
