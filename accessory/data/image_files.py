@@ -84,7 +84,7 @@ def _turn_of(image: Image) -> AbstractContextManager[object]:
 def _opened(file: Path | bytes) -> Iterator[tuple[Image, BinaryIO]]:
     """The image, of which only the header is read, and its stream."""
     library = image_library()
-    with _stream(file) as stream:
+    with image_stream(file) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         if size == 0:
@@ -118,7 +118,7 @@ def _check_size(image: Image) -> None:
             raise ImageFault("is animated, expected one picture")
 
 
-def _stream(file: Path | bytes) -> BinaryIO:
+def image_stream(file: Path | bytes) -> BinaryIO:
     """The bytes of a regular file, or of what is in memory already; never waits for a pipe."""
     if isinstance(file, bytes):
         return io.BytesIO(file)

@@ -91,13 +91,17 @@ class Picture:
         image_library().fromarray(self._square.result() if self._square else self._read()).save(held, "PNG")
         return Picture(held.getvalue(), "padded_resize", self.size, where=self.where)
 
+    def unusable(self, fault: ImageFault) -> DataError:
+        """What to raise where its file has `fault`."""
+        name = "the image" if isinstance(self.file, bytes) else f"the image {str(self.file)!r}"
+        return DataError(f"{self.where}: {name} {fault}." if self.where else f"{name} {fault}.")
+
     def _read(self) -> np.ndarray:
         """The square as uint8 [size, size, 3]."""
         try:
             image = read_image(self.file)
         except ImageFault as fault:
-            name = "the image" if isinstance(self.file, bytes) else f"the image {str(self.file)!r}"
-            raise DataError(f"{self.where}: {name} {fault}." if self.where else f"{name} {fault}.") from fault
+            raise self.unusable(fault) from fault
         return np.array(TRANSFORMS[self.transform](image, self.size, self.draw))
 
 

@@ -17,6 +17,7 @@ from accessory.data.pictures import PicturePlace
 from accessory.errors import CheckpointError, ConfigError, explain_validation
 from accessory.model.decoder import Decoder
 from accessory.quant import PackedWeight
+from accessory.vision.settings import VisionTransformer
 from accessory.vision.start import Initializer
 
 IMAGES_AT_A_TIME = 8
@@ -61,6 +62,18 @@ class Vision(ABC):
     @abstractmethod
     def feature_shape(self) -> tuple[int, int]:
         """(tokens, width) of an image's features."""
+
+    @property
+    @abstractmethod
+    def eyes(self) -> VisionTransformer:
+        """The part of the settings that describes the vision transformer."""
+
+    def working_bytes(self, images: int, dtype: torch.dtype) -> int:
+        """Bytes that `features` of so many images takes beside the weights and an unpacked matrix, with its result."""
+        tokens, width = self.feature_shape
+        chunk, eyes = min(images, IMAGES_AT_A_TIME), self.eyes
+        running = chunk * (3 * eyes.image_size**2 + eyes.tokens * eyes.working_numbers)
+        return (running + images * tokens * width) * dtype.itemsize
 
     @classmethod
     def owns(cls, name: str) -> bool:

@@ -88,13 +88,18 @@ class Clip(Vision):
     @property
     def place(self) -> PicturePlace:
         """See `Vision.place`."""
-        vision = self.settings.vision_config
+        vision = self.eyes
         return PicturePlace(rows=vision.tokens, size=vision.image_size, before_start=True)
 
     @property
     def feature_shape(self) -> tuple[int, int]:
         """See `Vision.feature_shape`."""
-        return self.settings.vision_config.tokens, self.settings.vision_config.projection_dim
+        return self.eyes.tokens, self.eyes.projection_dim
+
+    @property
+    def eyes(self) -> ClipTransformer:
+        """See `Vision.eyes`."""
+        return self.settings.vision_config
 
     @classmethod
     def of_directory(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -145,7 +150,7 @@ class Clip(Vision):
         except ImportError as error:
             raise missing_extra(error) from error
         width, dim = self.feature_shape[1], decoder.args.embedding_dim
-        config = CLIPVisionConfig(**self.settings.vision_config.model_dump())
+        config = CLIPVisionConfig(**self.eyes.model_dump())
         decoder.clip = on_meta(CLIPVisionModelWithProjection, config, dtype)
         if storage:
             pack_linears(decoder.clip, storage, plain=("visual_projection",))
@@ -155,7 +160,7 @@ class Clip(Vision):
 
     def place_buffers(self, decoder: Decoder, device: torch.device) -> None:
         """See `Vision.place_buffers`: the positions' numbers."""
-        positions = torch.arange(self.settings.vision_config.tokens, device=device)
+        positions = torch.arange(self.eyes.tokens, device=device)
         decoder.clip.vision_model.embeddings.position_ids = positions[None]
 
     @staticmethod

@@ -90,13 +90,18 @@ class QFormer(Vision):
     @property
     def place(self) -> PicturePlace:
         """See `Vision.place`."""
-        rows, size = self.settings.num_query_tokens + 2, self.settings.vision_config.image_size
+        rows, size = self.settings.num_query_tokens + 2, self.eyes.image_size
         return PicturePlace(rows=rows, size=size, before_start=False)
 
     @property
     def feature_shape(self) -> tuple[int, int]:
         """See `Vision.feature_shape`."""
         return self.settings.num_query_tokens, self.settings.qformer_config.hidden_size
+
+    @property
+    def eyes(self) -> BlipTransformer:
+        """See `Vision.eyes`."""
+        return self.settings.vision_config
 
     @classmethod
     def of_directory(cls, config: Mapping[str, Any], source: str) -> Self:

@@ -34,6 +34,16 @@ class Transformer(BaseModel):
             raise ValueError(f"{self.num_attention_heads} heads do not divide a width of {self.hidden_size}")
         return self
 
+    @property
+    def working_numbers(self) -> int:
+        """Numbers for each token that are alive at most while a layer runs without a gradient.
+
+        Its input, that normalized, and either what is between the MLP's matrices, before and after the activation, or
+        q, k, v, attention's result and the product with it.
+        """
+        inner = 3 if self.hidden_act == "quick_gelu" else 2  # which is computed in two steps
+        return 2 * self.hidden_size + max(inner * self.intermediate_size, 5 * self.hidden_size)
+
 
 class VisionTransformer(Transformer):
     """A vision transformer (Dosovitskiy et al. 2021): square images cut into square patches, and a class token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -91,10 +91,11 @@ def test_the_first_layers_are_recomputed(offload: bool) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes at a time of all tensors made while it is entered."""
+    """The most bytes at a time of all tensors made while it is entered, beside those of which it makes views."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
+        self.beside = {tensor.untyped_storage()._cdata for tensor in beside}
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.bytes = 0
 
@@ -102,7 +103,8 @@ class Peak(TorchDispatchMode):
         """Run it, and count what it leaves."""
         made = operation(*args, **(kwargs or {}))
         for store in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
-            self.alive[store._cdata] = StorageWeakRef(store), store.nbytes()
+            if store._cdata not in self.beside:
+                self.alive[store._cdata] = StorageWeakRef(store), store.nbytes()
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
         return made
