@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, LEAST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
-from accessory.data.order import GlobalOrder
+from accessory.data.order import Order
 from accessory.memory.base_cache import BaseCache
 from accessory.memory.exhausted import out_of_memory_as
 from accessory.optim import can_be_guarded, guarded_step
@@ -94,7 +94,7 @@ class Engine:
     model: nn.Module
     parameters: NamedParameters
     optimizer: torch.optim.Optimizer
-    order: GlobalOrder
+    order: Order
     schedule: Schedule
     settings: StepSettings
     reporter: Reporter

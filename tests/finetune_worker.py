@@ -14,9 +14,10 @@ from fairscale.nn.model_parallel import destroy_model_parallel
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import accessory.finetuning as assembly
+import accessory.training as assembly
 from accessory.config import FinetuneConfig, parse
 from accessory.errors import AccessoryError
+from accessory.finetuning import finetune
 from accessory.meta import MetaModel
 from accessory.parallel import groups
 
@@ -42,7 +43,7 @@ assembly.fill = fill_and_note
 for flags in json.loads(Path(sys.argv[1]).read_text()):
     config = parse(FinetuneConfig, flags)
     try:
-        model = assembly.finetune(config)
+        model = finetune(config)
         if dist.get_world_size() == config.model_parallel_size and config.resume is None:  # not sharded over data
             check_reload(model, config)
     except AccessoryError:

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+from accessory.config.command_line import required_first
+
 
 def flags_table(config_class: type[BaseModel], beside: type[BaseModel] | None = None) -> str:
     """The Markdown table of an entry's flags, as docs/flags.md shows it; of those `beside` has alike, none."""
@@ -17,7 +19,7 @@ def flags_table(config_class: type[BaseModel], beside: type[BaseModel] | None = 
 
 def _rows(config_class: type[BaseModel]) -> list[str]:
     rows = []
-    for name, field in config_class.model_fields.items():
+    for name, field in required_first(config_class).items():
         default = "required" if field.is_required() else "" if field.default_factory else _shown(field.default)
         rows.append(f"| `--{name}` | {default} | {(field.description or '').replace('|', '/')} |")
     return rows

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = (
     ("__main__", "main_finetune", "demos", "tools"),
     ("finetuning", "export", "entry", "hugging_face", ""),
+    ("training",),
     ("engine", "conversation", "eval", "multi_gpu"),
     ("meta", "run"),
     ("blueprint", "config", "generate", "memory", "quantizer"),

@@ -12,7 +12,8 @@ from accessory.config.asking import (
     TerminalConfig,
 )
 from accessory.config.command_line import Config, parse, plain
-from accessory.config.training import TRACKERS, FinetuneConfig
+from accessory.config.running import TRACKERS, RunConfig
+from accessory.config.training import FinetuneConfig
 
 __all__ = [
     "LOOPBACK",
@@ -23,6 +24,7 @@ __all__ = [
     "DemoConfig",
     "FinetuneConfig",
     "PageConfig",
+    "RunConfig",
     "TalkConfig",
     "TerminalConfig",
     "parse",

@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:
     parser = _Parser(description=config_class.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, field in config_class.model_fields.items():
+    for name, field in required_first(config_class).items():
         options: dict[str, Any] = {"help": (field.description or "").replace("%", "%%") + _default_text(field)}
         if _is_switch(field):
             if field.default is not False:
@@ -79,6 +79,11 @@ def _parser(config_class: type[BaseModel]) -> argparse.ArgumentParser:
             options |= {"nargs": "?", "const": bare}
         parser.add_argument(f"--{name}", **options)
     return parser
+
+
+def required_first(config_class: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields by name, as they are shown: those that must be given stand first."""
+    return dict(sorted(config_class.model_fields.items(), key=lambda named: not named[1].is_required()))
 
 
 def _is_switch(field: FieldInfo) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accessory.data.finding import find_files
 from accessory.errors import DataError, hub_hint, is_there
 
 
-def misplaced_files(llama_config: list[Path], **flags: list[Path | None]) -> list[str]:
+def misplaced_files(llama_config: Sequence[Path] = (), **flags: list[Path | None]) -> list[str]:
     """One fault for each given path that does not exist, or is a directory where a file is expected, by flag name."""
     found = [
         f"--{flag} {path}: no such file or directory.{hub_hint(path) or tree_hint(path)}"

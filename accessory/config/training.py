@@ -1,36 +1,29 @@
-"""Every flag of training. The string under a field is its `--help` and its row in docs/flags.md."""
+"""Every flag of fine-tuning. The string under a field is its `--help` and its row in docs/flags.md."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from accessory.checkpoint.run_checkpoints import FEWEST
 from accessory.checkpoint.training_state import CHANGEABLE
 from accessory.config.files import misplaced_files, missing_data
-from accessory.config.values import Layers, Paths, Size, own_optimizer, size_bytes, words
+from accessory.config.running import RunConfig
+from accessory.config.values import Paths
 from accessory.data.finding import DATA_DIR
-from accessory.errors import ConfigError
-from accessory.foreign_names import unknown
 from accessory.method import METHODS, QUANT_TARGETS
 from accessory.model.families import FAMILIES
-from accessory.optim import BETAS, LR_SCHEDULES, OPTIMIZERS
+from accessory.optim import LR_SCHEDULES
 from accessory.quant import QUANT_TYPES, STORAGES, storage
 
 _QUANT_OF_BITS = {"4": {"quant": True}, "8": {"quant": True, "quant_type": "int8"}}
 _OF_TEACHER = ("teacher_quant_type", "teacher_temperature", "teacher_weight")
-TRACKERS = ("tensorboard", "wandb", "none")
-"""What `--report_to` takes."""
 _TRAINED = ", ".join(f"with `{m.suffix}` {m.summary}" if m.suffix else f"alone {m.summary}" for m in METHODS.values())
 
 
-class FinetuneConfig(BaseModel):
+class FinetuneConfig(RunConfig):
     """Fine-tune a language model: a frozen (optionally 4-bit) base and a small trained part, or all of it."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
     pretrained_path: list[Path] = Field(min_length=1)
     """Base first, then trained parts, in any format of docs/checkpoints.md."""
@@ -38,17 +31,9 @@ class FinetuneConfig(BaseModel):
     """What to train on: YAML files with META entries, data files, directories, patterns, or names (docs/data.md)."""
     data_dir: Path = DATA_DIR
     """Where data sets of known names (alpaca, oasst1, dolly, ...) lie, and files that are found nowhere else."""
-    output_dir: Path | None = Path("./output_dir")
-    """Where checkpoints, TensorBoard events, log and loss curve go; an empty value writes nothing."""
     llama_type: str = Field("llama", description=f"Family ({', '.join(FAMILIES)}) and what is trained: {_TRAINED}.")
-    llama_config: list[Path] = []
-    """JSON files of settings (also a model's config.json), laid over the checkpoint's own; the last value wins."""
-    tokenizer_path: Path | None = None
-    """tokenizer.model, tokenizer.json, a GGUF file, or a directory holding one; absent: what lies in the base."""
-    new_tokens: list[str] = []
+    new_tokens: list[str] = Field([])
     """Tokens to add to the vocabulary, matched in text; their rows start as the mean of the others."""
-    pretrained_type: Literal["consolidated", "meta_ori"] | None = None
-    """Needless: the format is recognised from the files. Accepted for upstream's scripts."""
     quant: bool = False
     """Keep the linears of all blocks packed (--quant_type); embedding, head and norms stay in the compute precision."""
     quant_type: Literal[QUANT_TYPES] | None = Field(
@@ -69,21 +54,15 @@ class FinetuneConfig(BaseModel):
     """Dropout on LoRA's input: "lora_dropout" of --llama_config, without a file (_peft)."""
     only_save_trainable: bool = False
     """Save only what is trained; needed with --quant."""
-    precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
-    """Compute precision; what is trained is always kept in fp32. tf32 is fp32 with TF32 matrix products on CUDA."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes CUDA where there is any."""
     batch_size: int = Field(default=16, ge=1)
     """Documents of a micro-batch, per data-parallel rank."""
     max_tokens: int | None = Field(default=None, ge=2)
     """Cut a step into micro-batches of at most this many tokens instead; what a global batch holds stays the same."""
-    accum_iter: int = Field(default=4, ge=1)
-    """Micro-batches per optimizer step; a global batch is batch_size x accum_iter x data-parallel ranks."""
     epochs: int = Field(default=3, ge=1)
     """Passes over the data."""
     warmup_epochs: float = Field(default_factory=lambda given: min(given["epochs"] / 10, 1.0), ge=0)
     """Linear warm-up of the learning rate, in (fractional) epochs; absent: a tenth of --epochs, at most 1."""
-    val_data: Paths = []
+    val_data: Paths = Field([])
     """What to evaluate on, given as --data_config is; it is not trained on."""
     val_split: float | None = Field(default=None, gt=0, lt=1)
     """Evaluate on this share of the training data instead, which is held out: the same records whatever the run."""
@@ -91,9 +70,7 @@ class FinetuneConfig(BaseModel):
     """Evaluate after every this many optimizer steps; also before the first and after the last."""
     eval_epochs: float | None = Field(default=None, gt=0)
     """Evaluate after every this many (fractional) epochs instead; absent, and without --eval_steps: 1."""
-    patience: int | None = Field(default=None, ge=1)
-    """End the run after this many evaluations in a row without a lower validation loss."""
-    sample_prompts: list[str] = []
+    sample_prompts: list[str] = Field([])
     """Questions to answer at each evaluation, or a file of them: a question a line (.txt), a list of texts (.json)."""
     sample_tokens: int = Field(default=128, ge=1)
     """Longest answer to one of --sample_prompts, in tokens."""
@@ -101,29 +78,13 @@ class FinetuneConfig(BaseModel):
     """A file of MMLU as qlora keeps it, lines of subject, input and output: its accuracy at each evaluation."""
     max_mmlu_samples: int | None = Field(default=None, ge=1)
     """Ask so many questions of --mmlu, spread over its subjects; absent: all."""
-    report_to: Annotated[list[Literal[TRACKERS]], BeforeValidator(words)] = ["tensorboard"]
-    """Where figures go beside log.jsonl: tensorboard, wandb, several (tensorboard,wandb), or none."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimizer steps; the schedule still follows --epochs."""
-    lr: float = Field(default=0.001, gt=0)
-    """Highest learning rate."""
-    min_lr: float = Field(default_factory=lambda given: given["lr"] / 10, ge=0)
-    """Learning rate at the end of the cosine; absent: a tenth of --lr."""
     lr_schedule: Literal[LR_SCHEDULES] = "cosine"
     """After the warm-up: fall from --lr to --min_lr along a cosine, or stay at --lr (constant)."""
-    weight_decay: float = Field(default=0.02, ge=0)
-    """AdamW's decay; biases and norms are spared."""
-    optim: Annotated[Literal[OPTIMIZERS], BeforeValidator(own_optimizer)] = "adamw"
-    """AdamW with moments in fp32 (adamw), in 8 bits (adamw8bit), or in memory a full GPU pages out (paged_adamw)."""
-    adam_beta2: float = Field(default=BETAS[1], ge=0, lt=1)
-    """Decay of AdamW's second moment; the first one's is 0.9."""
-    clip_grad: float = -1.0
-    """Clip the norm of the whole gradient to this; 0 or less only reports it."""
     max_words: int = Field(default=1024, ge=2)
     """Longest document in tokens; the rest is cut off and counted."""
     prompt_loss_weight: float = Field(default=0.0, ge=0, le=1)
     """Weight in the loss of tokens that are not to be learned; answers' is 1. The sum is divided by that of weights."""
-    teacher: Paths = []
+    teacher: Paths = Field([])
     """Learn from this model, too: any checkpoint with the same vocabulary, or `base`, the base in full precision."""
     teacher_weight: float = Field(default=0.5, gt=0, le=1)
     """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
@@ -149,44 +110,14 @@ class FinetuneConfig(BaseModel):
     """Longest target (what the source leaves), cut by itself in the same way."""
     group_by_length: bool = False
     """Put documents of about one length into a step; the order of the steps stays random."""
-    checkpointing: Layers = Field(default="none", json_schema_extra={"bare": "all"})
-    """Layers to recompute in the backward: none, a number, all (also without a value), or auto: the fewest that fit."""
-    offload_inputs: bool = False
-    """Keep the inputs of recomputed layers in host memory until the backward (CUDA)."""
-    max_memory: Size = None
-    """Most memory that the plan may take on a device, such as 24GB or 22GiB; a plain number is GB."""
-    compile: bool = False
-    """Compile norms, gates and rotations (torch.compile) where no Triton kernel runs; needs a C++ compiler."""
-    model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share one copy of the model (tensor parallel)."""
-    data_parallel: Literal["sdp", "fsdp"] = "sdp"
-    """sdp: base whole on every rank, gradients and optimizer sharded; fsdp: the base is sharded too."""
     save_interval: int = Field(default=1, ge=1)
     """Save after every this many epochs, and after the last."""
     save_iteration_interval: int = Field(default=5000, ge=1)
     """Save within an epoch after every this many micro-batches."""
     save_steps: int | None = Field(default=None, ge=1)
     """Save within an epoch after every this many optimizer steps instead."""
-    save_minutes: float | None = Field(default=None, gt=0)
-    """Save whenever this many minutes have passed since the last save, too."""
-    keep_last: int | None = Field(default=None, ge=FEWEST)
-    """Keep this many of the newest whole checkpoints, and the best (by validation, else training loss); absent: all."""
-    overwrite: bool = False
-    """Remove checkpoints in --output_dir that are further than where this run begins; without it they end the run."""
-    resume: Path | None = None
-    """Checkpoint directory of an earlier run to go on from; `latest`: the newest in --output_dir that is whole."""
-    allow_changed: list[Literal[tuple(sorted(CHANGEABLE))]] = []
+    allow_changed: list[Literal[tuple(sorted(CHANGEABLE))]] = Field([])
     """What may differ from the saved run on --resume: base, data, lr, ...; where anything else does, it is refused."""
-    not_finite: Literal["stop", "skip"] = "stop"
-    """If a loss or gradient is not finite: end the run, or skip the step; in fp16 a smaller loss scale comes first."""
-    timeout: float = Field(default=600, gt=0)
-    """Seconds that a process waits for the others, once training has begun, before it ends the run."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the data order, the added parameters and dropout."""
-    deterministic: bool = False
-    """On CUDA: equal runs get equal bits, resumed ones too, in slower steps. A CPU does so anyway."""
-    dry_run: bool = False
-    """Check everything, print the memory plan, run one true step, write nothing."""
     num_workers: int = Field(default=2, ge=0)
     """Threads that tokenize."""
     cache_ann_on_disk: bool = False
@@ -195,10 +126,6 @@ class FinetuneConfig(BaseModel):
     """Keep what the base computes for each document in this directory, to train later epochs from it (_qst)."""
     cache_base_rows: Literal["exact", "int8"] = "exact"
     """How --cache_base keeps it: as computed (exact), or in 8 bits with a scale for each 64 numbers (int8)."""
-    pin_mem: bool = True
-    """Copy batches to the GPU from pinned memory."""
-    dist_on_itp: bool = False
-    """Take rank and world size from OpenMPI's variables."""
     vision_path: Path | None = None
     """A Hugging Face directory of BLIP-2 or CLIP, for the image encoder; absent: the checkpoint's own, if any."""
     no_visual: bool = False
@@ -208,22 +135,9 @@ class FinetuneConfig(BaseModel):
     cache_features: Path | None = None
     """Keep what the image encoder makes of each image in this directory, for later epochs and runs."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _from_python(cls, given: Any) -> Any:
-        """One value where several may stand is a list of it. Raises `ConfigError` for unknown keys, naming ours."""
-        flags = [f"--{name}" for name in cls.model_fields]
-        if faults := [f"FinetuneConfig: unknown key {key!r}{unknown(key, cls.model_fields, flags)}"
-                      for key in given if key not in cls.model_fields]:  # fmt: skip
-            raise ConfigError("\n".join(faults))
-        several = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
-        given = {k: [v] if k in several and isinstance(v, str | Path) else v for k, v in given.items()}
-        return _QUANT_OF_BITS.get(str(given.get("bits")), {}) | given
-
-    def check(self) -> None:
-        """Raise `ConfigError` with all `faults`."""
-        if faults := self.faults():
-            raise ConfigError("\n".join(faults), common=True)
+    def _implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return _QUANT_OF_BITS.get(str(given.get("bits")), {})
 
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""
@@ -235,12 +149,8 @@ class FinetuneConfig(BaseModel):
         if self.quant_targets and not self.quant:
             found.append("--quant_targets without --quant changes nothing: give both, or neither.")
         found += self._bits_faults()
-        if self.min_lr > self.lr:
-            found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}.")
         if self.lr_schedule == "constant" and "min_lr" in self.model_fields_set and self.min_lr != self.lr / 10:
             found.append(f"--min_lr {self.min_lr} with --lr_schedule constant changes nothing: leave one out.")
-        if self.offload_inputs and self.checkpointing in ("none", 0):
-            found.append("--offload_inputs needs --checkpointing: it moves the inputs of the layers recomputed.")
         if self.cache_base and self.cache_base == self.output_dir:
             found.append(f"--cache_base {self.cache_base} is the --output_dir: give a directory of its own.")
         found += self._evaluation_faults()
@@ -250,16 +160,12 @@ class FinetuneConfig(BaseModel):
                   if not self.teacher and getattr(self, name) != type(self).model_fields[name].default]  # fmt: skip
         found += misplaced_files(
             pretrained_path=self.pretrained_path,
-            llama_config=self.llama_config,
-            tokenizer_path=[self.tokenizer_path],
             teacher=[] if self.teaches_base else self.teacher,
-            resume=[None if self.resumes_latest else self.resume],
             vision_path=[self.vision_path],
         )
+        found += super().faults()
         for flag, given in (("data_config", self.data_config), ("val_data", self.val_data)):
             found += missing_data(flag, given, self.data_dir)
-        if self.resumes_latest and self.output_dir is None:
-            found.append("--resume latest needs an --output_dir, which it looks into.")
         return found
 
     def _bits_faults(self) -> list[str]:
@@ -297,10 +203,12 @@ class FinetuneConfig(BaseModel):
         given = {key: (f"--{flag}", getattr(self, flag)) for key, flag in flags.items()}
         return {key: stated for key, stated in given.items() if stated[1] is not None}
 
-    @property
-    def max_memory_bytes(self) -> int | None:
-        """`--max_memory` in bytes."""
-        return size_bytes(self.max_memory)
+    def _smaller_steps(self) -> list[str]:
+        found = [
+            "a smaller --max_words",
+            "a smaller --batch_size" if self.max_tokens is None else "a smaller --max_tokens",
+        ]
+        return found + ([] if self.quant else ["--quant with a method that trains a small part"])
 
     def _evaluation_faults(self) -> list[str]:
         found = []
@@ -314,10 +222,6 @@ class FinetuneConfig(BaseModel):
                     found.append(f"--{name} needs documents to evaluate on: give --val_data FILE or --val_split 0.02.")
         if self.max_mmlu_samples and not self.mmlu:
             found.append("--max_mmlu_samples needs --mmlu FILE.")
-        if "none" in self.report_to and len(self.report_to) > 1:
-            found.append(f"--report_to {','.join(self.report_to)}: none goes with nothing else.")
-        if "wandb" in self.report_to and importlib.util.find_spec("wandb") is None:
-            found.append("--report_to wandb: wandb is not installed. Install it with: pip install -e '.[wandb]'")
         return found
 
     @property
@@ -329,8 +233,3 @@ class FinetuneConfig(BaseModel):
     def teaches_base(self) -> bool:
         """Whether `--teacher` is the run's own base in full precision."""
         return self.teacher == [Path("base")]
-
-    @property
-    def resumes_latest(self) -> bool:
-        """Whether to resume from the newest whole checkpoint in `--output_dir`."""
-        return self.resume == Path("latest")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +14,36 @@ from accessory.errors import ConfigError
 
 _SORTED_TOGETHER = 50
 """Global batches whose documents are sorted together: few enough for each epoch to have other steps."""
+
+
+class Order(Protocol):
+    """Which documents make up which step: what the engine asks of any of them. Steps count from 0 within an epoch."""
+
+    global_batch: int
+    """Documents of a step, over all ranks."""
+    steps_per_epoch: int
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens a micro-batch can have."""
+
+    def micro_batches(self, epoch: int, step: int) -> Iterator[PackedBatch]:
+        """This rank's micro-batches of one step; every rank has as many."""
+
+    def documents(self, epoch: int, step: int) -> np.ndarray:
+        """This rank's documents of one step, int64."""
+
+    def supervised_tokens(self, epoch: int, step: int) -> int:
+        """Labels that count in the global batch."""
+
+    def loss_weight(self, epoch: int, step: int) -> float:
+        """The sum of the weights of all labels in the global batch, by which the sum of losses is divided."""
+
+    def tokens(self, epoch: int, step: int) -> int:
+        """Tokens in the global batch."""
+
+    def where(self, document: int) -> str:
+        """One of this rank's documents as a message names it: its number, file and line."""
 
 
 class GlobalOrder:
@@ -90,6 +121,10 @@ class GlobalOrder:
             return supervised
         ids = self.global_ids(epoch, step)
         return supervised + self.prompt_weight * (self.tokens(epoch, step) - len(ids) - supervised)
+
+    def where(self, document: int) -> str:
+        """A document as a message names it: its number, file and line."""
+        return self.corpus.where(document)
 
     def tokens(self, epoch: int, step: int) -> int:
         """Tokens in the global batch."""

@@ -15,7 +15,7 @@ from accessory.memory.row_file import RowFile
 from accessory.method import METHODS
 from accessory.model.decoder import Decoder
 from accessory.parallel.agree import on_main, together
-from accessory.run.identity import Job
+from accessory.run.identity import FinetuneJob
 from accessory.run.lock import claim_directory
 
 _FORMAT = 1  # part of the identity: raise it when a change lays rows out in another way, or makes other rows
@@ -31,7 +31,7 @@ def check_can_cache(config: FinetuneConfig, blueprint: Blueprint) -> None:
         )
 
 
-def plan_base_cache(job: Job, decoder: Decoder) -> tuple[RowFile | None, list[str]]:
+def plan_base_cache(job: FinetuneJob, decoder: Decoder) -> tuple[RowFile | None, list[str]]:
     """(the cache's files, not opened yet; what to tell the user), for a decoder on meta.
 
     Raises `ConfigError` where they hold what another base or other data gave, or nothing could be kept; `DiskFullError`
@@ -60,7 +60,7 @@ def plan_base_cache(job: Job, decoder: Decoder) -> tuple[RowFile | None, list[st
 
 
 @contextmanager
-def open_base_cache(file: RowFile, job: Job) -> Iterator[BaseCache]:
+def open_base_cache(file: RowFile, job: FinetuneJob) -> Iterator[BaseCache]:
     """The cache at work; while documents are missing, no other run may write there. A collective."""
     with ExitStack() as held:
         if file.missing_bytes:
@@ -71,7 +71,7 @@ def open_base_cache(file: RowFile, job: Job) -> Iterator[BaseCache]:
         yield held.enter_context(closing(BaseCache(file, job.layout, job.config.data_parallel)))
 
 
-def _identity(job: Job, states: str) -> dict[str, Any]:
+def _identity(job: FinetuneJob, states: str) -> dict[str, Any]:
     """All that the rows follow from, apart from how kernels round."""
     return {
         "format": _FORMAT,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,9 +16,9 @@ from accessory import kernels
 from accessory.blueprint import Blueprint
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress, Resumption, find_resumption
-from accessory.config import FinetuneConfig, plain
+from accessory.config import FinetuneConfig, RunConfig, plain
 from accessory.data.corpus import Corpus
-from accessory.data.order import GlobalOrder
+from accessory.data.order import GlobalOrder, Order
 from accessory.parallel.groups import Layout
 from accessory.run.report import Task
 from accessory.run.teacher import TeacherPlan
@@ -26,10 +29,6 @@ _SCHEDULE = (
     "prompt_loss_weight", "quant_targets", "embed_dropout", "attn_dropout",
 )  # fmt: skip
 """Flags that set what a step does, or how long a run is."""
-_ROUNDING = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
-"""Flags that change how sums are rounded."""
-_FOLLOWS = {"min_lr": "lr", "warmup_epochs": "epochs"}
-"""Flag -> the flag from which its value follows if it is not given."""
 _PLACES = (
     "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
     "cache_base", "teacher", "vision_path", "cache_features",
@@ -41,33 +40,57 @@ _SCALED = frozenset(("precision", "base", "quantization", "data", "teacher"))
 """The parts of the identity that the size of gradients depends on, and so fp16's loss scale."""
 
 
-def shared_flags(config: FinetuneConfig) -> dict[str, Any]:
+def shared_flags(config: RunConfig) -> dict[str, Any]:
     """The flags that all processes of a run must be given alike."""
     return {name: value for name, value in plain(config).items() if name not in _PLACES}
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ABC):
     """A run that is ready to read weights: what is trained, and on what.
 
     began: when it was first started. tasks: given to the model at each evaluation.
     """
 
-    config: FinetuneConfig
+    config: RunConfig
     layout: Layout
     sources: list[Source]
     blueprint: Blueprint
-    corpus: Corpus
-    order: GlobalOrder
+    order: Order
     began: datetime
     validation: ValidationSet | None = None
     tasks: tuple[Task, ...] = ()
-    teacher: TeacherPlan | None = None
+
+    system: ClassVar[str | None] = None
+    """The system's words before most conversations of the data."""
+    prompt_layouts: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    """Layout of a question -> number of documents that have it, the one with most first."""
+    saves_only_changed: ClassVar[bool] = False
+    """Whether a checkpoint holds only what is trained."""
+    _follows: ClassVar[Mapping[str, str]]
+    """Flag -> the flag from which its value follows if it is not given."""
+    _rounding: ClassVar[tuple[str, ...]]
+    """Flags that change how sums are rounded."""
 
     @property
     def base(self) -> list[Source]:
         """What `--pretrained_path` names: `sources` without the checkpoint that is resumed."""
         return [source for source in self.sources if source.path != self.config.resume]
+
+    @property
+    @abstractmethod
+    def data_fingerprint(self) -> str:
+        """Of all that determines the training data."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may have several micro-batches."""
+        return self.config.accum_iter > 1
+
+    @property
+    @abstractmethod
+    def smallest_step(self) -> dict[str, int]:
+        """Flags by which a micro-batch is as small as can be, and their values; none if it is so already."""
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -76,17 +99,15 @@ class Job:
             "llama_type": self.blueprint.llama_type,
             "settings": self.blueprint.method.settings.model_dump(),
             "base": [source.fingerprint()[:16] for source in self.base],
-            "data": self.corpus.identity,
-            "val_split": self.config.val_split,
             "seed": self.config.seed,
             "global_batch": self.order.global_batch,
-            "group_by_length": self.config.group_by_length,
-            "quantization": self.blueprint.quant_type,
             "optim": self.config.optim,
-            "teacher": self.teacher and self.teacher.identity,
-            "images": self.config.image_transform if self.blueprint.vision else None,
-            **{name: getattr(self.config, name) for name in _SCHEDULE},
+            **self._own_identity(),
         }
+
+    @abstractmethod
+    def _own_identity(self) -> dict[str, Any]:
+        """The rest of the identity, the data among it."""
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
@@ -99,8 +120,7 @@ class Job:
             "torch": torch.__version__,
             "kernels": kernels.computing(self.layout.device, self.blueprint.dtype),
             "deterministic": self.config.deterministic if self.layout.device.type == "cuda" else None,
-            "cached_rows": self.config.cache_base_rows if self.config.cache_base else None,
-            **{name: getattr(self.config, name) for name in _ROUNDING},
+            **{name: getattr(self.config, name) for name in self._rounding},
         }
 
     def resumption(self) -> Resumption | None:
@@ -108,8 +128,69 @@ class Job:
         config = self.config
         if config.resume is None:
             return None
-        follows = {name: of for name, of in _FOLLOWS.items() if name not in config.model_fields_set}
+        follows = {name: of for name, of in self._follows.items() if name not in config.model_fields_set}
         return find_resumption(config.resume, self.identity, self.conditions, config.allow_changed, follows)
+
+
+@dataclass(frozen=True)
+class FinetuneJob(Job):
+    """The same for fine-tuning, on the documents of `corpus`."""
+
+    config: FinetuneConfig
+    order: GlobalOrder
+    corpus: Corpus | None = None
+    teacher: TeacherPlan | None = None
+
+    _follows: ClassVar[Mapping[str, str]] = MappingProxyType({"min_lr": "lr", "warmup_epochs": "epochs"})
+    _rounding: ClassVar[tuple[str, ...]] = ("data_parallel", "batch_size", "accum_iter", "max_tokens")
+
+    @property
+    def data_fingerprint(self) -> str:
+        """That of the corpus."""
+        return self.corpus.fingerprint
+
+    @cached_property
+    def prompt_layouts(self) -> dict[str, int]:
+        """As the corpus has them."""
+        return self.corpus.documents_by_prompt_layout()
+
+    @property
+    def system(self) -> str | None:
+        """As the corpus was told."""
+        return self.corpus.told.system
+
+    @property
+    def saves_only_changed(self) -> bool:
+        """As the flag."""
+        return self.config.only_save_trainable
+
+    @property
+    def accumulates(self) -> bool:
+        """With `--max_tokens`, whatever the other flags are."""
+        return super().accumulates or self.config.max_tokens is not None
+
+    @property
+    def smallest_step(self) -> dict[str, int]:
+        """`--max_tokens` of the longest document there may be."""
+        longest = min(self.config.max_words, self.order.most_tokens)
+        return {"max_tokens": longest} if longest < self.order.most_tokens else {}
+
+    def _own_identity(self) -> dict[str, Any]:
+        return {
+            "data": self.corpus.identity,
+            "val_split": self.config.val_split,
+            "group_by_length": self.config.group_by_length,
+            "quantization": self.blueprint.quant_type,
+            "teacher": self.teacher and self.teacher.identity,
+            "images": self.config.image_transform if self.blueprint.vision else None,
+            **{name: getattr(self.config, name) for name in _SCHEDULE},
+        }
+
+    @cached_property
+    def conditions(self) -> dict[str, Any]:
+        """Those of every run, and how the base's states are kept."""
+        rows = self.config.cache_base_rows if self.config.cache_base else None
+        return {**super().conditions, "cached_rows": rows}
 
 
 def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:

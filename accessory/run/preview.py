@@ -23,25 +23,22 @@ def preview(
     Raises `ConfigError` for a `--checkpointing` that cannot be, and for a step that `--max_memory` forbids.
     """
     config, layout, blueprint, order = job.config, job.layout, job.blueprint, job.order
-    longest, limit = (
-        min(config.max_words, order.most_tokens),
-        config.max_memory_bytes,
-    )
+    longest, limit = min(config.max_words, order.most_tokens), config.max_memory_bytes
 
-    def step_with(max_tokens: int | None = config.max_tokens, optim: str = config.optim) -> StepMemory:
+    def step_with(optim: str = config.optim, **smaller: int) -> StepMemory:
         """What a step would hold in memory with these settings instead of the run's."""
         return StepMemory(
-            decoder, attachment, layout, tokens=min(order.most_tokens, max_tokens or order.most_tokens),
+            decoder, attachment, layout, tokens=longest if smaller else order.most_tokens,
             longest=longest,
-            micro_batches=2 if config.accum_iter > 1 or max_tokens else 1,  # only whether gradients are accumulated
+            micro_batches=2 if job.accumulates or smaller else 1,  # only whether gradients are accumulated
             data_parallel=config.data_parallel, optim=optim, offload=config.offload_inputs,
             teacher=(teacher.decoder, teacher.shared) if teacher else None,
         )  # fmt: skip
 
     step, n_layers = step_with(), sum(1 for _ in decoder.blocks())
-    recomputed, why = choose_layers(config.checkpointing, n_layers, step.plan, layout, remedies(config), limit)
+    recomputed, why = choose_layers(config.checkpointing, n_layers, step.plan, layout, config.remedies, limit)
     if limit:
-        smaller = {"max_tokens": longest} if longest < order.most_tokens else {}
+        smaller = job.smallest_step
         changes = [{"optim": "adamw8bit"}, smaller, smaller | {"optim": "adamw8bit"}]
         together(check_limit, limit, recomputed, step_with, changes)
     trained, total = parameter_counts(decoder, attachment)
@@ -78,14 +75,3 @@ def corpus_notes(config: FinetuneConfig, blueprint: Blueprint, corpus: Corpus) -
     if unheld := corpus.without(config.new_tokens):
         notes.append(f"--new_tokens: no document holds {', '.join(unheld)}")
     return notes
-
-
-def remedies(config: FinetuneConfig) -> str:
-    """Flags that make a step smaller and are not used yet."""
-    found = ["a smaller --max_words"]
-    found.append("a smaller --batch_size" if config.max_tokens is None else "a smaller --max_tokens")
-    found += [] if config.quant else ["--quant with a method that trains a small part"]
-    found += [] if config.optim == "adamw8bit" else ["--optim adamw8bit"]
-    found += [] if config.checkpointing in ("all", "auto") else ["--checkpointing"]
-    found += [] if config.data_parallel == "fsdp" else ["--data_parallel fsdp on more ranks"]
-    return ", ".join([*found, "--model_parallel_size on more ranks"])

@@ -11,13 +11,13 @@ from accessory.checkpoint.run_checkpoints import checkpoints_in, latest_checkpoi
 from accessory.checkpoint.run_record import began_at, with_base
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.vision_part import without_vision
-from accessory.config import FinetuneConfig
+from accessory.config import FinetuneConfig, RunConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.launcher import restart_count
 from accessory.run.status import is_restart_of_same_launch
 
 
-def find_start(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
+def find_start(config: RunConfig) -> tuple[Path | None, list[str]]:
     """(the checkpoint to go on from, or None to begin; what to tell the user about it).
 
     The checkpoint is compared with its manifest. A run that torchrun or SLURM starts again goes on from the newest
@@ -49,7 +49,7 @@ def open_sources(config: FinetuneConfig) -> list[Source]:
     return base + (without_vision(resumed) if config.no_visual else resumed)
 
 
-def run_began(config: FinetuneConfig, sources: list[Source]) -> datetime:
+def run_began(config: RunConfig, sources: list[Source]) -> datetime:
     """When the run was first started, for chat templates that print the time."""
     resumed = next((source for source in sources if source.path == config.resume), None)
     return began_at(resumed) if resumed else datetime.now().replace(microsecond=0)
@@ -63,7 +63,7 @@ def _step(checkpoint: Path) -> float:
         return float("inf")
 
 
-def _make_way(further: list[Path], config: FinetuneConfig) -> list[str]:
+def _make_way(further: list[Path], config: RunConfig) -> list[str]:
     """Remove checkpoints `further` than this run's start, if the user says so: `--resume latest` would take them."""
     if not further:
         return []

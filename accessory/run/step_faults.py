@@ -9,7 +9,7 @@ from torch import Tensor
 
 from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress
 from accessory.data.batch import PackedBatch
-from accessory.data.order import GlobalOrder
+from accessory.data.order import Order
 from accessory.errors import NotFiniteError, Preempted
 
 _NAMED = 8  # documents in a message
@@ -41,23 +41,29 @@ def _too_large(where: str, remedies: str) -> str:
     return f"out of memory in {where}. What is saved is whole. Less memory is needed with {remedies}."
 
 
-def suspects(order: GlobalOrder, progress: Progress, losses: list[Tensor]) -> str:
+def suspects(order: Order, progress: Progress, losses: list[Tensor]) -> str:
     """The documents of the step's micro-batches whose loss is not finite, over all ranks, or all. A collective.
 
     losses: those of this rank's micro-batches.
     """
     batches = order.micro_batches(progress.epoch, progress.step)
     mine = [i for batch, own in zip(batches, losses, strict=True) if not own.isfinite() for i in batch.sample_ids]
-    of_all: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(of_all, mine)
-    ids = sorted({i for of_one in of_all for i in of_one})
+    ids = _named(order, mine)
     if ids:
         where = "Documents whose micro-batch has no finite loss"
     else:
         where = "Every micro-batch has a finite loss; documents of the step"
-        ids = sorted(order.global_ids(progress.epoch, progress.step).tolist())
-    shown = ", ".join(order.corpus.where(i) for i in ids[:_NAMED])
+        ids = _named(order, order.documents(progress.epoch, progress.step).tolist())
+    shown = ", ".join([*ids.values()][:_NAMED])
     return f"{where}: {shown}{f' and {len(ids) - _NAMED} more' if len(ids) > _NAMED else ''}."
+
+
+def _named(order: Order, mine: list[int]) -> dict[int, str]:
+    """Document -> how a message names it, of all ranks' documents, the first ones named. A collective."""
+    first = {i: order.where(i) if place < _NAMED else "" for place, i in enumerate(sorted(set(mine)))}
+    of_all: list[dict[int, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_all, first)
+    return dict(sorted(item for of_one in of_all for item in of_one.items()))
 
 
 def not_finite(said: str, scales_loss: bool) -> NotFiniteError:

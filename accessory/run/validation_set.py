@@ -24,12 +24,16 @@ _QUESTIONS = (".txt", ".json")  # of files of --sample_prompts
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Documents `ids` of `corpus`, int64, and `questions`. `digest` is that of the documents."""
+    """Documents `ids` of `corpus`, int64, and `questions`. `digest` is that of the documents.
+
+    answer_tokens: the most tokens of an answer to a question.
+    """
 
     corpus: Corpus
     ids: np.ndarray
     digest: str
     questions: list[str]
+    answer_tokens: int = 0
 
     @property
     def sources(self) -> list[str]:
@@ -70,13 +74,15 @@ def divide(
         if common := in_common(other, corpus):
             notes.append(f"{common:,} of its records are trained on, too: figures on them do not tell what was learned")
         notes += other.check_lengths(blueprint.args.longest_document, blueprint.args.stated_length)
-        return None, ValidationSet(other, np.arange(len(other)), other.fingerprint, questions), notes
+        ids = np.arange(len(other))
+        return None, ValidationSet(other, ids, other.fingerprint, questions, config.sample_tokens), notes
     if config.val_split is None:
         return None, None, []
     chosen = held_out(corpus, config.val_split)
     ids, trained_on = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     said = f"{len(ids):,} of {len(corpus):,} documents are held out, {int(corpus.supervised[ids].sum()):,} supervised"
-    found = ValidationSet(corpus, ids, f"{corpus.fingerprint} {config.val_split}", questions)
+    digest = f"{corpus.fingerprint} {config.val_split}"
+    found = ValidationSet(corpus, ids, digest, questions, config.sample_tokens)
     return trained_on, found, [f"validation: {said} tokens"]
 
 

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from accessory.config import DemoConfig, FinetuneConfig, parse, plain
+from accessory.config.command_line import required_first
 from accessory.errors import ConfigError
 from tests.config.refusal import refusal
 from tests.flags_table import flags_table
@@ -40,7 +41,7 @@ def test_every_flag_is_described(kind: type[BaseModel]) -> None:
     """By a whole sentence, in one line of the help and one row of the table."""
     table = flags_table(kind).splitlines()
     assert len(table) == 2 + len(kind.model_fields)
-    for row, (name, field) in zip(table[2:], kind.model_fields.items(), strict=True):
+    for row, (name, field) in zip(table[2:], required_first(kind).items(), strict=True):
         assert len(field.description) > 10 and field.description.endswith("."), name
         assert row.startswith(f"| `--{name}` | ") and row.count(" | ") == 2 and row.endswith(" |")
         assert field.description.replace("|", "/") in row
