@@ -20,7 +20,7 @@ launch() {
     else
         [ -z "${PET_NNODES:-}" ] || standalone=""
         # shellcheck disable=SC2206  # TORCHRUN_FLAGS is a list of words
-        run=("$(command -v torchrun || echo "$ROOT/.venv/bin/torchrun")" --nproc_per_node "${NPROC:-8}"
+        run=("$(command -v torchrun || echo "$ROOT/.venv/bin/torchrun")" --nproc_per_node "${NPROC:-${PET_NPROC_PER_NODE:-8}}"
             ${TORCHRUN_FLAGS:-$standalone})
     fi
     if [ -n "${RESUME:-}" ] && compgen -G "$output/epoch*/manifest.json" > /dev/null; then resume=(--resume latest); fi

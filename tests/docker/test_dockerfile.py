@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,10 +51,20 @@ def left_out(folder: str, names: list[str]) -> set[str]:
 
 def test_steps_are_in_their_order() -> None:
     """What seldom changes comes first, so that an edit of the code does not install everything anew."""
-    assert [kind for kind, _ in STEPS] == ["FROM", "RUN", "WORKDIR", "COPY", "RUN", "COPY", "RUN", "CMD"]
+    assert [kind for kind, _ in STEPS] == ["FROM", "RUN", "WORKDIR", "COPY", "RUN", "COPY", "ARG", "RUN", "CMD"]
     assert dict(STEPS)["WORKDIR"] == "/accessory"
     python = re.search(r"FROM python:(\d+)\.(\d+)", DOCKERFILE)
     assert (int(python[1]), int(python[2])) >= (3, 11)
+
+
+def test_extras_are_installed_with_the_package_and_there_are_such() -> None:
+    """The argument becomes pip's brackets; without it, what is there already is enough."""
+    words = STEPS[-2][1].replace("pip install", "echo")
+    for given, expected in (("", "."), ("vision,data", ".[vision,data]")):
+        done = subprocess.run(["sh", "-c", words], env={"EXTRAS": given}, capture_output=True, text=True)
+        assert done.stdout.split()[-1] == expected
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.search(r"EXTRAS=(\S+?)`", README)[1].split(",")) <= extras.keys()
 
 
 @pytest.mark.timeout(1800)
