@@ -18,6 +18,7 @@ LAYOUTS = {
 }
 SETTINGS = {
     "peft": {"lora_rank": 4, "lora_alpha": 8},
+    "adapter": {"prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True, "lora_rank": 4},
     "qst": {"r": 4, "side_heads": 2, "tail": 1, "tail_rank": 4, "label_share": 1},
 }
 """Keys of --llama_config by method; others are run with their defaults."""
@@ -58,7 +59,7 @@ class Job(NamedTuple):
 
 RUN = (None, *(name for name in STORAGES if name in GROUPS or not name.startswith(("int2", "int3", "int4"))))
 JOBS = {job.name: job for job in (Job(method, storage) for method in METHODS for storage in RUN)}
-ACROSS = {"full": (None,), "peft": RUN, "qst": ("nf4",), "qsft": GROUPS}
+ACROSS = {"full": (None,), "peft": RUN, "adapter": ("nf4",), "qst": ("nf4",), "qsft": GROUPS}
 """Storages with which each method goes over all layouts."""
 SUPPORT = SupportTable(
     "methods.md",

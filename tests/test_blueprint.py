@@ -196,9 +196,10 @@ def test_unknown_type(tiny_base: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="lama_peft")
     assert str(caught.value) == (
-        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, llama_qst, "
-        "llama_qsft, opt, opt_peft, opt_qst, opt_qsft, bloom, bloom_peft, bloom_qst, bloom_qsft, neox, neox_peft, "
-        "neox_qst, neox_qsft, glm, glm_peft, glm_qst, glm_qsft, llama_qformerv2, llama_qformerv2_peft."
+        "--llama_type 'lama_peft' is not supported. Did you mean 'llama_peft'? Known: llama, llama_peft, "
+        "llama_adapter, llama_qst, llama_qsft, opt, opt_peft, opt_adapter, opt_qst, opt_qsft, bloom, bloom_peft, "
+        "bloom_adapter, bloom_qst, bloom_qsft, neox, neox_peft, neox_adapter, neox_qst, neox_qsft, glm, glm_peft, "
+        "glm_adapter, glm_qst, glm_qsft, llama_qformerv2, llama_qformerv2_peft."
     )
 
 
@@ -225,8 +226,8 @@ def test_quantized_full_training_is_refused(tiny_base: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         draw(tiny_base, llama_type="llama", quant_type="nf4")
     assert (
-        "--quant with --llama_type llama: nf4 weights cannot be trained; use --llama_type llama_peft or llama_qst."
-        in (str(caught.value))
+        "--quant with --llama_type llama: nf4 weights cannot be trained; use --llama_type llama_peft or llama_adapter "
+        "or llama_qst." in (str(caught.value))
     )
     decoder, attachment = draw(tiny_base, llama_type="llama", quant_type="nf4", train=False).build(Layout())
     packed = [name for name, module in decoder.named_modules() if isinstance(module, PackedWeight)]

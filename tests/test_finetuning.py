@@ -162,7 +162,11 @@ def test_resume_is_exact(tiny_base: Path, tmp_path: Path, torchrun) -> None:
     Resuming in processes of its own, from damaged checkpoints, and on other numbers of ranks: tests/faults.
     """
     write_settings(tmp_path)
-    settings = {"peft": {"lora_rank": 4, "lora_dropout": 0.2}, "qst": {"r": 4, "side_heads": 2, "dropout": 0.2}}
+    settings = {
+        "peft": {"lora_rank": 4, "lora_dropout": 0.2},
+        "adapter": SETTINGS["adapter"],
+        "qst": {"r": 4, "side_heads": 2, "dropout": 0.2},
+    }
 
     def flags(method: str, name: str, *more: str) -> list[str]:
         (tmp_path / f"{method}.json").write_text(json.dumps(settings[method]))

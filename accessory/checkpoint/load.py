@@ -116,7 +116,7 @@ def resolve(
     missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
         where = " + ".join(str(source.path) for source in sources)
-        faults.append(f"{where}: {_list(missing, 'is', 'are')} missing.{_lora_hint(missing)}")
+        faults.append(f"{where}: {_list(missing, 'is', 'are')} missing.{_settings_hint(missing)}")
     for name, target in wanted.items():
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
@@ -246,7 +246,7 @@ def _list(names: list[str], singular: str, plural: str) -> str:
 
 def _misfit(source: Source, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     text = f"{source.path}: {name} has shape {found}, the model {expected}."
-    if hint := _lora_hint([name]):
+    if hint := _settings_hint([name]):
         return text + hint
     cut = [(a, b) for a, b in zip(found, expected, strict=False) if a != b]
     if source.is_sharded and len(cut) == 1 and 0 < cut[0][0] < cut[0][1]:
@@ -255,14 +255,16 @@ def _misfit(source: Source, name: str, found: tuple[int, ...], expected: tuple[i
 
 
 def _hint(alien: list[str], wanted: dict[str, Target]) -> str:
-    if hint := _lora_hint(alien):
+    if hint := _settings_hint(alien):
         return hint
     if any(name.endswith(".bias") for name in alien):
         return " Give the --llama_type and --llama_config it was trained with (bias_tuning)."
     return nearest(alien[0], wanted)
 
 
-def _lora_hint(names: list[str]) -> str:
+def _settings_hint(names: list[str]) -> str:
     if any("lora_" in name for name in names):
         return " Give the --llama_config it was trained with (lora_rank, lora_targets, lora_layers)."
+    if any(name.startswith("prefix") for name in names):
+        return " Give the --llama_config it was trained with (prefix_layers, prefix_len, use_prefix_new_gate)."
     return ""

@@ -151,11 +151,11 @@ def span_of(tokens: int, longest: int) -> int:
 def _places(decoder: Decoder) -> tuple[object, ...]:
     """A value that changes when weights change or move: recorded work reads them in place, or copies made from them.
 
-    What a method prepares lies elsewhere at every answer. What products lay out moves only after `train`, and is held
-    here, so that its address is not used again.
+    What products lay out moves only after `train`, and is held here, so that its address is not used again; what a
+    method adds to attention says itself when it moves.
     """
     weights = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters())
     packed = (module for module in decoder.modules() if isinstance(module, FewRowsWeight))
     laid_out = (weight.prepared for weight in packed if isinstance(weight.prepared, JoinedMatrices | JoinedGroups))
-    prepared = any(block.attention.addition is not None for _, block in decoder.blocks())
-    return *weights, *laid_out, object() if prepared else None
+    additions = (block.attention.addition for _, block in decoder.blocks())
+    return *weights, *laid_out, *(None if addition is None else addition.place() for addition in additions)

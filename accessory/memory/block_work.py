@@ -44,19 +44,21 @@ class BlockWork:
         self.narrow_head = attention.head_dim
         self.head_dim = attention.head_dim + (ALIBI_WIDTH if self.position == "alibi" else 0)
         self.normalizing = normalizing_bytes(block.ffn_norm, self.tokens, dtype, device)
-        self.drops = bool(attention.dropout)
+        self.drops, self.addition = bool(attention.dropout), attention.addition
         self.fused = None if self.drops else fused_on(device, dtype, self.head_dim)
 
     def kept(self, measured: KeptByBlock) -> KeptByBlock:
         """What is kept by the kernel in use, where another's was measured.
 
-        A fused one keeps its result, too. That is the tensor that `wo` reads, except with ALiBi, whose heads are wider.
+        A fused one keeps its result, too. That is the tensor that `wo` reads, except with ALiBi, whose heads are wider,
+        and where something is added to it.
         """
         if self.fused is None or not measured.goes_back:
             return measured
         sizes = self.heads, self.kv_heads, self.head_dim, self.dtype
         more = fused_attention.kept_bytes(self.fused, self.lengths, *sizes)
-        read_by_wo = self.position != "alibi" and not self.fused.copies(self.head_dim, self.dtype)
+        copied = self.addition is not None or self.fused.copies(self.head_dim, self.dtype)
+        read_by_wo = self.position != "alibi" and not copied
         if measured.keeps_attended and read_by_wo:
             more -= self.tokens * self.heads * self.head_dim * self.dtype.itemsize
         return replace(measured, all=measured.all + more)
@@ -65,15 +67,16 @@ class BlockWork:
         """Peak of the forward of a block that keeps nothing, with what is held meanwhile.
 
         In attention: the normalized input, q, k and v, what rotation or ALiBi makes of them, attention's result and
-        its workspace, then the product with it. In feed-forward: attention's part, the sum with it, that normalized,
-        what is between the matrices, and the result. Between them: the first two, and the work of normalizing.
+        its workspace, or what a method adds to it, then the product with it. In feed-forward: attention's part, the sum
+        with it, that normalized, what is between the matrices, and the result. Between them: the first two, and the
+        work of normalizing.
         """
         width, heads, kv_heads = self.dtype.itemsize, self.heads, self.kv_heads
         projected = (heads + 2 * kv_heads) * self.narrow_head
         turned = {"rotary": (heads + kv_heads) * self.narrow_head, "alibi": (heads + 2 * kv_heads) * self.head_dim}
         result = self.channels * self.tokens * width
         numbers = self.channels + projected + turned.get(self.position, 0) + heads * self.head_dim
-        attention = self.tokens * width * numbers + max(self._attending(), result)
+        attention = self.tokens * width * numbers + max(self._attending(), self._adding(2), result)
         feed_forward = 4 * result + self.tokens * width * self.parts * self.inner
         return measured.held + max(attention, feed_forward, 2 * result + self.normalizing)
 
@@ -91,12 +94,24 @@ class BlockWork:
         return self.tokens * self.dtype.itemsize * (self.channels * (1 + self.chosen) + inner * self.inner)
 
     def _attention_backward(self) -> int:
-        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward."""
+        """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
+
+        Before it comes that of what a method adds to attention, which leaves a gradient of the queries.
+        """
         given = self.tokens * self.dtype.itemsize * (self.channels + self.heads * self.head_dim)
         if self.fused is None:
-            return given + self._kernel("backward_bytes")
-        sizes = self.heads, self.kv_heads, self.device
-        return given + fused_attention.backward_bytes(self.fused, self.lengths, *sizes)
+            own = self._kernel("backward_bytes")
+        else:
+            own = fused_attention.backward_bytes(self.fused, self.lengths, self.heads, self.kv_heads, self.device)
+        left = 0 if self.addition is None else self.tokens * self.heads * self.narrow_head * self.dtype.itemsize
+        return given + max(self._adding(1), left + own)
+
+    def _adding(self, tensors: int) -> int:
+        """What a method's addition works in, and `tensors` as large as its result: itself, the sum, a gradient."""
+        if self.addition is None:
+            return 0
+        made = tensors * self.tokens * self.heads * self.narrow_head * self.dtype.itemsize
+        return made + self.addition.work_bytes(self.tokens, self.heads, self.narrow_head)
 
     def _attending(self) -> int:
         """Workspace of attention's forward."""

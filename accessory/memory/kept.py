@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -172,11 +173,12 @@ class _Run(nn.Module):
     ) -> Tensor:
         parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
         self._in_blocks = True
-        shared = sequences.positions, sequences.rotations, *(sequences.alibi or ())
+        shared = sequences.positions, sequences.rotations, *(sequences.alibi or ()), *chain(*sequences.prefixes)
         self._before_blocks.update(map(_address, shared))
         self.after += [self.behind - self._up_to_block] if self.blocks else []
         self._up_to_block = self.behind
-        kind = type(block), parameters, x.requires_grad, torch.is_grad_enabled()
+        added = any(getattr(module, "addition", None) is not None for module in block.modules())
+        kind = type(block), parameters, added, x.requires_grad, torch.is_grad_enabled()
         self._seen.append(weakref.ref(x))
         self.held.append(self._held_now())
         if kind in self.kinds:

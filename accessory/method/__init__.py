@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from accessory.method.adapter import Adapter
 from accessory.method.base import Attachment, IntegerRule, Method
 from accessory.method.full import Full
 from accessory.method.peft import QUANT_TARGETS, Peft
 from accessory.method.qsft import Qsft
 from accessory.method.side_tuning import SideTuning
 
-METHODS: dict[str, type[Method]] = {"full": Full, "peft": Peft, "qst": SideTuning, "qsft": Qsft}
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "peft": Peft,
+    "adapter": Adapter,
+    "qst": SideTuning,
+    "qsft": Qsft,
+}
 
 
 def presets() -> dict[str, Method]:

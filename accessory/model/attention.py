@@ -33,6 +33,14 @@ class AttentionAddition(nn.Module, ABC):
     def prepare_decoding(self, attention: Attention) -> None:
         """Compute what is the same for every token of an answer, once; `train` discards it."""
 
+    def place(self) -> object:
+        """Equal for as long as what was prepared lies where it lay; by default it moves with each answer."""
+        return object()
+
+    def work_bytes(self, tokens: int, heads: int, head_dim: int) -> int:
+        """Bytes that it works in for `tokens` queries of this rank's heads, beside its result and its gradient."""
+        return 0
+
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(E)) v with H query and K key/value heads; this rank holds its share of both.

@@ -90,8 +90,9 @@ class Chain:
 
 def why_not(decoder: Decoder) -> str:
     """What the decoder has that the chain cannot compute; empty: the chain fits."""
-    args = decoder.args
+    args, blocks = decoder.args, [block for _, block in decoder.blocks()]
     wanted = {
+        "what is added to attention": all(block.attention.addition is None for block in blocks),
         "side network": type(decoder) is Decoder,
         "model-parallel ranks": decoder.ranks == 1,
         "norms": args.norm == "rms" and args.norm_placement == "before" and not args.parallel_residual,
@@ -105,9 +106,6 @@ def why_not(decoder: Decoder) -> str:
     for what, fits in wanted.items():
         if not fits:
             return what
-    blocks = [block for _, block in decoder.blocks()]
-    if any(block.attention.addition is not None for block in blocks):
-        return "what is added to attention"
     weights = [linear.weight for block in blocks for linear in _linears(block)]
     if not all(isinstance(weight, FourBitWeight) for weight in weights):
         return "storage"

@@ -21,6 +21,7 @@ class Sequences:
     the key/value cache (all zero in training). positions: of each token in its document [T], on the tokens' device.
     rotations: as `rotations_at`. documents: lengths and shared beginnings, for attention kernels. alibi: as
     `alibi_channels`, or None. labelled: tokens that have a label, int64 [L], where that is known and there are any.
+    prefixes: of each block that has one, by which a method adds to attention: (rows [P, D], gates fp32 [H]).
     """
 
     lengths: tuple[int, ...]
@@ -30,6 +31,7 @@ class Sequences:
     documents: Documents
     alibi: tuple[Tensor, Tensor] | None = None
     labelled: Tensor | None = None
+    prefixes: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @staticmethod
     def build(

@@ -24,7 +24,6 @@ from accessory.model.decoder import Decoder
 from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.quant import storage
-from tests.model.prefixes import Prefixes
 
 LLAMA = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 128, "vocab_size": 96}
 MODELS = {
@@ -40,6 +39,7 @@ MODELS = {
 }  # fmt: skip
 METHODS_BESIDE = {
     "peft": {"lora_rank": 4, "bias_tuning": True},
+    "adapter": {"prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True},
     "qst": {"side_layers": 1, "tail": 1, "r": 2, "side_heads": 2},
 }
 STORAGES = ("nf4", "int3_g32", "int8")
@@ -79,8 +79,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 def decoder_of(layout: groups.Layout, settings: dict, method: str = "", quant: str = "") -> Decoder:
     """Filled at random in fp32, its biases and factors too."""
     args, how = ModelArgs(**LLAMA | settings), {"dtype": torch.float32, "storage": storage(quant) if quant else None}
-    kinds = {**METHODS, "prefixes": Prefixes}
-    made = kinds[method or "peft"](kinds[method or "peft"].Settings(**METHODS_BESIDE.get(method, {})))
+    made = METHODS[method or "peft"](METHODS[method or "peft"].Settings(**METHODS_BESIDE.get(method, {})))
     decoder = made.decoder(args, **how) if method else Decoder(args, **how)
     attachment = made.attach(decoder) if method else Attachment()
 
@@ -109,8 +108,7 @@ def growing(decoder: Decoder, prompts: list[list[int]], **options) -> list[list[
 
 CASES = [
     *((model, "", "") for model in MODELS),
-    *(("llama", method, "nf4") for method in ("peft", "qst")),
-    ("llama", "prefixes", ""),
+    *(("llama", method, "nf4") for method in METHODS_BESIDE),
     *(("llama", "peft", quant) for quant in STORAGES[1:]),
 ]
 

@@ -195,6 +195,13 @@ STEPS = {
     },
     "LoRA in two blocks": {"settings": {**LORA, "lora_layers": "3,4"}},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
+    "prefixes, one long document": {
+        "settings": {"prefix_len": 4, "norm_tuning": False}, "method": "adapter", "lengths": (900,),
+    },
+    "prefixes and LoRA, recomputed": {"settings": {"lora_rank": 8}, "method": "adapter", "recomputed": 6},
+    "prefixes of some blocks, fp32": {
+        "settings": {"prefix_layers": 2, "prefix_len": 30}, "method": "adapter", "dtype": torch.float32,
+    },
     "LoRA, a teacher": {"settings": LORA, "recomputed": 6, "teacher": {}},
     "full, a packed teacher, wider": {
         "settings": {}, "method": "full", "quant": None, "teacher": {"dim": 512, "quant": "nf4"},

@@ -25,7 +25,6 @@ from accessory.parallel import groups
 from accessory.parallel.data import DataParallel
 from accessory.parallel.parameters import NamedParameters
 from accessory.parallel.tensor import Slicing, gather_slices, own_slice
-from tests.model.prefixes import Prefixes
 
 SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 80, "vocab_size": 97, "max_seq_len": 32}
 LAYER = {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
@@ -40,8 +39,11 @@ SHAPES = {
     "glm4": {"norm_placement": "both", "rotary_dim": 4},
 }  # fmt: skip
 LENGTHS = (9, 1, 6)
-METHODS |= {"prefixes": Prefixes}
-SETTINGS = {"peft": {"lora_rank": 4}, "qst": {"r": 2, "side_heads": 6}}
+SETTINGS = {
+    "peft": {"lora_rank": 4},
+    "qst": {"r": 2, "side_heads": 6},
+    "adapter": {"lora_rank": 4, "prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True},
+}
 
 
 def initial(name: str, shape: tuple[int, ...]):
@@ -130,7 +132,7 @@ def of_the_loss(dtype: torch.dtype, layout: groups.Layout) -> dict[str, torch.Te
 
 
 CASES = [(name, method) for name in SHAPES for method in ("full", "peft", "qst")]
-CASES += [("qwen3", "prefixes"), ("bloom", "prefixes")]
+CASES += [("qwen3", "adapter"), ("bloom", "adapter")]
 layout = groups.start("cpu", model_parallel_size=int(sys.argv[2]))
 everything = {f"{name} {method}": results(SHAPES[name], method, layout) for name, method in CASES}
 everything |= {f"loss in {dtype}": of_the_loss(dtype, layout) for dtype in (torch.float32, torch.bfloat16)}

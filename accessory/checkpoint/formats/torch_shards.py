@@ -78,7 +78,7 @@ def shard_dim(name: str) -> int | None:
     """The dimension along which LLaMA 1's and 2's files cut a tensor of ours; None for what each holds whole."""
     if _COLUMN.search(name):
         return 0
-    return 1 if _ROW.search(name) or name == "tok_embeddings.weight" else None
+    return 1 if _ROW.search(name) or name in ("tok_embeddings.weight", "prefix_gate") else None
 
 
 def _shard_dim_in(name: str, state: dict[str, Tensor]) -> int | None:

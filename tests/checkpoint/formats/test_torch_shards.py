@@ -35,7 +35,8 @@ def test_trained_part_of_upstream(tmp_path: Path) -> None:
         f"{column}.bias": (torch.randn(8), 0), f"{column}.lora_a.weight": (torch.randn(2, 8), None),
         f"{column}.lora_b.weight": (torch.randn(8, 2), 0), f"{row}.bias": (torch.randn(8), None),
         f"{row}.lora_a.weight": (torch.randn(2, 8), 1), f"{row}.lora_b.weight": (torch.randn(8, 2), None),
-        "norm.weight": (torch.randn(8), None),
+        "norm.weight": (torch.randn(8), None), "prefix": (torch.randn(2, 1, 3, 8), None),
+        "prefix_gate": (torch.randn(2, 4), 1), "prefix_new_gate": (torch.randn(2), None),
     }  # fmt: skip
     for rank in range(2):
         state = {f"llma.{k}": v if dim is None else v.chunk(2, dim)[rank].clone() for k, (v, dim) in whole.items()}
