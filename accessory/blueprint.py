@@ -16,7 +16,7 @@ from accessory.checkpoint.lazy import PackedTensor
 from accessory.checkpoint.naming import BLOCK_LINEAR
 from accessory.checkpoint.source import STRATEGY_FILE, Source, read_json, settings_read_by
 from accessory.checkpoint.strategy import storages_of_mix
-from accessory.checkpoint.vision_part import vision_among
+from accessory.checkpoint.vision_part import UNNAMED, named_with_encoder, vision_among
 from accessory.errors import CheckpointError, ConfigError, TokenizerError, explain_validation, nearest
 from accessory.foreign_names import unknown
 from accessory.method import METHODS, QUANT_TARGETS, Attachment, Method, setting_names
@@ -46,8 +46,6 @@ _THEIR_KEYS = {
 """Key of Hugging Face's config.json -> ours."""
 _SEEING = ("llama",)
 """Families whose models may see images."""
-_UNNAMED = "clip"
-"""The image encoder of models whose --llama_type names none."""
 _OF_ENCODERS = {name: storage(name) for name in ("nf4", "nf4_single", "fp4", "fp4_single", "int8")}
 """Storages that an image encoder has, too, where the blocks have them. With others it has nf4: codes in groups are
 chosen by data or trained, and whole numbers of activations are rounded, which its wide ones do not stand."""
@@ -281,7 +279,7 @@ def _named(llama_type: str) -> tuple[str, str, type[Method]]:
     Raises `ConfigError` for an unknown one.
     """
     known = {family + method.suffix: (family, "", method) for family in FAMILIES for method in METHODS.values()}
-    encoders = [name for name in VISIONS if name != _UNNAMED]
+    encoders = [name for name in VISIONS if name != UNNAMED]
     known |= {f"{family}_{name}{method.suffix}": (family, name, method)
               for family in _SEEING for name in encoders for method in _seeing_methods()}  # fmt: skip
     if llama_type not in known:
@@ -300,13 +298,13 @@ def _vision(sources: list[Source], llama_type: str, family: str, named: str, met
     vision = vision_among(sources, named, llama_type)
     if vision is None:
         return None
-    found, encoder = f"--llama_type {llama_type} with an image encoder", "" if vision.name == _UNNAMED else vision.name
+    found, encoder = f"--llama_type {llama_type} with an image encoder", "" if vision.name == UNNAMED else vision.name
     if fault := method.vision_fault:
         raise ConfigError(f"{found}: {fault}; leave it out with --no_visual.")
     if family not in _SEEING:
         raise ConfigError(f"{found}: models of {', '.join(_SEEING)} alone see images; leave it out with --no_visual.")
     if named != encoder:
-        fitting = f"{family}_{encoder}{method.suffix}" if encoder else f"{family}{method.suffix}"
+        fitting = named_with_encoder(family, vision) + method.suffix
         raise ConfigError(
             f"{found}, which is {vision.name}: give --llama_type {fitting}, or leave it out with --no_visual."
         )
@@ -323,7 +321,7 @@ def _family_hint(llama_type: str) -> str:
         return ""
     name = max(beginnings, key=len)
     rest = model.removeprefix(name).lstrip("0123456789._b")
-    if rest == _UNNAMED:
+    if rest == UNNAMED:
         return " CLIP is not named there: give its directory with --vision_path."
     if seeing := [f"{seen}_{encoder}{known.suffix}" for encoder in VISIONS if encoder in rest
                   for seen in _SEEING for known in _seeing_methods()]:  # fmt: skip

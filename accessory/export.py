@@ -108,6 +108,11 @@ class Destination:
 
     def write(self, model: WholeModel, target: Path) -> None:
         """Write `model` to `target`, which must not be there yet. Raises `CheckpointError`."""
+        if model.vision and self.to != "accessory":
+            raise ConfigError(
+                f"--to {self.to} has no place for the image encoder ({model.vision.name}): write it with --to "
+                "accessory, or the model without it with --no_visual."
+            )
         if self.to == "gguf" and target.suffix != ".gguf":
             raise ConfigError(f"{target}: a GGUF file is recognised by its name; give one that ends in .gguf.")
         if self.architecture:
@@ -153,13 +158,16 @@ class LogitError:
 
 
 def open_whole(
-    paths: list[Path], llama_config: Sequence[Path] = (), tokenizer_path: Path | None = None
+    paths: list[Path],
+    llama_config: Sequence[Path] = (),
+    tokenizer_path: Path | None = None,
+    no_visual: bool = False,
 ) -> tuple[WholeModel, list[Source], Blueprint]:
     """Base and, where given, trained parts, as they lie; checked to be a complete model that fits together.
 
-    A tokenizer given with tokenizer_path gets the tokens that the parts' runs added.
+    A tokenizer given with tokenizer_path gets the tokens that the parts' runs added. no_visual: leave out the encoder.
     """
-    sources = with_base(list(paths))
+    sources = with_base(list(paths), no_visual=no_visual)
     blueprint = make_blueprint(
         sources,
         llama_config=llama_config,
@@ -167,19 +175,20 @@ def open_whole(
         precision="bf16",
         train=False,
         new_tokens=trained_tokens(sources) if tokenizer_path else (),
+        no_visual=no_visual,
     )
     decoder, attachment = blueprint.build(Layout())
     resolve(decoder, sources, attachment, initialize=False)  # refuses what is not a whole model
     tensors, _ = overlay(sources, blueprint.args)
     layouts, system = trained_prompt_layouts(sources), trained_system(sources)
-    model = WholeModel(blueprint.args, tensors, blueprint.tokenizer, layouts, system)
+    model = WholeModel(blueprint.args, tensors, blueprint.tokenizer, layouts, system, blueprint.vision)
     return model, sources, blueprint
 
 
 def open_base(paths: list[Path], **reading) -> tuple[WholeModel, list[Source]]:
     """`open_whole` of a base alone. Raises `CheckpointError` if biases or LoRA were trained beside it."""
     model, sources, blueprint = open_whole(paths, **reading)
-    if any(source.is_delta and not source.is_difference for source in sources):
+    if any(source.is_delta and not (source.is_difference or source.is_vision) for source in sources):
         raise CheckpointError(f"{paths[-1]}: is a trained part; merge it (tools/merge.py), or write it with --to peft.")
     if not blueprint.method.trains_base:
         raise CheckpointError(
@@ -214,6 +223,11 @@ def calibrated(
     """
     refuse_existing(target)
     settings.check(layout.dp_size)
+    if model.vision:
+        raise ConfigError(
+            f"--calibrate: {base} has an image encoder, and the text tells nothing of the images it is to see. Leave "
+            "out --calibrate, or write the model without it: tools/convert.py SOURCE TARGET --no_visual."
+        )
     destination.check_calibrated(model, target, settings.quant_type)
     if destination.to in WHOLE:
         settings = replace(settings, whole_points=True)
@@ -304,6 +318,11 @@ def export_adapter(
     """
     _, sources, blueprint = open_whole(paths, **reading)
     base, *parts = sources
+    if blueprint.vision:
+        raise ConfigError(
+            f"--to peft has no place for what was trained behind the image encoder ({blueprint.vision.name}): give "
+            "--no_visual to write the rest."
+        )
     fault = blueprint.method.adapter_fault
     if fault or not parts or not all(part.is_delta for part in parts):
         found = ", ".join(f"{source.path} ({source.format})" for source in sources)
@@ -388,7 +407,8 @@ def logit_error(
     """
     check_known("--precision", precision, DTYPES)
     layout = groups.start("cpu")
-    model = MetaModel.from_pretrained(list(trained), dtype=precision, layout=layout, **reading)
+    seeing = None if not reading.pop("no_visual", False) else False
+    model = MetaModel.from_pretrained(list(trained), dtype=precision, layout=layout, with_visual=seeing, **reading)
     tokens = _probe_tokens(model, probe)
     first = model.logits(tokens, (len(tokens),))
     del model

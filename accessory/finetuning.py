@@ -27,6 +27,7 @@ from accessory.run.status import RunStatus
 from accessory.run.teacher import TeacherPlan, find_teacher, load_teacher, make_teacher
 from accessory.run.validation_set import divide
 from accessory.training import Prepared, find_progress, say
+from accessory.vision.feature_cache import FeatureCache
 
 CACHE_DIR = Path("accessory_data_cache")
 
@@ -52,6 +53,8 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     say(layout, *notes)
     prepared = Prepared(job, decoder, attachment, recomputed, found, progress, signals, status)
     model = prepared.fill()
+    if config.cache_features and not config.dry_run:
+        model.encoder.cache = together(FeatureCache, config.cache_features, blueprint.vision, decoder)
     model.teacher = teacher and load_teacher(teacher, decoder, layout, config.data_parallel)
     schedule = schedule_of(config, job.order, progress)
     say(layout, *schedule_notes(config, job.order, schedule, progress))
@@ -78,6 +81,8 @@ def _job(
         "cache_dir": CACHE_DIR if config.cache_ann_on_disk else None,
         "max_skipped": config.max_skipped,
         "clock": began,
+        "pictures": blueprint.vision.place if blueprint.vision else None,
+        "image_transform": config.image_transform,
     }
     corpus = together(build_corpus, config.data_config, blueprint.tokenizer, **how)
     say(layout, *together(corpus_notes, config, blueprint, corpus))

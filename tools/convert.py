@@ -26,6 +26,7 @@ def main(
     architecture: str = "",
     llama_config: str = "",
     tokenizer_path: str = "",
+    no_visual: bool = False,
     drop_biases: bool = False,
     base_model: str = "",
 ) -> None:
@@ -39,6 +40,7 @@ def main(
         architecture: model type to write it as, such as llama for an InternLM; absent: its own.
         llama_config: a JSON file of settings for a source that has none.
         tokenizer_path: a tokenizer for a source that has none.
+        no_visual: leave out the image encoder and what belongs to it.
         drop_biases: with --to peft, leave out biases the base has no place for.
         base_model: with --to peft, the directory or Hub name that peft's users load; absent: where the base lies.
     """
@@ -46,6 +48,7 @@ def main(
     reading = {
         "llama_config": [Path(str(llama_config))] if llama_config else [],
         "tokenizer_path": Path(str(tokenizer_path)) if tokenizer_path else None,
+        "no_visual": no_visual,
     }
     if to == "peft":
         name = str(base_model) or None

@@ -24,6 +24,7 @@ def main(
     architecture: str = "",
     llama_config: str = "",
     tokenizer_path: str = "",
+    no_visual: bool = False,
     drop_biases: bool = False,
     probe: str | None = None,
     precision: str = "bf16",
@@ -43,6 +44,7 @@ def main(
         architecture: model type to write it as; absent: its own.
         llama_config: a JSON file of settings for a base that has none.
         tokenizer_path: the tokenizer to write, such as the base's own; tokens that training added are added to it.
+        no_visual: leave out the image encoder and what belongs to it.
         drop_biases: leave out the biases that training added.
         probe: text whose logits are compared; absent: a question and its answer as the part was trained on.
         precision: of that comparison.
@@ -53,6 +55,7 @@ def main(
     reading = {
         "llama_config": [Path(str(llama_config))] if llama_config else [],
         "tokenizer_path": Path(str(tokenizer_path)) if tokenizer_path else None,
+        "no_visual": no_visual,
     }
     base = merge(sources, target, destination, base=str(base) or None, drop_biases=drop_biases, **reading)
     print(f"{' + '.join(map(str, sources))} -> {target} ({to}, base {base})")

@@ -16,6 +16,15 @@ VISION_FORMAT = "Hugging Face (image encoder)"
 """The format of an opened directory that holds an encoder alone."""
 
 
+UNNAMED = "clip"
+"""The image encoder of models whose --llama_type names none."""
+
+
+def named_with_encoder(family: str, vision: Vision | None) -> str:
+    """What `--llama_type` begins with for models of `family` that have this image encoder."""
+    return family if vision is None or vision.name == UNNAMED else f"{family}_{vision.name}"
+
+
 def is_vision_type(model_type: object) -> bool:
     """Whether Hugging Face directories of this `model_type` are opened as an image encoder."""
     return any(model_type in kind.model_types for kind in VISIONS.values())

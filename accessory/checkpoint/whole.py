@@ -16,13 +16,15 @@ from accessory.errors import CheckpointError
 from accessory.model.args import ModelArgs
 from accessory.tokenizer import Tokenizer
 from accessory.tokenizer.sniff import what_is
+from accessory.vision import Vision
 
 
 @dataclass(frozen=True)
 class WholeModel:
     """Settings, tensors by our names (unread, in the settings' rotary layout) and tokenizer of a complete model.
 
-    prompt_layouts, system: as `trained_prompt_layouts` and `trained_system` give them.
+    prompt_layouts, system: as `trained_prompt_layouts` and `trained_system` give them. vision: the image encoder, whose
+    tensors are among them.
     """
 
     args: ModelArgs
@@ -30,6 +32,7 @@ class WholeModel:
     tokenizer: Tokenizer
     prompt_layouts: tuple[str, ...] = ()
     system: str | None = None
+    vision: Vision | None = None
 
     def in_layout(self, rotary_layout: str) -> WholeModel:
         """The same model with q and k in another rotary layout."""

@@ -22,12 +22,17 @@ class OwnLoop:
 
     def get_trainable_params(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of what is trained or was, for an optimizer; names begin with `llma.`, as upstream's do."""
+        encoder = f"llma.{self.vision.encoder}." if self.vision else "-"  # it is frozen always
+        return {name: p for name, p in self._to_save().items() if not name.startswith(encoder)}
+
+    def _to_save(self) -> dict[str, nn.Parameter]:
         trained = {f"llma.{name}" for name in self._loaded.trained} if self._loaded else ()
         return {name: p for name, p in self.named_parameters() if p.requires_grad or name in trained}
 
     def corpus(self, data_config: str | Path | Sequence[str | Path], *, max_words: int = 1024, **how: Any) -> Corpus:
         """What `--data_config` names, laid out and tokenized for this model; `how`: as for `build_corpus`."""
         given = [data_config] if isinstance(data_config, str | Path) else data_config
+        how = {"pictures": self.vision.place if self.vision else None} | how
         return build_corpus([Path(path) for path in given], self.tokenizer, max_words=max_words, **how)
 
     def batches(self, corpus: Corpus, *, batch_size: int = 16, epochs: int = 1, seed: int = 0) -> Iterator[PackedBatch]:
@@ -57,7 +62,7 @@ class OwnLoop:
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, on the CPU, by the names it has there."""
-        return {name.removeprefix("llma."): p.detach().cpu() for name, p in self.get_trainable_params().items()}
+        return {name.removeprefix("llma."): p.detach().cpu() for name, p in self._to_save().items()}
 
     def records(self, corpus: Corpus | None = None) -> tuple[str, dict[str, Any]]:
         """(first part of the name of the files of weights, JSON by file name) of a checkpoint.

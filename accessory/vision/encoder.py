@@ -15,17 +15,19 @@ from accessory.model.decoder import Decoder
 from accessory.parallel.groups import model_parallel_group
 from accessory.parallel.tensor import gather_slices
 from accessory.vision.base import Vision
+from accessory.vision.feature_cache import FeatureCache
 
 
 class PictureEncoder:
     """The modules that `vision` has attached to `decoder`, which need not be filled yet.
 
     divides: whether ranks that share a model divide a batch's pictures among them, and exchange their features; else
-    each computes all. threads: that read and scale pictures.
+    each computes all. threads: that read and scale pictures. cache: where features are looked up first.
     """
 
     def __init__(self, vision: Vision, decoder: Decoder, *, divides: bool = False, threads: int = 2) -> None:
         self.vision, self.decoder, self.divides = vision, decoder, divides
+        self.cache: FeatureCache | None = None
         self.pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="pictures")
 
     def __call__(self, contents: Sequence[Picture | str]) -> list[Tensor]:
@@ -64,6 +66,9 @@ class PictureEncoder:
         return gather_slices(padded, 0)[: len(pictures)]
 
     def _computed(self, pictures: list[Picture]) -> Tensor:
+        return self.cache.features(pictures, self._encoded) if self.cache else self._encoded(pictures)
+
+    def _encoded(self, pictures: list[Picture]) -> Tensor:
         if not pictures:
             return self._nothing()
         pixels = torch.stack(list(self.pool.map(Picture.pixels, pictures)))

@@ -15,6 +15,7 @@ from accessory.checkpoint.lazy import LazyTensor, PackedTensor
 from accessory.checkpoint.merge import repacked
 from accessory.checkpoint.save import fresh_directory, write_json, write_tensors
 from accessory.checkpoint.source import Source, open_safetensors, read_json, stated_llama_type, stated_settings
+from accessory.checkpoint.vision_part import named_with_encoder
 from accessory.checkpoint.whole import WholeModel, progress, read_as, refuse_existing
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.errors import CheckpointError
@@ -130,8 +131,10 @@ def write_own(
     packed: dict[str, Any] = {}
     with fresh_directory(target) as directory:
         write_tensors(directory, "model", _written(model, dtype, quant_type, packed))
-        write_json(directory / "config.json", model.args.model_dump())
-        meta = {"llama_type": architecture_of(model.args.architecture, str(target)).family}
+        seen = {model.vision.key: model.vision.settings.model_dump()} if model.vision else {}
+        write_json(directory / "config.json", model.args.model_dump() | seen)
+        family = architecture_of(model.args.architecture, str(target)).family
+        meta = {"llama_type": named_with_encoder(family, model.vision)}
         meta |= {"prompt_layouts": model.prompt_layouts} if model.prompt_layouts else {}
         meta |= {"system": model.system} if model.system is not None else {}
         write_json(directory / "meta.json", meta | ({"packed": packed} if packed else {}))
