@@ -138,10 +138,10 @@ def _measure_training(engine: Engine, steps: int, layout: Layout) -> dict:
     return result | beside_ideal(engine, layout, reports)
 
 
-def run_steps(engine: Engine, steps: int) -> list[StepReport]:
-    """Take the first `steps` steps."""
+def run_steps(engine: Engine, steps: int, first: int = 0) -> list[StepReport]:
+    """Take `steps` steps, from number `first` of the order on."""
     engine.model.train()
-    progress = Progress()
+    progress = Progress(step=first, total_steps=first)
     return [engine.step(progress)[0] for _ in range(steps)]
 
 

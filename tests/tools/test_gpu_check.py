@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +19,13 @@ from accessory.kernels.plain import document_attention
 from accessory.parallel.groups import Layout
 from accessory.quant.four_bit import FourBitWeight
 from tools import gpu_check
-from tools.gpu_checks import attention, runs, storages, worker
+from tools.gpu_checks import attention, compiling, runs, storages, worker
 from tools.gpu_checks.check import Check, Findings, Ground
 
 pytestmark = pytest.mark.slow
 CPU = Ground(Layout(), tiny=True)
+STARTS = 30
+"""Seconds for the start of the processes that run checks."""
 
 
 def lines(path: Path) -> list[dict]:
@@ -89,6 +95,42 @@ def test_a_crash_and_a_hang_fail_alone(session: Callable, monkeypatch: pytest.Mo
     }  # fmt: skip
     assert one.lines["crash"]["message"].startswith("the process ended with -6; it said last:\nwas asked for passed")
     assert one.lines["hang"]["message"].startswith("took more than 1 s; it said last:")
+
+
+def test_those_that_measure_nothing_run_at_the_same_time(session: Callable) -> None:
+    """Each in its own process: the crash of one is not the others'; all together take as long as the longest."""
+    one = session()
+    names = ("first", "crash", "second", "third")
+    one.run([{"name": name, "seconds": 5, "beside": name != "third"} for name in names])
+    one.close()
+    assert [line["status"] for line in one.lines.values()] == ["first", "failed", "second", "third"]
+    checks = [{"seconds": seconds, "beside": seconds > 2} for seconds in (1, 30, 4, 2)]
+    assert gpu_check.stated_seconds(checks) == 1 + 30 + 2
+
+
+def test_all_of_it_takes_less_than_eight_minutes() -> None:
+    """By what the checks themselves state, with the start of processes."""
+    rooms = [import_module(f"tools.gpu_checks.{room}").CHECKS for room in worker.ROOMS]
+    stated = gpu_check.stated_seconds([vars(check) for room in rooms for check in room])
+    assert stated + STARTS < 8 * 60
+
+
+def test_a_variant_is_compiled_once_and_found_again(tmp_path: Path) -> None:
+    """One of the shares compiles it, and another process finds it on disk."""
+    from tools.gpu_checks import compiler
+
+    shares = [compiler.Compiler(90, share, 3) for share in range(3)]
+    for key in map(str, range(50)):
+        left = [one._leaves(key=key, fn=SimpleNamespace(name="kernel")) for one in shares]
+        assert left.count(False) == 1
+    command = [sys.executable, compiler.__file__, "90", "60", "tiny", "7"]
+    environment = compiling._environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
+    found = [
+        json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+        for _ in range(2)
+    ]
+    assert 0 < found[0]["compiled"] < found[0]["variants"] / 10 and not found[1]["compiled"]
+    assert len(list(tmp_path.glob("*/*.cubin"))) == found[0]["compiled"]
 
 
 def test_what_there_is_no_time_for_is_left_out(session: Callable) -> None:

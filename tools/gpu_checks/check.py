@@ -88,13 +88,15 @@ class Findings:
 @dataclass(frozen=True)
 class Check:
     """seconds: about what the check takes on an H200. needs_cuda: a run on the CPU is only a rehearsal. by_name: it
-    takes long on the CPU, so it runs there only if its name is given.
+    takes long on the CPU, so it runs there only if its name is given. beside: it measures nothing and may run at the
+    same time as its neighbours that say so, too.
     """
 
     name: str
     seconds: float
     needs_cuda: bool
     by_name: bool
+    beside: bool
     function: Function
 
     def run(self, ground: Ground, findings: Findings) -> None:
@@ -102,13 +104,15 @@ class Check:
         self.function(ground, findings)
 
 
-def check(seconds: float, *, needs_cuda: bool = False, by_name: bool = False) -> Callable[[Function], Check]:
+def check(
+    seconds: float, *, needs_cuda: bool = False, by_name: bool = False, beside: bool = False
+) -> Callable[[Function], Check]:
     """Make a function a check, named after its room (its file) and itself: kernels.rms_norm."""
 
     def made(function: Function) -> Check:
         """The check."""
         room = function.__module__.rpartition(".")[2]
-        return Check(f"{room}.{function.__name__}", seconds, needs_cuda, by_name, function)
+        return Check(f"{room}.{function.__name__}", seconds, needs_cuda, by_name, beside, function)
 
     return made
 

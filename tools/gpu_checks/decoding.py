@@ -71,7 +71,7 @@ def logits(ground: Ground, found: Findings) -> None:
                                 wanted[:, : decoder.args.vocab_size], allowed)  # fmt: skip
 
 
-@check(28, needs_cuda=True)
+@check(3, needs_cuda=True)
 def chosen(ground: Ground, found: Findings) -> None:
     """Triton's kernels for few rows pass their trial in every dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32) if ground.cuda else ():
@@ -81,7 +81,7 @@ def chosen(ground: Ground, found: Findings) -> None:
         found.expect(missing or decoding_kernels(ground.device, dtype), f"they are not used in {dtype}")
 
 
-@check(18, needs_cuda=True)
+@check(9, needs_cuda=True)
 def wide(ground: Ground, found: Findings) -> None:
     """Blocks as wide as 7B's and 70B's, with LoRA: a token of 1, 3 and 8 documents in fixed places and in growing ones.
 

@@ -118,7 +118,7 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-@check(35, by_name=True)
+@check(35, by_name=True, beside=True)
 def stopped_and_resumed(ground: Ground, found: Findings) -> None:
     """SIGTERM to the launcher between two steps: all is saved, and the resumed run ends as one that was not stopped.
 
@@ -152,7 +152,7 @@ def stopped_and_resumed(ground: Ground, found: Findings) -> None:
         found.expect(wanted.get(steps, 9) < wanted.get(1, 0), f"the loss did not fall: {wanted}")
 
 
-@check(16, needs_cuda=True, by_name=True)
+@check(16, needs_cuda=True, by_name=True, beside=True)
 def recomputed_and_offloaded(ground: Ground, found: Findings) -> None:
     """`--checkpointing auto` and all, and `--offload_inputs`: the losses of the run that keeps everything."""
     flags = ("--max_steps", "8", *(("--deterministic",) if ground.cuda else ()))
@@ -184,7 +184,7 @@ MetaModel.forward = forward
 """
 
 
-@check(15, needs_cuda=True, by_name=True)
+@check(15, needs_cuda=True, by_name=True, beside=True)
 def out_of_memory(ground: Ground, found: Findings) -> None:
     """A process that may take little of the card: the run ends with one line that says what would help."""
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -219,7 +219,7 @@ MetaModel.forward = forward
 """
 
 
-@check(15, needs_cuda=True, by_name=True)
+@check(15, needs_cuda=True, by_name=True, beside=True)
 def failure(ground: Ground, found: Findings) -> None:
     """A fault of the program in a step, with work on its way on the card: the process ends soon, and says why."""
     with _bench(ground) as bench:
@@ -248,7 +248,7 @@ MetaModel.forward = forward
 """
 
 
-@check(20, needs_cuda=True, by_name=True)
+@check(20, needs_cuda=True, by_name=True, beside=True)
 def two_ranks(ground: Ground, found: Findings) -> None:
     """One that dies is told by the other, which ends soon, though NCCL waits for ever; on one card two are refused."""
     with _bench(ground) as bench:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from accessory.checkpoint.training_state import Progress
 from accessory.engine import Engine
+from accessory.memory.recompute import recompute_layers
 from accessory.run.determinism import algorithms_as_before, fix_order_of_sums
 from tools.benchmark import UNTIMED_STEPS, beside_ideal, figures_of, run_steps
 from tools.benchmarking import time_shares
@@ -23,108 +24,100 @@ from tools.gpu_checks.check import Findings, Ground, Skipped, check
 from tools.gpu_checks.rates import begin_peak, peak_bytes, synchronize
 from tools.model_sizes import args_of
 
-STEPS = 6  # the first two are not timed
+STEPS = 6  # of each length; the first two are not timed
 MOST_70B = 40e9
 """Bytes that training 70B by NormBias on 512 tokens shall stay below."""
-SLOWEST = {"lora_4096": 8000.0, "normbias_4096": 8000.0, "qst_4096": 12000.0}
-"""Tokens/s of 7B on an H200, half of what is expected: below it something is at fault."""
 
 
-def _training(ground: Ground, method: str, tokens: int, size: str = "7B", **changes: object) -> Training:
-    """Steps of one document of `tokens` random tokens, all of them learned, on NF4 in bf16."""
-    length = ground.pick(tokens, 64)
-    plain = {
-        "model": ground.pick(size, "tiny"), "data": None, "steps": STEPS, "batch_size": 1, "seq": (length,),
-        "supervised": 1.0, "max_words": length, "method": method, "rank": None, "adapter": None, "quant_type": "nf4",
-        "precision": "bf16", "lr": 2e-4, "optim": "adamw", "checkpointing": "none", "share_prefixes": True,
-    }  # fmt: skip
-    return Training(**plain | changes)
-
-
-def _train(ground: Ground, found: Findings, method: str, tokens: int, size: str = "7B", **changes: object) -> Engine:
-    """Measure it; the figures are those of `tools/benchmark.py train`."""
-    before = begin_peak(ground.device)
-    began = time.perf_counter()
-    engine = _training(ground, method, tokens, size, **changes).engine(ground.layout)
+def _engine(ground: Ground, found: Findings, method: str, lengths: tuple[int, ...], size: str = "7B") -> Engine:
+    """That trains on NF4 in bf16: `STEPS` steps of one document of each of these lengths, all its tokens learned."""
+    lengths = tuple(ground.pick(length, 64) for length in lengths)
+    training = Training(
+        model=ground.pick(size, "tiny"), data=None, steps=STEPS * len(lengths), batch_size=1,
+        seq=tuple(length for length in lengths for _ in range(STEPS)), supervised=1.0, max_words=max(lengths),
+        method=method, rank=None, adapter=None, quant_type="nf4", precision="bf16", lr=2e-4, optim="adamw",
+        checkpointing="none", share_prefixes=True,
+    )  # fmt: skip
+    before, began = begin_peak(ground.device), time.perf_counter()
+    engine = training.engine(ground.layout)
     synchronize(ground.device)
     found.figures["made_in_s"] = round(time.perf_counter() - began, 1)
     found.figures["peak_while_made_gb"] = round((peak_bytes(ground.device) - before) / 1e9, 2)
-    begin_peak(ground.device)
-    reports = run_steps(engine, STEPS)
-    figures = figures_of(engine, reports)
-    found.figures["tokens_per_s"] = figures["tokens_per_s"]
-    found.figures["peak_gb"] = round((figures["peak_bytes"] - before) / 1e9, 2) if ground.cuda else None
-    losses = figures["losses"]
-    found.expect(all(loss == loss and loss < 20 for loss in losses), f"losses are {losses}")
-    if ground.cuda and not ground.tiny and "H200" in torch.cuda.get_device_name(ground.device):
-        least, rate = SLOWEST.get(f"{method}_{tokens}", 0.0), figures["tokens_per_s"]
-        found.expect(rate >= least, f"{rate:.0f} tokens/s; expected {least:.0f} at least, and twice that")
-    with found.case("the ideal"):
-        told = beside_ideal(engine, ground.layout, reports)
-        found.figures |= {name: told[name] for name in ("ideal_tokens_per_s", "ratio_to_ideal")}
-    with found.case("shares of the time"):
-        shares = time_shares.measure(lambda: engine.step(Progress(step=STEPS - 1)), engine)
-        found.figures["shares"] = {name: round(share, 1) for name, share in shares.items()}
     return engine
 
 
-@check(14, needs_cuda=True)
-def lora_4096(ground: Ground, found: Findings) -> None:
-    """7B, LoRA of rank 16 on every linear, 4,096 tokens a step; then the same steps with `--deterministic`."""
-    engine = _train(ground, found, "lora", 4096)
-    with algorithms_as_before():
+def _train(
+    ground: Ground, found: Findings, engine: Engine, length: int, *, at: int = 0, slowest: float = 0.0, note: str = ""
+) -> None:
+    """Measure the steps of the length that is number `at`; the figures are those of `tools/benchmark.py train`.
+
+    slowest: tokens/s that an H200 must reach at least. note: of what is otherwise than by default.
+    """
+    with found.case(what := f"{length} tokens{note}"):
+        begin_peak(ground.device)
+        reports = run_steps(engine, STEPS, first=at * STEPS)
+        told = figures_of(engine, reports)
+        rate, losses = told["tokens_per_s"], told["losses"]
+        found.expect(all(loss == loss and loss < 20 for loss in losses), f"{what}: losses are {losses}")
+        if ground.cuda and not ground.tiny and "H200" in torch.cuda.get_device_name(ground.device):
+            found.expect(
+                rate >= slowest, f"{what}: {rate:.0f} tokens/s; expected {slowest:.0f} at least, and twice that"
+            )
+        ideal = beside_ideal(engine, ground.layout, reports)
+        shares = time_shares.measure(lambda: engine.step(Progress(step=(at + 1) * STEPS - 1)), engine)
+        found.figures[what] = {
+            "tokens_per_s": rate,
+            "peak_gb": round(told["peak_bytes"] / 1e9, 2) if ground.cuda else None,
+            **{name: ideal[name] for name in ("ideal_tokens_per_s", "ratio_to_ideal")},
+            "shares": {name: round(share, 1) for name, share in shares.items()},
+        }  # fmt: skip
+
+
+@check(22, needs_cuda=True)
+def lora(ground: Ground, found: Findings) -> None:
+    """7B, LoRA of rank 16 on every linear: 4,096 tokens a step, 512; then with all layers recomputed; deterministic."""
+    engine = _engine(ground, found, "lora", (4096, 512))
+    _train(ground, found, engine, 4096, slowest=8000.0)
+    _train(ground, found, engine, 512, at=1)
+    with found.case("deterministic"), algorithms_as_before():
         fix_order_of_sums(True, ground.device)
         engine.step(Progress())
         synchronize(ground.device)
         began = time.perf_counter()
         tokens = sum(engine.step(Progress(step=step))[0].tokens for step in range(3))
-        rate = tokens / (time.perf_counter() - began)
-    found.figures["deterministic_tokens_per_s"] = round(rate, 1)
+        found.figures["deterministic_tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
+    _recompute_all(engine)
+    _train(ground, found, engine, 4096, note=", all recomputed")
 
 
-@check(9, needs_cuda=True, by_name=True)
-def lora_512(ground: Ground, found: Findings) -> None:
-    """7B, LoRA, 512 tokens a step."""
-    _train(ground, found, "lora", 512)
+def _recompute_all(engine: Engine) -> None:
+    decoder = engine.model.llma
+    recompute_layers(decoder, len(list(decoder.blocks())), offload=False, device=engine.parameters.device)
 
 
-@check(9, needs_cuda=True, by_name=True)
-def normbias_4096(ground: Ground, found: Findings) -> None:
-    """7B, NormBias, 4,096 tokens a step."""
-    _train(ground, found, "normbias", 4096)
+@check(14, needs_cuda=True, by_name=True)
+def normbias(ground: Ground, found: Findings) -> None:
+    """7B, NormBias, 4,096 tokens a step, and 512."""
+    engine = _engine(ground, found, "normbias", (4096, 512))
+    _train(ground, found, engine, 4096, slowest=8000.0)
+    _train(ground, found, engine, 512, at=1)
 
 
-@check(9, needs_cuda=True, by_name=True)
-def normbias_512(ground: Ground, found: Findings) -> None:
-    """7B, NormBias, 512 tokens a step."""
-    _train(ground, found, "normbias", 512)
+@check(14, needs_cuda=True)
+def qst(ground: Ground, found: Findings) -> None:
+    """7B, side tuning as a run has it by default, 4,096 tokens a step, and 512."""
+    engine = _engine(ground, found, "qst", (4096, 512))
+    _train(ground, found, engine, 4096, slowest=12000.0)
+    _train(ground, found, engine, 512, at=1)
 
 
-@check(9, needs_cuda=True)
-def qst_4096(ground: Ground, found: Findings) -> None:
-    """7B, side tuning as a run has it by default, 4,096 tokens a step."""
-    _train(ground, found, "qst", 4096)
-
-
-@check(9, needs_cuda=True, by_name=True)
-def qst_512(ground: Ground, found: Findings) -> None:
-    """7B, side tuning, 512 tokens a step."""
-    _train(ground, found, "qst", 512)
-
-
-@check(10, needs_cuda=True, by_name=True)
-def recomputed_4096(ground: Ground, found: Findings) -> None:
-    """7B, LoRA, 4,096 tokens a step, all layers recomputed."""
-    _train(ground, found, "lora", 4096, checkpointing="all")
-
-
-@check(8, needs_cuda=True, by_name=True)
+@check(7, needs_cuda=True, by_name=True)
 def decoding_1(ground: Ground, found: Findings) -> None:
     """7B in NF4, one prompt of 128 tokens and 128 new ones."""
     _decode(ground, found, 1)
 
 
-@check(8, needs_cuda=True)
+@check(7, needs_cuda=True)
 def decoding_8(ground: Ground, found: Findings) -> None:
     """The same of eight prompts."""
     _decode(ground, found, 8)
@@ -255,21 +248,16 @@ def _quantize(model: nn.Module, name: str, bitsandbytes: object, device: torch.d
     setattr(owner, leaf, new)
 
 
-@check(25, needs_cuda=True, by_name=True)
-def normbias_70b_512(ground: Ground, found: Findings) -> None:
-    """70B, NormBias, 512 tokens a step, all layers recomputed: its peak shall stay below 40 GB."""
-    _train(ground, found, "normbias", 512, "70B", checkpointing="all")
-    if ground.cuda and not ground.tiny:
-        found.expect(found.figures["peak_gb"] < MOST_70B / 1e9, f"the peak is {found.figures['peak_gb']} GB")
+@check(32, needs_cuda=True, by_name=True)
+def normbias_70b(ground: Ground, found: Findings) -> None:
+    """70B, NormBias, 512 tokens a step; and with all layers recomputed, where its peak shall stay below 40 GB."""
+    engine = _engine(ground, found, "normbias", (512,), "70B")
+    _train(ground, found, engine, 512)
+    _recompute_all(engine)
+    _train(ground, found, engine, 512, note=", all recomputed")
+    peak = found.figures.get("512 tokens, all recomputed", {}).get("peak_gb")
+    if ground.cuda and not ground.tiny and peak is not None:
+        found.expect(peak < MOST_70B / 1e9, f"the peak is {peak} GB")
 
 
-@check(25, needs_cuda=True, by_name=True)
-def normbias_70b_512_kept(ground: Ground, found: Findings) -> None:
-    """The same without recomputation, which is faster."""
-    _train(ground, found, "normbias", 512, "70B")
-
-
-CHECKS = [
-    lora_4096, normbias_4096, qst_4096, decoding_1, decoding_8, lora_512, normbias_512, qst_512, recomputed_4096,
-    peer_lora_4096, peer_decoding, normbias_70b_512, normbias_70b_512_kept,
-]  # fmt: skip
+CHECKS = [lora, normbias, qst, decoding_1, decoding_8, peer_lora_4096, peer_decoding, normbias_70b]

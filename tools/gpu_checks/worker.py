@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 ROOMS = (
-    "environment", "kernels", "attention", "storages", "decoding", "families", "engine", "launches", "runs", "speed",
+    "environment", "compiling", "kernels", "storages", "attention", "families", "runs", "launches", "speed", "decoding",
+    "engine",
 )  # fmt: skip
-"""Files of checks, the cheapest and most informative first."""
+"""Files of checks, in the order in which they run: what has to be known first comes first."""
 
 
 def main(answers: int, device: str, tiny: bool) -> None:
@@ -37,7 +41,7 @@ def main(answers: int, device: str, tiny: bool) -> None:
                 checks |= {one.name: one for one in import_module(f"tools.gpu_checks.{room}").CHECKS}
             except Exception as error:  # a missing package must not prevent the other rooms' checks
                 broken[f"{room}.import"] = f"{type(error).__name__}: {error}"
-        told = [{"name": c.name, "seconds": c.seconds, "by_name": c.by_name} for c in checks.values()]
+        told = [{part: getattr(c, part) for part in ("name", "seconds", "by_name", "beside")} for c in checks.values()]
         ready = _prepared(device, tiny)
         say(checks=told, broken=broken, **ready[1])
         for line in sys.stdin:
@@ -70,7 +74,8 @@ def _run(check, ground) -> tuple[dict, bool]:
 
     found, lost, status, words = Findings(), False, "passed", ""
     try:
-        check.run(ground, found)
+        with compiling_counted(found.figures):
+            check.run(ground, found)
         synchronize(ground.device)
     except Skipped as reason:
         status, words = "skipped", str(reason)
@@ -88,6 +93,26 @@ def _run(check, ground) -> tuple[dict, bool]:
     elif status == "passed" and check.needs_cuda and not ground.cuda:
         status, words = "skipped", "needs CUDA; rehearsed on the CPU"
     return {"status": status, "message": words, "figures": found.figures}, lost
+
+
+@contextmanager
+def compiling_counted(figures: dict[str, object]) -> Iterator[None]:
+    """Inside this context figures["compiled_late"] counts kernels that Triton had to compile, if there are any."""
+    if find_spec("triton") is None:
+        yield
+        return
+    from triton import knobs
+
+    def count(*, cache_hit: bool, **_rest: object) -> None:
+        """Triton's hook."""
+        if not cache_hit:
+            figures["compiled_late"] = figures.get("compiled_late", 0) + 1
+
+    before, knobs.compilation.listener = knobs.compilation.listener, count
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
 
 
 def _forget(device) -> None:
