@@ -114,6 +114,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("accessory", "exps"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
+    for path in (folder / "configs" / "model").rglob("*Adapter*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"prefix_layers": 1}))  # the tiny model has two
     questions = json.loads(QUESTIONS.read_text())[:4]
     for name, entries in DATA.items():
         for file in (ours(name, "path", there) for there, _ in entries):
@@ -140,15 +142,41 @@ def intern_lm(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return directory
 
 
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BLIP-2 as transformers writes it."""
+    transformers = pytest.importorskip("transformers", reason="the extra vision is not installed")
+    directory = tmp_path_factory.mktemp("eyes")
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Blip2Config(
+        vision_config={**size, "image_size": 28, "patch_size": 14},
+        qformer_config={**size, "cross_attention_frequency": 1, "vocab_size": 8, "max_position_embeddings": 4},
+        text_config={"model_type": "opt", "hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "vocab_size": 8,
+                     "num_attention_heads": 1, "word_embed_proj_dim": 8, "max_position_embeddings": 4},
+        num_query_tokens=2,
+    )  # fmt: skip
+    transformers.Blip2Model(config).save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_a_script_starts(
-    name: str, workshop: Path, tiny_base: Path, intern_lm: Path, clean_environment: dict[str, str], called: Callable
+    name: str,
+    workshop: Path,
+    tiny_base: Path,
+    intern_lm: Path,
+    clean_environment: dict[str, str],
+    called: Callable,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """A dry run on its own data with all its values, but on one process."""
-    if UPSTREAM[name]["llama_type"].startswith(("llama_adapter", "llama_qformerv2")):
-        pytest.skip("this model type comes later")
+    """A dry run on its own data with all its values, but on one process; its encoder is a directory of its own."""
+    config = UPSTREAM[name]["config"]
+    if name.startswith("mm/") or (config and not (ROOT / "configs" / "model" / "finetune" / config).exists()):
+        pytest.skip("this comes later")
     base = intern_lm if name.endswith("internLM") else tiny_base
-    more = ("--dry_run", "--device", "cpu", "--model_parallel_size", "1")
+    more = ["--dry_run", "--device", "cpu", "--model_parallel_size", "1"]
+    if name.startswith("mm/"):
+        more += ["--vision_path", request.getfixturevalue("eyes")]
     script = workshop / "exps" / "finetune" / f"{name}.sh"
     _, _, _, main, *flags = run_recorded(script, base, *more, folder=workshop, environment=clean_environment)
     done = called(str(Path(main).relative_to(workshop)), *flags)
