@@ -81,8 +81,6 @@ def images(file: str) -> bool:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_json_has_the_same_settings(name: str) -> None:
     path = ROOT / "configs" / "model" / f"{name}.json"
-    if name in ("finetune/sg/llamaAdapter", "finetune/mm/llamaAdapter_normBiasLora") and not path.exists():
-        pytest.skip("this method comes later")
     settings = json.loads(path.read_text())
     assert settings == CONFIGS[name]
     if scale := settings.get("rope_scaling"):
@@ -170,9 +168,8 @@ def test_a_script_starts(
     request: pytest.FixtureRequest,
 ) -> None:
     """A dry run on its own data with all its values, but on one process; its encoder is a directory of its own."""
-    config = UPSTREAM[name]["config"]
-    if name.startswith("mm/") or (config and not (ROOT / "configs" / "model" / "finetune" / config).exists()):
-        pytest.skip("this comes later")
+    if name.startswith("mm/"):
+        pytest.skip("pictures come later")
     base = intern_lm if name.endswith("internLM") else tiny_base
     more = ["--dry_run", "--device", "cpu", "--model_parallel_size", "1"]
     if name.startswith("mm/"):
