@@ -9,9 +9,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-from accessory.blueprint import Blueprint
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.run_record import RUN_FILE, run_record
 from accessory.checkpoint.save import CheckpointWriter
@@ -22,6 +20,7 @@ from accessory.engine import Engine, StepSettings
 from accessory.kernels.torch_compile import compile_fusible
 from accessory.memory.base_cache import BaseCache
 from accessory.memory.recompute import check_offload, recompute_layers
+from accessory.memory.vision import VisionMemory
 from accessory.meta import MetaModel
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
@@ -122,8 +121,11 @@ class Prepared:
         data_parallel = DataParallel(layout, config.data_parallel, blueprint.method.trains_base)
         together(fill, decoder, tensors, attachment, layout, data_parallel, config.seed)
         model = MetaModel(decoder, blueprint.tokenizer, config.max_words, tuple(job.prompt_layouts), job.system)
-        model.see(blueprint.vision, divides=layout.mp_size > 1, threads=config.num_workers)
-        whole = _encoder_parameters(blueprint, decoder)
+        if vision := blueprint.vision:
+            memory = VisionMemory(decoder, vision, attachment, layout, job.pictures)
+            model.see(vision, divides=memory.divides, threads=config.num_workers)
+        # Not all ranks may have a picture at a time, so that the encoder, which is frozen, is not to be gathered.
+        whole = frozenset(getattr(decoder, vision.encoder).parameters() if vision else ())
         data_parallel.shard_root(model, also=("token_scores", "generate"), whole=whole)
         return model
 
@@ -220,11 +222,6 @@ class Prepared:
             tasks=job.tasks,
             memory_remedies=job.config.remedies,
         )
-
-
-def _encoder_parameters(blueprint: Blueprint, decoder: Decoder) -> set[nn.Parameter]:
-    """Of an image encoder, which is frozen: it lies whole on each rank, and not all may have a picture at a time."""
-    return set(getattr(decoder, blueprint.vision.encoder).parameters()) if blueprint.vision else set()
 
 
 def _reporter(config: RunConfig, layout: Layout, total_steps: int, first_step: int) -> Reporter:

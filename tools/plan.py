@@ -23,7 +23,7 @@ from accessory.checkpoint.source import Source
 from accessory.checkpoint.strategy import storages_of_mix, strategy_of
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, check_known, nearest
-from accessory.memory.plan import MemoryPlan, StepMemory, device_memory, parameter_counts
+from accessory.memory.plan import OCCASIONAL, MemoryPlan, StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import MARGIN
 from accessory.method import Attachment, Method, presets
 from accessory.model.decoder import Decoder
@@ -244,7 +244,7 @@ def compare(model: str, methods: str = "lora,qst", seq: int = 512, batch_size: i
 
 def _print_rows(first: str, rows: list[tuple[str, Setting, bool]]) -> None:
     """Print a table of (model, setting, whether all layers are recomputed); `first`: heads of columns of its own."""
-    names = [field.name for field in fields(MemoryPlan) if field.name != "teacher"] + ["total"]
+    names = [field.name for field in fields(MemoryPlan) if field.name not in OCCASIONAL] + ["total"]
     heads = f"{first}method | trainable parameters | {' | '.join(names)}"
     print(f"| {heads} |\n{'|---' * (heads.count('|') + 1)}|")
     for model, setting, again in rows:

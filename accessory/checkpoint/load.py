@@ -25,6 +25,7 @@ from accessory.parallel.data import DataParallel
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing, own_slice, pad_slice, padded_bounds, slicing_of
 from accessory.quant import PackedWeight
+from accessory.vision import VISIONS
 
 _NO_WEIGHTS = re.compile(r"[IUC]\d+|BOOL|u?int\d+|bool|complex\d+")
 """Names of types, as files write them, that no weight has."""
@@ -116,7 +117,9 @@ def resolve(
     missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
         where = " + ".join(str(source.path) for source in sources)
-        faults.append(f"{where}: {_list(missing, 'is', 'are')} missing.{_settings_hint(missing)}")
+        faults.append(
+            f"{where}: {_list(missing, 'is', 'are')} missing.{_settings_hint(missing) or _vision_hint(missing)}"
+        )
     for name, target in wanted.items():
         expected = target.whole_shape(decoder.ranks)
         if name in found and found[name].shape != expected:
@@ -260,6 +263,16 @@ def _hint(alien: list[str], wanted: dict[str, Target]) -> str:
     if any(name.endswith(".bias") for name in alien):
         return " Give the --llama_type and --llama_config it was trained with (bias_tuning)."
     return nearest(alien[0], wanted)
+
+
+def _vision_hint(names: list[str]) -> str:
+    behind = {part for kind in VISIONS.values() for part in kind.projection}
+    if any(name.split(".")[0] in behind for name in names):
+        return (
+            " They turn what the image encoder finds into embeddings: give a checkpoint that has them, or train them, "
+            'with "vision_tuning": true in a file of --llama_config.'
+        )
+    return ""
 
 
 def _settings_hint(names: list[str]) -> str:

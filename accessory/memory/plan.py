@@ -18,6 +18,7 @@ from accessory.checkpoint.load import targets
 from accessory.memory.block_work import BlockWork, normalizing_bytes
 from accessory.memory.kept import measure_kept
 from accessory.memory.teacher import TeacherMemory
+from accessory.memory.vision import VisionMemory
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
@@ -29,6 +30,10 @@ from accessory.quant import PackedWeight
 from accessory.quant.moves import BYTES, PIECE
 from accessory.quant.moving_groups import MovingIntegers
 from accessory.quant.products import memory_to_multiply
+from accessory.vision import Vision
+
+OCCASIONAL = ("teacher", "encoder", "images", "projection")
+"""Parts of a plan that most runs do not have."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class MemoryPlan:
     Documents count whole, though a batch keeps less of those that share a beginning (see `PackedBatch`).
     activations: kept by the forward, and by the block that is recomputed. logits: of a loss chunk. buffers: for
     unpacked matrices, and workspaces of their kernels. working: the peak of activations, logits, gradients and a
-    block's backward together. teacher: its weights, apart from those that are the student's, too.
+    block's backward together. teacher: its weights, apart from those that are the student's, too. encoder: weights of
+    what sees images. images: what it works in, and `projection` what is kept behind it, both in `working`, too.
     """
 
     weights: int
@@ -50,15 +56,19 @@ class MemoryPlan:
     buffers: int
     working: int
     teacher: int = 0
+    encoder: int = 0
+    images: int = 0
+    projection: int = 0
 
     @property
     def total(self) -> int:
         """What the rank needs: everything permanent, and the peak of the rest."""
-        return self.weights + self.trainable + self.optimizer + self.buffers + self.working + self.teacher
+        permanent = self.weights + self.teacher + self.encoder + self.trainable + self.optimizer
+        return permanent + self.buffers + self.working
 
     def parts(self) -> list[str]:
-        """Names of the parts; the teacher is one where there is one."""
-        return [field.name for field in fields(self) if field.name != "teacher" or self.teacher]
+        """Names of the parts; those that not every run has only where they are."""
+        return [field.name for field in fields(self) if field.name not in OCCASIONAL or getattr(self, field.name)]
 
     def table(self, title: str, available: int | None) -> str:
         """Printable lines; available: bytes the device has."""
@@ -75,7 +85,7 @@ class StepMemory:
 
     longest: tokens of the longest document; by default there is one. micro_batches: of a step. optim: as `--optim`.
     offload: whether inputs of recomputed blocks are moved to host memory. teacher: a decoder that teaches, and names of
-    its parameters that are this one's, too.
+    its parameters that are this one's, too. seen: what sees images, and how many a micro-batch has at most.
     """
 
     def __init__(
@@ -91,12 +101,14 @@ class StepMemory:
         optim: str = "adamw",
         offload: bool = False,
         teacher: tuple[Decoder, Set[str]] | None = None,
+        seen: tuple[Vision, int] | None = None,
     ) -> None:
         self.decoder, self.layout, self.tokens, self.data_parallel = decoder, layout, tokens, data_parallel
         self.longest, self.optim, self.offload = min(longest or tokens, tokens), optim, offload
         self.trained = {name: p for name, p in decoder.named_parameters() if name in attachment.trainable}
         self.trainable, self.frozen = _nbytes(self.trained), _nbytes(dict(decoder.named_parameters()))
-        self.frozen -= self.trainable
+        self.seen = VisionMemory(decoder, seen[0], attachment, layout, seen[1]) if seen else None
+        self.frozen -= self.trainable + (self.seen.weights if self.seen else 0)
         self.blocks = dict(decoder.blocks())
         self.gradients = [self._trained_below(f"{name}.") for name in self.blocks]
         self.held = self.trainable if micro_batches > 1 else 0  # gradients of earlier micro-batches
@@ -118,11 +130,12 @@ class StepMemory:
     def plan(self, checkpointing: int) -> MemoryPlan:
         """The plan where the first `checkpointing` blocks are recomputed.
 
-        The peak is one of seven moments: in the forward of a block that has no backward, what earlier ones keep and its
+        The peak is one of eight moments: in the forward of a block that has no backward, what earlier ones keep and its
         own work; in the final norm, everything kept and its work; at the loss, everything kept and a chunk's logits; in
         a block's backward, what it and earlier blocks keep, gradients of what comes later and its own work; in the
         embedding's backward, all gradients and its own work; in the optimizer's step, or where integers move, all
-        gradients and its workspace; in a teacher, before all these, its own work. What it gives stays until the loss.
+        gradients and its workspace; in a teacher, and then in what sees images, before all these, their own work. What
+        the teacher gives stays until the loss.
         Sketches of new bases are there in all of them. Gradients of earlier micro-batches are there throughout; later
         ones are added to them as they are made.
         """
@@ -138,6 +151,7 @@ class StepMemory:
         logits = self._logits()
         moments = [
             self.held + self._in_teacher(),
+            self.held + self._in_encoder(),
             self.held + self._at_norm(checkpointing),
             self.held + logits + self._at_loss(checkpointing),
             self._in_blocks(checkpointing),
@@ -154,10 +168,17 @@ class StepMemory:
             buffers=self._buffers(),
             working=max(moments) + self.sketches,
             teacher=self.teacher.weights if self.teacher else 0,
+            encoder=self.seen.weights if self.seen else 0,
+            images=self.seen.working if self.seen else 0,
+            projection=self.seen.kept if self.seen else 0,
         )
 
     def _in_teacher(self) -> int:
         return self.teacher.forward if self.teacher else 0
+
+    def _in_encoder(self) -> int:
+        """What is alive while images are encoded, before the blocks: that, and what a teacher gave."""
+        return self.seen.working + self.taught if self.seen else 0
 
     def _activations(self, recomputed: int, *, again: bool) -> int:
         """Everything that the forward keeps; `again`: and what the last block keeps when it is recomputed.
@@ -181,7 +202,7 @@ class StepMemory:
 
     def _beside_blocks(self) -> int:
         """What is kept before the blocks, the loss's row numbers, a trained head's gradient (made in the forward)."""
-        return self.kept.entrance + 8 * self.tokens + self.trained_head * 4
+        return self.kept.entrance + 8 * self.tokens + self.trained_head * 4 + (self.seen.kept if self.seen else 0)
 
     def _at_norm(self, recomputed: int) -> int:
         """What is alive in the final norm: all that is kept by then, and what it makes."""
@@ -286,7 +307,7 @@ class StepMemory:
         for linears, backward in self._linears_by_input():
             weights, ranks = [m.weight for m in linears], [_rank(m) for m in linears]
             found.append(memory_to_multiply(weights, ranks, self.tokens, dtype, device, backward=backward))
-        found += [(self.teacher.workspace, self.teacher.buffer)] if self.teacher else []
+        found += [(other.workspace, other.buffer) for other in (self.teacher, self.seen) if other]
         lora = (p.numel() for name, p in self.trained.items() if ".lora_" in name)
         factors = factor_bytes(sum(lora), dtype, device)
         return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found) + factors

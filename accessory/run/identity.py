@@ -88,6 +88,11 @@ class Job(ABC):
         return self.config.accum_iter > 1
 
     @property
+    def pictures(self) -> int:
+        """The most that a micro-batch can have."""
+        return 0
+
+    @property
     @abstractmethod
     def smallest_step(self) -> dict[str, int]:
         """Flags by which a micro-batch is as small as can be, and their values; none if it is so already."""
@@ -168,6 +173,14 @@ class FinetuneJob(Job):
     def accumulates(self) -> bool:
         """With `--max_tokens`, whatever the other flags are."""
         return super().accumulates or self.config.max_tokens is not None
+
+    @property
+    def pictures(self) -> int:
+        """One of each document."""
+        if self.blueprint.vision is None:
+            return 0
+        documents = self.config.batch_size if self.config.max_tokens is None else self.order.global_batch
+        return min(documents, self.order.most_tokens // max(self.blueprint.vision.place.rows, 1))
 
     @property
     def smallest_step(self) -> dict[str, int]:

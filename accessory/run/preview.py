@@ -33,6 +33,7 @@ def preview(
             micro_batches=2 if job.accumulates or smaller else 1,  # only whether gradients are accumulated
             data_parallel=config.data_parallel, optim=optim, offload=config.offload_inputs,
             teacher=(teacher.decoder, teacher.shared) if teacher else None,
+            seen=(blueprint.vision, min(job.pictures, 1) if smaller else job.pictures) if blueprint.vision else None,
         )  # fmt: skip
 
     step, n_layers = step_with(), sum(1 for _ in decoder.blocks())
