@@ -96,20 +96,10 @@ class Blueprint:
         attach = self.train or not self.method.trains_base
         attachment = self.method.attach(decoder) if attach else Attachment()
         if self.vision:
-            self._attach_vision(self.vision, decoder, attachment, attach)
+            attach_vision(self.vision, decoder, attachment, self.method if attach else None, self.quant_type)
         if self.train:
             self.method.prepare_training(decoder, attachment)
         return decoder, attachment
-
-    def _attach_vision(self, vision: Vision, decoder: Decoder, attachment: Attachment, trains: bool) -> None:
-        """Add the encoder, frozen, and what is behind it, of which the method trains some, in fp32."""
-        kind = _OF_ENCODERS.get(self.quant_type, storage("nf4")) if self.quant_type else None
-        for name, start in vision.attach(decoder, self.dtype, kind).items():
-            parameter = decoder.get_parameter(name)
-            if trains and self.method.trains_of_vision(name, parameter):
-                parameter.data = parameter.data.float()
-                attachment.trainable.add(name)
-                attachment.initial[name] = start
 
     def _untargeted(self, decoder: Decoder) -> set[str]:
         """Names of the linears that `quant_targets` leaves plain. Raises `ConfigError` where it leaves all so."""
@@ -137,6 +127,22 @@ class Blueprint:
         """Model and method settings in one, as a checkpoint's `config.json` holds them."""
         vision = {self.vision.key: self.vision.settings.model_dump()} if self.vision else {}
         return {**self.args.model_dump(), **self.method.settings.model_dump(), **vision}
+
+
+def attach_vision(
+    vision: Vision, decoder: Decoder, attachment: Attachment, method: Method | None, quant_type: str | None
+) -> None:
+    """Add the encoder, frozen, packed if the blocks are, and what is behind it; what `method` trains of that is fp32.
+
+    method: None: it is only asked.
+    """
+    kind = _OF_ENCODERS.get(quant_type, storage("nf4")) if quant_type else None
+    for name, start in vision.attach(decoder, decoder.dtype, kind).items():
+        parameter = decoder.get_parameter(name)
+        if method and method.trains_of_vision(name, parameter):
+            parameter.data = parameter.data.float()
+            attachment.trainable.add(name)
+            attachment.initial[name] = start
 
 
 def make_blueprint(

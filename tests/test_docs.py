@@ -153,7 +153,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scripts": lambda _: differences_table(),
     "families": rows_and_columns(FAMILIES_TABLE),
     "support": rows_and_columns(SUPPORT),
-    **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512")},
+    **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512", "plan of images")},
     "launches of a block": counted("block"),
     "launches of a token": counted("token"),
     "launches of a step": counted("steps"),

@@ -2,6 +2,7 @@
 
 python tools/plan.py 7B --method lora --seq 2048 --device_memory 8      python tools/plan.py table --seq 512
 python tools/plan.py compare 70B --methods qst,lora --batch_size 16 --seq 384
+python tools/plan.py images 13B --seq 512
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
-from accessory.blueprint import DTYPES, keep_packed, packed_linears, plain_linears
+from accessory.blueprint import DTYPES, attach_vision, keep_packed, packed_linears, plain_linears
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.strategy import storages_of_mix, strategy_of
@@ -25,12 +26,15 @@ from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, check_known, nearest
 from accessory.memory.plan import OCCASIONAL, MemoryPlan, StepMemory, device_memory, parameter_counts
 from accessory.memory.recompute import MARGIN
+from accessory.memory.teacher import TeacherMemory
+from accessory.memory.vision import VisionMemory
 from accessory.method import Attachment, Method, presets
 from accessory.model.decoder import Decoder
 from accessory.optim import OPTIMIZERS
 from accessory.parallel.groups import Layout
 from accessory.quant import MIXES, QUANT_TYPES, STORAGES, PackedWeight, storage
 from accessory.quant.mixes import WIDE
+from accessory.vision import VISIONS, Vision
 from tools.model_sizes import LLAMA_2, args_of
 
 METHODS = presets()
@@ -57,6 +61,7 @@ class Setting:
     data_parallel: str = "sdp"
     teacher: str | None = None
     teacher_quant_type: str = PLAIN
+    vision: str | None = None
 
     def check(self, model: str) -> None:
         """Raise `ConfigError` for names we do not know, numbers below 1, and what cannot be together."""
@@ -66,6 +71,7 @@ class Setting:
             "optim": OPTIMIZERS,
             "data_parallel": ("sdp", "fsdp"),
             "teacher_quant_type": (PLAIN, *STORAGES),
+            "vision": (None, *VISIONS),
         }
         for flag, known in names.items():
             check_known(f"--{flag}", getattr(self, flag), known)
@@ -80,6 +86,8 @@ class Setting:
                 f"--max_tokens {self.max_tokens!r}: expected a whole number from {self.seq} (--seq) on, so that each "
                 "document has room."
             )
+        if self.vision and (unseeing := METHODS[self.method].vision_fault):
+            raise ConfigError(f"--vision {self.vision} with --method {self.method}: {unseeing}; leave --vision out.")
         fault = None if self.quant_type == PLAIN else METHODS[self.method].storage_fault(self.quant_type)
         if not fault:
             return
@@ -96,6 +104,11 @@ class Setting:
         if self.max_tokens is None:
             return self.seq * self.batch_size
         return min(self.seq * self.batch_size * self.accum_iter * self.data_parallel_size, self.max_tokens)
+
+    @property
+    def pictures(self) -> int:
+        """The most that a micro-batch can have, one of each document."""
+        return min(self.tokens // self.seq, self.tokens // max(published(self.vision).place.rows, 1))
 
     @property
     def micro_batches(self) -> int:
@@ -165,6 +178,7 @@ def plan(
     data_parallel: str = "sdp",
     teacher: str | None = None,
     teacher_quant_type: str = PLAIN,
+    vision: str | None = None,
     device: str = "auto",
     device_memory: float | None = None,
 ) -> None:
@@ -188,6 +202,7 @@ def plan(
         data_parallel: sdp or fsdp.
         teacher: a model that teaches, given as MODEL is.
         teacher_quant_type: a format to pack the teacher in, or none.
+        vision: an image encoder of published size, an image in each document: VISIONS.
         device: cpu, cuda, or auto: CUDA where there is any.
         device_memory: GB (1e9 bytes) a rank has; absent: what the device here has.
     """
@@ -197,7 +212,7 @@ def plan(
     setting = Setting(
         method, quant_type, precision, seq, batch_size, accum_iter, max_tokens, 0,
         optim, offload_inputs, model_parallel_size, data_parallel_size, data_parallel,
-        None if teacher is None else str(teacher), teacher_quant_type,
+        None if teacher is None else str(teacher), teacher_quant_type, vision,
     )  # fmt: skip
     setting.check(model)
     setting = replace(setting, checkpointing=_layers(checkpointing, _n_layers(model, setting)))
@@ -214,7 +229,7 @@ def plan(
         print(_verdict(model, setting, place, made, room))
 
 
-plan.__doc__ = plan.__doc__.replace("METHODS", ", ".join(METHODS))
+plan.__doc__ = plan.__doc__.replace("METHODS", ", ".join(METHODS)).replace("VISIONS", ", ".join(VISIONS))
 
 
 def table(seq: int = 512) -> None:
@@ -242,6 +257,51 @@ def compare(model: str, methods: str = "lora,qst", seq: int = 512, batch_size: i
     _print_rows("", [(model, setting, again) for setting in settings for again in (True, False)])
 
 
+def images(model: str = "13B", vision: str = "qformerv2", seq: int = 512) -> None:
+    """Print the Markdown table of docs/memory.md on images: one document with one, asked, and in training.
+
+    Args:
+        model: as for the plan; in NF4, or as it is packed.
+        vision: an image encoder of published size.
+        seq: tokens of the document, with the image's rows.
+    """
+    setting = Setting("normbiaslora", stored(str(model), None) or "nf4", seq=seq, vision=vision)
+    setting.check(str(model))
+    names = [field.name for field in fields(MemoryPlan) if field.name != "teacher"] + ["total"]
+    print(f"| | {' | '.join(names)} |\n{'|---' * (len(names) + 1)}|")
+    made = {
+        "asked": asked(str(model), setting),
+        "normbiaslora, `--checkpointing`": _trained(str(model), setting, again=True),
+        "normbiaslora": _trained(str(model), setting, again=False),
+    }
+    for name, found in made.items():
+        print(f"| {name} | {' | '.join(f'{getattr(found, part) / 1e9:.3f}' for part in names)} |")
+
+
+def asked(model: str, setting: Setting) -> MemoryPlan:
+    """A GPU's memory in asking a model about a document of that length, and an image if it sees some."""
+    device = torch.device("cuda")
+    decoder, attachment = built(model, setting)
+    alone, lengths = Layout(device=device), (setting.seq,)
+    memory = TeacherMemory(decoder, alone, lengths, "sdp", frozenset())
+    seen = VisionMemory(decoder, published(setting.vision), Attachment(), alone, 1) if setting.vision else None
+    trained = sum(p.nbytes for name, p in decoder.named_parameters() if name in attachment.trainable)
+    cached = sum(part.nbytes for cache in decoder.new_cache(1, setting.seq) for part in (cache.keys, cache.values))
+    logits = decoder.args.vocab_size * (4 + decoder.dtype.itemsize)
+    encoder, working = (seen.weights, seen.working) if seen else (0, 0)
+    buffers = [max(each) for each in zip(*((m.workspace, m.buffer) for m in (memory, seen) if m), strict=True)]
+    return MemoryPlan(
+        weights=memory.weights - encoder - trained, trainable=trained, gradients=0, optimizer=0, activations=cached,
+        logits=logits, buffers=sum(buffers), working=cached + max(working, memory.forward, logits), encoder=encoder,
+        images=working,
+    )  # fmt: skip
+
+
+def _trained(model: str, setting: Setting, again: bool) -> MemoryPlan:
+    layers = _n_layers(model, setting) if again else 0
+    return planned(model, replace(setting, checkpointing=layers), torch.device("cuda"))[0]
+
+
 def _print_rows(first: str, rows: list[tuple[str, Setting, bool]]) -> None:
     """Print a table of (model, setting, whether all layers are recomputed); `first`: heads of columns of its own."""
     names = [field.name for field in fields(MemoryPlan) if field.name not in OCCASIONAL] + ["total"]
@@ -258,7 +318,7 @@ def _print_rows(first: str, rows: list[tuple[str, Setting, bool]]) -> None:
 def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryPlan, int, int]:
     """The plan of a rank, and the trainable and all parameters of the whole model."""
     ranks, replicas = setting.model_parallel_size, setting.data_parallel_size
-    decoder, attachment = _built(model, setting.method, setting.quant_type, setting.precision, ranks)
+    decoder, attachment = built(model, setting)
     step = StepMemory(
         decoder,
         attachment,
@@ -270,18 +330,32 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
         optim=setting.optim,
         offload=setting.offload_inputs,
         teacher=(_teaching(setting, decoder), frozenset()) if setting.teacher else None,
+        seen=(published(setting.vision), setting.pictures) if setting.vision else None,
     )
     return step.plan(setting.checkpointing), *parameter_counts(decoder, attachment)
 
 
 def _n_layers(model: str, setting: Setting) -> int:
     """Layers that can be recomputed: a method may have some of its own."""
-    decoder, _ = _built(model, setting.method, setting.quant_type, setting.precision, setting.model_parallel_size)
+    decoder, _ = built(model, setting)
     return sum(1 for _ in decoder.blocks())
 
 
+def published(vision: str) -> Vision:
+    """The image encoder of that name in its published size."""
+    return VISIONS[vision](VISIONS[vision].Settings())
+
+
+def built(model: str, setting: Setting) -> tuple[Decoder, Attachment]:
+    """The decoder on meta, with the method attached, and what sees images."""
+    ranks = setting.model_parallel_size
+    return _built(model, setting.method, setting.quant_type, setting.precision, ranks, setting.vision)
+
+
 @cache
-def _built(model: str, method: str, quant_type: str, precision: str, ranks: int) -> tuple[Decoder, Attachment]:
+def _built(
+    model: str, method: str, quant_type: str, precision: str, ranks: int, vision: str | None
+) -> tuple[Decoder, Attachment]:
     args = args_of(model)
     made = METHODS[method]
     made.check(args, Layout(world_size=ranks, mp_size=ranks), "sdp")
@@ -297,6 +371,8 @@ def _built(model: str, method: str, quant_type: str, precision: str, ranks: int)
     elif quant_type in MIXES:
         _widen(decoder, MIXES[quant_type], made.storage_of(WIDE))
     attachment = made.attach(decoder)
+    if vision:
+        attach_vision(published(vision), decoder, attachment, made, None if quant_type == PLAIN else quant_type)
     made.prepare_training(decoder, attachment)
     return decoder, attachment
 
@@ -426,7 +502,7 @@ def _room(gigabytes: float | None, device: torch.device) -> int | None:
 
 
 def _command() -> None:
-    commands = {"plan": plan, "table": table, "compare": compare}
+    commands = {"plan": plan, "table": table, "compare": compare, "images": images}
     command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in commands else "plan"
     from_command_line(commands[command])()
 
