@@ -32,7 +32,7 @@ class VisionMemory:
         whole, shared = self._working(pictures, 1), self._working(pictures, self.ranks)
         self.divides, self.working = shared < whole, min(shared, whole)
         self.kept = _kept_by_rows(decoder, vision, attachment, pictures) if pictures else 0
-        tokens = min(pictures, IMAGES_AT_A_TIME) * vision.eyes.tokens
+        tokens = min(pictures, IMAGES_AT_A_TIME) * vision.inner_tokens
         found = [
             memory_to_multiply([module], [0], tokens, decoder.dtype, layout.device, backward=False)
             for module in encoder.modules()

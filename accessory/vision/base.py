@@ -17,7 +17,6 @@ from accessory.data.pictures import PicturePlace
 from accessory.errors import CheckpointError, ConfigError, explain_validation
 from accessory.model.decoder import Decoder
 from accessory.quant import PackedWeight
-from accessory.vision.settings import VisionTransformer
 from accessory.vision.start import Initializer
 
 IMAGES_AT_A_TIME = 8
@@ -65,14 +64,18 @@ class Vision(ABC):
 
     @property
     @abstractmethod
-    def eyes(self) -> VisionTransformer:
-        """The part of the settings that describes the vision transformer."""
+    def inner_tokens(self) -> int:
+        """Tokens of an image inside the encoder: the most that its matrices are multiplied with."""
+
+    @property
+    @abstractmethod
+    def working_numbers(self) -> int:
+        """Numbers that are alive at most while one image runs through the encoder, without the features."""
 
     def working_bytes(self, images: int, dtype: torch.dtype) -> int:
         """Bytes that `features` of so many images takes beside the weights and an unpacked matrix, with its result."""
         tokens, width = self.feature_shape
-        chunk, eyes = min(images, IMAGES_AT_A_TIME), self.eyes
-        running = chunk * (3 * eyes.image_size**2 + eyes.tokens * eyes.working_numbers)
+        running = min(images, IMAGES_AT_A_TIME) * self.working_numbers
         return (running + images * tokens * width) * dtype.itemsize
 
     @classmethod
@@ -94,12 +97,12 @@ class Vision(ABC):
         """The encoder that a Hugging Face config.json describes. Raises `CheckpointError`."""
 
     @classmethod
-    @abstractmethod
     def of_tensors(cls, tensors: Mapping[str, Unread], source: str) -> Self:
         """The encoder whose tensors, by our names, stand in a checkpoint without its settings.
 
-        Raises `CheckpointError` where their shapes do not tell.
+        Raises `CheckpointError` where their shapes do not tell; by default they do not.
         """
+        raise CheckpointError(f"{source}: nothing says how its image encoder is built; give --vision_path.")
 
     @classmethod
     @abstractmethod
@@ -107,12 +110,12 @@ class Vision(ABC):
         """The encoder's tensors in a Hugging Face directory by our names; what it does not use is left out."""
 
     @classmethod
-    @abstractmethod
     def from_checkpoint(cls, tensors: Mapping[str, Unread]) -> dict[str, Any]:
         """The tensors that it `owns` in a whole model's checkpoint, upstream's or ours, by our names.
 
         What it does not use is left out; a name that means nothing to us is kept as it is.
         """
+        return {name: tensor for name, tensor in tensors.items() if cls.owns(name)}
 
     @abstractmethod
     def attach(
@@ -132,8 +135,7 @@ class Vision(ABC):
 
         No gradient; a few images at a time.
         """
-        encoder = getattr(decoder, self.encoder)
-        like = self.first_weight(encoder)
+        encoder, like = getattr(decoder, self.encoder), self.plain_weight(decoder)
         found = torch.empty((len(pixels), *self.feature_shape), dtype=like.dtype, device=like.device)
         with torch.no_grad():
             for start in range(0, len(pixels), IMAGES_AT_A_TIME):
@@ -141,10 +143,10 @@ class Vision(ABC):
                 found[start : start + len(chunk)] = self.encode(encoder, chunk)
         return found
 
-    @staticmethod
-    @abstractmethod
-    def first_weight(encoder: nn.Module) -> Tensor:
-        """The weight of the patches, which is never packed: dtype and device of the encoder are its."""
+    def plain_weight(self, decoder: Decoder) -> Tensor:
+        """A parameter of the encoder that is not packed: it is in the dtype that the encoder computes in."""
+        modules = getattr(decoder, self.encoder).modules()
+        return next(p for m in modules if not isinstance(m, PackedWeight) for p in m.parameters(recurse=False))
 
     @abstractmethod
     def encode(self, encoder: nn.Module, pixels: Tensor) -> Tensor:

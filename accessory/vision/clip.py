@@ -88,25 +88,32 @@ class Clip(Vision):
     @property
     def place(self) -> PicturePlace:
         """See `Vision.place`."""
-        vision = self.eyes
+        vision = self.settings.vision_config
         return PicturePlace(rows=vision.tokens, size=vision.image_size, before_start=True)
 
     @property
     def feature_shape(self) -> tuple[int, int]:
         """See `Vision.feature_shape`."""
-        return self.eyes.tokens, self.eyes.projection_dim
+        return self.settings.vision_config.tokens, self.settings.vision_config.projection_dim
 
     @property
-    def eyes(self) -> ClipTransformer:
-        """See `Vision.eyes`."""
-        return self.settings.vision_config
+    def inner_tokens(self) -> int:
+        """See `Vision.inner_tokens`."""
+        return self.settings.vision_config.tokens
+
+    @property
+    def working_numbers(self) -> int:
+        """See `Vision.working_numbers`."""
+        return self.settings.vision_config.working_numbers
 
     @classmethod
     def of_directory(cls, config: Mapping[str, Any], source: str) -> Self:
         """See `Vision.of_directory`: of the whole CLIP, or of its image encoder with the projection."""
         whole = config.get("model_type") == "clip"
-        stated = known_values((config.get("vision_config") or {}) if whole else config, ClipTransformer, source)
+        stated = {} if whole else known_values(config, ClipTransformer, source)
         if whole:
+            for key in ("vision_config", "vision_config_dict"):  # the second, in old files, overrides the first
+                stated |= known_values(config.get(key) or {}, ClipTransformer, source)
             stated["projection_dim"] = config.get("projection_dim", _DEFAULTS["projection_dim"])
         return cls.of_settings({"vision_config": _DEFAULTS | stated}, source)
 
@@ -150,7 +157,7 @@ class Clip(Vision):
         except ImportError as error:
             raise missing_extra(error) from error
         width, dim = self.feature_shape[1], decoder.args.embedding_dim
-        config = CLIPVisionConfig(**self.eyes.model_dump())
+        config = CLIPVisionConfig(**self.settings.vision_config.model_dump())
         decoder.clip = on_meta(CLIPVisionModelWithProjection, config, dtype)
         if storage:
             pack_linears(decoder.clip, storage, plain=("visual_projection",))
@@ -160,13 +167,8 @@ class Clip(Vision):
 
     def place_buffers(self, decoder: Decoder, device: torch.device) -> None:
         """See `Vision.place_buffers`: the positions' numbers."""
-        positions = torch.arange(self.eyes.tokens, device=device)
+        positions = torch.arange(self.settings.vision_config.tokens, device=device)
         decoder.clip.vision_model.embeddings.position_ids = positions[None]
-
-    @staticmethod
-    def first_weight(encoder: nn.Module) -> Tensor:
-        """See `Vision.first_weight`."""
-        return encoder.vision_model.embeddings.patch_embedding.weight
 
     def encode(self, encoder: nn.Module, pixels: Tensor) -> Tensor:
         """See `Vision.encode`: the last norm and the projection apply to every token, not to the class token alone."""

@@ -36,9 +36,8 @@ class FeatureCache:
     """
 
     def __init__(self, directory: Path, vision: Vision, decoder: Decoder) -> None:
-        encoder = getattr(decoder, vision.encoder)
-        self.shape, self.dtype = vision.feature_shape, vision.first_weight(encoder).dtype
-        self.device = vision.first_weight(encoder).device
+        like = vision.plain_weight(decoder)
+        self.shape, self.dtype, self.device = vision.feature_shape, like.dtype, like.device
         self.directory = directory / encoder_fingerprint(vision, decoder)
         self.hits = self.misses = self.damaged = 0
         try:
@@ -95,9 +94,7 @@ class FeatureCache:
             data = bytearray(self._path(name).read_bytes())
         except OSError:
             return None
-        numbers = memoryview(data)[_CHECKSUM:]
-        size = self.shape[0] * self.shape[1] * self.dtype.itemsize
-        if len(numbers) != size or _checksum(numbers) != data[:_CHECKSUM]:
+        if _checksum(memoryview(data)[_CHECKSUM:]) != data[:_CHECKSUM]:
             self.damaged += 1
             return None
         return torch.frombuffer(data, dtype=self.dtype, offset=_CHECKSUM).view(self.shape)

@@ -19,7 +19,7 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, out_features: int, in_features: int, bias: nn.Parameter | None, storage: type[PackedWeight]):
         super().__init__()
-        self.weight = storage((out_features, in_features)).requires_grad_(False)
+        self.weight = storage((out_features, in_features))
         self.weight.slicing = WHOLE
         self.register_parameter("bias", bias)
 

@@ -90,7 +90,7 @@ class QFormer(Vision):
     @property
     def place(self) -> PicturePlace:
         """See `Vision.place`."""
-        rows, size = self.settings.num_query_tokens + 2, self.eyes.image_size
+        rows, size = self.settings.num_query_tokens + 2, self.settings.vision_config.image_size
         return PicturePlace(rows=rows, size=size, before_start=False)
 
     @property
@@ -99,9 +99,14 @@ class QFormer(Vision):
         return self.settings.num_query_tokens, self.settings.qformer_config.hidden_size
 
     @property
-    def eyes(self) -> BlipTransformer:
-        """See `Vision.eyes`."""
-        return self.settings.vision_config
+    def inner_tokens(self) -> int:
+        """See `Vision.inner_tokens`."""
+        return self.settings.vision_config.tokens
+
+    @property
+    def working_numbers(self) -> int:
+        """See `Vision.working_numbers`."""
+        return self.settings.vision_config.working_numbers
 
     @classmethod
     def of_directory(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -164,11 +169,6 @@ class QFormer(Vision):
             getattr(decoder, part).requires_grad_(False)
         tags = dict.fromkeys(_TAGS, uniform((1, 1, dim), 0.0, 1.0))
         return linear_start("qformer_proj.0", dim, width) | norm_start("qformer_proj.1", dim) | tags
-
-    @staticmethod
-    def first_weight(encoder: nn.Module) -> Tensor:
-        """See `Vision.first_weight`."""
-        return encoder.vision_model.embeddings.patch_embedding.weight
 
     def encode(self, encoder: nn.Module, pixels: Tensor) -> Tensor:
         """See `Vision.encode`."""

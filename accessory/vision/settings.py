@@ -34,16 +34,6 @@ class Transformer(BaseModel):
             raise ValueError(f"{self.num_attention_heads} heads do not divide a width of {self.hidden_size}")
         return self
 
-    @property
-    def working_numbers(self) -> int:
-        """Numbers for each token that are alive at most while a layer runs without a gradient.
-
-        Its input, that normalized, and either what is between the MLP's matrices, before and after the activation, or
-        q, k, v, attention's result and the product with it.
-        """
-        inner = 3 if self.hidden_act == "quick_gelu" else 2  # which is computed in two steps
-        return 2 * self.hidden_size + max(inner * self.intermediate_size, 5 * self.hidden_size)
-
 
 class VisionTransformer(Transformer):
     """A vision transformer (Dosovitskiy et al. 2021): square images cut into square patches, and a class token."""
@@ -61,6 +51,17 @@ class VisionTransformer(Transformer):
     def tokens(self) -> int:
         """Patches of an image, and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def working_numbers(self) -> int:
+        """Numbers that are alive at most while one image runs through, without a gradient.
+
+        Its pixels, and for each token a layer's input, that normalized, and either what is between the MLP's matrices,
+        before and after the activation, or q, k, v, attention's result and the product with it.
+        """
+        inner = 3 if self.hidden_act == "quick_gelu" else 2  # which is computed in two steps
+        each = 2 * self.hidden_size + max(inner * self.intermediate_size, 5 * self.hidden_size)
+        return 3 * self.image_size**2 + self.tokens * each
 
 
 def known_values(config: Any, kind: type[BaseModel], source: str) -> dict[str, Any]:

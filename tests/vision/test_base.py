@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from accessory.checkpoint.load import targets
 from accessory.errors import CheckpointError, ConfigError
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
+from accessory.parallel.tensor import WHOLE, slicing_of
+from accessory.quant import STORAGES
 from accessory.vision import VISIONS, Clip, QFormer, vision_of_directory
 from accessory.vision.base import IMAGES_AT_A_TIME
 from tests.memory.test_recompute import Peak
@@ -47,7 +50,8 @@ def test_the_defaults_are_the_published_encoders() -> None:
     """BLIP-2's 39 layers see 257 tokens and give 32 rows between two tags, CLIP's ViT-L/14 gives 257 rows."""
     blip2, clip = vision_of_directory({"model_type": "blip-2"}, "config.json"), Clip(Clip.Settings())
     assert blip2.settings == QFormer.Settings()
-    assert (blip2.eyes.num_hidden_layers, blip2.eyes.tokens, blip2.place.rows, blip2.place.size) == (39, 257, 34, 224)
+    seen = blip2.settings.vision_config
+    assert (seen.num_hidden_layers, seen.tokens, blip2.place.rows, blip2.place.size) == (39, 257, 34, 224)
     assert (blip2.feature_shape, clip.feature_shape, clip.place.rows) == ((32, 768), (257, 768), 257)
 
 
@@ -64,6 +68,20 @@ def test_the_defaults_are_the_published_encoders() -> None:
 def test_faults_of_a_directorys_settings(config: dict, fault: str) -> None:
     with pytest.raises(CheckpointError, match=fault):
         vision_of_directory(config, "c.json")
+
+
+def test_all_is_frozen_and_whole_on_every_rank() -> None:
+    """Also the scales that `nf4_scales` has to train."""
+    for kind in VISIONS.values():
+        vision = kind(kind.Settings())
+        decoder = Decoder(ModelArgs(dim=64, n_layers=1, n_heads=2, vocab_size=16), dtype=torch.bfloat16, ranks=2)
+        starts = vision.attach(decoder, torch.bfloat16, STORAGES["nf4_scales"])
+        mine = {name: p for name, p in decoder.named_parameters() if vision.owns(name)}
+        assert not any(p.requires_grad or slicing_of(p) != WHOLE for p in mine.values())
+        assert all(target.slicing == WHOLE for target in targets(decoder) if vision.owns(target.name))
+        behind = {name: tuple(p.shape) for name, p in mine.items() if not name.startswith(f"{vision.encoder}.")}
+        assert {name: tuple(start(torch.Generator()).shape) for name, start in starts.items()} == behind
+        assert vision.plain_weight(decoder).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("vision", VISIONS.values(), ids=list(VISIONS))

@@ -130,5 +130,8 @@ def test_a_directory_of_the_image_encoder_alone() -> None:
     stated = vision.settings.vision_config
     assert (stated.hidden_size, stated.num_hidden_layers, stated.patch_size, stated.projection_dim) == (768, 12, 16, 7)
     assert (stated.hidden_act, stated.intermediate_size, stated.num_attention_heads) == ("quick_gelu", 3072, 12)
+    old = {"model_type": "clip", "vision_config": None, "vision_config_dict": {"hidden_size": 96}, "projection_dim": 9}
+    stated = Clip.of_directory(old, "c.json").settings.vision_config
+    assert (stated.hidden_size, stated.projection_dim) == (96, 9)
     with pytest.raises(CheckpointError, match=r"c\.json: 'vision_config\.hidden_size' is 'wide'"):
         Clip.of_directory({"model_type": "clip_vision_model", "hidden_size": "wide"}, "c.json")

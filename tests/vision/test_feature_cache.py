@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -115,8 +116,18 @@ def test_damaged_files_are_computed_again(encoder: Encoder, pictures: list[Pictu
     assert torch.equal(cache.features(pictures, encoder), first) and encoder.asked == 4
 
 
-def test_several_write_at_once(encoder: Encoder, pictures: list[Picture], tmp_path: Path) -> None:
-    """Whoever reads finds nothing or all of it, and no unfinished file stays."""
+def test_several_write_at_once(
+    encoder: Encoder, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slowly; yet whoever reads finds nothing or all of it, and no unfinished file stays."""
+
+    def slowly(path: Path, data: bytes) -> None:
+        with path.open("wb", buffering=0) as file:
+            for half in (data[:100], data[100:]):
+                file.write(half)
+                time.sleep(0.002)
+
+    monkeypatch.setattr(Path, "write_bytes", slowly)
     caches = [cached(encoder, tmp_path) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda cache: [cache.features(pictures, encoder) for _ in range(10)], caches))

@@ -85,6 +85,9 @@ def test_upstreams_checkpoint_tells_its_sizes(blip2: Blip2) -> None:
     assert QFormer.of_tensors(tensors, "a file").settings == vision.settings
     with pytest.raises(CheckpointError, match=r"a file: qformer\.query_tokens is missing"):
         QFormer.of_tensors({n: t for n, t in tensors.items() if "query_tokens" not in n}, "a file")
+    oblong = tensors | {"qformer.vision_model.embeddings.position_embedding": HeldTensor(torch.zeros(1, 7, 88))}
+    with pytest.raises(CheckpointError, match=r"patches of shape \(3, 14, 14\) at 7 positions make no square image"):
+        QFormer.of_tensors(oblong, "a file")
     narrow = tensors | {"qformer.query_tokens": HeldTensor(torch.zeros(1, 4, 40))}
     with pytest.raises(CheckpointError, match=r"40 wide, and nothing says how many heads.*--vision_path"):
         QFormer.of_tensors(narrow, "a file")
