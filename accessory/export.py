@@ -291,8 +291,11 @@ def merge(
         raise CheckpointError(f"{paths[-1]}: trained parts of {quantization} weights. Leave out --base full.")
     if base != "full" and quantization is None:
         raise CheckpointError(f"{paths[-1]}: was not trained on a quantized base; leave out --base {base}.")
-    if base == "packed" and any(".lora_" in name for name in tensors):
-        raise CheckpointError(f"{paths[-1]}: has LoRA, which packed weights cannot take up. Leave out --base packed.")
+    for part, endings in {"LoRA": ".lora_a.weight", "scales": ".scale"}.items():
+        if base == "packed" and any(name.endswith(endings) for name in tensors):
+            raise CheckpointError(
+                f"{paths[-1]}: has {part}, which packed weights cannot take up. Leave out --base packed."
+            )
     if base == "packed":
         destination.refuse_packed()
     if base != "full":

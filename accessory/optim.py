@@ -38,11 +38,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `--optim KIND` names: AdamW (Loshchilov & Hutter 2019) over fp32 parameters.
 
-    Biases, norms and what belongs to packed weights are not decayed. rates: name -> what the learning rate is
+    Biases, norms, scales and what belongs to packed weights are not decayed. rates: name -> what the learning rate is
     multiplied by, 1 where none is stated; a group of the optimizer has it as `rate`. On the CPU `paged_adamw` is
     `adamw`: there is no smaller memory to page out of.
     """
-    spared = {name for name in parameters if name.endswith((".bias", "norm.weight", *_OF_PACKED))}
+    spared = {name for name in parameters if name.endswith((".bias", ".scale", "norm.weight", *_OF_PACKED))}
     alike: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         alike.setdefault((0.0 if name in spared else weight_decay, rates.get(name, 1.0)), []).append(parameter)

@@ -260,8 +260,8 @@ def _misfit(source: Source, name: str, found: tuple[int, ...], expected: tuple[i
 def _hint(alien: list[str], wanted: dict[str, Target]) -> str:
     if hint := _settings_hint(alien):
         return hint
-    if any(name.endswith(".bias") for name in alien):
-        return " Give the --llama_type and --llama_config it was trained with (bias_tuning)."
+    if any(name.endswith((".bias", ".scale")) for name in alien):
+        return " Give the --llama_type and --llama_config it was trained with (bias_tuning, scale_tuning)."
     return nearest(alien[0], wanted)
 
 

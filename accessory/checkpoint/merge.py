@@ -1,4 +1,4 @@
-"""Adds a trained part to its base: LoRA into the matrices, biases and norms in their places."""
+"""Adds a trained part to its base: LoRA and scales into the matrices, biases and norms in their places."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def with_lora(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) ->
         return base.addmm_(left.float(), right.float(), alpha=scale)
 
     return ComputedTensor(weight.shape, weight.dtype, compute)
+
+
+def with_scale(tensor: LazyTensor, scale: LazyTensor) -> LazyTensor:
+    """diag(s) W in fp32, with W [N, K] and s [N]; or s b, with b [N]."""
+
+    def compute(dim: int | None, start: int, stop: int) -> Tensor:
+        """Rows or columns start to stop of the product, fp32; dim None: all of it."""
+        factor = (scale.read(0, start, stop) if dim == 0 else scale.read()).float()
+        value = tensor.read(dim, start, stop).float()
+        return value * (factor[:, None] if value.dim() == 2 else factor)
+
+    return ComputedTensor(tensor.shape, tensor.dtype, compute)
 
 
 def repacked(
@@ -124,7 +136,7 @@ def merged(
     kept: Tensors = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if ".lora_" in name:
+        if ".lora_" in name or leaf == "scale":
             continue
         if leaf == "bias" and drop_biases and not base_has_bias(module, args):
             continue
@@ -133,6 +145,8 @@ def merged(
             if not (a and b):
                 raise CheckpointError(f"{module}: has only one of lora_a and lora_b.")
             tensor = with_lora(tensor, a, b, settings.lora_scale)
+        if scale := tensors.get(f"{module}.scale"):
+            tensor = with_scale(tensor, scale)
         kept[name] = tensor
     return args.model_copy(update=_bias_switches(kept)), kept
 

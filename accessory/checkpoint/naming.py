@@ -17,7 +17,7 @@ Tensors = dict[str, LazyTensor]
 BLOCK_LINEAR = re.compile(r"layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.weight")
 """Our names of the matrices that storage formats apply to."""
 _ROTATED = re.compile(
-    r"layers\.\d+\.attention\.(?:(wq|wk)\.(?:weight(?:\.\w+)?|bias|lora_b\.weight)|([qk]_norm)\.weight)"
+    r"layers\.\d+\.attention\.(?:(wq|wk)\.(?:weight(?:\.\w+)?|bias|scale|lora_b\.weight)|([qk]_norm)\.weight)"
 )
 """Of the base's blocks; a side network's channels are in one layout always."""
 

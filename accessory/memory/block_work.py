@@ -12,6 +12,7 @@ from accessory.kernels.fused_attention import fused_on
 from accessory.kernels.plain import dropped_attention
 from accessory.memory.kept import KeptByBlock
 from accessory.model.block import Block
+from accessory.model.linear import scale_bytes
 from accessory.model.norm import Norm, RMSNorm
 from accessory.model.position import ALIBI_WIDTH
 
@@ -36,6 +37,7 @@ class BlockWork:
         self.lengths, self.tokens, self.dtype, self.device = lengths, sum(lengths), dtype, device
         self.channels, self.inner = attention.wo.out_features, feed_forward.w2.in_features // ranks
         self.parts = 3 if feed_forward.gated else 1 if feed_forward.activation == "relu" else 2
+        self.scaled = feed_forward.w2.scale is not None
         self.gated, self.chosen = feed_forward.gated, block.only_labelled
         self.window, self.position = attention.window, attention.position
         self.heads, self.kv_heads = (
@@ -88,10 +90,15 @@ class BlockWork:
         """Gradients of the block's output, of the input of w2, and of the activation's one or two inputs (F each).
 
         Where the backward goes through labelled tokens only: w2's input, its gradient and that of its output once more,
-        for those tokens, of which there may be as many.
+        for those tokens, of which there may be as many. Or, where outputs are scaled, two of these gradients and what a
+        scale's works in.
         """
         inner = 3 if self.gated or self.chosen else 2
-        return self.tokens * self.dtype.itemsize * (self.channels * (1 + self.chosen) + inner * self.inner)
+        one = self.tokens * self.dtype.itemsize
+        made = one * (self.channels * (1 + self.chosen) + inner * self.inner)
+        if not self.scaled:
+            return made
+        return max(made, made - one * self.inner + scale_bytes(self.tokens, self.inner))
 
     def _attention_backward(self) -> int:
         """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.

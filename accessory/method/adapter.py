@@ -60,7 +60,7 @@ class Adapter(Peft):
     suffix: ClassVar[str] = "_adapter"
     also_called: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = "prefixes that the last blocks attend to, norms and biases"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"adapter": {}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"adapter": {}, "adapter_v2": {"scale_tuning": True}}
     merge_fault: ClassVar[str | None] = (
         "prefixes are attended to beside the text and change none of the base's matrices, so nothing can be "
         "added to them"

@@ -44,6 +44,8 @@ class Peft(Method):
         """Train the weights of all norms, and their biases where they have some."""
         bias_tuning: bool = True
         """Add a bias to every linear of attention and feed-forward, and train it."""
+        scale_tuning: bool = False
+        """Multiply the outputs of every linear of attention and feed-forward by trained numbers that start at one."""
         lora_rank: int = Field(default=-1, ge=-1, le=1 << 16)
         """Rank R of LoRA; 0 or -1 leaves LoRA out."""
         lora_alpha: float | None = Field(default=None, ge=-(2.0**31), le=2.0**31)
@@ -72,8 +74,8 @@ class Peft(Method):
 
         @model_validator(mode="after")
         def _trains_something(self) -> Peft.Settings:
-            others = self.norm_tuning or self.bias_tuning or self.vocabulary_tuning or self.vision_tuning
-            if not (others or (self.lora_rank > 0 and self.lora_targets)):
+            others = self.norm_tuning, self.bias_tuning, self.scale_tuning, self.vocabulary_tuning, self.vision_tuning
+            if not (any(others) or (self.lora_rank > 0 and self.lora_targets)):
                 raise ValueError("nothing would be trained: set norm_tuning, bias_tuning, or lora_rank above 0")
             return self
 
@@ -153,6 +155,8 @@ class Peft(Method):
             elif isinstance(module, Linear):
                 if self.settings.bias_tuning:
                     self._attach_bias(name, module, attachment)
+                if self.settings.scale_tuning:
+                    self._attach_scale(name, module, attachment)
                 if isinstance(module.weight, PackedWeight):
                     attachment.trainable |= {f"{name}.weight.{part}" for part in module.weight.trained}
                 if self.has_lora(name):
@@ -179,6 +183,11 @@ class Peft(Method):
         linear.add_bias(torch.float32)
         attachment.trainable.add(f"{name}.bias")
 
+    def _attach_scale(self, name: str, linear: Linear, attachment: Attachment) -> None:
+        linear.add_scale()
+        attachment.initial[f"{name}.scale"] = _ones(linear.out_features)
+        attachment.trainable.add(f"{name}.scale")
+
     def _attach_lora(self, name: str, linear: Linear, attachment: Attachment) -> None:
         rank = self.settings.lora_rank
         linear.add_lora(rank, self.settings.lora_scale, self.settings.lora_dropout)
@@ -198,6 +207,10 @@ def _our_linears(name: str) -> set[str]:
 
 def _zeros(*shape: int):
     return lambda _generator: torch.zeros(shape)
+
+
+def _ones(*shape: int):
+    return lambda _generator: torch.ones(shape)
 
 
 def truncated_normal(*shape: int, std: float = 0.02) -> Initializer:

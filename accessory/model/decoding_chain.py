@@ -93,6 +93,7 @@ def why_not(decoder: Decoder) -> str:
     args, blocks = decoder.args, [block for _, block in decoder.blocks()]
     wanted = {
         "what is added to attention": all(block.attention.addition is None for block in blocks),
+        "scales of outputs": all(linear.scale is None for block in blocks for linear in _linears(block)),
         "side network": type(decoder) is Decoder,
         "model-parallel ranks": decoder.ranks == 1,
         "norms": args.norm == "rms" and args.norm_placement == "before" and not args.parallel_residual,

@@ -1,7 +1,8 @@
 """The tensor-parallel linear: a product with a weight, what the method adds to it, and the communication around it.
 
 The three are independent: `weight` is a plain parameter or a packed one (`accessory.quant`), `lora_a`, `lora_b` and
-`bias` are added by a method (`accessory.method`), and `cut` says which dimension of the matrix the ranks divide.
+`bias` are added by a method (`accessory.method`), and `cut` says which dimension of the matrix the ranks divide. A
+method may also multiply the sum of all that by `scale`, a number for each output (LitGPT's adapter v2).
 
 LoRA (Hu et al. 2021) needs no communication of its own. Column: A is whole and B is cut with the rows of W, so A's
 gradient is this rank's share. Row: A is cut with the columns of W and B is whole, the sum over ranks that the base
@@ -32,6 +33,7 @@ from accessory.parallel.tensor import (
 from accessory.quant import PackedWeight
 
 Cut = Literal["column", "row"]
+_ROWS = 512  # tokens whose products are summed at a time, so that their fp32 copies stay small
 
 
 class LoraFactor(nn.Module):
@@ -66,6 +68,7 @@ class Linear(nn.Module):
         self.weight_slicing = Slicing(dim=0 if cut == "column" else 1)
         self.keep_plain(dtype) if storage is None else self.keep_packed(storage)
         self.register_parameter("bias", None)
+        self.register_parameter("scale", None)
         if bias:
             self.add_bias(dtype)
         self.lora_a: LoraFactor | None = None
@@ -97,6 +100,12 @@ class Linear(nn.Module):
         slicing = Slicing(dim=0) if self.cut == "column" else WHOLE
         self.bias = mark(nn.Parameter(torch.empty(size, dtype=dtype, device="meta")), slicing)
 
+    def add_scale(self) -> None:
+        """Multiply the layer's outputs, bias and all, by one fp32 number each, cut as a bias is."""
+        size = self.out_features // self.ranks if self.cut == "column" else self.out_features
+        slicing = Slicing(dim=0) if self.cut == "column" else WHOLE
+        self.scale = mark(nn.Parameter(torch.empty(size, dtype=torch.float32, device="meta")), slicing)
+
     def add_lora(self, rank: int, scale: float, dropout: float) -> None:
         """Give the layer LoRA factors of `rank`, fp32, with `dropout` on their input in training."""
         rows, columns = self.weight.shape
@@ -126,13 +135,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor | Recomputable) -> Tensor:
         """A row layer: x [T, in / ranks] -> y [T, out], in x's dtype."""
-        skip_output = self.ends_block and recomputing()
+        skip_output = self.ends_block and self.scale is None and recomputing()
         if self.ranks == 1:
-            return project(x, [self.weight], [self.addition(self.bias)], skip_output)[0]
+            return self.scaled(project(x, [self.weight], [self.addition(self.bias)], skip_output)[0])
         (y,) = project(x, [self.weight], [self.addition(None)], skip_output)
         if not skip_output:
             y = reduce_from_model_parallel_region(y)
-        return y if self.bias is None else _AddBias.apply(y, self.bias)
+        return self.scaled(y if self.bias is None else _AddBias.apply(y, self.bias))
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """y [T, out / ranks] times `scale`, if there is one."""
+        return y if self.scale is None else _Scale.apply(y, self.scale)
 
 
 def project_columns(x: Tensor | Recomputable, linears: list[Linear]) -> tuple[Tensor, ...]:
@@ -140,7 +153,8 @@ def project_columns(x: Tensor | Recomputable, linears: list[Linear]) -> tuple[Te
     if linears[0].ranks > 1:
         source = Recomputable.of(x)
         x = source._replace(value=copy_to_model_parallel_region(source.value))
-    return project(x, [linear.weight for linear in linears], [linear.addition(linear.bias) for linear in linears])
+    made = project(x, [linear.weight for linear in linears], [linear.addition(linear.bias) for linear in linears])
+    return tuple(linear.scaled(y) for linear, y in zip(linears, made, strict=True))
 
 
 def lora_additions(linears: list[Linear]) -> list[Addition]:
@@ -177,3 +191,28 @@ class _AddBias(torch.autograd.Function):
         """dy [T, N] -> y's gradient, which is dy, and the bias's [N] in its own dtype, if wanted."""
         sums = kernels.of("column_sums", dy).column_sums
         return dy, sums(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+
+
+def scale_bytes(tokens: int, outputs: int) -> int:
+    """Bytes that the gradient of a scale works in: fp32 copies of a gradient and of products, of some tokens."""
+    return 2 * 4 * min(tokens, _ROWS) * outputs
+
+
+class _Scale(torch.autograd.Function):
+    """y s, rounded once: s is near one, where a narrow dtype has few numbers."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, scale: Tensor) -> Tensor:
+        """y [T, N], scale [N] -> [T, N] in y's dtype."""
+        ctx.save_for_backward(y, scale)
+        return torch.mul(y, scale, out=torch.empty_like(y))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dy [T, N] -> y's gradient, and the scale's [N] in its own dtype, summed over some tokens at a time."""
+        y, scale = ctx.saved_tensors
+        dscale = None
+        if ctx.needs_input_grad[1]:
+            parts = zip(dy.split(_ROWS), y.split(_ROWS), strict=True)
+            dscale = sum((one.to(scale.dtype) * other).sum(0) for one, other in parts)
+        return torch.mul(dy, scale, out=torch.empty_like(dy)), dscale

@@ -212,7 +212,9 @@ def test_lora_of_another_rank(formats: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "hint"), [
     ("layers.0.attention.wq.lora_a.weight", "it was trained with (lora_rank, lora_targets, lora_layers)"),
-    ("layers.0.attention.wq.bias", "--llama_type and --llama_config it was trained with (bias_tuning)"),
+    ("layers.0.attention.wq.bias", "--llama_type and --llama_config it was trained with (bias_tuning, scale_tuning)"),
+    ("layers.0.attention.wq.scale", "--llama_type and --llama_config it was trained with (bias_tuning, scale_tuning)"),
+    ("prefix_gate", "--llama_config it was trained with (prefix_layers, prefix_len, use_prefix_new_gate)"),
 ])  # fmt: skip
 def test_trained_part_of_another_method(formats: dict[str, Path], tmp_path: Path, name: str, hint: str) -> None:
     """LoRA or biases for a model that has none."""

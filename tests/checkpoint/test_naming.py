@@ -63,8 +63,8 @@ def test_what_is_turned() -> None:
     q, k = rotary_rows(4, 8, 8, "pairs"), rotary_rows(2, 8, 8, "pairs")
     turned = {
         "attention.wq.weight": q, "attention.wq.bias": q, "attention.wq.lora_b.weight": q, "attention.wk.weight": k,
-        "attention.wk.bias": k, "attention.wk.lora_b.weight": k, "attention.q_norm.weight": q[:8],
-        "attention.k_norm.weight": q[:8],
+        "attention.wk.bias": k, "attention.wk.scale": k, "attention.wk.lora_b.weight": k,
+        "attention.q_norm.weight": q[:8], "attention.k_norm.weight": q[:8],
     }  # fmt: skip
     kept = ("attention.wv.weight", "attention.wo.weight", "attention.wq.lora_a.weight", "attention_norm.weight",
             "feed_forward.w1.weight", "attention.wv.lora_b.weight")  # fmt: skip

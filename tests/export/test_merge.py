@@ -17,6 +17,7 @@ from accessory.checkpoint.run_record import with_base
 from accessory.errors import AccessoryError, CheckpointError
 from accessory.export import (
     Destination,
+    export_adapter,
     merge,
 )
 from tests.checkpoint.trained import write_trained
@@ -36,6 +37,22 @@ def test_every_matrix_is_the_sum(tiny_base: Path, part: Path, tmp_path: Path) ->
     assert torch.equal(merged["model.norm.weight"], trained["norm.weight"])
     assert torch.equal(merged["lm_head.weight"], before["lm_head.weight"])
     assert len(merged) == 21 + 14
+
+
+def test_scales_are_multiplied_in(tiny_base: Path, tmp_path: Path) -> None:
+    """s (W + 6/4 B A) and s b, in the rows' order of Hugging Face's base; packed weights and PEFT have no place."""
+    part = write_trained(tiny_base, tmp_path / "part", "nf4", scale_tuning=True)
+    expected = ours(part, quant=False)
+    assert apart(theirs(written([part], tmp_path / "hf", base="full")), expected) < TOLERANCE
+    assert apart(ours(written([part], tmp_path / "whole", "accessory")), ours(part)) < TOLERANCE
+    assert apart(ours(with_base([part])[0].path), expected) > 0.3
+    with pytest.raises(CheckpointError, match="has LoRA, which packed weights cannot take up"):
+        written([part], tmp_path / "packed", base="packed")
+    alone = write_trained(tiny_base, tmp_path / "scales", "nf4", scale_tuning=True, lora_rank=-1, lora_alpha=None)
+    with pytest.raises(CheckpointError, match="has scales, which packed weights cannot take up"):
+        written([alone], tmp_path / "packed", base="packed")
+    with pytest.raises(CheckpointError, match=r"wq\.scale.* is no LoRA factor, norm or bias of this base"):
+        export_adapter([alone], tmp_path / "adapter", drop_biases=True)
 
 
 def test_transformers_computes_the_trained_model(part: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ MODELS = {
 }  # fmt: skip
 METHODS_BESIDE = {
     "peft": {"lora_rank": 4, "bias_tuning": True},
-    "adapter": {"prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True},
+    "adapter": {"prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True, "scale_tuning": True},
     "qst": {"side_layers": 1, "tail": 1, "r": 2, "side_heads": 2},
 }
 STORAGES = ("nf4", "int3_g32", "int8")

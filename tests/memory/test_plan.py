@@ -195,6 +195,8 @@ STEPS = {
     },
     "LoRA in two blocks": {"settings": {**LORA, "lora_layers": "3,4"}},
     "LoRA, two micro-batches, recomputed": {"settings": LORA, "recomputed": 6, "micro_batches": 2},
+    "scales": {"settings": {"scale_tuning": True}},
+    "scales and LoRA, recomputed": {"settings": {"scale_tuning": True, "lora_rank": 8}, "recomputed": 6},
     "prefixes, one long document": {
         "settings": {"prefix_len": 4, "norm_tuning": False}, "method": "adapter", "lengths": (900,),
     },

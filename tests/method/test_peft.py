@@ -59,6 +59,7 @@ def attached(args: ModelArgs = TINY, ranks: int = 1, quant: str | None = None, *
         ({"lora_rank": 4}, NORMS | BIASES | lora_names(LINEARS)),
         ({"bias_tuning": False}, NORMS),
         ({"norm_tuning": False}, BIASES),
+        ({"bias_tuning": False, "scale_tuning": True}, NORMS | {f"layers.0.{name}.scale" for name in LINEARS}),
         ({"norm_tuning": False, "bias_tuning": False, "lora_rank": 4, "lora_targets": ["wq", "w2"]},
          lora_names(["attention.wq", "feed_forward.w2"])),
     ],

@@ -42,7 +42,7 @@ LENGTHS = (9, 1, 6)
 SETTINGS = {
     "peft": {"lora_rank": 4},
     "qst": {"r": 2, "side_heads": 6},
-    "adapter": {"lora_rank": 4, "prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True},
+    "adapter": {"lora_rank": 4, "prefix_layers": 1, "prefix_len": 3, "use_prefix_new_gate": True, "scale_tuning": True},
 }
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from accessory.kernels.addition import Addition
+from accessory.model import linear as linear_module
 from accessory.model.linear import Linear, _AddBias, project_columns
+from accessory.model.recomputable import Recomputation
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
 from accessory.quant import storage
 
@@ -93,6 +97,42 @@ def test_a_frozen_bias_gets_no_gradient() -> None:
     linear.bias.requires_grad_(False)
     linear(random(2, 64, dtype=torch.float32).requires_grad_()).sum().backward()
     assert linear.bias.grad is None
+
+
+@pytest.mark.parametrize(("cut", "dtype"), [("column", torch.float32), ("row", torch.float32), ("row", torch.bfloat16)])
+def test_scaled_outputs(monkeypatch: pytest.MonkeyPatch, cut: str, dtype: torch.dtype) -> None:
+    """s (x W^T + b) and all gradients, beside NF4; in bf16 a scale of 1.003 counts; sums are in parts."""
+    monkeypatch.setattr(linear_module, "_ROWS", 2)
+    linear, weight = filled(cut, bias=True, quant="nf4")
+    linear.add_scale()
+    assert slicing_of(linear.scale) == (Slicing(dim=0) if cut == "column" else WHOLE)
+    linear.scale = nn.Parameter(1 + 0.3 * random(32, seed=3, dtype=torch.float32))
+    x, dy = random(5, 64, seed=2, dtype=dtype).requires_grad_(), random(5, 32, seed=4, dtype=dtype)
+    wide = [t.detach().double().requires_grad_() for t in (x, linear.bias, linear.scale)]
+    wanted = (wide[0] @ weight.double().t() + wide[1]) * wide[2]
+    found = linear(x)
+    assert found.dtype == dtype
+    gradients = zip(
+        torch.autograd.grad(found, (x, linear.bias, linear.scale), dy),
+        torch.autograd.grad(wanted, wide, dy.double()),
+        strict=True,
+    )
+    for one, other in [(found, wanted), *gradients]:
+        assert (one.double() - other).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * other.norm()
+    ones, near = (torch.full((64,), value) for value in (1.0, 1.003))
+    y = torch.linspace(1, 2, 64, dtype=torch.bfloat16)[None]
+    assert not torch.equal(linear_module._Scale.apply(y, near), linear_module._Scale.apply(y, ones))
+
+
+def test_scales_of_a_recomputed_block() -> None:
+    """The product before a block's last scale is needed again, though nobody reads the block's result."""
+    linear, _ = filled("row", bias=False)
+    linear.add_scale()
+    linear.scale, linear.ends_block = nn.Parameter(random(32, dtype=torch.float32)), True
+    x = random(3, 64, dtype=torch.float32)
+    wanted = torch.autograd.grad(linear(x).square().sum(), linear.scale)
+    again = checkpoint(linear, x, use_reentrant=False, context_fn=lambda: (nullcontext(), Recomputation()))
+    assert torch.equal(*wanted, *torch.autograd.grad(again.square().sum(), linear.scale))
 
 
 def with_lora(dropout: float, scale: float = 1.0) -> Linear:
