@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from accessory.kernels.codes import BLOCK, Codes
@@ -18,13 +19,14 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 class Products(NamedTuple):
     """One to three W [n, k] that multiply the same x [rows, k], one after the other; N is the sum of their n.
 
+    matrices: all in codes of 4 bits, or all plain, in x's dtype.
     norm: fp32 [k]; x is first divided by its root mean square and multiplied by this. eps: added to the mean square.
     b: LoRA's second factors [N, R] in x's dtype, scaled; what they multiply, x A^T, is given in parts (see `multiply`).
     bias: fp32 [N]. activation: the two matrices are a gate and its other factor: the result is act(first) * second.
     following: A of the linears that read the result [R', n] in x's dtype, times the weight of a norm between them.
     """
 
-    matrices: tuple[Codes, ...]
+    matrices: tuple[Codes | Tensor, ...]
     norm: Tensor | None = None
     eps: float = 0.0
     b: Tensor | None = None
@@ -47,19 +49,25 @@ class Products(NamedTuple):
         """Columns of the result."""
         return self.widths[0] if self.activation else sum(self.widths)
 
-    def check(self) -> None:
-        """Raises `AssertionError` for what does not fit together."""
-        first, device = self.matrices[0], self.matrices[0].codes.device
-        for matrix in self.matrices:
-            matrix.check(device)
-            if matrix.shape[1] != first.shape[1] or matrix.shape[1] % BLOCK:
-                raise AssertionError(
-                    f"matrices of {[tuple(m.shape) for m in self.matrices]}; expected as many whole blocks"
-                )
-            if (matrix.nested is None) != (first.nested is None) or (
-                first.nested and matrix.nested[0] is not first.nested[0]
-            ):  # fmt: skip
-                raise AssertionError("scales in other codebooks than the first matrix's")
+    @property
+    def plain(self) -> bool:
+        """Whether the matrices are in no code."""
+        return isinstance(self.matrices[0], Tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all parts lie."""
+        first = self.matrices[0]
+        return first.device if isinstance(first, Tensor) else first.codes.device
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises `AssertionError` for what does not fit together, or to an x of `dtype`."""
+        device = self.device
+        if any(m.shape[1] != self.columns or m.shape[1] % BLOCK for m in self.matrices):
+            raise AssertionError(
+                f"matrices of {[tuple(m.shape) for m in self.matrices]}; expected as many whole blocks"
+            )
+        self._check_plain(dtype) if self.plain else self._check_codes()
         if self.activation and (self.activation not in ACTIVATIONS or len(set(self.widths)) > 1):
             raise AssertionError(f"{self.activation} of {self.widths}")
         total, rank = sum(self.widths), 0 if self.b is None else self.b.shape[1]
@@ -72,13 +80,29 @@ class Products(NamedTuple):
             if size and (size < LEAST_RANK or size & (size - 1)):
                 raise AssertionError(f"{name} of rank {size}; expected a power of two from {LEAST_RANK} on")
 
+    def _check_plain(self, dtype: torch.dtype) -> None:
+        for matrix in self.matrices:
+            if not isinstance(matrix, Tensor) or matrix.dtype != dtype or not matrix.is_contiguous():
+                raise AssertionError(f"a matrix beside plain ones; expected contiguous ones in {dtype}")
+
+    def _check_codes(self) -> None:
+        first = self.matrices[0]
+        for matrix in self.matrices:
+            if isinstance(matrix, Tensor):
+                raise AssertionError("a plain matrix beside codes")
+            matrix.check(self.device)
+            if (matrix.nested is None) != (first.nested is None) or (
+                first.nested and matrix.nested[0] is not first.nested[0]
+            ):  # fmt: skip
+                raise AssertionError("scales in other codebooks than the first matrix's")
+
 
 class Attending(NamedTuple):
     """Attention of a new token to its document's cache.
 
     rotations: of all positions, complex64 [longest, half]. layout: of rotated channels, pairs or halves. window: how
     many tokens, up to its own, a token sees; all if absent. following: A of `wo` [R', H E] in q's dtype, if there is
-    one.
+    one. norms: weights of RMSNorms of each query and key before its rotation, fp32 [E]. eps: theirs.
     """
 
     heads: int
@@ -89,6 +113,8 @@ class Attending(NamedTuple):
     scale: float
     window: int | None = None
     following: Tensor | None = None
+    norms: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
 
 
 def filled_up(rank: int) -> int:

@@ -138,12 +138,16 @@ def _cross_entropy(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 
 def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
-    """Two query heads a key head, and one; a long document, which several GPU programs share, and a short one."""
+    """Two query heads a key head, and one; a long document, which several GPU programs share, and a short one.
+
+    Two of them have norms of queries and keys.
+    """
     made: list[Tensor] = []
     for heads, window in ((2, None), (1, 300)):
         angles = randn(600, 8).float()
         rotations = torch.polar(torch.ones_like(angles), angles)
-        how = Attending(heads, 1, 16, rotations, "halves", 0.25, window, randn(16, 16 * heads))
+        norms = None if heads == 1 else (randn(16).float(), randn(16).float())
+        how = Attending(heads, 1, 16, rotations, "halves", 0.25, window, randn(16, 16 * heads), norms, 1e-5)
         keys, values, projected = randn(2, 600, 1, 16), randn(2, 600, 1, 16), randn(2, 16 * (heads + 2))
         scratch = kernel.Scratch(how, 2, 600, projected.device)
         positions = torch.tensor([599, 5], device=projected.device)
@@ -164,7 +168,10 @@ def _decoding_groups(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 
 
 def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
-    """Of one row and of three: a norm and two matrices; a gate of two and what follows; one and a residual."""
+    """Of one row and of three: a norm and two matrices; a gate of two and what follows; one and a residual.
+
+    The first also of plain matrices.
+    """
     one, other, norm, bias, made = _codes(randn), _codes(randn), randn(128).float(), randn(260).float(), []
     other = other._replace(nested=(one.nested[0], *other.nested[1:]))  # both matrices must share the codebook of scales
     for rows in (1, 3):
@@ -172,6 +179,8 @@ def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
         entrance = Products((one, other), norm, 1e-5, randn(260, 16), bias)
         gated = Products((other, one), norm, 1e-5, activation="silu", following=randn(16, 130))
         down = Products((one,), b=randn(130, 16), following=randn(32, 130))
+        made += kernel.multiply(entrance, x, randn(rows, 3, 32).float())[:1]
+        entrance = entrance._replace(matrices=(randn(130, 128), randn(130, 128)))
         made += kernel.multiply(entrance, x, randn(rows, 3, 32).float())[:1]
         for products, lows, residual in ((gated, None, None), (down, randn(rows, 5, 16).float(), randn(rows, 130))):
             result, low = kernel.multiply(products, x, lows, residual)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels.codes import BLOCK
+from accessory.kernels.codes import BLOCK, Codes
 from accessory.kernels.decoding import ACTIVATIONS, Attending, Products, filled_up
+from accessory.model.attention import Attention
 from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
@@ -21,6 +22,7 @@ from accessory.model.linear import Linear
 from accessory.model.norm import RMSNorm
 from accessory.model.position import rotations_at
 from accessory.quant.four_bit import FourBitWeight
+from accessory.quant.products import Matrix
 
 
 class _Links(NamedTuple):
@@ -97,7 +99,6 @@ def why_not(decoder: Decoder) -> str:
         "side network": type(decoder) is Decoder,
         "model-parallel ranks": decoder.ranks == 1,
         "norms": args.norm == "rms" and args.norm_placement == "before" and not args.parallel_residual,
-        "norms of queries": not args.qk_norm,
         "norm of embeddings": decoder.tok_norm is None,
         "positions": args.position == "rotary",
         "width of heads": args.head_dim in (16, 32, 64, 128, 256),
@@ -108,11 +109,19 @@ def why_not(decoder: Decoder) -> str:
         if not fits:
             return what
     weights = [linear.weight for block in blocks for linear in _linears(block)]
-    if not all(isinstance(weight, FourBitWeight) for weight in weights):
+    kinds = {_kind(weight, decoder.dtype) for weight in weights}
+    if None in kinds:
         return "storage"
-    if len({(weight.quant_type, weight.nested) for weight in weights}) > 1:
+    if len(kinds) > 1:
         return "storages that differ"
     return "width of matrices" if any(weight.shape[1] % BLOCK for weight in weights) else ""
+
+
+def _kind(weight: Matrix, dtype: torch.dtype) -> tuple | None:
+    """What all matrices must have in common; None: the kernels cannot read it."""
+    if isinstance(weight, Tensor):
+        return (dtype,) if weight.dtype == dtype and weight.is_contiguous() else None
+    return (weight.quant_type, weight.nested) if isinstance(weight, FourBitWeight) else None
 
 
 def _linears(block: Block) -> list[Linear]:
@@ -138,7 +147,7 @@ def _joined(linears: list[Linear], norm: RMSNorm | None, dtype: torch.dtype) -> 
     rank = filled_up(max((len(linear.lora_a.weight) for linear in linears if linear.lora_a is not None), default=0))
     if not rank:
         return None, None
-    device = linears[0].weight.codes.device
+    device = _device(linears)
     second = torch.zeros(sum(linear.weight.shape[0] for linear in linears), rank, dtype=dtype, device=device)
     first = torch.zeros(filled_up(len(linears) * rank), linears[0].weight.shape[1], dtype=dtype, device=device)
     row = 0
@@ -165,14 +174,14 @@ def _links(
     def products(name: str, linears: list[Linear], norm: RMSNorm | None = None, **rest: object) -> Products:
         """The product of linears that share an input."""
         weight, eps = (None, 0.0) if norm is None else (norm.weight.detach().float().contiguous(), norm.eps)
-        codes = tuple(linear.weight.as_codes() for linear in linears)
-        return Products(codes, weight, eps, factors[name][0], _bias(linears), **rest)
+        matrices = tuple(_matrix(linear.weight) for linear in linears)
+        return Products(matrices, weight, eps, factors[name][0], _bias(linears), **rest)
 
     return _Links(
         products("entrance", [attention.wq, attention.wk, attention.wv], block.attention_norm),
         Attending(
             heads, kv_heads, attention.head_dim, rotations, attention.layout, attention.head_dim**-0.5,
-            attention.window, factors["out"][1],
+            attention.window, factors["out"][1], *_head_norms(attention),
         ),
         products("out", [attention.wo], following=factors["gated"][1]),
         products(
@@ -183,10 +192,27 @@ def _links(
     )  # fmt: skip
 
 
+def _head_norms(attention: Attention) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    """Weights of the norms of queries and keys, and what they add to a mean square."""
+    if attention.q_norm is None:
+        return None, 0.0
+    weights = (norm.weight.detach().float().contiguous() for norm in (attention.q_norm, attention.k_norm))
+    return tuple(weights), attention.q_norm.eps
+
+
+def _matrix(weight: Matrix) -> Codes | Tensor:
+    return weight.detach() if isinstance(weight, Tensor) else weight.as_codes()
+
+
+def _device(linears: list[Linear]) -> torch.device:
+    weight = linears[0].weight
+    return weight.device if isinstance(weight, Tensor) else weight.codes.device
+
+
 def _bias(linears: list[Linear]) -> Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
-    device = linears[0].weight.codes.device
+    device = _device(linears)
     zeros = (torch.zeros(linear.weight.shape[0], device=device) for linear in linears)
     biases = (
         zero if linear.bias is None else linear.bias.detach().float()

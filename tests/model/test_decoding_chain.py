@@ -25,8 +25,9 @@ LENGTHS = (5, 1, 9)
 def made(layout) -> Callable[..., Decoder]:
     """(settings of the model, of the method, storage) -> a decoder filled at random, LoRA and biases too, fp32."""
 
-    def make(settings: dict | None = None, method: dict | None = None, quant: str = "nf4") -> Decoder:
-        decoder = Decoder(ModelArgs(**ARGS | (settings or {})), dtype=torch.float32, storage=storage(quant))
+    def make(settings: dict | None = None, method: dict | None = None, quant: str | None = "nf4") -> Decoder:
+        kind = storage(quant) if quant else None
+        decoder = Decoder(ModelArgs(**ARGS | (settings or {})), dtype=torch.float32, storage=kind)
         peft = METHODS["peft"](METHODS["peft"].Settings(**method or {}))
         attachment = peft.attach(decoder) if method is not None else Attachment()
         initial = {}
@@ -46,6 +47,8 @@ CASES = {
     "lora": ({"rotary_layout": "halves"}, {"lora_rank": 4, "bias_tuning": True}, "nf4"),
     "some": ({"qkv_bias": True}, {"lora_rank": 20, "lora_targets": ["wq", "w2"], "lora_alpha": 7}, "fp4"),
     "window": ({"sliding_window": 4, "rotary_dim": 16}, {"lora_rank": 2, "lora_targets": ["wo", "w1"]}, "nf4_single"),
+    "norms of heads": ({"qk_norm": True, "head_dim": 64, "rotary_layout": "halves"}, {"lora_rank": 4}, "nf4"),
+    "not packed": ({"qkv_bias": True}, {"lora_rank": 4}, None),
 }
 
 
@@ -78,7 +81,7 @@ def test_equals_the_modules(made: Callable[..., Decoder], case: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "quant", "what"),
     [({"norm": "layer"}, "nf4", "norms"), ({"parallel_residual": True}, "nf4", "norms"),
-     ({"qk_norm": True}, "nf4", "norms of queries"), ({"position": "alibi"}, "nf4", "positions"),
+     ({"position": "alibi"}, "nf4", "positions"),
      ({"gated": False}, "nf4", "feed-forward"), ({}, "int4_g32", "storage"),
      ({"hidden_dim": 160}, "nf4", "width of matrices")],
 )  # fmt: skip
@@ -92,6 +95,12 @@ def test_linears_of_different_storages(made: Callable[..., Decoder]) -> None:
     decoder = made()
     decoder.layers[1].attention.wo.weight = made(quant="nf4_single").layers[1].attention.wo.weight
     assert why_not(decoder) == "storages that differ"
+    decoder = made()
+    decoder.layers[1].attention.wo.weight = made(quant=None).layers[1].attention.wo.weight
+    assert why_not(decoder) == "storages that differ"
+    decoder = made(quant=None)
+    decoder.layers[1].attention.wo.to(torch.bfloat16)
+    assert why_not(decoder) == "storage"
     decoder = made()
     decoder.layers[2].attention.addition = torch.nn.Identity()
     assert why_not(decoder) == "what is added to attention"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accessory.kernels.decoding import Attending
+from accessory.kernels.plain.rms_norm import normalized
 from accessory.kernels.plain.rotary import rotate
 
 
@@ -22,6 +23,8 @@ def attend(
     """As `accessory.kernels.triton.decoding_attention.attend`; low products in a single part."""
     rows, (heads, kv_heads, width) = len(projected), how[:3]
     q, k, v = projected.view(rows, -1, width).split([heads, kv_heads, kv_heads], 1)
+    if how.norms is not None:
+        q, k = (normalized(x, weight, how.eps) for x, weight in zip((q, k), how.norms, strict=True))
     q, k = (rotate(x, how.rotations[positions][:, None], how.layout) for x in (q, k))
     each = torch.arange(rows, device=q.device)
     keys[each, positions], values[each, positions] = k, v

@@ -1,4 +1,4 @@
-"""Products of a few rows with 4-bit matrices, with all that comes before and after them, step by step."""
+"""Products of a few rows with plain or 4-bit matrices, with all that comes before and after them, step by step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ def multiply(
     products: Products, x: Tensor, lows: Tensor | None = None, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `accessory.kernels.triton.decoding_products.multiply`; low products of what follows in a single part."""
-    products.check()
+    products.check(x.dtype)
     normed, inverse = x.float(), 1.0
     if products.norm is not None:
         inverse = (normed.square().mean(1, keepdim=True) + products.eps).rsqrt()
         normed = normed * products.norm
-    weights = [dequantize(w, torch.empty(w.shape, dtype=torch.float32, device=x.device)) for w in products.matrices]
+    weights = [
+        w.float() if products.plain else dequantize(w, torch.empty(w.shape, dtype=torch.float32, device=x.device))
+        for w in products.matrices
+    ]
     made = [normed @ weight.t() for weight in weights]
     if products.b is not None:
         low = lows.sum(1).split(products.b.shape[1], 1)[: len(weights)]

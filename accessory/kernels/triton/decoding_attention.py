@@ -61,11 +61,13 @@ def attend(
         scratch.statistics,
         scratch.finished,
         out if how.following is None else how.following,
+        *(how.norms or (scratch.statistics, scratch.statistics)),
         scratch.sums if partials is None else partials,
         keys.stride(0),
         triton.cdiv(triton.cdiv(span, splits), TOKENS) * TOKENS,
         span if how.window is None else how.window,
         how.scale,
+        how.eps,
         KV_HEADS=how.kv_heads,
         GROUP=how.heads // how.kv_heads,
         PADDED=_padded(how),
@@ -76,6 +78,7 @@ def attend(
         SPLITS_PADDED=triton.next_power_of_2(splits),
         TOKENS=tokens_together(how.width, keys.dtype),
         AHEAD=ahead,
+        NORM=how.norms is not None,
         num_warps=4,
     )
     return out, partials
@@ -116,11 +119,22 @@ def _check(how: Attending, projected: Tensor, keys: Tensor, values: Tensor, posi
         raise AssertionError(f"keys of {keys.dtype} for {projected.dtype} at {positions.dtype}")
     if how.following is not None:
         check_shape(how.following, (len(how.following), how.heads * how.width), "following")
+    for weight in how.norms or ():
+        check_shape(weight, (how.width,), "norms")
+        check_device(projected.device, norms=weight)
+        if weight.dtype != torch.float32:
+            raise AssertionError(f"norms are {weight.dtype}; expected torch.float32")
 
 
 @triton.jit
-def _rotated(x, heads, channel, angles, WIDTH: tl.constexpr, HALF: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """The heads [N] of x, rotated by their token's angles [N, WIDTH]: each channel with its partner."""
+def _rotated(
+    x, heads, channel, angles, norm, eps, WIDTH: tl.constexpr, HALF: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """The heads [N] of x, rotated by their token's angles [N, WIDTH]: each channel with its partner.
+
+    NORM: each is divided by its root mean square first, and multiplied by `norm`.
+    """
     if NEIGHBOURS:
         partner, angle, first = channel ^ 1, channel // 2, channel % 2 == 0
     else:
@@ -133,6 +147,10 @@ def _rotated(x, heads, channel, angles, WIDTH: tl.constexpr, HALF: tl.constexpr,
     place = x + heads[:, None] * WIDTH
     own = tl.load(place + channel[None, :]).to(tl.float32)
     other = tl.load(place + partner[None, :]).to(tl.float32)
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(own * own, 1) / WIDTH + eps)[:, None]
+        own = (own * inverse * tl.load(norm + channel)[None, :]).to(x.dtype.element_ty).to(tl.float32)
+        other = (other * inverse * tl.load(norm + partner)[None, :]).to(x.dtype.element_ty).to(tl.float32)
     result = own * cosine[None, :] + other * tl.where(first, -sine, sine)[None, :]
     return result.to(x.dtype.element_ty)
 
@@ -149,11 +167,14 @@ def _attend(
     statistics,
     finished,
     following,
+    q_norm,
+    k_norm,
     partials,
     document,
     share,
     window,
     scale,
+    eps,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -164,6 +185,7 @@ def _attend(
     SPLITS_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
     AHEAD: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     HEADS: tl.constexpr = GROUP * KV_HEADS
@@ -173,10 +195,11 @@ def _attend(
     angles = rotations + position * (2 * HALF)
     # Rows beyond the group's queries repeat its last one.
     heads = head * GROUP + tl.minimum(query, GROUP - 1)
-    q = _rotated(own, heads, channel, angles, WIDTH, HALF, NEIGHBOURS)
+    q = _rotated(own, heads, channel, angles, q_norm, eps, WIDTH, HALF, NEIGHBOURS, NORM)
     cached = row.to(tl.int64) * document + head * WIDTH
     if split == 0:  # the new token's own key
-        k = _rotated(own, HEADS + head + tl.arange(0, 1), channel, angles, WIDTH, HALF, NEIGHBOURS)
+        key_head = HEADS + head + tl.arange(0, 1)
+        k = _rotated(own, key_head, channel, angles, k_norm, eps, WIDTH, HALF, NEIGHBOURS, NORM)
         v = tl.load(own + (HEADS + KV_HEADS + head) * WIDTH + channel)[None, :]
         place = cached + position * (KV_HEADS * WIDTH) + channel[None, :]
         tl.store(keys + place, k)

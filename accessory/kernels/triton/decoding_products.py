@@ -1,4 +1,4 @@
-"""Products of a few rows with 4-bit matrices, with all that comes before and after them, in one launch.
+"""Products of a few rows with plain or 4-bit matrices, with all that comes before and after them, in one launch.
 
 While decoding, a launch takes longer than the work between two products. So one launch computes: the norm of its input,
 up to three matrices, LoRA's second factors, biases, the gate or the residual, and the low products that the next
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accessory.kernels.codes import NESTED_BLOCK
 from accessory.kernels.decoding import MOST_ROWS, Products
-from accessory.kernels.operands import check_device, check_floats, check_shape
+from accessory.kernels.operands import check_floats, check_shape
 from accessory.kernels.triton.gate import _activated
 
 COLUMNS = {1: 512, MOST_ROWS: 256}
@@ -40,27 +40,19 @@ def multiply(
     count, following = triton.cdiv(made, block), products.following
     ahead = 0 if following is None else len(following)
     partials = torch.empty((rows, count, ahead), dtype=torch.float32, device=x.device) if ahead else None
-    first = products.matrices[0]
-    given = [
-        (
-            matrix.codes.view(torch.int32),
-            matrix.scales,
-            *(matrix.nested or (first.codebook, matrix.scales, matrix.scales)),
-        )
-        for matrix in products.matrices
-    ]
+    given, absent = _given(products), products.matrices[0] if products.plain else products.matrices[0].codebook
     programs = count if products.activation else sum(triton.cdiv(width, block) for width in products.widths)
     _multiply[(programs,)](
         x,
-        first.codebook if products.norm is None else products.norm,
+        absent if products.norm is None else products.norm,
         x if residual is None else residual,
         x if products.b is None else products.b,
-        first.codebook if products.bias is None else products.bias,
-        first.codebook if lows is None else lows,
+        absent if products.bias is None else products.bias,
+        absent if lows is None else lows,
         x if following is None else following,
         y,
-        first.codebook if partials is None else partials,
-        first.codebook,
+        absent if partials is None else partials,
+        absent,
         given[0][2],
         *(part for parts in (given + 2 * given[:1])[:3] for part in (*parts[:2], *parts[3:])),
         *[*products.widths, 0, 0][:3],
@@ -76,7 +68,8 @@ def multiply(
         RANK=0 if products.b is None else products.b.shape[1],
         AHEAD=ahead,
         ACTIVATION=products.activation or "",
-        NESTED=first.nested is not None,
+        PLAIN=products.plain,
+        NESTED=not products.plain and products.matrices[0].nested is not None,
         NESTED_BLOCK=NESTED_BLOCK,
         ROWS=compiled,
         BLOCK=block,
@@ -86,15 +79,26 @@ def multiply(
     return y, partials
 
 
+def _given(products: Products) -> list[tuple[Tensor, ...]]:
+    """(codes, scales, codebook of nested scales, those, their offset) of each; a plain matrix stands for all five."""
+    if products.plain:
+        return [(matrix,) * 5 for matrix in products.matrices]
+    return [
+        (m.codes.view(torch.int32), m.scales, *(m.nested or (products.matrices[0].codebook, m.scales, m.scales)))
+        for m in products.matrices
+    ]
+
+
 def _check(products: Products, x: Tensor, lows: Tensor | None, residual: Tensor | None) -> None:
     check_floats(x=x)
-    products.check()
-    check_device(x.device, codes=products.matrices[0].codes)
+    products.check(x.dtype)
+    if x.device != products.device:
+        raise AssertionError(f"x is on {x.device}, the matrices on {products.device}")
     check_shape(x, (len(x), products.columns), "x")
     if not (x.is_contiguous() and 0 < len(x) <= MOST_ROWS):
         raise AssertionError(f"x is {list(x.shape)}; expected 1 to {MOST_ROWS} contiguous rows")
     for matrix in products.matrices:
-        if matrix.codes.storage_offset() % 4:
+        if not products.plain and matrix.codes.storage_offset() % 4:
             raise AssertionError("codes at an address that is no multiple of 4")
     if (lows is None) != (products.b is None):
         raise AssertionError("LoRA needs its low products, and they need LoRA")
@@ -133,6 +137,7 @@ def _product(
     k,
     rows,
     eps,
+    PLAIN: tl.constexpr,
     NORM: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
@@ -141,6 +146,88 @@ def _product(
     COLUMNS: tl.constexpr,
 ):
     """Rows `first` and on of W times every row of x [BLOCK, ROWS], and 1 / rms of x [1, ROWS], fp32."""
+    if PLAIN:
+        result, squares = _of_plain(x, norm, codes, first, n, k, rows, NORM, ROWS, BLOCK, COLUMNS)
+    else:
+        result, squares = _of_codes(
+            x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows,
+            NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+        )  # fmt: skip
+    inverse = tl.rsqrt(squares / k + eps) if NORM else tl.full([1, ROWS], 1.0, tl.float32)
+    return result, inverse
+
+
+@triton.jit
+def _of_plain(
+    x, norm, weights, first, n, k, rows, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The product [BLOCK, ROWS], and the sum of squares of each row of x [1, ROWS], with a plain W."""
+    row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+    if ROWS == 1:
+        total = tl.zeros([BLOCK, COLUMNS], tl.float32)
+        squares = tl.zeros([COLUMNS], tl.float32)
+    else:
+        total = tl.zeros([BLOCK, ROWS], tl.float32)
+        squares = tl.zeros([ROWS], tl.float32)
+    for start in range(0, k, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < n)[:, None] & (column < k)[None, :]
+        weight = tl.load(weights + row[:, None] * k + column[None, :], inside, other=0)
+        if ROWS == 1:
+            given = tl.load(x + column, column < k, other=0).to(tl.float32)
+            if NORM:
+                squares += given * given
+                given *= tl.load(norm + column, column < k, other=0)
+            total += weight.to(tl.float32) * given[None, :]
+        else:
+            given, more = _several(x, norm, column, k, rows, NORM, ROWS)
+            squares += more
+            total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
+    if ROWS == 1:
+        result = tl.sum(total, 1)[:, None]
+        sum_of_squares = tl.sum(squares, 0) + tl.zeros([1, 1], tl.float32)
+    else:
+        result = total
+        sum_of_squares = squares[None, :]
+    return result, sum_of_squares
+
+
+@triton.jit
+def _several(x, norm, column, k, rows, NORM: tl.constexpr, ROWS: tl.constexpr):
+    """Columns of all rows of x, times the norm's weight, in x's dtype; and the sum of their squares [ROWS]."""
+    there = (tl.arange(0, ROWS) < rows)[:, None] & (column < k)[None, :]
+    given = tl.load(x + tl.arange(0, ROWS)[:, None] * k + column[None, :], there, other=0)
+    squares = tl.zeros([ROWS], tl.float32)
+    if NORM:
+        wide = given.to(tl.float32)
+        squares = tl.sum(wide * wide, 1)
+        given = (wide * tl.load(norm + column, column < k, other=0)[None, :]).to(given.dtype)
+    return given, squares
+
+
+@triton.jit
+def _of_codes(
+    x,
+    norm,
+    codes,
+    scales,
+    nested_scales,
+    offset,
+    nested_codebook,
+    codebook,
+    first,
+    n,
+    k,
+    rows,
+    NORM: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The same with a W in codes."""
     GROUPS: tl.constexpr = COLUMNS // 64
     row = (first + tl.arange(0, BLOCK)).to(tl.int64)
     group, word, place = tl.arange(0, GROUPS), tl.arange(0, 8), tl.arange(0, 8)
@@ -175,23 +262,17 @@ def _product(
                 given *= tl.load(norm + column, there, other=0)
             total += tl.sum(value * given[None], 3) * scale[:, :, None]
         else:
-            column = start * 64 + tl.arange(0, COLUMNS)
-            there = (tl.arange(0, ROWS) < rows)[:, None] & (column < k)[None, :]
-            given = tl.load(x + tl.arange(0, ROWS)[:, None] * k + column[None, :], there, other=0)
-            if NORM:
-                wide = given.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
-                given = (wide * tl.load(norm + column, column < k, other=0)[None, :]).to(given.dtype)
+            given, more = _several(x, norm, start * 64 + tl.arange(0, COLUMNS), k, rows, NORM, ROWS)
+            squares += more
             weight = (value * scale[:, :, None, None]).reshape(BLOCK, COLUMNS).to(given.dtype)
             total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
     if ROWS == 1:
         result = tl.sum(tl.sum(total, 2), 1)[:, None]
-        mean_square = tl.sum(tl.sum(tl.sum(squares, 2), 1), 0) / k + tl.zeros([1, 1], tl.float32)
+        sum_of_squares = tl.sum(tl.sum(tl.sum(squares, 2), 1), 0) + tl.zeros([1, 1], tl.float32)
     else:
         result = total
-        mean_square = (squares / k)[None, :]
-    inverse = tl.rsqrt(mean_square + eps) if NORM else tl.full([1, ROWS], 1.0, tl.float32)
-    return result, inverse
+        sum_of_squares = squares[None, :]
+    return result, sum_of_squares
 
 
 @triton.jit
@@ -267,6 +348,7 @@ def _multiply(
     RANK: tl.constexpr,
     AHEAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PLAIN: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -292,7 +374,7 @@ def _multiply(
     first = program * BLOCK
     result, inverse = _product(
         x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows, eps,
-        NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+        PLAIN, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
     )  # fmt: skip
     column = first + tl.arange(0, BLOCK)
     inside = column < n
@@ -307,7 +389,7 @@ def _multiply(
     if ACTIVATION != "":
         other, _same = _product(
             x, norm, codes_1, scales_1, nested_scales_1, offset_1, nested_codebook, codebook, first, n, k, rows, eps,
-            NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+            PLAIN, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
         )  # fmt: skip
         if RANK:
             low = _low(lows, parts, width, RANK, rows, RANK, ROWS)

@@ -102,12 +102,17 @@ for (name, link), rows in product(links.items(), decoding_products.COLUMNS):
     block, warps = decoding_products.MANY if "AHEAD" in link else decoding_products.FEW
     constants = {"NESTED": True, "NESTED_BLOCK": 256, "COLUMNS": decoding_products.COLUMNS[rows], "BLOCK": block}
     constants |= {**plain, **link, "ROWS": rows}
-    found[f"decoding {name} {rows}"] = compiled(decoding_products._multiply, constants, warps)
+    for packed in (True, False):
+        TYPES |= dict.fromkeys(("codes", "codes_1", "codes_2"), "*i32" if packed else "*bf16")
+        constants["PLAIN"] = not packed
+        kind = "" if packed else " plain"
+        found[f"decoding {name} {rows}{kind}"] = compiled(decoding_products._multiply, constants, warps)
+TYPES |= dict.fromkeys(("q_norm", "k_norm"), "*fp32")
 for group, splits, width, dtype in (
     (1, 8, 128, torch.bfloat16), (4, 1, 128, torch.bfloat16), (4, 1, 256, torch.bfloat16), (4, 1, 256, torch.float32)
 ):  # fmt: skip
     constants = {"KV_HEADS": 8, "GROUP": group, "PADDED": 1 if group == 1 else 16, "WIDTH": width, "HALF": width // 2}
-    constants |= {"NEIGHBOURS": True, "SPLITS": splits, "SPLITS_PADDED": splits, "AHEAD": 16}
+    constants |= {"NEIGHBOURS": True, "SPLITS": splits, "SPLITS_PADDED": splits, "AHEAD": 16, "NORM": group > 1}
     constants["TOKENS"] = decoding_attention.tokens_together(width, dtype)
     read = "*fp32" if dtype == torch.float32 else "*bf16"
     TYPES |= dict.fromkeys(("projected", "keys", "values", "out", "following"), read)

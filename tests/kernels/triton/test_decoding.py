@@ -30,8 +30,10 @@ def randn() -> Randn:
     return lambda *shape: torch.randn(shape, generator=generator)
 
 
-def codes(randn: Randn, n: int, *, nested: bool = True, quant_type: str = "nf4") -> Codes:
-    """A random matrix [n, COLUMNS]."""
+def codes(randn: Randn, n: int, *, nested: bool = True, quant_type: str | torch.dtype = "nf4") -> Codes | Tensor:
+    """A random matrix [n, COLUMNS]; plain, if a dtype is given."""
+    if isinstance(quant_type, torch.dtype):
+        return (randn(n, COLUMNS) * 0.05).to(quant_type)
     packed, state = bnb.quantize_4bit(
         randn(n, COLUMNS) * 0.05, blocksize=64, compress_statistics=nested, quant_type=quant_type
     )
@@ -63,9 +65,11 @@ def launches(randn: Randn, dtype: torch.dtype, **how) -> dict[str, tuple[Product
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_products(randn: Randn, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+def test_products(randn: Randn, rows: int, dtype: torch.dtype, plain: bool) -> None:
     """Results, and what follows needs."""
-    for name, (products, parts, rank, more) in launches(randn, dtype).items():
+    how = {"quant_type": dtype} if plain else {}
+    for name, (products, parts, rank, more) in launches(randn, dtype, **how).items():
         x, lows = randn(rows, COLUMNS).to(dtype), randn(rows, parts, rank) if parts else None
         residual = randn(rows, products.made).to(dtype) if more else None
         found, low = decoding_products.multiply(products, x, lows, residual)
@@ -104,6 +108,13 @@ def test_what_does_not_fit_is_refused(randn: Randn) -> None:
         "lows are": (Products((one,), b=randn(40, 16)), randn(1, COLUMNS), randn(1, 2, 15)),
         "of rank 8": (Products((one,), b=randn(40, 8)), randn(1, COLUMNS), randn(1, 2, 8)),
         "bias is": (Products((one,), bias=randn(41)), randn(1, COLUMNS), None),
+        "a plain matrix beside": (Products((one, randn(40, COLUMNS))), randn(1, COLUMNS), None),
+        "a matrix beside plain": (Products((randn(40, COLUMNS), one)), randn(1, COLUMNS), None),
+        "expected contiguous ones in torch.float32": (
+            Products((randn(40, COLUMNS).half(),)),
+            randn(1, COLUMNS),
+            None,
+        ),
     }
     for message, given in cases.items():
         with pytest.raises(AssertionError, match=message):
@@ -158,6 +169,8 @@ CASES = [
     (2, 2, 16, 4, "pairs", 3, torch.float16, 64),
     (3, 1, 16, 8, "pairs", 1, torch.float32, 31),
 ]
+NORMED = CASES[:3]
+"""Cases that are tried with norms of queries and keys, too."""
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "half", "layout", "window", "dtype", "span"), CASES)
@@ -174,6 +187,8 @@ def test_attention(
     following = randn(16, heads * width).to(dtype)
     rotations = torch.polar(torch.ones_like(angles), angles)
     how = Attending(heads, kv_heads, width, rotations, layout, width**-0.5, window, following)
+    if (heads, kv_heads, width) in {case[:3] for case in NORMED}:
+        how = how._replace(norms=(randn(width), randn(width)), eps=1e-3)
     positions, projected = torch.tensor([span - 1, 0, 20]), randn(3, (heads + 2 * kv_heads) * width).to(dtype)
     caches = [randn(4, 180, kv_heads, width).to(dtype) for _ in range(2)]
     copies = [cache.clone() for cache in caches]
