@@ -16,6 +16,8 @@ _HOMES = {
     "MetaModel": "accessory.meta.model",
     "finetune": "accessory.finetuning",
     "FinetuneConfig": "accessory.config.training",
+    "pretrain": "accessory.pretraining",
+    "PretrainConfig": "accessory.config.pretraining",
     "Conversation": "accessory.conversation",
     "AccessoryError": "accessory.errors",
     "MultiGpuWrapper": "accessory.multi_gpu.wrapper",
@@ -27,8 +29,10 @@ __all__ = [
     "FinetuneConfig",
     "MetaModel",
     "MultiGpuWrapper",
+    "PretrainConfig",
     "__version__",
     "finetune",
+    "pretrain",
 ]
 
 # On a CPU bitsandbytes complains at import that an optional kernel, which nothing here calls, is not installed.

@@ -162,6 +162,7 @@ def make_blueprint(
     opener: Callable[[Path], StatedTokenizer] = open_tokenizer,
 ) -> Blueprint:
     """Work out what to build. What no argument states is taken from the sources; the last one that states it counts.
+    Without sources it is a new model, whose settings and tokenizer arguments state.
 
     llama_config: files of settings, or settings themselves. quant: keep the base packed; quant_type: in which format,
     nf4 where neither it nor a packed base says; quant_targets: of which linears, as the flag, or as a run recorded it.
@@ -351,7 +352,8 @@ def _settings(
     for source in sources:
         merged |= {k: v for k, v in (source.settings or {}).items() if k in model_keys | method_keys}
     # Rows of a trained part can be put into the base's rotary layout; those of a packed base could not.
-    merged["rotary_layout"] = sources[0].rotary_layout
+    if sources:
+        merged["rotary_layout"] = sources[0].rotary_layout
     faults, stated_by = [], {}
     names = ["llama_config" if isinstance(part, Mapping) else str(part) for part in stated]
     for name, part in zip(names, stated, strict=True):
@@ -367,9 +369,8 @@ def _settings(
     names += [flag for flag, _ in flags.values()]
     if "dim" not in merged and not faults:
         where = ", ".join(str(source.path) for source in sources)
-        raise ConfigError(
-            f"{where}: holds no config.json or params.json; give the model's settings with --llama_config."
-        )
+        lacks = f"{where}: holds no config.json or params.json" if sources else "There is no --pretrained_path"
+        raise ConfigError(f"{lacks}; give the model's settings, 'dim' among them, with --llama_config.")
     files = [str(source.path) for source in sources if source.settings] + names
     parts = []
     for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
@@ -447,11 +448,14 @@ def _tokenizer(
     if place := tokenizer_place(sources):
         return opener(place)
     where = ", ".join(str(source.path) for source in sources)
-    raise TokenizerError(f"{where}: holds no tokenizer (tokenizer.json, tokenizer.model, ...); give --tokenizer_path.")
+    lacks = f"{where}: holds no tokenizer (tokenizer.json, ...)" if sources else "There is no --pretrained_path"
+    raise TokenizerError(f"{lacks}; give --tokenizer_path.")
 
 
 def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
     rows, tokens = _embedding_rows(sources, args), tokenizer.vocab_size
+    if not sources and (rows < 0 or rows > tokens):  # a new model's rows are as many as asked for, or as needed
+        return args.model_copy(update={"vocab_size": max(rows, tokens)}), ()
     # Tokens beyond the embedding are all right if they were added, since it will grow; else they are another model's.
     foreign = set(range(rows, tokens)) - tokenizer.added_tokens().keys()
     if abs(tokens - rows) > SLACK_ROWS or foreign:

@@ -267,6 +267,7 @@ def _saver(
         layout=job.layout,
         reporter=reporter,
         status=status,
+        order=job.order,
         keep_last=config.keep_last,
         working=working,
     )

@@ -18,7 +18,7 @@ import pytest
 
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.strategy import MEASUREMENT, storages_of_mix
-from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, TerminalConfig
+from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, PretrainConfig, TerminalConfig
 from accessory.data.meta_config import load_data_config
 from accessory.data.published import PUBLISHED
 from accessory.data.shapes import SHAPES
@@ -144,6 +144,7 @@ def shapes_table(_: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "flags": lambda _: flags_table(FinetuneConfig),
+    "pretrain-flags": lambda _: flags_table(PretrainConfig, FinetuneConfig),
     "demo-flags": lambda _: flags_table(DemoConfig),
     "terminal-flags": lambda _: flags_table(TerminalConfig, DemoConfig),
     "chat-page-flags": lambda _: flags_table(ChatPageConfig, DemoConfig),
@@ -239,7 +240,7 @@ def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
 def test_flags_that_pages_name_exist() -> None:
     files = [*(ROOT / "tools").glob("*.py"), ROOT / "tests/run.sh", ROOT / "accessory/__main__.py"]
     sources = "\n".join(path.read_text() for path in files)
-    configs = (FinetuneConfig, DemoConfig, TerminalConfig, ChatPageConfig)
+    configs = (FinetuneConfig, PretrainConfig, DemoConfig, TerminalConfig, ChatPageConfig)
     known = OTHERS_FLAGS.union({"help"}, *(config.model_fields for config in configs))
     for page, text in PAGES.items():
         for name in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - known:

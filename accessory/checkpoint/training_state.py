@@ -34,6 +34,12 @@ CHANGEABLE = frozenset((
     "prompt_loss_weight", "embed_dropout", "attn_dropout", "teacher",
 ))  # fmt: skip
 """Of a run's identity: what may differ where the user says so. Method and optimizer may not: nothing would fit."""
+CHANGEABLE_IN_PRETRAINING = frozenset((
+    "base", "data", "seed", "global_batch", "precision", "lr", "min_lr", "warmup_iters", "lr_decay_iters", "epochs",
+    "weight_decay", "adam_beta2", "clip_grad",
+))  # fmt: skip
+"""The same of a pretraining run."""
+_ALL_CHANGEABLE = CHANGEABLE | CHANGEABLE_IN_PRETRAINING
 _UNRECORDED = {
     "lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0, "group_by_length": False,
     "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0, "teacher": None, "images": None,
@@ -46,6 +52,8 @@ _UNRECORDED_SETTINGS = {"vision_tuning": False}
 FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 65536.0, 1.0
 """The loss scale of an fp16 run at its start, and the smallest."""
 LOSS_SCALE_GROWTH = 2000  # good steps in a row until the scale is doubled
+ORDER = "order."
+"""What names of tensors begin with that the order of the data remembers."""
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 _MOMENTS = tuple(_SIGNED)
 
@@ -175,7 +183,7 @@ def find_resumption(
     if refused := [key for key in changed if key not in allowed and follows.get(key) not in allowed]:
         said = "; ".join(_said(*values) for key in refused for values in changed[key])
         enough = " ".join(key for key in changed if follows.get(key) not in changed)
-        hint = f" To go on all the same: --allow_changed {enough}." if CHANGEABLE.issuperset(refused) else ""
+        hint = f" To go on all the same: --allow_changed {enough}." if _ALL_CHANGEABLE.issuperset(refused) else ""
         raise CheckpointError(f"{directory}: belongs to another run: {said}.{hint}")
     inexact = [
         f"{key} was {conditions_were.get(key)}, is {value}"
@@ -234,6 +242,12 @@ def restore_training_state(
         torch.set_rng_state(tensors[f"generator.cpu.{layout.rank}"])
         if layout.device.type == "cuda" and f"generator.cuda.{layout.rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
+
+
+def read_order_state(found: Resumption) -> dict[str, Tensor]:
+    """What the saved run's order of the data had to remember, by name. Raises `CheckpointError`."""
+    tensors = open_safetensors([found.directory / f"{STATE_STEM}.safetensors"])
+    return {name.removeprefix(ORDER): tensor.read() for name, tensor in tensors.items() if name.startswith(ORDER)}
 
 
 def _restore_working(directory: Path, tensors: dict[str, Tensor], working: WorkingValues, layout: Layout) -> None:

@@ -12,6 +12,7 @@ from accessory.config.asking import (
     TerminalConfig,
 )
 from accessory.config.command_line import Config, parse, plain
+from accessory.config.pretraining import PretrainConfig
 from accessory.config.running import TRACKERS, RunConfig
 from accessory.config.training import FinetuneConfig
 
@@ -24,6 +25,7 @@ __all__ = [
     "DemoConfig",
     "FinetuneConfig",
     "PageConfig",
+    "PretrainConfig",
     "RunConfig",
     "TalkConfig",
     "TerminalConfig",

@@ -42,6 +42,9 @@ class Order(Protocol):
     def tokens(self, epoch: int, step: int) -> int:
         """Tokens in the global batch."""
 
+    def state(self, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """What has to be saved before this step for a later run to go on with it, by name. A collective."""
+
     def where(self, document: int) -> str:
         """One of this rank's documents as a message names it: its number, file and line."""
 
@@ -121,6 +124,10 @@ class GlobalOrder:
             return supervised
         ids = self.global_ids(epoch, step)
         return supervised + self.prompt_weight * (self.tokens(epoch, step) - len(ids) - supervised)
+
+    def state(self, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """Nothing: epoch and step say it all."""
+        return {}
 
     def where(self, document: int) -> str:
         """A document as a message names it: its number, file and line."""

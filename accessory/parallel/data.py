@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Set
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -119,6 +120,11 @@ def as_shard(part: Tensor, like: Tensor) -> Tensor:
     return type(like).from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def summed_on_host(values: np.ndarray) -> np.ndarray:
+    """int64 values added up over the data-parallel ranks. A collective on the host, which waits for no GPU."""
+    return sum_over_data_parallel(torch.from_numpy(values.copy())).numpy()
 
 
 def sum_over_data_parallel(tensor: Tensor) -> Tensor:

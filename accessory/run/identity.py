@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +18,10 @@ from accessory import kernels
 from accessory.blueprint import Blueprint
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import FIRST_LOSS_SCALE, Progress, Resumption, find_resumption
-from accessory.config import FinetuneConfig, RunConfig, plain
+from accessory.config import FinetuneConfig, PretrainConfig, RunConfig, plain
 from accessory.data.corpus import Corpus
 from accessory.data.order import GlobalOrder, Order
+from accessory.data.raw.order import RowOrder
 from accessory.parallel.groups import Layout
 from accessory.run.report import Task
 from accessory.run.teacher import TeacherPlan
@@ -29,7 +32,12 @@ _SCHEDULE = (
     "prompt_loss_weight", "quant_targets", "embed_dropout", "attn_dropout",
 )  # fmt: skip
 """Flags that set what a step does, or how long a run is."""
+_PRETRAINING = (
+    "precision", "lr", "min_lr", "warmup_iters", "lr_decay_iters", "epochs", "weight_decay", "adam_beta2", "clip_grad",
+)  # fmt: skip
+"""The same of pretraining."""
 _PLACES = (
+    "data_meta_path", "data_root",
     "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
     "cache_base", "teacher", "vision_path", "cache_features",
 )  # fmt: skip
@@ -204,6 +212,30 @@ class FinetuneJob(Job):
         """Those of every run, and how the base's states are kept."""
         rows = self.config.cache_base_rows if self.config.cache_base else None
         return {**super().conditions, "cached_rows": rows}
+
+
+@dataclass(frozen=True)
+class PretrainJob(Job):
+    """The same for pretraining, on rows of raw text."""
+
+    config: PretrainConfig
+    order: RowOrder
+
+    _follows: ClassVar[Mapping[str, str]] = MappingProxyType({"min_lr": "lr"})
+    _rounding: ClassVar[tuple[str, ...]] = ("data_parallel", "batch_size", "accum_iter")
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Of the order's identity."""
+        return hashlib.sha256(json.dumps(self.order.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def smallest_step(self) -> dict[str, int]:
+        """A row at a time."""
+        return {"batch_size": 1} if self.config.batch_size > 1 else {}
+
+    def _own_identity(self) -> dict[str, Any]:
+        return {"data": self.order.identity, **{name: getattr(self.config, name) for name in _PRETRAINING}}
 
 
 def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:

@@ -11,7 +11,7 @@ from accessory.checkpoint.run_checkpoints import checkpoints_in, latest_checkpoi
 from accessory.checkpoint.run_record import began_at, with_base
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.vision_part import without_vision
-from accessory.config import FinetuneConfig, RunConfig
+from accessory.config import FinetuneConfig, PretrainConfig, RunConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.parallel.launcher import restart_count
 from accessory.run.status import is_restart_of_same_launch
@@ -47,6 +47,12 @@ def open_sources(config: FinetuneConfig) -> list[Source]:
     base = with_base(list(config.pretrained_path), config.vision_path, config.no_visual)
     resumed = [open_source(config.resume)] if config.resume else []
     return base + (without_vision(resumed) if config.no_visual else resumed)
+
+
+def open_pretrained(config: PretrainConfig) -> list[Source]:
+    """The checkpoint to begin from, if any, then what is resumed. Raises `CheckpointError`."""
+    given = with_base(list(config.pretrained_path), no_visual=True) if config.pretrained_path else []
+    return given + ([open_source(config.resume)] if config.resume else [])
 
 
 def run_began(config: RunConfig, sources: list[Source]) -> datetime:

@@ -15,8 +15,9 @@ from accessory.checkpoint.manifest import MANIFEST_FILE
 from accessory.checkpoint.run_checkpoints import Retention, link_best, remove
 from accessory.checkpoint.save import CheckpointWriter
 from accessory.checkpoint.source import read_json
-from accessory.checkpoint.training_state import Progress, WorkingValues, collect_training_state, state_record
+from accessory.checkpoint.training_state import ORDER, Progress, WorkingValues, collect_training_state, state_record
 from accessory.checkpoint.validation_state import ValidationState
+from accessory.data.order import Order
 from accessory.optim import state_bytes
 from accessory.parallel.agree import on_main
 from accessory.parallel.groups import Layout, supervised
@@ -31,7 +32,8 @@ class Saver:
 
     `identity` and `conditions` are those of `state_record`. `keep_last` None keeps everything. `validation`: what
     evaluations have found so far, if there are any. `losses`: of the steps since the last save that were not skipped; a
-    checkpoint records their mean. working: what else the training state holds.
+    checkpoint records their mean. order: of the data, whose state is saved, too. working: what else the training state
+    holds.
     """
 
     writer: CheckpointWriter
@@ -46,6 +48,7 @@ class Saver:
     keep_last: int | None = None
     validation: ValidationState | None = None
     working: WorkingValues | None = None
+    order: Order | None = None
     losses: list[float] = field(default_factory=list, init=False)
     saved_at: float = field(default_factory=time.monotonic, init=False)
 
@@ -79,6 +82,8 @@ class Saver:
         began = time.monotonic()
         self.check_disk_space()
         state = collect_training_state(self.optimizer, self.trained, self.working)
+        remembered = self.order.state(progress.epoch, progress.step) if self.order else {}
+        state |= {f"{ORDER}{name}": torch.from_numpy(values) for name, values in remembered.items()}
         former = self._note_best(progress, only_best)
         record = state_record(progress, self.identity, self.conditions, self.validation)
         name, weights = progress.checkpoint_name, self.weights.gathered()

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 from accessory.checkpoint.training_state import Progress
-from accessory.config import FinetuneConfig
-from accessory.data.order import GlobalOrder
+from accessory.config import FinetuneConfig, PretrainConfig
+from accessory.data.order import GlobalOrder, Order
 
 _FLAGS = ("epochs", "warmup_epochs", "lr", "min_lr", "lr_schedule", "clip_grad")
+_EVALUATED_EVERY = 10_000  # micro-batches of pretraining, as upstream
 FEW_STEPS = 30
 """A run with fewer optimizer steps prints a note."""
 
@@ -36,6 +37,8 @@ class Schedule:
     """Steps from one evaluation to the next; None: `eval_epochs` says it."""
     eval_epochs: float = 1.0
     """Epochs from one evaluation to the next."""
+    decay_epochs: float | None = None
+    """Epochs until the learning rate is at its end; None: `epochs`."""
 
     def is_over(self, progress: Progress) -> bool:
         """Whether nothing is left to train."""
@@ -48,7 +51,7 @@ class Schedule:
         return min(planned, self.max_steps) if self.max_steps else planned
 
     def learning_rate(self, epoch: float) -> float:
-        """Linear from 0 to `lr` over `warmup_epochs`, then constant or half a cosine down to `min_lr` at `epochs`.
+        """Linear from 0 to `lr` over `warmup_epochs`, then constant or half a cosine down to `min_lr` at its end.
 
         `epoch` is fractional: that of a step is at its end, so that the first one already learns.
         """
@@ -56,7 +59,8 @@ class Schedule:
             return self.lr * epoch / self.warmup_epochs
         if self.lr_schedule == "constant":
             return self.lr
-        progress = min((epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9), 1.0)
+        last = self.epochs if self.decay_epochs is None else self.decay_epochs
+        progress = min((epoch - self.warmup_epochs) / max(last - self.warmup_epochs, 1e-9), 1.0)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def saves_after(self, progress: Progress) -> bool:
@@ -89,6 +93,43 @@ def schedule_of(config: FinetuneConfig, order: GlobalOrder, progress: Progress) 
         eval_steps=config.eval_steps,
         eval_epochs=config.eval_epochs or 1.0,
     )
+
+
+def pretraining_schedule(config: PretrainConfig, order: Order, progress: Progress) -> Schedule:
+    """The schedule that the flags of pretraining ask for, which count micro-batches; a dry run takes one step."""
+    an_epoch = order.steps_per_epoch * config.accum_iter
+    return Schedule(
+        epochs=config.epochs,
+        steps_per_epoch=order.steps_per_epoch,
+        warmup_epochs=config.warmup_iters / an_epoch,
+        decay_epochs=config.lr_decay_iters / an_epoch,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        clip_grad=config.clip_grad,
+        save_every_epochs=1,
+        save_every_steps=max(config.save_freq // config.accum_iter, 1),
+        save_every_minutes=config.save_minutes,
+        max_steps=progress.total_steps + 1 if config.dry_run else config.max_steps,
+        skipped_count=not config.dry_run,
+        eval_steps=config.eval_steps or max(_EVALUATED_EVERY // config.accum_iter, 1),
+    )
+
+
+def pretraining_notes(config: PretrainConfig, order: Order, schedule: Schedule, progress: Progress) -> list[str]:
+    """Lines on how many steps the run has, and on where its learning rate will stand in the end."""
+    steps = replace(schedule, max_steps=config.max_steps).total_steps(progress)
+    tokens = order.tokens(progress.epoch, progress.step)
+    notes = [
+        f"optimizer steps: {steps:,}, {order.steps_per_epoch:,} a pass over the data, of {order.global_batch} rows of "
+        f"{config.max_words:,} tokens each; {steps * tokens:,} tokens in all"
+    ]
+    reached = schedule.learning_rate(steps / order.steps_per_epoch)
+    if steps * config.accum_iter < config.lr_decay_iters:
+        notes.append(
+            f"the run ends after {steps * config.accum_iter:,} micro-batches, at a learning rate of {reached:.2e}: "
+            f"--warmup_iters is {config.warmup_iters:,}, --lr_decay_iters {config.lr_decay_iters:,}"
+        )
+    return notes
 
 
 def schedule_notes(config: FinetuneConfig, order: GlobalOrder, schedule: Schedule, progress: Progress) -> list[str]:

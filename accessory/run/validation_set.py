@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,7 @@ def divide(
         if common := in_common(other, corpus):
             notes.append(f"{common:,} of its records are trained on, too: figures on them do not tell what was learned")
         notes += other.check_lengths(blueprint.args.longest_document, blueprint.args.stated_length)
-        ids = np.arange(len(other))
-        return None, ValidationSet(other, ids, other.fingerprint, questions, config.sample_tokens), notes
+        return None, whole_set(other, questions, config.sample_tokens), notes
     if config.val_split is None:
         return None, None, []
     chosen = held_out(corpus, config.val_split)
@@ -84,6 +84,11 @@ def divide(
     digest = f"{corpus.fingerprint} {config.val_split}"
     found = ValidationSet(corpus, ids, digest, questions, config.sample_tokens)
     return trained_on, found, [f"validation: {said} tokens"]
+
+
+def whole_set(corpus: Corpus, questions: Sequence[str] = (), answer_tokens: int = 0) -> ValidationSet:
+    """All documents of a corpus."""
+    return ValidationSet(corpus, np.arange(len(corpus)), corpus.fingerprint, [*questions], answer_tokens)
 
 
 def _read(config: FinetuneConfig, blueprint: Blueprint, how: dict[str, Any]) -> Corpus:

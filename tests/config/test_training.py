@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from accessory.config import DemoConfig, FinetuneConfig, parse, plain
+from accessory.config import DemoConfig, FinetuneConfig, PretrainConfig, parse, plain
 from accessory.config.command_line import required_first
 from accessory.errors import ConfigError
 from tests.config.refusal import refusal
@@ -36,7 +36,7 @@ def test_upstreams_flag_exists(paths: list[str], name: str) -> None:
         assert getattr(config, name) == UPSTREAM[name]
 
 
-@pytest.mark.parametrize("kind", [FinetuneConfig, DemoConfig])
+@pytest.mark.parametrize("kind", [FinetuneConfig, PretrainConfig, DemoConfig])
 def test_every_flag_is_described(kind: type[BaseModel]) -> None:
     """By a whole sentence, in one line of the help and one row of the table."""
     table = flags_table(kind).splitlines()

@@ -6,28 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accessory.data.readers.opening import content_of, is_packed, opened
 from accessory.data.records import Record
 from accessory.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 _ROWS = 256  # decoded at a time
 
 
 def read_parquet(path: Path, notes: list[str]) -> Iterator[Record]:
     """The rows of a Parquet file as records; their line is the number of the row. Raises `DataError`."""
-    pyarrow = _pyarrow(path)
-    with _named(pyarrow, path, "a Parquet file"):
-        from pyarrow.parquet import ParquetFile
+    with named_faults(path, "a Parquet file"):
+        yield from _rows(open_parquet(path).iter_batches(batch_size=_ROWS))
 
-        yield from _rows(ParquetFile(_source(pyarrow, path)).iter_batches(batch_size=_ROWS))
+
+def open_parquet(path: Path) -> ParquetFile:
+    """The file, of which nothing but its end has been read yet. Raises `DataError` without pyarrow."""
+    pyarrow = _pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(_source(pyarrow, path))
 
 
 def read_arrow(path: Path, notes: list[str]) -> Iterator[Record]:
     """The rows of an Arrow file, as `datasets` writes them (a stream) or others do (a file). Raises `DataError`."""
     pyarrow = _pyarrow(path)
-    with _named(pyarrow, path, "an Arrow file"):
+    with named_faults(path, "an Arrow file"):
         source = _source(pyarrow, path)
         if source.read(6) == b"ARROW1":
             table = pyarrow.ipc.open_file(source)
@@ -67,8 +75,9 @@ def _source(pyarrow: ModuleType, path: Path) -> Any:
 
 
 @contextmanager
-def _named(pyarrow: ModuleType, path: Path, expected: str) -> Iterator[None]:
-    """Words the errors of pyarrow."""
+def named_faults(path: Path, expected: str) -> Iterator[None]:
+    """Words the errors of pyarrow as `DataError`s of the file, which was `expected` to be of its kind."""
+    pyarrow = _pyarrow(path)
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -1,0 +1,94 @@
+"""Where the blocks of raw text lie, and about how many tokens they make: known before any of it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.files import RawFile, identity_of
+from accessory.errors import DataError
+from accessory.tokenizer import Tokenizer
+
+_SMALLEST, _LARGEST = 1 << 12, 1 << 18  # bytes of a block of text
+_BLOCKS_A_STREAM = 4  # at the least, where files are large enough
+_SAMPLED = 64  # blocks from which the number of tokens is estimated, and documents read of each
+_KEPT = 2  # passes whose permutation is kept
+
+
+class Block(NamedTuple):
+    """A part of a file that begins and ends between documents, in bytes or rows."""
+
+    file: RawFile
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """The blocks of all files, int64 [blocks, 3]: number of the file, start, stop. tokens: in all, about."""
+
+    files: tuple[RawFile, ...]
+    reader: DocumentReader
+    blocks: np.ndarray
+    tokens: int
+    seed: int
+    identity: dict[str, Any]
+
+    def block(self, number: int) -> Block:
+        """Block `number` of an endless sequence: pass after pass over all blocks, each pass in an order of its own."""
+        done, place = divmod(number, len(self.blocks))
+        file, start, stop = self.blocks[_permutation(self.seed, done, len(self.blocks))[place]].tolist()
+        return Block(self.files[file], start, stop)
+
+
+@lru_cache(maxsize=_KEPT)
+def _permutation(seed: int, done: int, count: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence([seed, done])).permutation(count)
+
+
+def plan_text(
+    files: Sequence[RawFile], reader: DocumentReader, tokenizer: Tokenizer, streams: int, seed: int
+) -> TextPlan:
+    """Cut `files` into enough blocks for so many `streams`, and estimate the tokens.
+
+    Raises `DataError` where a file cannot be read, or there is no text in any.
+    """
+    total = sum(file.size for file in files)
+    size = max(total // (_BLOCKS_A_STREAM * streams), _SMALLEST)
+    cuts = [reader.cut(file, size if file.kind == "parquet" else min(size, _LARGEST)) for file in files]
+    spans = [[number, *span] for number, cut in enumerate(cuts) for span in pairwise(cut)]
+    if not spans:
+        raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: there is no text to train on.")
+    identity = {"files": identity_of(files), "key": reader.key, "unit": reader.unit, "block_bytes": size}
+    blocks = np.array(spans, dtype=np.int64)
+    tokens = _estimated(files, reader, tokenizer, blocks)
+    if not tokens:
+        raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: no text was found in a sample of it.")
+    return TextPlan(tuple(files), reader, blocks, tokens, seed, identity)
+
+
+def _estimated(files: Sequence[RawFile], reader: DocumentReader, tokenizer: Tokenizer, blocks: np.ndarray) -> int:
+    """About how many tokens all blocks make: those of documents here and there, by the bytes or rows they take."""
+    chosen = blocks[np.unique(np.linspace(0, len(blocks) - 1, _SAMPLED).astype(int))]
+    read, tokens = dict.fromkeys(("text", "rows"), 0), dict.fromkeys(("text", "rows"), 0)
+    total = dict.fromkeys(read, 0)
+    for number, start, stop in blocks.tolist():
+        total[_measure(files[number])] += stop - start
+    for number, start, stop in chosen.tolist():
+        measure = _measure(files[number])
+        pieces = [*islice(reader.read(files[number], start, stop), _SAMPLED)]
+        used = [piece for piece in pieces if piece.text]
+        tokens[measure] += sum(map(len, tokenizer.encode_batch([piece.text for piece in used])))
+        tokens[measure] += sum(len(tokenizer.start_ids) * piece.begins + piece.ends for piece in used)
+        read[measure] += pieces[-1].after - start if pieces else stop - start
+    return round(sum(tokens[measure] * total[measure] / read[measure] for measure in read if read[measure]))
+
+
+def _measure(file: RawFile) -> str:
+    return "rows" if file.kind == "parquet" else "text"

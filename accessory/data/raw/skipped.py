@@ -1,0 +1,53 @@
+"""Counts documents of raw text that cannot be used, and names them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from accessory.data.raw.documents import Piece
+from accessory.data.raw.files import RawFile
+from accessory.errors import DataError
+
+_FEW = 100  # documents of which the share that cannot be used says nothing yet
+_TOLD = 5  # documents that cannot be used are named
+
+
+@dataclass
+class Skipped:
+    """Counts a rank's documents that cannot be used. most: the largest share there may be. tell: is told the first."""
+
+    most: float
+    tell: Callable[[str], None]
+    read: int = 0
+    faults: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, file: RawFile, pieces: list[Piece]) -> None:
+        """Note the documents of a part of a file. Raises `DataError` if too many of those so far cannot be used."""
+        for piece in (piece for piece in pieces if piece.text is None):
+            said = f"{place_of(file, piece.at)}: {piece.fault}"
+            with self._lock:
+                self.faults += 1
+                faults = self.faults
+            if faults > self.most * max(self.read, _FEW):
+                raise DataError(
+                    f"{said}. It is one of {faults:,} of {self.read + len(pieces):,} documents that cannot be used; "
+                    f"--max_skipped {self.most:g} allows no more."
+                )
+            if faults <= _TOLD:
+                self.tell(f"{said}: it is left out{', and so are others, unnamed' if faults == _TOLD else ''}")
+        with self._lock:
+            self.read += len(pieces)
+
+
+def place_of(file: RawFile, at: int) -> str:
+    """A place as messages name it: `file:line`, or the row of a Parquet file, or the token of a packed one."""
+    if file.kind in ("parquet", "packed"):
+        return f"{file.path}: {'row' if file.kind == 'parquet' else 'token'} {at + 1:,}"
+    line, left = 1, at
+    with file.path.open("rb") as opened:
+        while left and (data := opened.read(min(left, 1 << 20))):
+            line, left = line + data.count(b"\n"), left - len(data)
+    return f"{file.path}:{line}"
