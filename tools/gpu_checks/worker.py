@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 ROOMS = (
     "environment", "compiling", "kernels", "storages", "attention", "families", "runs", "launches", "speed", "decoding",
-    "engine",
+    "engine", "images",
 )  # fmt: skip
 """Files of checks, in the order in which they run: what has to be known first comes first."""
 
