@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import gradio
 from gradio.components import Component
 
-from accessory.config import ChatPageConfig
+from accessory.config import ChatPageConfig, ImagePageConfig
 from accessory.conversation import Conversation
 from accessory.data.templates import CHAT
-from accessory.errors import AccessoryError
 from accessory.meta import MetaModel
+from demos.image_box import UNLISTED, ImageBox
 from demos.page_serving import MAX_QUESTION, model_name
+from demos.sent_images import sendable
 from demos.talks import Talks
+from demos.telling import told
 
 SLIDERS = (
     ("max_gen_len", "Max tokens", 1, None, 1),
@@ -32,7 +34,6 @@ FOCUS = "() => document.querySelector('#question textarea').focus()"
 _CODE = re.compile(r"(```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`)", re.DOTALL)
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<=!)\[")
 _ESCAPED = {"<": "&lt;", "&": "&amp;", "[": "\\["}
-UNLISTED: dict[str, Any] = {"queue": False, "api_visibility": "undocumented", "show_progress": "hidden"}
 
 
 class ChatPage:
@@ -42,7 +43,11 @@ class ChatPage:
         self._talks = talks
         with gradio.Blocks(title="Accessory", analytics_enabled=False) as self.blocks:
             gradio.Markdown(_head(talks.empty, config, model))
+            self._box: ImageBox | None = None
             with gradio.Row():
+                if isinstance(config, ImagePageConfig):
+                    with gradio.Column(scale=1, min_width=260):
+                        self._box = ImageBox(config)
                 with gradio.Column(scale=3, min_width=320):
                     self._lay_out_talk()
                 with gradio.Column(scale=1, min_width=260):
@@ -60,8 +65,8 @@ class ChatPage:
             elem_id="question", placeholder="Enter asks, Shift+Enter begins a line",
         )  # fmt: skip
         with gradio.Row():
-            self._ask = gradio.Button("Ask", variant="primary", elem_id="ask")
-            self._stop = gradio.Button("Stop", variant="stop", visible=False, elem_id="stop")
+            self._ask = gradio.Button("Ask", variant="primary", min_width=80, elem_id="ask")
+            self._stop = gradio.Button("Stop", variant="stop", visible=False, min_width=80, elem_id="stop")
             self._retry, self._undo, self._clear = (
                 gradio.Button(name, interactive=False, min_width=80, elem_id=name.lower())
                 for name in ("Retry", "Undo", "Clear")
@@ -82,6 +87,7 @@ class ChatPage:
     def _wire(self) -> None:
         """Let an answer change the buttons before and after it, however it ends."""
         settings = [self._system, *self._sampling.values()]
+        settings += [self._box.image, self._box.transform] if self._box else []
         changing = [self._note, self._question, self._ask, self._stop, self._retry, self._undo, self._clear]
         settled = {"outputs": [self._said, *changing], **UNLISTED}
         answers = []
@@ -105,24 +111,36 @@ class ChatPage:
         self._said.clear(**clear, api_visibility="undocumented").then(self._settled, **settled)  # its own small button
         for done in (undone, cleared):
             done.then(self._settled, **settled)
+        if self._box:
+            self._box.on_look(self._look, self._seen).success(self._settled, **settled)
         self.blocks.unload(self._left)
 
-    def _answer_question(
-        self, request: gradio.Request, question: object, system: object, *sampling: object
-    ) -> Iterator:
-        how = dict(zip(self._sampling, sampling, strict=True))
-        yield from _shown(self._talks.ask(request.session_hash, question, system, how))
+    def _answer_question(self, request: gradio.Request, question: object, system: object, *rest: object) -> Iterator:
+        how, image = self._how(rest)
+        yield from _shown(self._talks.ask(request.session_hash, question, system, how, *image))
 
-    def _answer_again(self, request: gradio.Request, system: object, *sampling: object) -> Iterator:
-        how = dict(zip(self._sampling, sampling, strict=True))
+    def _answer_again(self, request: gradio.Request, system: object, *rest: object) -> Iterator:
+        how, _ = self._how(rest)
         yield from _shown(self._talks.retry(request.session_hash, system, how))
+
+    def _how(self, rest: tuple[object, ...]) -> tuple[dict[str, object], tuple[object, ...]]:
+        """(sampling by name, what the image's box holds, if there is one) of the last inputs."""
+        count = len(self._sampling)
+        return dict(zip(self._sampling, rest[:count], strict=True)), rest[count:]
+
+    def _look(self, request: gradio.Request, image: object, transform: object) -> str:
+        with told():
+            return sendable(self._talks.look(request.session_hash, image, transform).picture)
+
+    def _seen(self, request: gradio.Request) -> str:
+        return sendable(self._talks.of(request.session_hash, wait=False).picture)
 
     def _stopped(self, request: gradio.Request) -> None:
         self._talks.stop(request.session_hash)
 
     def _take_back(self, request: gradio.Request) -> tuple[list[dict], str]:
         conversation = self._talks.of(request.session_hash)
-        with _told():
+        with told():
             question = conversation.undo()
         return _messages(conversation), question
 
@@ -159,7 +177,7 @@ def _while_answering() -> tuple:
 
 def _shown(answering: Generator[Conversation, None, None]) -> Iterator[tuple[list[dict], Any]]:
     """What was said, and the question's box, which is emptied when the answer begins: one that is refused stays."""
-    with _told(), closing(answering):
+    with told(), closing(answering):
         for conversation in answering:
             yield _messages(conversation), ""
 
@@ -190,12 +208,3 @@ def _head(empty: Conversation, config: ChatPageConfig, model: MetaModel) -> str:
         about = "of single questions: each is asked without what was said before"
     name = model_name(config.pretrained_path).replace("`", "'")
     return f"### `{name}`\nPrompt template `{empty.prompt_layout}`, {about}. Up to {model.max_seq_len:,} tokens."
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """The page shows an error of ours in one line."""
-    try:
-        yield
-    except AccessoryError as error:
-        raise gradio.Error(str(error), duration=5, print_exception=False) from error

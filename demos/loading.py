@@ -6,7 +6,8 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-from accessory.config import AskConfig, PageConfig
+from accessory.config import AskConfig, ImageConfig, PageConfig
+from accessory.errors import ConfigError
 from accessory.meta import MetaModel, Sampling
 from accessory.parallel import groups
 from accessory.parallel.agree import on_main
@@ -18,7 +19,10 @@ PATIENCE = timedelta(days=3650)  # the other ranks wait for the next question as
 
 
 def load(config: AskConfig, page: bool) -> tuple[MetaModel, Layout]:
-    """The model, divided over all ranks, and their layout. page: whether one will be served, which is tried first."""
+    """The model, divided over all ranks, and their layout. page: whether one will be served, which is tried first.
+
+    Raises `ConfigError` where a demo that is asked about images has a model that sees none.
+    """
     start_own_ranks(config.own_ranks)
     ranks = groups.launch_environment(config.dist_on_itp)[1]
     layout = groups.start(config.device, ranks, config.dist_on_itp, PATIENCE)
@@ -33,8 +37,15 @@ def load(config: AskConfig, page: bool) -> tuple[MetaModel, Layout]:
         dtype=config.dtype,
         quant=config.quant,
         quant_type=config.quant_type,
+        vision_path=config.vision_path,
+        with_visual=False if config.no_visual else None,
         layout=layout,
     )
+    if isinstance(config, ImageConfig) and model.vision is None:
+        raise ConfigError(
+            f"--pretrained_path {' '.join(map(str, config.pretrained_path))}: it has no vision part, so it sees no "
+            "images. Give one that was trained with images, or an encoder by --vision_path; or use the demos for text."
+        )
     return model, layout
 
 

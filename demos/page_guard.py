@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from accessory.config import LOOPBACK
 
 MOST_BYTES = 1 << 20
+"""Of a request without an image."""
 _POLICY = "img-src 'self' data: blob:; media-src 'self'; frame-src 'none'; object-src 'none'; form-action 'self'"
 """What a page may fetch: nothing that a model's answer names."""
 
@@ -23,13 +24,13 @@ class _TooLarge(Exception):
 
 
 class PageGuard:
-    """ASGI middleware: 413 for bodies over `MOST_BYTES`, 403 for files and for requests by another site's page.
+    """ASGI middleware: 413 for bodies over `most_bytes`, 403 for files and for requests by another site's page.
 
     Answers say that the browser fetches images, frames and the like from the page itself only.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, most_bytes: int = MOST_BYTES) -> None:
+        self.app, self._most_bytes = app, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -43,7 +44,7 @@ class PageGuard:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > MOST_BYTES:
+            if seen > self._most_bytes:
                 raise _TooLarge
             return message
 
@@ -55,29 +56,32 @@ class PageGuard:
                 MutableHeaders(scope=message)["content-security-policy"] = _POLICY
             await send(message)
 
-        if refusal := _refusal(request):
+        if refusal := _refusal(request, self._most_bytes):
             await refusal(scope, receive, send)
             return
         try:
             await self.app(scope, counted, noted)
         except _TooLarge:
             if not begun:
-                await _too_large()(scope, receive, send)
+                await _too_large(self._most_bytes)(scope, receive, send)
 
 
-def guards(host: str) -> list[Middleware]:
-    """The middleware of a page at `host`. On loopback only loopback's names are answered to, against DNS rebinding."""
-    found = [Middleware(PageGuard)]
+def guards(host: str, most_bytes: int = MOST_BYTES) -> list[Middleware]:
+    """The middleware of a page at `host` that takes requests of up to `most_bytes`.
+
+    On loopback only loopback's names are answered to, against DNS rebinding.
+    """
+    found = [Middleware(PageGuard, most_bytes=most_bytes)]
     if host in LOOPBACK:
         found.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))
     return found
 
 
-def _refusal(request: Request) -> PlainTextResponse | None:
+def _refusal(request: Request, most_bytes: int) -> PlainTextResponse | None:
     if _is_foreign(request):
         return PlainTextResponse("This page answers to itself only.", 403)
-    if _announced(request) > MOST_BYTES:
-        return _too_large()
+    if _announced(request) > most_bytes:
+        return _too_large(most_bytes)
     if request.scope["path"].endswith("/upload"):  # gradio keeps whatever is sent there
         return PlainTextResponse("This page takes no files.", 403)
     return None
@@ -93,5 +97,5 @@ def _announced(request: Request) -> int:
     return int(length) if length.isdecimal() else 0
 
 
-def _too_large() -> PlainTextResponse:
-    return PlainTextResponse(f"A request has at most {MOST_BYTES:,} bytes.", 413)
+def _too_large(most_bytes: int) -> PlainTextResponse:
+    return PlainTextResponse(f"A request has at most {most_bytes:,} bytes.", 413)

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accessory.config import PageConfig
+from accessory.config import ImageConfig, PageConfig
 from accessory.errors import ConfigError
+from demos.sent_images import MOST_IMAGE_REQUEST
+from demos.visits import MOST_VISITS
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -48,18 +50,20 @@ def serve_page(page: Blocks, config: PageConfig, **launching: Any) -> None:
     """Serve gradio's Blocks at --host and --port until interrupted; `launching` goes to their `launch`."""
     from demos.page_guard import MOST_BYTES, guards
 
+    most_bytes = MOST_IMAGE_REQUEST if isinstance(config, ImageConfig) else MOST_BYTES
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(
         server_name=config.host,
         server_port=config.port,
         auth=("accessory", config.password) if config.password else None,
         share=False,
         max_file_size=MOST_BYTES,
+        state_session_capacity=MOST_VISITS,  # gradio keeps what each window's fields hold
         show_error=False,
         quiet=True,  # gradio would advise share=True
         footer_links=[],
         run_history=False,  # it would keep questions in the browser, for whoever uses it next
         prevent_thread_lock=True,
-        app_kwargs={"middleware": guards(config.host)},
+        app_kwargs={"middleware": guards(config.host, most_bytes)},
         **launching,
     )
     print(f"The page is at {page.local_url}", flush=True)

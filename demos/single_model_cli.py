@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from accessory.config import TerminalConfig
+from accessory.config import ImageTerminalConfig, TerminalConfig
 from accessory.conversation import Conversation, dismiss, follow
 from accessory.data.layouts import layout_note
 from accessory.entry import run_entry
@@ -22,20 +22,24 @@ def main(config: TerminalConfig) -> None:
     """Load the model, over as many model-parallel ranks as there are, and talk on the main one."""
     model, layout = load(config, page=False)
     sampling = sampling_of(config)
-    talk = together(Conversation, model, config.system, prompt_layout=config.system_prompt)
+    sees = isinstance(config, ImageTerminalConfig)
+    image = {"image": config.image, "image_transform": config.image_transform} if sees else {}
+    talk = together(Conversation, model, config.system, prompt_layout=config.system_prompt, **image)
     if not layout.is_main:
         follow(model)
         return
     if note := layout_note(model.prompt_layouts, talk.prompt_layout):
         print(note, file=sys.stderr, flush=True)
     say_seed(config)
-    terminal = Terminal(talk, sampling)
+    terminal = Terminal(talk, sampling, config.image_transform if sees else None)
     if config.prompt:
         terminal.ask_all(config.prompt)
     else:
         print(f"{model_name(config.pretrained_path)}, prompt layout {talk.prompt_layout}. /help lists commands.")
         if not talk.remembers:
             print("Each question is asked alone: in this layout the model has learned single questions.")
+        if sees and talk.picture is None:
+            print("There is no image yet: /image FILE shows the model one.")
         terminal.run()
     dismiss()  # after an error the others may be in the middle of a step, and end as it ends this rank
 

@@ -13,6 +13,7 @@ from accessory.errors import ConfigError
 from accessory.meta import MetaModel
 from accessory.parallel.allocator import give_back_freed_memory
 from demos.page_serving import check_text
+from demos.sent_images import image_bytes
 from demos.visits import Visits
 
 MOST_TURNS = 200  # of a conversation
@@ -33,13 +34,20 @@ class Talks:
             """An empty conversation."""
             return Conversation(model, config.system, prompt_layout=config.system_prompt)
 
-        self.empty = begin()
+        self.empty, self._model = begin(), model
         self._visits, self._one_at_a_time = Visits(begin, config.kept_caches), threading.Lock()
 
-    def of(self, name: str | None) -> Conversation:
-        """The conversation of a window, once it is not being answered."""
+    def of(self, name: str | None, wait: bool = True) -> Conversation:
+        """The conversation of a window, once it is not being answered unless `wait` is False."""
         conversation = self._visits.of(name)
-        conversation.wait()
+        if wait:
+            conversation.wait()
+        return conversation
+
+    def look(self, name: str | None, image: object, transform: object) -> Conversation:
+        """The window's conversation, begun anew about what came as an image, perhaps none. Raises `AccessoryError`."""
+        conversation = self._visits.of(name)
+        conversation.look_at(image_bytes(image), transform)
         return conversation
 
     def stop(self, name: str | None) -> None:
@@ -56,9 +64,18 @@ class Talks:
             conversation.stop()
         return self._one_at_a_time.acquire(timeout=_PATIENCE)
 
-    def ask(self, name: str | None, question: object, system: object, sampling: dict[str, Any]) -> Answers:
-        """The window's conversation, each time the answer to a question has grown. Raises `AccessoryError`."""
+    def ask(
+        self, name: str | None, question: object, system: object, sampling: dict[str, Any], *image: object
+    ) -> Answers:
+        """The window's conversation, each time the answer to a question has grown. Raises `AccessoryError`.
+
+        image: what came as an image, and the transform, where there may be one: another one than that of the
+        conversation begins it anew, which has been forgotten perhaps.
+        """
         check_text("The question", question)
+        picture = self._model.picture(image_bytes(image[0]), image[1]) if image else None
+        if image and picture != self._visits.of(name).picture:
+            self._visits.of(name).look_at(picture)
         if len(self._visits.of(name).history) >= MOST_TURNS:
             raise ConfigError(f"A conversation has at most {MOST_TURNS} turns: clear it, or take some back.")
         yield from self._answer(name, system, lambda conversation: conversation.ask(question, **sampling))

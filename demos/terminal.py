@@ -31,14 +31,19 @@ _HELP = f"""\
 A question of several lines stands between {_FENCE} and {_FENCE}, or has a \\ at the end of each line but the last.
 Ctrl-C ends an answer; what was said of it stays."""
 
+_IMAGE_HELP = """\
+/image [FILE]     begin a new conversation about an image; without FILE, about none
+"""
+
 
 class Terminal:
     """Answers questions that it is given, or reads from standard input until its end."""
 
-    def __init__(self, talk: Conversation, sampling: Sampling) -> None:
-        self.talk, self.sampling = talk, sampling
+    def __init__(self, talk: Conversation, sampling: Sampling, image_transform: str | None = None) -> None:
+        """image_transform: how images are brought to the encoder's size; None where there may be none."""
+        self.talk, self.sampling, self._image_transform = talk, sampling, image_transform
         self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: print(_HELP),
+            "help": lambda _: print(_HELP if image_transform is None else _IMAGE_HELP + _HELP),
             "clear": lambda _: talk.clear(),
             "system": self._system,
             "retry": self._retry,
@@ -47,6 +52,8 @@ class Terminal:
             "save": self._save,
             "exit": lambda _: None,
         }
+        if image_transform is not None:
+            self._commands["image"] = self._image
 
     def run(self) -> None:
         """Answer until the input ends or /exit is read; errors are shown, and the conversation goes on."""
@@ -125,6 +132,10 @@ class Terminal:
             print("(those of the prompt layout)")
         else:
             print(printable(self.talk.system))
+
+    def _image(self, name: str) -> None:
+        self.talk.look_at(Path(name).expanduser() if name else None, self._image_transform)
+        print("A new conversation" + (f" about {printable(name)}" if name else ", about no image"))
 
     def _set(self, words: str) -> None:
         if words:

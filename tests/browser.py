@@ -158,6 +158,13 @@ class Visitor:
         else:
             self.press("Backspace", 8)
 
+    def upload(self, selector: str, file: Path) -> None:
+        """Choose a file in an input for files."""
+        self.wait(f"!!{_query(selector)}")
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
+
     def press(self, key: str, code: int | None = None, shift: bool = False) -> None:
         """Press a key, of `KEYS` or with its code."""
         text, number = KEYS.get(key, ("", code))

@@ -18,7 +18,14 @@ import pytest
 
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.strategy import MEASUREMENT, storages_of_mix
-from accessory.config import ChatPageConfig, DemoConfig, FinetuneConfig, PretrainConfig, TerminalConfig
+from accessory.config import (
+    ChatPageConfig,
+    DemoConfig,
+    FinetuneConfig,
+    ImageTerminalConfig,
+    PretrainConfig,
+    TerminalConfig,
+)
 from accessory.data.meta_config import load_data_config
 from accessory.data.published import PUBLISHED
 from accessory.data.shapes import SHAPES
@@ -148,6 +155,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "demo-flags": lambda _: flags_table(DemoConfig),
     "terminal-flags": lambda _: flags_table(TerminalConfig, DemoConfig),
     "chat-page-flags": lambda _: flags_table(ChatPageConfig, DemoConfig),
+    "image-flags": lambda _: flags_table(ImageTerminalConfig, TerminalConfig),
     "side-settings": lambda _: settings_table(SideSettings),
     "published": published_table,
     "shapes": shapes_table,
@@ -240,7 +248,7 @@ def test_settings_that_pages_show_are_read(tmp_path: Path) -> None:
 def test_flags_that_pages_name_exist() -> None:
     files = [*(ROOT / "tools").glob("*.py"), ROOT / "tests/run.sh", ROOT / "accessory/__main__.py"]
     sources = "\n".join(path.read_text() for path in files)
-    configs = (FinetuneConfig, PretrainConfig, DemoConfig, TerminalConfig, ChatPageConfig)
+    configs = (FinetuneConfig, PretrainConfig, DemoConfig, ImageTerminalConfig, ChatPageConfig)
     known = OTHERS_FLAGS.union({"help"}, *(config.model_fields for config in configs))
     for page, text in PAGES.items():
         for name in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - known:

@@ -8,9 +8,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from accessory.config.files import misplaced_files
+from accessory.data.image_files import ImageFault, check_image
+from accessory.data.pictures import CROPPED, TRANSFORMS
 from accessory.data.templates import PROMPT_LAYOUTS
 from accessory.quant import QUANT_TYPES
 
+STILL = tuple(name for name in TRANSFORMS if name != CROPPED)
+"""How an image may be brought to the encoder's size where nothing is drawn."""
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that only this machine reaches."""
 
@@ -28,6 +32,10 @@ class AskConfig(BaseModel):
     """JSON files of settings, laid over the checkpoint's own."""
     tokenizer_path: Path | None = None
     """Tokenizer; absent: what lies in the checkpoint."""
+    vision_path: Path | None = None
+    """A Hugging Face directory of BLIP-2 or CLIP, for the image encoder; absent: the checkpoint's own, if any."""
+    no_visual: bool = False
+    """Leave out the image encoder that the checkpoint has."""
     max_seq_len: int = Field(default=4096, ge=2)
     """Longest prompt and answer together, in tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,14 +77,39 @@ class AskConfig(BaseModel):
     def faults(self) -> list[str]:
         """Combinations that cannot work, and files that are not there; empty where all is well."""
         found = misplaced_files(
-            pretrained_path=self.pretrained_path, llama_config=self.llama_config, tokenizer_path=[self.tokenizer_path]
-        )
+            pretrained_path=self.pretrained_path, llama_config=self.llama_config, tokenizer_path=[self.tokenizer_path],
+            vision_path=[self.vision_path],
+        )  # fmt: skip
         if self.quant is False and self.quant_type:
             found.append(f"--quant_type {self.quant_type} contradicts --no_quant: leave one out.")
         if self.gpu_ids and self.n_gpus not in (None, len(self.gpu_ids)):
             found.append(f"--n_gpus {self.n_gpus} contradicts --gpu_ids, which are {len(self.gpu_ids)}: leave one out.")
         if len(set(self.gpu_ids)) < len(self.gpu_ids):
             found.append(f"--gpu_ids {' '.join(map(str, self.gpu_ids))}: names a GPU twice.")
+        return found
+
+
+class ImageConfig(AskConfig):
+    """What a demo takes that is asked about images, too."""
+
+    image_transform: Literal[STILL] = "padded_resize"
+    """How an image becomes the square that the encoder sees: with bars, or cut to its middle."""
+
+
+class GivenImageConfig(ImageConfig):
+    """What a demo takes whose first image may be named by a flag, too."""
+
+    image: Path | None = None
+    """The image to ask about, a JPEG, PNG, WebP or GIF."""
+
+    def faults(self) -> list[str]:
+        """Those of `ImageConfig`, and what is wrong with the image's file. Raises `ConfigError` without Pillow."""
+        found = super().faults()
+        if self.image:
+            try:
+                check_image(self.image)
+            except ImageFault as fault:
+                found.append(f"--image {self.image}: {fault}.")
         return found
 
 
@@ -134,3 +167,23 @@ class ChatPageConfig(TalkConfig, PageConfig):
 
     kept_caches: int = Field(default=4, ge=1)
     """Conversations whose keys and values stay in memory; those of others are computed anew when they go on."""
+
+
+class ImageDemoConfig(DemoConfig, GivenImageConfig):
+    """Ask a model with a vision part single questions, each about an image perhaps."""
+
+    image_transform: Literal[STILL] = "resized_center_crop"
+    """How an image becomes the square that the encoder sees: cut to its middle, or with bars."""
+
+    def faults(self) -> list[str]:
+        """Those of the classes above, and an image without a question."""
+        alone = self.image is not None and not self.prompt
+        return [*super().faults(), *["--image goes with --prompt: on the page, images are put into a box."] * alone]
+
+
+class ImageTerminalConfig(TerminalConfig, GivenImageConfig):
+    """Talk with a model with a vision part, about an image, in the terminal."""
+
+
+class ImagePageConfig(ChatPageConfig, ImageConfig):
+    """Talk with a model with a vision part, about an image, on a page."""

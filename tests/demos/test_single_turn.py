@@ -137,7 +137,7 @@ def test_page(ranks: int, trained: Path, expected: str, clean_environment) -> No
         answers = [ask(12, 0, 1), ask(12, 0, 1)]
         assert answers[0] == answers[1]
         assert ranks > 1 or answers[0] == expected
-        with pytest.raises(AppError, match="max length is 1000000; expected 1 to 300"):
+        with pytest.raises(AppError, match="Max length is 1000000; expected 1 to 300"):
             ask(10**6, 0, 1)
         with pytest.raises(AppError, match=r"The question has \d+ tokens; expected less than 300 \(--max_seq_len\)"):
             client.predict("x" * 10_000, "", "alpaca", 12, 0, 1, api_name="/ask")

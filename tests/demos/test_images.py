@@ -1,0 +1,229 @@
+"""Demos that are asked about images: pages in a browser, on one rank and two, and the terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from gradio import Blocks
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image, ImageDraw
+
+from accessory.conversation import Conversation
+from accessory.errors import ConfigError
+from accessory.meta import MetaModel
+from accessory.parallel import groups
+from demos.sent_images import MOST_IMAGE_BYTES, image_bytes, sendable
+from demos.terminal import printable
+from tests.browser import Browser, Visitor, usable
+from tests.demos.pages import served
+from tests.here import run_here
+from tests.vision.conftest import blip2  # noqa: F401
+from tests.vision.seeing import write_stage_one
+
+DEMOS = Path(__file__).resolve().parents[2] / "demos"
+QUESTION = "What is it?"
+GREEDY = ("--temperature", 0, "--max_gen_len", 12, "--max_seq_len", 300, "--dtype", "fp32")
+HOW = {"temperature": 0, "max_gen_len": 12}
+ASK, ANSWER = "button.primary", "[...document.querySelectorAll('textarea')].pop().value"
+SHOWN = "document.querySelector('#image img')?.getAttribute('src')"
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_base: Path, blip2, tmp_path_factory: pytest.TempPathFactory) -> tuple:  # noqa: F811
+    """Flags that load upstream's stage 1 of a tiny Q-Former, as `single_turn_mm.py` takes them."""
+    folder = tmp_path_factory.mktemp("seeing")
+    (folder / "stage1").mkdir()
+    write_stage_one(folder / "stage1", tiny_base, blip2[1])
+    return ("--pretrained_path", folder / "stage1", "--llama_type", "llama_qformerv2",
+            "--llama_config", folder / "params.json", "--tokenizer_path", folder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(seeing: tuple) -> MetaModel:
+    """That of the demos, in this process."""
+    groups.start("cpu")
+    named = {flag.removeprefix("--"): value for flag, value in zip(seeing[::2], seeing[1::2], strict=True)}
+    return MetaModel.from_pretrained(**named, max_seq_len=300, dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A red disc as a JPEG, a blue square as a PNG, and what only says that it is one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, colour, draw in (("disc.jpg", "red", "ellipse"), ("square.png", "blue", "rectangle")):
+        image = Image.new("RGB", (640, 400), "white")
+        getattr(ImageDraw.Draw(image), draw)((60, 80, 300, 320), fill=colour)
+        image.save(folder / name)
+    (folder / "false.png").write_bytes(b"no image at all")
+    return [folder / name for name in ("disc.jpg", "square.png", "false.png")]
+
+
+def upload(visitor: Visitor, file: Path) -> None:
+    """Choose a file, and wait for the square that the model sees."""
+    visitor.wait(usable("button.primary"))
+    before = visitor.js(SHOWN) or ""
+    visitor.upload("#image input", file)
+    visitor.wait(f"{SHOWN}?.startsWith('data:image/png') && {SHOWN} !== {json.dumps(before)}")
+
+
+def refused(visitor: Visitor, file: Path) -> None:
+    """Choose a file that is told to be no image."""
+    visitor.upload("#image input", file)
+    visitor.wait("document.body.innerText.includes('The image is no JPEG, PNG, WebP or GIF.')")
+
+
+def test_a_question_about_a_picture_on_a_page_of_two_ranks(
+    seeing: tuple, model: MetaModel, pictures: list[Path], clean_environment, tmp_path: Path
+) -> None:
+    """In a browser: the picture is shown as the model sees it, another one gets another answer, none a third."""
+    prompt = model.question(QUESTION)
+    crop = {"image_transform": "resized_center_crop"}
+    expected = [model.generate(prompt, image, **crop, **HOW) for image in (*pictures[:2], None)]
+    assert len(set(expected)) == 3
+    demo = (DEMOS / "single_turn_mm.py", clean_environment, *seeing, *GREEDY)
+    with served(*demo, ranks=2) as (page, client), Browser(tmp_path) as browser:
+        visitor = browser.visit(client.src)
+        for image, answer in zip(pictures, expected, strict=True):
+            if answer == expected[2]:
+                refused(visitor, image)
+                visitor.wait(f"!{SHOWN}")
+            else:
+                upload(visitor, image)
+            visitor.type("textarea", QUESTION)
+            visitor.click(ASK)
+            visitor.wait(f"{ANSWER} === {json.dumps(answer)}")
+            visitor.wait(usable(ASK))
+            visitor.picture(tmp_path / f"{image.name} asked.png")
+        assert not visitor.complaints()
+        _api(client, pictures, expected, model)
+    words = page.stdout.read().partition("Received 15 death signal")[0]  # torchrun prints a traceback of its own
+    assert "Traceback" not in words, words[-3000:]
+
+
+def _api(client: Client, pictures: list[Path], expected: list[str], model: MetaModel) -> None:
+    """The same from a program, and what is refused."""
+    disc = "data:image/jpeg;base64," + base64.b64encode(pictures[0].read_bytes()).decode()
+    settings = (QUESTION, "", model.prompt_layout, 12, 0, 1)
+    assert client.predict(*settings, disc, "resized_center_crop", api_name="/ask") == expected[0]
+    seen = client.predict(disc, "resized_center_crop", api_name="/look")
+    assert client.predict(*settings, seen, "padded_resize", api_name="/ask") == expected[0]
+    for image, transform, said in (
+        (str(pictures[0]), "padded_resize", "The image is no data URL"),
+        (disc, "padded_resise", "Did you mean 'padded_resize'"),
+        (disc[:-800], "padded_resize", "The image breaks off"),
+        ("data:image/png;base64,!", "padded_resize", "The image is no base64"),
+    ):
+        with pytest.raises(AppError, match=said):
+            client.predict(*settings, image, transform, api_name="/ask")
+    with pytest.raises(Exception, match=r"413|at most"):
+        client.predict("data:image/png;base64," + "A" * (MOST_IMAGE_BYTES * 3 // 2), "padded_resize", api_name="/look")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
+def test_a_conversation_about_a_picture_on_a_page(
+    seeing: tuple, model: MetaModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two turns; what is refused changes nothing; another picture, or another transform, begins anew."""
+    expected, padded, cropped = {}, "padded_resize", "resized_center_crop"
+    for image, transform in ((0, padded), (1, padded), (1, cropped), (None, padded)):
+        given = None if image is None else pictures[image]
+        talk = Conversation(model, prompt_layout="dialog", image=given, image_transform=transform)
+        expected[image, transform] = [[*talk.ask(QUESTION, **HOW)][-1] for _ in range(2)]
+
+    def said(visitor: Visitor) -> list[str]:
+        return visitor.js("[...document.querySelectorAll('#said .bot .message-content')].map(each => each.innerText)")
+
+    def ask(visitor: Visitor, answers: list[str]) -> None:
+        visitor.type("#question textarea", QUESTION)
+        visitor.press("Enter")
+        visitor.wait(f"document.querySelectorAll('#said .bot .message-content').length == {len(answers)}")
+        visitor.wait(usable("#ask"))
+        assert list(map(letters, said(visitor))) == list(map(letters, answers))
+
+    def visit(page: Blocks) -> None:
+        with Browser(tmp_path) as browser:
+            visitor = browser.visit(page.local_url)
+            first, second = expected[0, padded], expected[1, padded]
+            upload(visitor, pictures[0])
+            ask(visitor, first[:1])
+            ask(visitor, first)
+            visitor.picture(tmp_path / "two turns.png")
+            shown = visitor.js(SHOWN)
+            refused(visitor, pictures[2])
+            visitor.wait(f"{SHOWN} === {json.dumps(shown)}")
+            assert len(said(visitor)) == 2
+            upload(visitor, pictures[1])
+            visitor.wait("!document.querySelector('#said .message-content')")
+            ask(visitor, second[:1])
+            visitor.click("#transform input")
+            visitor.js("[...document.querySelectorAll('[role=option]')].find(e => e.innerText.includes('crop'))"
+                       ".dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))")  # fmt: skip
+            visitor.wait("!document.querySelector('#said .message-content')")
+            ask(visitor, expected[1, cropped][:1])
+            visitor.click("#image button")
+            visitor.wait(f"!{SHOWN} && !document.querySelector('#said .message-content')")
+            ask(visitor, expected[None, padded][:1])
+            assert not visitor.complaints()
+        page.close()
+
+    monkeypatch.setattr(Blocks, "block_thread", visit)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = (*seeing, *GREEDY, "--device", "cpu", "--port", port, "--system_prompt", "dialog")
+    assert run_here("demos/multi_turn_mm.py", *flags) == 0
+
+
+def letters(words: str) -> str:
+    """What no rendering of Markdown changes."""
+    return "".join(filter(str.isalnum, words))
+
+
+def test_in_the_terminal(
+    seeing: tuple, model: MetaModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+) -> None:
+    """Another image begins another conversation; what was said is saved with its image; faults are told."""
+    talk = Conversation(model, image=pictures[0])
+    first = printable([*talk.ask(QUESTION, **HOW)][-1])
+    talk.look_at(pictures[1])
+    second = [*talk.ask(QUESTION, **HOW)][-1]
+    assert first != second
+    lines = (QUESTION, f"/image {pictures[2]}", f"/image {pictures[1]}", QUESTION, f"/save {tmp_path / 'talk.json'}")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    flags = (*seeing, *GREEDY, "--device", "cpu", "--image", pictures[0])
+    assert run_here("demos/multi_model_cli.py", *flags) == 0
+    said = capsys.readouterr().out
+    assert said.index(first) < said.index(f"the image '{pictures[2]}' is no JPEG") < said.index(printable(second))
+    (record,) = json.loads((tmp_path / "talk.json").read_text())
+    assert record["image"] == str(pictures[1]) and record["messages"][-1]["content"] == second
+    single = ("--image_transform", "padded_resize", "--system_prompt", "dialog", "--prompt", QUESTION)
+    assert run_here("demos/single_turn_mm.py", *flags, *single) == 0
+    assert f"A: {first}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_shown(seeing: tuple, tiny_base: Path, pictures: list[Path], capsys) -> None:
+    """Before the model is loaded: no image, and one for nobody; after it: a model that sees none."""
+    base = ("--pretrained_path", tiny_base, "--device", "cpu")
+    for more, said in (
+        (("--image", pictures[2], "--prompt", "q"), f"--image {pictures[2]}: is no JPEG, PNG, WebP or GIF"),
+        (("--image", pictures[0]), "--image goes with --prompt"),
+        (("--prompt", "q"), "it has no vision part"),
+    ):
+        assert run_here("demos/single_turn_mm.py", *base, *more) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_images_on_their_way(model: MetaModel, pictures: list[Path]) -> None:
+    """What is sent comes back; what is none is named."""
+    picture = model.picture(pictures[0])
+    assert image_bytes(sendable(picture)) == picture.file
+    assert image_bytes("") is None and image_bytes(None) is None and sendable(None) == ""
+    for wrong in ("x", "data:image/png;base64,?", {"path": "/etc/passwd"}, 7):
+        with pytest.raises(ConfigError, match="The image is no"):
+            image_bytes(wrong)
