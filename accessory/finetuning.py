@@ -103,6 +103,7 @@ def _job(
         share_prefixes=not (blueprint.method.drops_out or config.drops_out),
         ids=ids,
         prompt_weight=config.prompt_loss_weight,
+        threads=config.num_workers,
     )
     tasks = _tasks(config, order)
     job = FinetuneJob(config, layout, sources, blueprint, order, began, validation, tasks, corpus, teacher)

@@ -145,7 +145,7 @@ _SENTENCES = (
      "torchrun starts the processes: torchrun --nproc-per-node=N, with its other flags, before the script"),
     ("device_map no_cuda use_cpu cuda accelerator", "--device takes auto, cpu or cuda"),
     ("dataloader_num_workers preprocessing_num_workers dataset_processes dataset_num_proc num_proc",
-     "--num_workers is the number of threads that tokenize"),
+     "--num_workers is the number of threads that tokenize and read images"),
     ("dataset_prepared_path overwrite_cache preprocessed_path", "--cache_ann_on_disk keeps tokenized data"),
     # saving, logs, evaluation
     ("out_dir save_dir output output_directory", "--output_dir is where a run writes"),

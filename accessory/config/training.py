@@ -119,7 +119,7 @@ class FinetuneConfig(RunConfig):
     allow_changed: list[Literal[tuple(sorted(CHANGEABLE))]] = Field([])
     """What may differ from the saved run on --resume: base, data, lr, ...; where anything else does, it is refused."""
     num_workers: int = Field(default=2, ge=0)
-    """Threads that tokenize."""
+    """Threads that tokenize, and read images."""
     cache_ann_on_disk: bool = False
     """Keep tokenized data in ./accessory_data_cache and map it from there."""
     cache_base: Path | None = None

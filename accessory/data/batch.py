@@ -175,9 +175,11 @@ def _keyed(document: Document) -> np.ndarray:
 
 
 def _common_prefix(one: Document, other: Document) -> int:
-    """Length of the prefix that both share. It ends before the first token with a label in either, if there are no
-    weights; else before the first whose labels differ, so that shared tokens have one loss.
+    """Length of the prefix that both share, which no inset reaches out of. It ends before the first token with a label
+    in either, if there are no weights; else before the first whose labels differ, so that shared tokens have one loss.
     """
+    if any(inset.rows == 0 for inset in (*one.insets, *other.insets)):
+        return 0  # what enters the model otherwise may change all tokens of its document
     length = min(len(one.tokens), len(other.tokens))
     ends = _keyed(one)[:length] != _keyed(other)[:length]
     if one.weights is not None:
@@ -185,4 +187,6 @@ def _common_prefix(one: Document, other: Document) -> int:
         ends[len(other.tokens) - 1 :] = True  # each document has a token of its own
     else:
         ends = ends | (one.labels[:length] >= 0) | (other.labels[:length] >= 0)
-    return int(ends.argmax()) if ends.any() else length
+    found = int(ends.argmax()) if ends.any() else length
+    # An inset is shared as a whole: its last row may have a label.
+    return min([found, *(inset.start for inset in one.insets if inset.start < found < inset.start + inset.rows)])

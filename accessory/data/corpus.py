@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,29 +15,40 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from accessory.data.batch import IGNORE
+from accessory.data.batch import IGNORE, Inset
 from accessory.data.finding import DATA_DIR
+from accessory.data.image_table import NO_IMAGE, ImageFinder, ImageTable
 from accessory.data.layouts import DocumentReader, Layouts, Trained
 from accessory.data.meta_config import DataEntry, load_data_config
-from accessory.data.omissions import Omissions, Origin
-from accessory.data.pictures import CROPPED, PicturePlace
+from accessory.data.omissions import Omissions
+from accessory.data.pictures import CROPPED, UNCROPPED, Picture, PicturePlace
 from accessory.data.reading import identity_of
 from accessory.data.records import some
 from accessory.data.shapes import known_shapes
-from accessory.data.templates import CHAT, DIALOG, Segment
+from accessory.data.templates import CHAT, DIALOG
+from accessory.data.tokenizing import DOCUMENTS, Cuts, tokenized
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
 
-_CHUNK, _CHARACTERS = 4096, 1 << 21  # most documents tokenized at a time, and characters of them
 _FORMAT = 8  # part of the cache's key: raise it when a change makes other documents of the same records
 _DIGITS = 32  # kept of a digest
+_PLACEHOLDER = 0  # token in whose place a row of a picture stands
 # Fields of Omissions and Layouts kept in the cache.
 _CACHED = (
-    "notes", "skipped", "unused", "documents", "truncated", "cut_answers", "cut_sources", "cut_targets", "longest",
-    "longest_source", "longest_target",
+    "notes", "skipped", "examples", "unused", "documents", "truncated", "cut_answers", "cut_sources", "cut_targets",
+    "longest", "longest_source", "longest_target",
 )  # fmt: skip
 _TOLD = ("shapes", "layouts", "earlier", "system")
 _CHAT_TEMPLATE = "chat_template"  # digest of the template by which documents were laid out, or null
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a corpus: where the model takes one, by which of `TRANSFORMS`, and which files they are."""
+
+    place: PicturePlace
+    transform: str
+    images: ImageTable
 
 
 class Corpus:
@@ -45,7 +56,9 @@ class Corpus:
 
     `learned` marks supervised tokens. `origins` int32 [documents, 3] has each one's `Origin`. `lengths` and
     `supervised` [documents] are the numbers of tokens and of supervised labels. `told` has the shape and layout of
-    each entry's records. `identity` is all that determines the documents.
+    each entry's records. `identity` is all that determines the documents. `pictures`: where the model takes any; their
+    rows are counted in `lengths`, and are not among `tokens`. `labelable` [documents] is the number of tokens that may
+    be labels: not a document's first one, unless it is learned and a picture stands before it, and no row of a picture.
     """
 
     def __init__(
@@ -55,14 +68,20 @@ class Corpus:
         identity: dict[str, Any],
         tokenizer: Tokenizer,
         told: Layouts | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
+        self.pictures = pictures
         self.tokens, self.learned, self.offsets = arrays["tokens"], arrays["learned"], arrays["offsets"]
         self.origins, self.told = arrays["origins"], told or Layouts()
         self.identity, self.omissions, self.tokenizer = identity, omissions, tokenizer
-        self.lengths = np.diff(self.offsets)
-        # A document's first token is never a label: no token stands before it.
+        words = np.diff(self.offsets)
+        self.lengths = words if pictures is None else words + self._rows() * (pictures.images.of_document != NO_IMAGE)
+        # A document's first token is never a label: no token stands before it, unless it has rows of a picture.
+        first = self.learned[self.offsets[:-1]]
+        predicted = first & (self.lengths > words)
         running = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
-        self.supervised = running[self.offsets[1:]] - running[self.offsets[:-1]] - self.learned[self.offsets[:-1]]
+        self.supervised = running[self.offsets[1:]] - running[self.offsets[:-1]] - (first & ~predicted)
+        self.labelable = words - 1 + predicted
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,13 +90,42 @@ class Corpus:
         """(tokens [S], labels [S]) of one document; labels are the next tokens, `IGNORE` where not learned."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         tokens, learned = self.tokens[span], self.learned[span]
+        if rows := self.lengths[index] - len(tokens):
+            start = self._picture_start(tokens)
+            tokens = np.insert(tokens, start, np.full(rows, _PLACEHOLDER))
+            learned = np.insert(learned, start, np.zeros(rows, bool))
         labels = np.full(len(tokens), IGNORE, dtype=np.int64)
         labels[:-1] = np.where(learned[1:], tokens[1:], IGNORE)
         return tokens, labels
 
+    def insets(self, index: int, draw: int | None = None) -> tuple[Inset, ...]:
+        """A document's picture, if it has one, in place of the placeholders among its tokens.
+
+        draw: what a random crop is drawn from; None: the image is not cropped at random, whatever the transform.
+        """
+        path = self.pictures and self.pictures.images.path(index)
+        if path is None:
+            return ()
+        place, transform = self.pictures.place, self.pictures.transform
+        drawn = transform == CROPPED and draw is not None
+        uncropped = UNCROPPED if transform == CROPPED else transform
+        picture = Picture(
+            path,
+            transform if drawn else uncropped,
+            place.size,
+            draw if drawn else 0,
+            where=f"document {self.where(index)}",
+        )
+        start = self._picture_start(self.tokens[self.offsets[index] : self.offsets[index + 1]]) if place.rows else 0
+        return (Inset(start, place.rows, picture),)
+
     def where(self, index: int) -> str:
         """A document as a message names it: its number, file and line."""
         return f"{index} ({self.omissions.where(tuple(self.origins[index].tolist()))})"
+
+    def image_name(self, index: int) -> str | None:
+        """The name of a document's image, as its record has it; None without any."""
+        return self.pictures and self.pictures.images.name(index)
 
     @property
     def fingerprint(self) -> str:
@@ -120,17 +168,24 @@ class Corpus:
         lines = [
             f"{len(self):,} documents, {int(self.lengths.sum()):,} tokens, {int(self.supervised.sum()):,} supervised"
         ]
+        if self.pictures:
+            numbers = self.pictures.images.of_document
+            numbers = numbers[numbers != NO_IMAGE]
+            found = f"{len(numbers):,} documents have one of {len(np.unique(numbers)):,} images"
+            lines.append(f"{found} ({self.pictures.transform}), {self._rows():,} tokens each")
         return "\n".join(lines + self.omissions.lines())
 
     def show(self, index: int) -> str:
-        """One document decoded, what is learned between angle quotes."""
+        """One document decoded, what is learned between angle quotes; `<image: name>` stands for its image."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         tokens, learned = self.tokens[span].tolist(), self.learned[span]
         edges = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
         own_end = {self.tokenizer.eos_id}
         # An answer laid out by a chat template ends with a control token of it.
         ends = own_end | self.tokenizer.control_tokens().keys()
-        parts, begin, before = [], 0, ""
+        name = self.image_name(index)
+        # `repr` so that a name with line breaks stays one.
+        parts, begin, before = ([] if name is None else [f"<image: {repr(name)[1:-1]}>"]), 0, ""
         for end in edges:
             # Decoded from the start each time: on its own, a piece would lose a space that it opens with.
             text = self.tokenizer.decode(tokens[:end])
@@ -139,14 +194,11 @@ class Corpus:
             begin, before = end, text
         return "".join(parts)
 
+    def _rows(self) -> int:
+        return self.pictures.place.rows
 
-@dataclass(frozen=True)
-class Cuts:
-    """Where documents are cut, in tokens: as a whole, before the first token that is learned, and from it on."""
-
-    max_words: int
-    source_max_len: int | None = None
-    target_max_len: int | None = None
+    def _picture_start(self, tokens: np.ndarray) -> int:
+        return self.pictures.place.start(tokens, self.tokenizer.start_ids)
 
 
 def build_corpus(
@@ -192,25 +244,29 @@ def build_corpus(
     unused = [
         (number, note)
         for number, entry in enumerate(entries)
-        for note in (*entry.source.notes, *_unused_settings(entry, dialog))
+        for note in (*entry.source.notes, *_unused_settings(entry, dialog, pictures is not None))
     ]
     omissions = Omissions([str(entry.path) for entry in entries], unused)
-    reader = DocumentReader(entries, tokenizer, omissions, dialog=dialog, clock=clock, trained=trained)
+    images = ImageFinder([entry.image_root for entry in entries], threads) if pictures else None
+    reader = DocumentReader(entries, tokenizer, omissions, dialog=dialog, clock=clock, trained=trained, images=images)
     asked = any(entry.prompt_type == CHAT for entry in entries)
     cuts = Cuts(max_words, source_max_len, target_max_len)
     identity = _identity(entries, tokenizer, cuts, dialog, _digest(reader) if asked else None)
     identity |= {"trained": asdict(trained)} if trained else {}
+    identity |= {"pictures": asdict(pictures) | {"transform": image_transform}} if pictures else {}
     cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
-    arrays = _from_cache(cached, omissions, reader) if cached else None
+    arrays = _from_cache(cached, omissions, reader, images, threads) if cached else None
     if made := arrays is None:
-        arrays = _tokenize(reader.documents(), entries, tokenizer, cuts, threads, omissions)
+        arrays = tokenized(reader.documents(), entries, tokenizer, cuts, threads, omissions, pictures)
+        arrays = arrays | (images.table(arrays.pop(DOCUMENTS)).arrays if images else {})
         if len(arrays["offsets"]) == 1:
             found = f"{some(omissions.files)}: not one record can be trained on; known shapes: {known_shapes()}."
             raise DataError("\n".join([found, *omissions.lines()]))
     omissions.check(arrays["origins"], max_skipped)
     if cached and made:
         _to_cache(cached, arrays, omissions, reader)
-    return Corpus(arrays, omissions, _completed(identity, reader), tokenizer, reader.told)
+    found = Pictures(pictures, image_transform, ImageTable(images.roots, arrays)) if pictures else None
+    return Corpus(arrays, omissions, _completed(identity, reader, found), tokenizer, reader.told, found)
 
 
 def _digest(reader: DocumentReader) -> str:
@@ -218,90 +274,13 @@ def _digest(reader: DocumentReader) -> str:
     return hashlib.sha256(reader.chat.definition.encode()).hexdigest()[:_DIGITS]
 
 
-def _unused_settings(entry: DataEntry, dialog: bool) -> list[str]:
+def _unused_settings(entry: DataEntry, dialog: bool, pictures: bool) -> list[str]:
     """A sentence for each setting of an entry that has no effect."""
-    notes = ["root is not used: there is no vision part yet"] * bool(entry.root)
+    notes = ["root is not used: the model takes no images"] * bool(entry.root and not pictures)
     notes += ["preprocess is not used with --dialog"] * bool(dialog and entry.preprocess)
     if dialog and entry.prompt_type not in (CHAT, DIALOG) and "prompt_type" in entry.model_fields_set:
         notes.append(f"prompt_type {entry.prompt_type} is not used: --dialog lays conversations out its own way")
     return notes
-
-
-def _chunks(documents: Iterator[tuple[Origin, list[Segment]]]) -> Iterator[list[tuple[Origin, list[Segment]]]]:
-    """The documents in lists that are tokenized together."""
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += sum(len(segment.text) + len(segment.ids or ()) for segment in document[1])
-        if len(chunk) == _CHUNK or size >= _CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _tokenize(
-    documents: Iterator[tuple[Origin, list[Segment]]],
-    entries: list[DataEntry],
-    tokenizer: Tokenizer,
-    cuts: Cuts,
-    threads: int,
-    omissions: Omissions,
-) -> dict[str, np.ndarray]:
-    """The arrays of a `Corpus`; a chunk of its texts is in memory at a time."""
-    tokens, learned, lengths, origins = [], [], [0], []
-    for chunk in _chunks(documents):
-        texts = [segments for _, segments in chunk if segments[0].ids is None]
-        first = iter(tokenizer.encode_batch([segments[0].text for segments in texts], threads=threads))
-        later_texts = [segment.text for segments in texts for segment in segments[1:]]
-        later = iter(tokenizer.encode_batch(later_texts, continuation=True, threads=threads))
-        for origin, segments in chunk:
-            supervised = [segment.supervised for segment in segments]
-            if segments[0].ids is None:  # else a chat template has made the tokens, start and end included
-                pieces = [tokenizer.start_ids, next(first), *(next(later) for _ in segments[1:]), [tokenizer.eos_id]]
-                supervised = [False, *supervised, supervised[-1]]
-            else:
-                pieces = [segment.ids for segment in segments]
-            ids = np.array([token for piece in pieces for token in piece], dtype=np.int32)
-            flags = np.repeat(supervised, [len(piece) for piece in pieces])
-            ids, flags = _cut(ids, flags, cuts, omissions)
-            if not flags[1:].any():
-                omissions.skip(f"its prompt fills all {cuts.max_words} tokens of --max_words", origin)
-                continue
-            if entries[origin[0]].train_on_source:
-                flags[1:] = True
-            tokens.append(ids)
-            learned.append(flags)
-            lengths.append(len(ids))
-            origins.append(origin)
-    empty = [np.zeros(0, np.int32)]
-    return {
-        "tokens": np.concatenate(tokens or empty),
-        "learned": np.concatenate(learned or empty).astype(bool),
-        "offsets": np.cumsum(lengths, dtype=np.int64),
-        "origins": np.array(origins, dtype=np.int32).reshape(-1, 3),
-    }
-
-
-def _cut(ids: np.ndarray, flags: np.ndarray, cuts: Cuts, omissions: Omissions) -> tuple[np.ndarray, np.ndarray]:
-    """A document's tokens and what is learned of them, both cut; what is cut of a used document is counted."""
-    source = int(flags.argmax())
-    target = len(ids) - source
-    most_source, most_target = cuts.source_max_len or source, cuts.target_max_len or target
-    if source > most_source or target > most_target:
-        keep = np.ones(len(ids), bool)
-        keep[most_source:source] = keep[source + most_target :] = False
-        ids, flags = ids[keep], flags[keep]
-    if flags[1 : cuts.max_words].any():
-        omissions.documents += 1
-        omissions.cut_sources += source > most_source
-        omissions.cut_targets += target > most_target
-        omissions.truncated += len(ids) > cuts.max_words
-        omissions.cut_answers += bool(flags[cuts.max_words :].any())
-        omissions.longest = max(omissions.longest, len(ids))
-        omissions.longest_source = max(omissions.longest_source, source)
-        omissions.longest_target = max(omissions.longest_target, target)
-    return ids[: cuts.max_words], flags[: cuts.max_words]
 
 
 def _identity(
@@ -323,8 +302,11 @@ def _identity(
     }
 
 
-def _completed(identity: dict[str, Any], reader: DocumentReader) -> dict[str, Any]:
-    """The identity with what was told of the records, except where earlier versions made the same documents."""
+def _completed(identity: dict[str, Any], reader: DocumentReader, pictures: Pictures | None) -> dict[str, Any]:
+    """The identity with what was told of the records, except where earlier versions made the same documents.
+
+    Images are part of it by their names, which the data hold, and by which of them cannot be used.
+    """
     told = reader.told
     shapes = zip(told.shapes, told.layouts, told.earlier, strict=True)
     files = [
@@ -332,7 +314,9 @@ def _completed(identity: dict[str, Any], reader: DocumentReader) -> dict[str, An
         | ({} if earlier else {"shape": shape, "layout": layout})
         for file, (shape, layout, earlier) in zip(identity["META"], shapes, strict=True)
     ]
-    return identity | {"META": files} | ({_CHAT_TEMPLATE: _digest(reader)} if CHAT in told.layouts else {})
+    chat = {_CHAT_TEMPLATE: _digest(reader)} if CHAT in told.layouts else {}
+    unusable = pictures and pictures.images.unusable
+    return identity | {"META": files} | chat | ({"unusable_images": unusable[:_DIGITS]} if unusable else {})
 
 
 def _fingerprint(identity: dict[str, Any]) -> str:
@@ -351,22 +335,28 @@ def _to_cache(path: Path, arrays: dict[str, np.ndarray], omissions: Omissions, r
         raise DataError(f"{path}: the tokenized data cannot be kept there ({error}).") from error
 
 
-def _from_cache(path: Path, omissions: Omissions, reader: DocumentReader) -> dict[str, np.ndarray] | None:
+def _from_cache(
+    path: Path, omissions: Omissions, reader: DocumentReader, images: ImageFinder | None, threads: int
+) -> dict[str, np.ndarray] | None:
     """The arrays kept at `path`; fills `omissions` and what `reader` has told from it.
 
-    None where there are none, or the file is damaged, of an earlier version, or laid out by another chat template.
+    None where there are none, or the file is damaged, of an earlier version, or laid out by another chat template, or
+    where a file of an image is not as it was.
     """
+    names = ("tokens", "learned", "offsets", "origins", *(ImageTable.ARRAYS if images else ()))
     try:
         # As torch tensors, since the library maps those and copies NumPy's.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            arrays = {name: file.get_tensor(name).numpy() for name in ("tokens", "learned", "offsets", "origins")}
+            arrays = {name: file.get_tensor(name).numpy() for name in names}
     except (OSError, SafetensorError):
         return None
     if not metadata.keys() >= {*_CACHED, *_TOLD, _CHAT_TEMPLATE}:
         return None
     laid_out_by = json.loads(metadata[_CHAT_TEMPLATE])
     if laid_out_by and (reader.tokenizer.chat_template is None or _digest(reader) != laid_out_by):
+        return None
+    if images and not ImageTable(images.roots, arrays).unchanged(threads):
         return None
     for names, kept in ((_CACHED, omissions), (_TOLD, reader.told)):
         for name in names:

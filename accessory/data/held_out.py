@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: their own tokens decide, whatever their place and number."""
+"""Which documents are held out for validation: their own content decides, whatever their place and number."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ def in_common(corpus: Corpus, other: Corpus) -> int:
 
 
 def _records(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """(the record of each document, int64 [documents]; a digest of each record's tokens, uint64 [records])."""
+    """(the record of each document, int64 [documents]; a digest of each one's tokens and image, uint64 [records])."""
     origins = corpus.origins
     first = np.concatenate(([True], (origins[1:] != origins[:-1]).any(axis=1)))
     bounds = corpus.offsets[np.append(np.flatnonzero(first), len(corpus))]
-    parts = (corpus.tokens[begin:end] for begin, end in pairwise(bounds))
-    digests = (hashlib.blake2b(part.tobytes(), digest_size=_BYTES).digest() for part in parts)
+    names = (corpus.image_name(document) for document in np.flatnonzero(first).tolist())
+    parts = (
+        corpus.tokens[begin:end].tobytes() + (name or "").encode()
+        for (begin, end), name in zip(pairwise(bounds), names, strict=True)
+    )
+    digests = (hashlib.blake2b(part, digest_size=_BYTES).digest() for part in parts)
     return np.cumsum(first) - 1, np.frombuffer(b"".join(digests), dtype="<u8")
 
 

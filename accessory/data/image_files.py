@@ -57,23 +57,26 @@ def check_image(file: Path | bytes) -> None:
     The header is read, and the last bytes. Pixels are only read where the file does not end as its format does, which
     tells one whose copying broke off.
     """
-    with _opened(file) as (image, stream), _naming_faults():
+    with _opened(file) as (image, stream), _naming_faults(), _turn_of(image):
         if image.format != "PNG":  # of a PNG this would read the pixels
             _orientation(image)
         if not _ends_well(image.format, stream):
             image.load()
 
 
-def read_image(file: Path | bytes) -> Image:
-    """The upright image in RGB. What is transparent becomes opaque, in the colour it has in the file.
+@contextmanager
+def upright_image(file: Path | bytes) -> Iterator[Image]:
+    """The image in RGB, upright; what is transparent becomes opaque, in the colour that it has in the file.
 
-    Raises `ImageFault`; `ConfigError` without Pillow.
+    One large image is held at a time, by whatever thread. Raises `ImageFault`; `ConfigError` without Pillow.
     """
-    with _opened(file) as (image, _), _naming_faults(), _turn_of(image):
-        image.load()
-        turn = _TURNS.get(_orientation(image))
-        image = _rgb(image)
-        return image.transpose(image_library().Transpose[turn]) if turn else image
+    with _opened(file) as (image, _), _turn_of(image):
+        with _naming_faults():
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            image = _rgb(image)
+            image = image.transpose(image_library().Transpose[turn]) if turn else image
+        yield image
 
 
 def _turn_of(image: Image) -> AbstractContextManager[object]:
@@ -147,7 +150,7 @@ def _naming_faults() -> Iterator[None]:
             raise
         # Without numbers, so that images of the same fault are counted together.
         said = " ".join(re.sub(r"\(.*|\d+", "", str(error)).split()) or type(error).__name__
-        raise ImageFault("breaks off" if "truncated" in said else f"is damaged ({said[:60]})") from error
+        raise ImageFault("breaks off" if "truncated" in said.lower() else f"is damaged ({said[:60]})") from error
 
 
 def _ends_well(kind: str, stream: BinaryIO) -> bool:

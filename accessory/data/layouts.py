@@ -9,11 +9,14 @@ from datetime import datetime
 from functools import cached_property
 from itertools import chain, groupby, islice
 from operator import itemgetter
+from typing import NamedTuple
 
+from accessory.data.image_table import NO_IMAGE, ImageFinder
 from accessory.data.messages import Conversation, Question
 from accessory.data.meta_config import DataEntry
 from accessory.data.omissions import Omissions, Origin, UnusableRecord
 from accessory.data.reading import read_entries
+from accessory.data.record_images import captioned, image_name, without_image, without_marks
 from accessory.data.records import Record
 from accessory.data.shapes import OTHER_NAMES, SHAPES, Said, shape_of, tell, unfit
 from accessory.data.templates import (
@@ -31,6 +34,7 @@ from accessory.tokenizer import Chat, Tokenizer
 
 _TOLD_BY = 1000
 """So many records, the first ones, tell the shape of a file."""
+_BLOCK = 1024  # records whose images are examined together
 
 
 @dataclass
@@ -45,6 +49,22 @@ class Layouts:
     layouts: list[str] = field(default_factory=list)
     earlier: list[bool] = field(default_factory=list)
     system: str | None = None
+
+
+class LaidOut(NamedTuple):
+    """A document: its record's origin, its text in segments, and the number of its image's file, or `NO_IMAGE`."""
+
+    origin: Origin
+    segments: list[Segment]
+    image: int
+
+
+class _Illustrated(NamedTuple):
+    """A record without its image, the number of that file, and why it cannot be used, if it cannot."""
+
+    record: Record
+    image: int = NO_IMAGE
+    fault: UnusableRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,7 @@ class DocumentReader:
 
     dialog: whether conversations have the layout `dialog` where they are not asked for in `chat`. clock: the time for
     templates that print it. trained: what a model was trained on that is asked them; absent: they are to train one.
+    images: finds the images of records; absent: the model takes none, and records that have one are not used.
     """
 
     def __init__(
@@ -91,9 +112,10 @@ class DocumentReader:
         dialog: bool = False,
         clock: datetime | None = None,
         trained: Trained | None = None,
+        images: ImageFinder | None = None,
     ) -> None:
         self.entries, self.omissions, self.told = entries, omissions, Layouts()
-        self._trained = trained or Trained()
+        self._trained, self._images = trained or Trained(), images
         self.tokenizer, self._clock, self._dialog = tokenizer, clock or datetime.now(), dialog
         self._systems: Counter[str | None] = Counter()
 
@@ -104,18 +126,31 @@ class DocumentReader:
         _ = chat.stop_ids  # works out how the template ends an answer
         return chat
 
-    def documents(self) -> Iterator[tuple[Origin, list[Segment]]]:
+    def documents(self) -> Iterator[LaidOut]:
         """All documents in order; `told` is whole when the last one has been given."""
         self._tell_nothing()
         for number, found in groupby(read_entries(self.entries, self.omissions.notes), key=itemgetter(0)):
-            records = (record for _, record in found)
+            records = self._illustrated(number, (record for _, record in found))
             first = list(islice(records, _TOLD_BY))
-            self._tell(number, first)
-            for record in chain(first, records):
-                yield from self._of_record(record, (number, record.line, record.number))
+            self._tell(number, [record for record, *_ in first])
+            for one in chain(first, records):
+                yield from self._of_record(one, (number, one.record.line, one.record.number))
         if self._systems:
             words, count = self._systems.most_common(1)[0]
             self.told.system = words if 2 * count > self._systems.total() else None
+
+    def _illustrated(self, number: int, records: Iterator[Record]) -> Iterator[_Illustrated]:
+        """The records of an entry, their images found."""
+        if self.entries[number].preprocess == "caption" and not self._dialog:
+            records = map(captioned, records)
+        if self._images is None:
+            yield from map(_Illustrated, records)
+            return
+        while block := list(islice(records, _BLOCK)):
+            named = [_named(record) for record in block]
+            files = self._images.find(number, [name for name, _ in named])
+            for record, file, (name, fault) in zip(block, files, named, strict=True):
+                yield _Illustrated(without_image(record), file, fault or self._images.fault(file, name))
 
     def _tell_nothing(self) -> None:
         self.told.shapes = [None] * len(self.entries)
@@ -131,20 +166,23 @@ class DocumentReader:
         told.earlier[number] = name in (None, self._known_before(entry))
         self.omissions.notes += [(number, note) for note in _said_of(entry, name, told.layouts[number], self._dialog)]
 
-    def _of_record(self, record: Record, origin: Origin) -> Iterator[tuple[Origin, list[Segment]]]:
-        number = origin[0]
+    def _of_record(self, illustrated: _Illustrated, origin: Origin) -> Iterator[LaidOut]:
+        number, (record, image, fault) = origin[0], illustrated
         entry, name, layout = self.entries[number], self.told.shapes[number], self.told.layouts[number]
-        llava = bool(entry.preprocess) and not self._dialog
+        llava = entry.preprocess == "single_turn_llava" and not self._dialog
         try:
             said = self._said(record, name, entry)
+            if fault:
+                raise fault
             earlier = as_before(said, layout)
+            said = said if image == NO_IMAGE else without_marks(said)
             said = first_question(said) if llava else said
             if isinstance(said, Question) and layout in (CHAT, DIALOG) and self._trained.system is not None:
                 said = conversation_from(said, self._trained.system)
             chat = self.chat if layout == CHAT else None
             documents = documents_of(said, layout, chat, entry.mask_history)
         except UnusableRecord as cause:
-            self.omissions.skip(str(cause), origin)
+            self.omissions.skip(str(cause), origin, cause.example)
             return
         conversation = said if isinstance(said, Conversation) else None
         tools = bool(conversation and conversation.tools and chat and chat.takes_tools)
@@ -152,7 +190,7 @@ class DocumentReader:
         self.told.earlier[number] &= earlier
         if layout in (CHAT, DIALOG):
             self._systems[conversation.system if conversation else None] += 1
-        yield from ((origin, segments) for segments in documents)
+        yield from (LaidOut(origin, segments, image) for segments in documents)
 
     def _said(self, record: Record, name: str | None, entry: DataEntry) -> Said:
         """What a record of a file of the shape `name` says. Raises `UnusableRecord`."""
@@ -175,21 +213,30 @@ class DocumentReader:
 
     def _known_before(self, entry: DataEntry) -> str:
         """The shape that earlier versions, which told none, expected of the records."""
-        if self._dialog or entry.preprocess:
+        if self._dialog or entry.preprocess == "single_turn_llava":
             return "sharegpt"
-        return "caption" if entry.prompt_type == "caption" else "alpaca"
+        return "caption" if "caption" in (entry.prompt_type, entry.preprocess) else "alpaca"
 
     def _first(self, entry: DataEntry) -> tuple[str, ...]:
         """The shapes to compare records with before all others."""
         known = self._known_before(entry)
         asked = "prompt_type" in entry.model_fields_set and entry.prompt_type not in (CHAT, DIALOG)
-        return (known,) if asked or known == "sharegpt" else ()
+        return (known,) if asked or known == "sharegpt" or entry.preprocess else ()
 
     def _layout(self, entry: DataEntry, name: str | None) -> str:
-        asked = entry.prompt_type if "prompt_type" in entry.model_fields_set or entry.preprocess else None
+        stated = "prompt_type" in entry.model_fields_set or entry.preprocess == "single_turn_llava"
+        asked = entry.prompt_type if stated else None
         shape = SHAPES[name or self._known_before(entry)]
         own = layout_of(shape, asked, self._dialog, self.tokenizer.chat_template is not None)
         return own if shape.is_text else self._trained.layout(own)
+
+
+def _named(record: Record) -> tuple[str | None, UnusableRecord | None]:
+    """The name of a record's image, and why there can be none."""
+    try:
+        return image_name(record.fields), None
+    except UnusableRecord as fault:
+        return None, fault
 
 
 def _said_of(entry: DataEntry, name: str | None, layout: str, dialog: bool) -> list[str]:

@@ -155,7 +155,7 @@ def checked(said: Question | Conversation) -> Question | Conversation:
 def check_media(fields: dict[str, Any]) -> None:
     """Raise `UnusableRecord` for a record with images, video or audio."""
     if found := [key for key in _MEDIA if fields.get(key)]:
-        raise UnusableRecord(f"has {shown_keys(found)}, and there is no vision or audio part yet")
+        raise UnusableRecord(f"has {shown_keys(found)}, which the model does not take")
 
 
 def check_text(texts: Iterable[str]) -> None:
@@ -214,7 +214,7 @@ def _part(part: Any, key: str) -> str:
     text = part.get("text") if isinstance(part, dict) else part
     if isinstance(part, dict) and part.get("type", "text") != "text":
         raise UnusableRecord(
-            f"{key!r} holds a part of type {str(part['type'])[:_SHOWN]!r}, and there is no vision or audio part yet"
+            f"{key!r} holds a part of type {str(part['type'])[:_SHOWN]!r}, which the model does not take"
         )
     if not isinstance(text, str):
         raise UnusableRecord(f"{key!r} holds a part of a turn that is {kind(part)}, expected a text")

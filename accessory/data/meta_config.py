@@ -16,12 +16,13 @@ from accessory.data.readers.opening import data_suffix
 from accessory.data.readers.text import UNITS
 from accessory.data.shapes import OTHER_NAMES, SHAPES
 from accessory.data.templates import PROMPT_LAYOUTS
-from accessory.errors import DataError, explain_validation, is_file, nearest
+from accessory.errors import DataError, explain_validation, is_file, is_there, nearest
 from accessory.tokenizer.sniff import what_is
 
 _FILES = f"a data file ({NAMES})"
 _EXPECTED = f"{_FILES} or a YAML with the key META"
-_READ = tuple(dict.fromkeys(key for shape in SHAPES.values() for key in shape.reads))  # by some shape of records
+_READ = (*dict.fromkeys(key for shape in SHAPES.values() for key in shape.reads), "image")
+"""Keys that are read of some record."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,34 @@ class DataEntry(BaseModel):
     """Of a conversation, only the last answer is learned."""
     train_on_source: bool = False
     """Questions are learned, too, and not only answers."""
-    preprocess: Literal["single_turn_llava"] | None = None
-    """Turns records of another shape into instruction and output first."""
+    preprocess: Literal["single_turn_llava", "caption"] | None = None
+    """Turns records into others first: the first question of a conversation and its answer, or an image (under `url` or
+    `image`) and its `caption`."""
     ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the records to use, chosen by a fixed seed."""
     root: str | None = None
-    """Directory of images; accepted because upstream's files hold it."""
+    """The directory that paths of images are relative to, and that none may leave; looked for as `path` is. Absent: the
+    data file's."""
     txt: Literal[UNITS] | None = None
     """What of a .txt file is one record: `paragraphs` (default), `lines`, or `whole`."""
     columns: dict[str, str] | None = None
     """Name that a shape of records knows -> what this data calls it: `{instruction: question, output: answer}`."""
     _source: Source = PrivateAttr(default_factory=lambda: Source(0, ""))
+    _root: Path | None = PrivateAttr(default=None)
 
     @property
     def source(self) -> Source:
         """What named this file in the data config."""
         return self._source
+
+    @property
+    def image_root(self) -> Path:
+        """The directory of its images. Raises `DataError` where `root` is none."""
+        if self.root is None:
+            return self.path.parent
+        if self._root is None:
+            raise DataError(f"{self.path}: root {self.root!r} is no directory; expected that of the images.")
+        return self._root
 
     @field_validator("prompt_type", mode="before")
     @classmethod
@@ -176,12 +189,15 @@ def _entries(item: Any, where: str, folders: list[Path], data_dir: Path) -> list
     if models[0].txt and not any(data_suffix(path) == ".txt" for path in files):
         notes.append("txt is not used: there is no .txt")
     name = ", ".join(map(str, names))
-    return [_entry(models[0], path, Source(0, name, () if place else tuple(notes))) for place, path in enumerate(files)]
+    roots = [folder / models[0].root for folder in (*folders, data_dir)] if models[0].root else []
+    root = next((path for path in roots if is_there(path) and path.is_dir()), None)
+    sources = [Source(0, name, () if place else tuple(notes)) for place in range(len(files))]
+    return [_entry(models[0], path, source, root) for path, source in zip(files, sources, strict=True)]
 
 
-def _entry(model: DataEntry, path: Path, source: Source) -> DataEntry:
+def _entry(model: DataEntry, path: Path, source: Source, root: Path | None) -> DataEntry:
     entry = model.model_copy(update={"path": path})
-    entry._source = source
+    entry._source, entry._root = source, root
     return entry
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from accessory.errors import DataError
 
 _SHOWN = 3  # records named per cause
+_LONGEST = 200  # characters of an example
 _LINES = 30  # of each kind in a report
 
 Origin = tuple[int, int, int]
@@ -17,7 +18,14 @@ Origin = tuple[int, int, int]
 
 
 class UnusableRecord(Exception):
-    """A record that cannot be trained on; the message is the cause, equal for records of the same fault."""
+    """A record that cannot be trained on; the message is the cause, equal for records of the same fault.
+
+    example: what this record has at fault, if the cause alone does not tell it: the name of a file.
+    """
+
+    def __init__(self, cause: str, example: str = "") -> None:
+        super().__init__(cause)
+        self.example = example
 
 
 @dataclass
@@ -25,16 +33,18 @@ class Omissions:
     """What the report says of the data: what was skipped, not used or cut, and how files were read.
 
     files: the file of each entry. settings: (number of the entry, a setting of it that has no effect). notes: (number
-    of the entry, how its file was read). skipped: cause -> records. unused: key that no layout reads -> (number of
-    records that have it, the first of them). documents: number of those that are used. truncated: of those cut at
-    --max_words; cut_answers: of these that lose an answer's end. cut_sources, cut_targets: cut at --source_max_len and
-    --target_max_len. longest, longest_source, longest_target: the most tokens before the flag of that length cuts any.
+    of the entry, how its file was read). skipped: cause -> records. examples: cause -> what one of these has at fault.
+    unused: key that no layout reads -> (number of records that have it, the first of them). documents: number of those
+    that are used. truncated: of those cut at --max_words; cut_answers: of these that lose an answer's end. cut_sources,
+    cut_targets: cut at --source_max_len and --target_max_len. longest, longest_source, longest_target: the most tokens
+    before the flag of that length cuts any.
     """
 
     files: list[str]
     settings: list[tuple[int, str]] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
     skipped: dict[str, list[Origin]] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     unused: dict[str, tuple[int, Origin]] = field(default_factory=dict)
     documents: int = 0
     truncated: int = 0
@@ -45,9 +55,11 @@ class Omissions:
     longest_source: int = 0
     longest_target: int = 0
 
-    def skip(self, cause: str, origin: Origin) -> None:
+    def skip(self, cause: str, origin: Origin, example: str = "") -> None:
         """Count a record that cannot be used."""
         self.skipped.setdefault(cause, []).append(origin)
+        if example:
+            self.examples.setdefault(cause, example)
 
     def ignore(self, keys: Iterable[str], origin: Origin) -> None:
         """Count the keys of a used record that were not used."""
@@ -66,7 +78,8 @@ class Omissions:
         skipped = []
         for cause, origins in self.skipped.items():
             shown = [*map(self.where, origins[:_SHOWN])] + ["..."] * (len(origins) > _SHOWN)
-            skipped.append(f"skipped {len(origins):,}: {cause} ({', '.join(shown)})")
+            such = f", such as {self.examples[cause]!r:.{_LONGEST}}" if cause in self.examples else ""
+            skipped.append(f"skipped {len(origins):,}: {cause}{such} ({', '.join(shown)})")
         unused = [
             f"not used: {key} of {count:,} records, from {self.where(first)} on"
             for key, (count, first) in self.unused.items()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from accessory.data.batch import IGNORE, Document, PackedBatch
 from accessory.data.corpus import Corpus
+from accessory.data.pictures import Picture, draw_of
 from accessory.errors import ConfigError
 
 _SORTED_TOGETHER = 50
@@ -62,6 +65,10 @@ class GlobalOrder:
     With `prompt_weight`, tokens that are not to be learned get labels of that weight, and learned ones of weight 1.
     With `share_prefixes`, a prefix that documents of a micro-batch share is packed once (see `PackedBatch`).
     `ids` int64 are the documents of the corpus that take part; None: all of them.
+
+    If it `trains`, one step follows another, and images are cropped at random in each epoch anew, if the corpus says
+    so. So many `threads` read images ahead: of the next micro-batch, and of the next step; with 0 they are read when
+    their pixels are asked for.
     """
 
     def __init__(
@@ -79,6 +86,8 @@ class GlobalOrder:
         share_prefixes: bool = True,
         ids: np.ndarray | None = None,
         prompt_weight: float = 0.0,
+        trains: bool = True,
+        threads: int = 0,
     ) -> None:
         self.ids = np.arange(len(corpus)) if ids is None else ids
         at = self.ids[corpus.lengths[self.ids].argmax()]
@@ -92,7 +101,9 @@ class GlobalOrder:
         self.corpus, self.batch_size, self.dp_rank, self.dp_size = corpus, batch_size, dp_rank, dp_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.share_prefixes, self.prompt_weight = share_prefixes, prompt_weight
-        self.group_by_length = group_by_length
+        self.group_by_length, self.trains = group_by_length, trains
+        self._readers = ThreadPoolExecutor(threads) if threads and corpus.pictures else None
+        self._next: tuple[tuple[int, int], list[PackedBatch]] | None = None  # a step that was made ahead
         self.global_batch = batch_size * accum_iter * dp_size
         self.steps_per_epoch = -(-len(self.ids) // self.global_batch)
         self._cached: tuple[int, np.ndarray] | None = None
@@ -106,8 +117,21 @@ class GlobalOrder:
 
     def micro_batches(self, epoch: int, step: int) -> Iterator[PackedBatch]:
         """This rank's micro-batches of one step; every rank has as many."""
-        slots = self._deal(self.global_ids(epoch, step))
-        yield from map(self._packed, slots[self.dp_rank :: self.dp_size])
+        at, last = (epoch, step), step + 1 == self.steps_per_epoch
+        ready = self._next[1] if self._next and self._next[0] == at else self._made(*at)
+        yield from ready
+        following = (epoch + 1, 0) if last else (epoch, step + 1)
+        if self._readers and self.trains and not (self._next and self._next[0] == following):
+            self._next = following, list(self._made(*following))
+
+    def _made(self, epoch: int, step: int) -> Iterator[PackedBatch]:
+        """A step's micro-batches, each made before the one ahead of it is used, so that its images are read then."""
+        slots = self._deal(self.global_ids(epoch, step))[self.dp_rank :: self.dp_size]
+        made = self._begun(self._packed(slots[0], epoch))
+        for ids in slots[1:]:
+            before, made = made, self._begun(self._packed(ids, epoch))
+            yield before
+        yield made
 
     def documents(self, epoch: int, step: int) -> np.ndarray:
         """This rank's documents of one step."""
@@ -123,7 +147,7 @@ class GlobalOrder:
         if not self.prompt_weight:
             return supervised
         ids = self.global_ids(epoch, step)
-        return supervised + self.prompt_weight * (self.tokens(epoch, step) - len(ids) - supervised)
+        return supervised + self.prompt_weight * (int(self.corpus.labelable[ids].sum()) - supervised)
 
     def state(self, epoch: int, step: int) -> dict[str, np.ndarray]:
         """Nothing: epoch and step say it all."""
@@ -139,7 +163,7 @@ class GlobalOrder:
 
     def packed_tokens(self, epoch: int, step: int) -> int:
         """Tokens that all ranks compute in the step; shared prefixes count once, tokens of idle ranks count too."""
-        return sum(len(self._packed(ids).tokens) for ids in self._deal(self.global_ids(epoch, step)))
+        return sum(len(self._packed(ids, epoch).tokens) for ids in self._deal(self.global_ids(epoch, step)))
 
     @property
     def most_tokens(self) -> int:
@@ -148,18 +172,32 @@ class GlobalOrder:
         together = int(np.sort(self.corpus.lengths[self.ids])[-documents:].sum())
         return together if self.max_tokens is None else min(together, self.max_tokens)
 
-    def _packed(self, ids: np.ndarray) -> PackedBatch:
+    def _packed(self, ids: np.ndarray, epoch: int) -> PackedBatch:
         if len(ids) == 0:
             return PackedBatch.idle(int(self.corpus.tokens[0]))
-        return PackedBatch.pack([self._document(i) for i in ids], self.share_prefixes)
+        return PackedBatch.pack([self._document(i, epoch) for i in ids], self.share_prefixes)
 
-    def _document(self, index: int) -> Document:
+    def _begun(self, batch: PackedBatch) -> PackedBatch:
+        """The batch, whose pictures are now read by threads, each once."""
+        if not self._readers or not batch.insets:
+            return batch
+        begun: dict[Picture, Picture] = {}
+        for inset in batch.insets:
+            if inset.content not in begun:
+                begun[inset.content] = inset.content.begun(self._readers)
+        return replace(batch, insets=tuple(replace(inset, content=begun[inset.content]) for inset in batch.insets))
+
+    def _document(self, index: int, epoch: int) -> Document:
         tokens, labels = self.corpus.document(index)
+        insets = self.corpus.insets(index, draw_of(self.seed, epoch, index) if self.trains else None)
         if not self.prompt_weight:
-            return Document(tokens, labels, index)
+            return Document(tokens, labels, index, insets)
         learned, following = labels >= 0, np.append(tokens[1:], IGNORE)
+        for inset in insets:  # its rows are not predicted, nor is a document's first token by rows before it
+            following[max(inset.start - 1, 0) : inset.start + inset.rows - (inset.start > 0)] = IGNORE
         weights = np.where(learned, 1, np.where(following >= 0, self.prompt_weight, 0)).astype(np.float32)
-        return Document(tokens, np.where(learned, labels, following), index, (), weights, learned.astype(np.float32))
+        labels, answers = np.where(learned, labels, following), learned.astype(np.float32)
+        return Document(tokens, labels, index, insets, weights, answers)
 
     def _deal(self, ids: np.ndarray) -> list[np.ndarray]:
         """Documents of each micro-batch; micro-batch m of rank r is slot m * dp_size + r.

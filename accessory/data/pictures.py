@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accessory.data.image_files import ImageFault, image_library, read_image
+from accessory.data.image_files import ImageFault, image_library, upright_image
 from accessory.errors import DataError, check_known
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Of red, green and blue in the images that CLIP was trained on, which BLIP-2 uses, too."""
 _LEAST_SHARE, _RATIOS = 0.9, (3 / 4, 4 / 3)  # of a random crop: least area; width beside height
 _TRIES = 10
+_LONGEST_PADDED = 4096  # pixels of a side beyond which an image is made smaller before it is padded
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ class Picture:
     def _read(self) -> np.ndarray:
         """The square as uint8 [size, size, 3]."""
         try:
-            image = read_image(self.file)
+            with upright_image(self.file) as image:
+                return np.array(TRANSFORMS[self.transform](image, self.size, self.draw))
         except ImageFault as fault:
             raise self.unusable(fault) from fault
-        return np.array(TRANSFORMS[self.transform](image, self.size, self.draw))
 
 
 def draw_of(seed: int, epoch: int, document: int) -> int:
@@ -148,26 +149,23 @@ def _resized_center_crop(image: Image, size: int, draw: int) -> Image:
 
 
 def _padded_resize(image: Image, size: int, draw: int) -> Image:
-    """All of the image, between bars of the mean colour.
-
-    The longer side is resized before there are bars: an image of 30,000 x 1 pixels would become a square of 30,000.
-    """
-    library = image_library()
-    width, height = image.size
-    if width == height:
-        return image.resize((size, size), library.Resampling.BICUBIC)
-    longest, wide = max(image.size), width > height
-    strip = image.resize((size, height) if wide else (width, size), library.Resampling.BICUBIC)
-    barred = library.new("RGB", (size, longest) if wide else (longest, size), tuple(int(255 * part) for part in MEAN))
-    barred.paste(strip, (0, (longest - height) // 2) if wide else ((longest - width) // 2, 0))
-    return barred.resize((size, size), library.Resampling.BICUBIC)
+    """All of the image, between bars of the mean colour that make it a square."""
+    library, longest = image_library(), max(image.size)
+    if longest > _LONGEST_PADDED:  # such as 30,000 x 1 pixels, whose square would not fit into memory
+        longest, shorter = _LONGEST_PADDED, _LONGEST_PADDED / longest
+        image = image.resize([max(round(side * shorter), 1) for side in image.size], library.Resampling.BICUBIC)
+    square = library.new("RGB", (longest, longest), tuple(int(255 * part) for part in MEAN))
+    square.paste(image, tuple((longest - side) // 2 for side in image.size))
+    return square.resize((size, size), library.Resampling.BICUBIC)
 
 
 CROPPED = "random_resized_crop"
 """The transform that draws another crop in each epoch."""
+UNCROPPED = "resized_center_crop"
+"""The transform in its place where nothing is trained."""
 TRANSFORMS: dict[str, Callable[[Image, int, int], Image]] = {
     CROPPED: _random_resized_crop,
-    "resized_center_crop": _resized_center_crop,
+    UNCROPPED: _resized_center_crop,
     "padded_resize": _padded_resize,
 }
 """Name for --image_transform -> function of (image in RGB, size, draw) giving a square of `size` pixels."""

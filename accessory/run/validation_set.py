@@ -27,7 +27,7 @@ _QUESTIONS = (".txt", ".json")  # of files of --sample_prompts
 class ValidationSet:
     """Documents `ids` of `corpus`, int64, and `questions`. `digest` is that of the documents.
 
-    answer_tokens: the most tokens of an answer to a question.
+    answer_tokens: the most tokens of an answer to a question. threads: that read images.
     """
 
     corpus: Corpus
@@ -35,6 +35,7 @@ class ValidationSet:
     digest: str
     questions: list[str]
     answer_tokens: int = 0
+    threads: int = 0
 
     @property
     def sources(self) -> list[str]:
@@ -58,6 +59,8 @@ class ValidationSet:
             dp_size=layout.dp_size,
             max_tokens=max(most_tokens, int(self.corpus.lengths[self.ids].max())),
             ids=self.ids,
+            trains=False,
+            threads=self.threads,
         )
 
 
@@ -69,26 +72,27 @@ def divide(
     how: the arguments of `build_corpus`. Raises `DataError` where one of the two would be empty, or cannot be read.
     """
     questions = read_questions(config.sample_prompts)
+    more = {"answer_tokens": config.sample_tokens, "threads": config.num_workers}
     if config.val_data:
         other = _read(config, blueprint, how)
         notes = [f"validation: {other.report}"]
         if common := in_common(other, corpus):
             notes.append(f"{common:,} of its records are trained on, too: figures on them do not tell what was learned")
         notes += other.check_lengths(blueprint.args.longest_document, blueprint.args.stated_length)
-        return None, whole_set(other, questions, config.sample_tokens), notes
+        return None, whole_set(other, questions, **more), notes
     if config.val_split is None:
         return None, None, []
     chosen = held_out(corpus, config.val_split)
     ids, trained_on = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     said = f"{len(ids):,} of {len(corpus):,} documents are held out, {int(corpus.supervised[ids].sum()):,} supervised"
     digest = f"{corpus.fingerprint} {config.val_split}"
-    found = ValidationSet(corpus, ids, digest, questions, config.sample_tokens)
+    found = ValidationSet(corpus, ids, digest, questions, **more)
     return trained_on, found, [f"validation: {said} tokens"]
 
 
-def whole_set(corpus: Corpus, questions: Sequence[str] = (), answer_tokens: int = 0) -> ValidationSet:
-    """All documents of a corpus."""
-    return ValidationSet(corpus, np.arange(len(corpus)), corpus.fingerprint, [*questions], answer_tokens)
+def whole_set(corpus: Corpus, questions: Sequence[str] = (), **more: int) -> ValidationSet:
+    """All documents of a corpus; `more`: further fields of the set."""
+    return ValidationSet(corpus, np.arange(len(corpus)), corpus.fingerprint, [*questions], **more)
 
 
 def _read(config: FinetuneConfig, blueprint: Blueprint, how: dict[str, Any]) -> Corpus:

@@ -7,7 +7,7 @@ import re
 import pytest
 import sentencepiece
 
-from accessory.data import corpus
+from accessory.data import tokenizing
 from accessory.data.batch import IGNORE
 from accessory.data.corpus import build_corpus
 from accessory.data.templates import DIALOG_SYSTEM, format_prompt
@@ -326,6 +326,6 @@ def test_fingerprint_tells_chat_templates_apart_where_one_is_used(write, chat_to
 def test_long_texts_are_tokenized_few_at_a_time(write, tokenizer, monkeypatch):
     path = write("x.jsonl", [{"instruction": "q", "output": str(i) * 200} for i in range(9)])
     together = make(path, tokenizer)
-    monkeypatch.setattr(corpus, "_CHARACTERS", 700)
+    monkeypatch.setattr(tokenizing, "_CHARACTERS", 700)
     before = tokenizer.calls
     assert same(make(path, tokenizer), together) and tokenizer.calls - before == 6

@@ -30,8 +30,8 @@ def said(conversation):
         ({"instruction": "q", "input": 3, "output": "a"}, "'input' is a number"),
         ({"instruction": "q", "input": 0, "output": "a"}, "'input' is a number"),
         ({"instruction": "q", "input": [], "output": "a"}, "'input' is a list"),
-        ({"instruction": "q", "output": "a", "image": "x.jpg"}, "has 'image', and there is no vision"),
-        ({"instruction": "q", "output": "a", "images": ["x.jpg"], "audios": ["y"]}, "has 'images', 'audios', and"),
+        ({"instruction": "q", "output": "a", "image": "x.jpg"}, "has 'image', which the model does not take"),
+        ({"instruction": "q", "output": "a", "images": ["x.jpg"], "audios": ["y"]}, "has 'images', 'audios', which"),
     ],
 )
 def test_unusable_records_give_their_cause(fields, cause):
@@ -50,7 +50,7 @@ def test_a_question_is_read_under_its_names():
 @pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
 def test_media_are_a_cause(key):
     """Under each of their keys."""
-    cause = rf"^has '{key}', and there is no vision or audio part yet$"
+    cause = rf"^has '{key}', which the model does not take$"
     for read in (
         lambda fields: read_question({"instruction": "q", "output": "a", **fields}, NAMES),
         lambda fields: read_turns({**turns(("human", "q"), ("gpt", "a")), **fields}, "conversations"),
@@ -137,7 +137,7 @@ def test_messages_of_openai():
 @pytest.mark.parametrize(
     ("message", "cause"),
     [
-        ({"content": [{"type": "image_url", "image_url": "x"}]}, "a part of type 'image_url', and there is no vision"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "a part of type 'image_url', which the model"),
         ({"content": [3]}, "a part of a turn that is a number, expected a text"),
         ({"content": None}, "a turn whose 'content' is null, expected text"),
         ({"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls that are not a list of functions"),
