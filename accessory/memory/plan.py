@@ -18,6 +18,7 @@ from accessory.checkpoint.load import targets
 from accessory.memory.block_work import BlockWork, normalizing_bytes
 from accessory.memory.kept import measure_kept
 from accessory.memory.teacher import TeacherMemory
+from accessory.memory.unpacking import may_unpack_ahead
 from accessory.memory.vision import VisionMemory
 from accessory.method import Attachment
 from accessory.model.decoder import Decoder
@@ -42,9 +43,10 @@ class MemoryPlan:
 
     Documents count whole, though a batch keeps less of those that share a beginning (see `PackedBatch`).
     activations: kept by the forward, and by the block that is recomputed. logits: of a loss chunk. buffers: for
-    unpacked matrices, and workspaces of their kernels. working: the peak of activations, logits, gradients and a
-    block's backward together. teacher: its weights, apart from those that are the student's, too. encoder: weights of
-    what sees images. images: what it works in, and `projection` what is kept behind it, both in `working`, too.
+    unpacked matrices (two, where a run may unpack ahead), and workspaces of their kernels. working: the peak of
+    activations, logits, gradients and a block's backward together. teacher: its weights, apart from those that are the
+    student's, too. encoder: weights of what sees images. images: what it works in, and `projection` what is kept behind
+    it, both in `working`, too.
     """
 
     weights: int
@@ -301,7 +303,7 @@ class StepMemory:
         return max(4 * p.numel() * (5 if narrow[name] else 3) for name, p in self.trained.items())
 
     def _buffers(self) -> int:
-        """Workspaces of kernels for packed matrices, the buffer that others are unpacked into, LoRA's cast factors."""
+        """Workspaces of kernels for packed matrices, the buffers that others are unpacked into, LoRA's cast factors."""
         dtype, device = self.decoder.dtype, self.layout.device
         found = []
         for linears, backward in self._linears_by_input():
@@ -310,7 +312,9 @@ class StepMemory:
         found += [(other.workspace, other.buffer) for other in (self.teacher, self.seen) if other]
         lora = (p.numel() for name, p in self.trained.items() if ".lora_" in name)
         factors = factor_bytes(sum(lora), dtype, device)
-        return max(workspace for workspace, _ in found) + max(buffer for _, buffer in found) + factors
+        whole = self.layout.dp_size == 1  # else trained parameters are sharded, and nothing is unpacked ahead
+        buffers = 2 if whole and may_unpack_ahead(self.decoder, device) else 1
+        return max(workspace for workspace, _ in found) + buffers * max(buffer for _, buffer in found) + factors
 
 
 def _rank(linear: Linear) -> int:

@@ -40,6 +40,12 @@ def unpack_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -
     return piece.memory[begin : begin + numel].view(shape)
 
 
+def forget(device: torch.device) -> None:
+    """Free the buffers on `device`; the next matrix gets a new one."""
+    for key in [key for key in _pieces if key[0] == device]:
+        del _pieces[key]
+
+
 def memory_in_use() -> list[Tensor]:
     """The memory of all buffers. Recorded work writes there, so it holds this when larger buffers replace them."""
     return [piece.memory for piece in _pieces.values()]

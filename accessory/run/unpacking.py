@@ -7,10 +7,9 @@ from itertools import chain
 
 import torch
 
-from accessory.model.block import Block
+from accessory.memory.unpacking import may_unpack_ahead, packed_by_input
 from accessory.model.decoder import Decoder
-from accessory.parallel.data import is_sharded
-from accessory.quant import PackedWeight
+from accessory.quant import PackedWeight, workspace
 from accessory.quant.ahead import Ahead, CudaLanes, unpacking_ahead
 from accessory.quant.products import sum_of_products
 
@@ -23,10 +22,11 @@ def chosen_ahead(decoder: Decoder, tokens: int) -> tuple[Ahead | None, list[str]
 
     Only matrices that lie whole on a GPU, and that no step changes, are unpacked ahead.
     """
-    device, inputs = decoder.frequencies.device, _packed_by_input(next(block for _, block in decoder.blocks()))
-    if device.type != "cuda" or not inputs or not _stays(decoder):
+    device = decoder.frequencies.device
+    if not may_unpack_ahead(decoder, device):
         return None, []
-    ahead, largest = Ahead(CudaLanes(device)), max(w.shape.numel() for w in chain(*inputs)) * decoder.dtype.itemsize
+    inputs, ahead = packed_by_input(next(block for _, block in decoder.blocks())), Ahead(CudaLanes(device))
+    largest = max(w.shape.numel() for w in chain(*inputs)) * decoder.dtype.itemsize
     try:
         without = _time(lambda: _products(inputs, tokens, decoder.dtype, device))
         with unpacking_ahead(ahead):
@@ -34,7 +34,10 @@ def chosen_ahead(decoder: Decoder, tokens: int) -> tuple[Ahead | None, list[str]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None, ["matrices are not unpacked ahead: there is no memory for a second buffer"]
-    return verdict(ahead, without, beside, largest)
+    chosen, notes = verdict(ahead, without, beside, largest)
+    if chosen:
+        workspace.forget(device)  # the buffer in which measuring without it unpacked
+    return chosen, notes
 
 
 def verdict(ahead: Ahead, without: float, beside: float, largest: int) -> tuple[Ahead | None, list[str]]:
@@ -42,20 +45,10 @@ def verdict(ahead: Ahead, without: float, beside: float, largest: int) -> tuple[
     times = (
         f"a block's products take {beside:.2f} ms with the next matrix unpacked beside them, {without:.2f} ms without"
     )
+    second = f"the plan's second buffer of {largest / 1e9:.2f} GB"
     if beside > _WORTH * without:
-        return None, [f"{times}: it is not"]
-    return ahead, [f"{times}: it is, in {largest / 1e9:.2f} GB more than the plan says"]
-
-
-def _packed_by_input(block: Block) -> list[list[PackedWeight]]:
-    linears = (*block.attention.linears_by_input(), *block.feed_forward.linears_by_input())
-    found = [[linear.weight for linear in group if isinstance(linear.weight, PackedWeight)] for group in linears]
-    return [group for group in found if group]
-
-
-def _stays(decoder: Decoder) -> bool:
-    packed = [module for module in decoder.modules() if isinstance(module, PackedWeight)]
-    return not any(m.trained or m.moved for m in packed) and not any(is_sharded(p) for p in decoder.parameters())
+        return None, [f"{times}: it is not, and {second} is not needed"]
+    return ahead, [f"{times}: it is, in {second}"]
 
 
 def _products(inputs: list[list[PackedWeight]], tokens: int, dtype: torch.dtype, device: torch.device) -> None:

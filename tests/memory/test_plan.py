@@ -70,9 +70,13 @@ def test_trained_part_of_llama2(layout: Layout, size: str, count: int, megabytes
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "megabytes"), [("7B", 90), ("13B", 142), ("70B", 470)])
 def test_buffer_is_the_largest_unpacked_matrix(layout: Layout, size: str, megabytes: int) -> None:
-    """In bf16; none where nothing is packed, and less where this CPU's kernel unpacks some columns at a time."""
+    """In bf16, twice where it may be unpacked ahead: on one GPU, if no step changes it.
+
+    There is none where nothing is packed, and less where this CPU's kernel unpacks some columns at a time.
+    """
     args, gpu = ModelArgs(vocab_size=32000, **LLAMA_2[size]), replace(layout, device=torch.device("cuda"))
-    assert round(planned(*built(args, NORM_BIAS), gpu).buffers / 1e6) == megabytes
+    assert round(planned(*built(args, NORM_BIAS), gpu).buffers / 2e6) == megabytes
+    assert round(planned(*built(args, NORM_BIAS), replace(gpu, dp_size=2)).buffers / 1e6) == megabytes
     assert planned(*built(args, NORM_BIAS, quant=None), gpu).buffers == 0
     if kernels.computing(layout.device, torch.bfloat16) == "avx512":
         assert planned(*built(args, NORM_BIAS), layout).buffers < torch.get_num_threads() * 6e6

@@ -9,7 +9,7 @@ import torch
 
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
-from accessory.quant import storage
+from accessory.quant import storage, workspace
 from accessory.quant.ahead import Ahead
 from accessory.run import unpacking
 from accessory.run.unpacking import chosen_ahead, verdict
@@ -42,18 +42,23 @@ def test_where_nothing_is_measured(times: list[float], quant: str | None, device
     assert len(times) == 2
 
 
-def test_what_is_faster_is_chosen(times: list[float]) -> None:
-    """And told, with the memory of the second buffer; the largest matrix is [128, 64] in two bytes."""
-    decoder = decoder_of()
+def test_what_is_faster_is_chosen(times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And told, with the memory of the second buffer. That which measuring left is freed: the plan counts two."""
+    decoder, cpu = decoder_of(), torch.device("cpu")
+    monkeypatch.setattr(workspace, "_pieces", {})
+    for device in (torch.device("cuda"), cpu):
+        workspace._pieces[device, torch.bfloat16] = workspace._Piece(torch.empty(1))
     ahead, (line,) = chosen_ahead(decoder, 512)
     assert isinstance(ahead, Ahead) and times == []
     assert line == (
-        "a block's products take 6.50 ms with the next matrix unpacked beside them, 8.00 ms without: it is, in 0.00 GB "
-        "more than the plan says"
+        "a block's products take 6.50 ms with the next matrix unpacked beside them, 8.00 ms without: it is, in the "
+        "plan's second buffer of 0.00 GB"
     )
+    assert list(workspace._pieces) == [(cpu, torch.bfloat16)]
 
 
 def test_what_is_not_faster_is_left() -> None:
     """Within noise."""
     ahead, (line,) = verdict(Ahead(SimpleNamespace()), 8.0, 7.9, 1 << 29)
-    assert ahead is None and line.endswith("8.00 ms without: it is not")
+    assert ahead is None
+    assert line.endswith("8.00 ms without: it is not, and the plan's second buffer of 0.54 GB is not needed")

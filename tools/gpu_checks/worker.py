@@ -120,7 +120,7 @@ def _forget(device) -> None:
     from accessory.quant import workspace
     from tools.gpu_checks.rates import begin_peak
 
-    workspace._pieces.clear()
+    workspace.forget(device)
     begin_peak(device)
 
 
