@@ -103,7 +103,7 @@ def _job(
         share_prefixes=not (blueprint.method.drops_out or config.drops_out),
         ids=ids,
         prompt_weight=config.prompt_loss_weight,
-        threads=config.num_workers,
+        threads=0 if config.cache_features else config.num_workers,  # what the cache has is not to be read ahead
     )
     tasks = _tasks(config, order)
     job = FinetuneJob(config, layout, sources, blueprint, order, began, validation, tasks, corpus, teacher)

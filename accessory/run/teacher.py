@@ -173,7 +173,7 @@ def _another(
     config: FinetuneConfig, sources: list[Source], blueprint: Blueprint
 ) -> tuple[tuple[list[Source], Blueprint], tuple[str, ...]]:
     """Any checkpoint, as its files say it was trained and packed."""
-    theirs = with_base(list(config.teacher))
+    theirs = with_base(list(config.teacher), no_visual=True)
     llama_type = next((s.llama_type for s in reversed(theirs) if s.llama_type), None)
     name = next((s.settings.get("architecture") for s in theirs if s.settings), None)
     if llama_type is None and name is not None:
@@ -186,6 +186,7 @@ def _another(
         theirs,
         precision=config.precision,
         train=False,
+        no_visual=True,
         llama_type=llama_type,
         quant=asked is not None,
         quant_type=asked,

@@ -1,0 +1,188 @@
+"""Runs that see images, from LLaMA2-Accessory's files: its script trains on two processes, resumes, and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from accessory import MetaModel
+from accessory.checkpoint.vision_part import VISION_FORMAT
+from accessory.config import FinetuneConfig
+from accessory.errors import AccessoryError, CheckpointError, ConfigError
+from accessory.export import Destination, export_adapter, merge
+from accessory.finetuning import finetune
+from tests.conftest import ROOT
+from tests.vision.seeing import document, packed, picture, write_stage_one
+
+pytest.importorskip("transformers", reason="the extra vision is not installed")
+SCRIPT = ROOT / "exps" / "finetune" / "mm" / "alpacaLlava_llamaQformerv2Peft_QF_13B.sh"
+SHORT = ("--batch_size", "2", "--num_workers", "2", "--epochs", "2", "--lr", "1e-3", "--warmup_epochs", "0")
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, blip2: tuple) -> Path:
+    """Upstream's files of a whole llama_qformerv2."""
+    directory = tmp_path_factory.mktemp("upstream") / "stage_one"
+    directory.mkdir()
+    write_stage_one(directory, tiny_base, blip2[1])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six questions of text and six about pictures, listed as alpaca_llava.yaml lists its own."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train2017").mkdir()
+    pairs = [(f"Say {word}.", word) for word in ("one", "two", "three", "four", "five", "six")]
+    numbers = np.random.default_rng(0)
+    for number in range(6):
+        pixels = numbers.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "train2017" / f"{number}.jpg")
+    texts = [{"instruction": asked, "input": "", "output": told} for asked, told in pairs]
+    seen = [{"image": f"{number}.jpg", "conversations": [{"from": "human", "value": f"<image>\n{asked}"},
+            {"from": "gpt", "value": told}]} for number, (asked, told) in enumerate(pairs)]  # fmt: skip
+    (folder / "texts.json").write_text(json.dumps(texts))
+    (folder / "seen.json").write_text(json.dumps(seen))
+    listed = yaml.safe_load((ROOT / "configs/data/finetune/mm/alpaca_llava.yaml").read_text())["META"]
+    listed[0]["path"], listed[1]["path"], listed[1]["root"] = "texts.json", "seen.json", "train2017"
+    (folder / "data.yaml").write_text(yaml.safe_dump({"META": listed}))
+    return folder / "data.yaml"
+
+
+def run_script(stage_one: Path, data: Path, output: Path, environment: dict[str, str], *more: str | Path) -> str:
+    """The script on two processes, as its first lines say; what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    variables = {"PATH": path, "NPROC": "2", "DEVICE": "cpu", "OUTPUT": str(output)}
+    given = (stage_one, stage_one.parent / "params.json", stage_one.parent, "--data_config", data, *SHORT, *more)
+    command = ["bash", str(SCRIPT), *map(str, given)]
+    done = subprocess.run(command, cwd=output.parent, env=environment | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(output: Path) -> list[float]:
+    """Of each step."""
+    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_quantized_script(stage_one: Path, data: Path, tmp_path: Path, clean_environment) -> None:
+    """Two epochs at once, and the second one after a pause: the same bits. What is saved answers by itself.
+
+    One process with all documents of a step has the losses of two, of which one may have no image.
+    """
+    said = run_script(stage_one, data, tmp_path / "whole", clean_environment)
+    assert "llama_qformerv2_peft on 2 x cpu" in said and "  encoder " in said and "6 documents have one" in said, said
+    whole = next((tmp_path / "whole").rglob("epoch1"))
+    run_script(stage_one, data, tmp_path / "again", clean_environment, "--resume", whole.with_name("epoch0"))
+    again = next((tmp_path / "again").rglob("epoch1"))
+    one, other = (load_file(folder / "trainable.safetensors") for folder in (whole, again))
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    behind = {name for name in one if not name.startswith(("layers.", "norm."))}
+    assert behind == {"qformer_proj.0.bias", "qformer_proj.1.weight", "qformer_proj.1.bias"}
+    first = load_file(whole.with_name("epoch0") / "trainable.safetensors")
+    assert not any(first[name].equal(one[name]) for name in behind)
+    alone = json.loads((whole / "run.json").read_text())["arguments"] | {"batch_size": 4}
+    finetune(FinetuneConfig(**alone | {"output_dir": tmp_path / "alone", "max_steps": 3, "model_parallel_size": 1}))
+    assert losses(tmp_path / "alone") == pytest.approx(losses(whole.parent)[:3], rel=2e-3)
+    model = MetaModel.from_pretrained(whole, device="cpu")
+    assert model.llma.qformer.vision_model.encoder.layers[0].mlp.fc2.weight.bits == 4
+    image = data.parent / "train2017" / "1.jpg"
+    answers = [model.generate(model.question("Say two."), images=seen, max_gen_len=8) for seen in (image, None)]
+    assert answers[0] != answers[1]
+
+
+@pytest.fixture
+def given(tiny_base: Path, clip: tuple, data: Path, tmp_path: Path) -> dict:
+    """Flags of a run that begins with a plain base and CLIP."""
+    (tmp_path / "vision.json").write_text('{"vision_tuning": true, "lora_rank": 2}')
+    return {
+        "pretrained_path": [tiny_base], "vision_path": clip[1], "llama_type": "llama_peft", "device": "cpu",
+        "llama_config": [tmp_path / "vision.json"], "data_config": [data], "batch_size": 4, "accum_iter": 1,
+        "epochs": 2, "max_words": 512, "lr": 1e-3, "quant": True, "only_save_trainable": True,
+        "output_dir": tmp_path / "out", "image_transform": "padded_resize",
+    }  # fmt: skip
+
+
+def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path) -> None:
+    """Its projection starts anew, is learned and saved. The cache changes no bit, and is read in the second epoch."""
+    finetune(FinetuneConfig(**given))
+    cached = finetune(
+        FinetuneConfig(**given | {"cache_features": tmp_path / "cache", "output_dir": tmp_path / "cached"})
+    )
+    one, other = (load_file(tmp_path / name / "epoch1" / "trainable.safetensors") for name in ("out", "cached"))
+    assert {"clip_proj.weight", "clip_proj.bias", "clip_proj_norm.weight", "clip_proj_norm.bias"} < one.keys()
+    assert all(one[name].equal(other[name]) for name in one) and not any(name.startswith("clip.") for name in one)
+    assert (cached.encoder.cache.misses, cached.encoder.cache.hits) == (6, 6)
+    saved = tmp_path / "out" / "epoch1"
+    assert [entry["format"] for entry in json.loads((saved / "run.json").read_text())["base"]][1] == VISION_FORMAT
+    model = MetaModel.from_pretrained(saved, device="cpu")
+    named = MetaModel.from_pretrained([given["pretrained_path"][0], saved], device="cpu")
+    text = MetaModel.from_pretrained(saved, device="cpu", with_visual=False)
+    assert (model.vision.name, named.vision.name, text.vision) == ("clip", "clip", None)
+    assert not any(name.startswith("clip") for name, _ in text.llma.named_parameters())
+    (moved := tmp_path / "moved").symlink_to(clip[1])
+    model = MetaModel.from_pretrained(saved, vision_path=moved, device="cpu")
+    assert [source.path for source in model._loaded.sources][1] == moved
+    with pytest.raises(CheckpointError, match="holds an image encoder alone; give it with --vision_path"):
+        MetaModel.from_pretrained(clip[1], device="cpu")
+    with pytest.raises(CheckpointError, match=r"--vision_path \S+: found Hugging Face; expected .* BLIP-2 or CLIP"):
+        MetaModel.from_pretrained(saved, vision_path=given["pretrained_path"][0], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"llama_config": []}, r"clip_proj.weight is missing. They turn .* \"vision_tuning\": true"),
+        (
+            {"llama_type": "llama_qst"},
+            r"--llama_type llama_qst with an image encoder: .* leave it out with --no_visual",
+        ),
+        ({"llama_type": "llama_qformerv2_peft"}, r"which is clip: give --llama_type llama_peft, or .* --no_visual"),
+        ({"teacher": ["base"], "quant": False}, "--teacher with an image encoder: a teacher is given tokens alone"),
+        ({"no_visual": True}, r"--vision_path \S+ contradicts --no_visual: leave one out"),
+        ({"image_transform": "random_resized_crop", "cache_features": "x"}, "resized_center_crop or padded_resize"),
+        ({"vision_path": None, "cache_features": "x"}, "the model has no image encoder; leave it out"),
+        ({"vision_path": "nowhere"}, "--vision_path nowhere: no such file or directory"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be(given: dict, changed: dict, said: str) -> None:
+    """Refused with the flag to change, before any weight is read."""
+    with pytest.raises(AccessoryError, match=said):
+        finetune(FinetuneConfig(**given | changed))
+
+
+def test_without_what_sees(given: dict, stage_one: Path, tmp_path: Path, capsys) -> None:
+    """--no_visual reads upstream's file as a text model, whose records with images are left out, and counted."""
+    place = {"pretrained_path": [stage_one], "tokenizer_path": stage_one.parent, "vision_path": None}
+    params = {"llama_config": [stage_one.parent / "params.json"], "max_skipped": 0.6, "max_steps": 1}
+    model = finetune(FinetuneConfig(**given | place | params | {"no_visual": True}))
+    assert model.vision is None and not any("qformer" in name for name, _ in model.named_parameters())
+    assert "skipped 6: has 'image', which the model does not take" in capsys.readouterr().out
+
+
+def test_written_as_one_model(given: dict, tmp_path: Path, data: Path) -> None:
+    """Merged as ours it keeps its eyes, and answers as the parts do; other formats have no place for them."""
+    finetune(FinetuneConfig(**given))
+    saved, whole = tmp_path / "out" / "epoch1", tmp_path / "whole"
+    merge([saved], whole, Destination("accessory", "fp32"), base=None, drop_biases=False)
+    one, other = (MetaModel.from_pretrained(path, dtype="fp32", device="cpu", quant=quant)
+                  for path, quant in ((saved, None), (whole, False)))  # fmt: skip
+    batch = packed(document(0, one.vision.place, picture(1)))
+    assert one(batch).item() == pytest.approx(other(batch).item(), rel=1e-3)
+    assert json.loads((whole / "meta.json").read_text())["llama_type"] == "llama"
+    with pytest.raises(ConfigError, match=r"--to hf has no place for the image encoder .clip.: .* --no_visual"):
+        merge([saved], tmp_path / "hf", Destination("hf"), base=None, drop_biases=False)
+    with pytest.raises(ConfigError, match="--to peft has no place for what was trained behind the image encoder"):
+        export_adapter([saved], tmp_path / "peft", drop_biases=True)
+    merge([saved], tmp_path / "hf", Destination("hf"), base=None, drop_biases=True, no_visual=True)
+    assert MetaModel.from_pretrained(tmp_path / "hf", device="cpu").vision is None
