@@ -33,11 +33,11 @@ IDS = torch.arange(40) * 7 % 500
 TOLERANCE = 0.05  # of the memory plan
 
 
-def trained(base: Path, output: Path, llama_type: str, **more: Any) -> Path:
+def trained(base: Path, output: Path, llama_type: str, records: list[dict] | None = None, **more: Any) -> Path:
     """What some steps on one batch leave, whose loss fell; loaded, it answers bit for bit as what was trained."""
     test_base.test_help_names_every_method_and_family()
     data = output.with_suffix(".json")
-    data.write_text(json.dumps(json.loads(DATA.read_text())[:4]))
+    data.write_text(json.dumps(records or json.loads(DATA.read_text())[:4]))
     model = finetune(FinetuneConfig(
         pretrained_path=[base], data_config=data, output_dir=output, llama_type=llama_type, device="cpu", epochs=8,
         save_interval=8, max_words=128, batch_size=4, accum_iter=1, num_workers=0, lr=1e-2, warmup_epochs=0.0,
@@ -150,6 +150,34 @@ def prompt_tuning(base: Path, work: Path) -> None:
     """The rows are learned; documents share them, the questions being three."""
     losses = [float(line) for line in run("prompt_tuning.py", base)[0]]
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+def patches(base: Path, work: Path) -> None:
+    """Trained with images, beside 4 bits; the features are the matrix's, and the answer depends on the image."""
+    from PIL import Image
+
+    matrix = torch.randn(24, 3 * 7 * 7) / 12
+    (directory := work / "encoder").mkdir()
+    (directory / "config.json").write_text('{"model_type": "patches", "image_size": 28, "patch": 7, "width": 24}')
+    save_file({"weight": matrix}, directory / "model.safetensors")
+    colours = ("red", "blue")
+    for name in colours:
+        Image.new("RGB", (40, 30), name).save(work / f"{name}.png")
+    (settings := work / "peft.json").write_text('{"vision_tuning": true}')
+    records = [{"instruction": "Which colour?", "output": name, "image": f"{name}.png"} for name in colours]
+    part = trained(
+        base, work / "out", "llama_patches_peft", records=records, quant=True, vision_path=directory,
+        image_transform="padded_resize", llama_config=[settings],
+    )  # fmt: skip
+    names = {name for name in load_file(part / "trainable.safetensors") if "patches" in name}
+    assert names == {"patches_proj.weight", "patches_proj.bias"}
+    model = MetaModel.from_pretrained(part, dtype="fp32")
+    pictures = [model.picture(work / f"{name}.png", "padded_resize") for name in colours]
+    pixels = torch.stack([picture.pixels() for picture in pictures])
+    cut = pixels.view(2, 3, 4, 7, 4, 7).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 147)
+    torch.testing.assert_close(model.encoder.features(pictures), cut @ matrix.t(), atol=1e-4, rtol=0)
+    first, second = model.compute_logits(["Which colour?"] * 2, images=pictures)
+    assert (first - second).abs().max() > 1e-3
 
 
 def two_choices(base: Path, work: Path) -> None:

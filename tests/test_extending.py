@@ -17,6 +17,7 @@ SECTIONS = {
     "side": "A method",
     "recall": "An addition to attention",
     "prompt_tuning": "Embeddings among the tokens",
+    "patches": "An image encoder",
     "two_choices": "An evaluation task",
 }
 """Function of extending_worker.py -> the section it is for."""
@@ -63,6 +64,8 @@ def test_storage_is_a_file_and_a_line(tree: Path) -> None:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_section(name: str, tiny_base: Path, tree: Path, tmp_path: Path) -> None:
     """What it adds is used by the function of extending_worker.py that is called so."""
+    if name == "patches":
+        pytest.importorskip("PIL", reason="the extra vision is not installed")
     assert len(added(SECTIONS[name], tree)) <= MOST_FILES
     (tmp_path / "work").mkdir()
     worker = (ROOT / "tests" / "extending_worker.py", name, tiny_base, tmp_path / "work")
