@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from tests.flags_table import flags_table, settings_table
 from tests.model.families.matrix import FAMILIES_TABLE
 from tests.runs import SUPPORT
 from tests.support import SupportTable
+from tests.vision.tiny import write_seen
 
 README = "README.md"
 PAGES = {name: (ROOT / name).read_text() for name in
@@ -52,7 +54,7 @@ PAGES = {name: (ROOT / name).read_text() for name in
 SETUP = ("bash exps/quickstart.sh", "bash tests/run.sh")
 TRAINED = "output/mine/epoch2"
 """What README's runs leave, and the commands of other pages begin with."""
-PARTS = re.compile(r"(output/(?:mine|side))/epoch2")
+PARTS = re.compile(r"(output/(?:mine|side|seeing))/epoch2")
 """What any run leaves."""
 OTHERS_FLAGS = {
     "nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time", "jinja",
@@ -309,6 +311,9 @@ def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "TEXT.txt").write_text(DATA.read_text())
     (folder / "lora.json").write_text('{"lora_rank": 16}')
     (folder / "side.json").write_text('{"start": "released"}')
+    (folder / "vision.json").write_text('{"lora_rank": 16, "vision_tuning": true}')
+    if find_spec("PIL"):
+        write_seen(folder)
     side = write_trained_side(tiny_base, tmp_path_factory.mktemp("side") / "part", start="released")
     export_side([side], folder / "RELEASED")
     return folder
@@ -334,6 +339,8 @@ def test_command(command: str, workshop: Path, shell, called, monkeypatch: pytes
     command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
     if "--tasks" in command:
         pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    if re.search(r"_path BLIP2|IMAGE|_mm\b", command):
+        pytest.importorskip("PIL", reason="the extra vision is not installed")
     for part in PARTS.finditer(command):
         train(workshop, part[0])
     outputs = re.findall(r"--output_dir (output/\w+)", command)
