@@ -181,6 +181,7 @@ def make_blueprint(
         others = [family + method.suffix for method in METHODS.values() if not method.storage_fault(quant_type)]
         raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
     args, method = _settings(sources, llama_config, method_class, flag_settings)
+    vision = vision and method.sees(vision)
     _check_family(llama_type, family, method_class, args)
     _check_blocks(args, sources)
     tokenizer = _tokenizer(sources, tokenizer_path, opener)
@@ -288,16 +289,17 @@ def _named(llama_type: str) -> tuple[str, str, type[Method]]:
     known = {family + method.suffix: (family, "", method) for family in FAMILIES for method in METHODS.values()}
     encoders = [name for name in VISIONS if name != UNNAMED]
     known |= {f"{family}_{name}{method.suffix}": (family, name, method)
-              for family in _SEEING for name in encoders for method in _seeing_methods()}  # fmt: skip
+              for family in _SEEING for name in encoders for method in _seeing_methods(name)}  # fmt: skip
     if llama_type not in known:
         hint = _family_hint(llama_type) or nearest(llama_type, known)
         raise ConfigError(f"--llama_type {llama_type!r} is not supported.{hint} Known: {', '.join(known)}.")
     return known[llama_type]
 
 
-def _seeing_methods() -> list[type[Method]]:
-    """Those that train models which see images."""
-    return [method for method in METHODS.values() if not isinstance(method.vision_fault, str)]
+def _seeing_methods(encoder: str) -> list[type[Method]]:
+    """Those that train models which see images by the encoder of that name."""
+    seeing = (method for method in METHODS.values() if not isinstance(method.vision_fault, str))
+    return [method for method in seeing if encoder == UNNAMED or not method.sees_by_clip]
 
 
 def _vision(sources: list[Source], llama_type: str, family: str, named: str, method: type[Method]) -> Vision | None:
@@ -310,6 +312,11 @@ def _vision(sources: list[Source], llama_type: str, family: str, named: str, met
         raise ConfigError(f"{found}: {fault}; leave it out with --no_visual.")
     if family not in _SEEING:
         raise ConfigError(f"{found}: models of {', '.join(_SEEING)} alone see images; leave it out with --no_visual.")
+    if vision.name != UNNAMED and method.sees_by_clip:
+        raise ConfigError(
+            f"{found}, which is {vision.name}: models of this type see by CLIP; give its directory with --vision_path, "
+            "or leave it out with --no_visual."
+        )
     if named != encoder:
         fitting = named_with_encoder(family, vision) + method.suffix
         raise ConfigError(
@@ -331,7 +338,7 @@ def _family_hint(llama_type: str) -> str:
     if rest == UNNAMED:
         return " CLIP is not named there: give its directory with --vision_path."
     if seeing := [f"{seen}_{encoder}{known.suffix}" for encoder in VISIONS if encoder in rest
-                  for seen in _SEEING for known in _seeing_methods()]:  # fmt: skip
+                  for seen in _SEEING for known in _seeing_methods(encoder)]:  # fmt: skip
         return f" Images go with {', '.join(seeing)}."
     if rest and name in FAMILIES:  # such as llama_ens_peft
         there_is = "; ".join(f"{known.summary} ({name}{known.suffix})" for known in METHODS.values())

@@ -16,15 +16,19 @@ class KeptCache:
         self.tokens: list[int] = []
         self.layers: list[LayerCache] = []
         self._decoder: Decoder | None = None
+        self._picture: int | None = None
         self._static: StaticMemory | None = None
 
-    def begin(self, decoder: Decoder, ids: list[int], longest: int) -> int:
+    def begin(self, decoder: Decoder, ids: list[int], longest: int, picture: int | None = None) -> int:
         """Keep the tokens that `ids` begin with, and make room for `longest`; returns how many of `ids` are cached.
 
-        The last one never counts, since its output is wanted. If the decoder is another one, nothing is kept.
+        The last one never counts, since its output is wanted. If the decoder is another one, nothing is kept; nor if
+        the picture is, whose key is given where it stands beside the tokens.
         """
         if decoder is not self._decoder:
             self.tokens, self.layers, self._decoder, self._static = [], [], decoder, None
+        if picture != self._picture:
+            self.tokens, self._picture = [], picture
         known = 0
         while known < min(len(self.tokens), len(ids) - 1) and self.tokens[known] == ids[known]:
             known += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -18,24 +19,33 @@ Embed = Callable[[list[int]], list[Tensor]]
 
 
 def read_prompts(
-    decoder: Decoder, prompts: list[list[int]], cache: list[LayerCache], known: int = 0, embed: Embed | None = None
+    decoder: Decoder,
+    prompts: list[list[int]],
+    cache: list[LayerCache],
+    known: int = 0,
+    embed: Embed | None = None,
+    pictures: Sequence[int | None] = (),
 ) -> Tensor:
     """Fill a `cache` that holds the first `known` tokens of the prompt, or prompts; returns the decoder's output for
     each prompt's last token [B, embedding_dim].
 
     A negative id is the key of an inset, and stands for each of its rows; `embed` gives those that are not cached yet.
+    pictures: the key of each prompt's inset of 0 rows, or None; where a prompt is known in part, its inset is, too.
 
     On a CPU, prompts are read in groups that the kernel for few rows can take: kernels round differently, and an answer
     should not depend on the other prompts of the batch. A prompt that occurs several times is read once.
     """
-    if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
-        last = read_prompts(decoder, prompts[:1], [layer.documents(0, 1) for layer in cache], known, embed)
+    if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts) and len(set(pictures)) < 2:
+        first = [layer.documents(0, 1) for layer in cache]
+        last = read_prompts(decoder, prompts[:1], first, known, embed, pictures[:1])
         for layer in cache:
             layer.copy_first(len(prompts[0]))
         return last.expand(len(prompts), -1)
     device = decoder.frequencies.device
     most = MOST_ROWS if device.type == "cpu" else sum(map(len, prompts))
     insets = [] if embed is None else _inset_rows(prompts, known, embed)
+    # Once a cache has room for what pictures add, it holds something for every document.
+    beside = _beside(prompts, embed, pictures) if not known and any(layer.beside for layer in cache) else []
     prompts, lasts, begin = [prompt[known:] for prompt in prompts], [], 0
     while begin < len(prompts):
         end = begin + 1
@@ -45,11 +55,21 @@ def read_prompts(
         tokens = torch.tensor([token for prompt in prompts[begin:end] for token in prompt], device=device)
         part = [layer.documents(begin, end) for layer in cache]
         inputs = _with_rows(decoder, tokens, insets[begin:end]) if any(insets[begin:end]) else tokens
+        sequences = decoder.sequences(lengths, (known,) * len(lengths))
+        if beside:
+            sequences = replace(sequences, pictures=tuple(zip(lengths, beside[begin:end], strict=True)))
         with decoding():
-            hidden = decoder(inputs, decoder.sequences(lengths, (known,) * len(lengths)), part)
+            hidden = decoder(inputs, sequences, part)
         lasts.append(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
         begin = end
     return torch.cat(lasts)
+
+
+def _beside(prompts: list[list[int]], embed: Embed | None, pictures: Sequence[int | None]) -> list[Tensor | None]:
+    """What each prompt's inset of 0 rows adds beside its tokens, or None."""
+    keys = list(dict.fromkeys(key for key in pictures if key is not None))
+    made = dict(zip(keys, embed(keys), strict=True)) if keys else {}
+    return [None if key is None else made[key] for key in pictures or [None] * len(prompts)]
 
 
 def _inset_rows(prompts: list[list[int]], known: int, embed: Embed) -> list[list[Tensor]]:

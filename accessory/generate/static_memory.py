@@ -69,7 +69,8 @@ class StaticMemory:
         user: owns the memory while it is alive, so that an answer asked for meanwhile does not take it.
         """
         self._user = (lambda: None) if user is None else weakref.ref(user)
-        weights = _places(self.decoder)
+        beside = (tensor.data_ptr() for layer in self.layers for tensor in layer.beside.values())
+        weights = *_places(self.decoder), *beside
         if weights != self._weights:
             self._weights = weights
             self.replays.forget()

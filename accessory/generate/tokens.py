@@ -35,6 +35,7 @@ def generate_tokens(
     kept: KeptCache | None = None,
     stopped: Callable[[], Collection[int]] | None = None,
     embed: Embed | None = None,
+    pictures: Sequence[int | None] = (),
 ) -> Iterator[list[int | None]]:
     """Yield, a step at a time, the next token id of each prompt; None once a prompt has ended.
 
@@ -43,7 +44,8 @@ def generate_tokens(
     All model-parallel ranks must call with the same arguments; they get the same tokens.
     generators: one to draw the whole batch by, or one for each prompt, so that its answer does not depend on others.
     kept: for a single prompt, the cache of the prompts before it. stopped: called before each token, says which prompts
-    end without it; the first rank's answer counts on all. embed: for prompts with insets, as in `read_prompts`.
+    end without it; the first rank's answer counts on all. embed, pictures: for prompts with insets, as in
+    `read_prompts`.
     Raises `ConfigError` for a prompt that is empty or leaves no room.
     """
     max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)
@@ -56,17 +58,20 @@ def generate_tokens(
         return
     decoder.prepare_decoding()
     waiting, longest = [prompts[i] for i in alive], max(len(prompts[i]) + rooms[i] for i in alive)
-    memory, known = None, 0
+    beside, memory, known = [pictures[i] for i in alive] if pictures else [], None, 0
     if kept is not None:
         (prompt,) = prompts
-        known = kept.begin(decoder, prompt, longest)
-        cache, memory = kept.layers, kept.static() if is_static(decoder) else None
+        known = kept.begin(decoder, prompt, longest, *beside)
+        whole, memory = kept.layers, kept.static() if is_static(decoder) else None
     elif is_static(decoder):
         memory = StaticMemory.of(decoder, len(alive), longest)
-        cache = [layer.documents(0, len(alive)) for layer in memory.layers]
+        whole = memory.layers
     else:
-        cache = decoder.new_cache(len(alive), longest)
-    hidden = read_prompts(decoder, waiting, cache, known, embed)
+        whole = decoder.new_cache(len(alive), longest)
+    if any(key is not None for key in beside):
+        decoder.make_room_for_pictures(whole)
+    cache = whole if kept is not None else [layer.documents(0, len(alive)) for layer in whole]
+    hidden = read_prompts(decoder, waiting, cache, known, embed, beside)
     if kept is not None:
         kept.tokens += prompt[known:]
     lengths = list(map(len, waiting))

@@ -239,7 +239,7 @@ class Answers:
         """The answers to prompts of `ids`, a token of each at a time, as `generate_tokens` gives them.
 
         seeds: one for the batch, or one for each prompt; absent: that of `how`. pictures: all whose rows stand in
-        `ids`.
+        `ids`; where pictures have no rows, that of each prompt, or None.
         """
         stated, device = self.llma.args.stated_length, self.llma.frequencies.device
         if stated and min(max(map(len, ids), default=0) + how.max_gen_len, self.max_seq_len) > stated:
@@ -255,6 +255,7 @@ class Answers:
             kept=kept,
             stopped=stopped,
             embed=self._embed([picture for picture in pictures if picture is not None]),
+            pictures=self._beside(pictures),
         )
         return self._without_dropout(steps) if self.training else steps
 
@@ -262,6 +263,12 @@ class Answers:
         """What gives the rows of `pictures` by their keys; None where there are none."""
         named = {key_of(picture, self.vision.place): picture for picture in pictures}
         return (lambda keys: self.encoder([named[key] for key in keys])) if named else None
+
+    def _beside(self, pictures: Sequence[Picture | None]) -> list[int | None]:
+        """The key of each prompt's picture, where pictures have no rows and one is there."""
+        if self.vision is None or self.vision.place.rows or not any(pictures):
+            return []
+        return [picture and key_of(picture, self.vision.place) for picture in pictures]
 
     def _without_dropout(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
         """`steps` of a model that is being trained, which goes on afterwards."""

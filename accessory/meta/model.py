@@ -128,7 +128,24 @@ class MetaModel(Answers, Examples, OwnLoop, nn.Module):
         return self.llma(inputs, self._sequences(batch))
 
     def _sequences(self, batch: PackedBatch) -> Sequences:
-        return self.llma.sequences(batch.lengths, shared=batch.shared).with_labelled(batch.labelled)
+        made = self.llma.sequences(batch.lengths, shared=batch.shared).with_labelled(batch.labelled)
+        return replace(made, pictures=self._pictures_beside(batch)) if batch.insets else made
+
+    def _pictures_beside(self, batch: PackedBatch) -> tuple[tuple[int, Tensor | None], ...]:
+        """`Sequences.pictures` of a batch: its insets of 0 rows. Those of neighbours without one are put together."""
+        insets = {inset.start: inset.content for inset in batch.insets if not inset.rows}
+        if not insets:
+            return ()
+        made = dict(zip(insets, self.encoder(list(insets.values())), strict=True))
+        runs: list[tuple[int, Tensor | None]] = []
+        begin = 0
+        for length, known in zip(batch.lengths, batch.shared, strict=True):
+            tokens, picture = length - known, made.get(begin)
+            begin += tokens
+            if runs and picture is None and runs[-1][1] is None:
+                tokens += runs.pop()[0]
+            runs.append((tokens, picture))
+        return tuple(runs)
 
     def _with_insets(self, batch: PackedBatch) -> Tensor:
         """Embeddings [T, embedding_dim] of the batch's tokens, its insets in place of their placeholders."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from torch import nn
 
 from accessory.errors import ConfigError
 from accessory.method.base import Attachment
@@ -19,6 +20,8 @@ from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import slicing_of
+from accessory.vision import Vision
+from accessory.vision.clip_prefix import ClipPrefix
 
 OWN = ("prefix", "prefix_gate", "prefix_new_gate")
 """Names of the parameters that this method adds to the decoder."""
@@ -39,7 +42,16 @@ class Adapter(Peft):
         use_prefix_new_gate: bool = False
         """Multiply what a block gets from its prefix by one more trained number."""
         trainable_mode: Literal["sg", "mm_stage1", "mm_stage2"] = "sg"
-        """sg, mm_stage1: prefixes are trained; mm_stage2: they stay as an earlier stage left them."""
+        """sg, mm_stage1: prefixes are trained; mm_stage2: they stay as an earlier stage left them. mm_stage1 trains all
+        that turns CLIP's view of an image into a part of the prefix."""
+        v_embed_dim: int = Field(default=768, ge=1, le=1 << 16)
+        """Width of the blocks that do that."""
+        v_depth: int = Field(default=8, ge=0, le=1 << 10)
+        """Their number."""
+        v_num_heads: int = Field(default=16, ge=1, le=1 << 10)
+        """Heads of their attention."""
+        v_mlp_ratio: float = Field(default=4.0, gt=0, le=64)
+        """Their inner width, as a multiple of v_embed_dim."""
 
         @field_validator("prefix_len", mode="before")
         @classmethod
@@ -51,6 +63,12 @@ class Adapter(Peft):
         @model_validator(mode="after")
         def _trains_something(self) -> Adapter.Settings:
             return self if self.trains_prefix else super()._trains_something()
+
+        @model_validator(mode="after")
+        def _heads_divide(self) -> Adapter.Settings:
+            if self.v_embed_dim % self.v_num_heads:
+                raise ValueError(f"v_num_heads {self.v_num_heads} does not divide v_embed_dim {self.v_embed_dim}")
+            return self
 
         @property
         def trains_prefix(self) -> bool:
@@ -65,7 +83,7 @@ class Adapter(Peft):
         "prefixes are attended to beside the text and change none of the base's matrices, so nothing can be "
         "added to them"
     )
-    vision_fault: ClassVar[str | None] = "its images would be added to prefixes, and this is not there yet"
+    sees_by_clip: ClassVar[bool] = True
     adapter_fault: ClassVar[str | None] = (
         "PEFT's own prefixes (ADAPTION_PROMPT) have one gate for all heads of a block, without tanh"
     )
@@ -90,6 +108,16 @@ class Adapter(Peft):
         """The base with prefixes."""
         settings = self.settings
         return AdapterDecoder(args, self._layers(args), settings.prefix_len, settings.use_prefix_new_gate, **how)
+
+    def sees(self, vision: Vision) -> Vision:
+        """See `Method.sees`: a picture is added to its document's prefix."""
+        s = self.settings
+        sizes = {"width": s.v_embed_dim, "depth": s.v_depth, "heads": s.v_num_heads, "ratio": s.v_mlp_ratio}
+        return ClipPrefix(vision.settings, length=s.prefix_len, **sizes)
+
+    def trains_of_vision(self, name: str, parameter: nn.Parameter) -> bool:
+        """See `Method.trains_of_vision`: all in the first of two stages, nothing in other modes."""
+        return self.settings.trainable_mode == "mm_stage1" or self.settings.vision_tuning
 
     def attach(self, decoder: Decoder) -> Attachment:
         """As `Peft.attach`, but for biases of wk and wv; prefixes, which the decoder has, are trained in most modes.

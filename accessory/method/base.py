@@ -16,6 +16,7 @@ from accessory.model.decoder import Decoder
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import Slicing
 from accessory.quant import PackedWeight, storage
+from accessory.vision import Vision
 
 Initializer = Callable[[torch.Generator], Tensor]
 """Makes the whole (unsliced) fp32 tensor of an added parameter, the same on every layout for the same seed."""
@@ -74,6 +75,8 @@ class Method(ABC):
     """Why what it trained cannot be written as a PEFT adapter; None: it can."""
     vision_fault: ClassVar[str | None] = None
     """Why it cannot train a model that sees images; None: it can."""
+    sees_by_clip: ClassVar[bool] = False
+    """Whether no image encoder but CLIP goes with it."""
 
     @classmethod
     def storage_fault(cls, quant_type: str) -> str | None:
@@ -150,6 +153,10 @@ class Method(ABC):
 
     def prepare_training(self, decoder: Decoder, attachment: Attachment) -> None:  # noqa: B027 (most need nothing)
         """Add to a decoder it is attached to (on the meta device) what only training needs, and to `attachment`."""
+
+    def sees(self, vision: Vision) -> Vision:
+        """How images enter a model that it trains, which has the encoder `vision`; by default as that says."""
+        return vision
 
     def trains_of_vision(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether it trains this parameter of those between an image encoder, which is frozen, and the embeddings."""

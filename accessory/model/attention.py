@@ -27,8 +27,11 @@ class AttentionAddition(nn.Module, ABC):
     """What a method adds to attention's result before `wo`, such as prefixes with a softmax of their own."""
 
     @abstractmethod
-    def forward(self, q: Tensor, sequences: Sequences, attention: Attention) -> Tensor:
-        """This rank's queries [T, H, E], rotated -> what is added to attention's result [T, H, E]."""
+    def forward(self, q: Tensor, sequences: Sequences, attention: Attention, cache: LayerCache | None = None) -> Tensor:
+        """This rank's queries [T, H, E], rotated -> what is added to attention's result [T, H, E].
+
+        cache: attention's; its `beside` may hold what belongs to each document.
+        """
 
     def prepare_decoding(self, attention: Attention) -> None:
         """Compute what is the same for every token of an answer, once; `train` discards it."""
@@ -91,7 +94,7 @@ class Attention(nn.Module):
         if self.position == "alibi":
             out = out[..., : self.head_dim]
         if self.addition is not None:
-            out = out + self.addition(queries, sequences, self)
+            out = out + self.addition(queries, sequences, self, cache)
         return self.wo(out.flatten(1))
 
     def linears_by_input(self) -> list[list[Linear]]:

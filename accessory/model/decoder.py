@@ -230,6 +230,13 @@ class Decoder(nn.Module):
             if not any(map(is_sharded, block.parameters())):
                 block.prepare_decoding()
 
+    def make_room_for_pictures(self, cache: list[LayerCache]) -> None:
+        """Have whole caches hold, from now on, what a document's picture adds beside the tokens.
+
+        Raises `ConfigError`: here pictures enter as rows of the sequence.
+        """
+        raise ConfigError("A picture of 0 rows was given to a model whose blocks have no prefixes (llama_adapter).")
+
     def new_cache(self, documents: int, longest: int) -> list[LayerCache]:
         """Empty key/value caches for `documents` documents of up to `longest` tokens, one for each block."""
         return self._empty_caches(self.args, documents, longest)

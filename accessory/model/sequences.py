@@ -21,7 +21,9 @@ class Sequences:
     the key/value cache (all zero in training). positions: of each token in its document [T], on the tokens' device.
     rotations: as `rotations_at`. documents: lengths and shared beginnings, for attention kernels. alibi: as
     `alibi_channels`, or None. labelled: tokens that have a label, int64 [L], where that is known and there are any.
-    prefixes: of each block that has one, by which a method adds to attention: (rows [P, D], gates fp32 [H]).
+    pictures: (tokens, what is added to the prefix that they attend to, [P, D], or None) of runs of tokens, in order,
+    where pictures enter so and a document has one. prefixes: (rows [n, P, D], gates fp32 [H]) of each block that has
+    prefixes, for its addition to attention; n: as many as `pictures`, or one.
     """
 
     lengths: tuple[int, ...]
@@ -31,6 +33,7 @@ class Sequences:
     documents: Documents
     alibi: tuple[Tensor, Tensor] | None = None
     labelled: Tensor | None = None
+    pictures: tuple[tuple[int, Tensor | None], ...] = ()
     prefixes: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @staticmethod

@@ -85,6 +85,11 @@ class Clip(Vision):
     encoder: ClassVar[str] = "clip"
     projection: ClassVar[tuple[str, ...]] = ("clip_proj", "clip_proj_norm")
 
+    @classmethod
+    def owns(cls, name: str) -> bool:
+        """See `Vision.owns`: what `ClipPrefix` has behind it, too."""
+        return super().owns(name) or name.startswith("visual_")
+
     @property
     def place(self) -> PicturePlace:
         """See `Vision.place`."""

@@ -94,7 +94,9 @@ def test_equals_the_formula(layout: Layout, monkeypatch: pytest.MonkeyPatch, sha
         block.attention.addition.register_forward_hook(lambda _module, args, result: given.append((*args, result)))
         block.attention.register_forward_hook(lambda _module, args, result: inputs.append((*args, result)))
     decoder(IDS, decoder.sequences(LENGTHS))
-    for layer, ((q, sequences, attention, found), (x, _, _, out)) in enumerate([*zip(given, inputs, strict=True)], 1):
+    for layer, ((q, sequences, attention, _, found), (x, _, _, out)) in enumerate(
+        [*zip(given, inputs, strict=True)], 1
+    ):
         wanted = by_formula(q, decoder, layer)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
         asked = {"q": q, **{name: p for name, p in decoder.named_parameters() if name.startswith("prefix")}}
