@@ -12,7 +12,11 @@ from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from tests.vision.tiny import write_blip2, write_clip
 
-pytest.importorskip("transformers", reason="the extra vision is not installed")
+
+def pytest_pycollect_makemodule() -> None:
+    """Skip this directory where the libraries of image encoders are missing, which its files import."""
+    for library in ("transformers", "PIL"):
+        pytest.importorskip(library, reason="the extra vision is not installed")
 
 
 @pytest.fixture(scope="session", autouse=True)

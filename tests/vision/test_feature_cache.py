@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from accessory.checkpoint.lazy import HeldTensor
@@ -21,8 +22,6 @@ from accessory.quant import STORAGES
 from accessory.vision import Vision
 from accessory.vision.feature_cache import FeatureCache, encoder_fingerprint
 from tests.vision.building import built, opened
-
-image = pytest.importorskip("PIL.Image", reason="the extra vision is not installed")
 
 
 class Encoder:
@@ -47,7 +46,7 @@ def encoder(clip: tuple[nn.Module, Path]) -> Encoder:
 def pictures(tmp_path: Path) -> list[Picture]:
     """Three files, one of them twice."""
     for number in range(3):
-        image.effect_noise((20 + number, 30), 80).convert("RGB").save(tmp_path / f"{number}.png")
+        Image.effect_noise((20 + number, 30), 80).convert("RGB").save(tmp_path / f"{number}.png")
     return [Picture(tmp_path / f"{number}.png", "padded_resize", size=28) for number in (0, 1, 2, 1)]
 
 
@@ -161,6 +160,6 @@ def test_what_cannot_be_kept_is_said(
 def test_pictures_in_memory(encoder: Encoder, tmp_path: Path) -> None:
     """As a page's upload."""
     stream = io.BytesIO()
-    image.new("RGB", (40, 30), (200, 30, 30)).save(stream, "PNG")
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(stream, "PNG")
     cache, picture = cached(encoder, tmp_path), Picture(stream.getvalue(), "padded_resize", size=28)
     assert torch.equal(cache.features([picture], encoder), encoder([picture]))
