@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.kernels.cross_entropy_steps import Reduce
-from accessory.model.teaching import Lesson, Teaching, lesson_bytes
+from accessory.model.teaching import Lesson, Teaching, lesson_work_bytes
 from accessory.parallel.groups import model_parallel_group
 
 CHUNK = 256  # supervised tokens whose logits are alive at once
@@ -67,8 +67,8 @@ def chunk_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype
     """
     scores = torch.empty(min(tokens, chunk_rows(device)), rows, dtype=dtype, device="meta")
     work = kernels.on("cross_entropy", device, dtype).workspace(scores)
-    beside = lesson_bytes(len(scores), rows, device, dtype) if taught else 0
     own = len(scores) * _row_numbers(rows, device) * dtype.itemsize
+    beside = own + lesson_work_bytes(len(scores), rows, device, dtype) if taught else 0
     return own + (0 if work is None else work.nbytes) + beside
 
 

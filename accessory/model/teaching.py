@@ -38,7 +38,7 @@ class Lesson:
 
     def __init__(self, teaching: Teaching, scores: Tensor, width: int | None, reduce: Reduce | None) -> None:
         self.teaching, self.width, self.reduce = teaching, width, reduce
-        self.wanted = torch.empty_like(scores)
+        self.wanted = scores.new_empty_strided(scores.shape, scores.stride())  # rows lie as aligned as the student's
         self.kernel = kernels.of("divergence", scores)
         self.work = self.kernel.workspace(scores)
         self.divergences = scores.new_empty(0)
@@ -64,8 +64,8 @@ class Lesson:
         return torch.lerp(losses, self.divergences, share)
 
 
-def lesson_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of a teacher's logits and their work, for chunks of so many tokens and rows of a head: for the plan."""
+def lesson_work_bytes(tokens: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that comparing two heads' logits takes beside them, for chunks of so many tokens and rows of a head."""
     scores = torch.empty(tokens, rows, dtype=dtype, device="meta")
     work = kernels.on("divergence", device, dtype).workspace(scores)
-    return scores.nbytes + (0 if work is None else work.nbytes)
+    return 0 if work is None else work.nbytes

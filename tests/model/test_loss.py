@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accessory.model import loss
 from accessory.model.loss import CHUNK, GPU_CHUNK, _row_numbers, chunk_bytes, chunk_rows, cross_entropy_sum
-from accessory.model.teaching import Teaching
+from accessory.model.teaching import Lesson, Teaching
 
-WIDTH, VOCABULARY = 16, 50
+WIDTH, VOCABULARY, CPU = 16, 50, torch.device("cpu")
 
 
 def problem(tokens: int, dtype: torch.dtype = torch.float64, ignore_every: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +207,7 @@ def test_bytes_of_logits_are_known_before(
     for tokens in (7, CHUNK + 9):
         with Logits() as logits:
             cross_entropy_sum(*problem(tokens, dtype, ignore_every=0))
-        assert chunk_bytes(tokens, VOCABULARY, torch.device("cpu"), dtype) == logits.bytes > 0
+        assert chunk_bytes(tokens, VOCABULARY, CPU, dtype) == logits.bytes > 0
     wide = 50 * 4 if dtype == torch.bfloat16 else 0
     assert chunk_bytes(2000, 50, torch.device("cuda"), dtype) == GPU_CHUNK * (64 * dtype.itemsize + wide)
 
@@ -266,23 +266,37 @@ def test_a_teachers_logits_are_never_all_alive(dtype: torch.dtype) -> None:
     with Largest() as largest:
         cross_entropy_sum(hidden, head, labels, teaching=lesson(1500, dtype, 0.5, 1)).backward()
     assert largest.numel == 3 * CHUNK * VOCABULARY < len(labels) * VOCABULARY
-    bytes_of = [chunk_bytes(1500, VOCABULARY, torch.device("cpu"), dtype, taught) for taught in (False, True)]
+    bytes_of = [chunk_bytes(1500, VOCABULARY, CPU, dtype, taught) for taught in (False, True)]
     assert bytes_of[1] - bytes_of[0] == CHUNK * VOCABULARY * (dtype.itemsize + 3 * 4)
 
 
-def test_logits_of_a_gpu_begin_at_aligned_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are wider than the head has rows change no digit of loss and gradients."""
-    found = []
+@pytest.mark.parametrize("taught", [False, True])
+def test_logits_of_a_gpu_begin_at_aligned_places(monkeypatch: pytest.MonkeyPatch, taught: bool) -> None:
+    """Rows that are wider than the head has rows, a teacher's too, change no digit of loss and gradients."""
+    found, lessons = [], []
+
+    class Noted(Lesson):
+        """One that is noted."""
+
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)
+            lessons.append(self)
+
+    monkeypatch.setattr(loss, "Lesson", Noted)
     for numbers in (VOCABULARY, VOCABULARY + 64):
         monkeypatch.setattr(loss, "_row_numbers", lambda _rows, _device, numbers=numbers: numbers)
         hidden, head, labels = (t.requires_grad_(t.is_floating_point()) for t in problem(CHUNK + 9, torch.float32))
-        total = cross_entropy_sum(hidden, head, labels)
+        given = lesson(CHUNK + 9, torch.float32, 0.5, 1) if taught else None
+        total = cross_entropy_sum(hidden, head, labels, teaching=given)
         total.backward()
         found.append((total.detach(), hidden.grad, head.grad))
+        assert not taught or lessons.pop().wanted.stride() == (numbers, 1)
+        kept = [chunk_bytes(9, VOCABULARY, CPU, torch.float32, more) for more in (False, True)]
+        assert kept[1] - kept[0] == 9 * 4 * (numbers + 3 * VOCABULARY)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert [_row_numbers(rows, torch.device("cuda")) for rows in (1, 64, 50_257)] == [64, 64, 50_304]
-    assert _row_numbers(50_257, torch.device("cpu")) == 50_257 and chunk_rows(torch.device("cuda")) >= 1024
+    assert _row_numbers(50_257, CPU) == 50_257 and chunk_rows(torch.device("cuda")) >= 1024
 
 
 def test_tokens_that_are_known_to_have_labels() -> None:
