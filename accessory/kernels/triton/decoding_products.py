@@ -181,9 +181,9 @@ def _of_plain(
                 given *= tl.load(norm + column, column < k, other=0)
             total += weight.to(tl.float32) * given[None, :]
         else:
-            given, more = _several(x, norm, column, k, rows, NORM, ROWS)
+            given, top, more = _several(x, norm, column, k, rows, NORM, ROWS)
             squares += more
-            total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
+            total = _plus_dot(total, weight, given, top, NORM)
     if ROWS == 1:
         result = tl.sum(total, 1)[:, None]
         sum_of_squares = tl.sum(squares, 0) + tl.zeros([1, 1], tl.float32)
@@ -195,15 +195,39 @@ def _of_plain(
 
 @triton.jit
 def _several(x, norm, column, k, rows, NORM: tl.constexpr, ROWS: tl.constexpr):
-    """Columns of all rows of x, times the norm's weight, in x's dtype; and the sum of their squares [ROWS]."""
+    """(columns of all rows of x, times the norm's weight, in x's dtype; their divisor [ROWS]; sums of squares [ROWS]).
+
+    In fp16 the product with the norm's weight may be too large before it is divided by the root mean square.
+    """
     there = (tl.arange(0, ROWS) < rows)[:, None] & (column < k)[None, :]
     given = tl.load(x + tl.arange(0, ROWS)[:, None] * k + column[None, :], there, other=0)
-    squares = tl.zeros([ROWS], tl.float32)
+    squares, top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], 1.0, tl.float32)
     if NORM:
         wide = given.to(tl.float32)
         squares = tl.sum(wide * wide, 1)
-        given = (wide * tl.load(norm + column, column < k, other=0)[None, :]).to(given.dtype)
-    return given, squares
+        wide *= tl.load(norm + column, column < k, other=0)[None, :]
+        if given.dtype == tl.float16:
+            top = _divisor(wide)
+            wide /= top[:, None]
+        given = wide.to(given.dtype)
+    return given, top, squares
+
+
+@triton.jit
+def _divisor(wide):
+    """What brings each row [ROWS, N] to numbers of at most 1; 1 for a row of zeros."""
+    highest = tl.max(tl.abs(wide), 1)
+    return tl.where(highest > 0, highest, 1.0)
+
+
+@triton.jit
+def _plus_dot(total, weight, given, top, NORM: tl.constexpr):
+    """total + weight [BLOCK, N] times given [ROWS, N], each row times its divisor."""
+    if NORM and given.dtype == tl.float16:
+        total += tl.dot(weight, tl.trans(given), input_precision="ieee") * top[None, :]
+    else:
+        total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -262,10 +286,10 @@ def _of_codes(
                 given *= tl.load(norm + column, there, other=0)
             total += tl.sum(value * given[None], 3) * scale[:, :, None]
         else:
-            given, more = _several(x, norm, start * 64 + tl.arange(0, COLUMNS), k, rows, NORM, ROWS)
+            given, top, more = _several(x, norm, start * 64 + tl.arange(0, COLUMNS), k, rows, NORM, ROWS)
             squares += more
             weight = (value * scale[:, :, None, None]).reshape(BLOCK, COLUMNS).to(given.dtype)
-            total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
+            total = _plus_dot(total, weight, given, top, NORM)
     if ROWS == 1:
         result = tl.sum(tl.sum(total, 2), 1)[:, None]
         sum_of_squares = tl.sum(tl.sum(tl.sum(squares, 2), 1), 0) + tl.zeros([1, 1], tl.float32)
@@ -280,6 +304,9 @@ def _times(one, other, ROWS: tl.constexpr):
     """one [N, R] times other [ROWS, R] -> [N, ROWS], fp32; a single row without tensor cores."""
     if ROWS == 1:
         result = tl.sum(one.to(tl.float32) * other, 1)[:, None]
+    elif one.dtype == tl.float16:  # x A^T of an x that is not divided by its root mean square yet may be too large
+        top = _divisor(other)
+        result = tl.dot(one, tl.trans((other / top[:, None]).to(one.dtype)), input_precision="ieee") * top[None, :]
     else:
         result = tl.dot(one, tl.trans(other.to(one.dtype)), input_precision="ieee")
     return result

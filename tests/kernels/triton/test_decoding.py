@@ -81,6 +81,20 @@ def test_products(randn: Randn, rows: int, dtype: torch.dtype, plain: bool) -> N
             assert difference <= ROUNDING[dtype] * wanted_low.norm() and low.shape[1] == 3, name
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+def test_what_is_too_large_for_fp16_before_it_is_normalized(randn: Randn, plain: bool) -> None:
+    """x times the norm's weight, and x A^T: up to 400,000, where fp16 ends at 65,504."""
+    dtype = torch.float16
+    products, parts, rank, _ = launches(randn, dtype, **{"quant_type": dtype} if plain else {})["entrance"]
+    products = products._replace(norm=products.norm * 40)
+    for rows in (1, 5):
+        x, lows = (randn(rows, COLUMNS) * 3000).to(dtype), randn(rows, parts, rank) * 30000
+        found, _ = decoding_products.multiply(products, x, lows)
+        wanted, _ = products_written_out.multiply(products, x, lows)
+        assert (x.float() * products.norm).abs().max() > lows.sum(1).abs().max() > 65504 and wanted.isfinite().all()
+        assert (found - wanted).float().norm() <= ROUNDING[dtype] * wanted.float().norm()
+
+
 def test_a_row_does_not_depend_on_the_others(randn: Randn) -> None:
     """Among several. (Alone it is computed in another order.)"""
     products, parts, rank, _ = launches(randn, torch.float32)["entrance"]
