@@ -26,7 +26,7 @@ from accessory.data.templates import (
     as_before,
     conversation_from,
     documents_of,
-    first_question,
+    each_question,
     layout_of,
     unused_keys,
 )
@@ -176,21 +176,25 @@ class DocumentReader:
                 raise fault
             earlier = as_before(said, layout)
             said = said if image == NO_IMAGE else without_marks(said)
-            said = first_question(said) if llava else said
-            if isinstance(said, Question) and layout in (CHAT, DIALOG) and self._trained.system is not None:
-                said = conversation_from(said, self._trained.system)
             chat = self.chat if layout == CHAT else None
-            documents = documents_of(said, layout, chat, entry.mask_history)
+            parts = [self._with_system(part, layout) for part in (each_question(said) if llava else [said])]
+            documents = [one for part in parts for one in documents_of(part, layout, chat, entry.mask_history)]
         except UnusableRecord as cause:
             self.omissions.skip(str(cause), origin, cause.example)
             return
-        conversation = said if isinstance(said, Conversation) else None
+        conversation = parts[0] if isinstance(parts[0], Conversation) else None
         tools = bool(conversation and conversation.tools and chat and chat.takes_tools)
-        self.omissions.ignore(unused_keys(record.fields, SHAPES[name], layout, llava, tools), origin)
+        self.omissions.ignore(unused_keys(record.fields, SHAPES[name], layout, tools), origin)
         self.told.earlier[number] &= earlier
         if layout in (CHAT, DIALOG):
             self._systems[conversation.system if conversation else None] += 1
         yield from (LaidOut(origin, segments, image) for segments in documents)
+
+    def _with_system(self, said: Said, layout: str) -> Said:
+        """A question behind the system's words that the trained part before it was asked with, if it was."""
+        if isinstance(said, Question) and layout in (CHAT, DIALOG) and self._trained.system is not None:
+            return conversation_from(said, self._trained.system)
+        return said
 
     def _said(self, record: Record, name: str | None, entry: DataEntry) -> Said:
         """What a record of a file of the shape `name` says. Raises `UnusableRecord`."""

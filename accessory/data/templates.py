@@ -136,11 +136,15 @@ def question_from(said: Said, layout: str) -> Question:
     return Question(question, "", answer)
 
 
-def first_question(said: Said) -> Question:
-    """The first question and answer of a conversation (`preprocess: single_turn_llava`). Raises `UnusableRecord`."""
+def each_question(said: Said) -> list[Question]:
+    """The questions of a conversation, each with its answer alone (`preprocess: single_turn_llava`).
+
+    A question at the end that has no answer is left out. Raises `UnusableRecord`.
+    """
     messages = conversation_from(said).messages
     check_alternating(messages)
-    return Question(messages[0]["content"], "", messages[1]["content"])
+    words = [message["content"] for message in messages]
+    return [Question(question, "", answer) for question, answer in zip(words[::2], words[1::2], strict=False)]
 
 
 def question_messages(instruction: str, context: str = "") -> list[dict[str, str]]:
@@ -238,9 +242,7 @@ def as_before(said: Said, layout: str) -> bool:
     return all(role == ("user", "assistant")[place % 2] for place, role in enumerate(roles))
 
 
-def unused_keys(
-    fields: dict[str, Any], shape: Shape, layout: str, llava: bool = False, tools: bool = False
-) -> list[str]:
+def unused_keys(fields: dict[str, Any], shape: Shape, layout: str, tools: bool = False) -> list[str]:
     """The keys of a record that `documents_of` does not read, for a message; those with empty values are left out.
 
     tools: whether the functions that a conversation may call are laid out.
@@ -251,8 +253,7 @@ def unused_keys(
     turns = next((fields[key] for key in shape.keys if isinstance(fields.get(key), list)), [])
     inner = {key for turn in turns for key, value in turn.items() if key not in turn_keys(turn) and value not in _EMPTY}
     key = shape.keys[0]
-    beyond = [f"{key} after the first answer"] if llava and len(turns) > 2 else []
-    return [repr(key) for key in found] + [f"{name!r} in {key}" for name in sorted(inner)] + beyond
+    return [repr(key) for key in found] + [f"{name!r} in {key}" for name in sorted(inner)]
 
 
 @lru_cache

@@ -8,7 +8,7 @@ from accessory.data.templates import (
     DIALOG_SYSTEM,
     PROMPT_LAYOUTS,
     documents_of,
-    first_question,
+    each_question,
     format_prompt,
     layout_of,
     question_messages,
@@ -98,9 +98,7 @@ def test_unused_keys():
     assert unused_keys({**said, **rest}, sharegpt, DIALOG) == ["'system'", "'id'", *inner]
     assert unused_keys({**said, "tools": "[1]"}, sharegpt, "chat") == ["'tools'", *inner]
     assert unused_keys({**said, "tools": "[1]"}, sharegpt, "chat", tools=True) == inner
-    beyond = "conversations after the first answer"
-    assert unused_keys(said, sharegpt, "none", llava=True) == [*inner, beyond]
-    assert not unused_keys(turns(("human", "q"), ("gpt", "a")), sharegpt, "none", llava=True)
+    assert not unused_keys(turns(("human", "q"), ("gpt", "a")), sharegpt, "none")
 
 
 def test_a_question_stands_as_it_stood_in_training():
@@ -113,11 +111,11 @@ def test_a_question_stands_as_it_stood_in_training():
     assert question_prompt("q", "", DIALOG, "s").pieces[0] == "s\n"
 
 
-def test_llava_takes_the_first_question_and_answer():
-    said = conversation(("human", "q"), ("gpt", "a"), ("human", "q2"), ("gpt", "a2"))
-    assert first_question(said) == Question("q", "", "a")
+def test_llava_takes_each_question_with_its_answer():
+    said = conversation(("human", "q"), ("gpt", "a"), ("human", "q2"), ("gpt", "a2"), ("human", "q3"))
+    assert each_question(said) == [Question("q", "", "a"), Question("q2", "", "a2")]
     with pytest.raises(UnusableRecord, match=r"^does not go from human to assistant and back, the human first$"):
-        first_question(conversation(("human", "q"), ("human", "q2"), ("gpt", "a")))
+        each_question(conversation(("human", "q"), ("human", "q2"), ("gpt", "a")))
 
 
 def test_dialog_layout_and_what_is_learned_of_it():

@@ -171,6 +171,8 @@ DIFFERENCES = (
                "the published file is read as it is"),
     Difference("sg/dialog_sharegpt", "path", "sharegpt.json", "ShareGPT_V3_unfiltered_cleaned_split.json",
                "it is published; that of LLaMA2-Accessory is not"),
+    Difference("mm/*", "path", "llava_instruct_150k_single_turn.json", "llava_instruct_150k.json",
+               "each question of the published file is read by itself"),
 )  # fmt: skip
 
 LAUNCHERS = (
@@ -204,10 +206,11 @@ def differences_table() -> str:
     rows = ["| of | there | here | why |", "|---|---|---|---|"]
     rows += [f"| {' | '.join(row)} |" for row in LAUNCHERS]
     for found in DIFFERENCES:
-        of = "all scripts" if found.where == "*" else f"`{found.where.partition('/')[2]}`"
+        of = "all scripts" if found.where == "*" else f"`{found.where.removeprefix('sg/')}`"
         there = " or ".join(_shown(found.what, value) for value in _several(found.there))
         rows.append(f"| {of} | {there} | {_shown(found.what, found.here)} | {found.why} |")
-    rows += [f"| `{name.partition('/')[2]}` | {there} | not here | no such model |" for name, there in LEFT_OUT.items()]
+    for name, there in LEFT_OUT.items():
+        rows.append(f"| `{name.removeprefix('sg/')}` | {there} | not here | no such model |")
     return "\n".join(rows)
 
 
