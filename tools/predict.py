@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.data.layouts import layout_note
+from accessory.data.pictures import UNCROPPED
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError
 from accessory.eval.predict import predictions, questions
@@ -32,6 +33,7 @@ def main(
     top_p: float = 1.0,
     seed: int = 0,
     system_prompt: str | None = None,
+    image_transform: str = UNCROPPED,
     max_seq_len: int = 4096,
     dtype: str = "bf16",
     quant: bool | None = None,
@@ -51,6 +53,7 @@ def main(
         top_p: sample from the likeliest tokens that together have this probability.
         seed: of the sampling.
         system_prompt: prompt layout of all questions; absent: that of the training data.
+        image_transform: how the image of a record becomes a square: resized_center_crop or padded_resize.
         max_seq_len: longest question and answer together, in tokens.
         dtype: bf16, fp16 or fp32.
         quant: pack the base; absent: as in training.
@@ -69,7 +72,7 @@ def main(
         max_seq_len=max_seq_len, dtype=dtype, quant=quant, quant_type=quant_type, layout=layout,
     )  # fmt: skip
     how = Sampling.of(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, seed=seed)
-    asked = questions(loaded, Path(str(data)), system_prompt)
+    asked = questions(loaded, Path(str(data)), system_prompt, image_transform)
     if layout.is_main:
         print(asked.report, file=sys.stderr, flush=True)
         if system_prompt and (note := layout_note(loaded.prompt_layouts, system_prompt)):

@@ -92,18 +92,19 @@ class Answers:
             warnings.warn(
                 f"The first {lost} tokens of a prompt are left out: max_seq_len is {self.max_seq_len}.", stacklevel=2
             )
-        return self._with_rows(start + tokens[-room:], picture)
+        return self.with_rows(start + tokens[-room:], picture)
 
     def whole_prompt_tokens(self, prompt: Prompt, picture: Picture | None = None) -> list[int]:
         """The same, however long the prompt is. Raises `ConfigError` for what is no text."""
         check_text(prompt)
         if not isinstance(prompt, str | DialogPrompt):
-            return self._with_rows(self.chat.ids(prompt), picture)
+            return self.with_rows(self.chat.ids(prompt), picture)
         first, *later = (prompt,) if isinstance(prompt, str) else prompt.pieces
         pieces = [self.tokenizer.encode(first), *self.tokenizer.encode_batch(later, continuation=True)]
-        return self._with_rows([*self.tokenizer.start_ids, *(token for piece in pieces for token in piece)], picture)
+        return self.with_rows([*self.tokenizer.start_ids, *(token for piece in pieces for token in piece)], picture)
 
-    def _with_rows(self, ids: list[int], picture: Picture | None) -> list[int]:
+    def with_rows(self, ids: list[int], picture: Picture | None) -> list[int]:
+        """The ids of a prompt about a picture, if there is one: with its key for each of its rows."""
         return ids if picture is None else with_rows(ids, picture, self.vision.place, self.tokenizer.start_ids)
 
     def generate(

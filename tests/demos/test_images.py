@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shlex
 import socket
 from pathlib import Path
 
@@ -14,12 +16,14 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image, ImageDraw
 
+from accessory.config import FinetuneConfig
 from accessory.conversation import Conversation
 from accessory.errors import ConfigError
-from accessory.meta import MetaModel
+from accessory.eval.predict import predictions, questions
+from accessory.finetuning import finetune
+from accessory.meta import MetaModel, Sampling
 from accessory.parallel import groups
 from demos.sent_images import MOST_IMAGE_BYTES, image_bytes, sendable
-from demos.terminal import printable
 from tests.browser import Browser, Visitor, usable
 from tests.demos.pages import served
 from tests.here import run_here
@@ -28,28 +32,11 @@ from tests.vision.seeing import write_stage_one
 
 DEMOS = Path(__file__).resolve().parents[2] / "demos"
 QUESTION = "What is it?"
-GREEDY = ("--temperature", 0, "--max_gen_len", 12, "--max_seq_len", 300, "--dtype", "fp32")
-HOW = {"temperature": 0, "max_gen_len": 12}
+ANSWERS = ["A red disc.", "A blue square.", "I see nothing."]
+GREEDY = ("--temperature", 0, "--max_gen_len", 20, "--max_seq_len", 300, "--dtype", "fp32")
+HOW = {"temperature": 0, "max_gen_len": 20}
 ASK, ANSWER = "button.primary", "[...document.querySelectorAll('textarea')].pop().value"
 SHOWN = "document.querySelector('#image img')?.getAttribute('src')"
-
-
-@pytest.fixture(scope="module")
-def seeing(tiny_base: Path, blip2, tmp_path_factory: pytest.TempPathFactory) -> tuple:  # noqa: F811
-    """Flags that load upstream's stage 1 of a tiny Q-Former, as `single_turn_mm.py` takes them."""
-    folder = tmp_path_factory.mktemp("seeing")
-    (folder / "stage1").mkdir()
-    write_stage_one(folder / "stage1", tiny_base, blip2[1])
-    return ("--pretrained_path", folder / "stage1", "--llama_type", "llama_qformerv2",
-            "--llama_config", folder / "params.json", "--tokenizer_path", folder)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(seeing: tuple) -> MetaModel:
-    """That of the demos, in this process."""
-    groups.start("cpu")
-    named = {flag.removeprefix("--"): value for flag, value in zip(seeing[::2], seeing[1::2], strict=True)}
-    return MetaModel.from_pretrained(**named, max_seq_len=300, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +49,41 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         image.save(folder / name)
     (folder / "false.png").write_bytes(b"no image at all")
     return [folder / name for name in ("disc.jpg", "square.png", "false.png")]
+
+
+@pytest.fixture(scope="module")
+def data(pictures: list[Path]) -> Path:
+    """Two records with an image, and one without."""
+    named = zip(pictures[:2], ANSWERS, strict=False)
+    records = [{"instruction": QUESTION, "output": said, "image": image.name} for image, said in named]
+    file = pictures[0].parent / "data.json"
+    file.write_text(json.dumps([*records, {"instruction": QUESTION, "output": ANSWERS[2]}]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_base: Path, blip2: tuple, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """What flags of upstream's QF script train on the files that its stage 1 leaves: in 40 steps, the right answers."""
+    folder = tmp_path_factory.mktemp("seeing")
+    (folder / "stage1").mkdir()
+    write_stage_one(folder / "stage1", tiny_base, blip2[1])
+    (folder / "lora.json").write_text('{"lora_rank": 4, "vision_tuning": true}')
+    finetune(
+        FinetuneConfig(
+            pretrained_path=[folder / "stage1"], llama_type="llama_qformerv2_peft", tokenizer_path=folder,
+            llama_config=[folder / "params.json", folder / "lora.json"], data_config=data, quant=True, device="cpu",
+            only_save_trainable=True, max_words=200, batch_size=3, epochs=40, warmup_epochs=0, lr=2e-2, dialog=True,
+            image_transform="padded_resize", output_dir=folder / "output", save_interval=40,
+        )
+    )  # fmt: skip
+    return folder / "output" / "epoch39"
+
+
+@pytest.fixture(scope="module")
+def model(seeing: Path) -> MetaModel:
+    """That of the demos, in this process."""
+    groups.start("cpu")
+    return MetaModel.from_pretrained(seeing, max_seq_len=300, dtype="fp32")
 
 
 def upload(visitor: Visitor, file: Path) -> None:
@@ -79,18 +101,16 @@ def refused(visitor: Visitor, file: Path) -> None:
 
 
 def test_a_question_about_a_picture_on_a_page_of_two_ranks(
-    seeing: tuple, model: MetaModel, pictures: list[Path], clean_environment, tmp_path: Path
+    seeing: Path, model: MetaModel, pictures: list[Path], clean_environment, tmp_path: Path
 ) -> None:
     """In a browser: the picture is shown as the model sees it, another one gets another answer, none a third."""
-    prompt = model.question(QUESTION)
-    crop = {"image_transform": "resized_center_crop"}
-    expected = [model.generate(prompt, image, **crop, **HOW) for image in (*pictures[:2], None)]
-    assert len(set(expected)) == 3
-    demo = (DEMOS / "single_turn_mm.py", clean_environment, *seeing, *GREEDY)
+    assert [model.generate(model.question(QUESTION), image, **HOW) for image in (*pictures[:2], None)] == ANSWERS
+    part = ("--pretrained_path", seeing, "--image_transform", "padded_resize")
+    demo = (DEMOS / "single_turn_mm.py", clean_environment, *part, *GREEDY)
     with served(*demo, ranks=2) as (page, client), Browser(tmp_path) as browser:
         visitor = browser.visit(client.src)
-        for image, answer in zip(pictures, expected, strict=True):
-            if answer == expected[2]:
+        for image, answer in zip(pictures, ANSWERS, strict=True):
+            if answer == ANSWERS[2]:
                 refused(visitor, image)
                 visitor.wait(f"!{SHOWN}")
             else:
@@ -101,18 +121,18 @@ def test_a_question_about_a_picture_on_a_page_of_two_ranks(
             visitor.wait(usable(ASK))
             visitor.picture(tmp_path / f"{image.name} asked.png")
         assert not visitor.complaints()
-        _api(client, pictures, expected, model)
+        _api(client, pictures, model)
     words = page.stdout.read().partition("Received 15 death signal")[0]  # torchrun prints a traceback of its own
     assert "Traceback" not in words, words[-3000:]
 
 
-def _api(client: Client, pictures: list[Path], expected: list[str], model: MetaModel) -> None:
+def _api(client: Client, pictures: list[Path], model: MetaModel) -> None:
     """The same from a program, and what is refused."""
     disc = "data:image/jpeg;base64," + base64.b64encode(pictures[0].read_bytes()).decode()
-    settings = (QUESTION, "", model.prompt_layout, 12, 0, 1)
-    assert client.predict(*settings, disc, "resized_center_crop", api_name="/ask") == expected[0]
-    seen = client.predict(disc, "resized_center_crop", api_name="/look")
-    assert client.predict(*settings, seen, "padded_resize", api_name="/ask") == expected[0]
+    settings = (QUESTION, "", model.prompt_layout, 20, 0, 1)
+    assert client.predict(*settings, disc, "padded_resize", api_name="/ask") == ANSWERS[0]
+    seen = client.predict(disc, "padded_resize", api_name="/look")
+    assert client.predict(*settings, seen, "resized_center_crop", api_name="/ask") == ANSWERS[0]
     for image, transform, said in (
         (str(pictures[0]), "padded_resize", "The image is no data URL"),
         (disc, "padded_resise", "Did you mean 'padded_resize'"),
@@ -127,14 +147,15 @@ def _api(client: Client, pictures: list[Path], expected: list[str], model: MetaM
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 def test_a_conversation_about_a_picture_on_a_page(
-    seeing: tuple, model: MetaModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    seeing: Path, model: MetaModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Two turns; what is refused changes nothing; another picture, or another transform, begins anew."""
     expected, padded, cropped = {}, "padded_resize", "resized_center_crop"
     for image, transform in ((0, padded), (1, padded), (1, cropped), (None, padded)):
         given = None if image is None else pictures[image]
-        talk = Conversation(model, prompt_layout="dialog", image=given, image_transform=transform)
+        talk = Conversation(model, image=given, image_transform=transform)
         expected[image, transform] = [[*talk.ask(QUESTION, **HOW)][-1] for _ in range(2)]
+    assert [expected[image, padded][0] for image in (0, 1, None)] == ANSWERS
 
     def said(visitor: Visitor) -> list[str]:
         return visitor.js("[...document.querySelectorAll('#said .bot .message-content')].map(each => each.innerText)")
@@ -176,7 +197,7 @@ def test_a_conversation_about_a_picture_on_a_page(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = (*seeing, *GREEDY, "--device", "cpu", "--port", port, "--system_prompt", "dialog")
+    flags = ("--pretrained_path", seeing, *GREEDY, "--device", "cpu", "--port", port)
     assert run_here("demos/multi_turn_mm.py", *flags) == 0
 
 
@@ -186,28 +207,23 @@ def letters(words: str) -> str:
 
 
 def test_in_the_terminal(
-    seeing: tuple, model: MetaModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+    seeing: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:
     """Another image begins another conversation; what was said is saved with its image; faults are told."""
-    talk = Conversation(model, image=pictures[0])
-    first = printable([*talk.ask(QUESTION, **HOW)][-1])
-    talk.look_at(pictures[1])
-    second = [*talk.ask(QUESTION, **HOW)][-1]
-    assert first != second
     lines = (QUESTION, f"/image {pictures[2]}", f"/image {pictures[1]}", QUESTION, f"/save {tmp_path / 'talk.json'}")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
-    flags = (*seeing, *GREEDY, "--device", "cpu", "--image", pictures[0])
+    flags = ("--pretrained_path", seeing, *GREEDY, "--device", "cpu", "--image", pictures[0])
     assert run_here("demos/multi_model_cli.py", *flags) == 0
     said = capsys.readouterr().out
-    assert said.index(first) < said.index(f"the image '{pictures[2]}' is no JPEG") < said.index(printable(second))
+    assert said.index(ANSWERS[0]) < said.index(f"the image '{pictures[2]}' is no JPEG") < said.index(ANSWERS[1])
     (record,) = json.loads((tmp_path / "talk.json").read_text())
-    assert record["image"] == str(pictures[1]) and record["messages"][-1]["content"] == second
-    single = ("--image_transform", "padded_resize", "--system_prompt", "dialog", "--prompt", QUESTION)
+    assert record["image"] == str(pictures[1]) and record["messages"][-1]["content"] == ANSWERS[1]
+    single = ("--image_transform", "padded_resize", "--prompt", QUESTION)
     assert run_here("demos/single_turn_mm.py", *flags, *single) == 0
-    assert f"A: {first}" in capsys.readouterr().out
+    assert f"A: {ANSWERS[0]}" in capsys.readouterr().out
 
 
-def test_what_cannot_be_shown(seeing: tuple, tiny_base: Path, pictures: list[Path], capsys) -> None:
+def test_what_cannot_be_shown(seeing: Path, tiny_base: Path, pictures: list[Path], capsys) -> None:
     """Before the model is loaded: no image, and one for nobody; after it: a model that sees none."""
     base = ("--pretrained_path", tiny_base, "--device", "cpu")
     for more, said in (
@@ -227,3 +243,45 @@ def test_images_on_their_way(model: MetaModel, pictures: list[Path]) -> None:
     for wrong in ("x", "data:image/png;base64,?", {"path": "/etc/passwd"}, 7):
         with pytest.raises(ConfigError, match="The image is no"):
             image_bytes(wrong)
+
+
+def test_predictions_of_records_with_images(model: MetaModel, data: Path) -> None:
+    """A document's picture stands in its question as in training."""
+    found = list(predictions(model, questions(model, data, image_transform="padded_resize"), how=Sampling.of(**HOW)))
+    assert [each["prediction"] for each in found] == [each["reference"] for each in found] == ANSWERS
+    with pytest.raises(ConfigError, match="Did you mean 'padded_resize'"):
+        questions(model, data, image_transform="padded")
+
+
+def documented(language: str) -> str:
+    """A block of code of docs/vision.md about asking."""
+    text = (DEMOS.parent / "docs" / "vision.md").read_text().partition("## Ask about an image")[2]
+    return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1]
+
+
+@pytest.fixture
+def workshop(seeing: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory laid out as the commands expect."""
+    (tmp_path / "output" / "seeing").mkdir(parents=True)
+    (tmp_path / "output" / "seeing" / "epoch0").symlink_to(seeing)
+    (tmp_path / "IMAGE.jpg").symlink_to(pictures[0])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("workshop")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
+def test_documented_commands(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """On one rank; the page is looked at by other tests."""
+    monkeypatch.setattr(Blocks, "block_thread", Blocks.close)
+    for line in documented("sh").splitlines():
+        script, *flags = shlex.split(line.replace("torchrun --nproc-per-node=2", "python"))[1:]
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+        assert run_here(script, *flags, "--device", "cpu", "--max_gen_len", 8) == 0, capsys.readouterr().err
+    assert "A: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("workshop")
+def test_documented_python(capsys) -> None:
+    exec(compile(documented("py").replace("What is in the image?", QUESTION), "docs/vision.md", "exec"), {})
+    first, both = capsys.readouterr().out.splitlines()
+    assert first == ANSWERS[0] and ANSWERS[2] in both
