@@ -1,5 +1,6 @@
-"""Run under torchrun on two ranks with upstream's files and a directory of gradients that one process has computed."""
+"""Run under torchrun on two ranks with a file of models, beside gradients that one process has computed of each."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,15 +21,17 @@ from accessory.parallel.groups import Layout
 from accessory.parallel.parameters import NamedParameters
 from tests.vision.seeing import documents, packed
 
-STAGE_ONE, GRADIENTS = map(Path, sys.argv[1:])
+MODELS = Path(sys.argv[1])
+"""JSON: name -> some arguments of `MetaModel.from_pretrained`. Gradients lie beside it, in NAME-all and NAME-two."""
 
 
-def check(layout: Layout, mode: str, mine: slice, wanted: str) -> None:
+def check(name: str, given: dict, layout: Layout, mode: str, mine: slice, wanted: str) -> None:
     """The gradients of all that is trained, summed over the ranks, where this one computes `mine` of the documents."""
-    sources = with_base([STAGE_ONE])
+    config = [part if isinstance(part, dict) else Path(part) for part in given["llama_config"]]
+    sources = with_base(given["pretrained_path"], given["vision_path"])
     blueprint = make_blueprint(
-        sources, precision="fp32", train=True, llama_type="llama_qformerv2_peft", tokenizer_path=STAGE_ONE.parent,
-        llama_config=[STAGE_ONE.parent / "params.json", {"lora_rank": 4, "vision_tuning": True}],
+        sources, precision="fp32", train=True, llama_type=given["llama_type"], llama_config=config,
+        tokenizer_path=Path(given["tokenizer_path"]),
     )  # fmt: skip
     decoder, attachment = blueprint.build(layout, mode)
     slicings = {target.name: target.slicing for target in targets(decoder)}
@@ -49,19 +52,23 @@ def check(layout: Layout, mode: str, mine: slice, wanted: str) -> None:
     assert sum(computed) == 2 * (pictures // layout.mp_size), computed
     parameters = NamedParameters(dict(decoder.named_parameters()), slicings).only(attachment.trainable)
     parameters.sum_partial_gradients()
-    expected = load_file(GRADIENTS / f"{wanted}.safetensors")
+    expected = load_file(MODELS.parent / f"{name}-{wanted}.safetensors")
     found = dict(parameters.gathered({name: p.grad for name, p in parameters.items()}))
     assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        bound = 1e-5 * expected[name].abs().max().item()
-        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-4, atol=2 * bound + 1e-7, msg=f"{mode} {name}")
+    for key, gradient in found.items():
+        bound = 1e-5 * expected[key].abs().max().item()
+        said = f"{name} {mode} {key}"
+        torch.testing.assert_close(gradient, 2 * expected[key], rtol=1e-4, atol=2 * bound + 1e-7, msg=said)
 
 
+models = json.loads(MODELS.read_text())
 layout = groups.start("cpu", model_parallel_size=2)
-check(layout, "sdp", slice(0, 3), "all")
+for name, given in models.items():
+    check(name, given, layout, "sdp", slice(0, 3), "all")
 destroy_model_parallel()
 layout = groups.start("cpu", model_parallel_size=1)
-for mode in ("sdp", "fsdp"):
-    check(layout, mode, slice(layout.rank, layout.rank + 1), "two")
+for name, given in models.items():
+    for mode in ("sdp", "fsdp"):
+        check(name, given, layout, mode, slice(layout.rank, layout.rank + 1), "two")
 print("OK")
 groups.stop()

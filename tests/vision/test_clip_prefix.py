@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accessory import MetaModel
+from accessory.config import FinetuneConfig
 from accessory.data.batch import Document
 from accessory.data.pictures import Picture
+from accessory.errors import ConfigError
+from accessory.finetuning import finetune
 from accessory.generate import KeptCache, next_token_logits, static_memory
 from accessory.generate.replays import Recorded
 from accessory.meta.sampling import Sampling
 from tests.vision.seeing import documents, packed, picture
+from tests.vision.test_clip import open_clip_checkpoint, open_clip_formula
 
 peft = pytest.importorskip("peft", reason="the extra test is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra vision is not installed")
@@ -184,3 +190,67 @@ def test_a_conversation_about_another_picture(model: MetaModel) -> None:
             found = [token for (token,) in model.steps([ids], frozenset(), how, **given)]
         assert [found] == greedy(model, ["What is it?"], [image])
     assert known == [0, 0, len(ids) - 1, 0, 0]
+
+
+def trained(base: Path, *parts: Path, out: Path, encoder: Path, **settings) -> Path:
+    """The checkpoint of a run beside an NF4 base, on three questions about pictures and three others."""
+    out.mkdir()
+    records = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three")]
+    for number in range(3):
+        (out / f"{number}.png").write_bytes(picture(number).file)
+    seen = [record | {"image": f"{number}.png"} for number, record in enumerate(records)]
+    (out / "data.json").write_text(json.dumps(records + seen))
+    (out / "adapter.json").write_text(json.dumps(SETTINGS | settings))
+    config = FinetuneConfig(
+        pretrained_path=[base, *parts], vision_path=encoder, llama_type="llama_adapter", device="cpu", epochs=3,
+        llama_config=[out / "adapter.json"], data_config=[out / "data.json"], batch_size=6, accum_iter=1, max_words=128,
+        lr=1e-2, warmup_epochs=0, quant=True, only_save_trainable=True, output_dir=out,
+        image_transform="padded_resize",
+    )  # fmt: skip
+    finetune(config)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and lines[-1]["loss"] < lines[0]["loss"]
+    return out / "epoch2"
+
+
+def test_two_stages_and_upstreams_files(tiny_base: Path, clip: Clip, tmp_path: Path) -> None:
+    """The first trains what sees, the second leaves it. What LLaMA2-Accessory would save, open_clip's names, loads."""
+    first = trained(tiny_base, out=tmp_path / "first", encoder=clip[1])
+    saved = load_file(first / "trainable.safetensors")
+    assert {
+        "visual_query",
+        "visual_blocks.1.attn.qkv.weight",
+        "visual_proj_norm.bias",
+        "clip_proj.weight",
+    } < saved.keys()
+    second = trained(
+        tiny_base, first, out=tmp_path / "second", encoder=clip[1], trainable_mode="mm_stage2", lora_rank=2
+    )
+    kept = load_file(second / "trainable.safetensors")
+    assert not any(name.startswith(("visual", "clip", "prefix")) for name in kept) and len(kept) > 20
+    model = MetaModel.from_pretrained(second, device="cpu", dtype="fp32")
+    assert type(model.vision).__name__ == "ClipPrefix" and torch.equal(model.llma.visual_query, saved["visual_query"])
+    blind = MetaModel.from_pretrained(second, device="cpu", dtype="fp32", with_visual=False)
+    one, other, third = (its.compute_logits("Say two.", image) for its, image in
+                         ((model, None), (model, picture(0)), (blind, None)))  # fmt: skip
+    assert torch.equal(one, third) and (one - other).abs().max() > 1e-3
+    (theirs := tmp_path / "theirs").mkdir()
+    held = open_clip_checkpoint()
+    torch.save(
+        {"model": {f"llma.{name}": value for name, value in (saved | held).items()}},
+        theirs / "consolidated.00-of-01.model.pth",
+    )
+    how = {"llama_type": "llama_adapter", "llama_config": [SETTINGS], "device": "cpu", "dtype": "fp32"}
+    loaded = MetaModel.from_pretrained([tiny_base, theirs], **how)
+    assert torch.equal(loaded.llma.visual_blocks[1].mlp.fc2.weight, saved["visual_blocks.1.mlp.fc2.weight"])
+    pixels = picture(0).pixels()[None]
+    found = loaded.vision.features(loaded.llma, pixels)
+    torch.testing.assert_close(found.double(), open_clip_formula(held, pixels).detach(), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_see(tiny_base: Path, blip2: tuple) -> None:
+    """A Q-Former's rows have no place in a prefix."""
+    with pytest.raises(ConfigError, match="which is qformerv2: models of this type see by CLIP; give its directory"):
+        MetaModel.from_pretrained(tiny_base, llama_type="llama_adapter", vision_path=blip2[1], device="cpu")
+    with pytest.raises(ConfigError, match="Images go with llama_qformerv2, llama_qformerv2_peft"):
+        MetaModel.from_pretrained(tiny_base, llama_type="llama_qformerv2_adapter", device="cpu")

@@ -22,6 +22,13 @@ KINDS = {
     "llama_qformerv2_peft": {"vision_tuning": True, "lora_rank": 4},
     "llama_qformerv2": {},
     "llama_peft": {"vision_tuning": True},
+    "llama_adapter": {
+        "trainable_mode": "mm_stage1",
+        "prefix_len": 4,
+        "v_embed_dim": 64,
+        "v_depth": 2,
+        "v_num_heads": 2,
+    },
 }
 
 
@@ -29,10 +36,10 @@ KINDS = {
 @pytest.mark.parametrize("text", [8, 90])
 def test_a_step(kind: str, text: int, tiny_base: Path, blip2: tuple, clip: tuple) -> None:
     """Within 6 %, with few tokens beside the images, where encoding takes most, and with many."""
-    encoder = clip[1] if kind == "llama_peft" else blip2[1]
+    encoder = blip2[1] if "qformer" in kind else clip[1]
     model = MetaModel.from_pretrained(
         tiny_base, llama_type=kind, vision_path=encoder, dtype="fp32", train=True, llama_config=KINDS[kind],
-        quant=kind.endswith("_peft"), device="cpu",
+        quant=kind.endswith(("_peft", "_adapter")), device="cpu",
     )  # fmt: skip
     rows, pictures = model.vision.place.rows, 12
     numbers = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,16 +66,38 @@ def test_logits_and_gradients(kind: str, tiny_base: Path, stage_one: Path, blip2
         _close(model.llma.tok_embeddings.weight.grad, language.model.embed_tokens.weight.grad, "embedding")
 
 
-def test_ranks(stage_one: Path, torchrun, tmp_path: Path) -> None:
-    """Two that share a model and its pictures, and two of which one has none: gradients are those of one process."""
-    model = opened("llama_qformerv2_peft", stage_one, stage_one, stage_one)
-    several = documents(model.vision.place)
-    for name, chosen in (("all", several), ("two", several[:2])):
-        model.zero_grad()
-        model(packed(*chosen)).backward()
-        found = {key.removeprefix("llma."): p.grad.clone() for key, p in model.get_trainable_params().items()}
-        save_file(found, tmp_path / f"{name}.safetensors")
-    done = torchrun(2, Path(__file__).parent / "ranks_worker.py", stage_one, tmp_path)
+def test_ranks(stage_one: Path, tiny_base: Path, clip: tuple, torchrun, tmp_path: Path) -> None:
+    """Two that share a model and its pictures, and two of which one has none: gradients are those of one process.
+
+    Of rows among the tokens, and of what is added to prefixes, whose gates are open.
+    """
+    gates = {"model": {"llma.prefix_gate": torch.linspace(-1, 1, 4)[None]}}
+    (part := tmp_path / "part").mkdir()
+    torch.save(gates, part / "consolidated.00-of-01.model.pth")
+    adapter = {"prefix_layers": 1, "prefix_len": 3, "v_embed_dim": 32, "v_depth": 2, "v_num_heads": 2,
+               "trainable_mode": "mm_stage1", "lora_rank": 4}  # fmt: skip
+    models = {
+        "rows": {
+            "pretrained_path": [str(stage_one)], "vision_path": None, "llama_type": "llama_qformerv2_peft",
+            "llama_config": [str(stage_one.parent / "params.json"), {"lora_rank": 4, "vision_tuning": True}],
+            "tokenizer_path": str(stage_one.parent),
+        },
+        "prefixes": {
+            "pretrained_path": [str(tiny_base), str(part)], "vision_path": str(clip[1]), "llama_config": [adapter],
+            "llama_type": "llama_adapter", "tokenizer_path": str(tiny_base),
+        },
+    }  # fmt: skip
+    (tmp_path / "models.json").write_text(json.dumps(models))
+    for name, given in models.items():
+        model = MetaModel.from_pretrained(**given, dtype="fp32", train=True)
+        several = documents(model.vision.place)
+        for which, chosen in (("all", several), ("two", several[:2])):
+            model.zero_grad()
+            model(packed(*chosen)).backward()
+            found = {key.removeprefix("llma."): p.grad.clone() for key, p in model.get_trainable_params().items()}
+            save_file(found, tmp_path / f"{name}-{which}.safetensors")
+        assert found["visual_query" if name == "prefixes" else "start_img"].norm() > 0
+    done = torchrun(2, Path(__file__).parent / "ranks_worker.py", tmp_path / "models.json")
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert done.stdout.count("OK") == 2
 
