@@ -1,4 +1,4 @@
-"""Memory that runs out; as the engine says it: tests/test_engine.py, as an evaluation does: tests/run."""
+"""Memory that runs out; as the engine says it: tests/engine, as an evaluation does: tests/run."""
 
 from __future__ import annotations
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -18,53 +15,13 @@ from torch import nn
 from accessory.checkpoint.training_state import Progress
 from accessory.checkpoint.validation_state import ValidationState
 from accessory.data.batch import PackedBatch
-from accessory.data.corpus import build_corpus
 from accessory.data.order import GlobalOrder
 from accessory.engine import MOST_SKIPPED, Engine, StepSettings
 from accessory.errors import NotFiniteError, OutOfMemoryError, Preempted
-from accessory.meta import MetaModel
-from accessory.optim import build_optimizer
-from accessory.parallel import groups
-from accessory.parallel.parameters import NamedParameters
-from accessory.parallel.tensor import WHOLE
-from accessory.run.report import Reporter, StepReport
-from accessory.run.saving import Saver
+from accessory.run.report import StepReport
 from accessory.run.schedule import Schedule
 from accessory.run.signals import StopSignals
 from accessory.run.validation import Validation
-
-
-class Saves(Saver):
-    """Remembers what it is to save: (name, steps, mean loss)."""
-
-    def __init__(self) -> None:
-        self.made, self.losses, self.saved_at = [], [], time.monotonic()
-
-    def write(self, progress: Progress, loss: float | None, only_best: bool) -> None:
-        self.made.append((progress.checkpoint_name, progress.total_steps, loss))
-
-
-@pytest.fixture
-def engine(tiny_base: Path, tmp_path: Path) -> Engine:
-    """Trains the norms of the tiny model, plain SGD-like steps of 2 x 3 documents on 8 records."""
-    groups.start("cpu")
-    model = MetaModel.from_pretrained(tiny_base, dtype="fp32")
-    parameters = {n: p.requires_grad_() for n, p in model.llma.named_parameters() if n.endswith("norm.weight")}
-    data = tmp_path / "data.json"
-    records = [{"instruction": "x" * n, "output": "answer " * n} for n in range(1, 9)]
-    data.write_text(json.dumps(records))
-    order = GlobalOrder(build_corpus(data, model.tokenizer, max_words=128), batch_size=3, accum_iter=2)
-    return Engine(
-        model=model,
-        parameters=NamedParameters(parameters, dict.fromkeys(parameters, WHOLE)),
-        optimizer=build_optimizer("adamw", parameters, 1e-3, 0.0),
-        order=order,
-        schedule=Schedule(2, order.steps_per_epoch, 0.0, 1e-3, 1e-3, -1.0, 1, 1),
-        settings=StepSettings(),
-        reporter=Reporter(None, 4, 0, enabled=False),
-        saver=Saves(),
-        signals=StopSignals(),
-    )
 
 
 def test_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(engine: Engine) -> None:
@@ -329,7 +286,7 @@ def test_what_is_saved_has_the_mean_loss_since_the_last_save(engine: Engine) -> 
 def test_a_signal_saves_the_step_and_ends_the_run(engine: Engine) -> None:
     """Unless it was the last one anyway."""
     for at, steps in ((2, 4), (4, 4)):
-        engine.saver, engine.signals = Saves(), StopSignals()
+        engine.saver, engine.signals = type(engine.saver)(), StopSignals()
         engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
         signals = engine.signals
 
@@ -433,6 +390,8 @@ def test_memory_that_runs_out_is_said_with_the_micro_batch(engine: Engine) -> No
         f"{', '.join(map(str, second.lengths))}. What is saved is whole. Less memory is needed with --batch_size 1."
     )
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(RuntimeError, match=r"^a shape$"):
+        engine.step(Progress())
 
 
 @pytest.mark.parametrize("where", ["optimizer.step", "parameters.sum_partial_gradients"])
@@ -455,103 +414,3 @@ def raising(error: Exception) -> Callable:
         raise error
 
     return fail
-    with pytest.raises(RuntimeError, match=r"^a shape$"):
-        engine.step(Progress())
-
-
-def read_later(engine: Engine) -> Engine:
-    """The engine, as it runs on a GPU."""
-    vars(engine)["reads_later"] = True
-    return engine
-
-
-def watch(engine: Engine) -> list[str]:
-    """What it does from now on: forwards, the optimizer's steps, reports."""
-    seen: list[str] = []
-    engine.model.register_forward_pre_hook(lambda *_: seen.append("forward"))
-    engine.optimizer.register_step_pre_hook(lambda *_: seen.append("update"))
-    report = engine.reporter.step
-    engine.reporter.step = lambda made: (seen.append(f"report {made.step}"), report(made))
-    return seen
-
-
-def test_numbers_are_read_behind_the_next_gradients(engine: Engine) -> None:
-    """But at once where the run ends or is saved."""
-    engine.order = GlobalOrder(engine.order.corpus, batch_size=6, accum_iter=1)
-    engine.schedule, engine.saver = Schedule(4, 1, 0.0, 1e-3, 1e-3, -1.0, 9, 9), None
-    seen = watch(read_later(engine))
-    engine.train(Progress())
-    step = ["forward", "update"]
-    assert seen == [*step, "forward", "report 1", "update", "forward", "report 2", "update", "forward", "report 3",
-                    "update", "report 4"]  # fmt: skip
-
-
-@pytest.mark.parametrize("clip_grad", [-1.0, 0.05])
-def test_reading_behind_changes_no_step(engine: Engine, clip_grad: float) -> None:
-    """Not a digit without clipping; with it, gradients are divided in the optimizer instead of multiplied before."""
-    engine.schedule, engine.saver = Schedule(2, 2, 0.0, 1e-3, 1e-3, clip_grad, 9, 9), None
-    before = {name: p.detach().clone() for name, p in engine.parameters.items()}
-    found, parameters = [], list(engine.parameters.values())
-    for later in (False, True):
-        for name, value in before.items():
-            engine.parameters[name].data.copy_(value)
-        engine.optimizer = build_optimizer("adamw", dict(engine.parameters), 1e-3, 0.1)
-        vars(engine)["reads_later"] = later
-        reports: list[StepReport] = []
-        engine.reporter.step = reports.append
-        engine.train(Progress())
-        found.append([[(r.step, r.epoch, r.loss, r.grad_norm, r.lr, r.accuracy, r.tokens) for r in reports],
-                      torch.cat([p.detach().flatten() for p in parameters])])  # fmt: skip
-    if clip_grad < 0:
-        assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
-    else:
-        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)
-
-
-def test_device_skips_a_step_that_is_not_finite(engine: Engine) -> None:
-    """Parameters and moments stay; the host learns of it one step later, in that step's name."""
-    engine.settings, engine.saver = StepSettings(skip_not_finite=True), None
-    engine.schedule = Schedule(3, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
-    said, reports, states = [], [], []
-    engine.reporter.say, engine.reporter.step = said.append, reports.append
-    forward = engine._forward
-
-    def poisoned(batch: PackedBatch, counts: torch.Tensor) -> torch.Tensor:
-        """The second step's losses are infinite."""
-        return forward(batch, counts) * (math.inf if len(states) == 1 else 1.0)
-
-    engine._forward = poisoned
-    state = engine.optimizer.state
-    engine.optimizer.register_step_post_hook(
-        lambda *_: states.append(
-            torch.cat([t.detach().flatten().clone() for p in engine.parameters.values()
-                       for t in (p, state[p]["exp_avg"], state[p]["exp_avg_sq"], state[p]["step"])])
-        )
-    )  # fmt: skip
-    progress = Progress()
-    read_later(engine).train(progress)
-    assert torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
-    assert len(reports) == 6 and [math.isfinite(report.loss) for report in reports] == [True, False] + [True] * 4
-    assert said[0].startswith("Step 2: the loss is inf") and "1 of the run's 6 steps were skipped" in said[-1]
-
-
-def test_a_step_that_is_not_finite_ends_the_run_before_the_next_update(engine: Engine) -> None:
-    engine.model.llma.norm.weight.data[0] = math.nan
-    seen, engine.saver = watch(read_later(engine)), None
-    engine.schedule = Schedule(2, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 9)
-    before = torch.cat([p.detach().flatten() for p in engine.parameters.values()])
-    with pytest.raises(NotFiniteError, match="Step 1: the loss is nan"):
-        engine.train(Progress())
-    after = torch.cat([p.detach().flatten() for p in engine.parameters.values()])
-    assert seen.count("update") == 1
-    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
-
-
-def test_as_many_skipped_steps_in_a_row_as_without(engine: Engine) -> None:
-    """A run in which nothing is ever finite ends, though each step is known to be skipped one step late."""
-    engine.model.llma.norm.weight.data[0] = math.nan
-    engine.settings, engine.saver = StepSettings(skip_not_finite=True), None
-    engine.schedule = Schedule(MOST_SKIPPED, 2, 0.0, 1e-3, 1e-3, -1.0, 9, 99)
-    progress = Progress()
-    with pytest.raises(NotFiniteError, match=f"Step {MOST_SKIPPED + 1}: .* {MOST_SKIPPED} steps before it were"):
-        read_later(engine).train(progress)
