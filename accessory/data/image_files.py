@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _MOST_BYTES, _MOST_SIDE, _MOST_PIXELS = 1 << 27, 65_535, 50_000_000  # of a file, and of its image
 _LARGE = 10_000_000  # pixels from which images are decoded one at a time, however many threads there are
+_VERY_LARGE = 16_000_000  # pixels from which an image is made smaller before anything else
 _one_large = Lock()
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
 _ORIENTATION = 0x0112  # in EXIF
@@ -68,15 +70,17 @@ def check_image(file: Path | bytes) -> None:
 def upright_image(file: Path | bytes) -> Iterator[Image]:
     """The image in RGB, upright; what is transparent becomes opaque, in the colour that it has in the file.
 
-    One large image is held at a time, by whatever thread. Raises `ImageFault`; `ConfigError` without Pillow.
+    A very large one is made smaller by a whole factor; one large image is held at a time, by whatever thread. Raises
+    `ImageFault`; `ConfigError` without Pillow.
     """
-    with _opened(file) as (image, _), _turn_of(image):
+    with _opened(file) as (read, _), _turn_of(read):
         with _naming_faults():
-            image.load()
-            turn = _TURNS.get(_orientation(image))
-            image = _rgb(image)
-            image = image.transpose(image_library().Transpose[turn]) if turn else image
-        yield image
+            read.load()
+            turn = _TURNS.get(_orientation(read))
+            image = _reduced(_rgb(_reduced(read) if read.mode == "CMYK" else read))
+        if image is not read:
+            read.close()
+        yield image.transpose(image_library().Transpose[turn]) if turn else image
 
 
 def _turn_of(image: Image) -> AbstractContextManager[object]:
@@ -169,10 +173,16 @@ def _orientation(image: Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
+def _reduced(image: Image) -> Image:
+    """The image, smaller by a whole factor if it is very large."""
+    shares = image.width * image.height / _VERY_LARGE
+    return image.reduce(math.ceil(math.sqrt(shares))) if shares > 1 else image
+
+
 def _rgb(image: Image) -> Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut at 255 instead of scaling them
-        grey = np.asarray(image).astype(np.int64).clip(0, 65_535) >> 8
+        grey = np.asarray(image).clip(0, 65_535) >> 8
         image = image_library().fromarray(grey.astype(np.uint8))
     if image.mode == "P":  # a palette with transparency is warned of unless it goes by RGBA
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
