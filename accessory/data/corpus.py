@@ -254,7 +254,9 @@ def build_corpus(
     identity = _identity(entries, tokenizer, cuts, dialog, _digest(reader) if asked else None)
     identity |= {"trained": asdict(trained)} if trained else {}
     identity |= {"pictures": asdict(pictures) | {"transform": image_transform}} if pictures else {}
-    cached = cache_dir / f"{_fingerprint(identity)}.safetensors" if cache_dir else None
+    # What earlier versions kept of such entries may lack documents.
+    each = {"questions": "each"} if any(entry.preprocess == "single_turn_llava" for entry in entries) else {}
+    cached = cache_dir / f"{_fingerprint(identity | each)}.safetensors" if cache_dir else None
     arrays = _from_cache(cached, omissions, reader, images, threads) if cached else None
     if made := arrays is None:
         arrays = tokenized(reader.documents(), entries, tokenizer, cuts, threads, omissions, pictures)

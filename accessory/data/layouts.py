@@ -185,7 +185,7 @@ class DocumentReader:
         conversation = parts[0] if isinstance(parts[0], Conversation) else None
         tools = bool(conversation and conversation.tools and chat and chat.takes_tools)
         self.omissions.ignore(unused_keys(record.fields, SHAPES[name], layout, tools), origin)
-        self.told.earlier[number] &= earlier
+        self.told.earlier[number] &= earlier and len(parts) == 1  # of several questions they laid out the first alone
         if layout in (CHAT, DIALOG):
             self._systems[conversation.system if conversation else None] += 1
         yield from (LaidOut(origin, segments, image) for segments in documents)

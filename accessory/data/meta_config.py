@@ -57,7 +57,7 @@ class DataEntry(BaseModel):
     train_on_source: bool = False
     """Questions are learned, too, and not only answers."""
     preprocess: Literal["single_turn_llava", "caption"] | None = None
-    """Turns records into others first: the first question of a conversation and its answer, or an image (under `url` or
+    """Turns records into others first: each question of a conversation and its answer, or an image (under `url` or
     `image`) and its `caption`."""
     ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the records to use, chosen by a fixed seed."""

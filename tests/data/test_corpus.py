@@ -329,3 +329,14 @@ def test_long_texts_are_tokenized_few_at_a_time(write, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizing, "_CHARACTERS", 700)
     before = tokenizer.calls
     assert same(make(path, tokenizer), together) and tokenizer.calls - before == 6
+
+
+def test_several_questions_of_a_record_are_told_apart_from_the_first_alone(write, tokenizer):
+    """Which is what earlier versions made of them, and kept."""
+    turns = [("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")]
+    path = write("c.yaml", "META: [{path: x.json, preprocess: single_turn_llava}]")
+    write("x.json", [conversation(*turns[:2])])
+    assert "shape" not in make(path, tokenizer).identity["META"][0]
+    write("x.json", [conversation(*turns)])
+    corpus = make(path, tokenizer)
+    assert len(corpus) == 2 and corpus.identity["META"][0]["shape"] == "sharegpt"

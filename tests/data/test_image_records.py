@@ -70,6 +70,8 @@ def test_what_is_said_loses_the_mark_of_the_image(make, tokenizer):
         .show(0)
         .endswith("### Human: q\n### Assistant:« a\n###» Human: r\n### Assistant:« b\n###<end>»")
     )
+    each = make([several], entry="preprocess: single_turn_llava")
+    assert [each.image_name(i) for i in range(2)] == ["a.png"] * 2 and each.show(1).count("<image") == 1
     report = make([GOOD, SEEN | {"output": " <image> "}]).report
     assert "skipped 1: an answer holds <image> and nothing else" in report
     assert "<image>" in make([GOOD | {"instruction": "What is <image>?"}]).show(0)  # of a record without an image
