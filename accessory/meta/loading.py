@@ -81,7 +81,8 @@ def exchanged(
     kept = {"quant_type": loaded.blueprint.quant_type, "opener": partial(_reopened, loaded), **loaded.how}
     blueprint = together(make_blueprint, sources, **named, **kept)
     together(_check_targets, blueprint, loaded.blueprint)
-    trained = {name for s in (*sources, *loaded.sources) if s.is_delta or s.is_difference for name in s.tensors}
+    parts = (s for s in (*sources, *loaded.sources) if (s.is_delta or s.is_difference) and not s.is_vision)
+    trained = {name for part in parts for name in part.tensors}
     new, names = filled(blueprint, sources, loaded.layout, lambda new: hand_on(decoder, new, trained))
     return new, loaded._replace(sources=sources, blueprint=blueprint, trained=names)
 

@@ -44,8 +44,9 @@ def document(number: int, place: PicturePlace, seen: Picture | None) -> Document
 
 
 def documents(place: PicturePlace) -> list[Document]:
-    """Image, text, image."""
-    return [document(0, place, picture(0)), document(1, place, None), document(2, place, picture(1))]
+    """Image, text, image, image."""
+    seen = (picture(0), None, picture(1), picture(2))
+    return [document(number, place, image) for number, image in enumerate(seen)]
 
 
 def packed(*documents: Document) -> PackedBatch:

@@ -129,6 +129,9 @@ def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path) -> None
     text = MetaModel.from_pretrained(saved, device="cpu", with_visual=False)
     assert (model.vision.name, named.vision.name, text.vision) == ("clip", "clip", None)
     assert not any(name.startswith("clip") for name, _ in text.llma.named_parameters())
+    held = named.llma.clip.visual_projection.weight
+    named.use(tmp_path / "cached" / "epoch1")
+    assert named.encoder.decoder is named.llma and named.llma.clip.visual_projection.weight is held
     (moved := tmp_path / "moved").symlink_to(clip[1])
     model = MetaModel.from_pretrained(saved, vision_path=moved, device="cpu")
     assert [source.path for source in model._loaded.sources][1] == moved

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from accessory import MetaModel
+from accessory.data.batch import PackedBatch
 from accessory.generate import next_token_logits
 from tests.vision.seeing import Reference, documents, packed, write_stage_one
 
@@ -39,7 +41,7 @@ def opened(kind: str, tiny_base: Path, stage_one: Path, encoder: Path, **how) ->
 
 @pytest.mark.parametrize("kind", ["llama_qformerv2", "llama_qformerv2_peft", "llama_peft"])
 def test_logits_and_gradients(kind: str, tiny_base: Path, stage_one: Path, blip2: tuple, clip: tuple) -> None:
-    """Of a Q-Former from a directory and from upstream's file, and of CLIP; of documents packed, and alone."""
+    """Of a Q-Former from a directory and from upstream's file, and of CLIP; of documents packed, shared, and alone."""
     encoder, path = clip if kind == "llama_peft" else blip2
     model = opened(kind, tiny_base, stage_one, path)
     behind = {name.removeprefix("llma."): p for name, p in model.named_parameters()
@@ -51,6 +53,10 @@ def test_logits_and_gradients(kind: str, tiny_base: Path, stage_one: Path, blip2
     assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
     alone = sum(model(packed(each)) for each in several)
     assert alone.item() == pytest.approx(ours.item(), rel=1e-6)
+    again = [several[0], several[0]._replace(tokens=np.array([*several[0].tokens[:-1], 7]), id=9)]
+    shared = PackedBatch.pack(again)
+    assert max(shared.shared) > model.vision.place.rows and len(shared.insets) == 1  # the image is there once
+    assert model(shared).item() == pytest.approx(sum(model(packed(each)).item() for each in again), rel=1e-6)
     for each in several:
         logits = next_token_logits(model.llma, model.hidden(packed(each)))
         torch.testing.assert_close(logits.double(), reference.logits(each), rtol=1e-5, atol=1e-5)
