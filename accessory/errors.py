@@ -61,7 +61,7 @@ class TrainingError(AccessoryError):
 
 
 class NotFiniteError(TrainingError, status=5):
-    """A loss or gradient that is infinite or not a number."""
+    """A loss, a gradient or a probability that is infinite or not a number."""
 
 
 class OutOfMemoryError(TrainingError):

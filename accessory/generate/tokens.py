@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.errors import ConfigError
+from accessory.errors import ConfigError, NotFiniteError
 from accessory.generate.kept import KeptCache
 from accessory.generate.logits import next_token_logits
 from accessory.generate.prompts import Embed, read_prompts
 from accessory.generate.static_memory import StaticMemory, is_static
 from accessory.generate.steps import GrowingSteps, StaticSteps
-from accessory.model.choice import Choice, Seen, choose
+from accessory.model.choice import NOTHING, Choice, Seen, choose
 from accessory.model.decoder import Decoder
 from accessory.parallel.groups import model_parallel_group
 
@@ -46,7 +46,7 @@ def generate_tokens(
     kept: for a single prompt, the cache of the prompts before it. stopped: called before each token, says which prompts
     end without it; the first rank's answer counts on all. embed, pictures: for prompts with insets, as in
     `read_prompts`.
-    Raises `ConfigError` for a prompt that is empty or leaves no room.
+    Raises `ConfigError` for a prompt that is empty or leaves no room, and `NotFiniteError` where nothing can be drawn.
     """
     max_seq_len = min(max_seq_len, decoder.args.longest_document or max_seq_len)
     for prompt in prompts:
@@ -88,6 +88,11 @@ def generate_tokens(
         tokens = agreed(tokens, [row for row, i in enumerate(alive) if i in over])
         produced += 1
         ids = steps.ids(tokens, any(produced < rooms[i] for i in alive))
+        if NOTHING in ids:
+            raise NotFiniteError(
+                "The model's probabilities of the next token are no finite numbers. Compute in bf16 or fp32 (--dtype), "
+                "or look whether its weights are whole."
+            )
         chosen = {i: token for i, token in zip(alive, ids, strict=True) if token not in ends}
         if not chosen:
             return

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _COLDEST = 1e-3  # below it softmax overflows, and the likeliest token is all there is
+NOTHING = -2
+"""What is drawn where logits are no finite numbers: the host learns of it when it reads the token."""
 
 
 class Choice(NamedTuple):
@@ -57,7 +59,7 @@ class Seen:
 def choose(
     logits: Tensor, choice: Choice, generators: Sequence[torch.Generator | None], seen: Seen | None = None
 ) -> Tensor:
-    """logits [B, V] -> token ids [B].
+    """logits [B, V] -> token ids [B]; `NOTHING` for a document whose probabilities are no numbers.
 
     generators: one for all documents, or one for each. seen: needed for a repetition penalty.
     """
@@ -67,8 +69,18 @@ def choose(
         return logits.argmax(-1)
     probabilities, order = candidates(logits, choice)
     parts = probabilities.split(1) if len(generators) > 1 else [probabilities]
-    drawn = [torch.multinomial(part, 1, generator=one) for part, one in zip(parts, generators, strict=True)]
-    return order.gather(-1, torch.cat(drawn))[:, 0]
+    places = torch.cat([_drawn(part, one) for part, one in zip(parts, generators, strict=True)])
+    return order.gather(-1, places)[:, 0].masked_fill_(probabilities.sum(-1).isnan(), NOTHING)
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """probabilities [B, n] -> places [B, 1], each drawn as often as it is probable.
+
+    The winner of an exponential race: the same as of `torch.multinomial`, which does this too, but has the host wait
+    for a GPU twice, to check the probabilities.
+    """
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return probabilities.div(times).argmax(-1, keepdim=True)
 
 
 def candidates(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:

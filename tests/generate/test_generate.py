@@ -13,7 +13,7 @@ import transformers
 from accessory.checkpoint.load import fill, resolve, targets
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
-from accessory.errors import ConfigError
+from accessory.errors import ConfigError, NotFiniteError
 from accessory.generate import KeptCache, generate_tokens, next_token_logits
 from accessory.kernels.avx512.packed_gemv import MOST_ROWS
 from accessory.method import Attachment
@@ -154,6 +154,13 @@ def test_sampling_follows_its_generator(decoder: Decoder) -> None:
     )
     assert one == two
     assert one != three
+
+
+def test_nothing_to_draw_from_is_said(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that overflows."""
+    monkeypatch.setattr(decoder.norm.weight, "data", torch.full_like(decoder.norm.weight, torch.nan))
+    with pytest.raises(NotFiniteError, match=r"are no finite numbers.*--dtype"):
+        collect(decoder, PROMPTS, choice=Choice(1.0))
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from accessory.model.choice import Choice, Seen, candidates, choose
+from accessory.model.choice import NOTHING, Choice, Seen, candidates, choose
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
@@ -42,6 +42,32 @@ def test_temperature_zero_is_the_argmax() -> None:
     """Without drawing."""
     logits = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
     assert torch.equal(choose(logits, Choice(0.0, top_p=0.9), [None]), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("choice", [Choice(0.7), Choice(1.0, top_k=9), Choice(1.3, top_p=0.8), Choice(1.0, min_p=0.05)])
+def test_draws_are_those_of_torch(choice: Choice) -> None:
+    """Seed by seed, of all documents together and one by one, and what is drawn next."""
+    logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    probabilities, order = candidates(logits, choice)
+    for seed in range(20):
+        mine, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+        for _ in range(3):
+            wanted = order.gather(1, torch.multinomial(probabilities, 1, generator=other))[:, 0]
+            assert torch.equal(choose(logits, choice, [mine]), wanted)
+        mine, other = ([torch.Generator().manual_seed(seed + i) for i in range(6)] for _ in range(2))
+        alone = [
+            torch.multinomial(part, 1, generator=one) for part, one in zip(probabilities.split(1), other, strict=True)
+        ]
+        assert torch.equal(choose(logits, choice, mine), order.gather(1, torch.cat(alone))[:, 0])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_nothing_is_drawn_from_what_is_no_number(wrong: float) -> None:
+    """The other documents' tokens are drawn."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = wrong
+    tokens = choose(logits, Choice(1.0, top_p=0.9), [torch.Generator().manual_seed(0)])
+    assert tokens[1] == NOTHING and 0 <= min(tokens[0], tokens[2]) <= max(tokens[0], tokens[2]) < 50
 
 
 def theirs(ids: torch.Tensor, logits: torch.Tensor, choice: Choice) -> torch.Tensor:
