@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +93,6 @@ def test_host_and_gpu_have_backends_of_their_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(groups, "check_own_device", lambda *_: None)
     groups._join(torch.device("cuda", 0), 0, 1, groups.COLLECTIVE_TIMEOUT)
     assert made["backend"] == "cpu:gloo,cuda:nccl"
-    assert os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == "0"
     monkeypatch.undo()
     for name in groups._NCCL_SETTINGS:
         os.environ.pop(name, None)
@@ -109,6 +110,61 @@ def test_host_and_gpu_have_backends_of_their_own(monkeypatch: pytest.MonkeyPatch
             assert found == ["word"]
     finally:
         groups.stop()
+
+
+def test_what_nccl_is_told_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the environment when its group is made; what a user has set there stays. A CPU's groups need nothing."""
+    seen = []
+    names = ("TORCH_NCCL_RETHROW_CUDA_ERRORS", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: seen.append([os.environ.get(n) for n in names]))
+    monkeypatch.setattr(groups, "check_own_device", lambda *_: None)
+    monkeypatch.setattr(groups.os, "environ", dict(os.environ))
+    for name in names:
+        os.environ.pop(name, None)
+    for device in ("cpu", "cuda"):
+        groups._join(torch.device(device, 0), 0, 1, groups.COLLECTIVE_TIMEOUT)
+    os.environ[names[1]] = "0"
+    groups._join(torch.device("cuda", 0), 0, 1, groups.COLLECTIVE_TIMEOUT)
+    assert seen == [[None, None], ["0", "1"], ["0", "0"]]
+
+
+class ProcessGroupNCCL:
+    """Remembers its time limits."""
+
+    def __init__(self) -> None:
+        self.limits: list[timedelta] = []
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self.limits.append(timeout)
+
+
+class ProcessGroupGloo(ProcessGroupNCCL):
+    """The same."""
+
+
+def test_nccl_gives_up_after_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its watchdog would abort the process before ours has said which rank is lost; gloo's error is told as it is."""
+    made = [{"cpu": ProcessGroupGloo(), "cuda": ProcessGroupNCCL()} for _ in range(3)]
+    them = [SimpleNamespace(_device_types=list(one), _get_backend=one.get) for one in made]
+    watch = SimpleNamespace(timeout=0.0, backends=[])
+    monkeypatch.setattr(groups, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=them[0])))
+    monkeypatch.setattr(groups, "model_parallel_group", lambda: them[1])
+    monkeypatch.setattr(groups, "data_parallel_group", lambda: them[2])
+    monkeypatch.setattr(groups, "_watch", watch)
+
+    def set_for_all(timeout: timedelta, group: SimpleNamespace) -> None:
+        """As PyTorch does."""
+        for device in group._device_types:
+            group._get_backend(device)._set_default_timeout(timeout)
+
+    monkeypatch.setattr(groups, "_set_pg_timeout", set_for_all)
+    groups.limit_waiting(timedelta(seconds=90))
+    for one in made:
+        assert one["cpu"].limits == [timedelta(seconds=90)]
+        assert one["cuda"].limits[-1] >= timedelta(seconds=90 + 60)
+    assert watch.timeout == 90 and watch.backends == [backend for one in made for backend in one.values()]
+    if dist.is_nccl_available():
+        assert callable(dist.ProcessGroupNCCL._set_default_timeout)
 
 
 def test_one_process_lays_all_groups() -> None:
