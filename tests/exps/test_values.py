@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ KINDS = {
     for name, flags in UPSTREAM.items()
 }
 """Script -> what sets it apart from those that differ only in numbers."""
+SMALL_PREFIX = {"prefix_layers": 1, "v_embed_dim": 32, "v_depth": 1, "v_num_heads": 2}
+"""Of an adapter of the tiny model, which has two blocks; and of what brings CLIP's tokens to the prefix."""
 ARGUMENTS = ("BASE", "PARAMS", "TOKENIZER")
 
 
@@ -125,7 +128,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
     for path in (folder / "configs" / "model").rglob("*Adapter*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"prefix_layers": 1}))  # the tiny model has two
+        path.write_text(json.dumps(json.loads(path.read_text()) | SMALL_PREFIX))
     questions = json.loads(QUESTIONS.read_text())[:4]
     for name, entries in DATA.items():
         for file in (ours(name, "path", there) for there, _ in entries):
@@ -156,23 +159,6 @@ def intern_lm(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BLIP-2 as transformers writes it."""
-    transformers = pytest.importorskip("transformers", reason="the extra vision is not installed")
-    directory = tmp_path_factory.mktemp("eyes")
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = transformers.Blip2Config(
-        vision_config={**size, "image_size": 28, "patch_size": 14},
-        qformer_config={**size, "cross_attention_frequency": 1, "vocab_size": 8, "max_position_embeddings": 4},
-        text_config={"model_type": "opt", "hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "vocab_size": 8,
-                     "num_attention_heads": 1, "word_embed_proj_dim": 8, "max_position_embeddings": 4},
-        num_query_tokens=2,
-    )  # fmt: skip
-    transformers.Blip2Model(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def start(workshop: Path, clean_environment: dict[str, str]) -> Callable[..., None]:
     """(script, base, flags): start it in the workshop, on one process, which is this one; or, if `only_parsed`, read
     its flags and look whether the files are there.
@@ -193,12 +179,26 @@ def start(workshop: Path, clean_environment: dict[str, str]) -> Callable[..., No
 
 
 @pytest.fixture(scope="module")
-def first_stage(start: Callable[..., None], workshop: Path, tiny_base: Path, eyes: Path) -> Path:
-    """A model with a Q-Former, as the scripts for images go on from: one step of the script that trains all of it."""
-    name = "mm/alpacaLlava_llamaQformerv2_13B"
-    start(name, tiny_base, "--vision_path", eyes, "--max_steps", "1", "--output_dir", workshop / "first_stage")
-    (saved,) = (workshop / "first_stage").glob("epoch*")
-    return saved
+def first_stage(start: Callable[..., None], workshop: Path, tiny_base: Path) -> Callable[[bool], Path]:
+    """Whether with an adapter -> a model that sees images, trained for a step: the scripts for images go on from it."""
+    pytest.importorskip("transformers", reason="the extra vision is not installed")
+    from tests.vision.tiny import write_blip2, write_clip
+
+    @cache
+    def trained(adapter: bool) -> Path:
+        output = workshop / f"first_stage_{adapter}"
+        (output / "eyes").mkdir(parents=True)
+        (write_clip if adapter else write_blip2)(output / "eyes")
+        settings = {"use_prefix_new_gate": True, "trainable_mode": "mm_stage1"}
+        (output / "stage.json").write_text(json.dumps(SMALL_PREFIX | settings))
+        name = "mm/llavaVqav2_llamaAdapter" if adapter else "mm/alpacaLlava_llamaQformerv2_13B"
+        config = ["--llama_config", output / "stage.json"] if adapter else []
+        run = ("--vision_path", output / "eyes", "--max_steps", "1", "--output_dir", output)
+        start(name, tiny_base, *config, *run)
+        (saved,) = output.glob("epoch*")
+        return saved
+
+    return trained
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
@@ -206,9 +206,8 @@ def test_a_script_starts(
     name: str, start: Callable[..., None], tiny_base: Path, intern_lm: Path, request: pytest.FixtureRequest
 ) -> None:
     """A dry run on its own data with all its values, but on one process; one of those that differ only in numbers."""
-    if name.startswith("mm/") and UPSTREAM[name]["llama_type"] == "llama_adapter":
-        pytest.skip("pictures of adapters come later")
     base = intern_lm if name.endswith("internLM") else tiny_base
-    base = request.getfixturevalue("first_stage") if name.startswith("mm/") else base
+    if name.startswith("mm/"):
+        base = request.getfixturevalue("first_stage")(UPSTREAM[name]["llama_type"] == "llama_adapter")
     alike = [other for other in UPSTREAM if KINDS[other] == KINDS[name]]
     start(name, base, "--dry_run", only_parsed=name != alike[0])
