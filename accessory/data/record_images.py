@@ -12,7 +12,8 @@ from accessory.data.omissions import UnusableRecord
 from accessory.data.records import Record, kind
 from accessory.data.shapes import Said
 
-IMAGE = "image"
+IMAGE, IMAGES = "image", "images"
+_NONE = (None, "")  # "": an empty cell of a table
 _MARK = "<image>"  # in LLaVA's words: where the image is spoken of
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|data:")
 
@@ -34,20 +35,31 @@ def captioned(record: Record) -> Record:
 
 def without_image(record: Record) -> Record:
     """The record without its image."""
-    return replace(record, fields={key: value for key, value in record.fields.items() if key != IMAGE})
+    named = {IMAGE, _key(record.fields)}
+    return replace(record, fields={key: value for key, value in record.fields.items() if key not in named})
 
 
 def image_name(fields: dict[str, Any]) -> str | None:
     """The path of a record's image, as the record has it; None without any. Raises `UnusableRecord`."""
-    name = fields.get(IMAGE)
-    if name is None or name == "":  # an empty cell of a table
+    key = _key(fields)
+    name = fields.get(key)
+    if key == IMAGES and isinstance(name, list):
+        if len(name) > 1:
+            raise UnusableRecord(f"{key!r} holds several, and a document takes one")
+        name = name[0]
+    if name in _NONE:
         return None
     if not isinstance(name, str):
-        raise UnusableRecord(f"{IMAGE!r} is {kind(name)}, expected the path of one image file")
+        raise UnusableRecord(f"{key!r} is {kind(name)}, expected the path of one image file")
     if _URL.match(name):
-        raise UnusableRecord(f"{IMAGE!r} is a URL, and nothing is fetched: download it and give its path", name)
+        raise UnusableRecord(f"{key!r} is a URL, and nothing is fetched: download it and give its path", name)
     check_text([name])
     return name
+
+
+def _key(fields: dict[str, Any]) -> str:
+    """The key under which a record's image is."""
+    return IMAGES if fields.get(IMAGE) in _NONE and fields.get(IMAGES) else IMAGE
 
 
 def without_marks(said: Said) -> Said:

@@ -172,6 +172,13 @@ def test_roots(make, write, tokenizer, tmp_path):
         make([SEEN], entry="root: pictures")
 
 
+def test_a_list_of_one_image(make):
+    corpus = make([GOOD | {"images": ["a.png"]}, GOOD | {"images": ["a.png"] * 2}, SEEN | {"images": ["a.png"]}])
+    assert len(corpus) == 1 and corpus.image_name(0) == "a.png"
+    assert "skipped 1: 'images' holds several, and a document takes one" in corpus.report
+    assert "skipped 1: has 'images', which the model does not take" in corpus.report
+
+
 def test_columns_may_name_the_image(make):
     records = [{"q": "a?", "a": "b", "files": ["a.png"]}]
     corpus = make(records, entry="columns: {instruction: q, output: a, image: files.0}")
