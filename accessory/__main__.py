@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "finetune": Command("accessory/main_finetune.py", "train a base on your data", True),
+    "pretrain": Command("accessory/main_pretrain.py", "train all weights on raw text", True),
     "ask": Command("demos/single_turn.py", "ask single questions, in the terminal or on a page", True),
     "chat": Command("demos/single_model_cli.py", "talk with a model in the terminal", True),
     "page": Command("demos/multi_turn.py", "talk with a model on a page", True),
@@ -32,6 +33,7 @@ COMMANDS = {
     "merge": Command("tools/merge.py", "put a trained part into its base"),
     "convert": Command("tools/convert.py", "write a checkpoint as another format"),
     "quantize": Command("tools/quantize.py", "pack a base once, so that later starts are quick"),
+    "pack": Command("tools/pack_data.py", "tokenize raw text once, for pretraining"),
     "plan": Command("tools/plan.py", "the memory a run would take"),
     "inspect": Command("tools/inspect_checkpoint.py", "what a checkpoint is"),
 }

@@ -23,7 +23,7 @@ from accessory.meta import MetaModel
 from accessory.parallel.agree import check_alike, on_main, together
 from accessory.parallel.data import summed_on_host
 from accessory.parallel.groups import Layout
-from accessory.run.identity import PretrainJob
+from accessory.run.identity import PretrainJob, keeps_order
 from accessory.run.preview import preview
 from accessory.run.resuming import open_pretrained, run_began
 from accessory.run.schedule import pretraining_notes, pretraining_schedule
@@ -47,7 +47,7 @@ def _train(config: PretrainConfig, layout: Layout, signals: StopSignals, status:
         attachment.initial |= start_values(decoder)
     job = _job(config, layout, sources, blueprint)
     found, progress = find_progress(job)
-    state = {name: value.numpy() for name, value in read_order_state(found).items()} if found and progress.step else {}
+    state = together(read_order_state, found) if keeps_order(found) else None
     together(job.order.go_on, progress.epoch, progress.step, state)
     recomputed, notes = preview(job, decoder, attachment)
     say(layout, *notes)
@@ -63,7 +63,7 @@ def _blueprint(config: PretrainConfig, sources: list[Source]) -> Blueprint:
     blueprint = make_blueprint(
         sources,
         llama_type=config.llama_type,
-        llama_config=config.llama_config,
+        llama_config=config.llama_config if sources else [{"max_seq_len": config.max_words}, *config.llama_config],
         tokenizer_path=config.tokenizer_path,
         precision=config.precision,
         train=True,
@@ -74,6 +74,11 @@ def _blueprint(config: PretrainConfig, sources: list[Source]) -> Blueprint:
         raise ConfigError(
             f"--llama_type {config.llama_type}: pretraining trains all weights; give --llama_type {family}, or train a "
             "small part with main_finetune.py."
+        )
+    longest = blueprint.args.longest_document
+    if longest is not None and config.max_words > longest:
+        raise ConfigError(
+            f"--max_words {config.max_words}: the model has positions for {longest} tokens; give no more."
         )
     return blueprint
 
@@ -131,5 +136,5 @@ def _validation(config: PretrainConfig, blueprint: Blueprint, file: RawFile, rea
         rows = packed_rows(PackedFile.open(file, tokenizer), size, most, blueprint.args.vocab_size)
     else:
         rows = text_rows(file, reader, tokenizer, size, most)
-    how = {"row": size, "rows": most, "across": config.attend_across, "tokenizer": tokenizer.fingerprint}
+    how = {"max_words": size, "val_rows": most, "across": config.attend_across, "tokenizer": tokenizer.fingerprint}
     return whole_set(corpus_of(rows, file, tokenizer, config.attend_across, how))

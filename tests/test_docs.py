@@ -40,6 +40,7 @@ from accessory.parallel import groups
 from demos.terminal import printable
 from tests.checkpoint.trained import write_trained_side
 from tests.conftest import DATA, ROOT, run_python
+from tests.data.raw.texts import made, written
 from tests.eval.published import write_published
 from tests.exps.upstream import differences_table
 from tests.flags_table import flags_table, settings_table
@@ -309,6 +310,10 @@ def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_published(folder / "TASKS")
     (folder / "VALIDATION.json").write_text(json.dumps(json.loads(DATA.read_text())[:8]))
     (folder / "TEXT.txt").write_text(DATA.read_text())
+    (folder / "NEW.json").write_text('{"dim": 64, "n_layers": 1, "n_heads": 4, "hidden_dim": 128}')
+    for name in ("PART", "VALIDATION"):
+        written(folder / f"{name}.jsonl", made(40))
+    (folder / "FILES.json").write_text('["TEXT.txt", "PART.jsonl", "VALIDATION.jsonl"]')
     (folder / "lora.json").write_text('{"lora_rank": 16}')
     (folder / "side.json").write_text('{"start": "released"}')
     (folder / "vision.json").write_text('{"lora_rank": 16, "vision_tuning": true}')
@@ -337,6 +342,11 @@ def test_command(command: str, workshop: Path, shell, called, monkeypatch: pytes
     few = "--rows 8 --own_rows 8 --row_tokens 32 --distill_steps 2"
     command = command.replace("--calibrate DATA.json", f"--calibrate TEXT.txt {few}")
     command = command.replace("--model 7B --tokens 4096 --seq 512", "--model tiny --tokens 128 --seq 64")
+    if "main_pretrain" in command:
+        command += " --max_words 64 --max_steps 2 --val_rows 4 --precision fp32"
+        if "output/packed/" in command and not (workshop / "output" / "packed").is_dir():
+            pack = next(line for line in COMMANDS if "pack_data" in line)
+            assert run_python(*shlex.split(pack)[1:], cwd=workshop).returncode == 0
     if "--tasks" in command:
         pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     if re.search(r"_path BLIP2|IMAGE|_mm\b", command):
@@ -354,9 +364,9 @@ def test_command(command: str, workshop: Path, shell, called, monkeypatch: pytes
     else:
         done = shell(command, cwd=workshop)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    assert bool(outputs) == ("main_finetune" in command)
-    for output in outputs:
-        assert (workshop / output / "epoch2" / "trainable.safetensors").is_file()
+    assert bool(outputs) == ("main_finetune" in command or "main_pretrain" in command)
+    last = "epoch0-iter2/model.safetensors" if "main_pretrain" in command else "epoch2/trainable.safetensors"
+    assert all((workshop / output / last).is_file() for output in outputs)
     made = {"base-nf4", "base-mix2.5", "model.gguf", "merged", "adapter", "qst"}
     for target in made & {Path(word).name for word in shlex.split(command)}:
         assert (workshop / "output" / target).exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -244,10 +245,12 @@ def restore_training_state(
             torch.cuda.set_rng_state(tensors[f"generator.cuda.{layout.rank}"], layout.device)
 
 
-def read_order_state(found: Resumption) -> dict[str, Tensor]:
+def read_order_state(found: Resumption) -> dict[str, np.ndarray]:
     """What the saved run's order of the data had to remember, by name. Raises `CheckpointError`."""
     tensors = open_safetensors([found.directory / f"{STATE_STEM}.safetensors"])
-    return {name.removeprefix(ORDER): tensor.read() for name, tensor in tensors.items() if name.startswith(ORDER)}
+    return {
+        name.removeprefix(ORDER): tensor.read().numpy() for name, tensor in tensors.items() if name.startswith(ORDER)
+    }
 
 
 def _restore_working(directory: Path, tensors: dict[str, Tensor], working: WorkingValues, layout: Layout) -> None:

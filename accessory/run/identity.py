@@ -238,6 +238,11 @@ class PretrainJob(Job):
         return {"data": self.order.identity, **{name: getattr(self.config, name) for name in _PRETRAINING}}
 
 
+def keeps_order(found: Resumption | None) -> bool:
+    """Whether a resumed run goes on in the midst of the data where the saved one stood."""
+    return found is not None and not _ORDER.intersection(found.changed)
+
+
 def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:
     """Where the run begins, and what to tell the user about it.
 
@@ -252,7 +257,7 @@ def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:
         notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
     if _SCALED.intersection(found.changed):
         progress = replace(progress, loss_scale=FIRST_LOSS_SCALE, good_steps=0)
-    if progress.step and _ORDER.intersection(found.changed):
+    if progress.step and not keeps_order(found):
         notes.append(f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
         progress = replace(progress, step=0)
     return progress, notes

@@ -97,13 +97,16 @@ def _fault(path: Path, packed: bool) -> str | None:
     return None
 
 
-def identity_of(files: Sequence[RawFile]) -> list[dict[str, Any]]:
-    """What determines the files, as JSON: kinds, sizes, and a digest of a few places spread over each."""
-    return [{"kind": file.kind, "bytes": file.size, "sampled": _sampled(file)} for file in files]
-
-
-def _sampled(file: RawFile) -> str:
+def identity_of(files: Sequence[RawFile]) -> dict[str, Any]:
+    """What determines the files, as JSON: how many, their bytes, and a digest of a few places spread over each."""
     digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.kind} {file.size}\n".encode())
+        _add_samples(digest, file)
+    return {"files": len(files), "bytes": sum(file.size for file in files), "sampled": digest.hexdigest()[:32]}
+
+
+def _add_samples(digest: Any, file: RawFile) -> None:
     try:
         with file.path.open("rb") as opened:
             last = max(file.size - _SAMPLE_BYTES, 0)
@@ -112,4 +115,3 @@ def _sampled(file: RawFile) -> str:
                 digest.update(opened.read(_SAMPLE_BYTES))
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read ({error.strerror}).") from error
-    return digest.hexdigest()[:32]

@@ -11,6 +11,7 @@ import numpy as np
 from accessory.data.corpus import Corpus
 from accessory.data.omissions import Omissions
 from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.encoding import encoded_parts
 from accessory.data.raw.files import RawFile, identity_of
 from accessory.data.raw.order import documents_of
 from accessory.data.raw.packed_file import PackedFile
@@ -39,15 +40,15 @@ def text_rows(
         for piece in reader.read(file, start, stop):
             if not piece.text:
                 continue
-            ids = tokenizer.encode(piece.text, continuation=not piece.begins)
-            new = [*(tokenizer.start_ids if piece.begins else ()), *ids, *([tokenizer.eos_id] if piece.ends else ())]
-            held = np.concatenate([held, np.array(new, dtype=np.int32)])
-            starts = np.concatenate([starts, np.arange(len(new)) == (0 if piece.begins else -1)])
-            while len(held) > size:
-                if given == most:
-                    return
-                yield Row(held[: size + 1], starts[: size + 1], (file, piece.at))
-                held, starts, given = held[size:], starts[size:], given + 1
+            for place, part in enumerate(encoded_parts(piece, tokenizer)):
+                begins = piece.begins and place == 0
+                held = np.concatenate([held, part])
+                starts = np.concatenate([starts, np.arange(len(part)) == (0 if begins else -1)])
+                while len(held) > size:
+                    if given == most:
+                        return
+                    yield Row(held[: size + 1], starts[: size + 1], (file, piece.at))
+                    held, starts, given = held[size:], starts[size:], given + 1
     if len(held) > 1 and given != most:
         yield Row(held, starts, (file, start))
 
@@ -67,4 +68,4 @@ def corpus_of(
         "offsets": offsets,
         "origins": np.zeros((len(documents), 3), dtype=np.int32),
     }
-    return Corpus(arrays, Omissions([str(file.path)]), {"files": identity_of([file]), **identity}, tokenizer)
+    return Corpus(arrays, Omissions([str(file.path)]), {**identity_of([file]), **identity}, tokenizer)

@@ -52,6 +52,11 @@ class Shape:
         return self.batch_size * self.accum_iter * self.dp_size
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """How rows are cut from documents, by the names of the flags."""
+        return {"max_words": self.row, "attend_across": self.across}
+
+    @property
     def own(self) -> range:
         """Which rows of each step this rank has."""
         return range(self.dp_rank, self.global_batch, self.dp_size)
@@ -87,8 +92,8 @@ class RowOrder(ABC):
         """What has to be saved before this step for a later run to go on with it. A collective."""
         return {}
 
-    def go_on(self, epoch: int, step: int, state: dict[str, np.ndarray]) -> None:  # noqa: B027 (most need nothing)
-        """Go on with this step, before which `state` was saved; with an empty one, begin the data anew there."""
+    def go_on(self, epoch: int, step: int, state: dict[str, np.ndarray] | None) -> None:  # noqa: B027 (a default)
+        """Go on with this step, before which `state` was saved; None: begin a pass over the data there."""
 
     @property
     def most_tokens(self) -> int:
@@ -165,7 +170,7 @@ class TextOrder(RowOrder):
     @property
     def identity(self) -> dict[str, Any]:
         """The plan's, and how rows are cut."""
-        how = {"row": self.shape.row, "across": self.shape.across, "window": self.window}
+        how = {**self.shape.identity, "shuffle_buffer": self.window}
         return {**self.plan.identity, **how, "tokenizer": self.tokenizer.fingerprint}
 
     @property
@@ -203,16 +208,20 @@ class TextOrder(RowOrder):
         found[list(self.shape.own)] = mine
         return {"streams": self.summed(found)}
 
-    def go_on(self, epoch: int, step: int, state: dict[str, np.ndarray]) -> None:
+    def go_on(self, epoch: int, step: int, state: dict[str, np.ndarray] | None) -> None:
         """Go on with this step. Raises `DataError` for a state of other streams."""
-        self._next, positions = self._number(epoch, step), state.get("streams")
-        if positions is None:
-            return
+        self._next = self._number(epoch, step)
+        positions = self._at_pass(epoch) if state is None else state.get("streams", np.empty(0))
         expected = (self.global_batch, len(Position._fields))
         if positions.shape != expected:
             raise DataError(f"The training state has streams of shape {positions.shape}; expected {expected}.")
         for own, stream in zip(self.shape.own, self._streams, strict=True):
             stream.go_to(Position(*positions[own].tolist()))
+
+    def _at_pass(self, done: int) -> np.ndarray:
+        """Where streams stand once so many passes are done: the first block of each that is in the next one."""
+        passed = -(-done * len(self.plan.blocks) // self.global_batch) * self.global_batch
+        return np.array([Position(passed + n, self.plan.block(passed + n).start) for n in range(self.global_batch)])
 
     def _ask(self) -> list[Future]:
         """Have the next row of each own stream encoded."""

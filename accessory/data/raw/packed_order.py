@@ -68,12 +68,7 @@ class PackedOrder(RowOrder):
     def identity(self) -> dict[str, Any]:
         """The files', and how rows are cut."""
         files = identity_of([file.file for file in self.files])
-        return {
-            "files": files,
-            "row": self.shape.row,
-            "across": self.shape.across,
-            "tokenizer": self.files[0].tokenizer,
-        }
+        return {**files, **self.shape.identity, "tokenizer": self.files[0].tokenizer}
 
     @property
     def report(self) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from accessory.data.raw.documents import DocumentReader, Piece
+from accessory.data.raw.encoding import encoded_parts
 from accessory.data.raw.files import RawFile
 from accessory.data.raw.packed_file import PackedWriter
 from accessory.data.raw.skipped import Skipped
@@ -39,11 +40,7 @@ def encoded(reader: DocumentReader, tokenizer: Tokenizer, file: RawFile, start: 
     """The tokens of a block's documents, each between the tokenizer's start ids and EOS. Raises `DataError`."""
     pieces = [*reader.read(file, start, stop)]
     used = [piece for piece in pieces if piece.text]
-    parts: list[np.ndarray] = []
-    for piece in used:
-        ids = tokenizer.encode(piece.text, continuation=not piece.begins)
-        before, behind = tokenizer.start_ids if piece.begins else (), [tokenizer.eos_id] if piece.ends else []
-        parts.append(np.array([*before, *ids, *behind], dtype=np.int32))
+    parts = [part for piece in used for part in encoded_parts(piece, tokenizer)]
     told = [piece if piece.text is None else piece._replace(text="") for piece in pieces]
     return Encoded(np.concatenate(parts or [np.empty(0, np.int32)]), sum(piece.ends for piece in used), told)
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.encoding import PART, parts_of
 from accessory.data.raw.files import RawFile, identity_of
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
 
 _SMALLEST, _LARGEST = 1 << 12, 1 << 18  # bytes of a block of text
 _BLOCKS_A_STREAM = 4  # at the least, where files are large enough
-_SAMPLED = 64  # blocks from which the number of tokens is estimated, and documents read of each
+_SAMPLED = 64  # blocks from whose first documents the number of tokens is estimated
 _KEPT = 2  # passes whose permutation is kept
 
 
@@ -65,7 +66,7 @@ def plan_text(
     spans = [[number, *span] for number, cut in enumerate(cuts) for span in pairwise(cut)]
     if not spans:
         raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: there is no text to train on.")
-    identity = {"files": identity_of(files), "key": reader.key, "unit": reader.unit, "block_bytes": size}
+    identity = {**identity_of(files), "text_key": reader.key, "txt": reader.unit}
     blocks = np.array(spans, dtype=np.int64)
     tokens = _estimated(files, reader, tokenizer, blocks)
     if not tokens:
@@ -82,11 +83,16 @@ def _estimated(files: Sequence[RawFile], reader: DocumentReader, tokenizer: Toke
         total[_measure(files[number])] += stop - start
     for number, start, stop in chosen.tolist():
         measure = _measure(files[number])
-        pieces = [*islice(reader.read(files[number], start, stop), _SAMPLED)]
-        used = [piece for piece in pieces if piece.text]
-        tokens[measure] += sum(map(len, tokenizer.encode_batch([piece.text for piece in used])))
-        tokens[measure] += sum(len(tokenizer.start_ids) * piece.begins + piece.ends for piece in used)
-        read[measure] += pieces[-1].after - start if pieces else stop - start
+        after, seen = stop, 0
+        for piece in reader.read(files[number], start, stop):
+            if text := piece.text:
+                part = next(parts_of(text))
+                tokens[measure] += len(tokenizer.encode(part)) * len(text) / len(part)
+                tokens[measure] += len(tokenizer.start_ids) * piece.begins + piece.ends
+                after, seen = piece.after, seen + len(part)
+            if seen >= PART:
+                break
+        read[measure] += after - start
     return round(sum(tokens[measure] * total[measure] / read[measure] for measure in read if read[measure]))
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from accessory.data.raw.documents import Piece
+from accessory.data.raw.encoding import encoded_parts
 from accessory.data.raw.files import RawFile
 from accessory.data.raw.plan import TextPlan
 from accessory.data.raw.skipped import Skipped
@@ -62,10 +63,13 @@ class Stream:
         """Go on from `position`, which an earlier `position` of the stream was."""
         self._next, self._reader = (position.block, position.offset), None
         self._held: deque[_Held] = deque()
-        self._documents = self._window(position.document)
-        if position.token:
+        self._coming = self._encoded(position.document)
+        left = position.token
+        while left:
             self._hold()
-            self._drop(position.token)
+            dropped = min(left, len(self._held[0].tokens))
+            self._drop(dropped)
+            left -= dropped
 
     @property
     def position(self) -> Position:
@@ -99,15 +103,19 @@ class Stream:
             count -= len(held.tokens)
 
     def _hold(self) -> None:
-        """Encode one more document."""
-        while (found := next(self._documents, None)) is None:
-            self._documents = self._window(0)
-        file, piece, at = found
-        ids = self.tokenizer.encode(piece.text, continuation=not piece.begins)
-        before = self.tokenizer.start_ids if piece.begins else ()
-        ids = np.array([*before, *ids, *([self.tokenizer.eos_id] if piece.ends else ())], dtype=np.int32)
-        if len(ids):
-            self._held.append(_Held(ids, True, at, (file, piece.at)))
+        """Encode a document more, or a part of a long one."""
+        self._held.append(next(self._coming))
+
+    def _encoded(self, skip: int) -> Iterator[_Held]:
+        """The tokens of all documents to come but the first `skip` of the next window, without an end."""
+        while True:
+            for file, piece, at in self._window(skip):
+                count = 0
+                for part in encoded_parts(piece, self.tokenizer):
+                    if len(part):
+                        yield _Held(part, count == 0, at._replace(token=count), (file, piece.at))
+                    count += len(part)
+            skip = 0
 
     def _window(self, skip: int) -> Iterator[tuple[RawFile, Piece, Position]]:
         """The documents of the next window, shuffled, without the first `skip`."""

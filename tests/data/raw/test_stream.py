@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from accessory.data.raw import encoding
 from accessory.data.raw.documents import DocumentReader
 from accessory.data.raw.plan import TextPlan, plan_text
 from accessory.data.raw.skipped import Skipped
@@ -56,7 +57,9 @@ def test_a_pass_gives_every_document_once(plan: TextPlan, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 30])
-def test_a_stream_goes_on_where_it_stood(plan: TextPlan, tokenizer, taken: int) -> None:
+def test_a_stream_goes_on_where_it_stood(plan: TextPlan, tokenizer, taken: int, monkeypatch) -> None:
+    """Where documents are encoded in parts, too."""
+    monkeypatch.setattr(encoding, "PART", 200)
     whole, other = stream(plan, tokenizer, 1), stream(plan, tokenizer, 1)
     for _ in range(taken):
         whole.take(333)
