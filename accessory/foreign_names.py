@@ -147,6 +147,15 @@ _SENTENCES = (
     ("dataloader_num_workers preprocessing_num_workers dataset_processes dataset_num_proc num_proc",
      "--num_workers is the number of threads that tokenize and read images"),
     ("dataset_prepared_path overwrite_cache preprocessed_path", "--cache_ann_on_disk keeps tokenized data"),
+    # images
+    ("image_folder image_dir media_dir images_dir",
+     "the directory of images is root of an entry in the YAML of --data_config"),
+    ("image_aspect_ratio image_resize_algorithm image_max_pixels image_size",
+     "--image_transform says how an image becomes the square that the encoder sees"),
+    ("vision_tower mm_vision_tower vision_model", "--vision_path takes a directory of BLIP-2 or CLIP"),
+    ("freeze_vision_tower unfreeze_mm_vision_tower", "image encoders are always frozen: leave it out"),
+    ("tune_mm_mlp_adapter freeze_mm_mlp_adapter freeze_multi_modal_projector",
+     'what stands behind an image encoder is trained by "vision_tuning": true in a JSON file of --llama_config'),
     # saving, logs, evaluation
     ("out_dir save_dir output output_directory", "--output_dir is where a run writes"),
     ("overwrite_output_dir", "--overwrite lets a run begin in a directory that holds another's checkpoints"),
