@@ -35,7 +35,7 @@ def check(name: str, given: dict, layout: Layout, mode: str, mine: slice, wanted
     )  # fmt: skip
     decoder, attachment = blueprint.build(layout, mode)
     slicings = {target.name: target.slicing for target in targets(decoder)}
-    data_parallel = DataParallel(layout, mode, base_is_trained=False)
+    data_parallel = DataParallel(layout, mode, blueprint.method.trains_base)
     fill(decoder, resolve(decoder, sources, attachment, initialize=True), attachment, layout, data_parallel)
     model = MetaModel(decoder, blueprint.tokenizer, 512)
     model.see(blueprint.vision, divides=layout.mp_size > 1)

@@ -72,10 +72,10 @@ def test_logits_and_gradients(kind: str, tiny_base: Path, stage_one: Path, blip2
         _close(model.llma.tok_embeddings.weight.grad, language.model.embed_tokens.weight.grad, "embedding")
 
 
-def test_ranks(stage_one: Path, tiny_base: Path, clip: tuple, torchrun, tmp_path: Path) -> None:
+def test_ranks(stage_one: Path, tiny_base: Path, blip2: tuple, clip: tuple, torchrun, tmp_path: Path) -> None:
     """Two that share a model and its pictures, and two of which one has none: gradients are those of one process.
 
-    Of rows among the tokens, and of what is added to prefixes, whose gates are open.
+    Of rows behind BOS and before it, of what is added to prefixes, whose gates are open, and of all that is not frozen.
     """
     gates = {"model": {"llma.prefix_gate": torch.linspace(-1, 1, 4)[None]}}
     (part := tmp_path / "part").mkdir()
@@ -92,7 +92,16 @@ def test_ranks(stage_one: Path, tiny_base: Path, clip: tuple, torchrun, tmp_path
             "pretrained_path": [str(tiny_base), str(part)], "vision_path": str(clip[1]), "llama_config": [adapter],
             "llama_type": "llama_adapter", "tokenizer_path": str(tiny_base),
         },
+        "all of it": {
+            "pretrained_path": [str(tiny_base)], "vision_path": str(blip2[1]), "llama_config": [],
+            "llama_type": "llama_qformerv2", "tokenizer_path": str(tiny_base),
+        },
+        "patches": {
+            "pretrained_path": [str(tiny_base)], "vision_path": str(clip[1]), "llama_config": [{"vision_tuning": True}],
+            "llama_type": "llama_peft", "tokenizer_path": str(tiny_base),
+        },
     }  # fmt: skip
+    told = {"prefixes": "visual_query", "patches": "clip_proj.weight"}
     (tmp_path / "models.json").write_text(json.dumps(models))
     for name, given in models.items():
         model = MetaModel.from_pretrained(**given, dtype="fp32", train=True)
@@ -102,7 +111,7 @@ def test_ranks(stage_one: Path, tiny_base: Path, clip: tuple, torchrun, tmp_path
             model(packed(*chosen)).backward()
             found = {key.removeprefix("llma."): p.grad.clone() for key, p in model.get_trainable_params().items()}
             save_file(found, tmp_path / f"{name}-{which}.safetensors")
-        assert found["visual_query" if name == "prefixes" else "start_img"].norm() > 0
+        assert found[told.get(name, "start_img")].norm() > 0
     done = torchrun(2, Path(__file__).parent / "ranks_worker.py", tmp_path / "models.json")
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert done.stdout.count("OK") == 2
