@@ -82,7 +82,10 @@ class DataEntry(BaseModel):
         if self.root is None:
             return self.path.parent
         if self._root is None:
-            raise DataError(f"{self.path}: root {self.root!r} is no directory; expected that of the images.")
+            raise DataError(
+                f"root {self.root!r} of {self.path} is no directory, looked for beside the YAML, in the current directory "
+                "and in --data_dir; expected that of the images."
+            )
         return self._root
 
     @field_validator("prompt_type", mode="before")
