@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from accessory.data.image_files import ImageFault, check_image
 from accessory.data.omissions import UnusableRecord
 
 NO_IMAGE = -1
+_BLOCK = 1024  # files looked at together
 _UNKNOWN = (-1, -1)  # state of a file that is not there, or not to be touched
 _OUTSIDE = "lies outside of the directory of images, which root in the YAML names"
 State = tuple[int, int]
@@ -49,12 +51,9 @@ class ImageTable:
     def unchanged(self, threads: int = 1) -> bool:
         """Whether all files are as they were when they were examined, those that were not there included."""
         roots = {root: _Root(root) for root in set(self.roots)}
-
-        numbers = range(len(self.arrays["sizes"]))
-        kept = zip(self.arrays["sizes"].tolist(), self.arrays["times"].tolist(), strict=True)
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-            states = pool.map(lambda number: roots[self._root(number)].state(self._name(number)), numbers)
-            return all(map(State.__eq__, kept, states))
+        same = partial(self._unchanged, roots)
+        with ThreadPoolExecutor(max(threads, 1)) as pool:  # by blocks, since each call that waits takes memory
+            return all(pool.map(same, range(0, len(self.arrays["sizes"]), _BLOCK)))
 
     @property
     def unusable(self) -> str:
@@ -62,6 +61,12 @@ class ImageTable:
         numbers = np.flatnonzero(~self.arrays["usable"]).tolist()
         named = [(int(self.arrays["entries"][number]), self._name(number)) for number in numbers]
         return hashlib.sha256(repr(sorted(named)).encode()).hexdigest() if named else ""
+
+    def _unchanged(self, roots: dict[Path, _Root], first: int) -> bool:
+        numbers = range(len(self.arrays["sizes"]))[first : first + _BLOCK]
+        states = [roots[self._root(number)].state(self._name(number)) for number in numbers]
+        sizes, times = (self.arrays[name][first : first + _BLOCK].tolist() for name in ("sizes", "times"))
+        return states == [*zip(sizes, times, strict=True)]
 
     def _root(self, number: int) -> Path:
         return self.roots[self.arrays["entries"][number]]
@@ -119,8 +124,12 @@ class ImageFinder:
             return {}
         wanted = np.array([*digests.values()], np.uint64)
         places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
-        found = self._digests[places] == wanted
-        return {name: int(self._numbers[place]) for name, place, hit in zip(digests, places, found, strict=True) if hit}
+        found, numbers = self._digests[places] == wanted, self._numbers[places].tolist()
+        return {name: n for name, n, hit in zip(digests, numbers, found, strict=True) if hit and self._is(n, name)}
+
+    def _is(self, number: int, name: str) -> bool:
+        """Whether a file has this name: two may have one digest."""
+        return self._names[self._bounds[number] : self._bounds[number + 1]] == name.encode()
 
     def _add(self, entry: int, name: str, state: State, fault: str | None) -> None:
         self._names += name.encode()

@@ -82,10 +82,8 @@ class DataEntry(BaseModel):
         if self.root is None:
             return self.path.parent
         if self._root is None:
-            raise DataError(
-                f"root {self.root!r} of {self.path} is no directory, looked for beside the YAML, in the current directory "
-                "and in --data_dir; expected that of the images."
-            )
+            looked = "beside the YAML, in the current directory and in --data_dir"
+            raise DataError(f"root {self.root!r} of {self.path} is no directory, looked for {looked}.")
         return self._root
 
     @field_validator("prompt_type", mode="before")

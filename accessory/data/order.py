@@ -189,7 +189,8 @@ class GlobalOrder:
 
     def _document(self, index: int, epoch: int) -> Document:
         tokens, labels = self.corpus.document(index)
-        insets = self.corpus.insets(index, draw_of(self.seed, epoch, index) if self.trains else None)
+        drawn = self.trains and self.corpus.pictures
+        insets = self.corpus.insets(index, draw_of(self.seed, epoch, index) if drawn else None)
         if not self.prompt_weight:
             return Document(tokens, labels, index, insets)
         learned, following = labels >= 0, np.append(tokens[1:], IGNORE)

@@ -187,5 +187,17 @@ def test_files_are_examined_once_and_kept_flat(folder, monkeypatch):
     assert sum(array.nbytes for array in table.arrays.values()) < 701 * 40
 
 
+def test_names_of_one_digest_stay_two(folder, monkeypatch):
+    from accessory.data import image_table
+
+    monkeypatch.setattr(image_table, "_digest", lambda entry, name: 7)
+    for name in ("a.png", "b.png"):
+        save(folder / name)
+    finder = ImageFinder([folder])
+    numbers = [finder.find(0, [name])[0] for name in ("a.png", "b.png", "a.png", "b.png")]
+    table = finder.table(np.array(numbers))
+    assert [table.name(i) for i in range(4)] == ["a.png", "b.png"] * 2
+
+
 def test_a_plain_text_loses_the_mark_too():
     assert without_marks("<image>\nA dog.") == "A dog."
