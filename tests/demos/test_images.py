@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
-import shlex
 import socket
 from pathlib import Path
 
@@ -14,22 +12,25 @@ import pytest
 from gradio import Blocks
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from PIL import Image, ImageDraw
 
-from accessory.config import FinetuneConfig
+from accessory.config import FinetuneConfig, ImagePageConfig
 from accessory.conversation import Conversation
-from accessory.errors import ConfigError
+from accessory.errors import ConfigError, DataError
 from accessory.eval.predict import predictions, questions
 from accessory.finetuning import finetune
 from accessory.meta import MetaModel, Sampling
+from accessory.multi_gpu import MultiGpuWrapper
 from accessory.parallel import groups
 from demos.sent_images import MOST_IMAGE_BYTES, image_bytes, sendable
+from demos.talks import Talks
 from tests.browser import Browser, Visitor, usable
 from tests.demos.pages import served
 from tests.here import run_here
-from tests.vision.conftest import blip2  # noqa: F401
-from tests.vision.seeing import write_stage_one
+from tests.vision.tiny import write_blip2
 
+Image, ImageDraw = (
+    pytest.importorskip(f"PIL.{name}", reason="the extra vision is not installed") for name in ("Image", "ImageDraw")
+)
 DEMOS = Path(__file__).resolve().parents[2] / "demos"
 QUESTION = "What is it?"
 ANSWERS = ["A red disc.", "A blue square.", "I see nothing."]
@@ -62,11 +63,14 @@ def data(pictures: list[Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seeing(tiny_base: Path, blip2: tuple, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def seeing(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What flags of upstream's QF script train on the files that its stage 1 leaves: in 40 steps, the right answers."""
+    from tests.vision.seeing import write_stage_one  # needs the extra vision
+
     folder = tmp_path_factory.mktemp("seeing")
     (folder / "stage1").mkdir()
-    write_stage_one(folder / "stage1", tiny_base, blip2[1])
+    write_blip2(folder / "blip2")
+    write_stage_one(folder / "stage1", tiny_base, folder / "blip2")
     (folder / "lora.json").write_text('{"lora_rank": 4, "vision_tuning": true}')
     finetune(
         FinetuneConfig(
@@ -245,43 +249,41 @@ def test_images_on_their_way(model: MetaModel, pictures: list[Path]) -> None:
             image_bytes(wrong)
 
 
+def test_whose_conversation_is_about_what(model: MetaModel, pictures: list[Path]) -> None:
+    """One that was forgotten begins anew about the image that its page shows; none is exchanged during an answer."""
+    talks = Talks(model, ImagePageConfig(pretrained_path=["x"]))
+    disc, square = (sendable(model.picture(image)) for image in pictures[:2])
+    answers = talks.ask("a", QUESTION, None, HOW, disc, "padded_resize")
+    assert next(answers).history[-1].answer
+    with pytest.raises(ConfigError, match="An answer is being given"):
+        talks.look("a", square, "padded_resize")
+    assert [*answers][-1].history[-1].answer == ANSWERS[0]
+    for number in (2, 3):
+        *_, talk = talks.ask("a", QUESTION, None, HOW, disc, "resized_center_crop")
+        assert len(talk.history) == number
+    *_, talk = talks.ask("a", QUESTION, None, HOW, square, "padded_resize")
+    assert [turn.answer for turn in talk.history] == ANSWERS[1:2]
+    assert not talks.look("a", "", "padded_resize").history and talk.picture is None
+
+
+@pytest.mark.slow
+def test_images_for_processes_of_their_own(seeing: Path, pictures: list[Path]) -> None:
+    """As a path, as bytes, as an image of Pillow, and none."""
+    given = [pictures[0], pictures[1].read_bytes(), Image.open(pictures[1]), None]
+    with MultiGpuWrapper(seeing, gpus=2, device="cpu", dtype="fp32", max_seq_len=300) as shared:
+        question = shared.question(QUESTION)
+        assert shared.generate([question] * 4, given, **HOW) == [ANSWERS[0], ANSWERS[1], ANSWERS[1], ANSWERS[2]]
+        assert [*shared.stream_generate(question, given[1], **HOW)][-1] == ANSWERS[1]
+        assert shared.answers(question, 2, given[0], **HOW) == ANSWERS[:1] * 2
+        disc, none = (shared.evaluate_examples("What? A red disc.", "What?", image) for image in (given[0], None))
+        assert disc["log_likelihood"] > none["log_likelihood"]
+        with pytest.raises(DataError, match=r"false.png' is no JPEG"):
+            shared.generate(question, pictures[2])
+
+
 def test_predictions_of_records_with_images(model: MetaModel, data: Path) -> None:
     """A document's picture stands in its question as in training."""
     found = list(predictions(model, questions(model, data, image_transform="padded_resize"), how=Sampling.of(**HOW)))
     assert [each["prediction"] for each in found] == [each["reference"] for each in found] == ANSWERS
     with pytest.raises(ConfigError, match="Did you mean 'padded_resize'"):
         questions(model, data, image_transform="padded")
-
-
-def documented(language: str) -> str:
-    """A block of code of docs/vision.md about asking."""
-    text = (DEMOS.parent / "docs" / "vision.md").read_text().partition("## Ask about an image")[2]
-    return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1]
-
-
-@pytest.fixture
-def workshop(seeing: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory laid out as the commands expect."""
-    (tmp_path / "output" / "seeing").mkdir(parents=True)
-    (tmp_path / "output" / "seeing" / "epoch0").symlink_to(seeing)
-    (tmp_path / "IMAGE.jpg").symlink_to(pictures[0])
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.usefixtures("workshop")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
-def test_documented_commands(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """On one rank; the page is looked at by other tests."""
-    monkeypatch.setattr(Blocks, "block_thread", Blocks.close)
-    for line in documented("sh").splitlines():
-        script, *flags = shlex.split(line.replace("torchrun --nproc-per-node=2", "python"))[1:]
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
-        assert run_here(script, *flags, "--device", "cpu", "--max_gen_len", 8) == 0, capsys.readouterr().err
-    assert "A: " in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("workshop")
-def test_documented_python(capsys) -> None:
-    exec(compile(documented("py").replace("What is in the image?", QUESTION), "docs/vision.md", "exec"), {})
-    first, both = capsys.readouterr().out.splitlines()
-    assert first == ANSWERS[0] and ANSWERS[2] in both
