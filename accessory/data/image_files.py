@@ -48,8 +48,9 @@ def image_library() -> ModuleType:
         from PIL import Image
     except ImportError as error:
         raise ConfigError("images are read by Pillow, which is missing: pip install -e '.[vision]'.") from error
-    # It would warn of images that are larger than what is read here anyway.
+    # It would warn of images that are larger than what is read here anyway, and of EXIF that is not needed.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
     return Image
 
 
@@ -60,8 +61,6 @@ def check_image(file: Path | bytes) -> None:
     tells one whose copying broke off.
     """
     with _opened(file) as (image, stream), _naming_faults(), _turn_of(image):
-        if image.format != "PNG":  # of a PNG this would read the pixels
-            _orientation(image)
         if not _ends_well(image.format, stream):
             image.load()
 
@@ -76,7 +75,7 @@ def upright_image(file: Path | bytes) -> Iterator[Image]:
     with _opened(file) as (read, _), _turn_of(read):
         with _naming_faults():
             read.load()
-            turn = _TURNS.get(_orientation(read))
+            turn = _turn(read)
             image = _reduced(_rgb(_reduced(read) if read.mode == "CMYK" else read))
         if image is not read:
             read.close()
@@ -169,8 +168,12 @@ def _ends_well(kind: str, stream: BinaryIO) -> bool:
     return found == _ENDS[kind]
 
 
-def _orientation(image: Image) -> int:
-    return image.getexif().get(_ORIENTATION, 1)
+def _turn(image: Image) -> str | None:
+    """What makes the image upright; nothing where its EXIF cannot be read, which does not harm the pixels."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # SyntaxError, struct.error, OSError, ...
+        return None
 
 
 def _reduced(image: Image) -> Image:

@@ -105,6 +105,14 @@ def test_exif_turns_an_image_upright(orientation):
         assert np.abs(square(data, "resized_center_crop", 30) - upright)[2:-2, 2:-2].mean() < 12, kind
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # as it is outside of tests
+def test_an_exif_that_cannot_be_read_turns_nothing():
+    pixels = noise(16, 16)
+    plain = square(encoded(pixels, "PNG"), "resized_center_crop", 16)
+    for exif in (b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"):
+        assert (square(encoded(pixels, "PNG", exif=exif), "resized_center_crop", 16) == plain).all()
+
+
 def test_all_kinds_of_pixels_become_red_green_and_blue():
     grey = np.full((8, 8), 200, dtype=np.uint8)
     palette = Image.fromarray(grey).convert("P")
