@@ -32,8 +32,8 @@ Image, ImageDraw = (
     pytest.importorskip(f"PIL.{name}", reason="the extra vision is not installed") for name in ("Image", "ImageDraw")
 )
 DEMOS = Path(__file__).resolve().parents[2] / "demos"
-QUESTION = "What is it?"
-ANSWERS = ["A red disc.", "A blue square.", "I see nothing."]
+QUESTION, THEN = "What is it?", "Which colour?"
+ANSWERS, COLOURS = ["A red disc.", "A blue square.", "I see nothing."], ["Red.", "Blue."]
 GREEDY = ("--temperature", 0, "--max_gen_len", 20, "--max_seq_len", 300, "--dtype", "fp32")
 HOW = {"temperature": 0, "max_gen_len": 20}
 ASK, ANSWER = "button.primary", "[...document.querySelectorAll('textarea')].pop().value"
@@ -54,17 +54,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def data(pictures: list[Path]) -> Path:
-    """Two records with an image, and one without."""
-    named = zip(pictures[:2], ANSWERS, strict=False)
-    records = [{"instruction": QUESTION, "output": said, "image": image.name} for image, said in named]
+    """Two conversations about an image, and a question without one."""
+    records: list[dict] = []
+    for place, answer in enumerate(ANSWERS):
+        turns = [(QUESTION, answer), *[(THEN, colour) for colour in COLOURS[place : place + 1]]]
+        said = [
+            {"from": who, "value": words} for turn in turns for who, words in zip(("human", "gpt"), turn, strict=True)
+        ]
+        records.append({"conversations": said} | ({"image": pictures[place].name} if len(turns) > 1 else {}))
     file = pictures[0].parent / "data.json"
-    file.write_text(json.dumps([*records, {"instruction": QUESTION, "output": ANSWERS[2]}]))
+    file.write_text(json.dumps(records))
     return file
 
 
 @pytest.fixture(scope="module")
 def seeing(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What flags of upstream's QF script train on the files that its stage 1 leaves: in 40 steps, the right answers."""
+    """What flags of upstream's QF script train on the files that its stage 1 leaves: in 50 steps, the right answers."""
     from tests.vision.seeing import write_stage_one  # needs the extra vision
 
     folder = tmp_path_factory.mktemp("seeing")
@@ -76,11 +81,11 @@ def seeing(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
         FinetuneConfig(
             pretrained_path=[folder / "stage1"], llama_type="llama_qformerv2_peft", tokenizer_path=folder,
             llama_config=[folder / "params.json", folder / "lora.json"], data_config=data, quant=True, device="cpu",
-            only_save_trainable=True, max_words=200, batch_size=3, epochs=40, warmup_epochs=0, lr=2e-2, dialog=True,
-            image_transform="padded_resize", output_dir=folder / "output", save_interval=40,
+            only_save_trainable=True, max_words=200, batch_size=3, epochs=50, warmup_epochs=0, lr=2e-2, dialog=True,
+            image_transform="padded_resize", output_dir=folder / "output", save_interval=50,
         )
     )  # fmt: skip
-    return folder / "output" / "epoch39"
+    return folder / "output" / "epoch49"
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +163,15 @@ def test_a_conversation_about_a_picture_on_a_page(
     for image, transform in ((0, padded), (1, padded), (1, cropped), (None, padded)):
         given = None if image is None else pictures[image]
         talk = Conversation(model, image=given, image_transform=transform)
-        expected[image, transform] = [[*talk.ask(QUESTION, **HOW)][-1] for _ in range(2)]
+        expected[image, transform] = [[*talk.ask(question, **HOW)][-1] for question in (QUESTION, THEN)]
     assert [expected[image, padded][0] for image in (0, 1, None)] == ANSWERS
+    assert [expected[image, padded][1] for image in (0, 1)] == COLOURS
 
     def said(visitor: Visitor) -> list[str]:
         return visitor.js("[...document.querySelectorAll('#said .bot .message-content')].map(each => each.innerText)")
 
     def ask(visitor: Visitor, answers: list[str]) -> None:
-        visitor.type("#question textarea", QUESTION)
+        visitor.type("#question textarea", (QUESTION, THEN)[len(answers) - 1])
         visitor.press("Enter")
         visitor.wait(f"document.querySelectorAll('#said .bot .message-content').length == {len(answers)}")
         visitor.wait(usable("#ask"))
@@ -284,6 +290,6 @@ def test_images_for_processes_of_their_own(seeing: Path, pictures: list[Path]) -
 def test_predictions_of_records_with_images(model: MetaModel, data: Path) -> None:
     """A document's picture stands in its question as in training."""
     found = list(predictions(model, questions(model, data, image_transform="padded_resize"), how=Sampling.of(**HOW)))
-    assert [each["prediction"] for each in found] == [each["reference"] for each in found] == ANSWERS
+    assert [each["prediction"] for each in found] == [each["reference"] for each in found] == [*COLOURS, ANSWERS[2]]
     with pytest.raises(ConfigError, match="Did you mean 'padded_resize'"):
         questions(model, data, image_transform="padded")
