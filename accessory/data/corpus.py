@@ -79,8 +79,7 @@ class Corpus:
         # A document's first token is never a label: no token stands before it, unless it has rows of a picture.
         first = self.learned[self.offsets[:-1]]
         predicted = first & (self.lengths > words)
-        running = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
-        self.supervised = running[self.offsets[1:]] - running[self.offsets[:-1]] - (first & ~predicted)
+        self.supervised = np.add.reduceat(self.learned, self.offsets[:-1], dtype=np.int64) - (first & ~predicted)
         self.labelable = words - 1 + predicted
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _MOST_BYTES, _MOST_SIDE, _MOST_PIXELS = 1 << 27, 65_535, 50_000_000  # of a file, and of its image
+_MOST_READS = 500_000  # of a file: hundreds of thousands of empty parts would take minutes
 _LARGE = 10_000_000  # pixels from which images are decoded one at a time, however many threads there are
 _VERY_LARGE = 16_000_000  # pixels from which an image is made smaller before anything else
 _one_large = Lock()
@@ -99,12 +100,29 @@ def _opened(file: Path | bytes) -> Iterator[tuple[Image, BinaryIO]]:
             raise ImageFault(f"is a file of more than {_MOST_BYTES >> 20} MiB")
         try:
             with _naming_faults():
-                image = library.open(stream, formats=_FORMATS)
+                image = library.open(_FewReads(stream), formats=_FORMATS)
         except (library.UnidentifiedImageError, library.DecompressionBombError) as error:
             known = isinstance(error, library.DecompressionBombError)
             raise ImageFault(_TOO_LARGE if known else "is no JPEG, PNG, WebP or GIF") from error
         _check_size(image)
         yield image, stream
+
+
+class _FewReads:
+    """A stream that is read from so many times only."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._left = stream, _MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        """As a stream's. Raises `ImageFault` for one time too many."""
+        self._left -= 1
+        if self._left < 0:
+            raise ImageFault("consists of too many parts")
+        return self._stream.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 _TOO_LARGE = f"has more than {_MOST_PIXELS // 1_000_000} million pixels"

@@ -17,6 +17,7 @@ from accessory.errors import DataError
 pytest.importorskip("PIL", reason="images are read by Pillow")
 from PIL import Image
 
+from accessory.data import image_files
 from accessory.data.image_files import ImageFault, check_image
 from accessory.data.image_table import ImageFinder
 from accessory.data.order import GlobalOrder
@@ -28,14 +29,15 @@ PLACE = PicturePlace(4, 16)
 OUTSIDE = "lies outside of the directory"
 
 
-def png(width, height, rows=b""):
-    """A PNG that says it is so large, with as many `rows` of pixels as are given."""
+def chunk(kind, data=b""):
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+def png(width, height, parts=b""):
+    """A PNG that says it is so large, and has `parts` but no pixels."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + parts + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND")
 
 
 def frames(kind):
@@ -49,6 +51,7 @@ def hostile(folder):
     files = {
         "bomb.png": (png(40_000, 40_000), "has more than 50 million pixels"),
         "smaller bomb.png": (png(9_000, 9_000), "has more than 50 million pixels"),
+        "many parts.png": (png(8, 8, chunk(b"teXt") * 20_000), "consists of too many parts"),
         "long.png": (png(70_000, 1), "is longer than 65,535 pixels"),
         "broken off.jpg": (photo[: len(photo) // 2], "breaks off"),
         "broken off.png": (encoded(noise(64, 64))[:-300], "breaks off"),
@@ -94,13 +97,14 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_each_is_named_and_counted_and_none_hangs_or_swells(write, tokenizer, folder):
+def test_each_is_named_and_counted_and_none_hangs_or_swells(write, tokenizer, folder, monkeypatch):
     cases = hostile(folder)
     good = [folder / f"good {number}.png" for number in range(3)]
     [*map(save, good)]
     used = [GOOD | {"image": path.name} for path in good] + [GOOD | {"image": None}, GOOD | {"image": ""}, GOOD]
     write("x.jsonl", [GOOD | {"image": name} for name, _ in cases] + used)
     path = write("c.yaml", "META: [{path: x.jsonl, root: images}]")
+    monkeypatch.setattr(image_files, "_MOST_READS", 10_000)
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     corpus = build_corpus(path, tokenizer, max_words=512, pictures=PLACE, threads=2)
     swollen = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
