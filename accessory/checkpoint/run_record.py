@@ -91,7 +91,7 @@ def _with_base(paths: list[str | Path]) -> list[Source]:
             "give the base first: --pretrained_path BASE TRAINABLE."
         )
     recorded: list[Source] = []
-    for entry in first.run["base"]:
+    for entry in (entry for entry in first.run["base"] if entry["format"] != VISION_FORMAT):
         recorded.append(_recorded_base(first.path, entry, recorded[0] if recorded else None))
     return recorded + sources
 
@@ -180,12 +180,16 @@ def _recorded_base(delta: Path, entry: dict[str, str], base: Source | None) -> S
     if not is_there(Path(entry["path"])):
         raise CheckpointError(
             f"{delta}: was trained on the base {entry['path']}, which is not there. "
-            "Bring it back, or give its new place: --pretrained_path BASE TRAINABLE."
+            f"Bring it back, or give its new place: {_flag(entry)}."
         )
     source = open_source(entry["path"], base)
     if source.fingerprint() != entry["fingerprint"]:
         raise CheckpointError(
             f"{delta}: was trained on {entry['path']} with fingerprint {entry['fingerprint'][:12]}, but what lies "
-            f"there now has {source.fingerprint()[:12]}. To use it all the same: --pretrained_path BASE TRAINABLE."
+            f"there now has {source.fingerprint()[:12]}. To use it all the same: {_flag(entry)}."
         )
     return source
+
+
+def _flag(entry: dict[str, str]) -> str:
+    return "--vision_path DIR" if entry["format"] == VISION_FORMAT else "--pretrained_path BASE TRAINABLE"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -95,9 +96,26 @@ def test_the_quantized_script(stage_one: Path, data: Path, tmp_path: Path, clean
     assert losses(tmp_path / "alone") == pytest.approx(losses(whole.parent)[:3], rel=2e-3)
     model = MetaModel.from_pretrained(whole, device="cpu")
     assert model.llma.qformer.vision_model.encoder.layers[0].mlp.fc2.weight.bits == 4
+    check_their_part(stage_one, one, tmp_path / "theirs")
     image = data.parent / "train2017" / "1.jpg"
     answers = [model.generate(model.question("Say two."), images=seen, max_gen_len=8) for seen in (image, None)]
     assert answers[0] != answers[1]
+
+
+def check_their_part(stage_one: Path, trained: dict[str, torch.Tensor], folder: Path) -> None:
+    """What they save of the same part, which lacks the norm's weight, is laid over their stage 1."""
+    folder.mkdir()
+    theirs = {f"llma.{name}": value for name, value in trained.items() if name != "qformer_proj.1.weight"}
+    torch.save({"model": theirs}, folder / "consolidated.00-of-01.model.pth")
+    settings = [stage_one.parent / "params.json", ROOT / "configs/model/finetune/sg/llamaPeft_normBiasLora.json"]
+    model = MetaModel.from_pretrained(
+        [stage_one, folder], llama_type="llama_qformerv2_peft", llama_config=settings, device="cpu", dtype="fp32",
+        tokenizer_path=stage_one.parent,
+    )  # fmt: skip
+    found = dict(model.llma.named_parameters())
+    assert all(found[name.removeprefix("llma.")].equal(value) for name, value in theirs.items())
+    first = torch.load(stage_one / "consolidated.00-of-02.model.pth", weights_only=True)["model"]
+    assert found["qformer_proj.1.weight"].equal(first["llma.qformer_proj.1.weight"])
 
 
 @pytest.fixture
@@ -135,6 +153,14 @@ def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path) -> None
     (moved := tmp_path / "moved").symlink_to(clip[1])
     model = MetaModel.from_pretrained(saved, vision_path=moved, device="cpu")
     assert [source.path for source in model._loaded.sources][1] == moved
+    clip[1].rename(tmp_path / "elsewhere")
+    try:
+        with pytest.raises(CheckpointError, match=r"which is not there. Bring it back, .*: --vision_path DIR"):
+            MetaModel.from_pretrained(saved, device="cpu")
+        assert MetaModel.from_pretrained(saved, vision_path=tmp_path / "elsewhere", device="cpu").vision
+        assert MetaModel.from_pretrained(saved, with_visual=False, device="cpu").vision is None
+    finally:
+        (tmp_path / "elsewhere").rename(clip[1])
     with pytest.raises(CheckpointError, match="holds an image encoder alone; give it with --vision_path"):
         MetaModel.from_pretrained(clip[1], device="cpu")
     with pytest.raises(CheckpointError, match=r"--vision_path \S+: found Hugging Face; expected .* BLIP-2 or CLIP"):
