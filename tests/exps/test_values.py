@@ -180,7 +180,7 @@ def start(workshop: Path, clean_environment: dict[str, str]) -> Callable[..., No
 
 @pytest.fixture(scope="module")
 def first_stage(start: Callable[..., None], workshop: Path, tiny_base: Path) -> Callable[[bool], Path]:
-    """Whether with an adapter -> a model that sees images, trained for a step: the scripts for images go on from it."""
+    """Whether with an adapter -> what the scripts for images go on from: a model that sees them, trained for a step."""
     pytest.importorskip("transformers", reason="the extra vision is not installed")
     from tests.vision.tiny import write_blip2, write_clip
 
