@@ -155,15 +155,23 @@ class Terminal:
         records = self.talk.records
         if not records:
             raise ConfigError("Nothing has been said that could be saved.")
-        text = json.dumps(records, ensure_ascii=False, indent=1)
         try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
-                file.write(text)
+            place = Path(name).expanduser().absolute()
+            for record in records:
+                if "image" in record:  # where training looks for it
+                    record["image"] = _seen_from(place.parent, Path(record["image"]).absolute())
+            with place.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(records, ensure_ascii=False, indent=1))
         except OSError as error:
             raise ConfigError(f"{printable(name)}: cannot be written ({error.strerror}).") from error
         except (RuntimeError, ValueError) as error:  # the home of nobody; a name that no file can have
             raise ConfigError(f"{printable(name)}: cannot be written ({error}).") from error
         print(f"Written to {printable(name)}")
+
+
+def _seen_from(folder: Path, file: Path) -> str:
+    """The path of a file from a folder that it lies below; else as it is."""
+    return str(file.relative_to(folder) if file.is_relative_to(folder) else file)
 
 
 def printable(text: str) -> str:

@@ -217,17 +217,20 @@ def letters(words: str) -> str:
 
 
 def test_in_the_terminal(
-    seeing: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+    seeing: Path, model: MetaModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Another image begins another conversation; what was said is saved with its image; faults are told."""
-    lines = (QUESTION, f"/image {pictures[2]}", f"/image {pictures[1]}", QUESTION, f"/save {tmp_path / 'talk.json'}")
+    """Another image begins another conversation; what was said is saved to be trained on; faults are told."""
+    saved = pictures[0].parent / "talk.json"
+    lines = (QUESTION, f"/image {pictures[2]}", f"/image {pictures[1]}", QUESTION, f"/save {saved}")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     flags = ("--pretrained_path", seeing, *GREEDY, "--device", "cpu", "--image", pictures[0])
     assert run_here("demos/multi_model_cli.py", *flags) == 0
     said = capsys.readouterr().out
     assert said.index(ANSWERS[0]) < said.index(f"the image '{pictures[2]}' is no JPEG") < said.index(ANSWERS[1])
-    (record,) = json.loads((tmp_path / "talk.json").read_text())
-    assert record["image"] == str(pictures[1]) and record["messages"][-1]["content"] == ANSWERS[1]
+    (record,) = json.loads(saved.read_text())
+    assert record["image"] == pictures[1].name and record["messages"][-1]["content"] == ANSWERS[1]
+    (prediction,) = predictions(model, questions(model, saved, image_transform="padded_resize"), how=Sampling.of(**HOW))
+    assert prediction["prediction"] == prediction["reference"] == ANSWERS[1]
     single = ("--image_transform", "padded_resize", "--prompt", QUESTION)
     assert run_here("demos/single_turn_mm.py", *flags, *single) == 0
     assert f"A: {ANSWERS[0]}" in capsys.readouterr().out
