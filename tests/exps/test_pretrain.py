@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from accessory.config import PretrainConfig, parse
+from accessory.parallel import groups
 from tests.data.raw.texts import made, written
 from tests.exps.recorded import ROOT, run_recorded
 
@@ -62,3 +63,20 @@ def test_a_script_trains(tiny_base: Path, tmp_path: Path, clean_environment, she
     assert "step      2/2" in (tmp_path / "pretrain" / "vanilla" / "output.log").read_text()
     usage = shell(f"bash {ROOT}/exps/pretrain/vanilla.sh params.json", cwd=tmp_path)
     assert usage.returncode == 2 and usage.stderr.startswith("usage: bash vanilla.sh PARAMS_JSON TOKENIZER FILES_JSON")
+
+
+def test_the_script_for_files_of_tokens_starts(tiny_base: Path, tmp_path: Path, clean_environment, called) -> None:
+    """A dry run of one process, on what tools/pack_data.py makes of texts."""
+    texts = [tmp_path / name for name in ("a.jsonl", "validation.jsonl")]
+    for number, path in enumerate(texts):
+        written(path, made(6, number))
+    packed = called("tools/pack_data.py", *texts, tmp_path / "packed", "--tokenizer_path", tiny_base, "--processes", 1)
+    assert packed.returncode == 0, packed.stderr
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 64, "n_layers": 1, "n_heads": 4}))
+    few = ("--device", "cpu", "--model_parallel_size", "1", "--max_words", "64", "--accum_iter", "1", "--dry_run")
+    words = (tmp_path / "params.json", tiny_base, tmp_path / "packed" / "meta.json", *few)
+    script = ROOT / "exps" / "pretrain" / "13B_packed.sh"
+    flags = run_recorded(script, *words, folder=tmp_path, environment=clean_environment)[4:]
+    done = called("accessory/main_pretrain.py", *flags)
+    groups.stop()
+    assert done.returncode == 0, done.stderr[-2000:]
