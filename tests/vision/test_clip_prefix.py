@@ -154,6 +154,21 @@ def greedy(model: MetaModel, prompts: list[str], seen: list[Picture | None], cou
     return [[step[i] for step in steps] for i in range(len(prompts))]
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_prompts_that_end_one_by_one(model: MetaModel, monkeypatch: pytest.MonkeyPatch, static: bool) -> None:
+    """Of equal prompts about different pictures: those that go on keep what is theirs, also where they move."""
+    model.eval().requires_grad_(False)
+    prompts, seen, count = ["What is it?"] * 3, [picture(0), picture(1), None], 8
+    alone = [greedy(model, [prompt], [image], count)[0] for prompt, image in zip(prompts, seen, strict=True)]
+    stops = {alone[0][2], alone[1][4]}
+    wanted = [answer[: next((i for i, token in enumerate(answer) if token in stops), count)] for answer in alone]
+    assert sorted(map(len, wanted))[1] < len(wanted[2]) == count and all(wanted)
+    monkeypatch.setattr(static_memory, "launches_count", lambda device: static)
+    ids, how = [model.prompt_tokens(prompt) for prompt in prompts], Sampling.of(temperature=0.0, max_gen_len=count)
+    steps = list(model.steps(ids, frozenset(stops), how, pictures=seen))
+    assert [[step[i] for step in steps if step[i] is not None] for i in range(3)] == wanted
+
+
 def test_answers_in_fixed_places(model: MetaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: recorded once, also where another picture is asked about; and once more where none has been yet."""
     recorded: list[object] = []

@@ -154,12 +154,12 @@ def built(cell: Cell, dtype: torch.dtype) -> tuple[Decoder, Attachment]:
 
 
 def _starting(name: str, shape: tuple[int, ...]) -> Callable[[torch.Generator], Tensor]:
-    """Normal numbers; those of norms and gates lie about one."""
+    """Normal numbers; those of norms, gates and scales lie about one."""
 
     def make(generator: torch.Generator) -> Tensor:
         """Of the shape."""
         numbers = torch.randn(shape, generator=generator)
-        around_one = len(shape) < 2 and name.endswith("weight")
+        around_one = len(shape) < 2 and name.endswith(("weight", "scale"))
         return (numbers * 0.2 + 1 if around_one else numbers * 0.08).bfloat16().float()
 
     return make
