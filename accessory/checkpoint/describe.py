@@ -9,6 +9,7 @@ from accessory.checkpoint.lazy import LazyTensor, PackedTensor
 from accessory.checkpoint.source import Source
 from accessory.model.args import ModelArgs
 from accessory.model.families import ARCHITECTURES
+from accessory.vision import VISIONS
 
 
 def describe(source: Source, *, every_tensor: bool = False) -> str:
@@ -27,7 +28,11 @@ def describe(source: Source, *, every_tensor: bool = False) -> str:
     }
     if source.llama_type:
         lines["llama_type"] = source.llama_type
-    lines |= _settings(source.settings or {})
+    keys = {kind.key for kind in VISIONS.values()}
+    lines |= _settings({key: value for key, value in (source.settings or {}).items() if key not in keys})
+    if source.vision:
+        place = source.vision.place
+        lines["images"] = f"{source.vision.name}: squares of {place.size} pixels become {place.rows} rows"
     if source.run:
         lines["trained on"] = ", ".join(f"{entry['path']} ({entry['format']})" for entry in source.run["base"])
     width = max(map(len, lines))

@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from accessory import MetaModel
+from accessory.checkpoint.describe import describe
+from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.vision_part import VISION_FORMAT
 from accessory.config import FinetuneConfig
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
@@ -142,6 +144,8 @@ def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path) -> None
     assert (cached.encoder.cache.misses, cached.encoder.cache.hits) == (6, 6)
     saved = tmp_path / "out" / "epoch1"
     assert [entry["format"] for entry in json.loads((saved / "run.json").read_text())["base"]][1] == VISION_FORMAT
+    assert "clip: squares of 28 pixels become 5 rows" in describe(open_source(saved))
+    assert "clip: squares of 28 pixels become 5 rows" in describe(open_source(clip[1]))
     model = MetaModel.from_pretrained(saved, device="cpu")
     named = MetaModel.from_pretrained([given["pretrained_path"][0], saved], device="cpu")
     text = MetaModel.from_pretrained(saved, device="cpu", with_visual=False)
