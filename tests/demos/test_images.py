@@ -275,6 +275,23 @@ def test_whose_conversation_is_about_what(model: MetaModel, pictures: list[Path]
     assert not talks.look("a", "", "padded_resize").history and talk.picture is None
 
 
+def test_hostile_uploads(model: MetaModel, pictures: list[Path], tmp_path: Path) -> None:
+    """Each is refused by its cause, and the conversation goes on about its own image."""
+    from tests.data.test_hostile_images import hostile  # needs Pillow
+
+    (tmp_path / "images").mkdir()
+    talks = Talks(model, ImagePageConfig(pretrained_path=["x"]))
+    *_, talk = talks.ask("a", QUESTION, None, HOW, sendable(model.picture(pictures[0])), "padded_resize")
+    files = {tmp_path / "images" / name: cause for name, cause in hostile(tmp_path / "images")[:16]}
+    assert all(file.stat().st_size < MOST_IMAGE_BYTES for file in files)
+    for file, cause in files.items():
+        sent = "data:;base64," + base64.b64encode(file.read_bytes()).decode()
+        with pytest.raises(DataError, match=cause if "parts" not in file.name else "breaks off"):
+            talks.look("a", sent, "padded_resize")
+    *_, talk = talks.ask("a", THEN, None, HOW, sendable(talk.picture), "padded_resize")
+    assert [turn.answer for turn in talk.history] == [ANSWERS[0], COLOURS[0]]
+
+
 @pytest.mark.slow
 def test_images_for_processes_of_their_own(seeing: Path, pictures: list[Path]) -> None:
     """As a path, as bytes, as an image of Pillow, and none."""
