@@ -171,6 +171,23 @@ def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path) -> None
         MetaModel.from_pretrained(saved, vision_path=given["pretrained_path"][0], device="cpu")
 
 
+def test_all_is_trained(given: dict, blip2: tuple, tmp_path: Path) -> None:
+    """But for the encoder, which a whole checkpoint holds as it was, and one of what is trained names."""
+    full = {"llama_type": "llama_qformerv2", "vision_path": blip2[1], "llama_config": [], "quant": False, "epochs": 1}
+    finetune(FinetuneConfig(**given | full | {"only_save_trainable": False}))
+    whole = load_file(tmp_path / "out" / "epoch0" / "model.safetensors")
+    first = {f"qformer.{name}": value for name, value in blip2[0].state_dict().items()}
+    encoder = {name for name in whole if name.startswith("qformer.")}
+    assert len(encoder) > 50 and all(whole[name].equal(first[name].bfloat16()) for name in encoder)
+    finetune(FinetuneConfig(**given | full | {"output_dir": tmp_path / "part"}))
+    part = load_file(tmp_path / "part" / "epoch0" / "trainable.safetensors")
+    assert part.keys() == whole.keys() - encoder and part["start_img"].dtype == torch.float32
+    models = [MetaModel.from_pretrained(tmp_path / name / "epoch0", device="cpu") for name in ("out", "part")]
+    batch = packed(document(0, models[0].vision.place, picture(1)))
+    assert models[0](batch).item() == models[1](batch).item()
+    assert [len(model._loaded.sources) for model in models] == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -179,6 +196,8 @@ def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path) -> None
             {"llama_type": "llama_qst"},
             r"--llama_type llama_qst with an image encoder: .* leave it out with --no_visual",
         ),
+        ({"llama_type": "llama_qsft"}, r"--llama_type llama_qsft with an image encoder: .* with --no_visual"),
+        ({"llama_type": "opt_peft"}, "models of llama alone see images; leave it out with --no_visual"),
         ({"llama_type": "llama_qformerv2_peft"}, r"which is clip: give --llama_type llama_peft, or .* --no_visual"),
         ({"teacher": ["base"], "quant": False}, "--teacher with an image encoder: a teacher is given tokens alone"),
         ({"no_visual": True}, r"--vision_path \S+ contradicts --no_visual: leave one out"),
