@@ -98,7 +98,7 @@ class BlockWork:
         made = one * (self.channels * (1 + self.chosen) + inner * self.inner)
         if not self.scaled:
             return made
-        return max(made, made - one * self.inner + scale_bytes(self.tokens, self.inner))
+        return max(made, made - one * self.inner + scale_bytes(self.tokens, self.inner, self.device))
 
     def _attention_backward(self) -> int:
         """Gradients of the sum after attention and of attention's result, and the bytes of attention's own backward.
@@ -118,7 +118,7 @@ class BlockWork:
         if self.addition is None:
             return 0
         made = tensors * self.tokens * self.heads * self.narrow_head * self.dtype.itemsize
-        return made + self.addition.work_bytes(self.tokens, self.heads, self.narrow_head)
+        return made + self.addition.work_bytes(self.tokens, self.heads, self.narrow_head, self.device)
 
     def _attending(self) -> int:
         """Workspace of attention's forward."""

@@ -18,12 +18,10 @@ from accessory.model.attention import Attention, AttentionAddition
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
 from accessory.model.decoding import decodes
-from accessory.model.linear import project_columns
+from accessory.model.linear import project_columns, wide_rows
 from accessory.model.sequences import Sequences
 from accessory.parallel.data import is_sharded
 from accessory.parallel.tensor import WHOLE, Slicing, mark
-
-_ROWS = 512  # tokens computed at a time, so that their fp32 copies stay small
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +77,9 @@ class PrefixAttention(AttentionAddition):
         """See `AttentionAddition`."""
         return self.prepared
 
-    def work_bytes(self, tokens: int, heads: int, head_dim: int) -> int:
-        """See `AttentionAddition`: fp32 copies of queries, of two gradients and of a product, of some rows."""
-        return 4 * 4 * min(tokens, _ROWS) * heads * head_dim
+    def work_bytes(self, tokens: int, heads: int, head_dim: int, device: torch.device) -> int:
+        """See `AttentionAddition`: fp32 copies of queries, of two gradients and of a product, of some tokens."""
+        return 4 * 4 * min(tokens, wide_rows(device)) * heads * head_dim
 
     def train(self, mode: bool = True) -> PrefixAttention:
         """As every module's; it discards what was prepared."""
@@ -116,7 +114,7 @@ class _PrefixAttention(torch.autograd.Function):
         q, keys, values, gates = ctx.saved_tensors
         k, v, g = _wide(keys), _wide(values), _by_group(gates, keys)
         dq, dk, dv, dg = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(g)
-        for some, i in _parts(ctx.runs):
+        for some, i in _parts(ctx.runs, q.device):
             part, given = _grouped(q[some], keys), _grouped(dy[some], keys)
             weights = _weights(part, k[i])
             dweights = torch.einsum("tkge,pke->tkgp", given, v[i])
@@ -135,7 +133,7 @@ def _attended(q: Tensor, keys: Tensor, values: Tensor, gates: Tensor, runs: tupl
         return torch.einsum("tkgp,tpke->tkge", weights * g, v).to(q.dtype).flatten(1, 2)
     parts = [
         torch.einsum("tkgp,pke->tkge", _weights(_grouped(q[some], keys), k[i]) * g, v[i]).to(q.dtype).flatten(1, 2)
-        for some, i in _parts(runs)
+        for some, i in _parts(runs, q.device)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -159,12 +157,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _parts(runs: tuple[int, ...]) -> list[tuple[slice, int]]:
+def _parts(runs: tuple[int, ...], device: torch.device) -> list[tuple[slice, int]]:
     """(tokens that are computed together, which prefix they attend to), in order."""
-    found, begin = [], 0
+    found, begin, most = [], 0, wide_rows(device)
     for i, tokens in enumerate(runs):
         end = begin + tokens
-        found += [(slice(start, min(start + _ROWS, end)), i) for start in range(begin, end, _ROWS)]
+        found += [(slice(start, min(start + most, end)), i) for start in range(begin, end, most)]
         begin = end
     return found
 

@@ -40,7 +40,7 @@ class AttentionAddition(nn.Module, ABC):
         """Equal for as long as what was prepared lies where it lay; by default it moves with each answer."""
         return object()
 
-    def work_bytes(self, tokens: int, heads: int, head_dim: int) -> int:
+    def work_bytes(self, tokens: int, heads: int, head_dim: int, device: torch.device) -> int:
         """Bytes that it works in for `tokens` queries of this rank's heads, beside its result and its gradient."""
         return 0
 

@@ -33,7 +33,7 @@ from accessory.parallel.tensor import (
 from accessory.quant import PackedWeight
 
 Cut = Literal["column", "row"]
-_ROWS = 512  # tokens whose products are summed at a time, so that their fp32 copies stay small
+_ROWS, _GPU_ROWS = 512, 2048
 
 
 class LoraFactor(nn.Module):
@@ -193,9 +193,14 @@ class _AddBias(torch.autograd.Function):
         return dy, sums(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
 
 
-def scale_bytes(tokens: int, outputs: int) -> int:
+def wide_rows(device: torch.device) -> int:
+    """For how many tokens there are fp32 copies at once; on a GPU more, which has launches to save."""
+    return _GPU_ROWS if device.type == "cuda" else _ROWS
+
+
+def scale_bytes(tokens: int, outputs: int, device: torch.device) -> int:
     """Bytes that the gradient of a scale works in: fp32 copies of a gradient and of products, of some tokens."""
-    return 2 * 4 * min(tokens, _ROWS) * outputs
+    return 2 * 4 * min(tokens, wide_rows(device)) * outputs
 
 
 class _Scale(torch.autograd.Function):
@@ -213,6 +218,7 @@ class _Scale(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         dscale = None
         if ctx.needs_input_grad[1]:
-            parts = zip(dy.split(_ROWS), y.split(_ROWS), strict=True)
+            rows = wide_rows(y.device)
+            parts = zip(dy.split(rows), y.split(rows), strict=True)
             dscale = sum((one.to(scale.dtype) * other).sum(0) for one, other in parts)
         return torch.mul(dy, scale, out=torch.empty_like(dy)), dscale

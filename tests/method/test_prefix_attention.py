@@ -15,6 +15,7 @@ from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import model_args_of
 from accessory.generate import generate_tokens
 from accessory.method import METHODS, Attachment, prefix_attention
+from accessory.model import linear as linear_module
 from accessory.model.args import ModelArgs
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
@@ -85,7 +86,7 @@ def by_formula(q: Tensor, decoder: Decoder, layer: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_the_formula(layout: Layout, monkeypatch: pytest.MonkeyPatch, shape: dict) -> None:
     """In each block, and the gradients of prefix, gates, factors and queries; computed in parts of four tokens."""
-    monkeypatch.setattr(prefix_attention, "_ROWS", 4)
+    monkeypatch.setattr(linear_module, "_ROWS", 4)
     decoder = filled(layout, ARGS.model_copy(update=shape)).train()
     first, *others = decoder.layers
     assert first.attention.addition is None
