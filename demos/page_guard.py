@@ -82,8 +82,11 @@ def _refusal(request: Request, most_bytes: int) -> PlainTextResponse | None:
         return PlainTextResponse("This page answers to itself only.", 403)
     if _announced(request) > most_bytes:
         return _too_large(most_bytes)
-    if request.scope["path"].endswith("/upload"):  # gradio keeps whatever is sent there
+    path = request.scope["path"]
+    if path.endswith("/upload"):  # gradio keeps whatever is sent there
         return PlainTextResponse("This page takes no files.", 403)
+    if "/file=" in path or "/proxy=" in path:  # and fetches what is named there
+        return PlainTextResponse("This page has no files.", 403)
     return None
 
 

@@ -48,8 +48,16 @@ def model_name(paths: Sequence[Path]) -> str:
 
 def serve_page(page: Blocks, config: PageConfig, **launching: Any) -> None:
     """Serve gradio's Blocks at --host and --port until interrupted; `launching` goes to their `launch`."""
+    import gradio
+
     from demos.page_guard import MOST_BYTES, guards
 
+    async def no_file(_named: object) -> None:
+        """Refuse a file that a visitor names in place of a text: gradio would fetch it."""
+        raise gradio.Error("This page takes no files.", print_exception=False)
+
+    for part in page.blocks.values():
+        part.async_move_resource_to_block_cache = no_file
     most_bytes = MOST_IMAGE_REQUEST if isinstance(config, ImageConfig) else MOST_BYTES
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1).launch(
         server_name=config.host,

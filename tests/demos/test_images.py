@@ -8,6 +8,7 @@ import json
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
 from gradio import Blocks
 from gradio_client import Client
@@ -150,6 +151,11 @@ def _api(client: Client, pictures: list[Path], model: MetaModel) -> None:
     ):
         with pytest.raises(AppError, match=said):
             client.predict(*settings, image, transform, api_name="/ask")
+    named = {"path": "http://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError, match="This page takes no files"):
+        client.predict(named, "padded_resize", api_name="/look")
+    for place in ("file=http://example.com/a.png", f"file={pictures[0]}", "proxy=http://example.com/a.png"):
+        assert httpx.get(f"{client.src}gradio_api/{place}").status_code == 403
     with pytest.raises(Exception, match=r"413|at most"):
         client.predict("data:image/png;base64," + "A" * (MOST_IMAGE_BYTES * 3 // 2), "padded_resize", api_name="/look")
 
