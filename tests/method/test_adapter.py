@@ -14,12 +14,15 @@ from accessory.config import FinetuneConfig
 from accessory.errors import CheckpointError, ConfigError
 from accessory.export import Destination, export_adapter, merge
 from accessory.finetuning import finetune
+from accessory.memory.plan import parameter_counts
 from accessory.meta import MetaModel
 from accessory.method import METHODS
 from accessory.model.args import ModelArgs
 from accessory.parallel.groups import Layout
 from accessory.parallel.tensor import WHOLE, Slicing, slicing_of
+from accessory.quant import storage
 from tests.conftest import DATA
+from tools.model_sizes import LLAMA_2
 
 Adapter = METHODS["adapter"]
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
@@ -71,6 +74,15 @@ def test_slices_of_two_ranks() -> None:
     assert 0.9 < attachment.initial["prefix"](generator).std() < 1.1
     assert not attachment.initial["prefix_gate"](generator).any()
     assert attachment.initial["prefix_new_gate"](generator).eq(1).all()
+
+
+@pytest.mark.slow
+def test_count_of_llama2(layout: Layout) -> None:
+    """Of upstream's file on 7B: prefixes, gates, and NormBias without the biases of wk and wv."""
+    method = Adapter(Adapter.Settings(**SINGLE))
+    decoder = method.decoder(ModelArgs(vocab_size=32000, **LLAMA_2["7B"]), dtype=torch.bfloat16, storage=storage("nf4"))
+    trained, _ = parameter_counts(decoder, method.attach(decoder))
+    assert trained == 30 * 10 * 4096 + 30 * 32 + 1_626_112 - 32 * 2 * 4096 == 2_593_728
 
 
 def test_wrong_settings(layout: Layout) -> None:

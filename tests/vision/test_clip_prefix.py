@@ -157,7 +157,7 @@ def greedy(model: MetaModel, prompts: list[str], seen: list[Picture | None], cou
 @pytest.mark.parametrize("static", [False, True])
 def test_prompts_that_end_one_by_one(model: MetaModel, monkeypatch: pytest.MonkeyPatch, static: bool) -> None:
     """Of equal prompts about different pictures: those that go on keep what is theirs, also where they move."""
-    model.eval().requires_grad_(False)
+    model.train().eval().requires_grad_(False)  # training forgets where answers were given
     prompts, seen, count = ["What is it?"] * 3, [picture(0), picture(1), None], 8
     alone = [greedy(model, [prompt], [image], count)[0] for prompt, image in zip(prompts, seen, strict=True)]
     stops = {alone[0][2], alone[1][4]}
@@ -179,7 +179,7 @@ def test_answers_in_fixed_places(model: MetaModel, monkeypatch: pytest.MonkeyPat
         result = torch.empty(0)
         return Recorded(lambda: result.set_(work()), result)
 
-    model.eval().requires_grad_(False)
+    model.train().eval().requires_grad_(False)  # training forgets where answers were given
     prompts, seen = ["What is it?", "What is it?", "And this?"], [picture(0), None, picture(1)]
     wanted = {
         pictures: greedy(model, prompts, list(pictures)) for pictures in (tuple(seen), tuple(seen[::-1]), (None,) * 3)
