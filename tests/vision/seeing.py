@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +24,8 @@ PROJECTIONS = {"qformerv2": ("qformer_proj.0", "qformer_proj.1"), "clip": ("clip
 
 def picture(number: int) -> Picture:
     """Random pixels, as a PNG."""
+    from PIL import Image  # of an extra
+
     pixels = np.random.default_rng(number).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")

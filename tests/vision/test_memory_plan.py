@@ -18,6 +18,7 @@ from tests.memory.allocated_peak import AllocatedPeak
 from tests.vision.seeing import packed, picture
 
 transformers = pytest.importorskip("transformers", reason="the extra vision is not installed")
+pytest.importorskip("PIL", reason="the extra vision is not installed")
 KINDS = {
     "llama_qformerv2_peft": {"vision_tuning": True, "lora_rank": 4},
     "llama_qformerv2": {},

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
 
 from accessory import MetaModel
@@ -27,6 +26,7 @@ from tests.conftest import ROOT
 from tests.vision.seeing import document, packed, picture, write_stage_one
 
 pytest.importorskip("transformers", reason="the extra vision is not installed")
+library = pytest.importorskip("PIL.Image", reason="the extra vision is not installed")
 SCRIPT = ROOT / "exps" / "finetune" / "mm" / "alpacaLlava_llamaQformerv2Peft_QF_13B.sh"
 SHORT = ("--batch_size", "2", "--num_workers", "2", "--epochs", "2", "--lr", "1e-3", "--warmup_epochs", "0")
 
@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = np.random.default_rng(0)
     for number in range(6):
         pixels = numbers.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "train2017" / f"{number}.jpg")
+        library.fromarray(pixels).save(folder / "train2017" / f"{number}.jpg")
     texts = [{"instruction": asked, "input": "", "output": told} for asked, told in pairs]
     seen = [{"image": f"{number}.jpg", "conversations": [{"from": "human", "value": f"<image>\n{asked}"},
             {"from": "gpt", "value": told}]} for number, (asked, told) in enumerate(pairs)]  # fmt: skip

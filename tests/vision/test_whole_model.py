@@ -16,6 +16,7 @@ from accessory.generate import next_token_logits
 from tests.vision.seeing import Reference, documents, packed, write_stage_one
 
 transformers = pytest.importorskip("transformers", reason="the extra vision is not installed")
+pytest.importorskip("PIL", reason="the extra vision is not installed")
 
 
 @pytest.fixture(scope="module")
