@@ -22,6 +22,7 @@ from accessory.blueprint import DTYPES, attach_vision, keep_packed, packed_linea
 from accessory.checkpoint.opening import open_source
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.strategy import storages_of_mix, strategy_of
+from accessory.checkpoint.vision_part import UNNAMED
 from accessory.entry import from_command_line, run_tool
 from accessory.errors import ConfigError, check_known, nearest
 from accessory.memory.plan import OCCASIONAL, MemoryPlan, StepMemory, device_memory, parameter_counts
@@ -88,6 +89,8 @@ class Setting:
             )
         if self.vision and (unseeing := METHODS[self.method].vision_fault):
             raise ConfigError(f"--vision {self.vision} with --method {self.method}: {unseeing}; leave --vision out.")
+        if self.vision and self.vision != UNNAMED and METHODS[self.method].sees_by_clip:
+            raise ConfigError(f"--vision {self.vision} with --method {self.method}, which sees by {UNNAMED} alone.")
         fault = None if self.quant_type == PLAIN else METHODS[self.method].storage_fault(self.quant_type)
         if not fault:
             return
@@ -108,7 +111,7 @@ class Setting:
     @property
     def pictures(self) -> int:
         """The most that a micro-batch can have, one of each document."""
-        return min(self.tokens // self.seq, self.tokens // max(published(self.vision).place.rows, 1))
+        return min(self.tokens // self.seq, self.tokens // max(published(self.vision, self.method).place.rows, 1))
 
     @property
     def micro_batches(self) -> int:
@@ -284,7 +287,8 @@ def asked(model: str, setting: Setting) -> MemoryPlan:
     decoder, attachment = built(model, setting)
     alone, lengths = Layout(device=device), (setting.seq,)
     memory = TeacherMemory(decoder, alone, lengths, "sdp", frozenset())
-    seen = VisionMemory(decoder, published(setting.vision), Attachment(), alone, 1) if setting.vision else None
+    vision = published(setting.vision, setting.method) if setting.vision else None
+    seen = VisionMemory(decoder, vision, Attachment(), alone, 1) if vision else None
     trained = sum(p.nbytes for name, p in decoder.named_parameters() if name in attachment.trainable)
     cached = sum(part.nbytes for cache in decoder.new_cache(1, setting.seq) for part in (cache.keys, cache.values))
     logits = decoder.args.vocab_size * (4 + decoder.dtype.itemsize)
@@ -330,7 +334,7 @@ def planned(model: str, setting: Setting, device: torch.device) -> tuple[MemoryP
         optim=setting.optim,
         offload=setting.offload_inputs,
         teacher=(_teaching(setting, decoder), frozenset()) if setting.teacher else None,
-        seen=(published(setting.vision), setting.pictures) if setting.vision else None,
+        seen=(published(setting.vision, setting.method), setting.pictures) if setting.vision else None,
     )
     return step.plan(setting.checkpointing), *parameter_counts(decoder, attachment)
 
@@ -341,9 +345,9 @@ def _n_layers(model: str, setting: Setting) -> int:
     return sum(1 for _ in decoder.blocks())
 
 
-def published(vision: str) -> Vision:
-    """The image encoder of that name in its published size."""
-    return VISIONS[vision](VISIONS[vision].Settings())
+def published(vision: str, method: str) -> Vision:
+    """The image encoder of that name in its published size, as `method` has it."""
+    return METHODS[method].sees(VISIONS[vision](VISIONS[vision].Settings()))
 
 
 def built(model: str, setting: Setting) -> tuple[Decoder, Attachment]:
@@ -372,7 +376,8 @@ def _built(
         _widen(decoder, MIXES[quant_type], made.storage_of(WIDE))
     attachment = made.attach(decoder)
     if vision:
-        attach_vision(published(vision), decoder, attachment, made, None if quant_type == PLAIN else quant_type)
+        seen = published(vision, method)
+        attach_vision(seen, decoder, attachment, made, None if quant_type == PLAIN else quant_type)
     made.prepare_training(decoder, attachment)
     return decoder, attachment
 
