@@ -168,6 +168,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     **{name: printed(name) for name in ("plan", "plan of 16 x 384", "plan of 1 x 512", "plan of images")},
     "launches of a block": counted("block"),
     "launches of a token": counted("token"),
+    "launches of a token by family": counted("families"),
     "launches of a step": counted("steps"),
     "launches of a step without Triton": counted("steps", "--triton", "False"),
     **{f"names of {trainer}": names_table for trainer in ("LLaMA2-Accessory", "qlora", "peft", "Axolotl")},

@@ -4,6 +4,7 @@ python tools/launches.py block                        one block of LLaMA-2 7B, b
 python tools/launches.py steps --triton False         a step of a tiny model, by family and method
 python tools/launches.py operations --method lora     each operation of such a block
 python tools/launches.py token                        a token of an answer of LLaMA-2 7B
+python tools/launches.py families                     a block of such a token, by family
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from tools.benchmarking.pretended_gpu import load
 load()
 
 from accessory.entry import from_command_line, run_tool
+from accessory.model.args import ModelArgs
+from accessory.model.decoding_chain import why_not
 from accessory.parallel import groups
 from tools.benchmarking.counted_steps import CONFIGS, counted_step, extra, tiny_args
+from tools.benchmarking.counted_token import counted_token, pretended_answering
 from tools.benchmarking.counted_token import token as token_of
 from tools.benchmarking.launches import Counts
+from tools.benchmarking.pretended_gpu import pretended
+from tools.gpu_checks.families import SHAPES, SIZE
 from tools.model_sizes import args_of
 
 BLOCKS = (("lora", "nf4"), ("normbias", "nf4"), ("qst", "nf4"), ("lora", "none"), ("full", "none"))
@@ -102,6 +108,20 @@ def token(model: str = "7B", context: int = 1024) -> None:
         print(f"| {method}, {quant_type.replace('none', 'bf16')} | {documents} | {' | '.join(cells)} |")
 
 
+def families() -> None:
+    """What one more block asks for in a token of an answer, for a small model of each family with LoRA on NF4.
+
+    Beside it stands what its blocks have that cannot be computed in five launches.
+    """
+    print("| family | launches of a block | computed by modules, for its |\n|---|---|---|")
+    for family, shape in SHAPES.items():
+        made = [ModelArgs(**SIZE | shape | {"n_layers": depth}) for depth in (1, 2)]
+        one, two = (counted_token(args, "lora", "nf4", triton=True).total() for args in made)
+        with pretended(triton=True):
+            reason = why_not(pretended_answering(made[0], "lora", "nf4", 1, 64).decoder)
+        print(f"| {family} | {(two - one).launches} | {reason} |")
+
+
 def _extra(model: str, method: str, quant_type: str, seq: int, triton: bool) -> dict[tuple[str, str], Counts]:
     packed = None if quant_type == "none" else quant_type
     return extra(args_of(model), method, packed, triton=triton, documents=1, seq=seq)
@@ -117,7 +137,7 @@ def _large(counts: Counts) -> str:
 
 def _command() -> None:
     groups.start("cpu")
-    commands = {"block": block, "steps": steps, "operations": operations, "token": token}
+    commands = {"block": block, "steps": steps, "operations": operations, "token": token, "families": families}
     command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in commands else "block"
     from_command_line(commands[command])()
 

@@ -140,7 +140,7 @@ def _cross_entropy(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """Two query heads a key head, and one; a long document, which several GPU programs share, and a short one.
 
-    Two of them have norms of queries and keys.
+    Two have norms of queries and keys, one has ALiBi's slopes.
     """
     made: list[Tensor] = []
     for heads, window in ((2, None), (1, 300)):
@@ -148,7 +148,10 @@ def _decoding_attention(kernel: ModuleType, randn: Randn) -> list[Tensor]:
         rotations = torch.polar(torch.ones_like(angles), angles)
         norms = None if heads == 1 else (randn(16).float(), randn(16).float())
         how = Attending(heads, 1, 16, rotations, "halves", 0.25, window, randn(16, 16 * heads), norms, 1e-5)
-        keys, values, projected = randn(2, 600, 1, 16), randn(2, 600, 1, 16), randn(2, 16 * (heads + 2))
+        more = 8 if heads == 1 else 0
+        if more:
+            how = how._replace(slopes=randn(1).float().abs(), beyond=randn(600, more))
+        keys, values, projected = randn(2, 600, 1, 16 + more), randn(2, 600, 1, 16 + more), randn(2, 16 * (heads + 2))
         scratch = kernel.Scratch(how, 2, 600, projected.device)
         positions = torch.tensor([599, 5], device=projected.device)
         for _ in range(2):  # the second run starts from the scratch memory that the first one left
@@ -170,7 +173,7 @@ def _decoding_groups(kernel: ModuleType, randn: Randn) -> list[Tensor]:
 def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
     """Of one row and of three: a norm and two matrices; a gate of two and what follows; one and a residual.
 
-    The first also of plain matrices.
+    The first also of plain matrices, with LayerNorm.
     """
     one, other, norm, bias, made = _codes(randn), _codes(randn), randn(128).float(), randn(260).float(), []
     other = other._replace(nested=(one.nested[0], *other.nested[1:]))  # both matrices must share the codebook of scales
@@ -180,7 +183,8 @@ def _decoding_products(kernel: ModuleType, randn: Randn) -> list[Tensor]:
         gated = Products((other, one), norm, 1e-5, activation="silu", following=randn(16, 130))
         down = Products((one,), b=randn(130, 16), following=randn(32, 130))
         made += kernel.multiply(entrance, x, randn(rows, 3, 32).float())[:1]
-        entrance = entrance._replace(matrices=(randn(130, 128), randn(130, 128)))
+        plain, norms = (randn(130, 128), randn(130, 128)), randn(2, 128).float()
+        entrance = entrance._replace(matrices=plain, norm=norms, corrections=randn(2, 32).float())
         made += kernel.multiply(entrance, x, randn(rows, 3, 32).float())[:1]
         for products, lows, residual in ((gated, None, None), (down, randn(rows, 5, 16).float(), randn(rows, 130))):
             result, low = kernel.multiply(products, x, lows, residual)

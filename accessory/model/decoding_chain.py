@@ -19,20 +19,24 @@ from accessory.model.block import Block
 from accessory.model.cache import LayerCache
 from accessory.model.decoder import Decoder
 from accessory.model.linear import Linear
-from accessory.model.norm import RMSNorm
-from accessory.model.position import rotations_at
+from accessory.model.norm import LayerNorm, Norm
+from accessory.model.position import alibi_channels, alibi_slopes, rotations_at
 from accessory.quant.four_bit import FourBitWeight
 from accessory.quant.products import Matrix
 
 
 class _Links(NamedTuple):
-    """The launches of a block: [q, k, v], attention, [wo], [gate, up] and [down]."""
+    """The launches of a block: [q, k, v], attention, [wo], [gate, up] (or only one before an activation) and [down].
+
+    parallel: `gated` reads what `entrance` does.
+    """
 
     entrance: Products
     attending: Attending
     out: Products
     gated: Products
     down: Products
+    parallel: bool
 
 
 class Chain:
@@ -43,14 +47,13 @@ class Chain:
 
     def __init__(self, decoder: Decoder, longest: int, products: object, attention: object) -> None:
         self._decoder, self._products, self._attention = decoder, products, attention
-        tokens = torch.arange(longest, device=decoder.frequencies.device)
-        rotations = rotations_at(decoder.frequencies, tokens)[:, 0].contiguous()
-        blocks = [block for _, block in decoder.blocks()]
+        positions, blocks = _positions(decoder, longest), [block for _, block in decoder.blocks()]
         factors = [_factors(block, decoder.dtype) for block in blocks]
-        self._first = factors[0]["entrance"][1]
-        after = [*(of["entrance"][1] for of in factors[1:]), None]
+        before = [_before(of, block.parallel) for of, block in zip(factors, blocks, strict=True)]
+        self._first = before[0]
         self._links = [
-            _links(block, of, rotations, following) for block, of, following in zip(blocks, factors, after, strict=True)
+            _links(block, of, positions, following)
+            for block, of, following in zip(blocks, factors, [*before[1:], None], strict=True)
         ]
         self.longest = longest
         self._scratch: dict[int, object] = {}
@@ -61,7 +64,7 @@ class Chain:
         tensors = [self._first]
         for link in self._links:
             for products in (link.entrance, link.out, link.gated, link.down):
-                tensors += [products.b, products.following]
+                tensors += [products.b, products.following, products.corrections]
             tensors.append(link.attending.following)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -72,15 +75,20 @@ class Chain:
         """
         decoder, multiply = self._decoder, self._products.multiply
         x = F.embedding(tokens.clamp(min=0), decoder.tok_embeddings.weight).to(decoder.dtype)
+        if decoder.pos_embeddings is not None:
+            x = x + decoder.pos_embeddings(positions).to(x.dtype)
+        if decoder.tok_norm is not None:
+            x = decoder.tok_norm(x)
         lows = None if self._first is None else (x @ self._first.t()).float()[:, None]
         scratch = self._scratch_for(len(tokens))
         for link, layer in zip(self._links, cache, strict=True):
-            projected, _ = multiply(link.entrance, x, lows)
+            projected, _ = multiply(link.entrance, x, _of(link.entrance, lows))
             place = layer.keys, layer.values, positions, span, scratch
-            attended, lows = self._attention.attend(link.attending, projected, *place)
-            x, lows = multiply(link.out, attended, lows, x)
-            hidden, lows = multiply(link.gated, x, lows)
-            x, lows = multiply(link.down, hidden, lows, x)
+            attended, after = self._attention.attend(link.attending, projected, *place)
+            middle, after = multiply(link.out, attended, after, x)
+            read = (x, lows) if link.parallel else (middle, after)
+            hidden, after = multiply(link.gated, read[0], _of(link.gated, read[1]))
+            x, lows = multiply(link.down, hidden, after, middle)
         return decoder.leave(x)
 
     def _scratch_for(self, rows: int) -> object:
@@ -98,11 +106,9 @@ def why_not(decoder: Decoder) -> str:
         "scales of outputs": all(linear.scale is None for block in blocks for linear in _linears(block)),
         "side network": type(decoder) is Decoder,
         "model-parallel ranks": decoder.ranks == 1,
-        "norms": args.norm == "rms" and args.norm_placement == "before" and not args.parallel_residual,
-        "norm of embeddings": decoder.tok_norm is None,
-        "positions": args.position == "rotary",
+        "norms": args.norm_placement == "before",
         "width of heads": args.head_dim in (16, 32, 64, 128, 256),
-        "feed-forward": args.gated and args.activation in ACTIVATIONS,
+        "feed-forward": args.activation in ACTIVATIONS,
         "width of embeddings": decoder.project_in is None,
     }
     for what, fits in wanted.items():
@@ -129,67 +135,121 @@ def _linears(block: Block) -> list[Linear]:
     return [linear for linears in inputs for linear in linears]
 
 
-def _factors(block: Block, dtype: torch.dtype) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+class _Factors(NamedTuple):
+    """LoRA of linears that share an input. b [N, R], scaled. a [R a linear, K], times the norm's weight.
+
+    corrections: see `Products`.
+    """
+
+    b: Tensor | None = None
+    a: Tensor | None = None
+    corrections: Tensor | None = None
+
+
+def _factors(block: Block, dtype: torch.dtype) -> dict[str, _Factors]:
     attention, feed_forward = block.attention, block.feed_forward
     return {
         "entrance": _joined([attention.wq, attention.wk, attention.wv], block.attention_norm, dtype),
         "out": _joined([attention.wo], None, dtype),
-        "gated": _joined([feed_forward.w1, feed_forward.w3], block.ffn_norm, dtype),
+        "gated": _joined(feed_forward.linears_by_input()[0], block.ffn_norm, dtype),
         "down": _joined([feed_forward.w2], None, dtype),
     }
 
 
-def _joined(linears: list[Linear], norm: RMSNorm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """LoRA of linears that share an input: (B [N, R], scaled, A [R a linear, K] times the norm's weight), or nothing.
+def _joined(linears: list[Linear], norm: Norm | None, dtype: torch.dtype) -> _Factors:
+    """The factors of linears behind `norm`.
 
     All get the same R: smaller ranks, and linears without LoRA, are padded with zeros, and A's rows to a power of two.
     """
     rank = filled_up(max((len(linear.lora_a.weight) for linear in linears if linear.lora_a is not None), default=0))
     if not rank:
-        return None, None
-    device = _device(linears)
+        return _Factors()
+    device, count, width = _device(linears), len(linears) * rank, linears[0].weight.shape[1]
     second = torch.zeros(sum(linear.weight.shape[0] for linear in linears), rank, dtype=dtype, device=device)
-    first = torch.zeros(filled_up(len(linears) * rank), linears[0].weight.shape[1], dtype=dtype, device=device)
+    first = torch.zeros(filled_up(count), width, dtype=dtype, device=device)
+    shifted = torch.zeros(count, device=device)
     row = 0
     for i, linear in enumerate(linears):
         n = linear.weight.shape[0]
         if linear.lora_a is not None:
-            a, b = linear.lora_a.weight, linear.lora_b.weight
+            a, b, at = linear.lora_a.weight, linear.lora_b.weight, slice(i * rank, i * rank + len(linear.lora_a.weight))
             second[row : row + n, : len(a)] = b * linear.lora_scale
-            first[i * rank : i * rank + len(a)] = a if norm is None else a * norm.weight
+            first[at] = a if norm is None else a * norm.weight
+            if isinstance(norm, LayerNorm):
+                shifted[at] = a.float() @ norm.bias.float()
         row += n
-    return second, first
+    # Of A as it is rounded here: the mean of x must cancel.
+    corrections = torch.stack([first[:count].float().sum(1), shifted]) if isinstance(norm, LayerNorm) else None
+    return _Factors(second, first, corrections)
 
 
-def _links(
-    block: Block,
-    factors: dict[str, tuple[Tensor | None, Tensor | None]],
-    rotations: Tensor,
-    following: Tensor | None,
-) -> _Links:
-    """following: A of the next block's first linears."""
-    attention, feed_forward = block.attention, block.feed_forward
+def _before(factors: dict[str, _Factors], parallel: bool) -> Tensor | None:
+    """A of all linears that read what a block reads."""
+    both = [factors["entrance"].a, factors["gated"].a if parallel else None]
+    there = [a for a in both if a is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+    joined = torch.cat(there)
+    return F.pad(joined, (0, 0, 0, filled_up(len(joined)) - len(joined)))
+
+
+def _of(products: Products, lows: Tensor | None) -> Tensor | None:
+    """The low products, if these linears have a LoRA: others that read the same may have one."""
+    return None if products.b is None else lows
+
+
+class _Positions(NamedTuple):
+    """As of `Attending`: rotations of all positions, ALiBi's slopes, and what keys have behind their channels."""
+
+    rotations: Tensor
+    slopes: Tensor | None = None
+    beyond: Tensor | None = None
+
+
+def _positions(decoder: Decoder, longest: int) -> _Positions:
+    device, args = decoder.frequencies.device, decoder.args
+    tokens = torch.arange(longest, device=device)
+    rotations = rotations_at(decoder.frequencies, tokens)[:, 0].contiguous()
+    if args.position != "alibi":
+        return _Positions(rotations)
+    slopes = alibi_slopes(args.n_heads).to(device)
+    _, beyond = alibi_channels(slopes, tokens, args.head_dim, decoder.dtype)
+    return _Positions(rotations, slopes.float(), beyond[:, 0].contiguous())
+
+
+def _links(block: Block, factors: dict[str, _Factors], positions: _Positions, following: Tensor | None) -> _Links:
+    """following: A of the linears that read what the next block reads."""
+    attention, feed_forward, parallel = block.attention, block.feed_forward, block.parallel
     heads, kv_heads = (linear.weight.shape[0] // attention.head_dim for linear in (attention.wq, attention.wk))
 
-    def products(name: str, linears: list[Linear], norm: RMSNorm | None = None, **rest: object) -> Products:
+    def products(name: str, linears: list[Linear], norm: Norm | None = None, **rest: object) -> Products:
         """The product of linears that share an input."""
-        weight, eps = (None, 0.0) if norm is None else (norm.weight.detach().float().contiguous(), norm.eps)
+        weight, eps = (None, 0.0) if norm is None else (_weight(norm), norm.eps)
         matrices = tuple(_matrix(linear.weight) for linear in linears)
-        return Products(matrices, weight, eps, factors[name][0], _bias(linears), **rest)
+        own = factors[name]
+        return Products(matrices, weight, eps, own.b, _bias(linears), corrections=own.corrections, **rest)
 
+    entrance = factors["entrance"].a
     return _Links(
         products("entrance", [attention.wq, attention.wk, attention.wv], block.attention_norm),
         Attending(
-            heads, kv_heads, attention.head_dim, rotations, attention.layout, attention.head_dim**-0.5,
-            attention.window, factors["out"][1], *_head_norms(attention),
+            heads, kv_heads, attention.head_dim, positions.rotations, attention.layout, attention.head_dim**-0.5,
+            attention.window, factors["out"].a, *_head_norms(attention), positions.slopes, positions.beyond,
         ),
-        products("out", [attention.wo], following=factors["gated"][1]),
+        products("out", [attention.wo], following=None if parallel else factors["gated"].a),
         products(
-            "gated", [feed_forward.w1, feed_forward.w3], block.ffn_norm, activation=feed_forward.activation,
-            following=factors["down"][1],
+            "gated", feed_forward.linears_by_input()[0], block.ffn_norm, activation=feed_forward.activation,
+            following=factors["down"].a, low_at=len(entrance) if parallel and entrance is not None else 0,
         ),
         products("down", [feed_forward.w2], following=following),
+        parallel,
     )  # fmt: skip
+
+
+def _weight(norm: Norm) -> Tensor:
+    """As of `Products`."""
+    weight = norm.weight.detach().float()
+    return torch.stack([weight, norm.bias.detach().float()]) if isinstance(norm, LayerNorm) else weight.contiguous()
 
 
 def _head_norms(attention: Attention) -> tuple[tuple[Tensor, Tensor] | None, float]:

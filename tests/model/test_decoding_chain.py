@@ -42,12 +42,50 @@ def made(layout) -> Callable[..., Decoder]:
     return make
 
 
+LAYER = {"norm": "layer", "n_kv_heads": 4, "gated": False}
 CASES = {
     "plain": ({}, None, "nf4"),
     "lora": ({"rotary_layout": "halves"}, {"lora_rank": 4, "bias_tuning": True}, "nf4"),
     "some": ({"qkv_bias": True}, {"lora_rank": 20, "lora_targets": ["wq", "w2"], "lora_alpha": 7}, "fp4"),
     "window": ({"sliding_window": 4, "rotary_dim": 16}, {"lora_rank": 2, "lora_targets": ["wo", "w1"]}, "nf4_single"),
     "norms of heads": ({"qk_norm": True, "head_dim": 64, "rotary_layout": "halves"}, {"lora_rank": 4}, "nf4"),
+    "OPT": (
+        {
+            **LAYER,
+            "activation": "relu",
+            "position": "learned",
+            "position_offset": 2,
+            "qkv_bias": True,
+            "mlp_bias": True,
+            "out_bias": True,
+            "max_seq_len": 20,
+        },
+        {"lora_rank": 4},
+        "nf4",
+    ),
+    "BLOOM": (
+        {**LAYER, "position": "alibi", "embedding_norm": True, "tie_word_embeddings": True, "activation": "gelu_tanh"},
+        {"lora_rank": 4, "bias_tuning": True},
+        "nf4",
+    ),
+    "GPT-NeoX": (
+        {
+            **LAYER,
+            "parallel_residual": True,
+            "rotary_dim": 8,
+            "rotary_layout": "halves",
+            "qkv_bias": True,
+            "activation": "gelu",
+        },
+        {"lora_rank": 4},
+        None,
+    ),
+    "GPT-NeoX, some": (
+        {**LAYER, "parallel_residual": True, "rotary_dim": 8},
+        {"lora_rank": 2, "lora_targets": ["w1", "wo"]},
+        "nf4",
+    ),
+    "GPT-NeoX, others": ({"parallel_residual": True}, {"lora_rank": 2, "lora_targets": ["wq"]}, "nf4"),
     "not packed": ({"qkv_bias": True}, {"lora_rank": 4}, None),
 }
 
@@ -80,9 +118,8 @@ def test_equals_the_modules(made: Callable[..., Decoder], case: str) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "quant", "what"),
-    [({"norm": "layer"}, "nf4", "norms"), ({"parallel_residual": True}, "nf4", "norms"),
-     ({"position": "alibi"}, "nf4", "positions"),
-     ({"gated": False}, "nf4", "feed-forward"), ({}, "int4_g32", "storage"),
+    [({"norm_placement": "both"}, "nf4", "norms"), ({"norm_placement": "after"}, "nf4", "norms"),
+     ({"embedding_dim": 64}, "nf4", "width of embeddings"), ({}, "int4_g32", "storage"),
      ({"hidden_dim": 160}, "nf4", "width of matrices")],
 )  # fmt: skip
 def test_what_it_does_not_compute(made: Callable[..., Decoder], settings: dict, quant: str, what: str) -> None:

@@ -62,6 +62,8 @@ def attend(
         scratch.finished,
         out if how.following is None else how.following,
         *(how.norms or (scratch.statistics, scratch.statistics)),
+        scratch.statistics if how.slopes is None else how.slopes,
+        projected if how.beyond is None else how.beyond,
         scratch.sums if partials is None else partials,
         keys.stride(0),
         triton.cdiv(triton.cdiv(span, splits), TOKENS) * TOKENS,
@@ -79,6 +81,8 @@ def attend(
         TOKENS=tokens_together(how.width, keys.dtype),
         AHEAD=ahead,
         NORM=how.norms is not None,
+        SLOPES=how.slopes is not None,
+        BEYOND=_beyond(how),
         num_warps=4,
     )
     return out, partials
@@ -100,12 +104,17 @@ def _padded(how: Attending) -> int:
     return 1 if group == 1 else max(16, triton.next_power_of_2(group))
 
 
+def _beyond(how: Attending) -> int:
+    """Channels that keys and values have in the cache behind their own."""
+    return 0 if how.beyond is None else how.beyond.shape[1]
+
+
 def _check(how: Attending, projected: Tensor, keys: Tensor, values: Tensor, positions: Tensor, span: int) -> None:
     rows, channels = len(projected), (how.heads + 2 * how.kv_heads) * how.width
     check_floats(projected=projected, keys=keys, values=values)
     check_device(projected.device, positions=positions, rotations=how.rotations)
     check_shape(projected, (rows, channels), "projected")
-    check_shape(keys, (len(keys), keys.shape[1], how.kv_heads, how.width), "keys")
+    check_shape(keys, (len(keys), keys.shape[1], how.kv_heads, how.width + _beyond(how)), "keys")
     check_shape(values, tuple(keys.shape), "values")
     check_shape(positions, (rows,), "positions")
     if not takes(rows, how.width) or how.heads % how.kv_heads or 2 * how.rotations.shape[-1] > how.width:
@@ -119,11 +128,25 @@ def _check(how: Attending, projected: Tensor, keys: Tensor, values: Tensor, posi
         raise AssertionError(f"keys of {keys.dtype} for {projected.dtype} at {positions.dtype}")
     if how.following is not None:
         check_shape(how.following, (len(how.following), how.heads * how.width), "following")
+    _check_alibi(how, projected, span)
     for weight in how.norms or ():
         check_shape(weight, (how.width,), "norms")
         check_device(projected.device, norms=weight)
         if weight.dtype != torch.float32:
             raise AssertionError(f"norms are {weight.dtype}; expected torch.float32")
+
+
+def _check_alibi(how: Attending, projected: Tensor, span: int) -> None:
+    if how.slopes is not None:
+        check_device(projected.device, slopes=how.slopes)
+        check_shape(how.slopes, (how.heads,), "slopes")
+        if how.slopes.dtype != torch.float32:
+            raise AssertionError(f"slopes are {how.slopes.dtype}; expected torch.float32")
+    if how.beyond is not None:
+        check_floats(projected=projected, beyond=how.beyond)
+        more = _beyond(how)
+        if len(how.beyond) < span or more & (more - 1) or not how.beyond.is_contiguous():
+            raise AssertionError(f"beyond is {list(how.beyond.shape)} for {span} tokens; expected a power of two")
 
 
 @triton.jit
@@ -169,6 +192,8 @@ def _attend(
     following,
     q_norm,
     k_norm,
+    slopes,
+    beyond,
     partials,
     document,
     share,
@@ -186,9 +211,12 @@ def _attend(
     TOKENS: tl.constexpr,
     AHEAD: tl.constexpr,
     NORM: tl.constexpr,
+    SLOPES: tl.constexpr,
+    BEYOND: tl.constexpr,
 ):
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     HEADS: tl.constexpr = GROUP * KV_HEADS
+    CACHED: tl.constexpr = WIDTH + BEYOND  # channels of a key in the cache
     channel, query = tl.arange(0, WIDTH), tl.arange(0, PADDED)
     position = tl.load(positions + row)
     own = projected + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * WIDTH)
@@ -196,14 +224,21 @@ def _attend(
     # Rows beyond the group's queries repeat its last one.
     heads = head * GROUP + tl.minimum(query, GROUP - 1)
     q = _rotated(own, heads, channel, angles, q_norm, eps, WIDTH, HALF, NEIGHBOURS, NORM)
-    cached = row.to(tl.int64) * document + head * WIDTH
+    cached = row.to(tl.int64) * document + head * CACHED
+    if SLOPES:
+        slope = tl.load(slopes + heads)
     if split == 0:  # the new token's own key
         key_head = HEADS + head + tl.arange(0, 1)
         k = _rotated(own, key_head, channel, angles, k_norm, eps, WIDTH, HALF, NEIGHBOURS, NORM)
         v = tl.load(own + (HEADS + KV_HEADS + head) * WIDTH + channel)[None, :]
-        place = cached + position * (KV_HEADS * WIDTH) + channel[None, :]
+        place = cached + position * (KV_HEADS * CACHED) + channel[None, :]
         tl.store(keys + place, k)
         tl.store(values + place, v)
+        if BEYOND:
+            more = tl.arange(0, BEYOND)
+            place = cached + position * (KV_HEADS * CACHED) + WIDTH + more
+            tl.store(keys + place, tl.load(beyond + position * BEYOND + more))
+            tl.store(values + place, tl.zeros([BEYOND], values.dtype.element_ty))
         highest = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
         mass = tl.full([PADDED], 1.0, tl.float32)
         total = v.to(tl.float32) + tl.zeros([PADDED, WIDTH], tl.float32)
@@ -216,13 +251,16 @@ def _attend(
     for start in range(first, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
         seen = token < end
-        place = cached + token.to(tl.int64)[:, None] * (KV_HEADS * WIDTH) + channel[None, :]
+        place = cached + token.to(tl.int64)[:, None] * (KV_HEADS * CACHED) + channel[None, :]
         key = tl.load(keys + place, seen[:, None], other=0)
         if PADDED == 1:
             score = tl.sum(key.to(tl.float32) * q.to(tl.float32), 1)[None, :]
         else:
             score = tl.dot(q, tl.trans(key), input_precision="ieee")
-        score = tl.where(seen[None, :], score * scale, float("-inf"))
+        score *= scale
+        if SLOPES:
+            score -= slope[:, None] * (position - token).to(tl.float32)[None, :]
+        score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         kept, weight = tl.exp(highest - higher), tl.exp(score - higher[:, None])
         value = tl.load(values + place, seen[:, None], other=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from accessory.kernels.codes import GroupCodes
 from accessory.kernels.decoding import MOST_ROWS
 from accessory.kernels.operands import check_device, check_floats, check_shape
-from accessory.kernels.triton.decoding_products import _low, _times
+from accessory.kernels.triton.decoding_products import _summed, _times
 
 BLOCK, WARPS = 16, 4  # rows of a matrix that a program computes
 UNITS = {1: 64, MOST_ROWS: 32}
@@ -161,7 +161,7 @@ def _multiply(
             total = tl.dot(weight, tl.trans(given), total, input_precision="ieee")
     result = tl.sum(total, 1)[:, None] if ROWS == 1 else total
     if RANK:
-        low = _low(lows, 1, width, first_low, rows, RANK, ROWS)
+        low = _summed(lows, 1, width, first_low, rows, RANK, ROWS)
         place_of_b = (before + column).to(tl.int64)[:, None] * RANK + tl.arange(0, RANK)[None, :]
         result += _times(tl.load(b + place_of_b, (column < n)[:, None], other=0), low, ROWS)
     if BIAS:

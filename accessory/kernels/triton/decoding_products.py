@@ -21,6 +21,8 @@ COLUMNS = {1: 512, MOST_ROWS: 256}
 """Rows of x that a program is compiled for -> the columns of a row of W that it reads at once."""
 FEW, MANY = (16, 4), (32, 8)
 """(columns of the result, warps) of a program: few programs where parts of low products must be summed."""
+ROOT, LAYER = tl.constexpr(1), tl.constexpr(2)
+"""Norms: by the root mean square, and LayerNorm."""
 
 
 def multiply(
@@ -28,8 +30,8 @@ def multiply(
 ) -> tuple[Tensor, Tensor | None]:
     """x [rows, k] -> (result [rows, N] in x's dtype, low products of what follows fp32 [rows, P, R'], in P parts).
 
-    lows: x A^T of each matrix's LoRA, fp32 [rows, P, R a matrix, or more], in parts to be summed; x before its division
-    by the root mean square. residual: added to the result [rows, n]. Everything is summed in fp32 and rounded once.
+    lows: x A^T of each matrix's LoRA, fp32 [rows, P, R a matrix, or more], in parts to be summed; x before its norm,
+    A times the norm's weight. residual: added to the result [rows, n]. Everything is summed in fp32 and rounded once.
     Raises `AssertionError` for what does not fit together.
     """
     rows, k = x.shape
@@ -49,6 +51,7 @@ def multiply(
         x if products.b is None else products.b,
         absent if products.bias is None else products.bias,
         absent if lows is None else lows,
+        absent if products.corrections is None else products.corrections,
         x if following is None else following,
         y,
         absent if partials is None else partials,
@@ -60,9 +63,10 @@ def multiply(
         made,
         rows,
         *((0, 0) if lows is None else lows.shape[1:]),
+        products.low_at,
         products.eps,
         MATRICES=len(products.matrices),
-        NORM=products.norm is not None,
+        NORM=0 if products.norm is None else (LAYER if products.layer_norm else ROOT).value,
         RESIDUAL=residual is not None,
         BIAS=products.bias is not None,
         RANK=0 if products.b is None else products.b.shape[1],
@@ -104,7 +108,8 @@ def _check(products: Products, x: Tensor, lows: Tensor | None, residual: Tensor 
         raise AssertionError("LoRA needs its low products, and they need LoRA")
     if lows is not None:
         check_shape(lows, (len(x), *lows.shape[1:]), "lows")
-        if lows.dim() != 3 or lows.shape[2] < products.b.shape[1] * len(products.matrices):
+        wide = products.low_at + products.b.shape[1] * len(products.matrices)
+        if lows.dim() != 3 or lows.shape[2] < wide:
             raise AssertionError(
                 f"lows are {list(lows.shape)} for {len(products.matrices)} of rank {products.b.shape[1]}"
             )
@@ -137,6 +142,8 @@ def _product(
     k,
     rows,
     eps,
+    mean,
+    deviation,
     PLAIN: tl.constexpr,
     NORM: tl.constexpr,
     NESTED: tl.constexpr,
@@ -145,22 +152,42 @@ def _product(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows `first` and on of W times every row of x [BLOCK, ROWS], and 1 / rms of x [1, ROWS], fp32."""
+    """Rows `first` and on of W times every row of x [BLOCK, ROWS], and what to multiply them by [1, ROWS], fp32."""
     if PLAIN:
-        result, squares = _of_plain(x, norm, codes, first, n, k, rows, NORM, ROWS, BLOCK, COLUMNS)
+        result, squares = _of_plain(
+            x, norm, codes, first, n, k, rows, mean, deviation, NORM, ROWS, BLOCK, COLUMNS
+        )  # fmt: skip
     else:
         result, squares = _of_codes(
-            x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows,
-            NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+            x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows, mean,
+            deviation, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
         )  # fmt: skip
-    inverse = tl.rsqrt(squares / k + eps) if NORM else tl.full([1, ROWS], 1.0, tl.float32)
+    inverse = tl.rsqrt(squares / k + eps) if NORM == ROOT else tl.full([1, ROWS], 1.0, tl.float32)
     return result, inverse
 
 
 @triton.jit
+def _statistics(x, k, rows, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(mean, 1 / deviation) of each row of x [ROWS]; by pieces (Chan et al. 1979), as sums of squares would cancel."""
+    row = tl.arange(0, ROWS)
+    mean, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, k, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < k)[None, :]
+        value = tl.load(x + row[:, None] * k + column[None, :], inside, other=0).to(tl.float32)
+        count = tl.minimum(k - start, COLUMNS).to(tl.float32)
+        own = tl.sum(value, 1) / count
+        apart = tl.where(inside, value - own[:, None], 0.0)
+        share = count / (start + count)
+        squares += tl.sum(apart * apart, 1) + (own - mean) * (own - mean) * (start * share)
+        mean += (own - mean) * share
+    return mean, tl.rsqrt(squares / k + eps)
+
+
+@triton.jit
 def _of_plain(
-    x, norm, weights, first, n, k, rows, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, norm, weights, first, n, k, rows, mean, deviation, NORM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The product [BLOCK, ROWS], and the sum of squares of each row of x [1, ROWS], with a plain W."""
     row = (first + tl.arange(0, BLOCK)).to(tl.int64)
@@ -176,12 +203,12 @@ def _of_plain(
         weight = tl.load(weights + row[:, None] * k + column[None, :], inside, other=0)
         if ROWS == 1:
             given = tl.load(x + column, column < k, other=0).to(tl.float32)
-            if NORM:
+            if NORM == ROOT:
                 squares += given * given
-                given *= tl.load(norm + column, column < k, other=0)
+            given = _normed(given, norm, column, column < k, k, tl.sum(mean, 0), tl.sum(deviation, 0), NORM)
             total += weight.to(tl.float32) * given[None, :]
         else:
-            given, top, more = _several(x, norm, column, k, rows, NORM, ROWS)
+            given, top, more = _several(x, norm, column, k, rows, mean, deviation, NORM, ROWS)
             squares += more
             total = _plus_dot(total, weight, given, top, NORM)
     if ROWS == 1:
@@ -194,8 +221,19 @@ def _of_plain(
 
 
 @triton.jit
-def _several(x, norm, column, k, rows, NORM: tl.constexpr, ROWS: tl.constexpr):
-    """(columns of all rows of x, times the norm's weight, in x's dtype; their divisor [ROWS]; sums of squares [ROWS]).
+def _normed(wide, norm, column, there, k, mean, deviation, NORM: tl.constexpr):
+    """x, in fp32, times the norm's weight; of LayerNorm all it does. column, there: as `wide`'s last dimensions."""
+    if NORM == LAYER:
+        weight, shift = tl.load(norm + column, there, other=0), tl.load(norm + k + column, there, other=0)
+        wide = (wide - mean) * deviation * weight + shift
+    elif NORM == ROOT:
+        wide *= tl.load(norm + column, there, other=0)
+    return wide
+
+
+@triton.jit
+def _several(x, norm, column, k, rows, mean, deviation, NORM: tl.constexpr, ROWS: tl.constexpr):
+    """(columns of all rows of x, as `_normed`, in x's dtype; their divisor [ROWS]; sums of their squares [ROWS]).
 
     In fp16 the product with the norm's weight may be too large before it is divided by the root mean square.
     """
@@ -205,7 +243,8 @@ def _several(x, norm, column, k, rows, NORM: tl.constexpr, ROWS: tl.constexpr):
     if NORM:
         wide = given.to(tl.float32)
         squares = tl.sum(wide * wide, 1)
-        wide *= tl.load(norm + column, column < k, other=0)[None, :]
+        at = column[None, :]
+        wide = _normed(wide, norm, at, at < k, k, mean[:, None], deviation[:, None], NORM)
         if given.dtype == tl.float16:
             top = _divisor(wide)
             wide /= top[:, None]
@@ -244,6 +283,8 @@ def _of_codes(
     n,
     k,
     rows,
+    mean,
+    deviation,
     NORM: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
@@ -258,7 +299,7 @@ def _of_codes(
     table = tl.load(codebook + tl.arange(0, 16))
     per_row = k // 64
     if NESTED:
-        mean = tl.load(offset)
+        middle = tl.load(offset)
     if ROWS == 1:
         total = tl.zeros([BLOCK, GROUPS, 8], tl.float32)
         squares = tl.zeros([GROUPS, 8, 8], tl.float32)
@@ -273,7 +314,7 @@ def _of_codes(
         scale = tl.load(scales + block, inside, other=0)
         if NESTED:
             share = tl.load(nested_scales + block // NESTED_BLOCK, inside, other=0)
-            scale = tl.load(nested_codebook + scale.to(tl.int32)) * share + mean
+            scale = tl.load(nested_codebook + scale.to(tl.int32)) * share + middle
         # Low byte first, high nibble first: nibbles 1, 0, 3, 2, ... of a little-endian word.
         code = (packed[:, :, :, None] >> ((place ^ 1) * 4)[None, None, None, :]) & 15
         value = tl.gather(table, code.reshape(BLOCK * COLUMNS), 0).reshape(BLOCK, GROUPS, 8, 8)
@@ -281,12 +322,14 @@ def _of_codes(
             column = (at * 64)[:, None, None] + (word * 8)[None, :, None] + place[None, None, :]
             there = (at < per_row)[:, None, None]
             given = tl.load(x + column, there, other=0).to(tl.float32)
-            if NORM:
+            if NORM == ROOT:
                 squares += given * given
-                given *= tl.load(norm + column, there, other=0)
+            given = _normed(given, norm, column, there, k, tl.sum(mean, 0), tl.sum(deviation, 0), NORM)
             total += tl.sum(value * given[None], 3) * scale[:, :, None]
         else:
-            given, top, more = _several(x, norm, start * 64 + tl.arange(0, COLUMNS), k, rows, NORM, ROWS)
+            given, top, more = _several(
+                x, norm, start * 64 + tl.arange(0, COLUMNS), k, rows, mean, deviation, NORM, ROWS
+            )  # fmt: skip
             squares += more
             weight = (value * scale[:, :, None, None]).reshape(BLOCK, COLUMNS).to(given.dtype)
             total = _plus_dot(total, weight, given, top, NORM)
@@ -313,7 +356,21 @@ def _times(one, other, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _low(lows, parts, width, first, rows, RANK: tl.constexpr, ROWS: tl.constexpr):
+def _low(
+    lows, corrections, parts, width, low_at, which, rows, mean, deviation, MATRICES: tl.constexpr, NORM: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The low products [ROWS, RANK] of matrix number `which`; with LayerNorm, of its result."""
+    low = _summed(lows, parts, width, low_at + which * RANK, rows, RANK, ROWS)
+    if NORM == LAYER:
+        at = which * RANK + tl.arange(0, RANK)
+        low -= mean[:, None] * tl.load(corrections + at)[None, :]
+        low = low * deviation[:, None] + tl.load(corrections + MATRICES * RANK + at)[None, :]
+    return low
+
+
+@triton.jit
+def _summed(lows, parts, width, first, rows, RANK: tl.constexpr, ROWS: tl.constexpr):
     """The sum of the parts, columns `first` and on [ROWS, RANK]."""
     PARTS: tl.constexpr = 64 if ROWS == 1 else 8
     rank = first + tl.arange(0, RANK)
@@ -342,6 +399,7 @@ def _multiply(
     b,
     bias,
     lows,
+    corrections,
     following,
     y,
     partials,
@@ -367,6 +425,7 @@ def _multiply(
     rows,
     parts,
     width,
+    low_at,
     eps,
     MATRICES: tl.constexpr,
     NORM: tl.constexpr,
@@ -399,34 +458,42 @@ def _multiply(
         offset = tl.where(which == 0, offset, tl.where(which == 1, offset_1, offset_2))
         n = tl.where(which == 0, n, tl.where(which == 1, n_1, n_2))
     first = program * BLOCK
+    mean, deviation = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    if NORM == LAYER:
+        mean, deviation = _statistics(x, k, rows, eps, ROWS, COLUMNS)
     result, inverse = _product(
-        x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows, eps,
-        PLAIN, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+        x, norm, codes, scales, nested_scales, offset, nested_codebook, codebook, first, n, k, rows, eps, mean,
+        deviation, PLAIN, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
     )  # fmt: skip
     column = first + tl.arange(0, BLOCK)
     inside = column < n
     rank = tl.arange(0, RANK if RANK else 1)
     if RANK:
-        low = _low(lows, parts, width, which * RANK, rows, RANK, ROWS)
+        low = _low(
+            lows, corrections, parts, width, low_at, which, rows, mean, deviation, MATRICES, NORM, RANK, ROWS
+        )  # fmt: skip
         factor = tl.load(b + (before + column).to(tl.int64)[:, None] * RANK + rank[None, :], inside[:, None], other=0)
         result += _times(factor, low, ROWS)
     result *= inverse
     if BIAS:
         result += tl.load(bias + before + column, inside, other=0)[:, None]
     if ACTIVATION != "":
+        result, _slope = _activated(result, ACTIVATION)
+    if ACTIVATION != "" and MATRICES == 2:
         other, _same = _product(
             x, norm, codes_1, scales_1, nested_scales_1, offset_1, nested_codebook, codebook, first, n, k, rows, eps,
-            PLAIN, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
+            mean, deviation, PLAIN, NORM, NESTED, NESTED_BLOCK, ROWS, BLOCK, COLUMNS,
         )  # fmt: skip
         if RANK:
-            low = _low(lows, parts, width, RANK, rows, RANK, ROWS)
+            low = _low(
+                lows, corrections, parts, width, low_at, 1, rows, mean, deviation, MATRICES, NORM, RANK, ROWS
+            )  # fmt: skip
             factor = tl.load(b + (n + column).to(tl.int64)[:, None] * RANK + rank[None, :], inside[:, None], other=0)
             other += _times(factor, low, ROWS)
         other *= inverse
         if BIAS:
             other += tl.load(bias + n + column, inside, other=0)[:, None]
-        value, _slope = _activated(result, ACTIVATION)
-        result = value * other
+        result *= other
     row = tl.arange(0, ROWS)
     at = row[None, :] * made + (before + column)[:, None]
     there = inside[:, None] & (row < rows)[None, :]

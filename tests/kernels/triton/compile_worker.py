@@ -87,16 +87,17 @@ for activation in gate.ACTIVATIONS:
 for kernel in (cross_entropy._statistics, cross_entropy._gradient):
     found[f"cross_entropy {kernel.fn.__name__}"] = compiled(kernel, {"BLOCK": cross_entropy.BLOCK}, 8)
 TYPES |= dict.fromkeys(("residual", "b", "following", "projected", "keys", "values"), "*bf16")
-TYPES |= dict.fromkeys(("norm", "bias", "lows", "partials", "statistics"), "*fp32")
+TYPES |= dict.fromkeys(("norm", "bias", "lows", "corrections", "slopes", "partials", "statistics"), "*fp32")
 TYPES |= {"positions": "*i64", "finished": "*i32", "eps": "fp32", "scale": "fp32"}
 for number in ("", "_1", "_2"):
     parts = {"codes": "*i32", "scales": "*u8", "nested_scales": "*fp32", "offset": "*fp32"}
     TYPES |= {f"{part}{number}": kind for part, kind in parts.items()}
-plain = {"NORM": False, "RESIDUAL": False, "BIAS": False, "AHEAD": 0, "ACTIVATION": "", "RANK": 16}
+plain = {"NORM": 0, "RESIDUAL": False, "BIAS": False, "AHEAD": 0, "ACTIVATION": "", "RANK": 16}
 links = {
-    "entrance": {"MATRICES": 3, "NORM": True, "BIAS": True},
+    "entrance": {"MATRICES": 3, "NORM": 1, "BIAS": True},
+    "layer norm": {"MATRICES": 3, "NORM": 2, "BIAS": True},
     "out": {"MATRICES": 1, "RESIDUAL": True, "AHEAD": 32},
-    "gated": {"MATRICES": 2, "NORM": True, "AHEAD": 16, "ACTIVATION": "silu"},
+    "gated": {"MATRICES": 2, "NORM": 1, "AHEAD": 16, "ACTIVATION": "silu"},
 }
 for (name, link), rows in product(links.items(), decoding_products.COLUMNS):
     block, warps = decoding_products.MANY if "AHEAD" in link else decoding_products.FEW
@@ -114,8 +115,9 @@ for group, splits, width, dtype in (
     constants = {"KV_HEADS": 8, "GROUP": group, "PADDED": 1 if group == 1 else 16, "WIDTH": width, "HALF": width // 2}
     constants |= {"NEIGHBOURS": True, "SPLITS": splits, "SPLITS_PADDED": splits, "AHEAD": 16, "NORM": group > 1}
     constants["TOKENS"] = decoding_attention.tokens_together(width, dtype)
+    constants |= {"SLOPES": width == 256, "BEYOND": 8 if width == 256 else 0}
     read = "*fp32" if dtype == torch.float32 else "*bf16"
-    TYPES |= dict.fromkeys(("projected", "keys", "values", "out", "following"), read)
+    TYPES |= dict.fromkeys(("projected", "keys", "values", "out", "following", "beyond"), read)
     found[f"decoding attention {group} {splits} {width} {read}"] = compiled(decoding_attention._attend, constants, 4)
 TYPES["following"] = TYPES["out"] = "*bf16"
 TYPES |= {"scales": "*fp16", "zeros": "*fp16", "b": "*bf16"}

@@ -59,6 +59,14 @@ def launches(randn: Randn, dtype: torch.dtype, **how) -> dict[str, tuple[Product
         32,
         False,
     )
+    wide = torch.stack([norm, randn(COLUMNS)])
+    made["layer norm"] = made["entrance"][0]._replace(norm=wide, corrections=randn(2, 48)), 70, 64, False
+    made["layer norm, one"] = (
+        Products((pair[0],), wide, 1e-5, lora(72), randn(72), "relu", randn(16, 72).to(dtype), 48, randn(2, 16)),
+        70,
+        64,
+        False,
+    )
     made["bare"] = Products((pair[1],)), 0, 0, False
     return made
 
@@ -70,7 +78,7 @@ def test_products(randn: Randn, rows: int, dtype: torch.dtype, plain: bool) -> N
     """Results, and what follows needs."""
     how = {"quant_type": dtype} if plain else {}
     for name, (products, parts, rank, more) in launches(randn, dtype, **how).items():
-        x, lows = randn(rows, COLUMNS).to(dtype), randn(rows, parts, rank) if parts else None
+        x, lows = (randn(rows, COLUMNS) + 3).to(dtype), randn(rows, parts, rank) if parts else None
         residual = randn(rows, products.made).to(dtype) if more else None
         found, low = decoding_products.multiply(products, x, lows, residual)
         wanted, wanted_low = products_written_out.multiply(products, x, lows, residual)
@@ -182,6 +190,8 @@ CASES = [
     (6, 2, 16, 8, "halves", None, torch.bfloat16, 130),
     (2, 2, 16, 4, "pairs", 3, torch.float16, 64),
     (3, 1, 16, 8, "pairs", 1, torch.float32, 31),
+    (4, 4, 16, 0, "halves", None, torch.float32, 90),
+    (4, 2, 32, 0, "halves", None, torch.bfloat16, 90),
 ]
 NORMED = CASES[:3]
 """Cases that are tried with norms of queries and keys, too."""
@@ -193,7 +203,10 @@ def test_attention(
     randn: Randn, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, width: int, half: int, layout: str,
     window: int | None, dtype: torch.dtype, span: int, programs: int,
 ) -> None:  # fmt: skip
-    """Results, low products, and the cache; a cache of one program, and one that several share, twice."""
+    """Results, low products, and the cache; a cache of one program, and one that several share, twice.
+
+    Without rotations with ALiBi's slopes, whose channels are in the cache.
+    """
     monkeypatch.setattr(decoding_attention, "processors", lambda device: programs)
     monkeypatch.setattr(decoding_attention, "LEAST", 32)
     monkeypatch.setattr(decoding_attention, "TOKENS", 16)
@@ -203,8 +216,11 @@ def test_attention(
     how = Attending(heads, kv_heads, width, rotations, layout, width**-0.5, window, following)
     if (heads, kv_heads, width) in {case[:3] for case in NORMED}:
         how = how._replace(norms=(randn(width), randn(width)), eps=1e-3)
+    more = 0 if half else 8
+    if more:
+        how = how._replace(slopes=torch.rand(heads), beyond=randn(200, more).to(dtype))
     positions, projected = torch.tensor([span - 1, 0, 20]), randn(3, (heads + 2 * kv_heads) * width).to(dtype)
-    caches = [randn(4, 180, kv_heads, width).to(dtype) for _ in range(2)]
+    caches = [randn(4, 180, kv_heads, width + more).to(dtype) for _ in range(2)]
     copies = [cache.clone() for cache in caches]
     scratch = decoding_attention.Scratch(how, 3, 180, projected.device)
     for _ in range(2):
