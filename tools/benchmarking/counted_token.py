@@ -52,12 +52,12 @@ def counted_token(
 
 
 def pretended_answering(
-    args: ModelArgs, method: str, quant_type: str | None, documents: int, context: int
+    args: ModelArgs, method: str, quant_type: str | None, documents: int, context: int, precision: str = "bf16"
 ) -> StaticMemory:
     """Of a model that answers on a pretended GPU: a cache of `context` tokens for each of `documents` documents."""
     training = PretendedTraining(
         model="", data=None, steps=2, batch_size=1, seq=(64,), supervised=1.0, max_words=64, method=method, rank=None,
-        adapter=None, quant_type=quant_type, precision="bf16", lr=1e-4, optim="adamw", checkpointing=0,
+        adapter=None, quant_type=quant_type, precision=precision, lr=1e-4, optim="adamw", checkpointing=0,
         share_prefixes=False, args=args,
     )  # fmt: skip
     decoder = training.engine(Layout(device=GPU)).model.llma.requires_grad_(False).eval()

@@ -13,9 +13,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 from zlib import crc32
+
+if TYPE_CHECKING:
+    from accessory.model.args import ModelArgs
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -142,22 +145,41 @@ def compile_all(compiler: Compiler, tiny: bool) -> list[str]:
                 )
         for check in room.CHECKS:
             run(check.name, lambda c=check: c.run(ground, _unjudged()))
-        for size, method, context, counts in () if tiny else ANSWERS:
-            for count in counts:
-                run(f"answers of {size}", lambda s=size, m=method, n=count, c=context: _answer(s, m, n, c))
+        for name, given in {} if tiny else _answers():
+            run(name, lambda g=given: _answer(*g))
     return ended
 
 
-def _answer(size: str, method: str, documents: int, context: int) -> None:
-    """A token of each document."""
+def _answers() -> Iterator[tuple[str, tuple]]:
+    """(name, arguments of `_answer`) of the answers that the checks ask for."""
+    from accessory.model.args import ModelArgs
+    from tools.gpu_checks.decoding import CASES
+    from tools.gpu_checks.families import SHAPES, SIZE
+    from tools.model_sizes import args_of
+
+    for size, method, context, counts in ANSWERS:
+        args = args_of(size).model_copy(update={"n_layers": 2, "vocab_size": 32000})
+        yield f"answers of {size}", (args, method, "nf4", "bf16", counts, (context,))
+    for family, kind in CASES:
+        yield f"answers of {family}", (ModelArgs(**SIZE | SHAPES[family]), "lora", kind, "fp32", (1, 2, 4), (256, 512))
+    for kind in (None, "nf4", "int3_g64"):
+        for precision in ("fp32", "bf16", "fp16"):
+            yield f"answers in {precision}", (ModelArgs(**SIZE), "lora", kind, precision, (1,), (64,))
+
+
+def _answer(
+    args: ModelArgs, method: str, kind: str | None, precision: str, counts: tuple[int, ...], spans: tuple[int, ...]
+) -> None:
+    """A token of each of so many documents, of which so many tokens are looked at."""
     import torch
 
     from tools.benchmarking.counted_token import pretended_answering
-    from tools.model_sizes import args_of
 
     with torch.no_grad():
-        args = args_of(size).model_copy(update={"n_layers": 2, "vocab_size": 32000})
-        pretended_answering(args, method, "nf4", documents, context).forward(documents, context)
+        memory = pretended_answering(args, method, kind, max(counts), max(spans), precision)
+        for count in counts:
+            for span in spans:
+                memory.forward(count, span)
 
 
 def _unjudged() -> Any:

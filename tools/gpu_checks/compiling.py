@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled by all cores at once in all variants that the checks use: one core needs a minute."""
+"""Triton's kernels, compiled by all cores at once in all variants that the checks use: one core needs minutes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ H200, FEW = (9, 0), (2, 16)
 """What a rehearsal compiles for, and how many of how many shares."""
 
 
-@check(20, needs_cuda=True)
+@check(30, needs_cuda=True)
 def kernels(ground: Ground, found: Findings) -> None:
     """Each process compiles its share; the results lie on disk, where later checks find them."""
     if find_spec("triton") is None:
