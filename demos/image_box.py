@@ -88,7 +88,7 @@ class ImageBox:
             look, [self.image, self.transform], self.image, api_name="look", preprocess=False, show_progress="hidden"
         )
         looking.failure(kept, outputs=self.image, **UNLISTED)
-        self.image.large(_too_large, **UNLISTED)
+        self.image.large(_too_large, **UNLISTED | {"queue": True})  # gradio shows errors of events in the queue only
         self.transform.change(None, js="() => { document.dispatchEvent(new Event('transformed')); }", **UNLISTED)
         return looking
 

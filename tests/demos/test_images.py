@@ -96,11 +96,23 @@ def model(seeing: Path) -> MetaModel:
     return MetaModel.from_pretrained(seeing, max_seq_len=300, dtype="fp32")
 
 
-def upload(visitor: Visitor, file: Path) -> None:
-    """Choose a file, and wait for the square that the model sees."""
+HANDED = {"drop": "new DragEvent('drop', {dataTransfer: held, bubbles: true})",
+          "paste": "new ClipboardEvent('paste', {clipboardData: held, bubbles: true})"}  # fmt: skip
+
+
+def upload(visitor: Visitor, file: Path, how: str = "choose") -> None:
+    """Choose, drop or paste a file, and wait for the square that the model sees."""
     visitor.wait(usable("button.primary"))
     before = visitor.js(SHOWN) or ""
-    visitor.upload("#image input", file)
+    if how == "choose":
+        visitor.upload("#image input", file)
+    else:
+        data = base64.b64encode(file.read_bytes()).decode()
+        visitor.js(
+            f"(() => {{ const bytes = Uint8Array.from(atob('{data}'), each => each.charCodeAt(0));"
+            "const held = new DataTransfer(); held.items.add(new File([bytes], 'x', {type: 'image/png'}));"
+            f"document.querySelector('#image label').dispatchEvent({HANDED[how]}); }})()"
+        )
     visitor.wait(f"{SHOWN}?.startsWith('data:image/png') && {SHOWN} !== {json.dumps(before)}")
 
 
@@ -124,7 +136,7 @@ def test_a_question_about_a_picture_on_a_page_of_two_ranks(
                 refused(visitor, image)
                 visitor.wait(f"!{SHOWN}")
             else:
-                upload(visitor, image)
+                upload(visitor, image, "choose" if image is pictures[0] else "paste")
             visitor.type("textarea", QUESTION)
             visitor.click(ASK)
             visitor.wait(f"{ANSWER} === {json.dumps(answer)}")
@@ -195,7 +207,10 @@ def test_a_conversation_about_a_picture_on_a_page(
             refused(visitor, pictures[2])
             visitor.wait(f"{SHOWN} === {json.dumps(shown)}")
             assert len(said(visitor)) == 2
-            upload(visitor, pictures[1])
+            (tmp_path / "large.png").write_bytes(bytes(MOST_IMAGE_BYTES + 1))
+            visitor.upload("#image input", tmp_path / "large.png")
+            visitor.wait("document.body.innerText.includes('An image has at most 10 MiB here.')")
+            upload(visitor, pictures[1], "drop")
             visitor.wait("!document.querySelector('#said .message-content')")
             ask(visitor, second[:1])
             visitor.click("#transform input")
