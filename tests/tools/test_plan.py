@@ -207,7 +207,7 @@ def test_bare_checkpointing_is_all(called: Callable) -> None:
             "int3_g64, mix2.5 and the like), which nf4 has not; give --quant_type int2_g64 or another",
         ),
         (["tiny", "--method", "qsft", "--quant_type", "none"], "--llama_type ..._qsft trains a quantized base"),
-        (["tiny", "--method", "adapter", "--vision", "qformerv2"], "--method adapter, which sees by clip alone"),
+        (["tiny", "--method", "adapter", "--vision", "qformerv2"], "--vision qformerv2 with --method adapter, which"),
         (["7B", "--checkpointing", "33"], "--checkpointing 33: expected none, all, or up to 32"),
         (["7B", "--checkpointing", "some"], "--checkpointing 'some': expected none, all, or up to 32"),
         (["7B", "--seq", "0"], "--seq 0: expected a whole number from 1 on."),
