@@ -123,13 +123,13 @@ def test_a_variant_is_compiled_once_and_found_again(tmp_path: Path) -> None:
     for key in map(str, range(50)):
         left = [one._leaves(key=key, fn=SimpleNamespace(name="kernel")) for one in shares]
         assert left.count(False) == 1
-    command = [sys.executable, compiler.__file__, "90", "60", "tiny", "7"]
+    command = [sys.executable, compiler.__file__, "90", "20", "tiny", "7"]
     environment = compiling._environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
     found = [
         json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
         for _ in range(2)
     ]
-    assert 0 < found[0]["compiled"] < found[0]["variants"] / 10 and not found[1]["compiled"]
+    assert 0 < found[0]["compiled"] < found[0]["variants"] / 5 and not found[1]["compiled"]
     assert len(list(tmp_path.glob("*/*.cubin"))) == found[0]["compiled"]
 
 

@@ -19,6 +19,7 @@ from accessory.model.decoding_chain import why_not
 from accessory.parallel.groups import Layout
 from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.families import built, training
+from tools.gpu_checks.launches import kernels_of
 from tools.model_sizes import SIZES
 
 CASES = (
@@ -85,7 +86,7 @@ def chosen(ground: Ground, found: Findings) -> None:
 def wide(ground: Ground, found: Findings) -> None:
     """Blocks as wide as 7B's and 70B's, with LoRA: a token of 1, 3 and 8 documents in fixed places and in growing ones.
 
-    It is computed three times in fixed places: done, recorded, replayed.
+    It is computed three times in fixed places: done, recorded, replayed. Kernels are counted of one that is not.
     """
     for size, blocks, longest in (("7B", 2, 700), ("70B", 1, 1100)):
         with found.case(size), TemporaryDirectory() as folder:
@@ -99,7 +100,10 @@ def wide(ground: Ground, found: Findings) -> None:
             for count in (1, 3, 8):
                 lengths = [max(ground.pick(longest, 9) - 91 * i, 2) for i in range(count)]
                 _compare(found, f"{size}, {count} documents", decoder, lengths)
-            chain = decoder.answering.chain
+            chain, memory = decoder.answering.chain, decoder.answering
+            with torch.inference_mode():
+                made = kernels_of(lambda memory=memory: memory.forward(1, static_memory.SHORTEST), ground)
+            found.figures[f"{size}_kernels_of_{blocks}_blocks"] = made.total()
             found.figures[size] = why_not(decoder) or ("in few launches" if chain else "kernels fell back")
             found.expect(chain or not ground.cuda, f"{size}: {found.figures[size]}")
             del decoder

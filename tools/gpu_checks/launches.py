@@ -1,4 +1,4 @@
-"""What a step of training and a token of an answer ask of the card: kernels, and waits of the host."""
+"""What a step of training asks of the card: kernels, and waits of the host. (A token of an answer: decoding.wide.)"""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from accessory.checkpoint.training_state import Progress
-from tools.benchmarking.decoding import Decoding
 from tools.benchmarking.launches import Counts, LaunchCounter
 from tools.gpu_checks.check import Findings, Ground, check
 from tools.gpu_checks.families import training
@@ -114,25 +113,4 @@ def _waits_of(step: Callable[[], None], ground: Ground) -> Counter:
     return Counter(f"{Path(one.filename).name}:{one.lineno}" for one in waits)
 
 
-@check(10, needs_cuda=True, by_name=True)
-def token(ground: Ground, found: Findings) -> None:
-    """Kernels of a token of 7B's width with 2 blocks and 3, launched one by one; in a recorded graph there are none."""
-    with TemporaryDirectory() as folder:
-        counts = []
-        for depth in (2, 3):
-            file = Path(folder, f"{depth}.json")
-            file.write_text(json.dumps(SIZES[ground.pick("7B", "tiny")] | {"n_layers": depth, "vocab_size": 32000}))
-            how = {
-                "model": str(file), "data": None, "batch_size": 1, "prompt_tokens": 8, "quant_type": "nf4",
-                "precision": "bf16",
-            }  # fmt: skip
-            few, more = (
-                kernels_of(lambda n=new, h=how: Decoding(new_tokens=n, **h).by_us(ground.layout), ground).total()
-                for new in (2, 3)
-            )
-            counts.append(more - few)
-        block = counts[1] - counts[0]
-        found.figures |= {"a_block": block, "7B": counts[0] + 30 * block}
-
-
-CHECKS = [training_step, token]
+CHECKS = [training_step]
