@@ -60,6 +60,9 @@ def _train(config: FinetuneConfig, layout: Layout, signals: StopSignals, status:
     say(layout, *schedule_notes(config, job.order, schedule, progress))
     opened = open_base_cache(rows, job) if rows and not config.dry_run else None
     prepared.train(model, schedule, config.teacher_weight if config.teacher else None, opened)
+    if config.cache_features and not config.dry_run:
+        cache = model.encoder.cache
+        say(layout, f"--cache_features: {cache.hits:,} images of this rank were there, {cache.misses:,} were computed")
     model.teacher = None
     return model
 

@@ -14,8 +14,6 @@ from accessory.vision import VISIONS, Vision, vision_of_directory
 
 VISION_FORMAT = "Hugging Face (image encoder)"
 """The format of an opened directory that holds an encoder alone."""
-
-
 UNNAMED = "clip"
 """The image encoder of models whose --llama_type names none."""
 
