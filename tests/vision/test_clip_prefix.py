@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 
 from accessory import MetaModel
 from accessory.config import FinetuneConfig
-from accessory.data.batch import Document
+from accessory.data.batch import Document, PackedBatch
 from accessory.data.pictures import Picture
 from accessory.errors import ConfigError
 from accessory.finetuning import finetune
 from accessory.generate import KeptCache, next_token_logits, static_memory
 from accessory.generate.replays import Recorded
 from accessory.meta.sampling import Sampling
-from tests.vision.seeing import documents, packed, picture
+from tests.vision.seeing import document, documents, packed, picture
 from tests.vision.test_clip import open_clip_checkpoint, open_clip_formula
 
 peft = pytest.importorskip("peft", reason="the extra test is not installed")
@@ -120,6 +121,18 @@ def test_logits_and_gradients(model: MetaModel, tiny_base: Path, clip: Clip) -> 
     for name, value in reference.state.items():
         assert (found[name].grad - value.grad).norm() < 1e-4 * value.grad.norm(), name
         assert value.grad.norm() > 0, name
+
+
+def test_documents_of_text_share_their_beginning(model: MetaModel) -> None:
+    """Beside one with a picture, which shares nothing, though it begins as they do."""
+    model.train()
+    place, seen = model.vision.place, picture(0)
+    several = [document(1, place, each) for each in (seen, None, None)]
+    several = [each._replace(labels=np.roll(each.labels, -i), id=i) for i, each in enumerate(several)]
+    batch = PackedBatch.pack(several)
+    assert sorted(batch.shared)[:2] == [0, 0] and max(batch.shared) >= 8 and len(batch.insets) == 1
+    alone = sum(model(packed(each)) for each in several)
+    assert model(batch).item() == pytest.approx(alone.item(), rel=1e-6)
 
 
 def test_a_batch_without_a_picture(model: MetaModel) -> None:
