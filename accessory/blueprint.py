@@ -182,7 +182,7 @@ def make_blueprint(
         raise ConfigError(f"--quant with --llama_type {llama_type}: {fault}; use --llama_type {' or '.join(others)}.")
     args, method = _settings(sources, llama_config, method_class, flag_settings)
     vision = vision and method.sees(vision)
-    _check_family(llama_type, family, method_class, args)
+    _check_family(llama_type, family, method_class, args, new=not sources)
     _check_blocks(args, sources)
     tokenizer = _tokenizer(sources, tokenizer_path, opener)
     tokenizer = tokenizer.with_added_tokens(new_tokens) if new_tokens else tokenizer
@@ -254,12 +254,14 @@ def _quant_targets(sources: list[Source], asked: Sequence[str]) -> tuple[str, ..
     return tuple(recorded)
 
 
-def _check_family(llama_type: str, wanted: str, method: type[Method], args: ModelArgs) -> None:
+def _check_family(llama_type: str, wanted: str, method: type[Method], args: ModelArgs, new: bool) -> None:
     family = architecture_of(args.architecture, "architecture").family
     if family != wanted:
+        found = "--llama_config states the settings of" if new else "the checkpoint is"
+        another = ", or give a config.json of the other family" if new else ""
         raise ConfigError(
-            f"--llama_type {llama_type}: the checkpoint is a {args.architecture}, of the family {family}; "
-            f"use --llama_type {family}{method.suffix}."
+            f"--llama_type {llama_type}: {found} a {args.architecture}, of the family {family}; use --llama_type "
+            f"{family}{method.suffix}{another}."
         )
 
 
@@ -376,8 +378,8 @@ def _settings(
     names += [flag for flag, _ in flags.values()]
     if "dim" not in merged and not faults:
         where = ", ".join(str(source.path) for source in sources)
-        lacks = f"{where}: holds no config.json or params.json" if sources else "There is no --pretrained_path"
-        raise ConfigError(f"{lacks}; give the model's settings, 'dim' among them, with --llama_config.")
+        lacks = f"{where}: holds no config.json or params.json" if sources else "No file states 'dim'"
+        raise ConfigError(f"{lacks}; give the model's settings with --llama_config.")
     files = [str(source.path) for source in sources if source.settings] + names
     parts = []
     for part, keys in ((ModelArgs, model_keys), (method_class.Settings, method_keys)):
@@ -455,13 +457,16 @@ def _tokenizer(
     if place := tokenizer_place(sources):
         return opener(place)
     where = ", ".join(str(source.path) for source in sources)
-    lacks = f"{where}: holds no tokenizer (tokenizer.json, ...)" if sources else "There is no --pretrained_path"
+    kinds = "(tokenizer.json, tokenizer.model, ...)"
+    lacks = f"{where}: holds no tokenizer {kinds}" if sources else "There is no --pretrained_path"
     raise TokenizerError(f"{lacks}; give --tokenizer_path.")
 
 
 def _with_vocabulary(args: ModelArgs, sources: list[Source], tokenizer: Tokenizer) -> tuple[ModelArgs, tuple[str, ...]]:
     rows, tokens = _embedding_rows(sources, args), tokenizer.vocab_size
-    if not sources and (rows < 0 or rows > tokens):  # a new model's rows are as many as asked for, or as needed
+    if not sources:  # a new model's rows are as many as asked for, or as needed
+        if 0 <= rows < tokens:
+            raise ConfigError(f"--llama_config: 'vocab_size' is {rows}, below the tokenizer's {tokens}; leave it out.")
         return args.model_copy(update={"vocab_size": max(rows, tokens)}), ()
     # Tokens beyond the embedding are all right if they were added, since it will grow; else they are another model's.
     foreign = set(range(rows, tokens)) - tokenizer.added_tokens().keys()

@@ -20,6 +20,7 @@ from accessory.data.raw.plan import plan_text
 from accessory.data.raw.skipped import Skipped
 from accessory.errors import ConfigError
 from accessory.meta import MetaModel
+from accessory.model.families import FAMILIES
 from accessory.parallel.agree import check_alike, on_main, together
 from accessory.parallel.data import summed_on_host
 from accessory.parallel.groups import Layout
@@ -69,11 +70,11 @@ def _blueprint(config: PretrainConfig, sources: list[Source]) -> Blueprint:
         train=True,
         no_visual=True,
     )
-    if not blueprint.method.trains_base:
+    if config.llama_type not in FAMILIES:
         family = config.llama_type.partition("_")[0]
         raise ConfigError(
-            f"--llama_type {config.llama_type}: pretraining trains all weights; give --llama_type {family}, or train a "
-            "small part with main_finetune.py."
+            f"--llama_type {config.llama_type}: pretraining trains all weights, on text alone; give --llama_type "
+            f"{family}, or use main_finetune.py."
         )
     longest = blueprint.args.longest_document
     if longest is not None and config.max_words > longest:

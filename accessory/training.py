@@ -92,7 +92,7 @@ def begin(config: Config, layout: Layout) -> Config:
 def find_progress(job: Job) -> tuple[Resumption | None, Progress]:
     """(what the run goes on from, if anything; where it begins)."""
     found = together(job.resumption)
-    progress, notes = progress_at_start(found)
+    progress, notes = progress_at_start(job, found)
     say(job.layout, *notes)
     return found, progress
 

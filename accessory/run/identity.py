@@ -136,6 +136,13 @@ class Job(ABC):
             **{name: getattr(self.config, name) for name in self._rounding},
         }
 
+    def on_other_data(self, progress: Progress) -> tuple[Progress, list[str]]:
+        """(where a run goes on if the documents have another order than those up to `progress`; lines about it)."""
+        if not progress.step:
+            return progress, []
+        said = f"the documents of epoch {progress.epoch} are other ones now: it begins anew"
+        return replace(progress, step=0), [said]
+
     def resumption(self) -> Resumption | None:
         """What `--resume` says to go on from, if anything. Raises `CheckpointError` where it is another run's."""
         config = self.config
@@ -234,6 +241,12 @@ class PretrainJob(Job):
         """A row at a time."""
         return {"batch_size": 1} if self.config.batch_size > 1 else {}
 
+    def on_other_data(self, progress: Progress) -> tuple[Progress, list[str]]:
+        """After as many steps, by which the learning rate goes, whatever a pass over the data has now."""
+        epoch, step = divmod(progress.total_steps, self.order.steps_per_epoch)
+        said = "the rows are other ones now: a pass over them begins"
+        return replace(progress, epoch=epoch, step=step), [said]
+
     def _own_identity(self) -> dict[str, Any]:
         return {"data": self.order.identity, **{name: getattr(self.config, name) for name in _PRETRAINING}}
 
@@ -243,11 +256,8 @@ def keeps_order(found: Resumption | None) -> bool:
     return found is not None and not _ORDER.intersection(found.changed)
 
 
-def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:
-    """Where the run begins, and what to tell the user about it.
-
-    The epoch begins anew if the order of its documents has changed, the loss scale if the gradients' size has.
-    """
+def progress_at_start(job: Job, found: Resumption | None) -> tuple[Progress, list[str]]:
+    """Where the run begins, and what to tell the user about it. The loss scale begins anew if gradients have others."""
     if found is None:
         return Progress(), []
     progress, notes = found.progress, [f"resuming {found.directory} after step {found.progress.total_steps}"]
@@ -257,7 +267,7 @@ def progress_at_start(found: Resumption | None) -> tuple[Progress, list[str]]:
         notes.append(f"changed, as --allow_changed says: {', '.join(found.changed)}")
     if _SCALED.intersection(found.changed):
         progress = replace(progress, loss_scale=FIRST_LOSS_SCALE, good_steps=0)
-    if progress.step and not keeps_order(found):
-        notes.append(f"the documents of epoch {progress.epoch} are other ones now: it begins anew")
-        progress = replace(progress, step=0)
+    if not keeps_order(found):
+        progress, said = job.on_other_data(progress)
+        notes += said
     return progress, notes

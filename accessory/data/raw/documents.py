@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from accessory.data.raw.files import RawFile
-from accessory.data.readers.arrow import named_faults, open_parquet
+from accessory.data.readers.arrow import named_faults, open_parquet, release_memory
 from accessory.data.readers.strict_json import StrictDecoder, reason
 from accessory.errors import DataError, nearest
 
@@ -19,6 +19,7 @@ UNITS = ("whole", "lines", "paragraphs")
 """What of a .txt is one document, the default first."""
 _SEARCHED = 1 << 14  # bytes in which a line has to end for a text to be cut at its end
 _ROWS = 64  # of a Parquet file, decoded at a time
+_PARTS = 64  # of a row group, at the most: what stands before a part has to be decoded to get there
 
 
 class Piece(NamedTuple):
@@ -69,8 +70,9 @@ class DocumentReader:
             for group in range(metadata.num_row_groups):
                 held = metadata.row_group(group)
                 column = self._column_number(file, held)
-                parts = min(max(held.column(column).total_uncompressed_size // size, 1), max(held.num_rows, 1))
-                places += [places[-1] + held.num_rows * (part + 1) // parts for part in range(parts)][-parts:]
+                wanted = held.column(column).total_uncompressed_size // size
+                parts = max(min(wanted, held.num_rows, _PARTS), 1)
+                places += [places[-1] + held.num_rows * (part + 1) // parts for part in range(parts)]
         return sorted(set(places))
 
     def _column_number(self, file: RawFile, group: Any) -> int:
@@ -137,6 +139,8 @@ class DocumentReader:
                 if first < stop and start < last:
                     yield from _rows_of(parquet, group, column, first, max(start, first), min(stop, last))
                 first = last
+        del parquet
+        release_memory()
 
 
 def _rows_of(parquet: Any, group: int, column: str, first: int, start: int, stop: int) -> Iterator[Piece]:

@@ -179,8 +179,15 @@ class TextOrder(RowOrder):
         plan = self.plan
         return (
             f"{len(plan.files):,} files of {sum(file.size for file in plan.files):,} bytes in {len(plan.blocks):,} "
-            f"blocks, about {plan.tokens:,} tokens"
+            f"blocks, about {plan.tokens:,} tokens{self._few}"
         )
+
+    @property
+    def _few(self) -> str:
+        """What to say where streams share blocks, in passes that lie apart."""
+        if len(self.plan.blocks) >= self.global_batch:
+            return ""
+        return f"; fewer blocks than the {self.global_batch:,} rows of a step, which so may hold the same documents"
 
     def rows(self, number: int) -> list[Row]:
         """This rank's rows of a step: the next one, or one of the last few. Raises `DataError`."""

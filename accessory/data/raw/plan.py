@@ -16,7 +16,7 @@ from accessory.data.raw.files import RawFile, identity_of
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
 
-_SMALLEST, _LARGEST = 1 << 12, 1 << 18  # bytes of a block of text
+_SMALLEST, _LARGEST = 1 << 12, 1 << 18  # bytes of a block of text; of a Parquet file it has the larger or more
 _BLOCKS_A_STREAM = 4  # at the least, where files are large enough
 _SAMPLED = 64  # blocks from whose first documents the number of tokens is estimated
 _KEPT = 2  # passes whose permutation is kept
@@ -62,7 +62,7 @@ def plan_text(
     """
     total = sum(file.size for file in files)
     size = max(total // (_BLOCKS_A_STREAM * streams), _SMALLEST)
-    cuts = [reader.cut(file, size if file.kind == "parquet" else min(size, _LARGEST)) for file in files]
+    cuts = [reader.cut(file, max(size, _LARGEST) if file.kind == "parquet" else min(size, _LARGEST)) for file in files]
     spans = [[number, *span] for number, cut in enumerate(cuts) for span in pairwise(cut)]
     if not spans:
         raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: there is no text to train on.")

@@ -33,8 +33,8 @@ class Skipped:
                 faults = self.faults
             if faults > self.most * max(self.read, _FEW):
                 raise DataError(
-                    f"{said}. It is one of {faults:,} of {self.read + len(pieces):,} documents that cannot be used; "
-                    f"--max_skipped {self.most:g} allows no more."
+                    f"{said}. {faults:,} of {self.read + len(pieces):,} documents so far cannot be used; --max_skipped "
+                    f"{self.most:g} allows no more."
                 )
             if faults <= _TOLD:
                 self.tell(f"{said}: it is left out{', and so are others, unnamed' if faults == _TOLD else ''}")

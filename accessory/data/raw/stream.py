@@ -129,24 +129,26 @@ class Stream:
                 yield file, piece, Position(block, offset, place)
 
     def _read(self) -> list[tuple[RawFile, Piece]]:
-        """The documents of the next window, as they lie in the files. A window ends where a pass over the blocks does.
+        """The documents of the next window, as they lie in the files.
 
-        Raises `DataError`.
+        It ends where a pass over the blocks does, and with any block of which it is half full: a file that need not be
+        read on from its midst takes no memory. Raises `DataError`.
         """
         (block, offset), found, size = self._next, [], 0
-        done = block // len(self.plan.blocks)
-        while size < self.window and not (found and block // len(self.plan.blocks) > done):
+        done, exhausted = block // len(self.plan.blocks), True
+        while exhausted and (not found or (2 * size < self.window and block // len(self.plan.blocks) == done)):
             file, _, stop = self.plan.block(block)
             if self._reader is None:
                 file.check_size()
                 self._reader = self.plan.reader.read(file, offset, stop)
-            pieces = []
+            pieces: list[Piece] = []
             for piece in self._reader:
                 pieces.append(piece)
                 size, offset = size + len(piece.text or ""), piece.after
                 if size >= self.window:
+                    exhausted = offset == stop
                     break
-            else:
+            if exhausted:
                 block, self._reader = block + self.streams, None
                 offset = self.plan.block(block).start
             self.skipped.count(file, pieces)

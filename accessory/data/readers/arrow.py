@@ -32,6 +32,13 @@ def open_parquet(path: Path) -> ParquetFile:
     return ParquetFile(_source(pyarrow, path))
 
 
+def release_memory() -> None:
+    """Give back what pyarrow has kept for files to come, which is tens of megabytes."""
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
+
+
 def read_arrow(path: Path, notes: list[str]) -> Iterator[Record]:
     """The rows of an Arrow file, as `datasets` writes them (a stream) or others do (a file). Raises `DataError`."""
     pyarrow = _pyarrow(path)

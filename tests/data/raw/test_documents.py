@@ -23,6 +23,8 @@ def test_blocks_hold_every_document_once(name: str, tmp_path: Path) -> None:
         pieces = read(DocumentReader(), file, size)
         assert [piece.text for piece in pieces] == documents, size
         assert all(piece.begins and piece.ends for piece in pieces)
+    assert DocumentReader().cut(file, 1)[:3] == [0, *(piece.after for piece in pieces[:2])]
+    assert len(DocumentReader().cut(file, 1)) == 121 and len(DocumentReader().cut(file, 1 << 20)) < 5
     first, last = pieces[30].after, pieces[-1].after
     assert [piece.text for piece in DocumentReader().read(file, first, last)] == documents[31:]
 

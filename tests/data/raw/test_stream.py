@@ -43,6 +43,8 @@ def test_a_pass_gives_every_document_once(plan: TextPlan, tokenizer) -> None:
     for done in range(2):
         blocks = [plan.block(done * len(plan.blocks) + place) for place in range(len(plan.blocks))]
         assert len({(block.file.path, block.start) for block in blocks}) == len(blocks)
+    orders = [[plan.block(done * len(plan.blocks) + place)[1:] for place in range(len(plan.blocks))] for done in (0, 1)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     seen: Counter[str] = Counter()
     for number in range(STREAMS):
         own = stream(plan, tokenizer, number)
@@ -54,6 +56,16 @@ def test_a_pass_gives_every_document_once(plan: TextPlan, tokenizer) -> None:
     assert seen.keys() == expected
     assert sum(seen.values()) - len(expected) < 40  # a window of the next pass may have been begun
     assert [*seen][:20] != (made(75, 0) + made(75, 1))[:20]
+
+
+def test_a_window_ends_where_a_pass_does(plan: TextPlan, tokenizer) -> None:
+    """However large it may be: no document comes again before all others came."""
+    own = Stream(plan, tokenizer, 0, 1, 1 << 30, Skipped(0, print))
+    tokens = own.take(plan.tokens * 3).tokens
+    texts = texts_in(tokens)
+    for first in (0, 150):
+        assert len(set(texts[first : first + 150])) == 150
+    assert texts[:150] != texts[150:300]
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 30])
