@@ -45,6 +45,12 @@ _SENTENCES = (
      "tuner_type",
      "the end of --llama_type says what is trained (_peft: norms and biases, or LoRA alone with --lora_r)"),
     # model, tokenizer, data
+    ("vision_tower mm_vision_tower vision_model vision_encoder image_encoder clip_path qformer_path",
+     "it is --vision_path, a Hugging Face directory of BLIP-2 or CLIP"),
+    ("image images image_path image_file",
+     "the demos for text take none: use multi_model_cli.py, single_turn_mm.py or multi_turn_mm.py in their place"),
+    ("image_folder image_root image_dir media_dir",
+     "it is `root` of an entry in a YAML of --data_config; absent: the data file's directory"),
     ("model base_model model_name model_name_or_path base_model_name_or_path model_path model_id model_id_or_path "
      "checkpoint checkpoint_path checkpoint_dir ckpt_dir ckpt_path pretrain_ckpt_file "
      "load path",

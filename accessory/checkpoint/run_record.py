@@ -114,10 +114,12 @@ def _with_recorded_encoder(sources: list[Source]) -> list[Source]:
     return set_encoder(sources, _recorded_base(part.path, recorded, None)) if recorded else sources
 
 
-def beside(base: list[Source], paths: list[Path]) -> list[Source]:
+def beside(base: list[Source], paths: list[Path], encoder: Source | None = None) -> list[Source]:
     """Open trained parts for the `base` that is open already -> base and parts; those they went on from come first.
 
-    Raises `CheckpointError` for what is no trained part, or was trained on another base, as its run.json says.
+    encoder: a directory of an image encoder that is open, too, taken where the parts were trained with it, or do not
+    say with what. Raises `CheckpointError` for what is no trained part, or was trained on another base, as its run.json
+    says.
     """
     parts = [open_source(path, base[0]) for path in paths]
     first, whole = parts[0], " + ".join(str(source.path) for source in base)
@@ -130,7 +132,12 @@ def beside(base: list[Source], paths: list[Path]) -> list[Source]:
                 f"{first.path}: was trained on {entry['path']} with fingerprint {entry['fingerprint'][:12]}; loaded is "
                 f"{source.path} with {source.fingerprint()[:12]}. Load the part with its own base."
             )
-    sources = [*base, *(_recorded_base(first.path, entry, base[0]) for entry in recorded[len(base) :]), *parts]
+    if not recorded:
+        return set_encoder([*base, *parts], encoder) if encoder else [*base, *parts]
+    opened = {encoder.fingerprint(): encoder} if encoder else {}
+    rest = (opened.get(entry["fingerprint"]) or _recorded_base(first.path, entry, base[0])
+            for entry in recorded[len(base) :])  # fmt: skip
+    sources = [*base, *rest, *parts]
     _check_order(sources)
     return sources
 

@@ -43,7 +43,7 @@ CHANGEABLE_IN_PRETRAINING = frozenset((
 _ALL_CHANGEABLE = CHANGEABLE | CHANGEABLE_IN_PRETRAINING
 _UNRECORDED = {
     "lr_schedule": "cosine", "adam_beta2": 0.95, "prompt_loss_weight": 0.0, "group_by_length": False,
-    "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0, "teacher": None, "images": None,
+    "quant_targets": [], "embed_dropout": 0.0, "attn_dropout": 0.0, "teacher": None,
 }  # fmt: skip
 """Of the identity: what runs of earlier versions did without recording it."""
 _FOLLOWED = ("tail", "side_heads")

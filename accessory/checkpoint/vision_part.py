@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -74,10 +75,12 @@ def without_vision(sources: list[Source]) -> list[Source]:
 def vision_among(sources: list[Source], name: str, llama_type: str) -> Vision | None:
     """The image encoder that `sources` have, as the last one states that does, or as shapes tell; None: there is none.
 
-    name: the encoder's that `--llama_type` names, or empty. Raises `CheckpointError` where that is absent.
+    name: the encoder's that `--llama_type` names, or empty. Raises `CheckpointError` where that is absent, and where
+    they have different ones.
     """
     stated = next((source.vision for source in reversed(sources) if source.vision), None)
     holder = next((source for source in reversed(sources) if encoder_in(source)), None)
+    _check_one_kind(sources)
     if name and holder is None:
         where = " + ".join(str(source.path) for source in sources)
         raise CheckpointError(
@@ -85,6 +88,19 @@ def vision_among(sources: list[Source], name: str, llama_type: str) -> Vision | 
             "--vision_path."
         )
     return stated or (encoder_in(holder).of_tensors(holder.tensors, str(holder.path)) if holder else None)
+
+
+def _check_one_kind(sources: list[Source]) -> None:
+    """Raise `CheckpointError` where two of them have image encoders of different kinds."""
+    kinds = [type(source.vision) if source.vision else encoder_in(source) for source in sources]
+    seeing = [(source.path, kind) for source, kind in zip(sources, kinds, strict=True) if kind]
+    for (before, kind), (behind, another) in itertools.pairwise(seeing):
+        if kind is not another:
+            raise CheckpointError(
+                f"{before} has the image encoder {kind.name}, {behind} has {another.name}: they do not go together. "
+                "Give --vision_path a directory of the kind that the model was trained with, or leave images out with "
+                "--no_visual."
+            )
 
 
 def set_encoder(sources: list[Source], encoder: Source) -> list[Source]:

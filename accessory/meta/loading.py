@@ -71,17 +71,17 @@ def exchanged(
     loaded: how `decoder` was. The new one takes over the base's weights, which are not read again. All model-parallel
     ranks must call it. Raises `AccessoryError`s for what does not belong to the base; `decoder` is then what it was.
     """
-    wholes = (source for source in loaded.sources if not (source.is_delta or source.is_difference))
-    sources = base = [*wholes, *(source for source in loaded.sources if source.is_vision)]
+    sources = base = [source for source in loaded.sources if not (source.is_delta or source.is_difference)]
+    encoder = next((source for source in loaded.sources if source.is_vision), None)
     if paths:
-        sources = together(beside, base, paths)
+        sources = together(beside, base, paths, encoder)
         sources = without_vision(sources) if loaded.how["no_visual"] else sources
     together(_check_storage, sources, loaded)
     named = {"llama_type": llama_type, "llama_config": llama_config}
     kept = {"quant_type": loaded.blueprint.quant_type, "opener": partial(_reopened, loaded), **loaded.how}
     blueprint = together(make_blueprint, sources, **named, **kept)
     together(_check_targets, blueprint, loaded.blueprint)
-    parts = (s for s in (*sources, *loaded.sources) if (s.is_delta or s.is_difference) and not s.is_vision)
+    parts = (s for s in (*sources, *loaded.sources) if (s.is_delta or s.is_difference) and s is not encoder)
     trained = {name for part in parts for name in part.tensors}
     new, names = filled(blueprint, sources, loaded.layout, lambda new: hand_on(decoder, new, trained))
     return new, loaded._replace(sources=sources, blueprint=blueprint, trained=names)

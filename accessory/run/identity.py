@@ -210,7 +210,6 @@ class FinetuneJob(Job):
             "group_by_length": self.config.group_by_length,
             "quantization": self.blueprint.quant_type,
             "teacher": self.teacher and self.teacher.identity,
-            "images": self.config.image_transform if self.blueprint.vision else None,
             **{name: getattr(self.config, name) for name in _SCHEDULE},
         }
 

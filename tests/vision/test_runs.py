@@ -152,6 +152,12 @@ def test_a_plain_base_and_clip(given: dict, clip: tuple, tmp_path: Path, capsys)
     held = named.llma.clip.visual_projection.weight
     named.use(tmp_path / "cached" / "epoch1")
     assert named.encoder.decoder is named.llma and named.llma.clip.visual_projection.weight is held
+    image, prompt = given["data_config"][0].parent / "train2017" / "1.jpg", model.question("Say two.")
+    asked = model.generate(prompt, images=image, max_gen_len=8)
+    for part, sees in ((None, None), (saved, "clip")):  # the base alone has no projection, so that it sees nothing
+        model.use(part)
+        assert (model.vision and model.vision.name) == sees
+    assert model.generate(prompt, images=image, max_gen_len=8) == asked
     (moved := tmp_path / "moved").symlink_to(clip[1])
     model = MetaModel.from_pretrained(saved, vision_path=moved, device="cpu")
     assert [source.path for source in model._loaded.sources][1] == moved
@@ -212,9 +218,16 @@ def test_what_cannot_be(given: dict, changed: dict, said: str) -> None:
 
 
 def test_without_what_sees(given: dict, stage_one: Path, tmp_path: Path, capsys) -> None:
-    """--no_visual reads upstream's file as a text model, whose records with images are left out, and counted."""
+    """--no_visual reads upstream's file as a text model, whose records with images are left out, and counted.
+
+    Without it that file has an encoder, which another kind's does not replace.
+    """
     place = {"pretrained_path": [stage_one], "tokenizer_path": stage_one.parent, "vision_path": None}
     params = {"llama_config": [stage_one.parent / "params.json"], "max_skipped": 0.6, "max_steps": 1}
+    with pytest.raises(
+        CheckpointError, match=r"has the image encoder qformerv2, \S+ has clip: they do not go together"
+    ):
+        finetune(FinetuneConfig(**given | place | {"vision_path": given["vision_path"]}))
     model = finetune(FinetuneConfig(**given | place | params | {"no_visual": True}))
     assert model.vision is None and not any("qformer" in name for name, _ in model.named_parameters())
     assert "skipped 6: has 'image', which the model does not take" in capsys.readouterr().out
