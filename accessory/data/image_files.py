@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from accessory.data.gif_structure import gif_fault
 from accessory.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ def _opened(file: Path | bytes) -> Iterator[tuple[Image, BinaryIO]]:
             raise ImageFault("is an empty file")
         if size > _MOST_BYTES:
             raise ImageFault(f"is a file of more than {_MOST_BYTES >> 20} MiB")
+        if stream.read(4) == b"GIF8" and (fault := gif_fault(b"GIF8" + stream.read())):
+            raise ImageFault(fault)
+        stream.seek(0)
         try:
             with _naming_faults():
                 image = library.open(_FewReads(stream), formats=_FORMATS)

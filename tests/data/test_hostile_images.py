@@ -40,6 +40,13 @@ def png(width, height, parts=b""):
     return b"\x89PNG\r\n\x1a\n" + head + parts + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND")
 
 
+def gif(extensions):
+    """8 x 8 pixels behind such extensions."""
+    data = encoded(noise(8, 8), "GIF")
+    head = 13 + (3 << (data[10] & 7) + 1)
+    return data[:head] + extensions + b"\0" + data[head:]
+
+
 def frames(kind):
     pictures = [Image.fromarray(noise(8, 8, seed)) for seed in range(3)]
     return encoded(pictures[0], kind, save_all=True, append_images=pictures[1:])
@@ -65,6 +72,10 @@ def hostile(folder):
         "animated.gif": (frames("GIF"), "is animated, expected one picture"),
         "animated.webp": (frames("WEBP"), "is animated, expected one picture"),
         "animated.png": (frames("PNG"), "is animated, expected one picture"),
+        "comment.gif": (gif(b"!\xfe" + (b"\xff" + bytes(255)) * 9_000), "has more than 64 KiB of comments"),
+        "comments.gif": (gif(b"!\xfe\1a\0" * 20_000), "has more than 64 KiB of comments"),
+        "nothing.gif": (gif(b"!\xf9\0" + (b"\1!" + b"\xff" + bytes(255)) * 900), "an extension without a part"),
+        "no number.gif": (gif(b"!\xff\x0bNETSCAPE2.0\0" + b"\1!" * 900), "an extension without a part"),
     }  # fmt: skip
     for name, (data, _) in files.items():
         save(folder / name, data)
