@@ -96,7 +96,8 @@ def _job(config: PretrainConfig, layout: Layout, sources: list[Source], blueprin
         order: RowOrder = together(_packed_order, config, blueprint, files, shape)
     else:
         order = _text_order(config, layout, blueprint, files, reader, shape)
-    validation = together(_validation, config, blueprint, held_out, reader)
+    skipped = Skipped(config.max_skipped, lambda said: say(layout, f"validation: {said}"))
+    validation = together(_validation, config, blueprint, held_out, reader, skipped)
     say(layout, f"data {config.data_meta_path}: {order.report}", f"validation: {validation.corpus.report}")
     job = PretrainJob(config, layout, sources, blueprint, order, began, validation)
     check_alike({**job.identity, "validation": validation.digest})
@@ -130,12 +131,14 @@ def _packed_order(config: PretrainConfig, blueprint: Blueprint, files: list[RawF
     return PackedOrder(opened, shape, summed_on_host, seed=config.seed, vocabulary=blueprint.args.vocab_size)
 
 
-def _validation(config: PretrainConfig, blueprint: Blueprint, file: RawFile, reader: DocumentReader) -> ValidationSet:
+def _validation(
+    config: PretrainConfig, blueprint: Blueprint, file: RawFile, reader: DocumentReader, skipped: Skipped
+) -> ValidationSet:
     """The validation file's first rows. Raises `DataError`."""
     size, most, tokenizer = config.max_words, config.val_rows, blueprint.tokenizer
     if config.packed_data:
         rows = packed_rows(PackedFile.open(file, tokenizer), size, most, blueprint.args.vocab_size)
     else:
-        rows = text_rows(file, reader, tokenizer, size, most)
+        rows = text_rows(file, reader, tokenizer, size, most, skipped)
     how = {"max_words": size, "val_rows": most, "across": config.attend_across, "tokenizer": tokenizer.fingerprint}
     return whole_set(corpus_of(rows, file, tokenizer, config.attend_across, how))

@@ -80,7 +80,7 @@ def _checked(sources: list[Path], target: Path) -> dict[RawFile, Path]:
         raise ConfigError(f"{twice[0]}: {names[twice[0]]} files have this name, and would give one; rename them.")
     files = {RawFile(path, TEXTS[path.suffix.lower()], path.stat().st_size): target / f"{path.stem}{PACKED}"
              for path in sources}  # fmt: skip
-    if there := [str(path) for path in files.values() if path.exists()]:
+    if there := [str(path) for path in (*files.values(), target / META) if path.exists()]:
         raise ConfigError(f"{', '.join(there[:3])}: there already; remove it, or give another directory.")
     return files
 

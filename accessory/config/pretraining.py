@@ -66,6 +66,8 @@ class PretrainConfig(RunConfig):
         found = []
         if self.lr_decay_iters < self.warmup_iters:
             found.append(f"--lr_decay_iters {self.lr_decay_iters} is below --warmup_iters {self.warmup_iters}.")
+        if not self.shuffle_bytes or self.shuffle_buffer[-1].isdigit():
+            found.append(f"--shuffle_buffer {self.shuffle_buffer}: expected a byte or more, with a unit, such as 1MB.")
         if self.packed_data and self.text_key:
             found.append(f"--text_key {self.text_key}: --packed_data are tokens, which have no keys; leave one out.")
         if not self.pretrained_path and self.resume is None:

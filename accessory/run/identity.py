@@ -37,7 +37,6 @@ _PRETRAINING = (
 )  # fmt: skip
 """The same of pretraining."""
 _PLACES = (
-    "data_meta_path", "data_root",
     "pretrained_path", "llama_config", "tokenizer_path", "data_config", "data_dir", "val_data", "output_dir", "resume",
     "cache_base", "teacher", "vision_path", "cache_features",
 )  # fmt: skip

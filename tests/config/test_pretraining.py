@@ -38,6 +38,8 @@ def test_defaults_are_upstreams(paths: list[str]) -> None:
     (["--quant"], "Unknown flag --quant"),
     (["--txt", "line"], "'line': Input should be 'whole', 'lines' or 'paragraphs'. Did you mean 'lines'?"),
     (["--shuffle_buffer", "1 XB"], "expected a size above 0 such as 24GB"),
+    (["--shuffle_buffer", "1000000"], "--shuffle_buffer 1000000: expected a byte or more, with a unit, such as 1MB."),
+    (["--shuffle_buffer", "0.0000001MB"], "--shuffle_buffer 0.0000001MB: expected a byte or more"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(flags: list[str], said: str, paths: list[str]) -> None:
     assert any(said in line for line in refusal([*paths, *flags], PretrainConfig))

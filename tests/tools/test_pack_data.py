@@ -37,6 +37,10 @@ def test_files_become_tokens(tiny_base: Path, tmp_path: Path, called: Callable, 
         assert [tokenizer.decode(part.tolist()) for part in parts] == texts
         assert load_file(file.path)["tokens"].dtype == np.uint16
     assert "3 files, the last of which is the validation file" in done.stdout
+    (tmp_path / "more").mkdir()
+    (tmp_path / "out" / "meta.json").rename(tmp_path / "more" / "meta.json")
+    more = called(TOOL, paths[0], tmp_path / "more", "--tokenizer_path", tiny_base)
+    assert more.returncode == 1 and "more/meta.json: there already; remove it" in more.stderr
     again = called(TOOL, *paths, tmp_path / "out", "--tokenizer_path", tiny_base)
     assert again.returncode == 1 and "a.safetensors, " in again.stderr and "there already; remove it" in again.stderr
 

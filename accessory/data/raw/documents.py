@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import mmap
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,14 +54,19 @@ class DocumentReader:
             return self._cut_rows(file, size)
         if file.size == 0:
             return [0]
-        ends = (b"\n\n", b"\n\r\n") if file.kind == "txt" and self.unit == "paragraphs" else (b"\n",)
+        try:
+            with file.path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return self._cut_bytes(file, data, size)
+        except OSError as error:
+            raise DataError(f"{file.path}: cannot be read ({error.strerror}).") from error
+
+    def _cut_bytes(self, file: RawFile, data: mmap.mmap, size: int) -> list[int]:
+        end = re.compile(rb"\n\r?\n" if file.kind == "txt" and self.unit == "paragraphs" else rb"\n")
         places, whole = [0], file.kind == "txt" and self.unit == "whole"
-        with file.path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            while places[-1] + size < file.size:
-                near = places[-1] + size
-                last = near + _SEARCHED if whole else file.size
-                found = [at + len(end) for end in ends if (at := data.find(end, near - 1, last)) >= 0]
-                places.append(min(found) if found else _between_letters(data, near) if whole else file.size)
+        while places[-1] + size < file.size:
+            near = places[-1] + size
+            found = end.search(data, near - 1, near + _SEARCHED if whole else file.size)
+            places.append(found.end() if found else _between_letters(data, near) if whole else file.size)
         return places if places[-1] == file.size else [*places, file.size]
 
     def _cut_rows(self, file: RawFile, size: int) -> list[int]:
@@ -126,7 +132,7 @@ class DocumentReader:
         keys = (self.key,) if self.key else KEYS
         found = next((record.fields[key] for key in keys if key in record.fields), None)
         if isinstance(found, str):
-            return found, ""
+            return (found, "") if _is_text(found) else (None, "holds half of a surrogate pair, which is no text")
         names = ", ".join(map(repr, record.fields))[:200] or "nothing"
         return None, f"has no text under {' or '.join(map(repr, keys))}; found {names} (--text_key)"
 
@@ -162,16 +168,16 @@ def _rows_of(parquet: Any, group: int, column: str, first: int, start: int, stop
 
 def _units(data: bytes, start: int, unit: str) -> Iterator[Piece]:
     """The lines or paragraphs of a text, those that are not blank."""
-    held, at, first = b"", start, start == 0
+    begin, at, first = None, start, start == 0
     for line in [*_lines(data), b""]:
         blank = not line.strip()
-        if held and (blank or unit == "lines"):
-            text, fault = _decoded(held.rstrip(b"\r\n"), first=first)
-            yield Piece(text, at, start, fault=fault)
-            held, first = b"", False
-        if not blank:
-            at, held = (at, held + line) if held else (start, line)
-        start += len(line)
+        if begin is not None and (blank or unit == "lines"):
+            text, fault = _decoded(data[begin - start : at - start].rstrip(b"\r\n"), first=first)
+            yield Piece(text, begin, at, fault=fault)
+            begin, first = None, False
+        if begin is None and not blank:
+            begin = at
+        at += len(line)
 
 
 def _lines(data: bytes) -> list[bytes]:
@@ -185,6 +191,15 @@ def _decoded(data: bytes, first: bool) -> tuple[str | None, str]:
         return data.decode("utf-8-sig" if first else "utf-8"), ""
     except UnicodeDecodeError as error:
         return None, f"is not UTF-8 (byte {error.start} of it)"
+
+
+def _is_text(found: str) -> bool:
+    """Whether tokenizers can take it: by an escape, JSON may hold half of a surrogate pair."""
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _between_letters(data: mmap.mmap, at: int) -> int:

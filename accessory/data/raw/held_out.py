@@ -15,6 +15,7 @@ from accessory.data.raw.encoding import encoded_parts
 from accessory.data.raw.files import RawFile, identity_of
 from accessory.data.raw.order import documents_of
 from accessory.data.raw.packed_file import PackedFile
+from accessory.data.raw.skipped import Skipped
 from accessory.data.raw.stream import Row
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
@@ -32,12 +33,13 @@ def packed_rows(file: PackedFile, size: int, most: int | None, vocabulary: int) 
 
 
 def text_rows(
-    file: RawFile, reader: DocumentReader, tokenizer: Tokenizer, size: int, most: int | None
+    file: RawFile, reader: DocumentReader, tokenizer: Tokenizer, size: int, most: int | None, skipped: Skipped
 ) -> Iterator[Row]:
-    """The same of a file of text, whose documents are joined in the order they have there."""
+    """The same of a file of text, whose documents are joined in the order they have there. Raises `DataError`."""
     held, starts, given = np.empty(0, np.int32), np.empty(0, bool), 0
     for start, stop in pairwise(reader.cut(file, _BLOCK)):
         for piece in reader.read(file, start, stop):
+            skipped.count(file, [piece])
             if not piece.text:
                 continue
             for place, part in enumerate(encoded_parts(piece, tokenizer)):

@@ -24,7 +24,6 @@ from accessory.tokenizer import Tokenizer, open_tokenizer
 
 BLOCK = 1 << 21
 """Bytes of text that a process encodes at a time."""
-_WAITING = 2  # blocks that each process may be ahead of what is written
 _tokenizer: Tokenizer  # of a process that encodes
 
 

@@ -80,8 +80,10 @@ class Stream:
 
     def take(self, count: int) -> Row:
         """The next `count` tokens, and one more that stays to be taken."""
-        while sum(len(held.tokens) for held in self._held) <= count:
+        there = sum(len(held.tokens) for held in self._held)
+        while there <= count:
             self._hold()
+            there += len(self._held[-1].tokens)
         tokens, starts = np.empty(count + 1, dtype=np.int32), np.zeros(count + 1, dtype=bool)
         origin, filled = self._held[0].origin, 0
         for held in self._held:

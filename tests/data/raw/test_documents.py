@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.files import RawFile
 from accessory.errors import DataError
 from tests.data.raw.texts import as_file, made, read, written
 
@@ -66,6 +68,24 @@ def test_faults_of_documents_are_named(tmp_path: Path) -> None:
     assert said[1] == "has no text under 'content' or 'text'; found 'contents' (--text_key)"
     assert said[2] == "is a list, not an object" and said[3].startswith("is not valid JSON (byte 13 is not UTF-8")
     assert [p.text for p in DocumentReader("contents").read(as_file(path), 0, 40)][1] == "x"
+    path.write_bytes(b'{"text": "a\\ud800b"}\r\n{"text": "\\ud83d\\ude00\\u0000"}')
+    half, whole = DocumentReader().read(as_file(path), 0, 99)
+    assert half.text is None and half.fault == "holds half of a surrogate pair, which is no text"
+    assert whole.text == "\U0001f600\0"
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read \(No such file"):
+        DocumentReader().cut(RawFile(tmp_path / "gone.txt", "txt", 9), 1)
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n"])
+def test_time_grows_as_the_file_does(blank: bytes, tmp_path: Path) -> None:
+    """Neither where one kind of blank lines is never found, nor where a paragraph has many lines."""
+    path, began = tmp_path / "a.txt", time.process_time()
+    path.write_bytes((b"word\n" + blank) * 1_000_000)
+    assert len(DocumentReader(unit="paragraphs").cut(as_file(path), 1 << 12)) > 1000
+    path.write_bytes(b"word\n" * 300_000)
+    (piece,) = DocumentReader(unit="paragraphs").read(as_file(path), 0, path.stat().st_size)
+    assert len(piece.text) == 1_499_999
+    assert time.process_time() - began < 3
 
 
 def test_a_parquet_file_without_the_column(tmp_path: Path) -> None:
