@@ -15,9 +15,10 @@ from accessory.config import FinetuneConfig
 from accessory.errors import ConfigError
 from accessory.kernels import fused_attention
 from accessory.kernels.fused_attention import Fused
+from accessory.parallel import groups
 from accessory.parallel.groups import Layout
 from accessory.run.determinism import algorithms_as_before, fix_order_of_sums, set_cublas_workspace
-from accessory.run.identity import Job
+from accessory.run.identity import FinetuneJob
 from tests.conftest import DATA
 
 WORKER = Path(__file__).with_name("cuda_operations_worker.py")
@@ -78,7 +79,7 @@ def test_before_cuda_starts(device: str, tiny_base: Path, monkeypatch: pytest.Mo
         seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning.groups, "start", start)
+    monkeypatch.setattr(groups, "start", start)
     config = FinetuneConfig(pretrained_path=[tiny_base], data_config=DATA, device=device, deterministic=True)
     with pytest.raises(KeyboardInterrupt):
         finetuning.finetune(config)
@@ -91,7 +92,7 @@ def test_a_run_resumed_with_another_value_is_told(tiny_base: Path, monkeypatch: 
 
     def condition(device: torch.device, deterministic: bool) -> bool | None:
         config = FinetuneConfig(pretrained_path=[tiny_base], data_config=DATA, deterministic=deterministic)
-        job = Job(config, Layout(device=device), [], SimpleNamespace(dtype=torch.bfloat16), None, None, None)
+        job = FinetuneJob(config, Layout(device=device), [], SimpleNamespace(dtype=torch.bfloat16), None, None)
         return job.conditions["deterministic"]
 
     assert [condition(CUDA, wanted) for wanted in (False, True)] == [False, True]
