@@ -11,7 +11,7 @@ from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import read_order_state
 from accessory.config import PretrainConfig
 from accessory.data.raw.documents import DocumentReader
-from accessory.data.raw.files import RawFile, read_meta
+from accessory.data.raw.files import RawFile, read_meta, trained_on_too
 from accessory.data.raw.held_out import corpus_of, packed_rows, text_rows
 from accessory.data.raw.order import RowOrder, Shape, TextOrder
 from accessory.data.raw.packed_file import PackedFile
@@ -99,6 +99,7 @@ def _job(config: PretrainConfig, layout: Layout, sources: list[Source], blueprin
     skipped = Skipped(config.max_skipped, lambda said: say(layout, f"validation: {said}"))
     validation = together(_validation, config, blueprint, held_out, reader, skipped)
     say(layout, f"data {config.data_meta_path}: {order.report}", f"validation: {validation.corpus.report}")
+    say(layout, *trained_on_too(files, held_out))
     job = PretrainJob(config, layout, sources, blueprint, order, began, validation)
     check_alike({**job.identity, "validation": validation.digest})
     return job

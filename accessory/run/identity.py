@@ -243,6 +243,11 @@ class PretrainJob(Job):
         """After as many steps, by which the learning rate goes, whatever a pass over the data has now."""
         epoch, step = divmod(progress.total_steps, self.order.steps_per_epoch)
         said = "the rows are other ones now: a pass over them begins"
+        if epoch >= self.config.epochs:
+            said = (
+                f"the rows are other ones now, and the {progress.total_steps:,} steps that were taken are {epoch:,} "
+                f"passes over them: nothing is left to train, give more than --epochs {self.config.epochs}"
+            )
         return replace(progress, epoch=epoch, step=step), [said]
 
     def _own_identity(self) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def read_meta(meta: Path, root: Path | None, packed: bool) -> tuple[list[RawFile
     return found[:-1], found[-1]
 
 
+def trained_on_too(files: Sequence[RawFile], held_out: RawFile) -> list[str]:
+    """What to tell the user where the validation file is among those that are trained on."""
+    if held_out.path.resolve() not in {file.path.resolve() for file in files}:
+        return []
+    return [f"{held_out.path} is trained on, too: figures on it do not tell what was learned"]
+
+
 def _names(meta: Path) -> list[str]:
     expected = 'expected a JSON list of file names, such as ["part-0.jsonl", "part-1.jsonl", "validation.jsonl"]'
     try:

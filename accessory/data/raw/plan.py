@@ -13,6 +13,7 @@ import numpy as np
 from accessory.data.raw.documents import DocumentReader
 from accessory.data.raw.encoding import PART, parts_of
 from accessory.data.raw.files import RawFile, identity_of
+from accessory.data.raw.skipped import place_of
 from accessory.errors import DataError
 from accessory.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ def plan_text(
     blocks = np.array(spans, dtype=np.int64)
     tokens = _estimated(files, reader, tokenizer, blocks)
     if not tokens:
-        raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: no text was found in a sample of it.")
+        raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: {_without_text(files, reader, blocks)}")
     return TextPlan(tuple(files), reader, blocks, tokens, seed, identity)
 
 
@@ -94,6 +95,14 @@ def _estimated(files: Sequence[RawFile], reader: DocumentReader, tokenizer: Toke
                 break
         read[measure] += after - start
     return round(sum(tokens[measure] * total[measure] / read[measure] for measure in read if read[measure]))
+
+
+def _without_text(files: Sequence[RawFile], reader: DocumentReader, blocks: np.ndarray) -> str:
+    """That a sample of the files held no text, and why the first document could not be used, if there is one."""
+    number, start, stop = blocks[0].tolist()
+    first = next(reader.read(files[number], start, stop), None)
+    why = f": {place_of(files[number], first.at)}: {first.fault}" if first and first.fault else ""
+    return f"no text was found in a sample of it{why}."
 
 
 def _measure(file: RawFile) -> str:

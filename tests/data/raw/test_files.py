@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from accessory.data.raw.files import identity_of, read_meta
+from accessory.data.raw.files import identity_of, read_meta, trained_on_too
 from accessory.errors import DataError
 from tests.data.raw.texts import as_file, written
 
@@ -50,3 +50,11 @@ def test_a_change_changes_the_identity(tmp_path: Path) -> None:
         assert identity_of([as_file(file.path)]) != before
     file.path.write_bytes(data)
     assert identity_of([as_file(file.path)]) == before != identity_of([file, file])
+
+
+def test_a_validation_file_that_is_trained_on_is_told(tmp_path: Path) -> None:
+    one, other = written(tmp_path / "a.jsonl", ["x"]), written(tmp_path / "b.jsonl", ["x"])
+    assert trained_on_too([one], other) == []
+    again = as_file(tmp_path / "." / ".." / tmp_path.name / "a.jsonl")
+    (said,) = trained_on_too([one, other], again)
+    assert "a.jsonl is trained on, too" in said

@@ -98,6 +98,16 @@ def test_tokens_are_estimated(plan: TextPlan, tokenizer) -> None:
     assert plan.tokens == pytest.approx(true, rel=0.1)
 
 
+def test_files_without_text_say_why(tmp_path: Path, tokenizer) -> None:
+    files = [written(tmp_path / "a.jsonl", made(9), key="body")]
+    with pytest.raises(
+        DataError, match=r"a sample of it: .*a\.jsonl:1: has no text under .*found 'n', 'body' \(--text_k"
+    ):
+        plan_text(files, DocumentReader(), tokenizer, 1, 0)
+    with pytest.raises(DataError, match=r"a\.txt: no text was found in a sample of it\."):
+        plan_text([written(tmp_path / "a.txt", [" "])], DocumentReader(unit="lines"), tokenizer, 1, 0)
+
+
 def test_documents_that_cannot_be_used_are_named_and_too_many_end_it(tmp_path: Path, tokenizer) -> None:
     file = written(tmp_path / "a.jsonl", made(40))
     lines = file.path.read_text().splitlines()
