@@ -52,7 +52,7 @@ def test_settings_and_tokenizer_by_name(checkpoint, tmp_path: Path) -> None:
     ({"llama_type": 5, "max_seq_len": 0}, "(?s)'llama_type' is 5: .*'max_seq_len' is 0: Input should be greater than"),
     ({"quant_type": 4}, "MetaModel: 'quant_type' is 4: Input should be a valid string"),
     ({"tokenizer_path": 5}, "'tokenizer_path' is 5: Input is not a valid path"),
-    ({"mp_group": 1, "with_visual": True}, r"(?s)'mp_group': layout=groups.start.*'with_visual': there is no vision"),
+    ({"mp_group": 1}, "'mp_group': layout=groups.start"),
     ({"torch_dtype": "bf16", "load_in_4bit": True},
      r"(?s)'torch_dtype': dtype takes.*'load_in_4bit': quant keeps .* of quant_type"),
     ({"divice": "cpu"}, r"from_pretrained: unknown argument 'divice'. Did you mean 'device'"),
