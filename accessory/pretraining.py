@@ -10,7 +10,7 @@ from accessory.checkpoint.from_scratch import start_values
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training_state import read_order_state
 from accessory.config import PretrainConfig
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.files import RawFile, read_meta, trained_on_too
 from accessory.data.raw.held_out import corpus_of, packed_rows, text_rows
 from accessory.data.raw.order import RowOrder, Shape, TextOrder
@@ -88,7 +88,7 @@ def _job(config: PretrainConfig, layout: Layout, sources: list[Source], blueprin
     """Look at the data. Raises on all ranks if one cannot, or if they would train on different data."""
     began = on_main(run_began, config, sources)
     files, held_out = on_main(read_meta, config.data_meta_path, config.data_root, config.packed_data)
-    reader = DocumentReader(config.text_key, config.txt)
+    reader = TextReader(config.text_key, config.txt)
     shape = Shape(
         config.max_words, config.batch_size, config.accum_iter, layout.dp_rank, layout.dp_size, config.attend_across
     )
@@ -110,7 +110,7 @@ def _text_order(
     layout: Layout,
     blueprint: Blueprint,
     files: list[RawFile],
-    reader: DocumentReader,
+    reader: TextReader,
     shape: Shape,
 ) -> TextOrder:
     """The order of raw text, which the main rank has looked at for all."""
@@ -133,7 +133,7 @@ def _packed_order(config: PretrainConfig, blueprint: Blueprint, files: list[RawF
 
 
 def _validation(
-    config: PretrainConfig, blueprint: Blueprint, file: RawFile, reader: DocumentReader, skipped: Skipped
+    config: PretrainConfig, blueprint: Blueprint, file: RawFile, reader: TextReader, skipped: Skipped
 ) -> ValidationSet:
     """The validation file's first rows. Raises `DataError`."""
     size, most, tokenizer = config.max_words, config.val_rows, blueprint.tokenizer

@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tqdm import tqdm
 
-from accessory.data.raw.documents import UNITS, DocumentReader
+from accessory.data.raw.documents import UNITS, TextReader
 from accessory.data.raw.files import PACKED, TEXTS, RawFile
 from accessory.data.raw.packing import encoders, pack
 from accessory.entry import from_command_line, run_tool, sources_and_target
@@ -52,7 +52,7 @@ def main(
     if type(processes) is not int or processes < 0:
         raise ConfigError(f"--processes {processes!r}: expected a whole number from 0 on.")
     processes = processes or len(os.sched_getaffinity(0))
-    reader, tokenizer = DocumentReader(str(text_key) or None, txt), open_tokenizer(str(tokenizer_path))
+    reader, tokenizer = TextReader(str(text_key) or None, txt), open_tokenizer(str(tokenizer_path))
     files = _checked(sources, target)
     target.mkdir(parents=True, exist_ok=True)
     with encoders(Path(str(tokenizer_path)), processes) as pool:

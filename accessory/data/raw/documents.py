@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DocumentReader:
+class TextReader:
     """Reads documents of any kind of file. key: `--text_key`. unit: one of `UNITS`."""
 
     key: str | None = None

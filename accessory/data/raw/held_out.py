@@ -10,7 +10,7 @@ import numpy as np
 
 from accessory.data.corpus import Corpus
 from accessory.data.omissions import Omissions
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.encoding import encoded_parts
 from accessory.data.raw.files import RawFile, identity_of
 from accessory.data.raw.order import documents_of
@@ -33,7 +33,7 @@ def packed_rows(file: PackedFile, size: int, most: int | None, vocabulary: int) 
 
 
 def text_rows(
-    file: RawFile, reader: DocumentReader, tokenizer: Tokenizer, size: int, most: int | None, skipped: Skipped
+    file: RawFile, reader: TextReader, tokenizer: Tokenizer, size: int, most: int | None, skipped: Skipped
 ) -> Iterator[Row]:
     """The same of a file of text, whose documents are joined in the order they have there. Raises `DataError`."""
     held, starts, given = np.empty(0, np.int32), np.empty(0, bool), 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from accessory.data.raw.documents import DocumentReader, Piece
+from accessory.data.raw.documents import Piece, TextReader
 from accessory.data.raw.encoding import encoded_parts
 from accessory.data.raw.files import RawFile
 from accessory.data.raw.packed_file import PackedWriter
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
     pieces: list[Piece]
 
 
-def encoded(reader: DocumentReader, tokenizer: Tokenizer, file: RawFile, start: int, stop: int) -> Encoded:
+def encoded(reader: TextReader, tokenizer: Tokenizer, file: RawFile, start: int, stop: int) -> Encoded:
     """The tokens of a block's documents, each between the tokenizer's start ids and EOS. Raises `DataError`."""
     pieces = [*reader.read(file, start, stop)]
     used = [piece for piece in pieces if piece.text]
@@ -53,7 +53,7 @@ def encoders(tokenizer_path: Path, processes: int) -> Iterator[Executor]:
 
 
 def pack(
-    file: RawFile, target: Path, reader: DocumentReader, tokenizer: Tokenizer, pool: Executor, ahead: int, most: float
+    file: RawFile, target: Path, reader: TextReader, tokenizer: Tokenizer, pool: Executor, ahead: int, most: float
 ) -> Iterator[int]:
     """Write `target`, a file of tokens; yields the tokens so far, after each block.
 
@@ -70,7 +70,7 @@ def pack(
             raise DataError(f"{file.path}: has no text.")
 
 
-def _in_order(pool: Executor, reader: DocumentReader, file: RawFile, ahead: int) -> Iterator[Encoded]:
+def _in_order(pool: Executor, reader: TextReader, file: RawFile, ahead: int) -> Iterator[Encoded]:
     waiting: deque[Future] = deque()
     try:
         for span in pairwise(reader.cut(file, BLOCK)):
@@ -91,5 +91,5 @@ def _open(tokenizer_path: Path) -> None:
     _tokenizer = open_tokenizer(tokenizer_path)
 
 
-def _encode(reader: DocumentReader, file: RawFile, start: int, stop: int) -> Encoded:
+def _encode(reader: TextReader, file: RawFile, start: int, stop: int) -> Encoded:
     return encoded(reader, _tokenizer, file, start, stop)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.encoding import PART, parts_of
 from accessory.data.raw.files import RawFile, identity_of
 from accessory.data.raw.skipped import place_of
@@ -36,7 +36,7 @@ class TextPlan:
     """The blocks of all files, int64 [blocks, 3]: number of the file, start, stop. tokens: in all, about."""
 
     files: tuple[RawFile, ...]
-    reader: DocumentReader
+    reader: TextReader
     blocks: np.ndarray
     tokens: int
     seed: int
@@ -54,9 +54,7 @@ def _permutation(seed: int, done: int, count: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence([seed, done])).permutation(count)
 
 
-def plan_text(
-    files: Sequence[RawFile], reader: DocumentReader, tokenizer: Tokenizer, streams: int, seed: int
-) -> TextPlan:
+def plan_text(files: Sequence[RawFile], reader: TextReader, tokenizer: Tokenizer, streams: int, seed: int) -> TextPlan:
     """Cut `files` into enough blocks for so many `streams`, and estimate the tokens.
 
     Raises `DataError` where a file cannot be read, or there is no text in any.
@@ -75,7 +73,7 @@ def plan_text(
     return TextPlan(tuple(files), reader, blocks, tokens, seed, identity)
 
 
-def _estimated(files: Sequence[RawFile], reader: DocumentReader, tokenizer: Tokenizer, blocks: np.ndarray) -> int:
+def _estimated(files: Sequence[RawFile], reader: TextReader, tokenizer: Tokenizer, blocks: np.ndarray) -> int:
     """About how many tokens all blocks make: those of documents here and there, by the bytes or rows they take."""
     chosen = blocks[np.unique(np.linspace(0, len(blocks) - 1, _SAMPLED).astype(int))]
     read, tokens = dict.fromkeys(("text", "rows"), 0), dict.fromkeys(("text", "rows"), 0)
@@ -97,7 +95,7 @@ def _estimated(files: Sequence[RawFile], reader: DocumentReader, tokenizer: Toke
     return round(sum(tokens[measure] * total[measure] / read[measure] for measure in read if read[measure]))
 
 
-def _without_text(files: Sequence[RawFile], reader: DocumentReader, blocks: np.ndarray) -> str:
+def _without_text(files: Sequence[RawFile], reader: TextReader, blocks: np.ndarray) -> str:
     """That a sample of the files held no text, and why the first document could not be used, if there is one."""
     number, start, stop = blocks[0].tolist()
     first = next(reader.read(files[number], start, stop), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.files import read_meta
 from accessory.data.raw.order import Shape, TextOrder
 from accessory.data.raw.plan import plan_text
@@ -43,7 +43,7 @@ def resident() -> int:
 gc.collect()
 before, most, tokens = resident(), 0, 0
 files, _ = read_meta(Path(sys.argv[1]), None, False)
-plan = plan_text(files, DocumentReader(), Fast(), 64, 0)
+plan = plan_text(files, TextReader(), Fast(), 64, 0)
 order = TextOrder(plan, Fast(), Shape(2048, 4, 16), lambda values: values, window=1_000_000, threads=2,
                   skipped=Skipped(0, print))  # fmt: skip
 for step in range(order.steps_per_epoch):

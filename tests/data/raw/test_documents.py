@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.files import RawFile
 from accessory.errors import DataError
 from tests.data.raw.texts import as_file, made, read, written
@@ -22,13 +22,13 @@ def test_blocks_hold_every_document_once(name: str, tmp_path: Path) -> None:
     documents = made(120)
     file = written(tmp_path / name, documents, key="text")
     for size in SIZES:
-        pieces = read(DocumentReader(), file, size)
+        pieces = read(TextReader(), file, size)
         assert [piece.text for piece in pieces] == documents, size
         assert all(piece.begins and piece.ends for piece in pieces)
-    assert DocumentReader().cut(file, 1)[:3] == [0, *(piece.after for piece in pieces[:2])]
-    assert len(DocumentReader().cut(file, 1)) == 121 and len(DocumentReader().cut(file, 1 << 20)) < 5
+    assert TextReader().cut(file, 1)[:3] == [0, *(piece.after for piece in pieces[:2])]
+    assert len(TextReader().cut(file, 1)) == 121 and len(TextReader().cut(file, 1 << 20)) < 5
     first, last = pieces[30].after, pieces[-1].after
-    assert [piece.text for piece in DocumentReader().read(file, first, last)] == documents[31:]
+    assert [piece.text for piece in TextReader().read(file, first, last)] == documents[31:]
 
 
 @pytest.mark.parametrize(("unit", "expected"), [
@@ -38,7 +38,7 @@ def test_blocks_hold_every_document_once(name: str, tmp_path: Path) -> None:
 def test_units_of_plain_text(unit: str, expected: list[str], tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\ntwo\n\n \nthree\r\nfour\n\nfive")
-    reader = DocumentReader(unit=unit)
+    reader = TextReader(unit=unit)
     for size in (1, 8, 100):
         pieces = read(reader, as_file(path), size)
         assert [piece.text for piece in pieces] == expected, size
@@ -53,7 +53,7 @@ def test_a_whole_text_is_one_document_in_pieces(tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_text(text)
         for size in (1000, 4001):
-            pieces = read(DocumentReader(), as_file(path), size)
+            pieces = read(TextReader(), as_file(path), size)
             assert "".join(piece.text for piece in pieces) == text and len(pieces) > 3
             assert [piece.begins for piece in pieces] == [True, *[False] * (len(pieces) - 1)]
             assert [piece.ends for piece in pieces] == [*[False] * (len(pieces) - 1), True]
@@ -62,18 +62,18 @@ def test_a_whole_text_is_one_document_in_pieces(tmp_path: Path) -> None:
 def test_faults_of_documents_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"content": 3}\n{"contents": "x"}\n[1]\n{"content": "\xff"}\n{"content": "good"}\n{"content": ')
-    pieces = read(DocumentReader(), as_file(path), 1 << 20)
+    pieces = read(TextReader(), as_file(path), 1 << 20)
     assert [piece.text for piece in pieces] == [None, None, None, None, "good", None]
     said = [piece.fault for piece in pieces]
     assert said[1] == "has no text under 'content' or 'text'; found 'contents' (--text_key)"
     assert said[2] == "is a list, not an object" and said[3].startswith("is not valid JSON (byte 13 is not UTF-8")
-    assert [p.text for p in DocumentReader("contents").read(as_file(path), 0, 40)][1] == "x"
+    assert [p.text for p in TextReader("contents").read(as_file(path), 0, 40)][1] == "x"
     path.write_bytes(b'{"text": "a\\ud800b"}\r\n{"text": "\\ud83d\\ude00\\u0000"}')
-    half, whole = DocumentReader().read(as_file(path), 0, 99)
+    half, whole = TextReader().read(as_file(path), 0, 99)
     assert half.text is None and half.fault == "holds half of a surrogate pair, which is no text"
     assert whole.text == "\U0001f600\0"
     with pytest.raises(DataError, match=r"gone\.txt: cannot be read \(No such file"):
-        DocumentReader().cut(RawFile(tmp_path / "gone.txt", "txt", 9), 1)
+        TextReader().cut(RawFile(tmp_path / "gone.txt", "txt", 9), 1)
 
 
 @pytest.mark.parametrize("blank", [b"\n", b"\r\n"])
@@ -81,9 +81,9 @@ def test_time_grows_as_the_file_does(blank: bytes, tmp_path: Path) -> None:
     """Neither where one kind of blank lines is never found, nor where a paragraph has many lines."""
     path, began = tmp_path / "a.txt", time.process_time()
     path.write_bytes((b"word\n" + blank) * 1_000_000)
-    assert len(DocumentReader(unit="paragraphs").cut(as_file(path), 1 << 12)) > 1000
+    assert len(TextReader(unit="paragraphs").cut(as_file(path), 1 << 12)) > 1000
     path.write_bytes(b"word\n" * 300_000)
-    (piece,) = DocumentReader(unit="paragraphs").read(as_file(path), 0, path.stat().st_size)
+    (piece,) = TextReader(unit="paragraphs").read(as_file(path), 0, path.stat().st_size)
     assert len(piece.text) == 1_499_999
     assert time.process_time() - began < 3
 
@@ -92,9 +92,9 @@ def test_a_parquet_file_without_the_column(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="reads Parquet")
     file = written(tmp_path / "a.parquet", ["x"], key="body")
     with pytest.raises(DataError, match=r"a\.parquet: has no column content or text, only id, body\. --text_key"):
-        DocumentReader().cut(file, 1000)
+        TextReader().cut(file, 1000)
     with pytest.raises(DataError, match=r"no column bod, only id, body\. Did you mean 'body'\?"):
-        DocumentReader("bod").cut(file, 1000)
+        TextReader("bod").cut(file, 1000)
     (tmp_path / "b.parquet").write_bytes(b"PAR1" + bytes(99))
     with pytest.raises(DataError, match=r"b\.parquet: found .*; expected a Parquet file that is whole"):
-        DocumentReader().cut(as_file(tmp_path / "b.parquet"), 1000)
+        TextReader().cut(as_file(tmp_path / "b.parquet"), 1000)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.held_out import corpus_of, text_rows
 from accessory.data.raw.skipped import Skipped
 from accessory.errors import DataError
@@ -19,18 +19,18 @@ def test_rows_are_joined_documents(tmp_path: Path, tokenizer) -> None:
     file = written(tmp_path / "a.jsonl", documents)
     file.path.write_text(file.path.read_text() + '{"content": 3}\n')
     file = as_file(file.path)
-    rows = [*text_rows(file, DocumentReader(), tokenizer, 64, None, Skipped(0.1, told.append))]
+    rows = [*text_rows(file, TextReader(), tokenizer, 64, None, Skipped(0.1, told.append))]
     expected = [token for text in documents for token in [1, *tokenizer.encode(text), 2]]
     assert np.concatenate([rows[0].tokens[:1], *(row.tokens[1:] for row in rows)]).tolist() == expected
     (said,) = told
     assert said.startswith(f"{file.path}:31: has no text under 'content'") and said.endswith("it is left out")
-    first = [*text_rows(file, DocumentReader(), tokenizer, 64, 3, Skipped(0.1, told.append))]
+    first = [*text_rows(file, TextReader(), tokenizer, 64, 3, Skipped(0.1, told.append))]
     assert [row.tokens.tolist() for row in first] == [row.tokens.tolist() for row in rows[:3]]
     for across in (True, False):
         corpus = corpus_of(iter(first), file, tokenizer, across, {})
         assert corpus.lengths.sum() == 3 * 64 - (0 if across else held_alone(first))
     with pytest.raises(DataError, match=r"a\.jsonl:1: has no text under 'body'.* --max_skipped 0 allows no more"):
-        next(text_rows(file, DocumentReader("body"), tokenizer, 64, None, Skipped(0, told.append)))
+        next(text_rows(file, TextReader("body"), tokenizer, 64, None, Skipped(0, told.append)))
 
 
 def held_alone(rows: list) -> int:

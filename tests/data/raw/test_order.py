@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from accessory.data.batch import IGNORE
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.order import Shape, TextOrder, documents_of
 from accessory.data.raw.plan import plan_text
 from accessory.data.raw.skipped import Skipped
@@ -33,7 +33,7 @@ def order(tmp_path: Path, tokenizer):
     files = [written(tmp_path / f"{n}.jsonl", made(60, n)) for n in range(2)]
 
     def build(rank: int, ranks: int, threads: int = 0, total=lambda values: values, **shape) -> TextOrder:
-        plan = plan_text(files, DocumentReader(), tokenizer, 12, seed=1)
+        plan = plan_text(files, TextReader(), tokenizer, 12, seed=1)
         how = {"window": 3000, "threads": threads, "skipped": Skipped(0, print)}
         return TextOrder(plan, tokenizer, Shape(64, 12 // ranks, 1, rank, ranks, **shape), total, **how)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from accessory.data.raw.documents import DocumentReader, Piece
+from accessory.data.raw.documents import Piece, TextReader
 from accessory.data.raw.encoding import PART, encoded_parts, parts_of
 from accessory.data.raw.files import RawFile
 from accessory.data.raw.order import Shape
@@ -95,7 +95,7 @@ def test_a_pass_draws_every_row_once_on_any_ranks(tmp_path: Path, tokenizer) -> 
 def test_text_is_encoded_as_streams_do(tmp_path: Path, tokenizer) -> None:
     documents = made(20)
     file = written(tmp_path / "a.jsonl", [*documents, ""])
-    whole = encoded(DocumentReader(), tokenizer, file, 0, file.size)
+    whole = encoded(TextReader(), tokenizer, file, 0, file.size)
     expected = [token for text in documents for token in [1, *tokenizer.encode(text), 2]]
     assert whole.tokens.tolist() == expected and whole.documents == 20
     assert json.loads(file.path.read_text().splitlines()[-1])["content"] == ""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from accessory.data.raw import encoding
-from accessory.data.raw.documents import DocumentReader
+from accessory.data.raw.documents import TextReader
 from accessory.data.raw.plan import TextPlan, plan_text
 from accessory.data.raw.skipped import Skipped
 from accessory.data.raw.stream import Position, Stream
@@ -24,7 +24,7 @@ STREAMS = 3
 def plan(tmp_path: Path, tokenizer) -> TextPlan:
     """Of two files, 150 documents."""
     files = [written(tmp_path / f"{n}.jsonl", made(75, n)) for n in range(2)]
-    return plan_text(files, DocumentReader(), tokenizer, STREAMS, seed=5)
+    return plan_text(files, TextReader(), tokenizer, STREAMS, seed=5)
 
 
 def stream(plan: TextPlan, tokenizer, number: int, most: float = 0.0, tell=print) -> Stream:
@@ -103,9 +103,9 @@ def test_files_without_text_say_why(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(
         DataError, match=r"a sample of it: .*a\.jsonl:1: has no text under .*found 'n', 'body' \(--text_k"
     ):
-        plan_text(files, DocumentReader(), tokenizer, 1, 0)
+        plan_text(files, TextReader(), tokenizer, 1, 0)
     with pytest.raises(DataError, match=r"a\.txt: no text was found in a sample of it\."):
-        plan_text([written(tmp_path / "a.txt", [" "])], DocumentReader(unit="lines"), tokenizer, 1, 0)
+        plan_text([written(tmp_path / "a.txt", [" "])], TextReader(unit="lines"), tokenizer, 1, 0)
 
 
 def test_documents_that_cannot_be_used_are_named_and_too_many_end_it(tmp_path: Path, tokenizer) -> None:
@@ -114,7 +114,7 @@ def test_documents_that_cannot_be_used_are_named_and_too_many_end_it(tmp_path: P
     lines[20:22] = ["{", '{"other": 1}']
     file.path.write_text("\n".join(lines))
     file = as_file(file.path)
-    plan, told = plan_text([file], DocumentReader(), tokenizer, 1, 0), []
+    plan, told = plan_text([file], TextReader(), tokenizer, 1, 0), []
     own = stream(plan, tokenizer, 0, 0.1, told.append)
     while own.position.block < len(plan.blocks):
         own.take(100)

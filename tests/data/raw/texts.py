@@ -7,7 +7,7 @@ import random
 from itertools import pairwise
 from pathlib import Path
 
-from accessory.data.raw.documents import DocumentReader, Piece
+from accessory.data.raw.documents import Piece, TextReader
 from accessory.data.raw.files import TEXTS, RawFile
 
 
@@ -37,7 +37,7 @@ def written(path: Path, documents: list[str], key: str = "content") -> RawFile:
     return as_file(path)
 
 
-def read(reader: DocumentReader, file: RawFile, size: int) -> list[Piece]:
+def read(reader: TextReader, file: RawFile, size: int) -> list[Piece]:
     """All pieces of a file that is read in blocks of `size` bytes, last block first."""
     spans = [*pairwise(reader.cut(file, size))]
     return [piece for span in spans[::-1] for piece in [*reader.read(file, *span)][::-1]][::-1]
