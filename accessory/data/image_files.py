@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _MOST_BYTES, _MOST_SIDE, _MOST_PIXELS = 1 << 27, 65_535, 50_000_000  # of a file, and of its image
 _MOST_READS = 500_000  # of a file: hundreds of thousands of empty parts would take minutes
+_MOST_SCANS = 200  # of a JPEG; its makers have up to some ten
 _LARGE = 10_000_000  # pixels from which images are decoded one at a time, however many threads there are
 _VERY_LARGE = 16_000_000  # pixels from which an image is made smaller before anything else
 _one_large = Lock()
@@ -63,6 +64,8 @@ def check_image(file: Path | bytes) -> None:
     tells one whose copying broke off.
     """
     with _opened(file) as (image, stream), _naming_faults(), _turn_of(image):
+        if image.info.get("progressive"):  # others, which are many, would have to be read whole for it
+            _check_scans(image, stream)
         if not _ends_well(image.format, stream):
             image.load()
 
@@ -74,7 +77,8 @@ def upright_image(file: Path | bytes) -> Iterator[Image]:
     A very large one is made smaller by a whole factor; one large image is held at a time, by whatever thread. Raises
     `ImageFault`; `ConfigError` without Pillow.
     """
-    with _opened(file) as (read, _), _turn_of(read):
+    with _opened(file) as (read, stream), _turn_of(read):
+        _check_scans(read, stream)
         with _naming_faults():
             read.load()
             turn = _turn(read)
@@ -110,6 +114,17 @@ def _opened(file: Path | bytes) -> Iterator[tuple[Image, BinaryIO]]:
             raise ImageFault(_TOO_LARGE if known else "is no JPEG, PNG, WebP or GIF") from error
         _check_size(image)
         yield image, stream
+
+
+def _check_scans(image: Image, stream: BinaryIO) -> None:
+    """Raise `ImageFault` for a JPEG that goes over its pixels again and again, each time by a few bytes."""
+    if image.format in ("JPEG", "MPO"):
+        place = stream.tell()
+        stream.seek(0)
+        scans = stream.read().count(b"\xff\xda")
+        stream.seek(place)
+        if scans > _MOST_SCANS:
+            raise ImageFault(f"has more than {_MOST_SCANS} scans")
 
 
 class _FewReads:

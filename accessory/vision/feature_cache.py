@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class FeatureCache:
     def __init__(self, directory: Path, vision: Vision, decoder: Decoder) -> None:
         like = vision.plain_weight(decoder)
         self.shape, self.dtype, self.device = vision.feature_shape, like.dtype, like.device
+        self._bytes = _CHECKSUM + math.prod(self.shape) * self.dtype.itemsize
         self.directory = directory / encoder_fingerprint(vision, decoder)
         self.hits = self.misses = self.damaged = 0
         try:
@@ -91,10 +93,11 @@ class FeatureCache:
     def _read(self, name: str) -> Tensor | None:
         """Features that are there, whole."""
         try:
-            data = bytearray(self._path(name).read_bytes())
-        except OSError:
+            with image_stream(self._path(name)) as stream:
+                data = bytearray(stream.read(self._bytes + 1))
+        except (ImageFault, OSError):
             return None
-        if _checksum(memoryview(data)[_CHECKSUM:]) != data[:_CHECKSUM]:
+        if len(data) != self._bytes or _checksum(memoryview(data)[_CHECKSUM:]) != data[:_CHECKSUM]:
             self.damaged += 1
             return None
         return torch.frombuffer(data, dtype=self.dtype, offset=_CHECKSUM).view(self.shape)

@@ -40,6 +40,12 @@ def png(width, height, parts=b""):
     return b"\x89PNG\r\n\x1a\n" + head + parts + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND")
 
 
+def again(photo):
+    """The JPEG with its last scan many times."""
+    last = photo.rindex(b"\xff\xda")
+    return photo[:-2] + photo[last:-2] * 200 + photo[-2:]
+
+
 def gif(extensions):
     """8 x 8 pixels behind such extensions."""
     data = encoded(noise(8, 8), "GIF")
@@ -72,6 +78,7 @@ def hostile(folder):
         "animated.gif": (frames("GIF"), "is animated, expected one picture"),
         "animated.webp": (frames("WEBP"), "is animated, expected one picture"),
         "animated.png": (frames("PNG"), "is animated, expected one picture"),
+        "scans.jpg": (again(encoded(noise(64, 64), "JPEG", progressive=True)), "has more than 200 scans"),
         "comment.gif": (gif(b"!\xfe" + (b"\xff" + bytes(255)) * 9_000), "has more than 64 KiB of comments"),
         "comments.gif": (gif(b"!\xfe\1a\0" * 20_000), "has more than 64 KiB of comments"),
         "nothing.gif": (gif(b"!\xf9\0" + (b"\1!" + b"\xff" + bytes(255)) * 900), "an extension without a part"),
@@ -216,3 +223,12 @@ def test_names_of_one_digest_stay_two(folder, monkeypatch):
 
 def test_a_plain_text_loses_the_mark_too():
     assert without_marks("<image>\nA dog.") == "A dog."
+
+
+def test_a_jpeg_of_many_scans_is_refused_when_it_is_read(monkeypatch):
+    """Also one whose header does not say that it has several."""
+    photo = encoded(noise(64, 64), "JPEG")
+    monkeypatch.setattr(image_files, "_MOST_SCANS", 0)
+    check_image(photo)
+    with pytest.raises(DataError, match="the image has more than 0 scans"):
+        Picture(photo, "padded_resize").pixels()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -104,7 +106,9 @@ def test_whatever_changes_the_features_is_another_entry(
     lambda file: file.write_bytes(b""),
     lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
     lambda file: file.write_bytes(bytes(len(file.read_bytes()))),
-], ids=["cut", "empty", "bit", "zeros"])  # fmt: skip
+    lambda file: file.write_bytes(hashlib.blake2b(bytes(10), digest_size=32).digest() + bytes(10)),
+    lambda file: os.truncate(file, 1 << 40),
+], ids=["cut", "empty", "bit", "zeros", "of another encoder", "a terabyte"])  # fmt: skip
 def test_damaged_files_are_computed_again(encoder: Encoder, pictures: list[Picture], tmp_path: Path, damage) -> None:
     cache = cached(encoder, tmp_path)
     first = cache.features(pictures, encoder)
