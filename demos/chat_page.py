@@ -75,7 +75,7 @@ class ChatPage:
     def _lay_out_settings(self, config: ChatPageConfig, model: MetaModel) -> None:
         self._system = gradio.Textbox(
             label="System", lines=3, max_lines=8, value=self._talks.empty.system, max_length=MAX_QUESTION,
-            placeholder="Words before the first turn; without any, those of the template",
+            placeholder="Words before the first turn; without any, those of the layout",
             visible=self._talks.empty.remembers,
         )  # fmt: skip
         self._sampling: dict[str, Component] = {
@@ -207,4 +207,5 @@ def _head(empty: Conversation, config: ChatPageConfig, model: MetaModel) -> str:
     if not empty.remembers:
         about = "of single questions: each is asked without what was said before"
     name = model_name(config.pretrained_path).replace("`", "'")
-    return f"### `{name}`\nPrompt template `{empty.prompt_layout}`, {about}. Up to {model.max_seq_len:,} tokens."
+    head = f"### `{name}`\nPrompt layout `{empty.prompt_layout}`, {about}. Up to {model.max_seq_len:,} tokens."
+    return head + " Another image begins a new conversation." * isinstance(config, ImagePageConfig)

@@ -43,8 +43,8 @@ def load(config: AskConfig, page: bool) -> tuple[MetaModel, Layout]:
     )
     if isinstance(config, ImageConfig) and model.vision is None:
         raise ConfigError(
-            f"--pretrained_path {' '.join(map(str, config.pretrained_path))}: it has no vision part, so it sees no "
-            "images. Give one that was trained with images, or an encoder by --vision_path; or use the demos for text."
+            f"--pretrained_path {' '.join(map(str, config.pretrained_path))}: it has no image encoder. "
+            "Give one that was trained with images, or an encoder by --vision_path, or use the demos for text."
         )
     return model, layout
 

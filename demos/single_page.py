@@ -92,7 +92,7 @@ def page_of(
             shown = gradio.Textbox(label=f"Answer of {model_name(config.pretrained_path)}", lines=11, max_lines=30)
         with gradio.Row():
             settings = [
-                gradio.Dropdown(list(offered), value=config.system_prompt, label="Prompt template"),
+                gradio.Dropdown(list(offered), value=config.system_prompt, label="Prompt layout"),
                 gradio.Slider(
                     1, config.max_seq_len, value=config.max_gen_len, step=1, label="Max tokens", min_width=220
                 ),
@@ -121,7 +121,7 @@ def checked_question(
     for name, text in (("The question", question), ("The input", context or "")):
         check_text(name, text)
     if system_prompt not in offered:
-        raise ConfigError(f"prompt template is {system_prompt!r}; expected one of {', '.join(offered)}.")
+        raise ConfigError(f"prompt layout is {system_prompt!r}; expected one of {', '.join(offered)}.")
     numbers = {
         "max length": (max_gen_len, 1, config.max_seq_len),
         "temperature": (temperature, 0, 2),

@@ -1,4 +1,4 @@
-"""Ask a model with a vision part single questions about images, on a page served on this machine or by --prompt.
+"""Ask a model that sees images single questions, on a page served on this machine or by --prompt.
 
 torchrun --nproc-per-node=RANKS demos/single_turn_mm.py --pretrained_path BASE TRAINABLE --quant
 """

@@ -59,7 +59,7 @@ PARTS = re.compile(r"(output/(?:mine|side|seeing))/epoch2")
 """What any run leaves."""
 OTHERS_FLAGS = {
     "nnodes", "rdzv-id", "rdzv-backend", "rdzv-endpoint", "nproc-per-node", "max-restarts", "nodes", "time", "jinja",
-    "repo-type", "local-dir",
+    "repo-type", "local-dir", "include",
 }  # fmt: skip
 """Of torchrun, sbatch, llama-server and hf."""
 OTHERS_FILES = {f"accessory/{name}/" for name in ("configs", "exps", "demos", "tools")} | {

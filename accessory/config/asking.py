@@ -170,7 +170,7 @@ class ChatPageConfig(TalkConfig, PageConfig):
 
 
 class ImageDemoConfig(DemoConfig, GivenImageConfig):
-    """Ask a model with a vision part single questions, each about an image perhaps."""
+    """Ask a model that sees images single questions, about an image or about none."""
 
     image_transform: Literal[STILL] = "resized_center_crop"
     """How an image becomes the square that the encoder sees: cut to its middle, or with bars."""
@@ -182,8 +182,8 @@ class ImageDemoConfig(DemoConfig, GivenImageConfig):
 
 
 class ImageTerminalConfig(TerminalConfig, GivenImageConfig):
-    """Talk with a model with a vision part, about an image, in the terminal."""
+    """Talk with a model that sees images, about an image or about none, in the terminal."""
 
 
 class ImagePageConfig(ChatPageConfig, ImageConfig):
-    """Talk with a model with a vision part, about an image, on a page."""
+    """Talk with a model that sees images, about an image or about none, on a page."""

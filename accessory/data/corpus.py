@@ -170,8 +170,8 @@ class Corpus:
         if self.pictures:
             numbers = self.pictures.images.of_document
             numbers = numbers[numbers != NO_IMAGE]
-            found = f"{len(numbers):,} documents have one of {len(np.unique(numbers)):,} images"
-            lines.append(f"{found} ({self.pictures.transform}), {self._rows():,} tokens each")
+            found = f"{len(numbers):,} documents have an image ({len(np.unique(numbers)):,} different, by"
+            lines.append(f"{found} {self.pictures.transform}); an image takes {self._rows():,} tokens")
         return "\n".join(lines + self.omissions.lines())
 
     def show(self, index: int) -> str:

@@ -155,7 +155,8 @@ def checked(said: Question | Conversation) -> Question | Conversation:
 def check_media(fields: dict[str, Any]) -> None:
     """Raise `UnusableRecord` for a record with images, video or audio."""
     if found := [key for key in _MEDIA if fields.get(key)]:
-        raise UnusableRecord(f"has {shown_keys(found)}, which the model does not take")
+        hint = " (docs/vision.md: which models do)" if {"image", "images"}.issuperset(found) else ""
+        raise UnusableRecord(f"has {shown_keys(found)}, which the model does not take{hint}")
 
 
 def check_text(texts: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ def no_images(images: object) -> None:
     given = images if isinstance(images, list | tuple) else [images]
     if any(image is not None for image in given):
         raise ConfigError(
-            f"images is {images!r:.80}, and this model has no vision part. Load one that was trained with images "
+            f"images is {images!r:.80}, and this model has no image encoder. Load one that was trained with images "
             "(llama_qformerv2, llama_qformerv2_peft), give vision_path, or leave the image out."
         )
 

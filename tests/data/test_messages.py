@@ -50,7 +50,8 @@ def test_a_question_is_read_under_its_names():
 @pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
 def test_media_are_a_cause(key):
     """Under each of their keys."""
-    cause = rf"^has '{key}', which the model does not take$"
+    hint = r" \(docs/vision.md: which models do\)" if key.startswith("image") else ""
+    cause = rf"^has '{key}', which the model does not take{hint}$"
     for read in (
         lambda fields: read_question({"instruction": "q", "output": "a", **fields}, NAMES),
         lambda fields: read_turns({**turns(("human", "q"), ("gpt", "a")), **fields}, "conversations"),

@@ -202,6 +202,7 @@ def test_a_conversation_about_a_picture_on_a_page(
             upload(visitor, pictures[0])
             ask(visitor, first[:1])
             ask(visitor, first)
+            assert "Another image begins a new conversation." in visitor.text()
             visitor.picture(tmp_path / "two turns.png")
             shown = visitor.js(SHOWN)
             refused(visitor, pictures[2])
@@ -263,7 +264,7 @@ def test_what_cannot_be_shown(seeing: Path, tiny_base: Path, pictures: list[Path
     for more, said in (
         (("--image", pictures[2], "--prompt", "q"), f"--image {pictures[2]}: is no JPEG, PNG, WebP or GIF"),
         (("--image", pictures[0]), "--image goes with --prompt"),
-        (("--prompt", "q"), "it has no vision part"),
+        (("--prompt", "q"), "it has no image encoder"),
     ):
         assert run_here("demos/single_turn_mm.py", *base, *more) == 2
         assert said in capsys.readouterr().err

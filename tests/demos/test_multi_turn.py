@@ -81,7 +81,7 @@ def test_a_conversation_in_a_browser(
     with served(DEMO, clean_environment, *flags) as (page, client), Browser(tmp_path) as browser:
         visitor = browser.visit(client.src)
         settle(visitor)  # a page that has just come still shifts its buttons
-        assert tiny_base.name in visitor.text() and "Prompt template chat" in visitor.text()
+        assert tiny_base.name in visitor.text() and "Prompt layout chat" in visitor.text()
         visitor.click("#ask")
         visitor.wait("document.body.innerText.includes('The question is empty.')")
         visitor.wait(usable("#ask"))

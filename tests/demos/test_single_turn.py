@@ -164,7 +164,7 @@ def test_stop_gives_way_to_ask_however_an_answer_ends(trained: Path, clean_envir
         visitor.wait(usable(ASK))
         assert not visitor.shown(STOP)
         words = visitor.text()
-        assert "Prompt template" in words and "System prompt" not in words and "epoch" in words
+        assert "Prompt layout" in words and "System prompt" not in words and "epoch" in words
         assert visitor.js("document.querySelector('textarea').rows") > 1
         visitor.type("textarea", QUESTION)
         visitor.press("Enter")

@@ -148,7 +148,7 @@ def test_what_is_no_image(pair, images: list) -> None:
     with pytest.raises(ConfigError, match=r"'padded_resise'.*Did you mean 'padded_resize'"):
         ours.generate("q", images[0], image_transform="padded_resise")
     ours.vision = None
-    with pytest.raises(ConfigError, match=r"this model has no vision part. Load one that .*llama_qformerv2"):
+    with pytest.raises(ConfigError, match=r"this model has no image encoder. Load one that .*llama_qformerv2"):
         ours.generate("q", images[0])
 
 

@@ -34,7 +34,7 @@ def test_upstreams_arguments_of_generate_unset(model: MetaModel) -> None:
     assert torch.equal(model.compute_logits("q", None), model.compute_logits("q", images=None))
     assert model.evaluate_examples("qq", "q", images=None)["ppl"] == model.evaluate_examples("qq", "q", None)["ppl"]
     for ask in (model.compute_logits, model.evaluate_examples, model.generate):
-        with pytest.raises(ConfigError, match=r"images is 'a.png', and this model has no vision part. Load one"):
+        with pytest.raises(ConfigError, match=r"images is 'a.png', and this model has no image encoder. Load one"):
             ask(["q"], images="a.png")
     assert model.generate(["q"], **unset) == model.generate(["q"], max_gen_len=4)
     assert list(model.stream_generate("q", image=None, max_gen_len=4))[-1] == model.generate("q", max_gen_len=4)

@@ -176,9 +176,9 @@ class TextOrder(RowOrder):
     @property
     def report(self) -> str:
         """Files and blocks, and about how many tokens they make."""
-        plan = self.plan
+        plan, number = self.plan, len(self.plan.files)
         return (
-            f"{len(plan.files):,} files of {sum(file.size for file in plan.files):,} bytes in {len(plan.blocks):,} "
+            f"{number:,} file{'s' * (number > 1)} of {sum(file.size for file in plan.files):,} bytes in {len(plan.blocks):,} "
             f"blocks, about {plan.tokens:,} tokens{self._few}"
         )
 

@@ -76,7 +76,11 @@ class PackedOrder(RowOrder):
         tokens, documents = (
             sum(each) for each in zip(*((len(f.tokens), f.documents) for f in self.files), strict=True)
         )
-        return f"{len(self.files):,} files of {tokens:,} tokens in {documents:,} documents, {self._ends[-1]:,} rows"
+        number = len(self.files)
+        return (
+            f"{number:,} file{'s' * (number > 1)} of {tokens:,} tokens in {documents:,} document{'s' * (documents > 1)}, "
+            f"{self._ends[-1]:,} rows"
+        )
 
     def rows(self, number: int) -> list[Row]:
         """This rank's rows of a step. Raises `DataError`."""
