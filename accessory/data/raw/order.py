@@ -178,8 +178,8 @@ class TextOrder(RowOrder):
         """Files and blocks, and about how many tokens they make."""
         plan, number = self.plan, len(self.plan.files)
         return (
-            f"{number:,} file{'s' * (number > 1)} of {sum(file.size for file in plan.files):,} bytes in {len(plan.blocks):,} "
-            f"blocks, about {plan.tokens:,} tokens{self._few}"
+            f"{number:,} file{'s' * (number > 1)} of {sum(file.size for file in plan.files):,} bytes in "
+            f"{len(plan.blocks):,} blocks, about {plan.tokens:,} tokens{self._few}"
         )
 
     @property

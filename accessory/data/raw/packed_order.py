@@ -78,8 +78,8 @@ class PackedOrder(RowOrder):
         )
         number = len(self.files)
         return (
-            f"{number:,} file{'s' * (number > 1)} of {tokens:,} tokens in {documents:,} document{'s' * (documents > 1)}, "
-            f"{self._ends[-1]:,} rows"
+            f"{number:,} file{'s' * (number > 1)} of {tokens:,} tokens in {documents:,} "
+            f"document{'s' * (documents > 1)}, {self._ends[-1]:,} rows"
         )
 
     def rows(self, number: int) -> list[Row]:
