@@ -27,7 +27,7 @@ from accessory.run.status import RunStatus
 from accessory.run.teacher import TeacherPlan, find_teacher, load_teacher, make_teacher
 from accessory.run.validation_set import divide
 from accessory.training import Prepared, find_progress, say
-from accessory.vision.feature_cache import FeatureCache
+from accessory.vision.feature_cache import FeatureCache, check_directory
 
 CACHE_DIR = Path("accessory_data_cache")
 
@@ -148,8 +148,12 @@ def _blueprint(config: FinetuneConfig, sources: list[Source]) -> Blueprint:
             "--teacher with an image encoder: a teacher is given tokens alone, and would not see the images. Leave out "
             "--teacher, or the images with --no_visual."
         )
-    if config.cache_features and blueprint.vision is None:
-        raise ConfigError(f"--cache_features {config.cache_features}: the model has no image encoder; leave it out.")
+    if config.cache_features:
+        if blueprint.vision is None:
+            raise ConfigError(
+                f"--cache_features {config.cache_features}: the model has no image encoder; leave it out."
+            )
+        check_directory(config.cache_features)
     if config.drops_out and blueprint.method.keeps_base:
         raise ConfigError(
             "--embed_dropout and --attn_dropout drop what a base computes; with --llama_type "

@@ -46,8 +46,7 @@ class FeatureCache:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--cache_features {directory}: cannot be made ({error.strerror}).") from error
-        if not os.access(self.directory, os.W_OK | os.X_OK):
-            raise ConfigError(f"--cache_features {directory}: cannot be written to.")
+        check_directory(self.directory)
 
     def features(self, pictures: list[Picture], encode: Callable[[list[Picture]], Tensor]) -> Tensor:
         """The pictures' features [n, tokens, width] on the encoder's device, the same bits whenever they are asked for.
@@ -113,6 +112,15 @@ class FeatureCache:
             unfinished.unlink(missing_ok=True)
             kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
             raise kind(f"--cache_features: {path} cannot be written ({error.strerror}).") from error
+
+
+def check_directory(directory: Path) -> None:
+    """Raise `ConfigError` where `directory` is none, or cannot be made, or nothing can be written into it."""
+    there = next((path for path in (directory, *directory.absolute().parents) if os.path.exists(path)), Path.cwd())
+    if not there.is_dir():
+        raise ConfigError(f"--cache_features {directory}: {there} is a file; expected a directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--cache_features {directory}: {there} cannot be written to.")
 
 
 def encoder_fingerprint(vision: Vision, decoder: Decoder) -> str:

@@ -207,6 +207,10 @@ def test_all_is_trained(given: dict, blip2: tuple, tmp_path: Path) -> None:
         ({"no_visual": True}, r"--vision_path \S+ contradicts --no_visual: leave one out"),
         ({"image_transform": "random_resized_crop", "cache_features": "x"}, "resized_center_crop or padded_resize"),
         ({"vision_path": None, "cache_features": "x"}, "the model has no image encoder; leave it out"),
+        (
+            {"cache_features": Path(__file__) / "x"},
+            r"--cache_features \S+: \S+test_runs.py is a file; expected a direct",
+        ),
         ({"vision_path": "nowhere"}, "--vision_path nowhere: no such file or directory"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
