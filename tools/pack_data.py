@@ -42,7 +42,7 @@ def main(
         tokenizer_path: tokenizer.model, tokenizer.json, or a directory holding one.
         text_key: column of a .parquet, or key of a .jsonl, that holds the text; absent: content or text.
         txt: what of a .txt is one document: whole, lines or paragraphs.
-        processes: that encode; 0: one for each core.
+        processes: how many encode at once; 0: one for each core.
         max_skipped: largest share of documents that may be unusable.
     """
     *sources, target = sources_and_target(paths)
