@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint.opening import open_source
-from accessory.checkpoint.source import Source
-from accessory.checkpoint.vision_part import VISION_FORMAT, encoder_in, set_encoder, without_vision
+from accessory.checkpoint.source import Source, read_json
+from accessory.checkpoint.vision_part import (
+    VISION_FORMAT,
+    VISION_TYPES,
+    encoder_in,
+    is_vision_type,
+    set_encoder,
+    without_vision,
+)
 from accessory.errors import CheckpointError, is_there
 
 RUN_FILE = "run.json"
@@ -97,6 +104,12 @@ def _with_base(paths: list[str | Path]) -> list[Source]:
 
 
 def _encoder(path: Path) -> Source:
+    config = path / "config.json"
+    if config.is_file() and not is_vision_type(kind := read_json(config).get("model_type", VISION_TYPES[0])):
+        raise CheckpointError(
+            f"--vision_path {path}: its model_type is {kind!r}; expected a Hugging Face directory of BLIP-2 or CLIP "
+            f"({', '.join(VISION_TYPES)})."
+        )
     source = open_source(path)
     if not source.is_vision:
         raise CheckpointError(

@@ -24,9 +24,13 @@ def named_with_encoder(family: str, vision: Vision | None) -> str:
     return family if vision is None or vision.name == UNNAMED else f"{family}_{vision.name}"
 
 
+VISION_TYPES = tuple(model_type for kind in VISIONS.values() for model_type in kind.model_types)
+"""`model_type` of Hugging Face directories that are opened as an image encoder."""
+
+
 def is_vision_type(model_type: object) -> bool:
-    """Whether Hugging Face directories of this `model_type` are opened as an image encoder."""
-    return any(model_type in kind.model_types for kind in VISIONS.values())
+    """Whether it is one of `VISION_TYPES`."""
+    return model_type in VISION_TYPES
 
 
 def vision_source(path: Path, config: Mapping[str, Any], theirs: dict[str, LazyTensor], files: list[Path]) -> Source:
