@@ -164,7 +164,7 @@ class TextOrder(RowOrder):
         self._streams = [Stream(plan, tokenizer, own, streams, window, skipped) for own in shape.own]
         self._pool = ThreadPoolExecutor(threads, "reading") if threads else None
         self._taken: dict[int, list[tuple[Position, Row]]] = {}
-        self._coming: list[Future] | None = None
+        self._coming: list[tuple[Position, Future[Row]]] | None = None
         self._next = 0
 
     @property
@@ -195,7 +195,7 @@ class TextOrder(RowOrder):
             if number != self._next:
                 raise AssertionError(f"step {number} is asked for; the next one is {self._next}")
             coming = self._coming or self._ask()
-            self._taken[number] = [future.result() for future in coming]
+            self._taken[number] = [(position, future.result()) for position, future in coming]
             self._taken.pop(number - _KEPT + 1, None)
             self._next, self._coming = number + 1, None
             if self._pool:
@@ -208,7 +208,7 @@ class TextOrder(RowOrder):
         if number in self._taken:
             mine = [position for position, _ in self._taken[number]]
         elif self._coming:
-            mine = [future.result()[0] for future in self._coming]
+            mine = [position for position, _ in self._coming]
         else:
             mine = [stream.position for stream in self._streams]
         found = np.zeros((self.global_batch, len(Position._fields)), dtype=np.int64)
@@ -230,17 +230,17 @@ class TextOrder(RowOrder):
         passed = -(-done * len(self.plan.blocks) // self.global_batch) * self.global_batch
         return np.array([Position(passed + n, self.plan.block(passed + n).start) for n in range(self.global_batch)])
 
-    def _ask(self) -> list[Future]:
-        """Have the next row of each own stream encoded."""
+    def _ask(self) -> list[tuple[Position, Future[Row]]]:
+        """Have the next row of each own stream encoded; where it begins is known before, whatever is met then."""
+        positions = [stream.position for stream in self._streams]
         if self._pool:
-            return [self._pool.submit(self._take, stream) for stream in self._streams]
-        return [_done(self._take(stream)) for stream in self._streams]
+            rows = [self._pool.submit(stream.take, self.shape.row) for stream in self._streams]
+        else:
+            rows = [_done(stream.take(self.shape.row)) for stream in self._streams]
+        return [*zip(positions, rows, strict=True)]
 
-    def _take(self, stream: Stream) -> tuple[Position, Row]:
-        return stream.position, stream.take(self.shape.row)
 
-
-def _done(value: object) -> Future:
-    future: Future = Future()
-    future.set_result(value)
+def _done(row: Row) -> Future[Row]:
+    future: Future[Row] = Future()
+    future.set_result(row)
     return future

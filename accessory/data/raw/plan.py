@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,25 +60,30 @@ def plan_text(files: Sequence[RawFile], reader: TextReader, tokenizer: Tokenizer
     """
     total = sum(file.size for file in files)
     size = max(total // (_BLOCKS_A_STREAM * streams), _SMALLEST)
-    cuts = [reader.cut(file, max(size, _LARGEST) if file.kind == "parquet" else min(size, _LARGEST)) for file in files]
-    spans = [[number, *span] for number, cut in enumerate(cuts) for span in pairwise(cut)]
-    if not spans:
+    sizes = {"parquet": max(size, _LARGEST)}
+    cuts = (reader.cut(file, sizes.get(file.kind, min(size, _LARGEST))) for file in files)
+    blocks = np.concatenate([_spans(number, cut) for number, cut in enumerate(cuts)])
+    if not len(blocks):
         raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: there is no text to train on.")
     identity = {**identity_of(files), "text_key": reader.key, "txt": reader.unit}
-    blocks = np.array(spans, dtype=np.int64)
     tokens = _estimated(files, reader, tokenizer, blocks)
     if not tokens:
         raise DataError(f"{', '.join(str(file.path) for file in files[:3])}: {_without_text(files, reader, blocks)}")
     return TextPlan(tuple(files), reader, blocks, tokens, seed, identity)
 
 
+def _spans(number: int, cut: list[int]) -> np.ndarray:
+    """The blocks of file `number`, int64 [blocks, 3]: arrays take a tenth of what lists of so many do."""
+    places = np.array(cut, dtype=np.int64)
+    return np.stack([np.full_like(places[1:], number), places[:-1], places[1:]], axis=1)
+
+
 def _estimated(files: Sequence[RawFile], reader: TextReader, tokenizer: Tokenizer, blocks: np.ndarray) -> int:
     """About how many tokens all blocks make: those of documents here and there, by the bytes or rows they take."""
     chosen = blocks[np.unique(np.linspace(0, len(blocks) - 1, _SAMPLED).astype(int))]
     read, tokens = dict.fromkeys(("text", "rows"), 0), dict.fromkeys(("text", "rows"), 0)
-    total = dict.fromkeys(read, 0)
-    for number, start, stop in blocks.tolist():
-        total[_measure(files[number])] += stop - start
+    rows, lengths = np.array([_measure(file) == "rows" for file in files])[blocks[:, 0]], blocks[:, 2] - blocks[:, 1]
+    total = {"text": int(lengths[~rows].sum()), "rows": int(lengths[rows].sum())}
     for number, start, stop in chosen.tolist():
         measure = _measure(files[number])
         after, seen = stop, 0

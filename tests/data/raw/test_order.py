@@ -59,6 +59,19 @@ def test_ranks_share_the_rows_of_one_process(order) -> None:
     assert "0.jsonl:" in whole.where(6 * 12) or "1.jsonl:" in whole.where(6 * 12)
 
 
+def test_a_fault_in_what_is_read_ahead_prevents_no_save(order) -> None:
+    """It is met while the step before is trained, which still can be saved."""
+    ordered = order(0, 1, threads=2)
+    ordered.rows(0)
+    for file in ordered.plan.files:
+        file.path.write_text("gone")
+    step = 1
+    with pytest.raises(DataError, match="when the run looked at it first"):
+        while ordered.rows(step):
+            saved, step = ordered.state(0, step + 1), step + 1
+    assert np.array_equal(ordered.state(0, step)["streams"], saved["streams"])
+
+
 def test_micro_batches_and_their_labels(order) -> None:
     """With labels of all ranks summed, and a row's labels where tokens attend across documents."""
     apart, joined = order(0, 2, total=lambda values: values * 2), order(0, 2, across=True)
