@@ -9,6 +9,7 @@ from accessory.errors import ConfigError
 from accessory.method import setting_names
 from accessory.model.args import ModelArgs
 from accessory.model.families import architecture_of
+from accessory.vision import VISIONS
 
 LLAMA_2 = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
@@ -62,6 +63,6 @@ def args_of(model: str) -> ModelArgs:
     if "model_type" in settings:
         architecture = architecture_of(settings["model_type"], str(file))
         return settings_read_by(lambda: architecture.read(settings, str(file)), file)
-    others = setting_names()  # our own files hold a method's settings too
+    others = setting_names() | {vision.key for vision in VISIONS.values()}  # our own files hold these settings, too
     stated = {key: value for key, value in settings.items() if value != -1 and key not in others}
     return settings_read_by(lambda: ModelArgs(**{"vocab_size": 32000} | stated), file)
