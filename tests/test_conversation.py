@@ -145,7 +145,8 @@ def test_dialog_is_laid_out_as_training_does(load) -> None:
     """Earlier answers end with the layout's mark; other words of the system take the place of its own."""
     model, seen = load(), []
     talk = Conversation(model, prompt_layout=DIALOG)
-    model.whole_prompt_tokens, tokens = lambda prompt: seen.append(prompt) or tokens(prompt), model.whole_prompt_tokens
+    tokens = model.whole_prompt_tokens
+    model.whole_prompt_tokens = lambda prompt, picture: seen.append(prompt) or tokens(prompt, picture)
     talk.history = [Turn("Hi", "Hello", "end")]
     last(talk.ask("Who?", max_gen_len=2))
     middle = ("\n### Human:", " Hi\n###", " Assistant:", " Hello\n###", " Human:", " Who?\n###", " Assistant:")
@@ -307,7 +308,7 @@ def test_stopped_while_the_question_is_laid_out(load, monkeypatch) -> None:
     """It ends the answer that is about to begin."""
     talk = Conversation(load(TEMPLATE))
     tokens = talk._model.whole_prompt_tokens
-    monkeypatch.setattr(talk._model, "whole_prompt_tokens", lambda prompt: talk.stop() or tokens(prompt))
+    monkeypatch.setattr(talk._model, "whole_prompt_tokens", lambda *asked: talk.stop() or tokens(*asked))
     assert list(talk.ask("One?", max_gen_len=300)) == []
     assert talk.history[0].ended == "stopped"
 

@@ -22,7 +22,8 @@ from accessory.config import FinetuneConfig
 from accessory.errors import AccessoryError, CheckpointError, ConfigError
 from accessory.export import Destination, export_adapter, merge
 from accessory.finetuning import finetune
-from tests.conftest import ROOT
+from demos.terminal import printable
+from tests.conftest import ROOT, run_python
 from tests.vision.seeing import document, packed, picture, write_stage_one
 
 pytest.importorskip("transformers", reason="the extra vision is not installed")
@@ -102,8 +103,12 @@ def test_the_quantized_script(stage_one: Path, data: Path, tmp_path: Path, clean
     assert model.llma.qformer.vision_model.encoder.layers[0].mlp.fc2.weight.bits == 4
     check_their_part(stage_one, one, tmp_path / "theirs")
     image = data.parent / "train2017" / "1.jpg"
-    answers = [model.generate(model.question("Say two."), images=seen, max_gen_len=8) for seen in (image, None)]
+    how = {"image_transform": "resized_center_crop", "max_gen_len": 8}
+    answers = [model.generate(model.question("Say two."), images=seen, **how) for seen in (image, None)]
     assert answers[0] != answers[1]
+    asked = ("--image", image, "--prompt", "Say two.", "--temperature", "0", "--max_gen_len", "8")
+    shown = run_python(ROOT / "demos/single_turn_mm.py", "--pretrained_path", whole, "--device", "cpu", *asked)
+    assert f"A: {printable(answers[0])}" in shown.stdout, shown.stdout + shown.stderr
 
 
 def check_their_part(stage_one: Path, trained: dict[str, torch.Tensor], folder: Path) -> None:
