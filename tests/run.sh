@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, from a bare machine: makes .venv, installs with the test extras, runs ruff and all tests.
 #
-#   bash tests/run.sh                            17 minutes on 2 cores
+#   bash tests/run.sh                            19 minutes on 2 cores
 #   bash tests/run.sh --quick                    2 minutes, before a commit: without slow tests and those that start processes
 #   bash tests/run.sh tests/quant -k nested      arguments go to pytest
 #   bash tests/run.sh --every-cell tests/test_finetuning.py
