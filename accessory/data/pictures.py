@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of red, green and blue in the images that CLIP was trained on, which BLIP-2 uses, too."""
+_LONGEST_RESIZED = 64  # times its shorter side: of a longer image, the middle alone is resized
 _LEAST_SHARE, _RATIOS = 0.9, (3 / 4, 4 / 3)  # of a random crop: least area; width beside height
 _TRIES = 10
 _LONGEST_PADDED = 4096  # pixels of a side beyond which an image is made smaller before it is padded
@@ -137,15 +138,18 @@ def _resized(image: Image, size: int, box: tuple[int, int, int, int]) -> Image:
 def _resized_center_crop(image: Image, size: int, draw: int) -> Image:
     """The shorter side at `size` pixels, of the longer one the middle.
 
-    What is cut off is not resized: of an image of 30,000 x 1 pixels that would be millions of columns.
+    It is cut after resizing, so that versions of Pillow agree, which differ in parts of pixels. Of an image much longer
+    than wide only the middle is resized: 30,000 x 1 pixels would become millions of columns.
     """
     short = min(image.size)
+    image = _middle(image, *(min(side, _LONGEST_RESIZED * short) for side in image.size))
     whole = [size if side == short else int(size * side / short) for side in image.size]
-    first = [round((side - size) / 2) for side in whole]
-    scale = [side / resized for side, resized in zip(image.size, whole, strict=True)]
-    ends = [(begin * by, (begin + size) * by) for begin, by in zip(first, scale, strict=True)]
-    box = (ends[0][0], ends[1][0], ends[0][1], ends[1][1])
-    return image.resize((size, size), image_library().Resampling.BICUBIC, box=box)
+    return _middle(image.resize(whole, image_library().Resampling.BICUBIC), size, size)
+
+
+def _middle(image: Image, width: int, height: int) -> Image:
+    left, top = (round((side - wanted) / 2) for side, wanted in zip(image.size, (width, height), strict=True))
+    return image.crop((left, top, left + width, top + height))
 
 
 def _padded_resize(image: Image, size: int, draw: int) -> Image:
