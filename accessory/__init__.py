@@ -15,7 +15,7 @@ from pathlib import Path
 _HOMES = {
     "MetaModel": "accessory.meta.model",
     "finetune": "accessory.finetuning",
-    "FinetuneConfig": "accessory.config.training",
+    "FinetuneConfig": "accessory.config.finetuning",
     "pretrain": "accessory.pretraining",
     "PretrainConfig": "accessory.config.pretraining",
     "Conversation": "accessory.conversation",

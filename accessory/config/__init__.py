@@ -16,9 +16,9 @@ from accessory.config.asking import (
     TerminalConfig,
 )
 from accessory.config.command_line import Config, parse, plain
+from accessory.config.finetuning import FinetuneConfig
 from accessory.config.pretraining import PretrainConfig
 from accessory.config.running import TRACKERS, RunConfig
-from accessory.config.training import FinetuneConfig
 
 __all__ = [
     "LOOPBACK",

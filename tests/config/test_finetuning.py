@@ -1,4 +1,4 @@
-"""Flags of training: upstream's all exist, are described, and are checked together."""
+"""Flags of fine-tuning: upstream's all exist, are described, and are checked together."""
 
 from __future__ import annotations
 
