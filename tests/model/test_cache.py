@@ -80,3 +80,22 @@ def test_documents_grow_and_begin_alike() -> None:
     for document in range(4):
         assert torch.equal(cache.keys[document, :2], before[0, :2])
         assert torch.equal(cache.values[document, :2], -before[0, :2])
+
+
+def test_what_is_beside_goes_along() -> None:
+    """A document's own tensors, such as its picture's prefix, are cut, moved and copied as its keys are."""
+    rows = torch.arange(8.0).view(4, 2)
+
+    def cache() -> LayerCache:
+        made = filled()
+        made.beside = {"prefix": rows.clone()}
+        return made
+
+    part = cache().documents(1, 3)
+    assert torch.equal(part.beside["prefix"], rows[1:3])
+    kept = cache()
+    kept.keep([1, 3], 3)
+    assert torch.equal(kept.beside["prefix"], rows[[1, 3]])
+    alike = cache()
+    alike.copy_first(2)
+    assert torch.equal(alike.beside["prefix"], rows[:1].expand(4, 2))
